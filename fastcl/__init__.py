@@ -1,0 +1,43 @@
+"""Fused contrastive-learning losses, shared augmentations and the alignment of self-supervised with supervised models."""
+
+from fastcl.errors import FastclError
+from fastcl.functional import (
+    clip_loss,
+    contrastive_loss,
+    contrastive_losses,
+    dcl_loss,
+    nscl_loss,
+    ntxent_loss,
+    supcon_loss,
+    two_view_stats,
+)
+from fastcl.losses import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
+from fastcl.objectives import OBJECTIVES, Objective, same_class_mass
+from fastcl.rowstats import RowStats, backend, last_backend, normalize_rows, row_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OBJECTIVES",
+    "CLIPLoss",
+    "DCLLoss",
+    "FastclError",
+    "NSCLLoss",
+    "NTXentLoss",
+    "Objective",
+    "RowStats",
+    "SupConLoss",
+    "backend",
+    "clip_loss",
+    "contrastive_loss",
+    "contrastive_losses",
+    "dcl_loss",
+    "last_backend",
+    "normalize_rows",
+    "nscl_loss",
+    "ntxent_loss",
+    "row_stats",
+    "same_class_mass",
+    "supcon_loss",
+    "two_view_stats",
+]

@@ -1,0 +1,1 @@
+"""Implementations of the row statistics. Each takes rows whose logits are plain inner products."""

@@ -1,0 +1,138 @@
+"""The table of objectives: an objective is data, and one function reads it.
+
+| name | denominator | positives | mean over positives | source |
+| --- | --- | --- | --- | --- |
+| ntxent | view, peer, other | view | outside the log | SimCLR (Chen et al. 2020) |
+| dcl | peer, other | view | outside | decoupled (Yeh et al. 2022); the CL of arXiv 2510.08852 |
+| nscl | other | view | outside | arXiv 2510.08852 (negatives-only supervised) |
+| nscl_with_positive | view, other | view | outside | the code published with arXiv 2510.08852 |
+| supcon | view, peer, other | view, peer | outside | Khosla et al. 2020, eq. 2 (L_out) |
+| supcon_in | view, peer, other | view, peer | inside | Khosla et al. 2020, eq. 3 (L_in) |
+| supcon_negatives | other | view, peer | outside | SupCon with negatives only in the denominator |
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from fastcl.errors import FastclError
+from fastcl.rowstats import RowStats
+
+RELATIONS = ("view", "peer", "other")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A contrastive loss: which relations its denominator sums over and which it attracts.
+
+    Args:
+        denominator: relations out of "view", "peer", "other"; at least one.
+        positives: relations out of "view", "peer"; at least one.
+        inside: the mean over positives stands inside the log (L_in) instead of outside (L_out).
+
+    Raises:
+        FastclError: an unknown or repeated relation, or an empty set.
+    """
+
+    denominator: tuple[str, ...]
+    positives: tuple[str, ...]
+    inside: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("denominator", self.denominator, RELATIONS), ("positives", self.positives, RELATIONS[:2])
+        ):
+            if not value or len(set(value)) != len(value) or not set(value) <= set(allowed):
+                raise FastclError(f"{name} must be distinct relations out of {allowed}, got {value!r}")
+
+    @property
+    def negatives(self) -> tuple[str, ...]:
+        """Relations that are only repelled."""
+        return tuple(r for r in self.denominator if r not in self.positives)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether peers and others are treated differently, so that labels matter."""
+        return "peer" in self.positives or ("peer" in self.denominator) != ("other" in self.denominator)
+
+    def __call__(self, stats: RowStats) -> Tensor:
+        """(N,) row losses. Rows without a positive or without a negative have loss 0 and no gradient."""
+        valid = _count(stats, self.positives) > 0
+        if self.negatives:
+            valid = valid & (_count(stats, self.negatives) > 0)
+        lse = {r: getattr(stats, f"lse_{r}") for r in RELATIONS}
+        n = _count(stats, self.positives).clamp(min=1)
+        lse_positives = _logsumexp([lse[r] for r in self.positives], valid)
+        if self.inside:
+            spread = n.to(lse_positives.dtype).log()
+        elif self.positives == ("view",):
+            spread = stats.spread_view
+        else:
+            spread = lse_positives - sum(getattr(stats, f"mean_{r}") * getattr(stats, f"n_{r}") for r in self.positives) / n
+        if set(self.positives) <= set(self.denominator):
+            if not self.negatives:
+                return spread.where(valid, 0)
+            # log(P + Q) - log(P) as a softplus: exact at any distance (F.softplus returns its argument above 20).
+            gap = lse_positives - _logsumexp([lse[r] for r in self.negatives], valid)
+            return (spread - logsigmoid(gap)).where(valid, 0)
+        return (_logsumexp([lse[r] for r in self.denominator], valid) - lse_positives + spread).where(valid, 0)
+
+
+ObjectiveLike: TypeAlias = str | Objective | Callable[[RowStats], Tensor]
+
+_ALL = RELATIONS
+OBJECTIVES: dict[str, Objective] = {
+    "ntxent": Objective(_ALL, ("view",)),
+    "dcl": Objective(("peer", "other"), ("view",)),
+    "nscl": Objective(("other",), ("view",)),
+    "nscl_with_positive": Objective(("view", "other"), ("view",)),
+    "supcon": Objective(_ALL, ("view", "peer")),
+    "supcon_in": Objective(_ALL, ("view", "peer"), inside=True),
+    "supcon_negatives": Objective(("other",), ("view", "peer")),
+}
+
+
+def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
+    """The objective of a name; an `Objective` or any other callable on RowStats passes through.
+
+    Raises:
+        FastclError: an unknown name (the nearest known one is named), or something that cannot be called.
+    """
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            near = difflib.get_close_matches(objective, OBJECTIVES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise FastclError(f"unknown objective {objective!r}{hint} Known: {', '.join(OBJECTIVES)}")
+        return OBJECTIVES[objective]
+    if not callable(objective):
+        raise FastclError(f"objective must be a name, an Objective or a callable on RowStats, got {objective!r}")
+    return objective
+
+
+def same_class_mass(stats: RowStats) -> Tensor:
+    """(N,) share of same-class candidates in the softmax of decoupled CL, exp(lse_peer - logaddexp(lse_peer, lse_other)).
+
+    The L1 distance of the CL and NSCL softmaxes of a row is twice this (arXiv 2510.08852, proof of Theorem 1).
+    Rows without peers have mass 0; rows with peers but no others have mass 1.
+    """
+    gap = stats.lse_peer.masked_fill(stats.n_peer == 0, 0) - stats.lse_other.masked_fill(stats.n_other == 0, 0)
+    mass = torch.sigmoid(gap).masked_fill(stats.n_other == 0, 1)
+    return mass.masked_fill(stats.n_peer == 0, 0)
+
+
+def _count(stats: RowStats, relations: tuple[str, ...]) -> Tensor:
+    return sum(getattr(stats, f"n_{r}") for r in relations)
+
+
+def _logsumexp(terms: list[Tensor], valid: Tensor) -> Tensor:
+    """log sum exp over terms of (N,), 0 where not valid. A term of -inf gets zero gradient, not NaN."""
+    # All terms of an invalid row may be -inf, whose log-sum-exp has a NaN gradient: those rows are masked beforehand.
+    stacked = torch.stack(terms).masked_fill(~valid, 0)
+    return stacked.logsumexp(0).where(valid, 0)
