@@ -1,4 +1,4 @@
-"""Fused contrastive-learning losses, shared augmentations and the alignment of self-supervised with supervised models."""
+"""Fused contrastive losses, shared augmentations, and how self-supervised models align with supervised ones."""
 
 from fastcl.errors import FastclError
 from fastcl.functional import (

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fastcl.checks import check_ids
 from fastcl.errors import FastclError
 from fastcl.objectives import Objective, ObjectiveLike, resolve
-from fastcl.rowstats import RowStats, check_ids, row_stats
+from fastcl.rowstats import RowStats, row_stats
 
 REDUCTIONS = ("mean", "sum", "none")
 

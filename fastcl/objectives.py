@@ -75,7 +75,8 @@ class Objective:
         elif self.positives == ("view",):
             spread = stats.spread_view
         else:
-            spread = lse_positives - sum(getattr(stats, f"mean_{r}") * getattr(stats, f"n_{r}") for r in self.positives) / n
+            total = sum(getattr(stats, f"mean_{r}") * getattr(stats, f"n_{r}") for r in self.positives)
+            spread = lse_positives - total / n
         if set(self.positives) <= set(self.denominator):
             if not self.negatives:
                 return spread.where(valid, 0)
@@ -117,7 +118,7 @@ def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
 
 
 def same_class_mass(stats: RowStats) -> Tensor:
-    """(N,) share of same-class candidates in the softmax of decoupled CL, exp(lse_peer - logaddexp(lse_peer, lse_other)).
+    """(N,) share of peers in the softmax of decoupled CL, exp(lse_peer - logaddexp(lse_peer, lse_other)).
 
     The L1 distance of the CL and NSCL softmaxes of a row is twice this (arXiv 2510.08852, proof of Theorem 1).
     Rows without peers have mass 0; rows with peers but no others have mass 1.

@@ -7,7 +7,6 @@ mean of s_ij. The losses are lines of plain PyTorch on these (N,)-vectors; see `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcl.backends import chunked, dense
-from fastcl.backends.layout import Layout
+from fastcl import operators  # noqa: F401  (registers torch.ops.fastcl)
+from fastcl.backends import dense
+from fastcl.checks import check_all_ids, check_rows, describe, sqrt_temperature
 from fastcl.errors import FastclError
 
 BACKENDS = ("auto", "chunked", "dense")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # A plain module global: a ContextVar breaks torch.compile(fullgraph=True).
 _backend = "auto"
@@ -86,15 +85,13 @@ def row_stats(
     Source: the relations generalise arXiv 2510.08852, section 3; NaN in a row shows in every row that meets it.
     """
     global _last
-    _check_rows(x, "x")
+    check_rows(x, "x")
     if y is not None:
-        _check_rows(y, "y")
+        check_rows(y, "y")
         if (y.shape[1], y.dtype, y.device) != (x.shape[1], x.dtype, x.device):
-            raise FastclError(
-                f"y must match x in width, dtype and device: x is {_describe(x)}, y is {_describe(y)}"
-            )
-    ids = _check_ids(x, y, sample, labels, sample_y, labels_y)
-    root = _sqrt_temperature(temperature)
+            raise FastclError(f"y must match x in width, dtype and device: x is {describe(x)}, y is {describe(y)}")
+    ids = check_all_ids(x, y, sample, labels, sample_y, labels_y)
+    root = sqrt_temperature(temperature)
     backend_used = _last = "chunked" if _backend == "auto" else _backend
     with torch.autocast(x.device.type, enabled=False):
         # Rows divided by sqrt(temperature) make the logits inner products, and autograd brings the temperature's
@@ -157,132 +154,3 @@ def normalize_rows(x: Tensor) -> Tensor:
 def _prepare(x: Tensor, normalize: bool) -> Tensor:
     x = x if x.dtype == torch.float64 else x.float()
     return normalize_rows(x) if normalize else x
-
-
-def _sqrt_temperature(temperature: float | Tensor) -> float | Tensor:
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1 or not temperature.is_floating_point():
-            raise FastclError(f"temperature must be a float or a float tensor with one element, got {_describe(temperature)}")
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_temperature(temperature.item())
-        wide = temperature if temperature.dtype == torch.float64 else temperature.float()
-        return wide.reshape(()).sqrt()
-    return math.sqrt(_check_temperature(temperature))
-
-
-def _check_temperature(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise FastclError(f"temperature must be a positive finite number, got {value!r}")
-    return value
-
-
-def _check_rows(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise FastclError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] == 0:
-        raise FastclError(f"{name} must be a non-empty (rows, width) matrix, got {_describe(x)}")
-    if x.dtype not in _DTYPES:
-        raise FastclError(f"{name} must be float16, bfloat16, float32 or float64, got {_describe(x)}")
-
-
-def _check_ids(
-    x: Tensor, y: Tensor | None, sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    wanted = {"sample": (sample, x, True), "labels": (labels, x, False)}
-    wanted |= {"sample_y": (sample_y, y, y is not None), "labels_y": (labels_y, y, y is not None and labels is not None)}
-    for name, (ids, rows, required) in wanted.items():
-        if ids is None:
-            if required:
-                raise FastclError(f"{name} is required here: one integer id per row")
-            continue
-        if rows is None or (name == "labels_y" and labels is None):
-            raise FastclError(f"{name} was given without {'y' if rows is None else 'labels'}")
-        check_ids(ids, rows, name)
-    if not torch.compiler.is_compiling():
-        _check_views_agree(sample, labels, sample_y, labels_y)
-    return tuple(None if v is None else v.long() for v in (sample, labels, sample_y, labels_y))
-
-
-def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:
-    """Raise FastclError unless `ids` is one integer for each row of `rows`, on its device."""
-    if not isinstance(ids, Tensor):
-        raise FastclError(f"{name} must be an integer tensor, got {type(ids).__name__}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise FastclError(f"{name} must be integers, got {_describe(ids)}")
-    if ids.shape != rows.shape[:1] or ids.device != rows.device:
-        raise FastclError(f"{name} must hold one id for each of {len(rows)} rows on {rows.device}, got {_describe(ids)}")
-
-
-def _check_views_agree(
-    sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
-) -> None:
-    if labels is None or labels.device.type != "cpu":
-        return
-    samples = sample if sample_y is None else torch.cat([sample, sample_y])
-    classes = labels if labels_y is None else torch.cat([labels, labels_y])
-    ordered, order = samples.sort(stable=True)
-    classes = classes[order]
-    wrong = (ordered[1:] == ordered[:-1]) & (classes[1:] != classes[:-1])
-    if wrong.any():
-        k = int(wrong.nonzero()[0, 0])
-        raise FastclError(
-            f"labels must agree within a sample: sample {ordered[k].item()} has labels "
-            f"{classes[k].item()} and {classes[k + 1].item()}"
-        )
-
-
-def _describe(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
-
-
-# The operator: registered, so that torch.compile keeps it whole; autograd at the Autograd key, so that it composes.
-_library = torch.library.Library("fastcl", "DEF")
-_IDS = "Tensor sample, Tensor? labels, Tensor? sample_y, Tensor? labels_y"
-_library.define(f"row_stats(Tensor x, Tensor? y, {_IDS}) -> ({', '.join(['Tensor'] * 8)})")
-_library.define(f"row_stats_backward(Tensor x, Tensor? y, {_IDS}, Tensor[] lse, Tensor[] grads) -> (Tensor, Tensor)")
-
-
-def _forward(x: Tensor, y: Tensor | None, *ids: Tensor | None) -> tuple[Tensor, ...]:
-    with torch.autocast(x.device.type, enabled=False):
-        return chunked.forward(x, y, Layout.of(*ids))
-
-
-def _forward_fake(x: Tensor, y: Tensor | None, *ids: Tensor | None) -> tuple[Tensor, ...]:
-    n = x.shape[0]
-    return tuple(x.new_empty(n) for _ in range(5)) + tuple(x.new_empty(n, dtype=torch.int64) for _ in range(3))
-
-
-def _backward(x: Tensor, y: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
-    *ids, lse, grads = rest
-    with torch.autocast(x.device.type, enabled=False):
-        return chunked.backward(x, y, Layout.of(*ids), tuple(lse), tuple(grads))
-
-
-def _backward_fake(x: Tensor, y: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, y, *ids = inputs
-    ctx.save_for_backward(x, y, *ids, output[3], output[4])
-    ctx.mark_non_differentiable(*output[5:])
-
-
-def _autograd(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, *ids, lse_peer, lse_other = ctx.saved_tensors
-    dx, dy = torch.ops.fastcl.row_stats_backward(x, y, *ids, [lse_peer, lse_other], [g.contiguous() for g in grads[:5]])
-    return dx, None if y is None else dy, None, None, None, None
-
-
-def _no_double_backward(ctx, *grads: Tensor) -> None:
-    raise FastclError(
-        "the chunked backend is differentiable once; for second derivatives run the forward pass "
-        "inside `with fastcl.backend('dense')`"
-    )
-
-
-for _name, _impl, _fake in (("row_stats", _forward, _forward_fake), ("row_stats_backward", _backward, _backward_fake)):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
-torch.library.register_autograd("fastcl::row_stats", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastcl::row_stats_backward", _no_double_backward, lib=_library)

@@ -1,0 +1,97 @@
+"""Checks of what a user passes: one exception, naming the argument and repeating its numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastcl.errors import FastclError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def sqrt_temperature(temperature: float | Tensor) -> float | Tensor:
+    """The square root of a checked temperature. Values on a device other than the CPU are not looked at."""
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1 or not temperature.is_floating_point():
+            raise FastclError(f"temperature must be a number or a float tensor of one element, got {describe(temperature)}")
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_temperature(temperature.item())
+        wide = temperature if temperature.dtype == torch.float64 else temperature.float()
+        return wide.reshape(()).sqrt()
+    return math.sqrt(_check_temperature(temperature))
+
+
+def _check_temperature(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise FastclError(f"temperature must be a positive finite number, got {value!r}")
+    return value
+
+
+def check_rows(x: Tensor, name: str) -> None:
+    """Raise FastclError unless x is a non-empty matrix of a supported dtype."""
+    if not isinstance(x, Tensor):
+        raise FastclError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] == 0:
+        raise FastclError(f"{name} must be a non-empty (rows, width) matrix, got {describe(x)}")
+    if x.dtype not in _DTYPES:
+        raise FastclError(f"{name} must be float16, bfloat16, float32 or float64, got {describe(x)}")
+
+
+def check_all_ids(
+    x: Tensor, y: Tensor | None, sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The four id tensors as int64. Raises FastclError if one is missing, superfluous, misshapen or inconsistent."""
+    both = y is not None and labels is not None
+    wanted = {
+        "sample": (sample, x, True),
+        "labels": (labels, x, False),
+        "sample_y": (sample_y, y, y is not None),
+        "labels_y": (labels_y, y, both),
+    }
+    for name, (ids, rows, required) in wanted.items():
+        if ids is None:
+            if required:
+                raise FastclError(f"{name} is required here: one integer id per row")
+            continue
+        if rows is None or (name == "labels_y" and labels is None):
+            raise FastclError(f"{name} was given without {'y' if rows is None else 'labels'}")
+        check_ids(ids, rows, name)
+    if not torch.compiler.is_compiling():
+        _check_views_agree(sample, labels, sample_y, labels_y)
+    return tuple(None if v is None else v.long() for v in (sample, labels, sample_y, labels_y))
+
+
+def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:
+    """Raise FastclError unless `ids` is one integer for each row of `rows`, on its device."""
+    if not isinstance(ids, Tensor):
+        raise FastclError(f"{name} must be an integer tensor, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise FastclError(f"{name} must be integers, got {describe(ids)}")
+    if ids.shape != rows.shape[:1] or ids.device != rows.device:
+        raise FastclError(f"{name} must hold one id per row, {len(rows)} on {rows.device}, got {describe(ids)}")
+
+
+def _check_views_agree(
+    sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
+) -> None:
+    if labels is None or labels.device.type != "cpu":
+        return
+    samples = sample if sample_y is None else torch.cat([sample, sample_y])
+    classes = labels if labels_y is None else torch.cat([labels, labels_y])
+    ordered, order = samples.sort(stable=True)
+    classes = classes[order]
+    wrong = (ordered[1:] == ordered[:-1]) & (classes[1:] != classes[:-1])
+    if wrong.any():
+        k = int(wrong.nonzero()[0, 0])
+        raise FastclError(
+            f"labels must agree within a sample: sample {ordered[k].item()} has labels "
+            f"{classes[k].item()} and {classes[k + 1].item()}"
+        )
+
+
+def describe(x: Tensor) -> str:
+    """Shape, dtype and device in words."""
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"

@@ -1,0 +1,64 @@
+"""The differentiable operators: registered with torch.library, so that torch.compile keeps them whole.
+
+Autograd is registered at the operators' own key: an outer autograd.Function would fail `torch.library.opcheck`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.backends import chunked
+from fastcl.backends.layout import Layout
+from fastcl.errors import FastclError
+
+_library = torch.library.Library("fastcl", "DEF")
+_IDS = "Tensor sample, Tensor? labels, Tensor? sample_y, Tensor? labels_y"
+_library.define(f"row_stats(Tensor x, Tensor? y, {_IDS}) -> ({', '.join(['Tensor'] * 8)})")
+_library.define(f"row_stats_backward(Tensor x, Tensor? y, {_IDS}, Tensor[] lse, Tensor[] grads) -> (Tensor, Tensor)")
+
+
+def _forward(x: Tensor, y: Tensor | None, *ids: Tensor | None) -> tuple[Tensor, ...]:
+    with torch.autocast(x.device.type, enabled=False):
+        return chunked.forward(x, y, Layout.of(*ids))
+
+
+def _forward_fake(x: Tensor, y: Tensor | None, *ids: Tensor | None) -> tuple[Tensor, ...]:
+    n = x.shape[0]
+    return tuple(x.new_empty(n) for _ in range(5)) + tuple(x.new_empty(n, dtype=torch.int64) for _ in range(3))
+
+
+def _backward(x: Tensor, y: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+    *ids, lse, grads = rest
+    with torch.autocast(x.device.type, enabled=False):
+        return chunked.backward(x, y, Layout.of(*ids), tuple(lse), tuple(grads))
+
+
+def _backward_fake(x: Tensor, y: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, y, *ids = inputs
+    ctx.save_for_backward(x, y, *ids, output[3], output[4])
+    ctx.mark_non_differentiable(*output[5:])
+
+
+def _autograd(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, *ids, lse_peer, lse_other = ctx.saved_tensors
+    dx, dy = torch.ops.fastcl.row_stats_backward(x, y, *ids, [lse_peer, lse_other], [g.contiguous() for g in grads[:5]])
+    return dx, None if y is None else dy, None, None, None, None
+
+
+def _no_double_backward(ctx, *grads: Tensor) -> None:
+    raise FastclError(
+        "the chunked backend is differentiable once; for second derivatives run the forward pass "
+        "inside `with fastcl.backend('dense')`"
+    )
+
+
+for _name, _impl, _fake in (("row_stats", _forward, _forward_fake), ("row_stats_backward", _backward, _backward_fake)):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
+torch.library.register_autograd("fastcl::row_stats", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fastcl::row_stats_backward", _no_double_backward, lib=_library)
