@@ -14,6 +14,7 @@ from fastcl.functional import (
 from fastcl.losses import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
 from fastcl.objectives import OBJECTIVES, Objective, same_class_mass
 from fastcl.rowstats import RowStats, backend, last_backend, normalize_rows, row_stats
+from fastcl.similarity import PairAccumulator, PairStats, linear_cka, pair_stats, rsa
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,8 @@ __all__ = [
     "NSCLLoss",
     "NTXentLoss",
     "Objective",
+    "PairAccumulator",
+    "PairStats",
     "RowStats",
     "SupConLoss",
     "backend",
@@ -33,10 +36,13 @@ __all__ = [
     "contrastive_losses",
     "dcl_loss",
     "last_backend",
+    "linear_cka",
     "normalize_rows",
     "nscl_loss",
     "ntxent_loss",
+    "pair_stats",
     "row_stats",
+    "rsa",
     "same_class_mass",
     "supcon_loss",
     "two_view_stats",

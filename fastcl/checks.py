@@ -16,7 +16,7 @@ def sqrt_temperature(temperature: float | Tensor) -> float | Tensor:
     """The square root of a checked temperature. Values on a device other than the CPU are not looked at."""
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1 or not temperature.is_floating_point():
-            raise FastclError(f"temperature must be a number or a float tensor of one element, got {describe(temperature)}")
+            raise FastclError(f"temperature must be a number or one float in a tensor, got {describe(temperature)}")
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_temperature(temperature.item())
         wide = temperature if temperature.dtype == torch.float64 else temperature.float()

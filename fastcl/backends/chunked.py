@@ -122,7 +122,7 @@ def _is_bounded(xs: Tensor, ys: Tensor) -> bool:
 
 
 def _tiles(layout: Layout, device: torch.device) -> Iterator[tuple[slice, slice, bool]]:
-    """(row block, column block, whether same-class pairs can occur in it); only j >= i where the matrix is symmetric."""
+    """(rows, columns, whether same-class pairs can occur in the tile); only j >= i where the matrix is symmetric."""
     size = TILE.get(device.type, TILE_ELSEWHERE)
     rows, columns = layout.x.blocks(size), layout.y.blocks(size)
     for index, (i, first_i, last_i) in enumerate(rows):

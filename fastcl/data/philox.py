@@ -26,6 +26,7 @@ class Stream(IntEnum):
     ORDER = 1
     CLASSES = 2
     SPLIT = 3
+    BATCH = 4
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -85,7 +86,12 @@ def uniforms(count: int, *, seed: int, stream: Stream, index: np.ndarray, epoch:
     return (words(count, seed=seed, stream=stream, index=index, epoch=epoch, view=view) >> 8) * 2.0**-24
 
 
+def keys(n: int, *, seed: int, stream: Stream, epoch: int = 0, view: int = 0) -> np.ndarray:
+    """(n,) uint64: one random key per position, fine enough that ties do not matter. Arguments as `words`."""
+    pair = words(2, seed=seed, stream=stream, index=np.arange(n), epoch=epoch, view=view).astype(np.uint64)
+    return pair[:, 0] << _SHIFT | pair[:, 1]
+
+
 def permutation(n: int, *, seed: int, stream: Stream, epoch: int = 0) -> np.ndarray:
-    """(n,) int64 permutation of range(n): the order of one 64-bit random key per position. Arguments as `words`."""
-    pair = words(2, seed=seed, stream=stream, index=np.arange(n), epoch=epoch).astype(np.uint64)
-    return np.argsort(pair[:, 0] << _SHIFT | pair[:, 1], kind="stable")
+    """(n,) int64 permutation of range(n): the order of random keys. Arguments as `words`."""
+    return np.argsort(keys(n, seed=seed, stream=stream, epoch=epoch), kind="stable")

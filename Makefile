@@ -1,0 +1,61 @@
+# Every target works in .venv, which the first one makes and the later ones reuse.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCHES ?= losses similarity data static train
+OUT ?= runs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo 'make demo    train small models on the same views, measure how they align, write a report to $(OUT)/demo'
+	@echo 'make test    style check, then all tests'
+	@echo 'make lint    style check alone'
+	@echo 'make bench   benchmarks ($(BENCHES)); results in $(OUT)/bench'
+	@echo 'make clean   remove .venv, build output and caches; results in $(OUT)/ stay'
+	@echo
+	@echo 'The first of demo, test, lint and bench installs everything into .venv: a few minutes and about 6 GB.'
+	@echo 'Another interpreter: make PYTHON=python3.12 demo (3.10 or newer).'
+
+# The stamp is taken away before an update and comes back after the last step only, so an interrupted install is never taken
+# for a whole one: without a stamp the next run starts from an empty .venv, with an old one it updates what is there.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; $(PYTHON) is " + sys.version.split()[0])'
+	@if [ -e $@ ]; then \
+	    echo 'Updating $(VENV): the list of dependencies has changed.'; rm $@; \
+	else \
+	    echo 'Making $(VENV) with $(PYTHON).'; $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo 'Installing fastcl, PyTorch and the tools into $(VENV); pip reports to $(VENV)/install.log meanwhile.'
+	@echo 'The first time this takes a few minutes and about 6 GB.'
+	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input \
+	    -c constraints.txt -e '.[train,bench,dev]' > $(VENV)/install.log 2>&1 \
+	    || { tail -n 20 $(VENV)/install.log >&2; echo 'The install has failed; above is the end of $(VENV)/install.log.' >&2; exit 1; }
+	@touch $@
+	@echo 'Installed. Later runs reuse $(VENV).'
+
+demo: $(STAMP)
+	@echo 'Running the demo; its report goes to $(OUT)/demo.'
+	@$(BIN)/fastcl demo --out $(OUT)/demo
+
+lint: $(STAMP)
+	@echo 'Checking style with ruff.'
+	@$(BIN)/python -m ruff check .
+
+test: lint
+	@echo 'Running the tests; the ten slowest are listed at the end.'
+	@$(BIN)/python -m pytest --durations=10
+
+bench: $(STAMP)
+	@set -e; for bench in $(BENCHES); do \
+	    echo "Measuring $$bench; results go to $(OUT)/bench."; \
+	    $(BIN)/python -m bench.$$bench --out $(OUT)/bench; \
+	done
+
+clean:
+	@echo 'Removing $(VENV), build output and caches; $(OUT)/ stays.'
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

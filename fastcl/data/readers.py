@@ -1,0 +1,261 @@
+"""Image collections as they are found: every image and label of a source, before any class or split is chosen.
+
+A reader returns a `Source`; `fastcl.data.sources` picks classes and splits from it, and only then opens pixels.
+Image trees and zips have their own file, `fastcl.data.folders`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastcl.errors import FastclError
+
+OMNIGLOT_SIDE = 105
+CIFAR_SIDE = 32
+_GREY_MODES = {"1", "L", "I;16"}
+_TEST_SPLITS = ("test", "val", "valid")
+
+Read = Callable[[int], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Every image of a collection, unopened.
+
+    Attributes:
+        name: what a report calls it.
+        classes: class names in the source's own order.
+        channels: 1 or 3.
+        labels: (n,) int64, a position in `classes`, or -1 for an image that no split uses; row = sample id.
+        test: (n,) bool, the official test images; None where the source has no split of its own.
+        open: (m,) int64 sample ids -> their (m, 2) int64 heights and widths, and what reads the i-th of them.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    labels: np.ndarray
+    test: np.ndarray | None
+    open: Callable[[np.ndarray], tuple[np.ndarray, Read]]
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turns whatever a decoder or another library raises into one error that says which file or item it was."""
+    try:
+        yield
+    except Exception as error:
+        reason = error if isinstance(error, FastclError) else f"{type(error).__name__}: {error}"
+        raise FastclError(f"{what}: {reason}") from error
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of an error message: the known names nearest to a mistyped one, or all of them."""
+    return ", ".join(difflib.get_close_matches(word, known, n=3, cutoff=0.5) or sorted(known))
+
+
+def decode(picture: Image.Image, channels: int) -> np.ndarray:
+    """(H, W, channels) uint8 pixels of a picture in any mode.
+
+    Transparent pixels show white (what lies under them is arbitrary); 16-bit greyscale keeps its high byte (Pillow's
+    own conversion clips at 255); the orientation tag is not applied, as in torchvision.
+
+    Raises:
+        FastclError: 32-bit pixels, whose range no file states.
+    """
+    if picture.mode in ("I", "F"):
+        raise FastclError(f"mode {picture.mode}: 32-bit pixels have no agreed range; save the image in 8 or 16 bits")
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def read_digits() -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8, rescaled from 0..16 to 0..255. No official split."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise FastclError("source 'digits' needs scikit-learn (pip install fastcl[train])") from error
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    names = tuple(str(name) for name in digits.target_names)
+    return Source("digits", names, 1, digits.target.astype(np.int64), None, partial(_open_digits, pixels))
+
+
+def read_omniglot(path: Path) -> Source:
+    """An .npz with `ink_bits` (n, 105, 14) uint8 (rows packed to bits, 1 = ink), `label` and `class_names`.
+
+    Images stay packed (1.5 kB each) and are unpacked at access: ink 255 on 0, so that padding with zeros is
+    background. The archive's background/evaluation division separates classes, not images: it is no split here.
+    """
+    bits, label, names = _arrays(path, "ink_bits", "label", "class_names")
+    if bits.shape[1:] != (OMNIGLOT_SIDE, -(-OMNIGLOT_SIDE // 8)) or bits.dtype != np.uint8:
+        raise FastclError(f"{path}: ink_bits must be (n, 105, 14) uint8, got {bits.shape} {bits.dtype}")
+    labels = _checked(path, "label", label, len(bits), len(names))
+    return Source("omniglot", tuple(map(str, names)), 1, labels, None, partial(_open_ink, bits))
+
+
+def read_cifar10(path: Path) -> Source:
+    """An .npz with `jpeg` (encoded images end to end), `offset` (n + 1,), `label`, `split` (1 = test), `class_names`.
+
+    All images are 32 x 32. Those of the chosen classes are decoded when a split is opened and stay in memory as uint8.
+    """
+    jpeg, offset, label, split, names = _arrays(path, "jpeg", "offset", "label", "split", "class_names")
+    if jpeg.ndim != 1 or jpeg.dtype != np.uint8:
+        raise FastclError(f"{path}: jpeg must be (bytes,) uint8, got {jpeg.shape} {jpeg.dtype}")
+    offset = _checked(path, "offset", offset, len(label) + 1, len(jpeg) + 1)
+    if len(label) and (offset[0] != 0 or offset[-1] != len(jpeg) or np.diff(offset).min() < 1):
+        raise FastclError(
+            f"{path}: offset must rise from 0 to the {len(jpeg)} bytes of jpeg, "
+            f"got {offset[0]} to {offset[-1]}, smallest step {np.diff(offset).min()}"
+        )
+    labels = _checked(path, "label", label, len(label), len(names))
+    test = _checked(path, "split", split, len(label), 2) == 1
+    return Source("cifar10", tuple(map(str, names)), 3, labels, test, partial(_open_jpegs, path, jpeg, offset))
+
+
+def read_torchvision(name: str, root: str | None, download: bool) -> Source:
+    """A torchvision data set by class name. Items must be (PIL image, int); each is visited once for label and size.
+
+    The official split is the class's own `train=` or `split=` argument (train against test, else val); sample ids
+    count the training images first. The root is passed on where the class takes one, and so is download.
+    Where the class takes a `loader`, files are opened and only their headers read during that visit.
+    """
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise FastclError(f"source 'torchvision:{name}' needs torchvision (pip install fastcl[train])") from error
+    known = {key: value for key, value in vars(datasets).items() if isinstance(value, type)}
+    if name not in known:
+        raise FastclError(f"torchvision.datasets has no {name!r}; nearest: {nearest(name, list(known))}")
+    parameters = inspect.signature(known[name]).parameters
+    if "root" in parameters and root is None:
+        raise FastclError(f"torchvision:{name} needs root=, the folder that holds (or shall hold) the data")
+    offered = {"root": root, "download": download, "loader": Image.open}
+    options = {key: value for key, value in offered.items() if key in parameters}
+    with naming(f"torchvision:{name}"):
+        parts = _torchvision_parts(known[name], parameters, options)
+    labels, sizes, channels = _visit(name, parts)
+    first, count = len(parts[0]), int(labels.max(initial=-1)) + 1
+    given = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None) or ()
+    names = tuple(", ".join(c) if isinstance(c, tuple) else str(c) for c in given)
+    if len(names) < count:
+        names = tuple(str(c) for c in range(count))
+    test = np.arange(len(labels)) >= first if len(parts) == 2 else None
+    return Source(name, names, channels, labels, test, partial(_open_items, name, parts, sizes, channels))
+
+
+def _arrays(path: Path, *names: str) -> list[np.ndarray]:
+    """The named arrays of an .npz archive."""
+    if not path.is_file():
+        raise FastclError(f"no such file: {path}")
+    what = f"cannot read {path} as an .npz archive"
+    with naming(what), open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        missing = [name for name in names if name not in archive.files]
+        if missing:
+            raise FastclError(f"it lacks the arrays {missing}; it has {sorted(archive.files)}")
+        return [np.atleast_1d(archive[name]) for name in names]
+
+
+def _checked(path: Path, name: str, values: np.ndarray, count: int, bound: int) -> np.ndarray:
+    """(count,) int64 of an archive's integers in [0, bound)."""
+    if values.dtype.kind not in "iu" or values.shape != (count,):
+        raise FastclError(f"{path}: {name} must be ({count},) integers, got {values.shape} {values.dtype}")
+    if count and not (0 <= values.min() and values.max() < bound):
+        raise FastclError(f"{path}: {name} must lie in [0, {bound}), got {values.min()} to {values.max()}")
+    return values.astype(np.int64)
+
+
+def _open_digits(pixels: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Read]:
+    return _equal_sizes(len(ids), pixels.shape[1]), partial(_copy, pixels[ids])
+
+
+def _open_ink(bits: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Read]:
+    return _equal_sizes(len(ids), OMNIGLOT_SIDE), partial(_ink, bits[ids])
+
+
+def _open_jpegs(path: Path, jpeg: np.ndarray, offset: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Read]:
+    pixels = np.empty((len(ids), CIFAR_SIDE, CIFAR_SIDE, 3), np.uint8)
+    for row, i in zip(pixels, ids.tolist(), strict=True):
+        with naming(f"{path.name} image {i}"), Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]])) as picture:
+            if picture.size != (CIFAR_SIDE, CIFAR_SIDE):
+                raise FastclError(f"must be {CIFAR_SIDE} x {CIFAR_SIDE}, got {picture.height} x {picture.width}")
+            row[:] = decode(picture, 3)
+    return _equal_sizes(len(ids), CIFAR_SIDE), partial(_copy, pixels)
+
+
+def _equal_sizes(count: int, side: int) -> np.ndarray:
+    return np.full((count, 2), side, np.int64)
+
+
+def _copy(pixels: np.ndarray, i: int) -> np.ndarray:
+    return pixels[i].copy()
+
+
+def _ink(bits: np.ndarray, i: int) -> np.ndarray:
+    return np.unpackbits(bits[i], axis=1, count=OMNIGLOT_SIDE)[..., None] * np.uint8(255)
+
+
+def _torchvision_parts(kind: type, parameters: Any, options: dict[str, Any]) -> list[Any]:
+    """The data set's training and test parts, or the one part of a data set that has no split of its own."""
+    if "train" in parameters:
+        return [kind(train=True, **options), kind(train=False, **options)]
+    if "split" not in parameters:
+        return [kind(**options)]
+    default = parameters["split"].default
+    train = default if isinstance(default, str) and default.startswith("train") else "train"
+    first = kind(split=train, **options)
+    reasons = []
+    for split in _TEST_SPLITS:
+        try:
+            return [first, kind(split=split, **options)]
+        except ValueError as error:  # torchvision's answer to a split that the data set does not have
+            reasons.append(f"{split}: {error}")
+    raise FastclError(f"none of its possible test splits could be opened ({'; '.join(reasons)})")
+
+
+def _visit(name: str, parts: list[Any]) -> tuple[np.ndarray, np.ndarray, int]:
+    """(n,) labels, (n, 2) sizes and the channel count of all items of all parts."""
+    labels, sizes, modes = [], [], set()
+    for i in range(sum(map(len, parts))):
+        with naming(f"torchvision:{name} item {i}"):
+            picture, label = _item(parts, i)
+            if not isinstance(picture, Image.Image) or not isinstance(label, (int, np.integer)) or label < 0:
+                raise FastclError(f"must be (PIL image, integer label >= 0), got ({type(picture).__name__}, {label!r})")
+            with picture:
+                sizes.append((picture.height, picture.width))
+                modes.add(picture.mode)
+            labels.append(int(label))
+    shape = (len(labels), 2)
+    return np.array(labels, np.int64), np.array(sizes, np.int64).reshape(shape), 1 if modes <= _GREY_MODES else 3
+
+
+def _item(parts: list[Any], i: int) -> Any:
+    first = len(parts[0])
+    return parts[0][i] if i < first else parts[1][i - first]
+
+
+def _open_items(
+    name: str, parts: list[Any], sizes: np.ndarray, channels: int, ids: np.ndarray
+) -> tuple[np.ndarray, Read]:
+    return sizes[ids], partial(_item_pixels, name, parts, channels, ids)
+
+
+def _item_pixels(name: str, parts: list[Any], channels: int, ids: np.ndarray, i: int) -> np.ndarray:
+    with naming(f"torchvision:{name} item {ids[i]}"), _item(parts, int(ids[i]))[0] as picture:
+        return decode(picture, channels)

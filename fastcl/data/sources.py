@@ -1,0 +1,157 @@
+"""Data sets by name: which images, which classes, which split. All of it is a function of the source and the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastcl.data.folders import read_folder
+from fastcl.data.philox import Stream, permutation, words
+from fastcl.data.readers import Source, nearest, read_cifar10, read_digits, read_omniglot, read_torchvision
+from fastcl.errors import FastclError
+
+KINDS = ("digits", "omniglot", "cifar10", "folder", "torchvision")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one split, in source order. Picklable, and safe to read from several threads or forked workers.
+
+    Attributes:
+        ids: (n,) int64 sample ids: the image's position in the whole source, unique over train and test, the same
+            whatever classes are taken.
+        labels: (n,) int64 in [0, n_classes).
+        sizes: (n, 2) int64 height and width in pixels.
+        read: position in the split -> (H, W, C) uint8.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray
+    read: Callable[[int], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, i: int) -> np.ndarray:
+        """The i-th image of the split, (H, W, C) uint8; the caller's own copy.
+
+        Raises:
+            FastclError: i outside [0, n), or a file that cannot be decoded (named).
+        """
+        if not 0 <= i < len(self.ids):
+            raise FastclError(f"image {i} of a split of {len(self.ids)}")
+        return self.read(i)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test split over the same classes; `labels` are positions in `classes`."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    train: Split
+    test: Split
+
+
+def load(
+    source: str,
+    *,
+    classes: int | None = None,
+    seed: int = 0,
+    test_fraction: float = 0.2,
+    root: str | None = None,
+    download: bool = False,
+) -> Dataset:
+    """Loads a data set.
+
+    Sources: `digits` (scikit-learn's, 8x8), `omniglot:FILE.npz` (105x105, ink 255 on 0), `cifar10:FILE.npz` (32x32
+    RGB), `folder:PATH` (an image tree or a zip of one, RGB) and `torchvision:NAME` (a class of torchvision.datasets).
+    The readers in `fastcl.data.readers` and `fastcl.data.folders` state each one's layout.
+
+    Args:
+        source: what to load.
+        classes: take the first so many of one seeded permutation of all classes, labelled by their place in it: the
+            classes and labels of a smaller subset are the beginning of a larger one's. None takes all classes with
+            the source's own order and numbers, whatever the seed.
+        seed: key of the class permutation and of the drawn split.
+        test_fraction: where the source has no split of its own, the fraction of each class that becomes test images
+            (rounded; at least 1, and at least 1 stays for training). Which images depends on the seed and their
+            sample ids, not on the other classes taken, and a larger fraction contains a smaller one.
+        root: torchvision only: its folder.
+        download: torchvision only: whether it may download.
+
+    Raises:
+        FastclError: an unknown source, a missing, truncated or malformed file, more classes than there are (or fewer
+            than 2), a class without enough images, or test_fraction outside (0, 1).
+    """
+    if not 0 < test_fraction < 1:
+        raise FastclError(f"test_fraction must lie in (0, 1), got {test_fraction}")
+    found = _find(source, root, download)
+    if not len(found.labels):
+        raise FastclError(f"{source} holds no images")
+    chosen = _choose(found, classes, seed)
+    names = tuple(found.classes[c] for c in chosen)
+    label_of = np.full(len(found.classes) + 1, -1)  # the last entry serves the images of no split, labelled -1
+    label_of[chosen] = np.arange(len(chosen))
+    labels = label_of[found.labels]
+    test = _draw_test(labels, names, test_fraction, seed) if found.test is None else found.test
+    splits = []
+    for split, member in (("training", ~test), ("test", test)):
+        ids = np.flatnonzero(member & (labels >= 0))
+        empty = np.flatnonzero(np.bincount(labels[ids], minlength=len(names)) == 0)
+        if len(empty):
+            raise FastclError(f"{source}: class {names[empty[0]]!r} has no {split} images ({len(empty)} such classes)")
+        splits.append((ids, labels[ids]))
+    train, held_out = (Split(ids, label, *found.open(ids)) for ids, label in splits)
+    return Dataset(found.name, names, found.channels, train, held_out)
+
+
+def _find(source: str, root: str | None, download: bool) -> Source:
+    kind, _, where = source.partition(":")
+    if kind not in KINDS:
+        raise FastclError(f"unknown source {source!r}; nearest: {nearest(kind, KINDS)}")
+    if kind == "digits":
+        if where:
+            raise FastclError(f"source {source!r}: digits come with scikit-learn and take no path, got {where!r}")
+        return read_digits()
+    if not where:
+        raise FastclError(f"source {source!r} needs a {'name' if kind == 'torchvision' else 'path'}: '{kind}:...'")
+    if kind == "torchvision":
+        return read_torchvision(where, root, download)
+    read = {"omniglot": read_omniglot, "cifar10": read_cifar10, "folder": read_folder}[kind]
+    return read(Path(where).expanduser())
+
+
+def _choose(found: Source, classes: int | None, seed: int) -> np.ndarray:
+    """(k,) positions in the source's classes, in the order of their labels."""
+    total = len(found.classes)
+    if classes is None:
+        return np.arange(total)
+    if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or not 2 <= classes <= total:
+        raise FastclError(f"classes must be an integer in [2, {total}] ({found.name} has {total}), got {classes!r}")
+    return permutation(total, seed=seed, stream=Stream.CLASSES)[:classes]
+
+
+def _draw_test(labels: np.ndarray, names: tuple[str, ...], fraction: float, seed: int) -> np.ndarray:
+    """(n,) bool: the test images, those of each class whose random word (one per sample id) is among the smallest."""
+    ids = np.flatnonzero(labels >= 0)
+    label = labels[ids]
+    count = np.bincount(label, minlength=len(names))
+    small = np.flatnonzero(count < 2)
+    if len(small):
+        raise FastclError(
+            f"class {names[small[0]]!r} has {count[small[0]]} images: too few for a training and a test image "
+            f"({len(small)} such classes)"
+        )
+    wanted = np.clip(np.rint(fraction * count), 1, count - 1)
+    high, low = words(2, seed=seed, stream=Stream.SPLIT, index=ids).astype(np.uint64).T
+    order = np.lexsort((high << np.uint64(32) | low, label))
+    rank = np.arange(len(ids)) - (np.cumsum(count) - count)[label[order]]
+    test = np.zeros(len(labels), bool)
+    test[ids[order]] = rank < wanted[label[order]]
+    return test

@@ -1,0 +1,97 @@
+"""What this machine has, and whether the numbers come out right on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+import fastcl
+
+_PACKAGES = (
+    "torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "tensorboard", "safetensors", "scikit-learn",
+    "pillow", "nvidia-dali-cuda130",
+)  # fmt: skip
+_LOSS_TOLERANCE, _GRADIENT_TOLERANCE = 1e-6, 1e-5  # float32 against float64, relative
+
+
+def examine() -> bool:
+    """Print versions, devices and the self-test; returns whether every check that could run passed."""
+    print(f"fastcl {fastcl.__version__}, Python {platform.python_version()} on {platform.platform()}")
+    for name in _PACKAGES:
+        print(f"  {name:22}{_version(name)}")
+    devices = [torch.device("cpu")]
+    print(f"  {'CPU':22}{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        memory = properties.total_memory / 2**30
+        print(f"  {'GPU':22}{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+        devices.append(torch.device("cuda"))
+    else:
+        print(f"  {'GPU':22}none that torch can use")
+    print("self-test, float32 against float64")
+    passed = all([_report(f"losses, {d}", lambda d=d: _check_losses(d)) for d in devices])
+    return _report("Triton row normalisation", _check_triton) and passed
+
+
+def _report(name: str, check: Callable[[], str]) -> bool:
+    try:
+        print(f"  {name:26}ok: {check()}")
+    except _Skipped as reason:
+        print(f"  {name:26}not run: {reason}")
+    except Exception as error:  # whatever is wrong with this machine belongs in the report
+        print(f"  {name:26}FAILED: {type(error).__name__}: {error}")
+        return False
+    return True
+
+
+class _Skipped(Exception):
+    pass
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _check_losses(device: torch.device) -> str:
+    """Every objective on the default backend against the dense backend in float64, values and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(600, 48, generator=generator)
+    sample, labels = torch.arange(600) // 2, torch.arange(600) // 2 % 7
+
+    def run(rows: Tensor, backend: str, where: torch.device) -> tuple[Tensor, Tensor]:
+        rows = rows.to(where).requires_grad_()
+        with fastcl.backend(backend):
+            losses = fastcl.contrastive_losses(rows, sample.to(where), labels.to(where), fastcl.OBJECTIVES, 0.1)
+        values = torch.stack(list(losses.values()))
+        values.sum().backward()
+        return values.detach().double().cpu(), rows.grad.double().cpu()
+
+    values, gradient = run(z, "auto", device)
+    true_values, true_gradient = run(z.double(), "dense", torch.device("cpu"))
+    loss_error = ((values - true_values) / true_values).abs().max().item()
+    gradient_error = ((gradient - true_gradient).norm() / true_gradient.norm()).item()
+    if not (loss_error < _LOSS_TOLERANCE and gradient_error < _GRADIENT_TOLERANCE):
+        raise ArithmeticError(f"relative error {loss_error:.1e} of the losses, {gradient_error:.1e} of the gradient")
+    return f"{len(values)} objectives, relative error {loss_error:.0e} (losses), {gradient_error:.0e} (gradient)"
+
+
+def _check_triton() -> str:
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise _Skipped("no GPU (with TRITON_INTERPRET=1 it runs on the CPU)")
+    from fastcl.kernels.contrastive.normalize import normalize_rows
+
+    x = torch.randn(300, 77, generator=torch.Generator().manual_seed(0)).to("cuda" if on_gpu else "cpu")
+    z, _ = normalize_rows(x)
+    error = (z.double() - torch.nn.functional.normalize(x.double())).abs().max().item()
+    if not error < _LOSS_TOLERANCE:
+        raise ArithmeticError(f"absolute error {error:.1e}")
+    return f"absolute error {error:.0e}"

@@ -1,0 +1,289 @@
+"""The report itself: findings, tables, figures and settings of a run in one HTML file that loads nothing."""
+
+import os
+import re
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fastcl.errors import FastclError
+from fastcl.report.figures import PLATES, svg
+from fastcl.report.records import (
+    IDENTITY,
+    MODEL_MEASURES,
+    PAIR_MEASURES,
+    RESEEDED,
+    Number,
+    Run,
+    known,
+    load_run,
+)
+
+UNWRITABLE = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
+)  # what neither HTML nor UTF-8 can hold
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --grid: #e1e4e8; --page: #ffffff; --box: #f6f8fa;
+  --bad: #b3261e; }
+@media screen and (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #9aa4af; --grid: #343a42;
+  --page: #15181c; --box: #1f242a; --bad: #ff8a80; } }
+body { margin: 0 auto; max-width: 1120px; padding: 1.5rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
+h2 { margin: 2.2rem 0 .6rem; padding-bottom: .2rem; font-size: 1.25rem; border-bottom: 1px solid var(--grid); }
+h3 { margin: 0 0 .4rem; font-size: 1.05rem; }
+p, li, figcaption { max-width: 82ch; }
+figcaption, .soft { color: var(--soft); font-size: .92rem; }
+.warning { color: var(--bad); font-weight: 600; }
+.key { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
+.key div { padding: .6rem .7rem; background: var(--box); border-radius: 6px; }
+.key dt { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
+.key dd { margin: 0; font-size: 1.25rem; font-weight: 600; overflow-wrap: anywhere; }
+figure { margin: 1.8rem 0; break-inside: avoid; }
+svg { display: block; max-width: 100%; height: auto; margin: .6rem 0 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .4rem 0 1rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid var(--grid); }
+thead th { color: var(--soft); vertical-align: bottom; }
+tbody th { font-weight: 500; white-space: nowrap; }
+th:first-child, .text th, .text td { text-align: left; }
+.text td { overflow-wrap: anywhere; }
+@media print { body { max-width: none; padding: 0; font-size: 11pt; } .wide { overflow: visible; }
+  .key div { border: 1px solid var(--grid); } table { font-size: 8pt; } th, td { padding: .15rem .4rem; }
+  tr { break-inside: avoid; } h2, h3, .soft { break-after: avoid; } }
+"""
+
+
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write the report of a run as one self-contained HTML file (figures inline; the same run gives the same bytes).
+
+    Args:
+        run_dir: the directory of a run, finished or not: run.json, metrics.jsonl, and timing.jsonl where present.
+        out: the file to write, whole or not at all; ``report.html`` in ``run_dir`` where None.
+
+    Returns:
+        The path of the written file.
+
+    Raises:
+        FastclError: a file of the run is missing or invalid, or ``out`` cannot be written.
+    """
+    out = Path(run_dir) / "report.html" if out is None else Path(out)
+    page = _page(load_run(run_dir))
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(part, out)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise FastclError(f"out: {out} cannot be written ({error.strerror})") from error
+    return out
+
+
+def number(value: Number) -> str:
+    """Four decimals; an exact 0 or 1 bare, small or large magnitudes in scientific notation, no value as a dash."""
+    if value is None:
+        return "–"
+    if not known(value):
+        return "not finite"
+    if value in (0, 1):
+        return f"{value:.0f}"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
+
+
+def findings(run: Run) -> list[str]:
+    """What the last evaluation says, in plain sentences."""
+    if run.last_epoch == 0:
+        lines = ["Nothing has been trained yet: at epoch 0 all models hold the same initial weights."]
+    else:
+        lines = _closest(run) + [_floor_line(run, model) for model in run.others if RESEEDED in run.models]
+    if IDENTITY in run.models:
+        lines.append(f"Identity control {identity_control(run)}.")
+    scores = {m: run.model_value(m, "ncc_test") for m in (run.reference, *run.others)}
+    scores = {m: score for m, score in scores.items() if known(score)}
+    if scores:
+        ranked = sorted(scores, key=lambda m: -scores[m])
+        lines.append(
+            "Test accuracy of the nearest class centre: " + ", ".join(f"{m} {number(scores[m])}" for m in ranked) + "."
+        )
+    return lines
+
+
+def _closest(run: Run) -> list[str]:
+    """The closest model by each measure; measures that agree share a sentence."""
+    winners: dict[str, list[str]] = {}
+    for measure, name in PAIR_MEASURES.items():
+        values = {m: run.pair_value(run.reference, m, measure) for m in run.others}
+        values = {m: value for m, value in values.items() if known(value)}
+        if values:
+            best = min(values.values()) if measure == "weight_gap" else max(values.values())
+            tied = " and ".join(m for m, value in values.items() if value == best)
+            winners.setdefault(tied, []).append(f"{name} ({number(best)})")
+    return [f"Closest to {run.reference} by {', '.join(by)}: {model}." for model, by in winners.items()]
+
+
+def _floor_line(run: Run, model: str) -> str:
+    inside, outside = [], []
+    for measure, name in PAIR_MEASURES.items():
+        within = run.inside_floor(model, measure)
+        if within is not None:
+            value = number(run.pair_value(run.reference, model, measure))
+            text = f"{name} ({value}; reseeded twin {number(run.noise_floor(measure))})"
+            (inside if within else outside).append(text)
+    parts = [
+        f"{side} the noise floor by {', '.join(by)}" for side, by in (("inside", inside), ("outside", outside)) if by
+    ]
+    return f"{model}: {'; '.join(parts) or 'not measured against the noise floor'}."
+
+
+def identity_control(run: Run) -> str:
+    """Whether the identity twin equalled the reference at every evaluation: CKA exactly 1, weight gap exactly 0."""
+    series = run.pair_series(run.reference, IDENTITY)
+    if not series:
+        return "not evaluated"
+    for epoch in sorted(series):
+        cka, gap = series[epoch]["cka"], series[epoch]["weight_gap"]
+        if cka != 1 or gap != 0:
+            off = f" ({abs(cka - 1):.1e} off 1)" if known(cka) and cka != 1 else ""
+            return f"BROKEN: at epoch {epoch} CKA is {number(cka)}{off} and the weight gap is {number(gap)}"
+    return f"held: CKA 1, weight gap 0 (exactly; evaluations: {len(series)})"
+
+
+def _page(run: Run) -> str:
+    title = f"fastcl report: {run.data.get('source', run.path.name)}, {run.reference} and its twins"
+    points = "".join(f"<li>{escape(line)}</li>" for line in findings(run))
+    points = points.replace("<li>Identity control BROKEN", '<li class="warning">Identity control BROKEN')
+    warning = f'<p class="warning">{escape(_progress(run))}</p>' if not run.finished else ""
+    classes = run.data.get("classes")
+    chance = f"{1 / classes:.2g}" if isinstance(classes, int) and classes > 0 else "1 / (number of classes)"
+    figures = "".join(
+        f"<figure><h3>{escape(plate.title)}</h3>"
+        f"<figcaption>{escape(plate.caption.format(reference=run.reference, chance=chance))}"
+        f"{plate.band if RESEEDED in run.models else ''}</figcaption>"
+        f"{svg(plate, run)}</figure>\n"
+        for plate in PLATES
+    )
+    page = f"""<!DOCTYPE html>
+<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head><meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{escape(title)}</h1>{warning}
+<p>{escape(_guide(run))}</p>
+{_key_numbers(run)}
+<h2>Findings at epoch {run.last_epoch}</h2><ul>{points}</ul>
+<h2>Figures</h2>
+{figures}<h2>Numbers at epoch {run.last_epoch}</h2>
+<p class="soft">0 and 1 without decimals are exact; – means not defined or not measured.</p>
+<h3>Pairs of models</h3>{_pair_table(run)}
+<h3>Models</h3>{_model_table(run)}
+<h2>Settings</h2>
+{_settings(run)}
+</body></html>
+"""
+    return UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", page)
+
+
+def _progress(run: Run) -> str:
+    return (
+        f"Unfinished run: the last complete evaluation is after epoch {run.last_epoch} of {run.planned_epochs}. "
+        "Everything below is what had been written by then."
+    )
+
+
+def _guide(run: Run) -> str:
+    text = (
+        "Several copies of one network were trained side by side from the same initial weights, on the same views of "
+        f"the same images in the same order; only the loss differs. Every copy is compared with {run.reference}, the "
+        "reference: an alignment of 1 means that both represent the images alike, up to rotation and scale. "
+    )
+    if RESEEDED in run.models:
+        text += (
+            "How close is close? The reseeded twin has the reference's loss and initial weights but saw other random "
+            "views. The grey band (the noise floor) lies between it and perfect agreement: a model inside the band is "
+            "as close to the reference as a rerun of the reference is; outside it, the loss made a larger difference "
+            "than other views did. The floor is one rerun, not a confidence interval. "
+        )
+    else:
+        text += "This run has no reseeded twin, so there is no noise floor to tell small differences from chance. "
+    if IDENTITY in run.models:
+        text += (
+            "The identity twin repeats the reference exactly and must coincide with it; anything else would be a fault "
+            "of the experiment."
+        )
+    return text
+
+
+def _key_numbers(run: Run) -> str:
+    rate = run.images_per_second()
+    items = {"epochs": f"{run.last_epoch} of {run.planned_epochs}"}
+    items |= {f"CKA of {m}": number(run.pair_value(run.reference, m, "cka")) for m in run.others}
+    items |= {"noise floor (CKA)": number(run.noise_floor("cka"))} if RESEEDED in run.models else {}
+    items |= {"identity control": identity_control(run).split(":")[0]} if IDENTITY in run.models else {}
+    items |= {f"accuracy of {run.reference}": number(run.model_value(run.reference, "ncc_test"))}
+    items |= {"images / second": f"{rate:,.0f}"} if rate is not None else {}
+    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items.items())
+    return f'<dl class="key">{tiles}</dl>'
+
+
+def _pair_table(run: Run) -> str:
+    ordered = [(run.reference, m) for m in run.models if m != run.reference]
+    rest = [m for m in run.models if m != run.reference]
+    ordered += [(a, b) for at, a in enumerate(rest) for b in rest[at + 1 :]]
+    rows = [[f"{a} – {b}", *(number(run.pair_value(a, b, measure)) for measure in PAIR_MEASURES)] for a, b in ordered]
+    head = ["pair", *PAIR_MEASURES.values()]
+    if RESEEDED in run.models:
+        head.append("inside the noise floor by")
+        for row, (a, b) in zip(rows, ordered, strict=True):
+            inside = [name for measure, name in PAIR_MEASURES.items() if run.inside_floor(b, measure)]
+            control = {IDENTITY: "must be equal", RESEEDED: "is the floor"}.get(b, ", ".join(inside) or "none")
+            row.append(control if a == run.reference else "")
+    return _table(head, rows)
+
+
+def _model_table(run: Run) -> str:
+    rows = [[m, *(number(run.model_value(m, measure)) for measure in MODEL_MEASURES)] for m in run.models]
+    return _table(["model", *MODEL_MEASURES.values()], rows)
+
+
+def _settings(run: Run) -> str:
+    seconds = sum(row["seconds"] for row in run.timing if known(row["seconds"]))
+    rate = run.images_per_second()
+    throughput = (
+        "not recorded"
+        if rate is None
+        else f"{rate:,.0f} images per second (median of {len(run.timing)} epochs; {seconds:,.1f} s in all, "
+        "all models together)"
+    )
+    facts = _table(["fact", "value"], _outline(run.facts | {"throughput": throughput}), "text")
+    config = _table(["setting", "value"], _outline(run.config), "text")
+    return f"<h3>Run</h3>{facts}\n<h3>Configuration</h3>{config}"
+
+
+def _outline(tree: dict[str, Any], depth: int = 0) -> list[list[str]]:
+    """One row per setting, in order; settings inside a section are indented below its name."""
+    rows = []
+    for name, value in tree.items():
+        section = isinstance(value, dict)
+        rows.append(["\u2003" * depth + name, "" if section else _plain(value)])
+        rows += _outline(value, depth + 1) if section else []
+    return rows
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_plain(one) for one in value)
+    if value is None:
+        return "–"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _table(head: list[str], rows: list[list[str]], kind: str = "numbers") -> str:
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) for row in rows]
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{rest}</tr>\n' for row, rest in zip(rows, cells, strict=True)
+    )
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>'

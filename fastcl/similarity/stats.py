@@ -1,0 +1,218 @@
+"""Every measure of representational similarity as a function of a few sums over two Gram matrices.
+
+For two representations of the same n samples let K, L (n x n) be their Gram matrices, k = K1 and l = L1 the row
+sums, K~, L~ the matrices with their diagonals removed and H = I - 11'/n. All measures below are bilinear forms
+
+    B(K, L) = <K, L> + alpha <k, l> + beta (1'k)(1'l)
+
+at (K, L), (K, K) and (L, L):
+
+    | form       | on     | alpha    | beta             | gives                                                   |
+    | ---------- | ------ | -------- | ---------------- | ------------------------------------------------------- |
+    | HSIC_0     | K, L   | -2/n     | 1/n^2            | <HKH, HLH>: biased CKA, centred drift, rho               |
+    | HSIC_1     | K~, L~ | -2/(n-2) | 1/((n-1)(n-2))   | n(n-3) times the unbiased estimator: debiased CKA        |
+    | covariance | K~, L~ | 0        | -1/(n(n-1))      | covariance over the pairs i != j: RSA, r                 |
+
+Sources: Kornblith et al. 2019 (CKA), Song et al. 2012 (HSIC_1), Nguyen et al. 2021 (HSIC_1 in CKA), Kriegeskorte
+et al. 2008 (RSA), arXiv 2510.08852 (the drift of Theorem 1, the certificates of Corollaries 1 and 2).
+"""
+
+import math
+import sys
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
+
+from fastcl.errors import FastclError
+
+# A form is a difference of sums; below this fraction of them it holds rounding errors and no information. So does a
+# spread of the entries of a Gram matrix below this fraction of their mean.
+_ROUNDING = 256 * sys.float_info.epsilon
+
+_CONSTANT = "the {which} representation is constant over the samples"
+_EQUAL = "all similarities of distinct samples are equal in the {which} representation"
+_ADDITIVE = "HSIC_1 of the {which} representation with itself vanishes"
+
+
+@dataclass(frozen=True)
+class GramSums:
+    """Sums over two n x n matrices K and L with row sums k = K1 and l = L1."""
+
+    kl: float  # <K, L>_F
+    kk: float
+    ll: float
+    row_kl: float  # <k, l>
+    row_kk: float
+    row_ll: float
+    total_k: float  # 1'K1
+    total_l: float
+
+
+class _Form(NamedTuple):
+    """One bilinear form at (K, L), (K, K), (L, L), and the values of the last two that rounding alone explains."""
+
+    kl: float
+    kk: float
+    ll: float
+    floor_k: float
+    floor_l: float
+
+    def self_term(self, which: str, measure: str, reason: str) -> float:
+        """B(K, K) ("first") or B(L, L) ("second"), refused with `reason` where it holds nothing but rounding."""
+        value, floor = (self.kk, self.floor_k) if which == "first" else (self.ll, self.floor_l)
+        if not value > floor:
+            raise FastclError(
+                f"{measure} is undefined: {reason.format(which=which)} "
+                f"(self-term {value:.3g} is not above its rounding error {floor:.3g})"
+            )
+        return value
+
+    def correlation(self, measure: str, reason: str) -> float:
+        """B(K, L) / sqrt(B(K, K) B(L, L))."""
+        kk, ll = (self.self_term(which, measure, reason) for which in ("first", "second"))
+        # Two ratios, not sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 where kl == kk == ll.
+        return math.copysign(math.sqrt((self.kl / kk) * (self.kl / ll)), self.kl)
+
+
+@dataclass(frozen=True)
+class PairStats:
+    """Sufficient statistics of two Gram matrices K, L of the same n samples, and the measures they give.
+
+    `full` and `hollow` hold the sums of K - shift_k 11' and L - shift_l 11' with and without the diagonals. CKA and
+    RSA do not change by such a constant, and a drift undoes it; a shift near the mean entry of the matrix keeps
+    the digits that features with a large mean would otherwise lose. What is left of that loss: with features m
+    standard deviations from the origin, centred measures have relative rounding errors of about 1e-16 m^2.
+
+    Twins are exact: kl == kk == ll (bitwise) gives correlations of exactly 1.0 and drifts of exactly 0.0.
+
+    Attributes:
+        n: number of samples.
+        kernel: "linear" (K = XX'), "cosine" (rows of X normalised) or another name.
+        full: sums over all (i, j).
+        hollow: sums over i != j.
+        shift_k: constant that was subtracted from each entry of K.
+        shift_l: the same of L.
+
+    Raises:
+        FastclError: on n < 1 or sums that are not finite (features too large for float64).
+    """
+
+    n: int
+    kernel: str
+    full: GramSums
+    hollow: GramSums
+    shift_k: float = 0.0
+    shift_l: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise FastclError(f"pair statistics need n >= 1 samples, got n={self.n}")
+        # The unshifted sums must be finite too: they make up the drift.
+        shifts = (self.n * shift * self.n * shift for shift in (self.shift_k, self.shift_l))
+        values = (*astuple(self.full), *astuple(self.hollow), *shifts)
+        if not all(map(math.isfinite, values)):
+            raise FastclError(
+                f"sums of the {self.kernel} Gram matrices are not finite (features too large for float64?): "
+                f"full={self.full}, hollow={self.hollow}"
+            )
+
+    @property
+    def cka(self) -> float:
+        """CKA with the biased HSIC_0 in [0, 1]; for kernel "linear" the linear CKA of Kornblith et al. 2019.
+
+        Raises:
+            FastclError: where a representation is constant over the samples (HKH = 0).
+        """
+        return self._hsic0().correlation(self._measure("CKA"), _CONSTANT)
+
+    @property
+    def cka_debiased(self) -> float:
+        """CKA with the unbiased HSIC_1 (Song et al. 2012, Nguyen et al. 2021) in [-1, 1]; negative is legitimate.
+
+        Raises:
+            FastclError: for n < 4, or where a self-term HSIC_1(K, K) is not positive.
+        """
+        n = self.n
+        if n < 4:
+            raise FastclError(f"debiased CKA needs n >= 4 samples (HSIC_1 divides by n(n - 3)), got n={n}")
+        form = self._form(self.hollow, -2 / (n - 2), 1 / ((n - 1) * (n - 2)))
+        return form.correlation(self._measure("debiased CKA"), _ADDITIVE)
+
+    @property
+    def rsa(self) -> float:
+        """Pearson correlation of K_ij and L_ij over the pairs i != j, in [-1, 1].
+
+        For kernel "cosine" this is the paper's RSA: Pearson between the cosine dissimilarities 1 - K_ij and 1 - L_ij
+        (Kriegeskorte et al. 2008).
+
+        Raises:
+            FastclError: for n < 3, or where all off-diagonal entries of a matrix are equal.
+        """
+        return self._covariance().correlation(self._measure("RSA"), _EQUAL)
+
+    @property
+    def drift(self) -> float:
+        """||K - L||_F, the left side of Theorem 1 (arXiv 2510.08852); resolved to 1e-7 ||K - mean(K)||_F."""
+        return math.sqrt(self._squared_distance(self.full, self.n * self.n))
+
+    @property
+    def drift_centered(self) -> float:
+        """||HKH - HLH||_F; resolved to 1e-7 ||K - mean(K)||_F."""
+        form = self._hsic0()
+        return math.sqrt(max(0.0, (form.kk - form.kl) + (form.ll - form.kl)))
+
+    @property
+    def rho(self) -> float:
+        """||HKH - HLH||_F / ||HKH||_F, so that cka >= (1 - rho) / (1 + rho) (Corollary 1, arXiv 2510.08852).
+
+        Raises:
+            FastclError: where K is constant over the samples (HKH = 0).
+        """
+        self_term = self._hsic0().self_term("first", self._measure("rho"), _CONSTANT)
+        return self.drift_centered / math.sqrt(self_term)
+
+    @property
+    def r(self) -> float:
+        """||K~ - L~||_F over sqrt(n(n-1)) times the standard deviation of K_ij, i != j.
+
+        With it rsa >= (1 - r) / (1 + r) (Corollary 2, arXiv 2510.08852, with both norms over the same set of pairs).
+
+        Raises:
+            FastclError: for n < 3, or where all off-diagonal entries of K are equal.
+        """
+        self_term = self._covariance().self_term("first", self._measure("r"), _EQUAL)
+        return math.sqrt(self._squared_distance(self.hollow, self.n * (self.n - 1)) / self_term)
+
+    def _hsic0(self) -> _Form:
+        return self._form(self.full, -2 / self.n, 1 / self.n**2)
+
+    def _covariance(self) -> _Form:
+        if self.n < 3:
+            raise FastclError(f"RSA and r need n >= 3 samples (more than one pair), got n={self.n}")
+        return self._form(self.hollow, 0.0, -1 / (self.n * (self.n - 1)))
+
+    def _measure(self, name: str) -> str:
+        return f"{name} ({self.kernel} kernel, n={self.n})"
+
+    def _form(self, s: GramSums, alpha: float, beta: float) -> _Form:
+        def value(inner: float, rows: float, left: float, right: float) -> float:
+            return inner + alpha * rows + (beta * left) * right
+
+        def floor(full: float, rows: float, total: float, shift: float) -> float:
+            # The hollow sums are full sums minus a diagonal and inherit their rounding errors.
+            sums = full + abs(alpha) * rows + abs(beta * total) * abs(total)
+            entries = self.n * _ROUNDING * shift
+            return _ROUNDING * sums + entries * entries
+
+        return _Form(
+            kl=value(s.kl, s.row_kl, s.total_k, s.total_l),
+            kk=value(s.kk, s.row_kk, s.total_k, s.total_k),
+            ll=value(s.ll, s.row_ll, s.total_l, s.total_l),
+            floor_k=floor(self.full.kk, s.row_kk, s.total_k, self.shift_k),
+            floor_l=floor(self.full.ll, s.row_ll, s.total_l, self.shift_l),
+        )
+
+    def _squared_distance(self, s: GramSums, entries: int) -> float:
+        """||K - L||_F^2 over a set of `entries` pairs, with the two shifts undone."""
+        shift = self.shift_k - self.shift_l
+        unshifted = (s.kk - s.kl) + (s.ll - s.kl) + 2 * shift * (s.total_k - s.total_l) + entries * shift * shift
+        return max(0.0, unshifted)

@@ -1,0 +1,278 @@
+"""The lockstep trainer: one loop draws a batch and its views once, steps every twin on it, measures how they align."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import fastcl
+from fastcl.data import Dataset, ViewLoader, ViewPlan, load
+from fastcl.errors import FastclError
+from fastcl.train.config import Config
+from fastcl.train.evaluate import encode, evaluate
+from fastcl.train.files import JsonLines, load_checkpoint, save_checkpoint, write_atomic, writing
+from fastcl.train.twins import STEP_VALUES, make_twins
+
+log = logging.getLogger("fastcl")
+_RESEED = 0x5EED_0000_0000_0000  # xor-ed into the seed of the reseeded twin's views
+
+
+class Lockstep:
+    """One run: its data, its twins, its folder.
+
+    Args:
+        config: the run.
+        out: its folder; made if absent. A folder that holds the same run is continued from its last checkpoint, and
+            the result equals that of an unbroken run bit for bit.
+
+    Raises:
+        FastclError: bad values of the config, data that cannot be read, a folder that holds another run or cannot be
+            written.
+    """
+
+    def __init__(self, config: Config, out: Path) -> None:
+        self.config, self.out = config, Path(out)
+        self.device = _device(config.train.device)
+        # cuBLAS reads this when it is first used; without it deterministic mode refuses to run on a GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        d, t = config.data, config.train
+        self.data: Dataset = load(
+            d.source, classes=d.classes, seed=t.seed, test_fraction=d.test_fraction, root=d.root, download=d.download
+        )
+        self.plan = ViewPlan(config.views, t.seed)
+        self.other_plan = ViewPlan(config.views, t.seed ^ _RESEED)
+        self.loader = ViewLoader(self.data.train, self.plan, t.batch_size, d.order)
+        self.twins = make_twins(config, self.data.channels, len(self.data.classes), self.device)
+        self.metrics, self.steps = JsonLines(self.out / "metrics.jsonl"), JsonLines(self.out / "steps.jsonl")
+        self.timing = JsonLines(self.out / "timing.jsonl")
+        self.epoch = 0  # completed epochs
+        self._claim_folder()
+
+    def run(self) -> None:
+        """Train to the end, from wherever the folder stands.
+
+        Writes run.json, metrics.jsonl, steps.jsonl, timing.jsonl, tensorboard/, checkpoints/, and at the end weights/
+        and features/ (held-out encoder outputs, in the order of the split).
+
+        Raises:
+            FastclError: a loss that is not finite (names the model and the step), an image that cannot be read, a
+                folder that cannot be written. Complete work stays intact.
+        """
+        epochs, total = self.config.train.epochs, len(self.loader)
+        fresh = not self._restore()
+        if fresh:
+            self._measure({})
+            self._checkpoint()
+        with writing(self.out / "tensorboard"):
+            board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch * total)
+        images = self.loader.batch_size * total
+        bar = tqdm(total=images * epochs, initial=images * self.epoch, unit="img", unit_scale=True, disable=None)
+        with board, bar:
+            for epoch in range(self.epoch, epochs):
+                means = self._train_epoch(epoch, board, bar)
+                self.epoch = epoch + 1
+                last = self.epoch == epochs
+                if last or self.epoch % self.config.train.eval_every == 0:
+                    self._measure(means, board)
+                if last or self.epoch % self.config.train.checkpoint_every == 0:
+                    self._checkpoint()
+        self._finish()
+
+    def _train_epoch(self, epoch: int, board: SummaryWriter, bar: tqdm) -> dict[str, list[float]]:
+        """One epoch; returns each twin's means of STEP_VALUES."""
+        total, started, rendering = len(self.loader), time.perf_counter(), 0.0
+        sums = np.zeros((len(self.twins), len(STEP_VALUES)))
+        records: list[dict[str, Any]] = []
+        for k in range(total):
+            step = epoch * total + k
+            mark = time.perf_counter()
+            positions = self.loader.batch(epoch, k)
+            views = self._to_device(self.loader.views(positions, epoch))
+            reseeded = None
+            if any(t.reseeded for t in self.twins):
+                reseeded = self._to_device(self.loader.views(positions, epoch, self.other_plan))
+            rendering += time.perf_counter() - mark
+            values = self._step(step, views, reseeded, torch.from_numpy(self.data.train.labels[positions]))
+            sums += values
+            lr = learning_rate(self.config, step, total)
+            for twin, row in zip(self.twins, values.tolist(), strict=True):
+                named = dict(zip(STEP_VALUES, row, strict=True))
+                records.append({"step": step, "epoch": epoch, "model": twin.name, **named, "lr": lr})
+                board.add_scalar(f"loss/{twin.name}", named["loss"], step)
+            bar.set_postfix_str(f"epoch {epoch + 1}, {self.twins[0].name} loss {values[0, 0]:.4f}", refresh=False)
+            bar.update(self.loader.batch_size)
+        self.steps.append(records)
+        seconds = time.perf_counter() - started
+        rate = total * self.loader.batch_size / seconds
+        self.timing.append([
+            {"epoch": epoch + 1, "seconds": seconds, "images_per_second": rate, "rendering_seconds": rendering}
+        ])
+        return {t.name: row.tolist() for t, row in zip(self.twins, sums / total, strict=True)}
+
+    def _step(
+        self, step: int, views: tuple[Tensor, Tensor], reseeded: tuple[Tensor, Tensor] | None, labels: Tensor
+    ) -> np.ndarray:
+        """Step every twin on its views; (twins, values) float64, from one transfer."""
+        t = self.config.train
+        lr = learning_rate(self.config, step, len(self.loader))
+        labels = labels.to(self.device)
+        values = []
+        for twin in self.twins:
+            # Dropout and the like: the same numbers for every twin, and nothing to restore on resume.
+            torch.manual_seed(t.seed << 32 | step)
+            values.append(twin.step(reseeded if twin.reseeded else views, labels, t.temperature, lr))
+        table = torch.stack(values).cpu().numpy()
+        for twin, row in zip(self.twins, table, strict=True):
+            for name, value in zip(STEP_VALUES, row, strict=True):
+                if not math.isfinite(value):
+                    raise FastclError(
+                        f"{name} of model {twin.name!r} is {value} at step {step} (epoch {step // len(self.loader)}, "
+                        f"lr {lr:.4g}); epochs up to {self.epoch} are complete in {self.out}"
+                    )
+        return table
+
+    def _measure(self, means: dict[str, list[float]], board: SummaryWriter | None = None) -> None:
+        records = evaluate(self.epoch, self.twins, self.data, self.plan, self.device, means)
+        self.metrics.append(records)
+        for r in records:
+            name = "-".join(r["pair"]) if "pair" in r else r["model"]
+            for key, value in r.items():
+                if board is not None and key not in ("epoch", "pair", "model") and value is not None:
+                    board.add_scalar(f"{key}/{name}", value, self.epoch * len(self.loader))
+        reference = self.twins[0].name
+        pairs = [r for r in records if r.get("pair", [""])[0] == reference]
+        shown = ", ".join(f"{r['pair'][1]} {_show(r['cka_debiased'])}" for r in pairs)
+        log.info("epoch %d: debiased CKA with %s: %s", self.epoch, reference, shown or "no other model")
+
+    def _checkpoint(self) -> None:
+        state = {
+            "epoch": self.epoch,
+            "lengths": {"metrics": self.metrics.length(), "steps": self.steps.length()},
+            "twins": {
+                t.name: {"network": t.network.state_dict(), "optimizer": t.optimizer.state_dict()} for t in self.twins
+            },
+        }
+        save_checkpoint(self.out / "checkpoints", self.epoch, state)
+
+    def _restore(self) -> bool:
+        """Continue from the last whole checkpoint; False where there is none."""
+        state = load_checkpoint(self.out / "checkpoints")
+        for name, lines in (("metrics", self.metrics), ("steps", self.steps)):
+            lines.cut(state["lengths"][name] if state else 0)
+        if state is None:
+            return False
+        self.epoch = state["epoch"]
+        for twin in self.twins:
+            twin.network.load_state_dict(state["twins"][twin.name]["network"])
+            twin.optimizer.load_state_dict(state["twins"][twin.name]["optimizer"])
+        return True
+
+    def _finish(self) -> None:
+        features, _ = encode(self.twins, self.data.test, self.plan, self.device)
+        for twin in self.twins:
+            weights = {k: v.contiguous().cpu() for k, v in twin.network.state_dict().items()}
+            write_atomic(self.out / "weights" / f"{twin.name}.safetensors", safetensors.torch.save(weights))
+            h = {"features": features[twin.name].contiguous().cpu()}
+            write_atomic(self.out / "features" / f"{twin.name}.safetensors", safetensors.torch.save(h))
+        log.info("done: %d epochs in %s", self.epoch, self.out)
+
+    def _claim_folder(self) -> None:
+        """Write run.json, or make sure that the folder holds this very run."""
+        path, mine = self.out / "run.json", self._describe()
+        if path.exists():
+            try:
+                theirs = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise FastclError(f"{path} cannot be read: {error}") from None
+            for key in ("config", "data"):
+                if theirs.get(key) != mine[key]:
+                    raise FastclError(
+                        f"{self.out} holds another run, which differs in {_differences(theirs.get(key), mine[key])}; "
+                        "choose another --out, or repeat that run's settings to continue it"
+                    )
+            if theirs.get("versions") != mine["versions"] or theirs.get("device") != mine["device"]:
+                log.warning("continuing a run made with %s on %s: the rest will not be bit-identical to it",
+                            theirs.get("versions"), theirs.get("device"))  # fmt: skip
+            return
+        write_atomic(path, (json.dumps(mine, indent=1) + "\n").encode())
+
+    def _describe(self) -> dict[str, Any]:
+        data = self.data
+        return {
+            "config": json.loads(json.dumps(dataclasses.asdict(self.config))),  # tuples as lists, as they are read back
+            "seed": self.config.train.seed,
+            "versions": {
+                "fastcl": fastcl.__version__, "python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": np.__version__,
+            },
+            "device": _device_name(self.device),
+            "renderer": "torchvision",
+            "models": [t.name for t in self.twins],
+            "reference": self.twins[0].name,
+            "parameters": {t.name: sum(p.numel() for p in t.network.parameters()) for t in self.twins},
+            "data": {
+                "source": data.name, "train": len(data.train), "test": len(data.test), "classes": len(data.classes),
+                "channels": data.channels, "size": self.config.views.size,
+            },
+        }  # fmt: skip
+
+    def _to_device(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(v.to(self.device, non_blocking=True) for v in views)
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up to the peak over warmup_epochs, then half a cosine down to 0 at the end of the run.
+
+    Args:
+        step: from 0, over the whole run.
+    """
+    warmup = config.optim.warmup_epochs * steps_per_epoch
+    if step + 1 < warmup:
+        return config.optim.lr * (step + 1) / warmup
+    total = config.train.epochs * steps_per_epoch
+    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step + 1 - warmup) / max(1.0, total - warmup))))
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise FastclError(f"train.device must be auto, cpu or cuda; got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FastclError("train.device is 'cuda', but torch sees no CUDA device")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _differences(theirs: Any, mine: Any, prefix: str = "") -> str:
+    """Keys whose values differ, with both values."""
+    if not isinstance(theirs, dict) or not isinstance(mine, dict):
+        return f"{prefix or 'run.json'} ({theirs!r} there, {mine!r} here)"
+    keys = [k for k in dict.fromkeys([*theirs, *mine]) if theirs.get(k) != mine.get(k)]
+    return ", ".join(_differences(theirs.get(k), mine.get(k), f"{prefix}.{k}".strip(".")) for k in keys)
+
+
+def _show(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+

@@ -1,0 +1,83 @@
+"""The networks: a timm encoder, the SimCLR projector, and a linear head for cross-entropy."""
+
+from __future__ import annotations
+
+import copy
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fastcl import normalize_rows
+from fastcl.errors import FastclError
+from fastcl.train.config import ModelConfig
+
+
+class Network(nn.Module):
+    """Encoder h = f(x), projector z = g(h), and for cross-entropy logits of a linear head on the unit rows of z.
+
+    The head reads the normalised projection, as the code of arXiv 2510.08852 does, so that all objectives train the
+    same two parts.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, hidden: int, projection: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        last = nn.BatchNorm1d(projection)
+        last.bias.requires_grad_(False)
+        self.projector = nn.Sequential(
+            nn.Linear(width, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, projection, bias=False),
+            last,
+        )
+        self.head: nn.Linear | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeddings (n, projection) of images (n, C, H, W)."""
+        return self.projector(self.encoder(x))
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Class logits (n, classes) of embeddings; the network must have a head."""
+        return self.head(normalize_rows(z))
+
+
+def build_network(config: ModelConfig, channels: int, seed: int) -> Network:
+    """A network with seeded weights.
+
+    Args:
+        config: names the timm model.
+        channels: of the images.
+        seed: of the initial weights.
+
+    Raises:
+        FastclError: timm does not know the model or an option, or the CIFAR stem does not fit it.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
+        except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
+            raise FastclError(f"timm cannot make {config.name!r} with options {config.options}: {error}") from error
+        if config.cifar_stem:
+            _use_cifar_stem(encoder, config.name, channels)
+        return Network(encoder, encoder.num_features, config.hidden, config.projection)
+
+
+def copy_network(network: Network, head_classes: int | None, seed: int) -> Network:
+    """A copy of the weights; with `head_classes` it also gets a head of so many logits, the same for one seed."""
+    twin = copy.deepcopy(network)
+    if head_classes is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            twin.head = nn.Linear(network.projector[-1].num_features, head_classes)
+    return twin
+
+
+def _use_cifar_stem(encoder: nn.Module, name: str, channels: int) -> None:
+    """Small images: a 3 x 3 stride-1 convolution in place of the strided stem, and no max-pool."""
+    if not all(hasattr(encoder, part) for part in ("conv1", "bn1", "maxpool")):
+        raise FastclError(f"model.cifar_stem needs a ResNet of timm, {name!r} has no conv1, bn1 and maxpool")
+    encoder.conv1 = nn.Conv2d(channels, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
+    encoder.maxpool = nn.Identity()

@@ -1,0 +1,105 @@
+"""Twins: networks that start equal and see the same views, each under its own objective."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fastcl import OBJECTIVES, same_class_mass, two_view_stats
+from fastcl.errors import FastclError
+from fastcl.train.config import Config, OptimConfig
+from fastcl.train.models import Network, build_network, copy_network
+
+IDENTITY, RESEEDED = "identity", "reseeded"
+CROSS_ENTROPY = "ce"
+STEP_VALUES = ("loss", "dcl_loss", "nscl_loss", "loss_gap", "same_class_mass")
+_OPTIMIZERS = ("lars", "sgd", "adamw")
+
+
+@dataclass
+class Twin:
+    """One model of a run.
+
+    `objective` is a name of OBJECTIVES or "ce". `reseeded`: it sees views of another seed (the noise floor).
+    """
+
+    name: str
+    objective: str
+    network: Network
+    optimizer: torch.optim.Optimizer
+    reseeded: bool
+
+    def step(self, views: tuple[Tensor, Tensor], labels: Tensor, temperature: float, lr: float) -> Tensor:
+        """One update on one batch.
+
+        Args:
+            views: (B, C, S, S) twice.
+            labels: (B,) int64.
+            temperature: of the contrastive objectives.
+            lr: learning rate of this step.
+
+        Returns:
+            (5,) float64, detached, before the update: the values of STEP_VALUES. The CL and NSCL losses, their gap
+            and the same-class softmax mass are taken on this twin's embeddings whatever its own objective is.
+        """
+        self.network.train()
+        z = self.network(torch.cat(views))
+        supervised = self.objective == CROSS_ENTROPY
+        rows = z.detach() if supervised else z
+        stats = two_view_stats(*rows.chunk(2), labels, temperature)
+        dcl, nscl = OBJECTIVES["dcl"](stats).mean(), OBJECTIVES["nscl"](stats).mean()
+        if supervised:
+            loss = cross_entropy(self.network.logits(z), labels.repeat(2))
+        else:
+            loss = OBJECTIVES[self.objective](stats).mean()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return torch.stack([loss, dcl, nscl, dcl - nscl, same_class_mass(stats).mean()]).detach().double()
+
+
+def make_twins(config: Config, channels: int, classes: int, device: torch.device) -> list[Twin]:
+    """The models of a run from one initialisation, then the controls, which are copies of the first model.
+
+    Raises:
+        FastclError: an unknown or repeated model, control or optimiser.
+    """
+    models, controls = config.train.models, config.train.controls
+    _check_names(models, (*OBJECTIVES, CROSS_ENTROPY), "train.models")
+    _check_names(controls, (IDENTITY, RESEEDED), "train.controls")
+    if not models:
+        raise FastclError("train.models is empty: name at least one objective")
+    objectives = {name: name for name in models} | {name: models[0] for name in controls}
+    initial = build_network(config.model, channels, config.train.seed)
+    twins = []
+    for name, objective in objectives.items():
+        head = classes if objective == CROSS_ENTROPY else None
+        network = copy_network(initial, head, config.train.seed).to(device)
+        twins.append(Twin(name, objective, network, make_optimizer(network, config.optim), name == RESEEDED))
+    return twins
+
+
+def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimiser of that name; weight decay leaves biases and norms out, as timm does."""
+    if config.name not in _OPTIMIZERS:
+        raise FastclError(f"optim.name must be one of {', '.join(_OPTIMIZERS)}; got {config.name!r}")
+    return create_optimizer_v2(
+        network, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+
+
+def _check_names(names: tuple[str, ...], known: tuple[str, ...], key: str) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise FastclError(f"{key} holds {name!r}, which is unknown{hint} Known: {', '.join(known)}")
+    if len(set(names)) != len(names):
+        raise FastclError(f"{key} repeats a name: {', '.join(names)}")

@@ -1,0 +1,1 @@
+"""Row statistics of contrastive losses: the kernels behind ``fastcl.row_stats``."""

@@ -1,0 +1,55 @@
+"""What all tests share: the kernels' mode, real data, the list of source files."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Triton reads this when a kernel is decorated, its own library included, so it is set before any test module imports
+# triton. On a machine with a GPU the same tests run the compiled kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: a CUDA device, or the CPU under Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def data_path() -> Callable[[str], Path]:
+    """Function from the name of a real data file to its path; the test that asks for an absent file is skipped."""
+    folder = Path(os.environ.get("FASTCL_DATA") or ROOT.parent / "shared" / "data")
+
+    def find(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            pytest.skip(f"real data file {name} is not in {folder} (set FASTCL_DATA to the folder that has it)")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def source_files() -> list[Path]:
+    """Paths, relative to the repository's root, of all files that belong to it: tracked, or new and not ignored."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"the list of source files comes from git: {error}")
+    return [Path(name) for name in sorted(set(listed.split("\0")) - {""}) if (ROOT / name).is_file()]
