@@ -67,7 +67,7 @@ def _check_losses(device: torch.device) -> str:
     sample, labels = torch.arange(600) // 2, torch.arange(600) // 2 % 7
 
     def run(rows: Tensor, backend: str, where: torch.device) -> tuple[Tensor, Tensor]:
-        rows = rows.to(where).requires_grad_()
+        rows = rows.detach().to(where).requires_grad_()
         with fastcl.backend(backend):
             losses = fastcl.contrastive_losses(rows, sample.to(where), labels.to(where), fastcl.OBJECTIVES, 0.1)
         values = torch.stack(list(losses.values()))

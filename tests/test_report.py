@@ -135,10 +135,10 @@ def test_a_run_without_controls_claims_no_floor(tmp_path: Path) -> None:
 
 
 def test_only_the_initial_weights(tmp_path: Path) -> None:
-    page = page_of(make_run(tmp_path, epochs=0, planned=3))
+    page = page_of(make_run(tmp_path, ["dcl", "nscl"], epochs=0, planned=3))
     assert "Nothing has been trained yet" in text_of(page) and "Closest to" not in text_of(page)
     assert tables_of(page)[1]["dcl"][:5] == ["–"] * 5
-    assert sum(text_of(text) == "no values" for text in page.iter(f"{SVG}text")) == 4 + 4 + 1
+    assert sum(text_of(text) == "no values" for text in page.iter(f"{SVG}text")) == 2 + 4 + 1
 
 
 def test_a_cut_last_line_is_left_out_and_its_epoch_not_taken_for_whole(tmp_path: Path) -> None:
@@ -164,11 +164,11 @@ def test_of_two_records_of_one_epoch_the_later_counts(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_numbers_show_as_such(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, ["dcl", "nscl"])
     change_lines(run, lambda r: r | {"loss": math.nan, "cdnv": None, "cdnv_directional": 0.0} if "model" in r else r)
     page = page_of(run)
     row = tables_of(page)[1]["nscl"]
-    assert sum(text_of(text) == "no values" for text in page.iter(f"{SVG}text")) == 4 + 2
+    assert sum(text_of(text) == "no values" for text in page.iter(f"{SVG}text")) == 2 + 2
     assert row[0] == "not finite" and row[-2:] == ["–", "0"]
 
 
@@ -251,7 +251,8 @@ def test_pyplot_is_left_alone(six: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert figures.svg(figures.PLATES[0], load_run(six)).startswith("<svg")
 
 
-def test_a_failed_write_leaves_the_old_report(six: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", ["dcl"])
     out = tmp_path / "report.html"
     out.write_text("old")
 
@@ -260,10 +261,10 @@ def test_a_failed_write_leaves_the_old_report(six: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr("os.replace", no_space)
     with pytest.raises(FastclError, match=r"out: .*report\.html cannot be written \(No space left"):
-        write_report(six, out)
+        write_report(run, out)
     with pytest.raises(FastclError, match="out: .* cannot be written"):
-        write_report(six, out / "below-a-file.html")
-    assert out.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["report.html"]
+        write_report(run, out / "below-a-file.html")
+    assert out.read_text() == "old" and sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
 
 
 @pytest.mark.parametrize(("value", "shown"), [
