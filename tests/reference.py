@@ -231,7 +231,8 @@ def assert_rows(got: Tensor, truth: Truth, dtype: torch.dtype) -> None:
 
 def assert_loss(got: Tensor, truth: Truth, dtype: torch.dtype) -> None:
     """The weighted loss agrees with the formula's."""
-    error, bound = (got.detach().double() - truth.loss).abs(), TOLERANCE[dtype].loss * truth.loss_scale + truth.loss_blur
+    error = (got.detach().double() - truth.loss).abs()
+    bound = TOLERANCE[dtype].loss * truth.loss_scale + truth.loss_blur
     assert error <= bound, f"loss {got.item()} against {truth.loss.item()}: error {error:.2e}, bound {bound:.2e}"
 
 
@@ -258,8 +259,8 @@ def assert_temperature(got: Tensor, truth: Truth, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def small_tiles(chunked: ModuleType, size: int) -> Iterator[list[bool]]:
-    """Inside, the chunked backend (its module is passed) works in tiles of `size` rows. Yields the list to which each
+def small_tiles(chunked: ModuleType, rows: int, columns: int) -> Iterator[list[bool]]:
+    """Inside, the chunked backend (its module is passed) works in tiles of this size. Yields the list to which each
     pass appends whether it took the bounded path."""
     paths: list[bool] = []
     is_bounded = chunked._is_bounded
@@ -269,7 +270,7 @@ def small_tiles(chunked: ModuleType, size: int) -> Iterator[list[bool]]:
         return paths[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "TILE", {"cpu": size})
-        patch.setattr(chunked, "VIEW_ROWS", max(1, size // 2))
+        patch.setattr(chunked, "TILE", {"cpu": (rows, columns)})
+        patch.setattr(chunked, "VIEW_ELEMENTS", 8 * rows)
         patch.setattr(chunked, "_is_bounded", recorded)
         yield paths

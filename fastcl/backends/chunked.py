@@ -19,9 +19,11 @@ from torch import Tensor
 
 from fastcl.backends.layout import Layout, Side
 
-TILE = {"cpu": 512}  # a float32 tile of 1 MiB stays in a core's cache
-TILE_ELSEWHERE = 4096  # other devices need larger tiles to be busy
-VIEW_ROWS = 256  # rows per block of view pairs: a block spans about as many columns, nearly all outside the relation
+# Rows and columns of a tile: 2 MiB of float32 stay in a CPU's cache, other devices need more to be busy. Few rows keep
+# the diagonal blocks small, whose lower half is computed in vain.
+TILE = {"cpu": (256, 2048)}
+TILE_ELSEWHERE = (2048, 8192)
+VIEW_ELEMENTS = 1 << 20  # of gathered candidates at a time
 EXP_LIMIT = 60.0  # |logit| up to which N exponentials can be summed in float32 without overflow or underflow
 
 
@@ -122,12 +124,18 @@ def _is_bounded(xs: Tensor, ys: Tensor) -> bool:
 
 
 def _tiles(layout: Layout, device: torch.device) -> Iterator[tuple[slice, slice, bool]]:
-    """(rows, columns, whether same-class pairs can occur in the tile); only j >= i where the matrix is symmetric."""
-    size = TILE.get(device.type, TILE_ELSEWHERE)
-    rows, columns = layout.x.blocks(size), layout.y.blocks(size)
-    for index, (i, first_i, last_i) in enumerate(rows):
-        for j, first_j, last_j in columns[index:] if layout.symmetric else columns:
-            yield i, j, first_j <= last_i and first_i <= last_j
+    """(rows, columns, whether same-class pairs can occur in the tile); where the matrix is symmetric, the diagonal
+    blocks and what lies right of them."""
+    height, width = TILE.get(device.type, TILE_ELSEWHERE)
+    n = len(layout.y.key)
+    for i, same in layout.class_intervals(height):
+        start = 0
+        if layout.symmetric:
+            yield i, i, True
+            start, same = i.stop, slice(i.stop, max(same.stop, i.stop))
+        for first, last, mixed in ((start, same.start, False), (same.start, same.stop, True), (same.stop, n, False)):
+            for k in range(first, last, width):
+                yield i, slice(k, min(k + width, last)), mixed
 
 
 def _same_class(a: Side, b: Side, i: slice, j: slice) -> Tensor:
@@ -175,49 +183,70 @@ def _softmax(s: Tensor, rows: _Rows, i: slice, columns: slice | None, bounded: b
 
 
 @dataclass(frozen=True)
-class _Views:
-    """The view pairs of a block of anchors: a small tile with a mask."""
+class _ViewStats:
+    """Per-row numbers of the relation `view` and their upstream gradients, all (rows,)."""
 
-    i: slice
-    j: slice
-    outside: Tensor  # (rows, columns) mask of everything that is not a view pair
-    n: Tensor  # (rows,) view pairs, at least 1
-    mean: Tensor  # (rows,) mean logit
-    softmax: Tensor  # (rows, columns) exp(s - lse)
-    spread: Tensor  # (rows,) lse - mean; 0 without a pair, exactly 0 with one
+    mean: Tensor
+    spread: Tensor
+    inverse_n: Tensor
+    g_mean: Tensor
+    g_spread: Tensor
+
+    def pull(self, s: Tensor, at: slice | Tensor) -> Tensor:
+        """Gradient of logits s (rows, pairs): the row's own where `at` is a slice, else that of the rows in `at`."""
+        mean, spread, inverse_n, g_mean, g_spread = (
+            v[at, None] if isinstance(at, slice) else v[at]
+            for v in (self.mean, self.spread, self.inverse_n, self.g_mean, self.g_spread)
+        )
+        # Softmax minus 1/n before anything else meets it: exactly 0 for a single view.
+        return torch.exp(s - mean - spread).sub_(inverse_n).mul_(g_spread).add_(g_mean * inverse_n)
 
 
-def _views(xs: Tensor, ys: Tensor, layout: Layout) -> Iterator[_Views]:
-    for i, j in layout.view_intervals(VIEW_ROWS):
-        outside = layout.x.key[i, None] != layout.y.key[j]
-        if layout.symmetric:
-            outside |= layout.x.position[i, None] == layout.y.position[j]
-        s = xs[i] @ ys[j].T
-        n = (~outside).sum(1).clamp_(min=1)
-        mean = s.masked_fill(outside, 0).sum(1) / n
-        s -= mean[:, None]
-        peak = s.masked_fill(outside, -torch.inf).amax(1)
-        s -= peak.masked_fill_(peak == -torch.inf, 0)[:, None]
-        e = s.exp_().masked_fill_(outside, 0)
-        total = e.sum(1)
-        total = total.masked_fill_(total == 0, 1)
-        yield _Views(i, j, outside, n, mean, e / total[:, None], peak + total.log())
+def _view_pairs(
+    xs: Tensor, ys: Tensor, a: Side, b: Side, symmetric: bool
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Blocks of rows, the (rows, pairs) positions of candidates of their samples, a mask of what is no view pair
+    (padding, the row itself), those candidates (rows, pairs, D) and the logits."""
+    low, high = torch.searchsorted(b.key, a.key), torch.searchsorted(b.key, a.key, right=True)
+    widest = int((high - low).amax())
+    if widest == 0:
+        return
+    size = max(1, VIEW_ELEMENTS // (widest * xs.shape[1]))
+    for start in range(0, len(xs), size):
+        i = slice(start, min(start + size, len(xs)))
+        index = low[i, None] + torch.arange(widest, device=low.device)
+        outside = index >= high[i, None]
+        if symmetric:
+            outside |= index == a.position[i, None]
+        index.clamp_(max=len(ys) - 1)
+        candidates = ys[index]
+        yield i, index, outside, candidates, (xs[i, None] * candidates).sum(-1)
 
 
 def _forward_views(xs: Tensor, ys: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """mean_view and spread_view; for a single view the mean is its logit and the spread exactly 0."""
     mean, spread = xs.new_zeros(len(xs)), xs.new_zeros(len(xs))
-    for v in _views(xs, ys, layout):
-        mean[v.i], spread[v.i] = v.mean, v.spread
+    for i, _, outside, _, s in _view_pairs(xs, ys, layout.x, layout.y, layout.symmetric):
+        mean[i] = s.masked_fill(outside, 0).sum(1) / (~outside).sum(1).clamp_(min=1)
+        s -= mean[i, None]
+        peak = s.masked_fill(outside, -torch.inf).amax(1)
+        peak.masked_fill_(peak == -torch.inf, 0)
+        total = torch.exp(s - peak[:, None]).masked_fill_(outside, 0).sum(1)
+        spread[i] = peak + total.masked_fill_(total == 0, 1).log_()
     return mean, spread
 
 
 def _backward_views(
     xs: Tensor, ys: Tensor, layout: Layout, g_mean: Tensor, g_spread: Tensor, dx: Tensor, dy: Tensor
 ) -> None:
-    for v in _views(xs, ys, layout):
-        inverse = (1 / v.n.to(xs.dtype))[:, None]
-        # Softmax minus 1/n: exactly 0 for a single view.
-        w = v.softmax.sub_(inverse).mul_(g_spread[v.i, None])
-        w.add_(g_mean[v.i, None] * inverse).masked_fill_(v.outside, 0)
-        dx[v.i].addmm_(w, ys[v.j])
-        dy[v.j].addmm_(w.T, xs[v.i])
+    """Each row collects from its own pairs, in the rectangular case each candidate too: no scattered additions."""
+    n_view = layout.counts()[0].clamp_(min=1).to(xs.dtype)
+    stats = _ViewStats(*_forward_views(xs, ys, layout), 1 / n_view, g_mean, g_spread)
+    for i, index, outside, candidates, s in _view_pairs(xs, ys, layout.x, layout.y, layout.symmetric):
+        w = stats.pull(s, i)
+        if layout.symmetric:
+            w += stats.pull(s, index)
+        dx[i] += (w.masked_fill_(outside, 0)[..., None] * candidates).sum(1)
+    if not layout.symmetric:
+        for j, index, outside, anchors, s in _view_pairs(ys, xs, layout.y, layout.x, False):
+            dy[j] += (stats.pull(s, index).masked_fill_(outside, 0)[..., None] * anchors).sum(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +19,6 @@ class Side:
     sample: Tensor  # (N,) sample of the k-th row
     key: Tensor  # (N,) ascending
     position: Tensor  # (N,) 0 .. N-1
-
-    def blocks(self, size: int) -> list[tuple[slice, int, int]]:
-        """Blocks of consecutive rows with their first and last class. Copies two small tensors to the host."""
-        n = len(self.order)
-        starts = range(0, n, size)
-        slices = [slice(k, min(k + size, n)) for k in starts]
-        firsts = self.group[:: size].tolist()
-        lasts = self.group[[s.stop - 1 for s in slices]].tolist()
-        return list(zip(slices, firsts, lasts, strict=True))
 
     def restore(self, values: Tensor) -> Tensor:
         """Values of sorted rows in the rows' own order."""
@@ -63,13 +53,13 @@ class Layout:
         same_class = _matches(self.y.group, self.x.group)
         return same_sample - int(self.symmetric), same_class - same_sample, len(self.y.key) - same_class
 
-    def view_intervals(self, size: int) -> Iterator[tuple[slice, slice]]:
-        """Blocks of anchors with the interval of candidates that holds every row of their samples."""
-        n = len(self.x.key)
-        slices = [slice(k, min(k + size, n)) for k in range(0, n, size)]
-        low = torch.searchsorted(self.y.key, self.x.key[::size].contiguous()).tolist()
-        high = torch.searchsorted(self.y.key, self.x.key[[s.stop - 1 for s in slices]], right=True).tolist()
-        return ((i, slice(lo, hi)) for i, lo, hi in zip(slices, low, high, strict=True) if hi > lo)
+    def class_intervals(self, size: int) -> list[tuple[slice, slice]]:
+        """Blocks of anchors, each with the interval of candidates that holds every row of their classes."""
+        anchors, candidates = self.x.group, self.y.group
+        blocks = [slice(k, min(k + size, len(anchors))) for k in range(0, len(anchors), size)]
+        low = torch.searchsorted(candidates, anchors[::size].contiguous()).tolist()
+        high = torch.searchsorted(candidates, anchors[[b.stop - 1 for b in blocks]], right=True).tolist()
+        return [(b, slice(lo, hi)) for b, lo, hi in zip(blocks, low, high, strict=True)]
 
 
 def _dense_rank(values: Tensor) -> Tensor:

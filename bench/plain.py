@@ -1,0 +1,65 @@
+"""The rivals of the losses, written plainly: PyTorch as a good user writes it, and the published N x N x D formulation.
+
+All take z (N, D), two views of N / 2 samples with row k and row k + N / 2 of one sample, and labels (N / 2,); all return
+the mean over the N rows. Samples have a view each and batches several classes, so no row lacks a positive or a negative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+TEMPERATURE = 0.5  # SimCLR on CIFAR; every provider uses it for every objective
+
+
+def ntxent(z: Tensor, labels: Tensor) -> Tensor:
+    """NT-Xent (Chen et al. 2020): one matrix product and a cross entropy, self-similarities masked."""
+    logits = _logits(functional.normalize(z)).fill_diagonal_(-torch.inf)
+    return functional.cross_entropy(logits, _partner(z))
+
+
+def nscl(z: Tensor, labels: Tensor) -> Tensor:
+    """Negatives-only supervised contrastive loss (arXiv 2510.08852): rows of other classes alone in the denominator."""
+    u = functional.normalize(z)
+    labels = labels.repeat(2)
+    denominator = _logits(u).masked_fill(labels[:, None] == labels, -torch.inf).logsumexp(1)
+    positive = (u * u.roll(len(labels) // 2, 0)).sum(1) / TEMPERATURE
+    return (denominator - positive).mean()
+
+
+def supcon(z: Tensor, labels: Tensor) -> Tensor:
+    """SupCon L_out (Khosla et al. 2020, eq. 2) without the factor temperature / base temperature."""
+    labels = labels.repeat(2)
+    logits = _logits(functional.normalize(z)).fill_diagonal_(-torch.inf)
+    positive = (labels[:, None] == labels).fill_diagonal_(False)
+    mean_positive = logits.masked_fill(~positive, 0).sum(1) / positive.sum(1)
+    return (logits.logsumexp(1) - mean_positive).mean()
+
+
+def broadcast_ntxent(z: Tensor, labels: Tensor) -> Tensor:
+    """NT-Xent as the code published with arXiv 2510.08852 takes its similarities: over an N x N x D broadcast."""
+    logits = _broadcast_logits(z)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    return functional.cross_entropy(logits.masked_fill(own, -torch.inf), _partner(z))
+
+
+def broadcast_nscl(z: Tensor, labels: Tensor) -> Tensor:
+    """NSCL over the same N x N x D broadcast, with the paper's denominator; the published code adds the positive to it."""
+    logits = _broadcast_logits(z)
+    labels = labels.repeat(2)
+    denominator = logits.masked_fill(labels[:, None] == labels, -torch.inf).logsumexp(1)
+    return (denominator - logits.gather(1, _partner(z)[:, None])[:, 0]).mean()
+
+
+def _logits(u: Tensor) -> Tensor:
+    return u @ u.T / TEMPERATURE
+
+
+def _broadcast_logits(z: Tensor) -> Tensor:
+    return nn.CosineSimilarity(dim=2)(z[:, None], z[None]) / TEMPERATURE
+
+
+def _partner(z: Tensor) -> Tensor:
+    """(N,) row of the other view of each row."""
+    return torch.arange(len(z), device=z.device).roll(len(z) // 2)
