@@ -1,7 +1,7 @@
-"""The rivals of the losses, written plainly: PyTorch as a good user writes it, and the published N x N x D formulation.
+"""The rivals of the losses, written plainly: PyTorch as a good user has it, and the published N x N x D formulation.
 
-All take z (N, D), two views of N / 2 samples with row k and row k + N / 2 of one sample, and labels (N / 2,); all return
-the mean over the N rows. Samples have a view each and batches several classes, so no row lacks a positive or a negative.
+All take z (N, D), whose rows k and k + N / 2 are the two views of sample k, and labels (N / 2,) of two classes or more;
+all return the mean over the N rows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def broadcast_ntxent(z: Tensor, labels: Tensor) -> Tensor:
 
 
 def broadcast_nscl(z: Tensor, labels: Tensor) -> Tensor:
-    """NSCL over the same N x N x D broadcast, with the paper's denominator; the published code adds the positive to it."""
+    """NSCL over the same N x N x D broadcast, with the paper's denominator: the published code adds the positive."""
     logits = _broadcast_logits(z)
     labels = labels.repeat(2)
     denominator = logits.masked_fill(labels[:, None] == labels, -torch.inf).logsumexp(1)

@@ -176,7 +176,7 @@ def test_a_broken_row_shows_in_all_that_meet_it_and_in_no_other(
 
 @both_backends
 @every_objective
-@both_paths
+@pytest.mark.parametrize("temperature", (0.01, 0.02, 0.2))  # exp(-lse) is 1e-22 at the second
 @pytest.mark.parametrize("upstream", (1e-30, 1e30))
 def test_upstream_gradients_of_any_size(upstream: float, temperature: float, name: str, backend: str) -> None:
     z = normal(18, 6).float()

@@ -221,8 +221,8 @@ def test_no_tensor_of_the_size_of_the_similarity_matrix() -> None:
         chunked.backward(x, None, layout, tuple(lse), tuple(grads))
     assert math.prod(chunked.TILE["cpu"]) <= seen.numel < n * n / 8
     with Largest() as seen:
-        dense.row_stats(x, None, *ids)
-    assert seen.numel == n * n
+        dense.row_stats(x[:100], None, ids[0][:100], ids[1][:100], None, None)
+    assert seen.numel == 100 * 100
 
 
 @pytest.mark.parametrize(("backend", "bytes_per_element"), (("chunked", 60), ("dense", 10_000)))

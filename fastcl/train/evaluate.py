@@ -32,12 +32,13 @@ def evaluate(
         epoch: completed epochs.
         means: for each twin the epoch's mean of STEP_VALUES; empty before the first epoch (recorded as null).
     """
-    held_out, accumulator = encode(twins, data.test, plan, device, PairAccumulator([t.name for t in twins]))
-    training, _ = encode(twins, data.train, plan, device)
+    accumulator = PairAccumulator([t.name for t in twins]) if len(twins) > 1 else None
+    held_out = encode(twins, data.test, plan, device, accumulator)
+    training = encode(twins, data.train, plan, device)
     train_labels, test_labels = (torch.from_numpy(s.labels).to(device) for s in (data.train, data.test))
     records: list[dict[str, Any]] = []
     networks = {t.name: t.network for t in twins}
-    for (a, b), result in accumulator.compute().items() if len(twins) > 1 else ():
+    for (a, b), result in accumulator.compute().items() if accumulator is not None else ():
         records.append({
             "epoch": epoch,
             "pair": [a, b],
@@ -73,8 +74,11 @@ def _value(measure: Callable[..., float], *arguments: Any, of: str) -> float | N
 @torch.no_grad()
 def encode(
     twins: list[Twin], split: Split, plan: ViewPlan, device: torch.device, accumulator: PairAccumulator | None = None
-) -> tuple[dict[str, Tensor], PairAccumulator | None]:
-    """Encoder outputs (n, width) float32 of a split for every twin; each batch is rendered once."""
+) -> dict[str, Tensor]:
+    """Encoder outputs (n, width) float32 of a split for every twin; each batch is rendered once.
+
+    An accumulator is fed with the same batches.
+    """
     features: dict[str, list[Tensor]] = {t.name: [] for t in twins}
     for twin in twins:
         twin.network.eval()
@@ -85,4 +89,4 @@ def encode(
             features[name].append(h)
         if accumulator is not None:
             accumulator.update(batch)
-    return {name: torch.cat(parts) for name, parts in features.items()}, accumulator
+    return {name: torch.cat(parts) for name, parts in features.items()}

@@ -185,7 +185,7 @@ class Lockstep:
         return True
 
     def _finish(self) -> None:
-        features, _ = encode(self.twins, self.data.test, self.plan, self.device)
+        features = encode(self.twins, self.data.test, self.plan, self.device)
         for twin in self.twins:
             weights = {k: v.contiguous().cpu() for k, v in twin.network.state_dict().items()}
             write_atomic(self.out / "weights" / f"{twin.name}.safetensors", safetensors.torch.save(weights))
