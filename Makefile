@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHES ?= losses similarity data static train
+BENCHES ?= losses
 OUT ?= runs
 
 .DEFAULT_GOAL := help

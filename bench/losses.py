@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ TOLERANCE = 1e-4  # relative, of the loss and of the gradient's Euclidean norm; 
 WARM_UP_ROWS = 8  # the warm-up of a memory measurement may leave no mark: N x N x D floats are 32 kB then
 FLOPS = {"fwd": 2, "bwd": 4, "both": 6}  # times N x N x D: one product forward, two backward
 
+MEMORY_GIB = 12
+
+Loss: TypeAlias = Callable[[Tensor, Tensor, str], Tensor]
+
 _DESCRIPTION = """\
 Time and memory of the contrastive losses, forward and backward, against what a user would write otherwise.
 
@@ -61,7 +65,8 @@ examples:
 
 DIR/losses.json holds every single time, DIR/losses.md the tables; both are rewritten after each objective and size, so
 a run that is stopped keeps what it has. For numbers worth quoting leave the machine to the run alone: other processes
-on the same cores change not only the times but their ratios. Where they cannot be stopped, OMP_NUM_THREADS=1 helps most.
+on the same cores change not only the times but their ratios. Where they cannot be stopped, OMP_NUM_THREADS=1 makes
+the times steadier: with several threads each waits for the slowest.
 """
 
 
@@ -70,7 +75,7 @@ class Provider:
     """One implementation of the objectives: `loss` takes z (N, D), labels (N / 2,) and the objective's name."""
 
     name: str
-    loss: Callable[[Tensor, Tensor, str], Tensor]
+    loss: Loss
     floats: Callable[[int, int], float]  # of n, d: peak memory beyond the inputs in float32 numbers, measured on a CPU
     objectives: tuple[str, ...] = OBJECTIVES
 
@@ -103,18 +108,22 @@ def make_batch(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return z, torch.arange(batch, device=device) % max(2, min(100, batch // 4))
 
 
+def passes(loss: Loss, z: Tensor, labels: Tensor, objective: str) -> tuple[Tensor, Tensor]:
+    """One forward and backward pass: the loss and the gradient of z, whose old one goes beforehand."""
+    z.grad = None
+    value = loss(z, labels, objective)
+    value.backward()
+    return value.detach(), z.grad
+
+
 def memory_case(device: str, name: str, objective: str, n: int, d: int) -> tuple[Callable[[], object], ...]:
     """Warm-up and call for `measure_peak`: one forward and backward pass of a provider."""
     loss = next(p.loss for p in PROVIDERS if p.name == name)
-
-    def passes(z: Tensor, labels: Tensor) -> None:
-        loss(z, labels, objective).backward()
-
-    tiny, full = (make_batch(rows, d, torch.device(device)) for rows in (WARM_UP_ROWS, n))
-    return partial(passes, *tiny), partial(passes, *full)
+    batches = [make_batch(rows, d, torch.device(device)) for rows in (WARM_UP_ROWS, n)]
+    return tuple(partial(passes, loss, *batch, objective) for batch in batches)
 
 
-def fits(
+def obstacle(
     provider: Provider, case: Record, device: torch.device, args: argparse.Namespace
 ) -> tuple[str | None, Peak | None]:
     """Why a case cannot be timed (None: it can), and its peak memory where it was measured."""
@@ -138,28 +147,23 @@ def run_case(case: Record, device: torch.device, facts: Record, args: argparse.N
     objective, n, d = case["objective"], case["n"], case["d"]
     z, labels = make_batch(n, d, device)
     label = f"{objective:7} n={n:<6}"
-    records, peaks, calls = [], {}, {}
+    records, peaks, losses = [], {}, {}
     for provider in PROVIDERS:
         if objective not in provider.objectives:
             continue
-        reason, peak = fits(provider, case, device, args)
+        reason, peak = obstacle(provider, case, device, args)
         print(f"{label} {provider.name:20} {reason or f'peak memory {peak.bytes / 2**20:.1f} MiB'}", flush=True)
         if reason:
             used = peak.bytes if peak else None
             records.append(record(BENCH, provider.name, case, facts, peak_bytes=used, reason=reason))
         else:
             peaks[provider.name] = peak.bytes
-            calls[provider.name] = partial(provider.loss, z, labels, objective)
-    if not calls:
+            losses[provider.name] = provider.loss
+    if not losses:
         return records
-    results = {}
-    for name, call in calls.items():
-        z.grad = None
-        loss = call()
-        loss.backward()
-        results[name] = {"loss": loss.detach(), "gradient": z.grad}
-    agree(results, TOLERANCE)
-    timers = {name: partial(time_passes, call, z) for name, call in calls.items()}
+    results = {name: passes(loss, z, labels, objective) for name, loss in losses.items()}
+    agree({name: {"loss": value, "gradient": grad} for name, (value, grad) in results.items()}, TOLERANCE)
+    timers = {name: partial(time_passes, partial(loss, z, labels, objective), z) for name, loss in losses.items()}
     for name, samples in interleave(timers, args.repeats, args.seconds).items():
         for run in PASSES:
             used = peaks[name] if run == "both" else None
@@ -188,7 +192,8 @@ def header(facts: Record, args: argparse.Namespace) -> str:
 - TFLOP/s: the dense count, whatever a provider really computes: n x n x d x 2 forward, twice that backward,
   n x n x d x 2 x 3 together. No bound of the machine was measured.
 - Memory: peak of one forward and backward pass beyond the inputs, in a fresh process after a warm-up on {WARM_UP_ROWS}
-  rows: the high-water mark of the resident set, on a GPU that of PyTorch's allocator.
+  rows: the high-water mark of the resident set, with what the C allocator keeps back (more than the arrays while they
+  are small), on a GPU that of PyTorch's allocator.
 - nscl has other classes alone in its denominator; the published code adds the positive, at the same cost.
 """
 
@@ -255,7 +260,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     parser.add_argument("--n", type=int, nargs="+", default=[512, 2048, 8192, 16384], metavar="N",
         help="rows: two views of N / 2 samples, even, at least 8 (default: 512 2048 8192 16384)")  # fmt: skip
     parser.add_argument("--d", type=int, default=128, metavar="D", help="width of the rows (default: %(default)s)")
-    parser.add_argument("--memory", type=float, default=12, metavar="GIB",
+    parser.add_argument("--memory", type=float, default=MEMORY_GIB, metavar="GIB",
         help="skip what would need more, or three quarters of the device's memory (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if bad := [n for n in args.n if n < 8 or n % 2]:

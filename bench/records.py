@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (the default)")
     add("--repeats", type=int, default=15, metavar="R", help="rounds per case at most (default: %(default)s)")
     add("--seconds", type=float, default=30, metavar="S",
-        help="per case and provider: no round begins after it, and a provider is skipped of which one call takes longer "
+        help="per case and provider: no round begins after it, and a provider is skipped where one call takes longer "
         "(default: %(default)s)")  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from small_runs import (
 )
 
 from fastcl.errors import FastclError
-from fastcl.report import figures, write_report
+from fastcl.report import drawing, figures, write_report
 from fastcl.report.html import findings, identity_control, number
 from fastcl.report.records import load_run
 
@@ -47,7 +47,7 @@ def six_page(six_source: str) -> ElementTree.Element:
 def test_page_is_well_formed_and_loads_nothing(six_source: str) -> None:
     page = ElementTree.fromstring(six_source)
     assert 'class="warning"' not in six_source
-    assert len(list(page.iter(f"{SVG}svg"))) == len(figures.PLATES) == 6
+    assert len(list(page.iter(f"{SVG}svg"))) == len(figures.PLATES) == 7
     ids = [element.get("id") for element in page.iter() if element.get("id")]
     assert len(ids) == len(set(ids)) > 100
     targets = re.findall(r'(?:url\(|href=")([^)"]*)', six_source)
@@ -248,7 +248,7 @@ def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(six: Pa
 def test_pyplot_is_left_alone(six: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import would raise
     assert "matplotlib.pyplot" not in {getattr(value, "__name__", "") for value in vars(figures).values()}
-    assert figures.svg(figures.PLATES[0], load_run(six)).startswith("<svg")
+    assert drawing.svg(figures.PLATES[0], load_run(six)).startswith("<svg")
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 from small_runs import SIX, SVG, change_lines, make_run, model_line, pair_line, text_of
 
-from fastcl.report import figures
+from fastcl.report import drawing, figures
 from fastcl.report.records import load_run
 
 PLATES = {plate.name: plate for plate in figures.PLATES}
@@ -22,13 +22,14 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_figure_names_its_axes_and_its_models(six: Path) -> None:
     run = load_run(six)
-    images = {name: ElementTree.fromstring(figures.svg(plate, run)) for name, plate in PLATES.items()}
+    images = {name: ElementTree.fromstring(drawing.svg(plate, run)) for name, plate in PLATES.items()}
     drawn = {name: [text_of(text) for text in image.iter(f"{SVG}text")] for name, image in images.items()}
     band = "noise floor: no farther than reseeded"
     models = ["dcl (reference)", "nscl", "supcon", "ce", "identity (= reference)", "reseeded (other views)"]
     for name, wanted in {
         "alignment": ["CKA", "debiased CKA", "RSA", "alignment (1 = same)", band, *models[1:]],
         "weight-gap": ["weight gap", "relative distance (0 = same)", band, *models[1:]],
+        "every-pair": ["dcl", "nscl", "supcon", "ce", "debiased CKA (1 = same)", *models[:4]],
         "training-losses": ["dcl", "nscl", "supcon", "ce", "own training loss (nats)", *models],
         "contrastive-losses": ["DCL (self-supervised) loss", "loss gap: DCL minus NSCL", "gap (nats)", *models],
         "accuracy": ["train", "test", "accuracy (fraction correct)", *models],
@@ -72,6 +73,15 @@ def test_curves_hold_the_recorded_values_and_leave_gaps_at_nulls(six, plate, mea
     assert {ax.get_yscale() for ax in axes} == ({"log"} if plate == "cdnv" else {"linear"})
 
 
+def test_every_pair_of_models_is_drawn_in_the_panels_of_both(six: Path) -> None:
+    models = SIX[:4]
+    for ax, model in zip(PLATES["every-pair"].draw(load_run(six)).axes, models, strict=True):
+        others = [m for m in models if m != model]
+        pairs = [sorted((model, other), key=SIX.index) for other in others]
+        drawn = [list(line.get_ydata()) for line in ax.lines]
+        assert drawn == [[pair_line(e, *pair)["cka_debiased"] for e in range(4)] for pair in pairs]
+
+
 def test_a_model_has_one_colour_and_one_marker_in_all_figures(six: Path) -> None:
     run = load_run(six)
     looks: dict[str, set] = {}
@@ -93,7 +103,7 @@ def test_a_model_has_one_colour_and_one_marker_in_all_figures(six: Path) -> None
 def test_nothing_is_clipped_and_nothing_overlaps(tmp_path: Path, models, epochs) -> None:
     run = load_run(make_run(tmp_path, models, epochs))
     for plate in figures.PLATES:
-        with matplotlib.rc_context(figures.STYLE):
+        with matplotlib.rc_context(drawing.STYLE):
             figure = plate.draw(run)
             figure.draw_without_rendering()
             drawn = figure.get_tightbbox()
@@ -119,5 +129,5 @@ def test_a_log_axis_has_labels_whatever_its_range(tmp_path: Path, span: float) -
 def test_a_run_of_one_model_has_nothing_to_compare(tmp_path: Path) -> None:
     run = load_run(make_run(tmp_path, ["dcl"]))
     for name in ("alignment", "weight-gap"):
-        image = ElementTree.fromstring(figures.svg(PLATES[name], run))
+        image = ElementTree.fromstring(drawing.svg(PLATES[name], run))
         assert "no values" in [text_of(text) for text in image.iter(f"{SVG}text")]

@@ -174,7 +174,7 @@ BAD = [
     (("train", "models", "dcl"), "train.models must be a list"),
     (("views", "scale", [0.1]), "views.scale must be a list"),
     (("views", "preset", "cifra"), "unknown view preset 'cifra'"),
-    (("train", "seed", -1), "train.seed must not be negative, got -1"),
+    (("train", "seed", -1), r"train.seed must lie in \[0, 2\*\*32\), got -1"),
 ]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcl.errors import FastclError
-from fastcl.report.figures import PLATES, svg
+from fastcl.report.drawing import svg
+from fastcl.report.figures import PLATES
 from fastcl.report.records import (
     IDENTITY,
     MODEL_MEASURES,

@@ -188,5 +188,5 @@ def _check_ranges(config: Config) -> None:
     for name, value in (("optim.warmup_epochs", optim.warmup_epochs), ("optim.weight_decay", optim.weight_decay)):
         if value < 0:
             raise FastclError(f"{name} must not be negative, got {value}")
-    if train.seed < 0:
-        raise FastclError(f"train.seed must not be negative, got {train.seed}")
+    if not 0 <= train.seed < 1 << 32:
+        raise FastclError(f"train.seed must lie in [0, 2**32), got {train.seed}")

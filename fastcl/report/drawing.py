@@ -1,0 +1,158 @@
+"""How figures are drawn: inline SVG, one colour and one marker per model through all of them."""
+
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from textwrap import fill
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from fastcl.report.records import IDENTITY, RESEEDED, Run, Series, known
+
+# Okabe and Ito's palette for colour-blind readers, without black (ink) and yellow (too pale on white).
+REFERENCE_COLOUR = "#0072B2"
+COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("s", "^", "D", "v", "P", "X", "<")
+FLOOR_COLOUR = "#808080"
+FLOOR_BAND = {"facecolor": FLOOR_COLOUR, "alpha": 0.25, "linewidth": 0}
+
+# The SVG names two colours that the page decides on (light, dark, print): stand-ins that nothing else uses.
+INK, GRID = "#010203", "#040506"
+PAGE_COLOURS = {INK: "var(--ink)", GRID: "var(--grid)"}
+
+STYLE = {
+    "svg.hashsalt": "fastcl",  # element ids, and so the bytes of the page, depend on the content alone
+    "svg.fonttype": "none",  # text stays text; DejaVu Sans sets the room, browsers put narrower letters in its place
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 9.0,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,  # a factor or an offset above the axis would run into the panel's title
+    "axes.formatter.limits": (-9, 9),
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+}
+WIDTH = 11.5  # inches: 1104 CSS pixels
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure of the report; the caption may name {reference} and {chance}, ``band`` explains the noise floor."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Run], Figure]
+    band: str = ""
+
+
+def svg(plate: Plate, run: Run) -> str:
+    """The figure as an SVG element to be put into an HTML (or XHTML) page; the same run gives the same bytes."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the page
+        matplotlib.rcParams.update(STYLE)
+        plate.draw(run).savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(plate.title)}" ', 1)
+    return re.sub(r"<[^<>]+>", lambda tag: _for_page(tag[0], plate.name), text)
+
+
+def _for_page(tag: str, name: str) -> str:
+    """Ids are unique per figure only: on a page with several each gets its figure's name."""
+    tag = tag.replace(' id="', f' id="{name}-').replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    for stand_in, colour in PAGE_COLOURS.items():
+        tag = tag.replace(stand_in, colour)
+    return tag
+
+
+def look(run: Run, model: str) -> dict[str, object]:
+    """Colour, marker and line of a model, the same in every figure."""
+    if model == run.reference:
+        return {"color": REFERENCE_COLOUR, "marker": "o", "linewidth": 2.4, "zorder": 2.5}
+    if model == IDENTITY:
+        return {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 1.0, "zorder": 3.5}
+    if model == RESEEDED:
+        return {"color": FLOOR_COLOUR, "marker": ".", "linewidth": 1.2, "zorder": 2.2}
+    at = run.others.index(model)
+    return {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "zorder": 3.0}
+
+
+def label(run: Run, model: str) -> str:
+    """A model's name in legends."""
+    notes = {run.reference: "reference", IDENTITY: "= reference", RESEEDED: "other views"}
+    return f"{model} ({notes[model]})" if model in notes else model
+
+
+def curve(ax: Axes, run: Run, model: str, series: Series, measure: str, above: float = -math.inf) -> None:
+    """One model's values over epochs; values that are unknown or not above a limit leave a gap."""
+    epochs = sorted(series)
+    found = [series[epoch][measure] for epoch in epochs]
+    values = [value if known(value) and value > above else math.nan for value in found]
+    # markers that touch each other would hide the line: at most 30 a line, the last evaluation among them
+    step = max(1, math.ceil(len(epochs) / 30))
+    ax.plot(epochs, values, markevery=((len(epochs) - 1) % step, step), **look(run, model))
+
+
+def panels(run: Run, titles: list[str], unit: str, rows: int = 1, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per title, epochs along x."""
+    columns = math.ceil(len(titles) / rows)
+    figure = Figure(figsize=(WIDTH, 0.65 + 2.75 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for spare in axes[len(titles) :]:
+        spare.remove()
+    axes = axes[: len(titles)]
+    first = run.epochs[0]
+    last = max(run.epochs[-1], first + 1)
+    pad = 0.03 * (last - first)
+    for at, (ax, title) in enumerate(zip(axes, titles, strict=True)):
+        ax.set_title(fill(title, int(10 * WIDTH / columns)))  # about 10 letters an inch
+        ax.set_xlim(first - pad, last + pad)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
+        ax.set_xlabel("completed epochs")
+        if at % columns == 0:
+            ax.set_ylabel(unit)
+    return figure, axes
+
+
+def finish(figure: Figure, run: Run, models: list[str], extra: tuple[Patch, ...] = ()) -> Figure:
+    """Mark empty panels and put one legend below all panels, where it covers nothing."""
+    for ax in figure.axes:
+        if not any(known(y) for line in ax.lines for y in line.get_ydata()):
+            ax.text(0.5, 0.5, "no values", transform=ax.transAxes, ha="center", va="center")
+            ax.set_yticks([])
+    handles = [Line2D([], [], label=label(run, model), **look(run, model)) for model in models] + list(extra)
+    if not handles:
+        return figure
+    labels = [handle.get_label() for handle in handles]
+    widths = [0.6 + 0.08 * len(text) for text in labels]  # inches, generously
+    columns = len(labels) if sum(widths) < WIDTH else max(1, int(WIDTH / max(widths)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    further_rows = math.ceil(len(labels) / columns) - 1
+    figure.set_figheight(figure.get_figheight() + 0.18 * further_rows)  # not at the panels' cost
+    return figure
