@@ -60,7 +60,7 @@ A case that does not fit (--memory, --seconds) is recorded with the reason inste
 """
 _EPILOG = """\
 examples:
-  python -m bench.losses --out runs/bench                          the whole table: some ten minutes on two cores
+  python -m bench.losses --out runs/bench                          the whole table: 10 to 30 minutes on two cores
   python -m bench.losses --out runs/try --n 512 --repeats 5        a first look, under a minute
 
 DIR/losses.json holds every single time, DIR/losses.md the tables; both are rewritten after each objective and size, so

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results; older ones in it are replaced")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (the default)")
     add("--repeats", type=int, default=15, metavar="R", help="rounds per case at most (default: %(default)s)")
-    add("--seconds", type=float, default=30, metavar="S",
+    add("--seconds", type=float, default=60, metavar="S",
         help="per case and provider: no round begins after it, and a provider is skipped where one call takes longer "
         "(default: %(default)s)")  # fmt: skip
 
@@ -84,7 +84,7 @@ def machine(device: torch.device) -> Record:
         name = torch.cuda.get_device_name(device)
         versions["cuda"] = torch.version.cuda
     else:
-        name = f"{_cpu_model()}, {torch.get_num_threads()} threads"
+        name = f"{_cpu_model()}, threads: {torch.get_num_threads()} of {os.cpu_count()}"
     return {"device": name, "versions": versions, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 

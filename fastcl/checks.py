@@ -12,22 +12,19 @@ from fastcl.errors import FastclError
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def sqrt_temperature(temperature: float | Tensor) -> float | Tensor:
-    """The square root of a checked temperature. Values on a device other than the CPU are not looked at."""
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1 or not temperature.is_floating_point():
-            raise FastclError(f"temperature must be a number or one float in a tensor, got {describe(temperature)}")
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_temperature(temperature.item())
-        wide = temperature if temperature.dtype == torch.float64 else temperature.float()
-        return wide.reshape(()).sqrt()
-    return math.sqrt(_check_temperature(temperature))
+def check_positive(value: float | Tensor, name: str) -> None:
+    """Raise FastclError unless the value is positive and finite: a number, or one float in a tensor.
 
-
-def _check_temperature(value: float) -> float:
+    The value of a tensor is looked at on the CPU only, and not while compiling.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise FastclError(f"{name} must be a number or one float in a tensor, got {describe(value)}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise FastclError(f"temperature must be a positive finite number, got {value!r}")
-    return value
+        raise FastclError(f"{name} must be a positive finite number, got {value!r}")
 
 
 def check_rows(x: Tensor, name: str) -> None:

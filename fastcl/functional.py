@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_ids
+from fastcl.checks import check_ids, check_positive, check_rows, describe
 from fastcl.errors import FastclError
 from fastcl.objectives import Objective, ObjectiveLike, resolve
 from fastcl.rowstats import RowStats, row_stats
@@ -43,6 +43,7 @@ def contrastive_loss(
         FastclError: as `fastcl.row_stats`; an unknown objective or reduction; labels missing where they matter.
     """
     _check_reduction(reduction)
+    check_rows(z, "z")
     loss = _labelled(objective, labels)
     stats = row_stats(z, sample=sample, labels=labels, temperature=temperature, normalize=normalize)
     return _reduce(loss(stats), reduction)
@@ -69,6 +70,7 @@ def contrastive_losses(
         FastclError: as `contrastive_loss`.
     """
     _check_reduction(reduction)
+    check_rows(z, "z")
     losses = {name: _labelled(name, labels) for name in objectives}
     stats = row_stats(z, sample=sample, labels=labels, temperature=temperature, normalize=normalize)
     return {name: _reduce(loss(stats), reduction) for name, loss in losses.items()}
@@ -159,11 +161,13 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     """
     _check_pair(image, text, "image", "text")
     pair = torch.arange(len(image), device=image.device)
-    _check_scale(logit_scale)
+    check_positive(logit_scale, "logit_scale")
     loss = resolve("ntxent")
+    # Widened once: both directions then add their gradients in float32, and only the sum is rounded to half precision.
+    wide = [v if v.dtype == torch.float64 else v.float() for v in (image, text)]
     sides = (
         row_stats(x, y, sample=pair, sample_y=pair, temperature=1 / logit_scale, normalize=normalize)
-        for x, y in ((image, text), (text, image))
+        for x, y in (wide, reversed(wide))
     )
     return sum(loss(stats).mean() for stats in sides) / 2
 
@@ -209,17 +213,7 @@ def _check_reduction(reduction: str) -> None:
 
 
 def _check_pair(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
-    for x, name in ((a, name_a), (b, name_b)):
-        if not isinstance(x, Tensor) or x.ndim != 2:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise FastclError(f"{name} must be a (batch, width) tensor, got {got}")
+    check_rows(a, name_a)
+    check_rows(b, name_b)
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-        raise FastclError(
-            f"{name_a} and {name_b} must agree in shape, dtype and device: "
-            f"{tuple(a.shape)} {a.dtype} on {a.device} against {tuple(b.shape)} {b.dtype} on {b.device}"
-        )
-
-
-def _check_scale(logit_scale: float | Tensor) -> None:
-    if not isinstance(logit_scale, Tensor) and not (isinstance(logit_scale, (int, float)) and logit_scale > 0):
-        raise FastclError(f"logit_scale must be a positive number or a tensor, got {logit_scale!r}")
+        raise FastclError(f"{name_a} and {name_b} must agree: {name_a} is {describe(a)}, {name_b} is {describe(b)}")

@@ -70,13 +70,7 @@ class Objective:
         lse = {r: getattr(stats, f"lse_{r}") for r in RELATIONS}
         n = _count(stats, self.positives).clamp(min=1)
         lse_positives = _logsumexp([lse[r] for r in self.positives], valid)
-        if self.inside:
-            spread = n.to(lse_positives.dtype).log()
-        elif self.positives == ("view",):
-            spread = stats.spread_view
-        else:
-            total = sum(getattr(stats, f"mean_{r}") * getattr(stats, f"n_{r}") for r in self.positives)
-            spread = lse_positives - total / n
+        spread = n.to(lse_positives.dtype).log() if self.inside else _spread(stats, self.positives, n)
         if set(self.positives) <= set(self.denominator):
             if not self.negatives:
                 return spread.where(valid, 0)
@@ -130,6 +124,24 @@ def same_class_mass(stats: RowStats) -> Tensor:
 
 def _count(stats: RowStats, relations: tuple[str, ...]) -> Tensor:
     return sum(getattr(stats, f"n_{r}") for r in relations)
+
+
+def _spread(stats: RowStats, positives: tuple[str, ...], n: Tensor) -> Tensor:
+    """Log-sum-exp over all positives less their mean, as the weighted mean over relations of lse - mean_r.
+
+    lse - mean_r is (lse_r - mean_r) + (lse - lse_r), the latter a softplus: near the optimum the small gradients of a
+    relation never pass through a difference of large ones.
+    """
+    total = torch.zeros_like(stats.lse_view)
+    for r in positives:
+        lse, count = getattr(stats, f"lse_{r}"), getattr(stats, f"n_{r}")
+        absent = count == 0
+        term = stats.spread_view if r == "view" else (lse - stats.mean_peer).masked_fill(absent, 0)
+        for q in positives:
+            if q != r:
+                term = term - logsigmoid((lse - getattr(stats, f"lse_{q}")).masked_fill(absent, 0))
+        total = total + term.masked_fill(absent, 0) * (count.to(term.dtype) / n)
+    return total
 
 
 def _logsumexp(terms: list[Tensor], valid: Tensor) -> Tensor:

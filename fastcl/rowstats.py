@@ -7,6 +7,7 @@ mean of s_ij. The losses are lines of plain PyTorch on these (N,)-vectors; see `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastcl import operators  # noqa: F401  (registers torch.ops.fastcl)
 from fastcl.backends import dense
-from fastcl.checks import check_all_ids, check_rows, describe, sqrt_temperature
+from fastcl.checks import check_all_ids, check_positive, check_rows, describe
 from fastcl.errors import FastclError
 
 BACKENDS = ("auto", "chunked", "dense")
@@ -91,7 +92,8 @@ def row_stats(
         if (y.shape[1], y.dtype, y.device) != (x.shape[1], x.dtype, x.device):
             raise FastclError(f"y must match x in width, dtype and device: x is {describe(x)}, y is {describe(y)}")
     ids = check_all_ids(x, y, sample, labels, sample_y, labels_y)
-    root = sqrt_temperature(temperature)
+    check_positive(temperature, "temperature")
+    root = _square_root(temperature)
     backend_used = _last = "chunked" if _backend == "auto" else _backend
     with torch.autocast(x.device.type, enabled=False):
         # Rows divided by sqrt(temperature) make the logits inner products, and autograd brings the temperature's
@@ -149,6 +151,12 @@ def normalize_rows(x: Tensor) -> Tensor:
     u = (x / peak.masked_fill(is_zero, 1)).masked_fill(is_zero, 0)
     # The largest entry of u is 1, so the sum of squares is at least 1 except in zero rows.
     return u / u.square().sum(1, keepdim=True).masked_fill(is_zero, 1).sqrt()
+
+
+def _square_root(temperature: float | Tensor) -> float | Tensor:
+    if not isinstance(temperature, Tensor):
+        return math.sqrt(temperature)
+    return (temperature if temperature.dtype == torch.float64 else temperature.float()).reshape(()).sqrt()
 
 
 def _prepare(x: Tensor, normalize: bool) -> Tensor:

@@ -40,6 +40,11 @@ BLUR_FACTOR = 4
 NOISE = 2.0**-48  # what the formulas below lose to their own subtractions in float64
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 class Masks(NamedTuple):
     """(N, M) masks: which candidate stands in which relation to which anchor."""
 

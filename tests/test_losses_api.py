@@ -14,6 +14,7 @@ from reference import (
     assert_temperature,
     clip_formula,
     masks,
+    normal,
     row_losses,
     small_tiles,
     solve,
@@ -27,11 +28,6 @@ from fastcl.backends import chunked
 BACKENDS = ("dense", "chunked")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 LABELS = torch.tensor([0, 1, 2, 0, 1, -1, 3])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers, float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # Name in the table, function, module, whether it takes labels, temperature by default.

@@ -11,6 +11,7 @@ from reference import (
     assert_loss,
     assert_rows,
     masks,
+    normal,
     row_losses,
     small_tiles,
     solve,
@@ -25,11 +26,6 @@ LABELLED = [name for name in FORMULAS if name not in ("ntxent", "dcl")]
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 every_objective = pytest.mark.parametrize("name", FORMULAS)
 both_paths = pytest.mark.parametrize("temperature", (0.01, 0.2))  # log-sum-exp and bare exponentials
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers, float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def rows_and_grad(

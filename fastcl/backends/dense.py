@@ -37,8 +37,10 @@ def row_stats(
     s = x @ (x if y is None else y).T
     view, peer, other = _relations(sample, labels, sample_y, labels_y)
     mean_view, mean_peer = _mean(s, view), _mean(s, peer)
-    # Taken about the mean, so that a single view has a spread of exactly 0 with exactly zero gradient.
-    spread_view = _lse(s - mean_view[:, None], view)
+    # Taken about the mean, so that a single view has a spread of exactly 0 with exactly zero gradient; on a branch of
+    # its own, so that the two gradients that cancel there meet each other before anything else.
+    own = s.clone()
+    spread_view = _lse(own - _mean(own, view)[:, None], view)
     spread_view = spread_view.masked_fill(~view.any(1), 0)
     return mean_view, spread_view, mean_peer, _lse(s, peer), _lse(s, other), view.sum(1), peer.sum(1), other.sum(1)
 
