@@ -35,7 +35,7 @@ def _backward(x: Tensor, y: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(x: Tensor, y: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y)
+    return x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:

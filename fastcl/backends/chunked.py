@@ -94,8 +94,8 @@ def backward(
     other = _Rows(lse[1][a.order].masked_fill(n_other == 0, torch.inf), g_other / scale)
     peer = _Rows(lse[0][a.order].masked_fill(n_peer == 0, torch.inf), g_peer / scale)
     mean_peer = g_mean_peer / (scale * n_peer.clamp(min=1))
-    dx = torch.zeros_like(xs)
-    dy = dx if y is None else torch.zeros_like(ys)
+    dx = xs.new_zeros(len(xs) + 1, xs.shape[1])
+    dy = dx if y is None else ys.new_zeros(len(ys) + 1, ys.shape[1])
     for i, j, mixed in _tiles(layout, x.device):
         s = xs[i] @ ys[j].T
         columns = j if y is None else None
@@ -114,7 +114,7 @@ def backward(
     if y is not None:
         dy *= scale
     _backward_views(xs, ys, layout, g_mean_view, g_spread_view, dx, dy)
-    return a.restore(dx), x.new_empty(0) if y is None else b.restore(dy)
+    return a.restore(dx[:-1]), x.new_empty(0) if y is None else b.restore(dy[:-1])
 
 
 def _is_bounded(xs: Tensor, ys: Tensor) -> bool:
@@ -183,70 +183,70 @@ def _softmax(s: Tensor, rows: _Rows, i: slice, columns: slice | None, bounded: b
 
 
 @dataclass(frozen=True)
-class _ViewStats:
-    """Per-row numbers of the relation `view` and their upstream gradients, all (rows,)."""
+class _Views:
+    """The view pairs of a block of S samples, padded to P anchors and Q candidates each.
 
-    mean: Tensor
-    spread: Tensor
-    inverse_n: Tensor
-    g_mean: Tensor
-    g_spread: Tensor
+    A row belongs to one sample, so what a block adds to it is added once. Padding has the position N (or M).
+    """
 
-    def pull(self, s: Tensor, at: slice | Tensor) -> Tensor:
-        """Gradient of logits s (rows, pairs): the row's own where `at` is a slice, else that of the rows in `at`."""
-        mean, spread, inverse_n, g_mean, g_spread = (
-            v[at, None] if isinstance(at, slice) else v[at]
-            for v in (self.mean, self.spread, self.inverse_n, self.g_mean, self.g_spread)
-        )
-        # Softmax minus 1/n before anything else meets it: exactly 0 for a single view.
-        return torch.exp(s - mean - spread).sub_(inverse_n).mul_(g_spread).add_(g_mean * inverse_n)
+    i: Tensor  # (S, P) positions of anchors
+    j: Tensor  # (S, Q) positions of candidates
+    x: Tensor  # (S, P, D) anchors
+    y: Tensor  # (S, Q, D) candidates
+    outside: Tensor  # (S, P, Q) mask of what is no view pair: padding, and a row with itself
+    mean: Tensor  # (S, P) mean logit; the logit itself for a single view
+    spread: Tensor  # (S, P) log-sum-exp less mean; exactly 0 for a single view
+    softmax: Tensor  # (S, P, Q) exp(logit - log-sum-exp); exactly 1 for a single view
+    n: Tensor  # (S, P) views, at least 1
 
 
-def _view_pairs(
-    xs: Tensor, ys: Tensor, a: Side, b: Side, symmetric: bool
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Blocks of rows, the (rows, pairs) positions of candidates of their samples, a mask of what is no view pair
-    (padding, the row itself), those candidates (rows, pairs, D) and the logits."""
-    low, high = torch.searchsorted(b.key, a.key), torch.searchsorted(b.key, a.key, right=True)
-    widest = int((high - low).amax())
-    if widest == 0:
-        return
+def _views(xs: Tensor, ys: Tensor, layout: Layout) -> Iterator[_Views]:
+    bounds_x, bounds_y = layout.samples()
+    widest = max(int((stop - start).amax()) for start, stop in (bounds_x, bounds_y))
     size = max(1, VIEW_ELEMENTS // (widest * xs.shape[1]))
-    for start in range(0, len(xs), size):
-        i = slice(start, min(start + size, len(xs)))
-        index = low[i, None] + torch.arange(widest, device=low.device)
-        outside = index >= high[i, None]
-        if symmetric:
-            outside |= index == a.position[i, None]
-        index.clamp_(max=len(ys) - 1)
-        candidates = ys[index]
-        yield i, index, outside, candidates, (xs[i, None] * candidates).sum(-1)
+    for k in range(0, len(bounds_x[0]), size):
+        i, x = _padded(xs, *(b[k : k + size] for b in bounds_x))
+        j, y = _padded(ys, *(b[k : k + size] for b in bounds_y))
+        outside = (i == len(xs))[:, :, None] | (j == len(ys))[:, None]
+        if layout.symmetric:
+            outside |= i[:, :, None] == j[:, None]
+        s = torch.bmm(x, y.transpose(1, 2))
+        n = (~outside).sum(2).clamp_(min=1)
+        mean = s.masked_fill(outside, 0).sum(2) / n
+        s -= mean[:, :, None]
+        peak = s.masked_fill(outside, -torch.inf).amax(2)
+        peak.masked_fill_(peak == -torch.inf, 0)
+        e = torch.exp(s - peak[:, :, None]).masked_fill_(outside, 0)
+        total = e.sum(2)
+        total.masked_fill_(total == 0, 1)
+        yield _Views(i, j, x, y, outside, mean, peak + total.log(), e / total[:, :, None], n)
+
+
+def _padded(rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions start .. stop - 1 of each sample, padded with len(rows), and those rows."""
+    width = max(1, int((stop - start).amax()))
+    index = start[:, None] + torch.arange(width, device=start.device)
+    index = index.masked_fill(index >= stop[:, None], len(rows))
+    return index, rows[index.clamp(max=len(rows) - 1)]
 
 
 def _forward_views(xs: Tensor, ys: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """mean_view and spread_view; for a single view the mean is its logit and the spread exactly 0."""
-    mean, spread = xs.new_zeros(len(xs)), xs.new_zeros(len(xs))
-    for i, _, outside, _, s in _view_pairs(xs, ys, layout.x, layout.y, layout.symmetric):
-        mean[i] = s.masked_fill(outside, 0).sum(1) / (~outside).sum(1).clamp_(min=1)
-        s -= mean[i, None]
-        peak = s.masked_fill(outside, -torch.inf).amax(1)
-        peak.masked_fill_(peak == -torch.inf, 0)
-        total = torch.exp(s - peak[:, None]).masked_fill_(outside, 0).sum(1)
-        spread[i] = peak + total.masked_fill_(total == 0, 1).log_()
-    return mean, spread
+    """mean_view and spread_view, (N,)."""
+    mean, spread = xs.new_zeros(2, len(xs) + 1)  # one more place for what padding writes
+    for v in _views(xs, ys, layout):
+        mean[v.i], spread[v.i] = v.mean, v.spread
+    return mean[:-1], spread[:-1]
 
 
 def _backward_views(
     xs: Tensor, ys: Tensor, layout: Layout, g_mean: Tensor, g_spread: Tensor, dx: Tensor, dy: Tensor
 ) -> None:
-    """Each row collects from its own pairs, in the rectangular case each candidate too: no scattered additions."""
-    n_view = layout.counts()[0].clamp_(min=1).to(xs.dtype)
-    stats = _ViewStats(*_forward_views(xs, ys, layout), 1 / n_view, g_mean, g_spread)
-    for i, index, outside, candidates, s in _view_pairs(xs, ys, layout.x, layout.y, layout.symmetric):
-        w = stats.pull(s, i)
-        if layout.symmetric:
-            w += stats.pull(s, index)
-        dx[i] += (w.masked_fill_(outside, 0)[..., None] * candidates).sum(1)
-    if not layout.symmetric:
-        for j, index, outside, anchors, s in _view_pairs(ys, xs, layout.y, layout.x, False):
-            dy[j] += (stats.pull(s, index).masked_fill_(outside, 0)[..., None] * anchors).sum(1)
+    """Add to dx and dy, which have one more row for what padding writes."""
+    g_mean, g_spread = (torch.nn.functional.pad(g, (0, 1)) for g in (g_mean, g_spread))
+    for v in _views(xs, ys, layout):
+        inverse = (1 / v.n.to(xs.dtype))[:, :, None]
+        # Softmax minus 1/n before anything else meets it: exactly 0 for a single view.
+        w = (v.softmax - inverse).mul_(g_spread[v.i][:, :, None]).add_(g_mean[v.i][:, :, None] * inverse)
+        w.masked_fill_(v.outside, 0)
+        dx[v.i] += torch.bmm(w, v.y)
+        dy[v.j] += torch.bmm(w.transpose(1, 2), v.x)

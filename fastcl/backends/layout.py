@@ -18,11 +18,10 @@ class Side:
     group: Tensor  # (N,) class of the k-th row; an unlabelled row's class is its sample
     sample: Tensor  # (N,) sample of the k-th row
     key: Tensor  # (N,) ascending
-    position: Tensor  # (N,) 0 .. N-1
 
     def restore(self, values: Tensor) -> Tensor:
         """Values of sorted rows in the rows' own order."""
-        return torch.empty_like(values).index_copy_(0, self.order, values)
+        return values.new_empty(values.shape).index_copy_(0, self.order, values)
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,19 @@ class Layout:
         same_class = _matches(self.y.group, self.x.group)
         return same_sample - int(self.symmetric), same_class - same_sample, len(self.y.key) - same_class
 
+    def samples(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(start, stop) of each anchor sample's rows among the anchors and among the candidates, (S,) each."""
+        key = self.x.key
+        first = torch.ones_like(key, dtype=torch.bool)
+        first[1:] = key[1:] != key[:-1]
+        (start,) = first.nonzero(as_tuple=True)
+        stop = torch.cat([start[1:], start.new_full((1,), len(key))])
+        if self.symmetric:
+            return (start, stop), (start, stop)
+        wanted = key[start]
+        candidates = torch.searchsorted(self.y.key, wanted), torch.searchsorted(self.y.key, wanted, right=True)
+        return (start, stop), candidates
+
     def class_intervals(self, size: int) -> list[tuple[slice, slice]]:
         """Blocks of anchors, each with the interval of candidates that holds every row of their classes."""
         anchors, candidates = self.x.group, self.y.group
@@ -72,7 +84,7 @@ def _dense_rank(values: Tensor) -> Tensor:
 
 def _side(group: Tensor, sample: Tensor, n_total: int) -> Side:
     key, order = (group * n_total + sample).sort(stable=True)
-    return Side(order, group[order], sample[order], key, torch.arange(len(order), device=order.device))
+    return Side(order, group[order], sample[order], key)
 
 
 def _matches(ordered: Tensor, values: Tensor) -> Tensor:
