@@ -276,6 +276,6 @@ def small_tiles(chunked: ModuleType, rows: int, columns: int) -> Iterator[list[b
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "TILE", {"cpu": (rows, columns)})
-        patch.setattr(chunked, "VIEW_ELEMENTS", 8 * rows)
+        patch.setattr(chunked, "VIEW_ELEMENTS", 64 * rows)
         patch.setattr(chunked, "_is_bounded", recorded)
         yield paths

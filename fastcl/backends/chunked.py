@@ -214,12 +214,13 @@ def _views(xs: Tensor, ys: Tensor, layout: Layout) -> Iterator[_Views]:
         n = (~outside).sum(2).clamp_(min=1)
         mean = s.masked_fill(outside, 0).sum(2) / n
         s -= mean[:, :, None]
+        rest = s.masked_fill(outside, 0).sum(2) / n  # what the rounding of the mean left behind
         peak = s.masked_fill(outside, -torch.inf).amax(2)
         peak.masked_fill_(peak == -torch.inf, 0)
         e = torch.exp(s - peak[:, :, None]).masked_fill_(outside, 0)
         total = e.sum(2)
         total.masked_fill_(total == 0, 1)
-        yield _Views(i, j, x, y, outside, mean, peak + total.log(), e / total[:, :, None], n)
+        yield _Views(i, j, x, y, outside, mean, peak + total.log() - rest, e / total[:, :, None], n)
 
 
 def _padded(rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:

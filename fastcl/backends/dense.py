@@ -40,7 +40,8 @@ def row_stats(
     # Taken about the mean, so that a single view has a spread of exactly 0 with exactly zero gradient; on a branch of
     # its own, so that the two gradients that cancel there meet each other before anything else.
     own = s.clone()
-    spread_view = _lse(own - _mean(own, view)[:, None], view)
+    centred = own - _mean(own, view)[:, None]
+    spread_view = _lse(centred, view) - _mean(centred, view)  # the mean of centred: what rounding left behind
     spread_view = spread_view.masked_fill(~view.any(1), 0)
     return mean_view, spread_view, mean_peer, _lse(s, peer), _lse(s, other), view.sum(1), peer.sum(1), other.sum(1)
 
