@@ -208,6 +208,20 @@ def test_temperatures_at_the_limits(temperature: float, name: str, backend: str)
 
 @both_backends
 @every_objective
+def test_views_of_one_sample_far_apart(name: str, backend: str) -> None:
+    """Three views, one of them opposite: their logits differ from their mean by more than float32's exp can take."""
+    sample, temperature = torch.arange(6).repeat(3), 0.004
+    z = normal(6, 4).repeat(3, 1)
+    z[12:] *= -1
+    z = (z + 0.01 * normal(18, 4, seed=1)).float()
+    u = z.double() / z.double().norm(dim=1, keepdim=True)
+    s, view = u @ u.T / temperature, masks(sample).view
+    assert (s - ((s * view).sum(1) / view.sum(1))[:, None])[view].max() > 100 > math.log(torch.finfo(torch.float32).max)
+    agree(backend, name, z, sample, sample % 3, temperature)
+
+
+@both_backends
+@every_objective
 def test_logits_of_hundreds(name: str, backend: str) -> None:
     """Rows that are not normalised, of sizes from 0.02 to 17."""
     size = 17 * torch.rand(18, 1, generator=torch.Generator().manual_seed(1)).double() ** 3
