@@ -207,20 +207,27 @@ def _views(xs: Tensor, ys: Tensor, layout: Layout) -> Iterator[_Views]:
     for k in range(0, len(bounds_x[0]), size):
         i, x = _padded(xs, *(b[k : k + size] for b in bounds_x))
         j, y = _padded(ys, *(b[k : k + size] for b in bounds_y))
-        outside = (i == len(xs))[:, :, None] | (j == len(ys))[:, None]
-        if layout.symmetric:
-            outside |= i[:, :, None] == j[:, None]
-        s = torch.bmm(x, y.transpose(1, 2))
-        n = (~outside).sum(2).clamp_(min=1)
-        mean = s.masked_fill(outside, 0).sum(2) / n
-        s -= mean[:, :, None]
-        rest = s.masked_fill(outside, 0).sum(2) / n  # what the rounding of the mean left behind
-        peak = s.masked_fill(outside, -torch.inf).amax(2)
-        peak.masked_fill_(peak == -torch.inf, 0)
-        e = torch.exp(s - peak[:, :, None]).masked_fill_(outside, 0)
-        total = e.sum(2)
-        total.masked_fill_(total == 0, 1)
-        yield _Views(i, j, x, y, outside, mean, peak + total.log() - rest, e / total[:, :, None], n)
+        height = max(1, VIEW_ELEMENTS // j.numel())  # a sample may have so many views that their logits fill memory
+        for p in range(0, i.shape[1], height):
+            rows = slice(p, p + height)
+            yield _view_block(i[:, rows], j, x[:, rows], y, layout.symmetric, (len(xs), len(ys)))
+
+
+def _view_block(i: Tensor, j: Tensor, x: Tensor, y: Tensor, symmetric: bool, padding: tuple[int, int]) -> _Views:
+    outside = (i == padding[0])[:, :, None] | (j == padding[1])[:, None]
+    if symmetric:
+        outside |= i[:, :, None] == j[:, None]
+    s = torch.bmm(x, y.transpose(1, 2))
+    n = (~outside).sum(2).clamp_(min=1)
+    mean = s.masked_fill(outside, 0).sum(2) / n
+    s -= mean[:, :, None]
+    rest = s.masked_fill(outside, 0).sum(2) / n  # what the rounding of the mean left behind
+    peak = s.masked_fill(outside, -torch.inf).amax(2)
+    peak.masked_fill_(peak == -torch.inf, 0)
+    e = torch.exp(s - peak[:, :, None]).masked_fill_(outside, 0)
+    total = e.sum(2)
+    total.masked_fill_(total == 0, 1)
+    return _Views(i, j, x, y, outside, mean, peak + total.log() - rest, e / total[:, :, None], n)
 
 
 def _padded(rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
