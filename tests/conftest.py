@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The tensors here are small: on a machine that others use too, threads that wait for each other cost more than they give.
+# The tensors here are small: on a shared machine, threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
 
 

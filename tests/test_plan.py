@@ -46,7 +46,8 @@ def test_each_part_of_the_counter_matters(change):
 
 @pytest.mark.parametrize(
     "change, name",
-    [(dict(seed=-1), "seed"), (dict(seed=1 << 64), "seed"), (dict(epoch=1 << 32), "epoch"), (dict(view=1 << 16), "view"),
+    [(dict(seed=-1), "seed"), (dict(seed=1 << 64), "seed"), (dict(epoch=1 << 32), "epoch"),
+     (dict(view=1 << 16), "view"),
      (dict(index=np.array([1 << 32])), "sample ids"), (dict(index=np.array([-1])), "sample ids")],
 )  # fmt: skip
 def test_values_that_would_alias_are_refused(change, name):

@@ -101,8 +101,8 @@ def test_run_json_tells_what_ran(finished):
     described = json.loads((finished[1] / "run.json").read_text())
     assert described["seed"] == 7 and described["reference"] == "dcl" and described["renderer"] == "torchvision"
     assert described["versions"]["torch"] == torch.__version__
-    assert described["data"] == {"source": "digits", "train": len(finished[0].data.train),
-                                 "test": len(finished[0].data.test), "classes": 3, "channels": 1, "size": 8}  # fmt: skip
+    sizes = {"train": len(finished[0].data.train), "test": len(finished[0].data.test)}
+    assert described["data"] == {"source": "digits", "classes": 3, "channels": 1, "size": 8, **sizes}
     text = (finished[1] / "metrics.jsonl").read_text() + (finished[1] / "run.json").read_text()
     assert "seconds" not in text
 

@@ -120,7 +120,8 @@ def test_balanced_batches_are_distinct_within_and_balanced_across():
             batch = loader.batch(epoch, k)
             assert len(np.unique(batch)) == 10
             counts += np.bincount(split.labels[batch], minlength=5)
-    first = np.bincount([split.labels[loader.batch(e, k)[0]] for e in range(300) for k in range(len(loader))], minlength=5)
+    picks = [loader.batch(e, k)[0] for e in range(300) for k in range(len(loader))]
+    first = np.bincount(split.labels[picks], minlength=5)
     # The first pick of each batch is exactly balanced in expectation: 300 of 1,500, standard deviation 15.5.
     assert np.abs(first - 300).max() < 70
     # 34 of 50 samples are of one class; without weights it would fill 68 % of the batches.
