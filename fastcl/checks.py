@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 
 import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError
 
+_SMALLEST = 1e-30  # of temperatures and scales: their inverses stay in float32's range, with room for the logits
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -23,8 +24,8 @@ def check_positive(value: float | Tensor, name: str) -> None:
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise FastclError(f"{name} must be a positive finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _SMALLEST <= value <= 1 / _SMALLEST:
+        raise FastclError(f"{name} must be a positive finite number, at least {_SMALLEST:g}, got {value!r}")
 
 
 def check_rows(x: Tensor, name: str) -> None:

@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (0 done, 1 a clear error, 130 interrupted)."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.raiseExceptions = False  # a closed pipe must not fill the screen with tracebacks while a run goes on
     try:
         args.run(args)
     except FastclError as error:
@@ -34,7 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "fastcl":
             raise
-        print(f"error: this command needs {error.name}: pip install 'fastcl[train]'", file=sys.stderr)
+        print(f"error: no module {error.name}; in a checkout: pip install '.[train]'", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has gone; what a run writes to its folder is complete
+        sys.stdout = None
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
@@ -107,13 +111,17 @@ def _align(args: argparse.Namespace) -> None:
         raise FastclError(f"row k of both files must be one sample: {args.a} has {len(x)} rows, {args.b} has {len(y)}")
     linear, cosine = pair_stats(x, y, kernel="linear"), pair_stats(x, y, kernel="cosine")
     print(f"{args.a} {tuple(x.shape)} against {args.b} {tuple(y.shape)}")
-    for name, value in (
-        ("linear CKA (biased)", linear.cka),
-        ("linear CKA (debiased)", linear.cka_debiased),
-        ("cosine CKA (biased)", cosine.cka),
-        ("RSA (cosine, Pearson)", cosine.rsa),
+    for name, stats, measure in (
+        ("linear CKA (biased)", linear, "cka"),
+        ("linear CKA (debiased)", linear, "cka_debiased"),
+        ("cosine CKA (biased)", cosine, "cka"),
+        ("RSA (cosine, Pearson)", cosine, "rsa"),
     ):
-        print(f"  {name:24}{value:.6f}")
+        try:
+            shown = f"{getattr(stats, measure):.6f}"
+        except FastclError as error:  # one undefined measure hides none of the others
+            shown = str(error)
+        print(f"  {name:24}{shown}")
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -34,7 +34,8 @@ def read_features(path: Path) -> Tensor:
     except Exception as error:  # each format fails in its own way
         raise FastclError(f"{path} cannot be read: {error}") from error
     if len(arrays) > 1 and "features" not in arrays:
-        raise FastclError(f"{path} holds {', '.join(arrays)}; name the one to read 'features'")
+        shown = ", ".join(list(arrays)[:3]) + (", ..." if len(arrays) > 3 else "")
+        raise FastclError(f"{path} holds {len(arrays)} arrays ({shown}); name the one to read 'features'")
     if not arrays:
         raise FastclError(f"{path} holds no array")
     x = arrays.get("features", next(iter(arrays.values())))

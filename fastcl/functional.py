@@ -71,6 +71,8 @@ def contrastive_losses(
     """
     _check_reduction(reduction)
     check_rows(z, "z")
+    if isinstance(objectives, str):
+        raise FastclError(f"objectives must be several names, got the one string {objectives!r}")
     losses = {name: _labelled(name, labels) for name in objectives}
     stats = row_stats(z, sample=sample, labels=labels, temperature=temperature, normalize=normalize)
     return {name: _reduce(loss(stats), reduction) for name, loss in losses.items()}
@@ -162,6 +164,8 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     _check_pair(image, text, "image", "text")
     pair = torch.arange(len(image), device=image.device)
     check_positive(logit_scale, "logit_scale")
+    if isinstance(logit_scale, Tensor) and logit_scale.dtype != torch.float64:
+        logit_scale = logit_scale.float()
     loss = resolve("ntxent")
     # Widened once: both directions then add their gradients in float32, and only the sum is rounded to half precision.
     wide = [v if v.dtype == torch.float64 else v.float() for v in (image, text)]

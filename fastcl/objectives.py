@@ -103,8 +103,8 @@ def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
             near = difflib.get_close_matches(objective, OBJECTIVES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise FastclError(f"unknown objective {objective!r}{hint} Known: {', '.join(OBJECTIVES)}")
+            hint = f"; did you mean {near[0]!r}" if near else ""
+            raise FastclError(f"unknown objective {objective!r}{hint}; known: {', '.join(OBJECTIVES)}")
         return OBJECTIVES[objective]
     if not callable(objective):
         raise FastclError(f"objective must be a name, an Objective or a callable on RowStats, got {objective!r}")

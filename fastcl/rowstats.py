@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastcl import operators  # noqa: F401  (registers torch.ops.fastcl)
 from fastcl.backends import dense
@@ -46,7 +47,7 @@ class RowStats:
 
     @property
     def valid(self) -> Tensor:
-        """(N,) bool: the row has a positive (a view) and a negative (an other), so that every objective counts it."""
+        """(N,) bool: the row has a view and an other, so that every objective of the table counts it."""
         return (self.n_view > 0) & (self.n_other > 0)
 
 
@@ -102,6 +103,7 @@ def row_stats(
         if backend_used == "dense":
             mean_view, spread_view, mean_peer, *rest = dense.row_stats(xs, ys, *ids)
         else:
+            _check_no_tangent(xs, ys)
             mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(xs, ys, *ids)
     lse_peer, lse_other, n_view, n_peer, n_other = rest
     lse_view = (mean_view + spread_view).masked_fill(n_view == 0, -torch.inf)
@@ -144,13 +146,24 @@ def normalize_rows(x: Tensor) -> Tensor:
         x: (N, D) floating point.
 
     Returns:
-        (N, D) of x's dtype. Zero rows stay zero, with zero gradient; rows that are not finite become NaN.
+        (N, D) float32, float64 for float64. Zero rows stay zero, with zero gradient; rows not finite become NaN.
     """
+    x = x if x.dtype == torch.float64 else x.float()
     peak = x.detach().abs().amax(dim=1, keepdim=True)
     is_zero = peak == 0
     u = (x / peak.masked_fill(is_zero, 1)).masked_fill(is_zero, 0)
     # The largest entry of u is 1, so the sum of squares is at least 1 except in zero rows.
     return u / u.square().sum(1, keepdim=True).masked_fill(is_zero, 1).sqrt()
+
+
+def _check_no_tangent(*rows: Tensor | None) -> None:
+    """The operator has no forward-mode derivative, and PyTorch would take it for zero without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(v is not None and forward_ad.unpack_dual(v).tangent is not None for v in rows):
+        raise FastclError(
+            "the chunked backend has no forward-mode derivative; use `with fastcl.backend('dense')` for jvp"
+        )
 
 
 def _square_root(temperature: float | Tensor) -> float | Tensor:
@@ -160,5 +173,6 @@ def _square_root(temperature: float | Tensor) -> float | Tensor:
 
 
 def _prepare(x: Tensor, normalize: bool) -> Tensor:
-    x = x if x.dtype == torch.float64 else x.float()
-    return normalize_rows(x) if normalize else x
+    if normalize:
+        return normalize_rows(x)
+    return x if x.dtype == torch.float64 else x.float()

@@ -45,7 +45,7 @@ def test_align_errors_name_the_file(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("")
     for name, message in (
         ("short.npy", "4 rows"), ("ints.npy", "float matrix (samples, width), got (4, 2) torch.int64"),
-        ("two.npz", "holds p, q"), ("broken.npy", "cannot be read"), ("x.txt", ".npy, .npz, .safetensors"),
+        ("two.npz", "holds 2 arrays (p, q)"), ("broken.npy", "cannot be read"), ("x.txt", ".npy, .npz, .safetensors"),
         ("absent.npy", "does not exist"),
     ):  # fmt: skip
         assert main(["align", str(tmp_path / "a.npy"), str(tmp_path / name)]) == 1

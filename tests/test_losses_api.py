@@ -286,3 +286,13 @@ def test_bad_input(call, words: tuple[str, ...]) -> None:
         call()
     for word in words:
         assert re.search(rf"(?<!\w){re.escape(word)}(?!\w)", str(error.value)), f"{word!r} is not in: {error.value}"
+
+
+def test_forward_mode_is_refused_by_chunked_and_right_on_dense() -> None:
+    z, v = normal(8, 3), normal(8, 3, seed=1)
+    with pytest.raises(FastclError, match="forward-mode.*dense"):
+        torch.func.jvp(lambda q: fastcl.contrastive_loss(q, torch.arange(8) // 2), (z,), (v,))
+    with fastcl.backend("dense"):
+        _, got = torch.func.jvp(lambda q: fastcl.contrastive_loss(q, torch.arange(8) // 2), (z,), (v,))
+        up, down = (fastcl.contrastive_loss(z + e * v, torch.arange(8) // 2) for e in (1e-6, -1e-6))
+    assert got.item() == pytest.approx((up - down).item() / 2e-6, rel=1e-6)

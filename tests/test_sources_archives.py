@@ -236,7 +236,7 @@ class TestTorchvision:
         ("name", "root", "message"),
         [
             ("CIFAR1O", None, "no 'CIFAR1O'; nearest: .*CIFAR10"),
-            ("CIFAR10", None, "torchvision:CIFAR10 needs root="),
+            ("CIFAR10", None, "torchvision:CIFAR10 needs data.root"),
             ("ByTrain", "x", "torchvision:ByTrain: RuntimeError: .*download=True"),
             ("OnlyTrain", "x", "torchvision:OnlyTrain: none of its possible test splits.*no such split"),
             ("Boxes", None, r"torchvision:Boxes item 4: .*integer label.*\(Image, \{'box'"),

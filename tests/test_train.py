@@ -5,12 +5,15 @@ import math
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from tiny_run import TABLES, tiny_config
 
 import fastcl
 from fastcl import FastclError
 from fastcl.train import Lockstep, load_config, parse_config
+from fastcl.train.evaluate import encode
+from fastcl.train.files import locked
 from fastcl.train.lockstep import learning_rate
 from fastcl.train.twins import STEP_VALUES, make_twins
 
@@ -70,6 +73,28 @@ def test_records_have_the_documented_form(finished, metrics):
                 assert set(r) == {"epoch", "pair", "cka", "cka_debiased", "rsa", "weight_gap"}
 
 
+def test_recorded_measures_are_those_of_the_encoder_s_outputs(finished, metrics):
+    run, out = finished
+    h = {n: safetensors.torch.load_file(out / "features" / f"{n}.safetensors")["features"] for n in ("dcl", "ce")}
+    unit = {n: torch.nn.functional.normalize(v.double()) for n, v in h.items()}
+    below = torch.ones(len(h["ce"]), len(h["ce"])).tril(-1).bool()
+    cosines = torch.stack([(u @ u.T)[below] for u in unit.values()])
+    (pair,) = [r for r in metrics if r.get("pair") == ["dcl", "ce"] and r["epoch"] == 3]
+    assert pair["rsa"] == pytest.approx(torch.corrcoef(cosines)[0, 1].item(), abs=1e-9)
+    train = encode(run.twins, run.data.train, run.plan, run.device)["ce"]
+    labels = torch.from_numpy(run.data.train.labels)
+    centres = torch.stack([train[labels == c].mean(0) for c in range(3)])
+    nearest = torch.cdist(h["ce"], centres).argmin(1)
+    (ce,) = [r for r in metrics if r.get("model") == "ce" and r["epoch"] == 3]
+    assert ce["ncc_test"] == (nearest == torch.from_numpy(run.data.test.labels)).double().mean().item()
+
+
+def test_the_head_reads_unit_rows(finished):
+    (ce,) = [t for t in finished[0].twins if t.name == "ce"]
+    z = torch.randn(5, 8)
+    assert torch.allclose(ce.network.logits(z), ce.network.logits(100 * z), atol=1e-6)
+
+
 def test_step_records_and_their_epoch_means(finished, metrics):
     steps = _records(finished[1] / "steps.jsonl")
     total = len(finished[0].loader)
@@ -109,12 +134,12 @@ def test_run_json_tells_what_ran(finished):
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     config = tiny_config(optim__lr=0.8, optim__warmup_epochs=2, train__epochs=10)
-    rates = [learning_rate(config, s, 5) for s in range(50)]
+    rates = [learning_rate(config, s, 5) for s in range(51)]
     assert rates[:10] == pytest.approx([0.08 * k for k in range(1, 11)])
-    assert rates[29] == pytest.approx(0.4)  # half way between the end of the warm-up and the end
-    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+    assert rates[10] == 0.8 and rates[30] == pytest.approx(0.4)  # half way between the end of the warm-up and the end
+    assert rates[50] == pytest.approx(0.0, abs=1e-12) and rates[49] > 0  # step 50 is the first that is not made
     assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
-    assert learning_rate(tiny_config(optim__lr=0.8, optim__warmup_epochs=0), 0, 5) < 0.8
+    assert learning_rate(tiny_config(optim__lr=0.8, optim__warmup_epochs=0, train__epochs=1), 0, 1) == 0.8
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
@@ -141,6 +166,21 @@ def test_a_folder_with_another_run_is_left_alone(finished):
     with pytest.raises(FastclError, match=r"another run.*train.temperature \(0.5 there, 0.1 here\)"):
         Lockstep(tiny_config(train__temperature=0.1), finished[1])
     assert (finished[1] / "run.json").read_bytes() == before
+
+
+def test_a_folder_in_use_is_refused(finished):
+    with locked(finished[1]), pytest.raises(FastclError, match=f"another process is training in {finished[1]}"):
+        finished[0].run()
+
+
+def test_dropped_paths_are_the_same_for_all_twins(tmp_path):
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "drop_path_rate": 0.5}
+    config = tiny_config(model__name="vit_tiny_patch16_224", model__options=options, model__cifar_stem=False,
+                         train__models=["dcl"], train__controls=["identity"], train__epochs=1)  # fmt: skip
+    run = Lockstep(config, tmp_path)
+    run.run()
+    a, b = (t.network.state_dict() for t in run.twins)
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -170,7 +210,10 @@ BAD = [
     (("train", "epochs", 0), "train.epochs is too small: 0"),
     (("train", "batch_size", 1), "train.batch_size is too small: 1"),
     (("train", "temperature", 0.0), "train.temperature is too small: 0.0"),
-    (("train", "temperature", math.nan), "train.temperature"),
+    (("train", "temperature", math.nan), "train.temperature must be finite, got nan"),
+    (("views", "rotation", math.inf), "views.rotation must be finite, got inf"),
+    (("optim", "momentum", -1.0), "optim.momentum must not be negative, got -1.0"),
+    (("views", "preset", ["cifar"]), "views.preset must be a name"),
     (("train", "models", "dcl"), "train.models must be a list"),
     (("views", "scale", [0.1]), "views.scale must be a list"),
     (("views", "preset", "cifra"), "unknown view preset 'cifra'"),
@@ -197,6 +240,9 @@ BAD_RUNS = [
     (dict(optim__name="adam"), "optim.name.*'adam'"),
     (dict(model__name="resnet19"), "timm cannot make 'resnet19'"),
     (dict(model__options={"layrs": 1}), "timm cannot make 'resnet18'.*layrs"),
+    (dict(model__name="mobilenetv3_small_050", model__options={"global_pool": ""}, model__cifar_stem=False),
+     "must give one vector per image"),
+    (dict(model__name="vit_tiny_patch16_224", model__options={}, model__cifar_stem=False), "images of 8 x 8 pixels"),
     (dict(data__classes=11), "11"),
     (dict(data__source="digit"), "digit"),
 ]

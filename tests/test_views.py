@@ -62,6 +62,13 @@ def test_colour_stage_equals_torchvision(channels):
         assert error.max() < 0.01 * GREY_LEVEL, k
 
 
+def test_solarisation_begins_at_level_128():
+    spec = ViewSpec.preset("cifar", size=2, solarize=1.0, jitter=0.0, grayscale=0.0, mean=(0.0,), std=(1.0,))
+    x = torch.tensor([127, 128, 129, 255], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    levels = colour_stage(x, ViewPlan(spec, 0).draw(0, np.arange(1), 0), spec) * 255
+    assert levels.round().flatten().tolist() == [127, 127, 126, 0]
+
+
 def test_normalisation():
     spec = ViewSpec.preset("cifar")
     x = torch.from_numpy(np.stack(_images(4, size=8))).permute(0, 3, 1, 2)
@@ -120,6 +127,7 @@ def test_balanced_batches_are_distinct_within_and_balanced_across():
             batch = loader.batch(epoch, k)
             assert len(np.unique(batch)) == 10
             counts += np.bincount(split.labels[batch], minlength=5)
+    assert not np.array_equal(loader.batch(0, 1), loader.batch(1, 0))
     picks = [loader.batch(e, k)[0] for e in range(300) for k in range(len(loader))]
     first = np.bincount(split.labels[picks], minlength=5)
     # The first pick of each batch is exactly balanced in expectation: 300 of 1,500, standard deviation 15.5.

@@ -107,7 +107,7 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     saturation = chroma / high.where(high > 0, 1)
     red, green, blue = ((high - c) / divisor for c in x.unbind(1))
     hue = torch.where(x[:, 0] == high, blue - green, torch.where(x[:, 1] == high, 2 + red - blue, 4 + green - red))
-    hue = (hue.where(chroma > 0, 0) / 6 + 1 + shift[:, 0]) % 1
+    hue = (hue / 6 + 1 + shift[:, 0]) % 1
     # Channel n of HSV -> RGB: v - v s max(0, min(k, 4 - k, 1)) with k = (n + 6 h) mod 6, n = 5, 3, 1.
     k = (torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None] + 6 * hue[:, None]) % 6
     return (high * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1).transpose(0, 1))).transpose(0, 1)

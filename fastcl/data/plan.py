@@ -59,6 +59,9 @@ class ViewSpec:
     eval_crop: float = 1.0  # side of the central square crop that evaluation takes, as a share of the shorter side
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not np.all(np.isfinite(value)):
+                raise FastclError(f"views.{name} must be finite, got {value}")
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FastclError(f"views.{name} must be a probability in [0, 1], got {getattr(self, name)}")

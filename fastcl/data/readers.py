@@ -145,7 +145,7 @@ def read_torchvision(name: str, root: str | None, download: bool) -> Source:
         raise FastclError(f"torchvision.datasets has no {name!r}; nearest: {nearest(name, list(known))}")
     parameters = inspect.signature(known[name]).parameters
     if "root" in parameters and root is None:
-        raise FastclError(f"torchvision:{name} needs root=, the folder that holds (or shall hold) the data")
+        raise FastclError(f"torchvision:{name} needs data.root, the folder of the data (data.download fetches them)")
     offered = {"root": root, "download": download, "loader": Image.open}
     options = {key: value for key, value in offered.items() if key in parameters}
     with naming(f"torchvision:{name}"):

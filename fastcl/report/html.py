@@ -197,7 +197,8 @@ def _progress(run: Run) -> str:
 def _guide(run: Run) -> str:
     text = (
         "Several copies of one network were trained side by side from the same initial weights, on the same views of "
-        f"the same images in the same order; only the loss differs. Every copy is compared with {run.reference}, the "
+        f"the same images in the same order; only the loss differs (ce adds a linear head). "
+        f"Every copy is compared with {run.reference}, the "
         "reference: an alignment of 1 means that both represent the images alike, up to rotation and scale. "
     )
     if RESEEDED in run.models:
@@ -223,7 +224,7 @@ def _key_numbers(run: Run) -> str:
     items |= {f"CKA of {m}": number(run.pair_value(run.reference, m, "cka")) for m in run.others}
     items |= {"noise floor (CKA)": number(run.noise_floor("cka"))} if RESEEDED in run.models else {}
     items |= {"identity control": identity_control(run).split(":")[0]} if IDENTITY in run.models else {}
-    items |= {f"accuracy of {run.reference}": number(run.model_value(run.reference, "ncc_test"))}
+    items |= {f"test accuracy of {run.reference}": number(run.model_value(run.reference, "ncc_test"))}
     items |= {"images / second": f"{rate:,.0f}"} if rate is not None else {}
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items.items())
     return f'<dl class="key">{tiles}</dl>'

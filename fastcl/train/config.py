@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -113,6 +114,8 @@ def parse_config(tables: dict[str, Any]) -> Config:
             raise FastclError(f"{name} must be a table, got {table!r}")
         table = dict(table)
         preset = table.pop("preset", None) if kind is ViewSpec else None
+        if not isinstance(preset, str | None):
+            raise FastclError(f"views.preset must be a name, got {preset!r}")
         hints = typing.get_type_hints(kind)
         _check_known(table, hints, f"{name}.")
         values = {key: _convert(value, hints[key], f"{name}.{key}") for key, value in table.items()}
@@ -166,6 +169,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return float(value)
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
         raise FastclError(f"{name} must be {plain.__name__}, got {value!r}")
+    if plain is float and not math.isfinite(value):
+        raise FastclError(f"{name} must be finite, got {value}")
     return value
 
 
@@ -185,8 +190,8 @@ def _check_ranges(config: Config) -> None:
         if not value > 0:
             table, key = name.split(".")
             raise FastclError(f"{name} is too small: {getattr(getattr(config, table), key)}")
-    for name, value in (("optim.warmup_epochs", optim.warmup_epochs), ("optim.weight_decay", optim.weight_decay)):
-        if value < 0:
-            raise FastclError(f"{name} must not be negative, got {value}")
+    for key in ("warmup_epochs", "weight_decay", "momentum"):
+        if getattr(optim, key) < 0:
+            raise FastclError(f"optim.{key} must not be negative, got {getattr(optim, key)}")
     if not 0 <= train.seed < 1 << 32:
         raise FastclError(f"train.seed must lie in [0, 2**32), got {train.seed}")

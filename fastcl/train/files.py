@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -51,6 +52,24 @@ def write_atomic(path: Path, payload: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to one process; the lock ends with the process, however it ends.
+
+    Raises:
+        FastclError: another process holds it.
+    """
+    path = folder / ".lock"
+    with writing(path):
+        file = open(path, "w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FastclError(f"another process is training in {folder}") from None
+        yield
 
 
 class JsonLines:

@@ -26,7 +26,7 @@ from fastcl.data import Dataset, ViewLoader, ViewPlan, load
 from fastcl.errors import FastclError
 from fastcl.train.config import Config
 from fastcl.train.evaluate import encode, evaluate
-from fastcl.train.files import JsonLines, load_checkpoint, save_checkpoint, write_atomic, writing
+from fastcl.train.files import JsonLines, load_checkpoint, locked, save_checkpoint, write_atomic, writing
 from fastcl.train.twins import STEP_VALUES, make_twins
 
 log = logging.getLogger("fastcl")
@@ -75,9 +75,12 @@ class Lockstep:
             FastclError: a loss that is not finite (names the model and the step), an image that cannot be read, a
                 folder that cannot be written. Complete work stays intact.
         """
+        with locked(self.out):
+            self._run()
+
+    def _run(self) -> None:
         epochs, total = self.config.train.epochs, len(self.loader)
-        fresh = not self._restore()
-        if fresh:
+        if not self._restore():
             self._measure({})
             self._checkpoint()
         with writing(self.out / "tensorboard"):
@@ -164,17 +167,20 @@ class Lockstep:
     def _checkpoint(self) -> None:
         state = {
             "epoch": self.epoch,
-            "lengths": {"metrics": self.metrics.length(), "steps": self.steps.length()},
+            "lengths": {name: lines.length() for name, lines in self._records().items()},
             "twins": {
                 t.name: {"network": t.network.state_dict(), "optimizer": t.optimizer.state_dict()} for t in self.twins
             },
         }
         save_checkpoint(self.out / "checkpoints", self.epoch, state)
 
+    def _records(self) -> dict[str, JsonLines]:
+        return {"metrics": self.metrics, "steps": self.steps, "timing": self.timing}
+
     def _restore(self) -> bool:
         """Continue from the last whole checkpoint; False where there is none."""
         state = load_checkpoint(self.out / "checkpoints")
-        for name, lines in (("metrics", self.metrics), ("steps", self.steps)):
+        for name, lines in self._records().items():
             lines.cut(state["lengths"][name] if state else 0)
         if state is None:
             return False
@@ -201,6 +207,8 @@ class Lockstep:
                 theirs = json.loads(path.read_text())
             except (OSError, ValueError) as error:
                 raise FastclError(f"{path} cannot be read: {error}") from None
+            if not isinstance(theirs, dict):
+                raise FastclError(f"{path} holds no description of a run")
             for key in ("config", "data"):
                 if theirs.get(key) != mine[key]:
                     raise FastclError(
@@ -238,7 +246,7 @@ class Lockstep:
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up to the peak over warmup_epochs, then half a cosine down to 0 at the end of the run.
+    """Linear warm-up to the peak over warmup_epochs, then half a cosine that reaches 0 as the run ends.
 
     Args:
         step: from 0, over the whole run.
@@ -247,7 +255,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     if step + 1 < warmup:
         return config.optim.lr * (step + 1) / warmup
     total = config.train.epochs * steps_per_epoch
-    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step + 1 - warmup) / max(1.0, total - warmup))))
+    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1.0, total - warmup)))
 
 
 def _device(name: str) -> torch.device:

@@ -43,16 +43,17 @@ class Network(nn.Module):
         return self.head(normalize_rows(z))
 
 
-def build_network(config: ModelConfig, channels: int, seed: int) -> Network:
+def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> Network:
     """A network with seeded weights.
 
     Args:
         config: names the timm model.
-        channels: of the images.
+        channels, size: of the images; size in pixels.
         seed: of the initial weights.
 
     Raises:
-        FastclError: timm does not know the model or an option, or the CIFAR stem does not fit it.
+        FastclError: timm does not know the model or an option, the CIFAR stem does not fit it, or the encoder does not
+            turn images of that size into one vector each.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -62,7 +63,7 @@ def build_network(config: ModelConfig, channels: int, seed: int) -> Network:
             raise FastclError(f"timm cannot make {config.name!r} with options {config.options}: {error}") from error
         if config.cifar_stem:
             _use_cifar_stem(encoder, config.name, channels)
-        return Network(encoder, encoder.num_features, config.hidden, config.projection)
+        return Network(encoder, _width(encoder, config.name, channels, size), config.hidden, config.projection)
 
 
 def copy_network(network: Network, head_classes: int | None, seed: int) -> Network:
@@ -73,6 +74,19 @@ def copy_network(network: Network, head_classes: int | None, seed: int) -> Netwo
             torch.manual_seed(seed)
             twin.head = nn.Linear(network.projector[-1].num_features, head_classes)
     return twin
+
+
+def _width(encoder: nn.Module, name: str, channels: int, size: int) -> int:
+    """Width of the encoder's output, by trying: timm's num_features is not that of every model."""
+    try:
+        with torch.no_grad():
+            h = encoder.eval()(torch.zeros(1, channels, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise FastclError(f"model {name!r} cannot take images of {size} x {size} pixels: {error}") from error
+    encoder.train()
+    if h.ndim != 2:
+        raise FastclError(f"model {name!r} must give one vector per image, it gives {tuple(h.shape[1:])}")
+    return h.shape[1]
 
 
 def _use_cifar_stem(encoder: nn.Module, name: str, channels: int) -> None:

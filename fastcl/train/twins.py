@@ -77,7 +77,7 @@ def make_twins(config: Config, channels: int, classes: int, device: torch.device
     if not models:
         raise FastclError("train.models is empty: name at least one objective")
     objectives = {name: name for name in models} | {name: models[0] for name in controls}
-    initial = build_network(config.model, channels, config.train.seed)
+    initial = build_network(config.model, channels, config.views.size, config.train.seed)
     twins = []
     for name, objective in objectives.items():
         head = classes if objective == CROSS_ENTROPY else None
@@ -99,7 +99,7 @@ def _check_names(names: tuple[str, ...], known: tuple[str, ...], key: str) -> No
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise FastclError(f"{key} holds {name!r}, which is unknown{hint} Known: {', '.join(known)}")
+            hint = f"; did you mean {near[0]!r}" if near else ""
+            raise FastclError(f"{key} holds {name!r}, which is unknown{hint}; known: {', '.join(known)}")
     if len(set(names)) != len(names):
         raise FastclError(f"{key} repeats a name: {', '.join(names)}")
