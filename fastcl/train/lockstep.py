@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ class Lockstep:
         with writing(self.out / "tensorboard"):
             board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch * total)
         images = self.loader.batch_size * total
-        bar = tqdm(total=images * epochs, initial=images * self.epoch, unit="img", unit_scale=True, disable=None)
+        columns = shutil.get_terminal_size().columns  # tqdm's own guess is 0 where the terminal does not tell
+        done = images * self.epoch
+        bar = tqdm(total=images * epochs, initial=done, unit="img", unit_scale=True, ncols=columns, disable=None)
         with board, bar:
             for epoch in range(self.epoch, epochs):
                 means = self._train_epoch(epoch, board, bar)
