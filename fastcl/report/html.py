@@ -197,7 +197,7 @@ def _progress(run: Run) -> str:
 def _guide(run: Run) -> str:
     text = (
         "Several copies of one network were trained side by side from the same initial weights, on the same views of "
-        f"the same images in the same order; only the loss differs (ce adds a linear head). "
+        f"the same images in the same order; only the loss differs{' (ce adds a linear head)' * ('ce' in run.models)}. "
         f"Every copy is compared with {run.reference}, the "
         "reference: an alignment of 1 means that both represent the images alike, up to rotation and scale. "
     )
