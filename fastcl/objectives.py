@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, suggest
 from fastcl.rowstats import RowStats
 
 RELATIONS = ("view", "peer", "other")
@@ -102,9 +101,7 @@ def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
     """
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
-            near = difflib.get_close_matches(objective, OBJECTIVES, n=1)
-            hint = f"; did you mean {near[0]!r}" if near else ""
-            raise FastclError(f"unknown objective {objective!r}{hint}; known: {', '.join(OBJECTIVES)}")
+            raise FastclError(f"unknown objective {objective!r}{suggest(objective, OBJECTIVES)}")
         return OBJECTIVES[objective]
     if not callable(objective):
         raise FastclError(f"objective must be a name, an Objective or a callable on RowStats, got {objective!r}")

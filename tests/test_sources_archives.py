@@ -235,7 +235,7 @@ class TestTorchvision:
     @pytest.mark.parametrize(
         ("name", "root", "message"),
         [
-            ("CIFAR1O", None, "no 'CIFAR1O'; nearest: .*CIFAR10"),
+            ("CIFAR1O", None, "no 'CIFAR1O'; did you mean 'CIFAR10'"),
             ("CIFAR10", None, "torchvision:CIFAR10 needs data.root"),
             ("ByTrain", "x", "torchvision:ByTrain: RuntimeError: .*download=True"),
             ("OnlyTrain", "x", "torchvision:OnlyTrain: none of its possible test splits.*no such split"),

@@ -7,14 +7,13 @@ and resume point sees the same views.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastcl.data.philox import Stream, uniforms
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, suggest
 
 _CIFAR_STATS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 _IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -97,13 +96,11 @@ class ViewSpec:
             FastclError: an unknown preset or field (the nearest known one is named).
         """
         if name not in PRESETS:
-            raise FastclError(f"unknown view preset {name!r}; known: {', '.join(PRESETS)}")
+            raise FastclError(f"unknown view preset {name!r}{suggest(name, PRESETS)}")
         known = [f.name for f in dataclasses.fields(cls)]
         for key in overrides:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise FastclError(f"unknown key 'views.{key}'{hint}")
+                raise FastclError(f"unknown key 'views.{key}'{suggest(key, known)}")
         return dataclasses.replace(PRESETS[name], **overrides)
 
 

@@ -6,10 +6,9 @@ Image trees and zips have their own file, `fastcl.data.folders`.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, suggest
 
 OMNIGLOT_SIDE = 105
 CIFAR_SIDE = 32
@@ -58,11 +57,6 @@ def naming(what: str) -> Iterator[None]:
     except Exception as error:
         reason = error if isinstance(error, FastclError) else f"{type(error).__name__}: {error}"
         raise FastclError(f"{what}: {reason}") from error
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of an error message: the known names nearest to a mistyped one, or all of them."""
-    return ", ".join(difflib.get_close_matches(word, known, n=3, cutoff=0.5) or sorted(known))
 
 
 def decode(picture: Image.Image, channels: int) -> np.ndarray:
@@ -142,7 +136,7 @@ def read_torchvision(name: str, root: str | None, download: bool) -> Source:
         raise FastclError(f"source 'torchvision:{name}' needs torchvision (pip install fastcl[train])") from error
     known = {key: value for key, value in vars(datasets).items() if isinstance(value, type)}
     if name not in known:
-        raise FastclError(f"torchvision.datasets has no {name!r}; nearest: {nearest(name, list(known))}")
+        raise FastclError(f"torchvision.datasets has no {name!r}{suggest(name, known)}")
     parameters = inspect.signature(known[name]).parameters
     if "root" in parameters and root is None:
         raise FastclError(f"torchvision:{name} needs data.root, the folder of the data (data.download fetches them)")

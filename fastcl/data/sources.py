@@ -10,8 +10,8 @@ import numpy as np
 
 from fastcl.data.folders import read_folder
 from fastcl.data.philox import Stream, permutation, words
-from fastcl.data.readers import Source, nearest, read_cifar10, read_digits, read_omniglot, read_torchvision
-from fastcl.errors import FastclError
+from fastcl.data.readers import Source, read_cifar10, read_digits, read_omniglot, read_torchvision
+from fastcl.errors import FastclError, suggest
 
 KINDS = ("digits", "omniglot", "cifar10", "folder", "torchvision")
 
@@ -114,7 +114,7 @@ def load(
 def _find(source: str, root: str | None, download: bool) -> Source:
     kind, _, where = source.partition(":")
     if kind not in KINDS:
-        raise FastclError(f"unknown source {source!r}; nearest: {nearest(kind, KINDS)}")
+        raise FastclError(f"unknown source {source!r}{suggest(kind, KINDS)}")
     if kind == "digits":
         if where:
             raise FastclError(f"source {source!r}: digits come with scikit-learn and take no path, got {where!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import sys
 import typing
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcl.data.plan import ViewSpec
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, suggest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -145,9 +144,7 @@ def _override(tables: dict[str, Any], item: str) -> None:
 def _check_known(table: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(known)}"
-            raise FastclError(f"unknown key '{prefix}{key}'{hint}")
+            raise FastclError(f"unknown key '{prefix}{key}'{suggest(key, known, prefix)}")
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

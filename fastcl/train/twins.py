@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastcl import OBJECTIVES, same_class_mass, two_view_stats
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, suggest
 from fastcl.train.config import Config, OptimConfig
 from fastcl.train.models import Network, build_network, copy_network
 
@@ -98,8 +97,6 @@ def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimiz
 def _check_names(names: tuple[str, ...], known: tuple[str, ...], key: str) -> None:
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}" if near else ""
-            raise FastclError(f"{key} holds {name!r}, which is unknown{hint}; known: {', '.join(known)}")
+            raise FastclError(f"{key} holds {name!r}, which is unknown{suggest(name, known)}")
     if len(set(names)) != len(names):
         raise FastclError(f"{key} repeats a name: {', '.join(names)}")
