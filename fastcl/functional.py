@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_ids, check_positive, check_rows, describe
+from fastcl.batch import Batch
+from fastcl.checks import check_positive, check_rows
 from fastcl.errors import FastclError
 from fastcl.objectives import Objective, ObjectiveLike, resolve
-from fastcl.rowstats import RowStats, row_stats
+from fastcl.rowstats import RowStats, choose_backend, fused, statistics
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -23,6 +24,7 @@ def contrastive_loss(
     temperature: float | Tensor = 0.5,
     reduction: str = "mean",
     normalize: bool = True,
+    precision: str | None = None,
 ) -> Tensor:
     """Any objective of the table, or your own, over any number of views.
 
@@ -35,6 +37,7 @@ def contrastive_loss(
         reduction: "mean" over all N rows, "sum", or "none" for the (N,) row losses. A row without a positive or without
             a negative contributes 0, gets no gradient from its own loss, and stays in the mean's count.
         normalize: divide rows by their norms first (cosine similarities).
+        precision: of the Triton backend's products: "fp16", "bf16", "fp32", or None, as `fastcl.row_stats`.
 
     Returns:
         A scalar, or (N,) with reduction "none"; float32, or float64 for float64 rows.
@@ -45,8 +48,9 @@ def contrastive_loss(
     _check_reduction(reduction)
     check_rows(z, "z")
     loss = _labelled(objective, labels)
-    stats = row_stats(z, sample=sample, labels=labels, temperature=temperature, normalize=normalize)
-    return _reduce(loss(stats), reduction)
+    batch = Batch.of(z, None, sample, labels, None, None)
+    ((rows,),) = _row_losses(batch, [loss], temperature, normalize, precision=precision)
+    return _reduce(rows, reduction)
 
 
 def contrastive_losses(
@@ -57,6 +61,7 @@ def contrastive_losses(
     temperature: float | Tensor = 0.5,
     reduction: str = "mean",
     normalize: bool = True,
+    precision: str | None = None,
 ) -> dict[str, Tensor]:
     """Several objectives from one pass over the similarities.
 
@@ -74,8 +79,9 @@ def contrastive_losses(
     if isinstance(objectives, str):
         raise FastclError(f"objectives must be several names, got the one string {objectives!r}")
     losses = {name: _labelled(name, labels) for name in objectives}
-    stats = row_stats(z, sample=sample, labels=labels, temperature=temperature, normalize=normalize)
-    return {name: _reduce(loss(stats), reduction) for name, loss in losses.items()}
+    batch = Batch.of(z, None, sample, labels, None, None)
+    (rows,) = _row_losses(batch, list(losses.values()), temperature, normalize, precision=precision)
+    return {name: _reduce(row, reduction) for name, row in zip(losses, rows, strict=True)}
 
 
 def ntxent_loss(
@@ -161,19 +167,12 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     Raises:
         FastclError: as `contrastive_loss`, or image and text differ in shape.
     """
-    _check_pair(image, text, "image", "text")
-    pair = torch.arange(len(image), device=image.device)
+    batch = Batch.pairs(image, text, "image", "text")
     check_positive(logit_scale, "logit_scale")
     if isinstance(logit_scale, Tensor) and logit_scale.dtype != torch.float64:
         logit_scale = logit_scale.float()
-    loss = resolve("ntxent")
-    # Widened once: both directions then add their gradients in float32, and only the sum is rounded to half precision.
-    wide = [v if v.dtype == torch.float64 else v.float() for v in (image, text)]
-    sides = (
-        row_stats(x, y, sample=pair, sample_y=pair, temperature=1 / logit_scale, normalize=normalize)
-        for x, y in (wide, reversed(wide))
-    )
-    return sum(loss(stats).mean() for stats in sides) / 2
+    sides = _row_losses(batch, [resolve("ntxent")], 1 / logit_scale, normalize, columns=True)
+    return sum(rows[0].mean() for rows in sides) / 2
 
 
 def two_view_stats(
@@ -183,12 +182,7 @@ def two_view_stats(
 
     Args and errors as `nscl_loss`.
     """
-    _check_pair(z1, z2, "z1", "z2")
-    if labels is not None:
-        check_ids(labels, z1, "labels")
-        labels = labels.repeat(2)
-    sample = torch.arange(len(z1), device=z1.device).repeat(2)
-    return row_stats(torch.cat([z1, z2]), sample=sample, labels=labels, temperature=temperature, normalize=normalize)
+    return statistics(Batch.two_views(z1, z2, labels), temperature, normalize, False, None)[0]
 
 
 def _two_view_loss(
@@ -197,7 +191,26 @@ def _two_view_loss(
 ) -> Tensor:  # fmt: skip
     _check_reduction(reduction)
     loss = _labelled(objective, labels)
-    return _reduce(loss(two_view_stats(z1, z2, labels, temperature, normalize)), reduction)
+    ((rows,),) = _row_losses(Batch.two_views(z1, z2, labels), [loss], temperature, normalize)
+    return _reduce(rows, reduction)
+
+
+def _row_losses(
+    batch: Batch, losses: Sequence[Callable[[RowStats], Tensor]], temperature: float | Tensor, normalize: bool,
+    columns: bool = False, precision: str | None = None,
+) -> list[list[Tensor]]:  # fmt: skip
+    """Row losses, (N,) each, of the anchors and, with columns, of the candidates.
+
+    On the Triton backend rows of the table are evaluated inside the operator; a callable of the caller's own is
+    evaluated by torch on the statistics, there as elsewhere.
+    """
+    if losses and choose_backend(batch.x) == "triton" and all(isinstance(loss, Objective) for loss in losses):
+        check_positive(temperature, "temperature")
+        codes = [loss.code for loss in losses]
+        _, _, rows, _, _, rows_y = fused(batch, temperature, normalize, columns, precision, codes)
+        return [list(side.unbind()) for side in ((rows, rows_y) if columns else (rows,))]
+    found = statistics(batch, temperature, normalize, columns, precision)
+    return [[loss(stats) for loss in losses] for stats in found]
 
 
 def _labelled(objective: ObjectiveLike, labels: Tensor | None):
@@ -215,9 +228,3 @@ def _check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise FastclError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
-
-def _check_pair(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
-    check_rows(a, name_a)
-    check_rows(b, name_b)
-    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-        raise FastclError(f"{name_a} and {name_b} must agree: {name_a} is {describe(a)}, {name_b} is {describe(b)}")

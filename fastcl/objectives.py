@@ -61,6 +61,12 @@ class Objective:
         """Whether peers and others are treated differently, so that labels matter."""
         return "peer" in self.positives or ("peer" in self.denominator) != ("other" in self.denominator)
 
+    @property
+    def code(self) -> int:
+        """The objective as the kernels read it: see kernels/contrastive/finish.py."""
+        denominator = sum(1 << RELATIONS.index(r) for r in self.denominator)
+        return denominator | sum(8 << RELATIONS.index(r) for r in self.positives) | (32 if self.inside else 0)
+
     def __call__(self, stats: RowStats) -> Tensor:
         """(N,) row losses. Rows without a positive or without a negative have loss 0 and no gradient."""
         valid = _count(stats, self.positives) > 0

@@ -8,7 +8,8 @@ mean of s_ij. The losses are lines of plain PyTorch on these (N,)-vectors; see `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,10 +19,13 @@ from torch.autograd import forward_ad
 
 from fastcl import operators  # noqa: F401  (registers torch.ops.fastcl)
 from fastcl.backends import dense
-from fastcl.checks import check_all_ids, check_positive, check_rows, describe
+from fastcl.batch import Batch
+from fastcl.checks import check_positive, describe
 from fastcl.errors import FastclError
 
-BACKENDS = ("auto", "chunked", "dense")
+BACKENDS = ("auto", "triton", "chunked", "dense")
+PRECISIONS = ("fp16", "bf16", "fp32")
+MAX_WIDTH = 4096  # of rows on the Triton backend
 
 # A plain module global: a ContextVar breaks torch.compile(fullgraph=True).
 _backend = "auto"
@@ -61,11 +65,13 @@ def row_stats(
     labels_y: Tensor | None = None,
     temperature: float | Tensor,
     normalize: bool = True,
-) -> RowStats:
+    columns: bool = False,
+    precision: str | None = None,
+) -> RowStats | tuple[RowStats, RowStats]:
     """Row statistics of anchors x against candidates y, differentiable in x, y and the temperature.
 
     Args:
-        x: (N, D) float16, bfloat16, float32 or float64; computed in float32, float64 for float64.
+        x: (N, D) float16, bfloat16, float32 or float64; statistics are float32, float64 for float64.
         y: (M, D) of x's dtype and device. None: the candidates are x itself, and j = i is in no relation.
         sample: (N,) integer ids; rows with the same id are views of one sample.
         labels: (N,) integer classes, -1 for unlabelled rows (`other` to all but their own views); None: no classes.
@@ -75,39 +81,124 @@ def row_stats(
         temperature: positive number, or a tensor with one element (its gradient comes with the rest).
         normalize: divide each row by its Euclidean norm first. A zero row stays zero and gets zero gradient; a row of
             any finite size neither overflows nor underflows.
+        columns: the statistics of y's rows against x too; on the Triton backend from the same pass where there are no
+            labels.
+        precision: of the Triton backend's products, accumulated in float32: "fp16", "bf16", or "fp32" for products in
+            split half precision, as good as float32's. None: "fp32" for float32 rows, unless autocast is on or
+            `torch.get_float32_matmul_precision()` is below "highest"; else "fp16". The other backends compute in
+            float32, float64 for float64, whatever it is.
 
     Returns:
-        RowStats of the N anchors.
+        RowStats of the N anchors; with columns, and those of the M candidates.
 
     Raises:
         FastclError: wrong rank, shape, dtype or device, an empty batch, ids that are not integers, a temperature that
-            is not positive and finite, views of one sample with different labels. Values of tensors are checked on the
-            CPU only: elsewhere a check would wait for the device.
+            is not positive and finite, views of one sample with different labels, columns without y, an unknown
+            precision; what the Triton backend does not take where it was asked for by name. Values of tensors are
+            checked on the CPU only: elsewhere a check would wait for the device.
 
     Source: the relations generalise arXiv 2510.08852, section 3; NaN in a row shows in every row that meets it.
     """
-    global _last
-    check_rows(x, "x")
-    if y is not None:
-        check_rows(y, "y")
-        if (y.shape[1], y.dtype, y.device) != (x.shape[1], x.dtype, x.device):
-            raise FastclError(f"y must match x in width, dtype and device: x is {describe(x)}, y is {describe(y)}")
-    ids = check_all_ids(x, y, sample, labels, sample_y, labels_y)
+    batch = Batch.of(x, y, sample, labels, sample_y, labels_y)
+    if columns and y is None:
+        raise FastclError("columns=True needs y: without it the rows' statistics are the columns' too")
+    found = statistics(batch, temperature, normalize, columns, precision)
+    return found if columns else found[0]
+
+
+def statistics(
+    batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None
+) -> tuple[RowStats, ...]:
+    """RowStats of the anchors and, with columns, of the candidates; arguments as `row_stats`."""
     check_positive(temperature, "temperature")
+    if choose_backend(batch.x) == "triton":
+        if columns and batch.labels is not None:
+            batches = batch, batch.transposed()
+            return tuple(statistics(b, temperature, normalize, False, precision)[0] for b in batches)
+        stats, counts, _, stats_y, counts_y, _ = fused(batch, temperature, normalize, columns, precision, ())
+        return tuple(_unpack(*found) for found in ((stats, counts), (stats_y, counts_y))[: 1 + columns])
+    batch = batch.spelled_out()
     root = _square_root(temperature)
-    backend_used = _last = "chunked" if _backend == "auto" else _backend
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(batch.x.device.type, enabled=False):
         # Rows divided by sqrt(temperature) make the logits inner products, and autograd brings the temperature's
         # gradient for free. In the rectangular case both operands take their share too.
-        xs, ys = (None if v is None else _prepare(v, normalize) / root for v in (x, y))
-        if backend_used == "dense":
-            mean_view, spread_view, mean_peer, *rest = dense.row_stats(xs, ys, *ids)
-        else:
-            _check_no_tangent(xs, ys)
-            mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(xs, ys, *ids)
-    lse_peer, lse_other, n_view, n_peer, n_other = rest
+        rows = [None if v is None else _prepare(v, normalize) / root for v in (batch.x, batch.y)]
+        batch = Batch(rows[0], None, rows[1], batch.sample, batch.labels, batch.sample_y, batch.labels_y)
+        return tuple(_on_torch(b) for b in ((batch, batch.transposed()) if columns else (batch,)))
+
+
+def fused(
+    batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
+    codes: Sequence[int],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates.
+
+    Args:
+        codes: of the K objectives whose row losses are wanted (`Objective.code`); none: counts are returned instead.
+    """
+    _check_no_tangent(batch.x, batch.x2, batch.y)
+    is_tensor = isinstance(temperature, Tensor)
+    device_temperature = temperature.to(batch.x.device) if is_tensor else None
+    value = 0.0 if is_tensor else float(temperature)
+    return torch.ops.fastcl.fused(
+        batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, device_temperature,
+        value, normalize, _precision(precision, batch.x), columns, list(codes),
+    )[:6]  # fmt: skip
+
+
+def _on_torch(batch: Batch) -> RowStats:
+    arguments = batch.x, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y
+    if _last == "dense":
+        mean_view, spread_view, mean_peer, *rest = dense.row_stats(*arguments)
+    else:
+        _check_no_tangent(batch.x, batch.y)
+        mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(*arguments)
+    lse_peer, lse_other, *counts = rest
+    return _unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
+
+
+def _unpack(stats: Sequence[Tensor], counts: Sequence[Tensor]) -> RowStats:
+    mean_view, spread_view, mean_peer, lse_peer, lse_other = stats
+    n_view, n_peer, n_other = counts
     lse_view = (mean_view + spread_view).masked_fill(n_view == 0, -torch.inf)
     return RowStats(lse_view, spread_view, mean_view, lse_peer, mean_peer, lse_other, n_view, n_peer, n_other)
+
+
+def choose_backend(x: Tensor) -> str:
+    """The backend for rows like x; `last_backend` tells it from then on.
+
+    Raises:
+        FastclError: the Triton backend was asked for by name, and does not take these rows.
+    """
+    global _last
+    obstacle = _obstacle(x) if _backend in ("auto", "triton") else None
+    if _backend == "triton" and obstacle:
+        raise FastclError(f"the triton backend {obstacle}; got {describe(x)}")
+    chosen = _backend
+    if _backend == "auto":
+        chosen = "triton" if x.device.type == "cuda" and not obstacle else "chunked"
+    _last = chosen
+    return chosen
+
+
+def _obstacle(x: Tensor) -> str | None:
+    """Why the Triton backend does not take these rows."""
+    if x.dtype == torch.float64:
+        return "computes in float32 at most"
+    if x.shape[1] > MAX_WIDTH:
+        return f"takes rows of at most {MAX_WIDTH} columns"
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs CUDA tensors; on a CPU it runs under TRITON_INTERPRET=1 only, slowly"
+    return None
+
+
+def _precision(precision: str | None, x: Tensor) -> str:
+    if precision is None:
+        full = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(x.device.type)
+        return "fp32" if x.dtype == torch.float32 and full else "fp16"
+    if precision not in PRECISIONS:
+        raise FastclError(f"precision must be one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
+    return precision
 
 
 @contextmanager
@@ -115,8 +206,9 @@ def backend(name: str) -> Iterator[None]:
     """Use one backend inside a `with` block.
 
     Args:
-        name: "dense" (the specification, N x N, differentiable twice), "chunked" (O(N x tile) memory) or "auto"
-            (chunked).
+        name: "triton" (fused kernels, differentiable once), "chunked" (torch, O(N x tile) memory, differentiable
+            once), "dense" (the specification, N x N, differentiable twice) or "auto" (triton for CUDA tensors, chunked
+            elsewhere and for what the kernels do not take: float64 and more than 4096 columns).
 
     Raises:
         FastclError: an unknown name.
@@ -162,7 +254,7 @@ def _check_no_tangent(*rows: Tensor | None) -> None:
         return
     if any(v is not None and forward_ad.unpack_dual(v).tangent is not None for v in rows):
         raise FastclError(
-            "the chunked backend has no forward-mode derivative; use `with fastcl.backend('dense')` for jvp"
+            f"the {_last} backend has no forward-mode derivative; use `with fastcl.backend('dense')` for jvp"
         )
 
 

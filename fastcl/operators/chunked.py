@@ -1,7 +1,4 @@
-"""The differentiable operators: registered with torch.library, so that torch.compile keeps them whole.
-
-Autograd is registered at the operators' own key: an outer autograd.Function would fail `torch.library.opcheck`.
-"""
+"""torch.ops.fastcl.row_stats: the chunked backend."""
 
 from __future__ import annotations
 

@@ -1,0 +1,68 @@
+"""Every launch that the table can lead to, recorded without a GPU: what the check of the compiled code compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastcl.backends.triton.backward import Upstream, gradients
+from fastcl.backends.triton.forward import statistics
+from fastcl.backends.triton.operand import Call, known_order, prepare
+from fastcl.kernels.contrastive.launch import Launch, on_architecture, recording
+
+_NTXENT, _SUPCON = 0b001_111, 0b011_111  # Objective.code of two rows of the table
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    d: int
+    split: str = "none"
+    precision: str = "fp16"
+    dtype: torch.dtype = torch.float32
+    pair: str = "views"  # of samples, or "towers", or a "queue" of candidates without gradient
+    learnable: bool = False  # temperature on the device: kernels for logits of any range
+    normalize: bool = True
+
+
+def _cases() -> Iterator[_Case]:
+    for d in (64, 128, 256, 512):
+        yield _Case(f"ntxent fp16 d={d}", d)
+        yield _Case(f"supcon fp16 d={d}", d, "peers")
+        yield _Case(f"ntxent fp32 d={d}", d, "all", "fp32")
+        yield _Case(f"clip fp16 d={d}, learnable temperature", d, pair="towers", learnable=True)
+    yield _Case("ntxent bf16 d=128", 128, precision="bf16", dtype=torch.bfloat16)
+    yield _Case("ntxent bf16 d=512", 512, precision="bf16", dtype=torch.bfloat16)
+    yield _Case("queue fp16 d=128", 128, pair="queue")
+    yield _Case("supcon fp32 d=256, learnable temperature", 256, "all", "fp32", learnable=True)
+    yield _Case("supcon fp16 d=128, rows of any norm", 128, "peers", normalize=False)
+
+
+def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
+    """Name and launches, forward and backward, of each case on an architecture, for example 90."""
+    for case in _cases():
+        with on_architecture(sm), recording() as launches:
+            _run(case)
+        yield case.name, launches
+
+
+def _run(case: _Case) -> None:
+    temperature = torch.ones(()) if case.learnable else None
+    code = _SUPCON if case.split == "peers" else _NTXENT
+    call = Call(temperature, 0.5, case.normalize, case.precision, (code,), case.split, case.split != "none")
+    flag = torch.empty(1, dtype=torch.int32) if call.may_overflow else None
+    x, y = torch.empty(2, _ROWS // 2, case.d, dtype=case.dtype)
+    views = case.pair == "views"
+    labels = torch.arange(len(x)) if call.peers else None
+    order = known_order(len(x), 2 if views else 1, labels if views else None, x.device)
+    a = prepare(x, y if views else None, order, call, flag)
+    b = None if views else prepare(y, None, order, call, flag)
+    columns = case.pair == "towers"
+    found = statistics(a, b, call, flag, columns)
+    upstreams = [Upstream(stats, None, torch.empty_like(losses)) for stats, _, losses in found]
+    if not columns:
+        upstreams.append(Upstream(torch.empty(5, 0), None, None) if b is not None else None)
+    gradients(a, b, call, flag, tuple(upstreams[:2]), (True, columns, case.learnable))

@@ -1,0 +1,155 @@
+"""The forward pass: orders, working copies, tiles, then statistics and losses."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from fastcl.backends.triton.operand import ALIGN, NARROW, Call, Operand, row_block
+from fastcl.kernels.contrastive.finish import finish_kernel
+from fastcl.kernels.contrastive.forward import forward_kernel, forward_online_kernel
+from fastcl.kernels.contrastive.launch import Config, architecture, config, launch
+from fastcl.kernels.contrastive.views import views_kernel
+
+WORKSPACE = 256 * 2**20  # bytes that partial results may take
+_PROGRAMS = 528  # that a launch should have: two for each multiprocessor of the largest cards; fixed, so results are too
+
+
+def choose(kernel: str, call: Call, operand: Operand) -> Config:
+    """Tile sizes of a launch that streams an operand's rows."""
+    device = operand.z.device
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return config(kernel, architecture(capability), call.split, operand.width, operand.n)
+
+
+def splits(blocks: int, tiles: int) -> int:
+    """Programs that share a block of resident rows: a power of two, so that few kernels are compiled."""
+    wanted = min(_PROGRAMS // max(blocks, 1), tiles // 2, 16)
+    return 1 << max(wanted.bit_length() - 1, 0)
+
+
+def scaling(call: Call, flag: Tensor | None, r: Operand, s: Operand) -> dict:
+    """Arguments on temperature, scale and flag that all kernels over tiles take."""
+    return {
+        "scale_r": r.scale, "scale_s": s.scale, "flag": flag, "t": call.temperature, "t_value": call.value,
+    }  # fmt: skip
+
+
+def switches(call: Call, flag: Tensor | None) -> dict:
+    """The constant arguments that go with `scaling`."""
+    return {
+        "HAS_T": call.temperature is not None, "HAS_SCALE": not call.normalize, "HAS_FLAG": flag is not None,
+    }  # fmt: skip
+
+
+def sides(r: Operand, s: Operand) -> dict:
+    """Arguments on the resident and the streamed rows that all kernels over tiles take first."""
+    return {
+        "zr": r.z, "zs": s.z, "lo_r": r.order[1], "hi_r": r.order[2], "first_r": r.order[3], "last_r": r.order[4],
+        "cls_s": s.class_begin(), "smp_s": s.sample_begin(),
+    }  # fmt: skip
+
+
+def statistics(
+    x: Operand, y: Operand | None, call: Call, flag: Tensor | None, columns: bool
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(stats, counts, losses) of x and, with columns, of y; in source order.
+
+    Args:
+        y: the candidates; None: x's rows themselves.
+        columns: y's statistics against x too, from the same tiles.
+    """
+    found = [_results(operand, call) for operand in ((x, y) if columns else (x,))]
+    s = x if y is None else y
+    _views(x, s, found[0][0], call, y is None)
+    if columns:
+        _views(y, x, found[1][0], call, False)
+    _tiles(x, s, call, flag, found, symmetric=y is None)
+    if flag is not None:
+        for k, (r, other) in enumerate(((x, s), (s, x))[: len(found)]):
+            _online(r, other, call, flag, found[k][0])
+            _finish(r, other, call, flag, found[k], y is None, sums=False)
+    return found
+
+
+def _results(operand: Operand, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def empty(rows: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, operand.n, dtype=dtype, device=operand.z.device)
+
+    counts = 0 if call.codes else 3
+    return empty(5, torch.float32), empty(counts, torch.int64), empty(len(call.codes), torch.float32)
+
+
+def _views(x: Operand, y: Operand, stats: Tensor, call: Call, symmetric: bool) -> None:
+    block_n, block_d = row_block(x.width)
+    arguments = x.source("x") | y.source("y")
+    launch(
+        views_kernel, (triton.cdiv(x.n, block_n),), 4, 1,
+        **arguments, first_N=x.order[3], last_N=x.order[4], stats=stats, t=call.temperature, t_value=call.value, n=x.n,
+        d=x.x.shape[1], BLOCK_N=block_n, BLOCK_D=block_d, SYMMETRIC=symmetric, NORMALIZE=call.normalize,
+        HAS_TWO=x.x2 is not None, HAS_T=call.temperature is not None,
+    )  # fmt: skip
+
+
+def _tiles(
+    r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[tuple[Tensor, Tensor, Tensor]], symmetric: bool
+) -> None:
+    """Waves of resident blocks, as many at a time as the workspace holds sums of streamed rows for."""
+    chosen = choose("forward", call, s)
+    both = symmetric or len(found) == 2
+    n_blocks, n_tiles = triton.cdiv(r.n, chosen.block_r), triton.cdiv(s.n, chosen.block_s)
+    wave = min(n_blocks, max(1, WORKSPACE // (4 * s.rows))) if both else n_blocks
+    n_splits = splits(wave, n_tiles)
+    part_r = torch.empty(n_splits, 3, r.rows, dtype=torch.float32, device=r.z.device)
+    part_s = torch.empty(wave if both else 0, s.rows, dtype=torch.float32, device=r.z.device)
+    for first in range(0, n_blocks, wave):
+        count = min(wave, n_blocks - first)
+        launch(
+            forward_kernel, (count, n_splits), chosen.warps, chosen.stages,
+            **sides(r, s), part_r=part_r, part_s=part_s, **scaling(call, flag, r, s), n_r=r.n, n_s=s.n, rows_r=r.rows,
+            rows_s=s.rows, first_block=first, n_blocks=count, D=r.width, BLOCK_R=chosen.block_r,
+            BLOCK_S=chosen.block_s, BLOCK_D=r.width if r.width <= NARROW else chosen.block_d, ALIGN=ALIGN,
+            SPLITS=n_splits, SYMMETRIC=symmetric, BOTH=both, PEERS=call.peers, SPLIT_PLAIN=call.split == "all",
+            SPLIT_MASKED=call.split != "none", **switches(call, flag),
+        )  # fmt: skip
+        last = first + count == n_blocks
+        partial = {"first_block": first, "n_blocks": count, "BLOCK_R": chosen.block_r, "SPLITS": n_splits,
+                   "FIRST": first == 0, "LAST": last, "part_r": part_r, "part_s": part_s}  # fmt: skip
+        if both or last:
+            _finish(r, s, call, flag, found[0], symmetric, partial | {"OWN": True, "STREAMED": symmetric})
+        if len(found) == 2:
+            _finish(s, r, call, flag, found[1], False, partial | {"OWN": False, "STREAMED": True})
+
+
+def _finish(
+    r: Operand, s: Operand, call: Call, flag: Tensor | None, found: tuple[Tensor, Tensor, Tensor],
+    symmetric: bool, partial: dict | None = None, sums: bool = True,
+) -> None:  # fmt: skip
+    stats, counts, losses = found
+    # Where the flag may yet send all rows through the online kernel, losses come after it.
+    codes = call.codes if flag is None or not sums else ()
+    codes = codes if partial is None or partial["LAST"] else ()
+    partial = partial or {
+        "part_r": stats, "part_s": stats, "first_block": 0, "n_blocks": 0, "BLOCK_R": ALIGN, "SPLITS": 1, "OWN": False,
+        "STREAMED": False, "FIRST": True, "LAST": True,
+    }  # fmt: skip
+    launch(
+        finish_kernel, (triton.cdiv(r.n, ALIGN),), 4, 1,
+        layout_5N=r.order, stats=stats, counts=counts, losses=losses, flag=flag, t=call.temperature,
+        t_value=call.value, n=r.n, n_s=s.n, rows=r.rows, BLOCK_N=ALIGN, SYMMETRIC=symmetric, PEERS=call.peers,
+        SUMS=sums, COUNTS=len(counts) > 0 and partial["LAST"] and sums, K=len(codes),
+        CODES=call.packed_codes if codes else 0, HAS_T=call.temperature is not None, HAS_FLAG=flag is not None,
+        **partial,
+    )  # fmt: skip
+
+
+def _online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> None:
+    chosen = choose("forward", call, s)
+    launch(
+        forward_online_kernel, (triton.cdiv(r.n, chosen.block_r),), chosen.warps, 1,
+        **sides(r, s), src_r=r.order[0], stats=stats, **scaling(call, flag, r, s), n_r=r.n, n_s=s.n, rows_r=r.rows,
+        rows_s=s.rows, D=r.width, BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s,
+        BLOCK_D=r.width if r.width <= NARROW else chosen.block_d, PEERS=call.peers, SPLIT=call.split != "none",
+        HAS_T=call.temperature is not None, HAS_SCALE=not call.normalize,
+    )  # fmt: skip

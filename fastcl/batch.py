@@ -1,0 +1,77 @@
+"""The rows and ids of a call, checked: what every backend of the row statistics starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import check_all_ids, check_ids, check_rows, describe
+from fastcl.errors import FastclError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Anchors, candidates and their ids; build it with `of`, `two_views` or `pairs`.
+
+    Where the ids follow from the call they are not spelled out, and nobody has to sort them: `sample` is None then.
+    """
+
+    x: Tensor
+    x2: Tensor | None = None  # row k of x and of x2 are the views of sample k, labels (B,) are the samples'
+    y: Tensor | None = None  # candidates; without `sample`, row k of x and of y are pair k
+    sample: Tensor | None = None
+    labels: Tensor | None = None
+    sample_y: Tensor | None = None
+    labels_y: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, x: Tensor, y: Tensor | None, sample: Tensor, labels: Tensor | None,
+        sample_y: Tensor | None, labels_y: Tensor | None,
+    ) -> Batch:  # fmt: skip
+        """Rows with ids of any values; arguments and errors as `fastcl.row_stats`."""
+        check_rows(x, "x")
+        if y is not None:
+            check_rows(y, "y")
+            if (y.shape[1], y.dtype, y.device) != (x.shape[1], x.dtype, x.device):
+                raise FastclError(f"y must match x in width, dtype and device: x is {describe(x)}, y is {describe(y)}")
+        ids = check_all_ids(x, y, sample, labels, sample_y, labels_y)
+        return cls(x, None, y, *ids)
+
+    @classmethod
+    def two_views(cls, z1: Tensor, z2: Tensor, labels: Tensor | None) -> Batch:
+        """The 2B rows [z1; z2] of B samples, with (B,) labels."""
+        _check_pair(z1, z2, "z1", "z2")
+        if labels is not None:
+            check_ids(labels, z1, "labels")
+            labels = labels.long()
+        return cls(z1, x2=z2, labels=labels)
+
+    @classmethod
+    def pairs(cls, x: Tensor, y: Tensor, name_x: str, name_y: str) -> Batch:
+        """Two towers: row k of both is pair k."""
+        _check_pair(x, y, name_x, name_y)
+        return cls(x, y=y)
+
+    def spelled_out(self) -> Batch:
+        """The same with all rows in one tensor and an id for each."""
+        if self.sample is not None:
+            return self
+        sample = torch.arange(len(self.x), device=self.x.device)
+        if self.x2 is None:
+            return Batch(self.x, y=self.y, sample=sample, sample_y=sample)
+        labels = None if self.labels is None else self.labels.repeat(2)
+        return Batch(torch.cat([self.x, self.x2]), sample=sample.repeat(2), labels=labels)
+
+    def transposed(self) -> Batch:
+        """Candidates as anchors, and the other way round."""
+        return Batch(self.y, None, self.x, self.sample_y, self.labels_y, self.sample, self.labels)
+
+
+def _check_pair(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
+    check_rows(a, name_a)
+    check_rows(b, name_b)
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        raise FastclError(f"{name_a} and {name_b} must agree: {name_a} is {describe(a)}, {name_b} is {describe(b)}")

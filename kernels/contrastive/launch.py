@@ -1,0 +1,103 @@
+"""Launches: the one function that starts a kernel, and the table of tile sizes.
+
+The table (table.json beside this file) has a row per kernel, architecture, mode and range of widths and rows;
+`python -m bench.tune` writes it. Nothing is tuned while a program runs: the same shapes give the same launches, and
+with them the same bits, whatever the card's number of multiprocessors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TABLE = Path(__file__).with_name("table.json")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of a launch: resident rows, streamed rows, width taken at a time; warps and pipeline stages."""
+
+    block_r: int
+    block_s: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded instead of started."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    warps: int
+    stages: int
+    arguments: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+_architecture: int | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
+    """Start a kernel on the current device; arguments by the names of its parameters, in their order."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, warps, stages, arguments))
+        return
+    kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches within the block are listed and not started; what they would have written is left undefined."""
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+@contextmanager
+def on_architecture(sm: int) -> Iterator[None]:
+    """Choose launches within the block as on this architecture, for example 90, whatever the device."""
+    global _architecture
+    previous, _architecture = _architecture, sm
+    try:
+        yield
+    finally:
+        _architecture = previous
+
+
+def architecture(capability: tuple[int, int] | None) -> int:
+    """The row of the table for a compute capability: the newest architecture that is not newer; None: 90."""
+    sm = _architecture or (90 if capability is None else 10 * capability[0] + capability[1])
+    return max((known for known in ARCHITECTURES if known <= sm), default=ARCHITECTURES[0])
+
+
+@lru_cache(maxsize=4096)
+def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config:
+    """Tile sizes for rows of width d and n streamed rows.
+
+    Args:
+        kernel: "forward", "backward", "weights" or "product".
+        sm: a member of ARCHITECTURES.
+        mode: which tiles take split half precision: "none", "peers" (those of one class) or "all".
+    """
+    for row in _rows():
+        if (row["kernel"], row["arch"], row["mode"]) != (kernel, f"sm_{sm}", mode):
+            continue
+        if d <= (row["max_d"] or d) and n <= (row["max_n"] or n):
+            return Config(*(row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")))
+    raise LookupError(f"table.json has no row for {kernel}, sm_{sm}, mode {mode}, width {d}, {n} rows")
+
+
+@lru_cache(maxsize=1)
+def _rows() -> list[dict[str, Any]]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))

@@ -1,0 +1,296 @@
+"""The static gate names what is wrong with a compiled kernel, lets a clean one pass, and finds the table clean.
+
+Kernels are compiled in processes of their own: this one interprets them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import sass
+from bench.static_compile import Facts, Job
+from bench.static_jobs import compile_all
+from bench.static_report import FINDINGS, LIMITS, findings, launch_name, occupancy, report
+
+ROOT = Path(__file__).resolve().parents[1]
+WITNESSES = "tests.static_witnesses"
+JOB = Job(".", "m", "some_kernel", {"x": "*fp16", "n": "i32"}, {}, ["x"], 90, 4, 3)
+
+
+def gate(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-m", "bench.static", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+def names(record: dict) -> list[str]:
+    return [finding["name"] for finding in record["findings"]]
+
+
+@pytest.fixture(scope="module")
+def witnesses(tmp_path_factory) -> tuple[subprocess.CompletedProcess, list[dict], Path]:
+    """A run of the gate over the kernels with faults: the process, its records, the folder of its files."""
+    folder = tmp_path_factory.mktemp("static")
+    done = gate(
+        "--cases", f"{WITNESSES}:cases", "--arch", "sm_80", "sm_90", "sm_100",
+        "--json", str(folder / "records.json"), "--out", str(folder),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    return done, json.loads((folder / "records.json").read_text()), folder
+
+
+def facts(**changes) -> Facts:
+    clean = dict(
+        registers=128, stack=0, local=0, shared=1024, tensor_memory=0, warps=4, dot=True,
+        tensor={"HGMMA": 8, "HMMA": 0, "UTCMMA": 0}, register_operand=0, waits=2, broken=0, chained=6,
+        messages=[], hazards=[], exponentials=32,
+    )  # fmt: skip
+    return Facts(**(clean | changes))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_each_witness_gives_the_finding_it_was_built_for_and_no_other(witnesses, arch):
+    found = {r["cases"][0]: r for r in witnesses[1] if r["arch"] == arch}
+    faults = ["spill", "shared", "tensor core", "compile"] + ["serialised"] * (arch == "sm_90")
+    assert {case: names(r) for case, r in found.items()} == {"clean": []} | {fault: [fault] for fault in faults}
+    clean = found["clean"]
+    assert clean["exponentials_per_element"] == 1 and clean["programs_per_sm"] >= 3 and clean["stack"] == 0
+    family = LIMITS[clean["arch"] and int(arch[3:])].tensor
+    assert [name for name, count in clean["tensor"].items() if count] == [family]
+    assert found["spill"]["stack"] >= 1000 and found["spill"]["local"] >= 500 and found["compile"]["registers"] is None
+    assert found["shared"]["shared"] > LIMITS[int(arch[3:])].shared * 1024 and found["shared"]["programs_per_sm"] == 0
+
+
+def test_serialised_wgmma_are_seen_in_the_code_as_well_as_in_the_words_of_ptxas(witnesses):
+    serialised, clean = (
+        next(r for r in witnesses[1] if r["arch"] == "sm_90" and r["cases"] == [case]) for case in ("serialised", "clean")
+    )
+    assert serialised["broken"] == serialised["chained"] > 0 and serialised["waits"] == serialised["tensor"]["HGMMA"]
+    assert "serialized" in serialised["messages"][0]
+    assert clean["broken"] == 0 < clean["chained"] and clean["waits"] < clean["tensor"]["HGMMA"] / 2
+    assert clean["register_operand"] == 4 and not clean["messages"]
+
+
+def test_the_report_names_every_finding_and_goes_to_a_file_of_the_version(witnesses):
+    done, records, folder = witnesses
+    assert (folder / f"{records[0]['triton']}.md").read_text() == done.stdout
+    assert f"{len(records)} launches, {sum(map(bool, map(names, records)))} with findings" in done.stdout
+    for r in records:
+        row = next(line for line in done.stdout.splitlines() if line.startswith(f"| {launch_name(r)} | {r['cases'][0]} |"))
+        assert row.endswith(f"| {', '.join(names(r)) or '-'} |")
+        assert all(f"**{finding['name']}**: {finding['detail']}" in done.stdout for finding in r["findings"])
+
+
+def test_arguments_are_specialised_as_at_run_time_and_equal_launches_are_one(tmp_path):
+    done = gate("--cases", f"{WITNESSES}:kinds", "--arch", "sm_90", "--json", str(tmp_path / "records.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (r,) = json.loads((tmp_path / "records.json").read_text())
+    assert r["cases"] == ["every kind", "again"]
+    pointers = "half *fp16 brain *bf16 single *fp32 double *fp64 ints *i32 longs *i64 bytes_ *i8 odd *fp32".split()
+    assert r["signature"] == dict(zip(pointers[::2], pointers[1::2], strict=True)) | {
+        "nothing": "constexpr", "one": "constexpr", "sixteen": "i32", "seventeen": "i32", "large": "i64",
+        "real": "fp32", "flag": "u1", "bare": "constexpr", "sizes": "constexpr", "name": "constexpr",
+    }  # fmt: skip
+    assert r["constants"] == {"nothing": None, "one": 1, "bare": None, "sizes": [64, 128], "name": "fp16"}
+    assert r["divisible"] == "half brain single double ints longs bytes_ sixteen large".split()
+
+
+def test_a_kernel_that_another_program_left_in_the_cache_is_judged_by_the_words_of_ptxas_too(tmp_path):
+    found = []
+    for _ in range(2):
+        arguments = ("--cases", f"{WITNESSES}:serialised", "--arch", "sm_90", "--json", str(tmp_path / "records.json"))
+        done = gate(*arguments, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+        assert done.returncode == 1, done.stderr
+        found += json.loads((tmp_path / "records.json").read_text())
+        logs = list((tmp_path / "cache").rglob("ptxas.log"))
+        assert len(logs) == 1
+        logs[0].unlink()
+    assert found[0] == found[1] and found[0]["messages"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"stack": 8}, "spill"),
+        ({"local": 1}, "spill"),
+        ({"shared": 227 * 1024 + 1}, "shared"),
+        ({"tensor_memory": 513}, "tensor memory"),
+        ({"tensor": {"HGMMA": 0, "HMMA": 64, "UTCMMA": 0}}, "tensor core"),
+        ({"broken": 3}, "serialised"),
+        ({"messages": ["(C7510) Potential Performance Loss"]}, "serialised"),
+        ({"hazards": ["0010 MOV R8 writes an operand of the WGMMA at 0000"]}, "hazard"),
+    ],
+)
+def test_every_fact_that_is_wrong_is_a_finding(changes, name):
+    assert not findings(JOB, facts())
+    assert not findings(JOB, facts(shared=227 * 1024, broken=2, tensor_memory=512))
+    (finding,) = findings(JOB, facts(**changes))
+    assert finding.name == name in FINDINGS
+    assert name in report([], "3") or str(next(iter(changes.values())))[:4].strip("[{'") in finding.detail
+
+
+def test_a_kernel_without_a_product_needs_no_tensor_core():
+    none = {"HGMMA": 0, "HMMA": 0, "UTCMMA": 0}
+    assert not findings(JOB, facts(dot=False, tensor=none, chained=0))
+
+
+def test_programs_per_multiprocessor_are_bounded_by_registers_memory_warps_and_tensor_memory():
+    assert occupancy(facts(registers=128, warps=4), 90) == 4
+    assert occupancy(facts(registers=129, warps=4), 90) == 3  # registers are handed out in eights
+    assert occupancy(facts(registers=32, warps=4), 90) == 16 and occupancy(facts(registers=32, warps=4), 86) == 12
+    assert occupancy(facts(registers=32, warps=1), 86) == 16 and occupancy(facts(registers=32, warps=1), 90) == 32
+    assert occupancy(facts(registers=32, warps=8, shared=113 * 1024), 90) == 2
+    assert occupancy(facts(registers=32, warps=8, shared=113 * 1024 + 1), 90) == 1
+    assert occupancy(facts(registers=32, warps=4, tensor_memory=256), 100) == 2
+    assert occupancy(facts(registers=255, warps=8), 90) == 1
+
+
+def code(*lines: str) -> list[sass.Block]:
+    """Blocks of machine code; a line that ends in a colon is a label."""
+    text = "\t.section\t.text.kernel\n"
+    for k, line in enumerate(lines):
+        text += f"{line}\n" if line.endswith(":") else f"        /*{16 * k:04x}*/    {line} ;\n"
+    return sass.blocks(text)
+
+
+RS = "HGMMA.64x64x16.F32 R24, R8, gdesc[UR4].tnspB, R24"  # reads R8 to R11
+SS = "HGMMA.64x64x16.F32 R24, gdesc[UR8], R24"
+WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "MOV R8, R2", "MOV R11, R2", "@!P0 IADD3 R9, P1, R2, R3, RZ", "LDS.128 R4, [R40]", "LDS.U.64 R10, [R40]",
+        "LDSM.16.M88.4 R4, [R40]", "SHFL.BFLY PT, R10, R2, 0x1, 0x1f", "LOP3.LUT P0, R8, R2, 0x1, RZ, 0xc0, !PT",
+        "IMAD.WIDE R10, R2, 0x4, R4", "LDG.E.LTC128B.128 R8, desc[UR4][R2.64]", "F2FP.F16.F32.PACK_AB R9, R2, R3",
+        "ATOMG.E.ADD.STRONG.GPU PT, R8, desc[UR4][R2.64], R5", "HMMA.16816.F32 R8, R40, R44, RZ",
+    ],
+)  # fmt: skip
+def test_a_write_to_an_operand_in_flight_is_a_hazard(write):
+    (found,) = sass.hazards(code(f"{RS}, gsb0", write, WAIT, "EXIT"))
+    assert found.startswith("0010 ") and found.endswith("WGMMA at 0000")
+    assert not sass.hazards(code(f"{RS}, gsb0", WAIT, write, "EXIT"))
+    assert not sass.hazards(code(write, f"{RS}, gsb0", WAIT, "EXIT"))
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        "STG.E.128 desc[UR4][R2.64], R8", "STS [R8], R9", "ISETP.GE.AND P0, PT, R8, R9, PT", "FSETP.GT P0, PT, R8, R2, PT",
+        "MOV R12, R8", "MOV R7, R8", "LDS.64 R12, [R8]", "LDS.128 R4, [R8]".replace("R4", "R16"), "R2UR UR4, R8",
+        "LDGSTS.E.BYPASS.LTC128B.128 [R8], desc[UR40][R10.64]", "BAR.SYNC.DEFER_BLOCKING R8, R9", "FADD R7, R8, R9",
+        "WARPGROUP.ARRIVE", "SHFL.BFLY PT, R12, R8, 0x1, 0x1f", "REDG.E.ADD desc[UR4][R8.64], R9", "UMOV UR8, UR9",
+    ],
+)  # fmt: skip
+def test_reading_an_operand_in_flight_or_writing_beside_it_is_none(harmless):
+    assert not sass.hazards(code(f"{RS}, gsb0", harmless, WAIT, "EXIT"))
+
+
+def test_a_wait_for_all_but_some_groups_leaves_the_newest_in_flight():
+    two = (f"{RS}, gsb0", f"{RS.replace('R8', 'R12')}, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x1")
+    assert not sass.hazards(code(*two, "MOV R8, R2", WAIT, "EXIT"))
+    assert len(sass.hazards(code(*two, "MOV R12, R2", WAIT, "EXIT"))) == 1
+    # A group of WGMMA that read shared memory alone counts as a group.
+    assert not sass.hazards(code(f"{RS}, gsb0", f"{SS}, gsb0", two[2], "MOV R8, R2", WAIT, "EXIT"))
+    # What no group has been closed over cannot be waited for.
+    assert len(sass.hazards(code(RS, WAIT, "MOV R8, R2", "EXIT"))) == 1
+
+
+def test_a_hazard_is_found_around_a_loop_and_behind_a_branch():
+    loop = (".L_x_1:", "MOV R8, R2", WAIT, f"{RS}, gsb0", "@P0 BRA `(.L_x_1)", WAIT, "EXIT")
+    assert sass.hazards(code(*loop)) == ["0010 MOV R8 writes an operand of the WGMMA at 0030"]
+    assert not sass.hazards(code(loop[0], loop[2], loop[1], *loop[3:]))
+    branch = ("@P0 BRA `(.L_x_2)", WAIT, ".L_x_2:", "MOV R8, R2", "EXIT")
+    assert len(sass.hazards(code(f"{RS}, gsb0", *branch))) == 1
+    # A jump that is always taken goes past the write.
+    assert not sass.hazards(code(f"{RS}, gsb0", "BRA `(.L_x_2)", "MOV R8, R2", ".L_x_2:", WAIT, "EXIT"))
+    assert len(sass.hazards(code(f"{RS}, gsb0", "BRA.U UP0, `(.L_x_2)", "MOV R8, R2", ".L_x_2:", WAIT, "EXIT"))) == 1
+    # Nothing waits: the analysis still ends.
+    assert len(sass.hazards(code(".L_x_1:", f"{RS}, gsb0", "@P0 BRA `(.L_x_1)", "MOV R8, R2", "EXIT"))) == 1
+
+
+def test_chains_of_wgmma_are_broken_by_a_wait_for_all():
+    assert sass.broken_chains(code(SS, SS, f"{SS}, gsb0", WAIT)) == (0, 2)
+    assert sass.broken_chains(code(f"{SS}, gsb0", WAIT, f"{SS}, gsb0", WAIT, f"{SS}, gsb0", WAIT)) == (2, 2)
+    assert sass.broken_chains(code(SS, WAIT.replace("0x0", "0x1"), SS)) == (0, 1)
+    first = SS.replace("R24", "R88")
+    assert sass.broken_chains(code(SS, f"{SS}, gsb0", WAIT, first, f"{first}, gsb0", WAIT)) == (0, 2)
+    start = "HGMMA.64x64x16.F32 R24, gdesc[UR8], RZ, !UPT"
+    assert sass.broken_chains(code(f"{SS}, gsb0", WAIT, start)) == (0, 0)  # begins a new sum
+
+
+def test_exponentials_are_counted_in_the_innermost_loop_that_has_any():
+    ex2 = "MUFU.EX2 R1, R2"
+    assert sass.exponentials_in_a_loop(code(ex2, ex2, "EXIT")) is None
+    one = code(ex2, ".L_x_1:", ex2, "@!P1 MUFU.EX2 R3, R3", "MUFU.LG2 R1, R2", "@P0 BRA `(.L_x_1)", ex2, "EXIT")
+    assert sass.exponentials_in_a_loop(one) == 2
+    inner = (".L_x_2:", SS, "@P1 BRA `(.L_x_2)")
+    assert sass.exponentials_in_a_loop(code(".L_x_1:", *inner, ex2, ex2, ex2, "@P0 BRA `(.L_x_1)", "EXIT")) == 3
+    inner = (".L_x_2:", ex2, "@P1 BRA `(.L_x_2)")
+    assert sass.exponentials_in_a_loop(code(".L_x_1:", *inner, ex2, ex2, "@P0 BRA `(.L_x_1)", "EXIT")) == 1
+    # A wait that was moved behind the end jumps back, but into no loop.
+    cold = code("@P0 BRA `(.L_x_9)", ".L_x_3:", ex2, "EXIT", ".L_x_9:", ex2, "BRA `(.L_x_3)")
+    assert sass.exponentials_in_a_loop(cold) is None
+
+
+def test_instructions_are_counted_in_every_dialect_of_the_disassembler():
+    found = code(
+        "HMMA.16816.F32 R96, R68, R44, RZ          &req={1}         ?WAIT15_END_GROUP",
+        "UTCHMMA gdesc[UR6], gdesc[UR12], tmem[UR23], tmem[UR36], idesc[UR37], !UPT", "UTCBAR [UR4], URZ",
+        "UTCATOMSWS.AND URZ, UR5", SS, RS, "@P0 STL.64 [R1+0x8], R2", "LDL R2, [R1]", "IMMA.16832.S8.S8 R4, R6.ROW, R8.COL, R4",
+    )  # fmt: skip
+    assert {name: sass.count(found, pattern) for name, pattern in sass.TENSOR.items()} == {
+        "HGMMA": 2, "HMMA": 2, "UTCMMA": 1
+    }  # fmt: skip
+    assert sass.count(found, r"(?:STL|LDL)\b") == 2 and sass.register_operands(found) == 1
+    assert found[0].code[0].operands == ("R96", "R68", "R44", "RZ")
+
+
+def script(folder: Path, text: str) -> Path:
+    file = folder / "python"
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_a_compiler_that_dies_is_a_result_and_the_next_job_gets_a_new_one(tmp_path):
+    python = script(tmp_path, """echo '{"triton": "9.9"}'; read line; echo boom >&2; exit 3""")
+    version, results = compile_all([JOB, JOB, JOB], str(python), 2)
+    assert version == "9.9" and results == ["the compiler died (status 3): boom"] * 3
+    assert [finding.name for finding in findings(JOB, results[0])] == ["compile"]
+
+
+def test_the_newest_triton_is_installed_into_an_environment_and_compiles_there(tmp_path):
+    (tmp_path / "bin").mkdir()
+    log = tmp_path / "log"
+    script(tmp_path / "bin", f'echo "$@" >> {log}; [ "$2" = pip ] && exit 0; exec {sys.executable} "$@"')
+    done = gate("--cases", f"{WITNESSES}:kinds", "--arch", "sm_90", "--newest", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    install, compile_ = log.read_text().splitlines()
+    assert install.startswith("-m pip install") and install.endswith("--upgrade triton")
+    assert compile_ == "-m bench.static_compile"
+    script(tmp_path / "bin", "exit 1")
+    done = gate("--cases", f"{WITNESSES}:kinds", "--arch", "sm_90", "--newest", str(tmp_path))
+    assert done.returncode == 2 and "pip could not install triton" in done.stderr
+
+
+def test_what_cannot_run_is_said_in_a_line(tmp_path):
+    bare = script(tmp_path, f'exec {sys.executable} -S "$@"')
+    kinds = ("--cases", f"{WITNESSES}:kinds")
+    for arguments, environment, message in [
+        ((*kinds, "--triton-python", str(bare)), {}, "cannot compile: ModuleNotFoundError: No module named 'triton'"),
+        ((*kinds, "--triton-python", "no-such-python"), {}, "no-such-python is no program"),
+        (("--cases", f"{WITNESSES}:nothing"), {}, "has no attribute 'nothing'"),
+        (("--cases", "nowhere:cases"), {}, "No module named 'nowhere'"),
+        (("--arch", "sm_75"), {}, "invalid choice: 'sm_75'"),
+        (("--workers", "0"), {}, "must be positive, got 0"),
+        (kinds, {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
+        (("--cases", f"{WITNESSES}:unfit"), {}, "spills_kernel: constant BLOCK is 1j"),
+    ]:
+        done = gate(*arguments, **environment)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
