@@ -1,4 +1,4 @@
-"""The compiling side of `bench.static`: a worker that needs Triton and nothing else, so that it runs in any environment.
+"""The compiling side of `bench.static`: a worker that needs Triton alone, and so runs in any environment.
 
 `python -m bench.static_compile` reads jobs, one JSON object a line, and answers each with a line: what was found, or
 why there is no kernel. Its first line names the version of Triton.

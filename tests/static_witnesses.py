@@ -26,7 +26,7 @@ def two_products_kernel(
 
 @triton.jit
 def spills_kernel(x_N, out_N, BLOCK: tl.constexpr):
-    """Every element is needed again after a reduction over all: with few warps, more of them than there are registers."""
+    """Every element is needed again after a reduction over all, and one warp has no registers for so many."""
     o_n = tl.arange(0, BLOCK)
     b_x = tl.load(x_N + o_n)
     tl.store(out_N + o_n, b_x / tl.sum(b_x, 0))
@@ -75,7 +75,7 @@ def cases(sm):
         launch(plain_product_kernel, (1,), 4, 2, x=single, y=single, out=single, BLOCK=16, PRECISION=precision)
 
     calls = {
-        "clean": lambda: two_products(64, 64, 4, 2),
+        "clean": lambda: two_products(128, 64, 4, 2),
         "spill": lambda: launch(spills_kernel, (1,), 1, 1, x_N=single, out_N=single, BLOCK=16384),
         "shared": lambda: two_products(128, 64, 4, 16),
         "tensor core": lambda: plain_product("ieee"),

@@ -29,13 +29,14 @@ def _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT: tl.constexpr):
 
 @triton.jit
 def backward_kernel(
-    zr, zs, lo_r, hi_r, first_r, last_r, cls_s, smp_s,  # as in forward_kernel
+    zr, zs, lo_r, hi_r, first_r, cls_s, smp_s,  # as in forward_kernel
     w_r, w_s,  # (5, rows) weights of the resident and the streamed rows
     stats_r, stats_s, src_r, src_s,  # read where the flag is set only
-    acc,  # (SPLITS, acc_rows, D) float32: acc_rows rows from the first block of this launch on
+    acc,  # (slots, acc_rows, D) float32: acc_rows rows from the first block of this launch on; a slot for each split
     scale_r, scale_s, flag, t, t_value,
-    n_r, n_s, rows_r, rows_s, first_block, acc_rows,
+    n_r, n_s, rows_r, rows_s, first_block, first_slot, acc_rows,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch takes
     PEERS: tl.constexpr, SPLIT_PLAIN: tl.constexpr, SPLIT_MASKED: tl.constexpr,
     ONLINE: tl.constexpr, HAS_T: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FLAG: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +53,7 @@ def backward_kernel(
     shift = shift_log2(inverse_t)
     b_r = load_tile(zr, start_r, BLOCK_R, D, D)
     b_r_low = b_r
-    if SPLIT_PLAIN or SPLIT_MASKED:
+    if (SPLIT_PLAIN and PLAIN) or (SPLIT_MASKED and MASKED):
         b_r_low = load_tile(zr + low_r, start_r, BLOCK_R, D, D)
     lo, hi = class_range(lo_r, hi_r, start_r, n_r, ALIGN)
     n_tiles = (n_s + BLOCK_S - 1) // BLOCK_S
@@ -60,26 +61,28 @@ def backward_kernel(
     n_masked = tl.minimum(hi // BLOCK_S, n_tiles) - n_before
     n_plain = n_tiles - n_masked
     b_acc = tl.zeros([D, BLOCK_R], tl.float32)
-    for i in tl.range(n_plain * split // SPLITS, n_plain * (split + 1) // SPLITS):
-        start_s = tl.where(i < n_before, i, i + n_masked) * BLOCK_S
-        b_p, b_s, b_s_low = products(
-            zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, D, SPLIT_PLAIN
-        )
-        b_w = tile_weights(
-            b_p * factor, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-            lo_r, hi_r, first_r, last_r, cls_s, smp_s, BLOCK_S, BLOCK_R, False, PEERS, ONLINE,
-        )  # fmt: skip
-        b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT_PLAIN)
-    for i in tl.range(n_masked * split // SPLITS, n_masked * (split + 1) // SPLITS, num_stages=1):
-        start_s = lo + i * BLOCK_S
-        b_p, b_s, b_s_low = products(
-            zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, D, SPLIT_MASKED
-        )
-        b_w = tile_weights(
-            b_p * factor, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-            lo_r, hi_r, first_r, last_r, cls_s, smp_s, BLOCK_S, BLOCK_R, True, PEERS, ONLINE,
-        )  # fmt: skip
-        b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT_MASKED)
+    if PLAIN:
+        for i in tl.range(n_plain * split // SPLITS, n_plain * (split + 1) // SPLITS):
+            start_s = tl.where(i < n_before, i, i + n_masked) * BLOCK_S
+            b_p, b_s, b_s_low = products(
+                zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, D, SPLIT_PLAIN
+            )
+            b_w = tile_weights(
+                b_p * factor, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s,
+                src_r, src_s, lo_r, first_r, cls_s, smp_s, BLOCK_S, BLOCK_R, False, PEERS, ONLINE,
+            )  # fmt: skip
+            b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT_PLAIN)
+    if MASKED:
+        for i in tl.range(n_masked * split // SPLITS, n_masked * (split + 1) // SPLITS):
+            start_s = lo + i * BLOCK_S
+            b_p, b_s, b_s_low = products(
+                zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, D, SPLIT_MASKED
+            )
+            b_w = tile_weights(
+                b_p * factor, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s,
+                src_r, src_s, lo_r, first_r, cls_s, smp_s, BLOCK_S, BLOCK_R, True, PEERS, ONLINE,
+            )  # fmt: skip
+            b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT_MASKED)
     o_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    p_acc = acc + (split.to(tl.int64) * acc_rows + o_r[None, :]) * D + tl.arange(0, D)[:, None]
+    p_acc = acc + ((first_slot + split).to(tl.int64) * acc_rows + o_r[None, :]) * D + tl.arange(0, D)[:, None]
     tl.store(p_acc, b_acc, mask=(o_r < acc_rows)[None, :])

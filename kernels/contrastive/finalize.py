@@ -9,7 +9,7 @@ candidates and rows are the same.
 import triton
 import triton.language as tl
 
-from .numerics import FLOAT_MAX, SCALE, WEIGHT_SCALE, inverse_temperature, load_rows, unit_rows
+from .numerics import FLOAT_MAX, SCALE, WEIGHT_SCALE, begin, inverse_temperature, load_rows, unit_rows
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _pull(b_s, stats, b_src, w, rows, o_n, m_n, b_count, n):
 
 @triton.jit
 def finalize_kernel(
-    acc,  # (SPLITS, acc_rows, stride_acc) float32: what the tiles gave; IN_ORDER: (n, .) in source order
+    acc,  # (SLOTS, acc_rows, stride_acc) float32: what the tiles gave; IN_ORDER: (n, .) in source order
     x, x2, inv_x, src_x, first_x, last_x, w_x, stats_x,  # the rows whose gradient this is
     y, y2, inv_y, src_y, first_y, last_y, w_y, stats_y,  # their candidates
     dx,  # (n, d) in source order; may be acc
@@ -34,7 +34,7 @@ def finalize_kernel(
     bound, scale_y, t, t_value,
     n, n_y, d, first_row, acc_rows, stride_acc, rows_x, rows_y,
     half_x, half_y, stride_x, stride_x2, stride_y, stride_y2,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, IN_ORDER: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr, IN_ORDER: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr,  # the rows' own statistics have a gradient; those of their candidates have
     NORMALIZE: tl.constexpr, NEED_DOT: tl.constexpr,
@@ -52,7 +52,7 @@ def finalize_kernel(
 
     b_row = (b_src if IN_ORDER else i_n).to(tl.int64)
     b_dz = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for i_k in tl.static_range(SPLITS):
+    for i_k in tl.static_range(SLOTS):
         p_acc = acc + (i_k * acc_rows + b_row)[:, None] * stride_acc + o_d[None, :]
         b_dz += tl.load(p_acc, mask=m_nd, other=0.0)
     if HAS_SCALE:
@@ -60,7 +60,7 @@ def finalize_kernel(
     else:
         b_dz = b_dz / (SCALE * WEIGHT_SCALE)
 
-    b_first = tl.load(first_x + o_n, mask=m_n, other=0)
+    b_first = begin(tl.load(first_x + o_n, mask=m_n, other=0))
     b_last = tl.load(last_x + o_n, mask=m_n, other=0)
     b_count = b_last - b_first - (1 if SYMMETRIC else 0)
     for i_k in range(0, tl.max(b_last - b_first, 0)):
@@ -77,7 +77,7 @@ def finalize_kernel(
         if OWN:
             b_g += _pull(b_s, stats_x, b_src, w_x, rows_x, o_n, m_j, b_count, n)
         if OTHER:
-            b_count_j = tl.load(last_y + b_j, mask=m_j, other=0) - tl.load(first_y + b_j, mask=m_j, other=0)
+            b_count_j = tl.load(last_y + b_j, mask=m_j, other=0) - begin(tl.load(first_y + b_j, mask=m_j, other=0))
             b_count_j -= 1 if SYMMETRIC else 0
             b_g += _pull(b_s, stats_y, b_src_j, w_y, rows_y, b_j, m_j, b_count_j, n_y)
         b_dz += tl.where(m_j, b_g, 0.0)[:, None] * b_y

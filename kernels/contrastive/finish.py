@@ -13,7 +13,7 @@ and spread is log n for a mean inside the log, P minus the mean logit of the pos
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, SAFE_INVERSE_T, SMALLEST_SUM, WEIGHT_SCALE, inverse_temperature, shift_log2
+from .numerics import LN2, SAFE_INVERSE_T, SMALLEST_SUM, begin, inverse_temperature, shift_log2
 
 
 @triton.jit
@@ -116,16 +116,16 @@ def objective_rows(b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_
 @triton.jit
 def _counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC: tl.constexpr):
     """Views, peers and others of each row, from its intervals."""
-    b_lo = tl.load(layout_5N + n + o_n, mask=m_n, other=0)
+    b_lo = begin(tl.load(layout_5N + n + o_n, mask=m_n, other=0))
     b_hi = tl.load(layout_5N + 2 * n + o_n, mask=m_n, other=0)
-    b_first = tl.load(layout_5N + 3 * n + o_n, mask=m_n, other=0)
+    b_first = begin(tl.load(layout_5N + 3 * n + o_n, mask=m_n, other=0))
     b_last = tl.load(layout_5N + 4 * n + o_n, mask=m_n, other=0)
     return b_last - b_first - (1 if SYMMETRIC else 0), b_hi - b_lo - (b_last - b_first), n_s - (b_hi - b_lo)
 
 
 @triton.jit
 def finish_kernel(
-    part_r,  # (SPLITS, 3, rows), of the last wave
+    part_r,  # (SLOTS, 3, rows), of all waves
     part_s,  # (n_blocks, rows)
     layout_5N,
     stats,  # (5, n) float32 in source order: mean_view, spread_view, mean_peer, lse_peer, lse_other
@@ -141,7 +141,7 @@ def finish_kernel(
     n_blocks,  # of this wave
     BLOCK_N: tl.constexpr,  # the alignment of class ranges
     BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SLOTS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     OWN: tl.constexpr,  # the rows were resident: part_r holds sums of theirs
     STREAMED: tl.constexpr,  # the rows were streamed: part_s holds sums of theirs
@@ -168,13 +168,13 @@ def finish_kernel(
         if not FIRST:
             b_sum += tl.load(p_other, mask=m_n, other=0.0)
         if STREAMED:
-            begin = 0
+            start = 0
             if SYMMETRIC:  # blocks whose class range begins behind these rows have streamed them
                 last = tl.minimum(tl.program_id(0) * BLOCK_N + BLOCK_N, n) - 1
                 hi = tl.load(layout_5N + 2 * n + last)
-                begin = tl.maximum((hi + BLOCK_N - 1) // BLOCK_N * BLOCK_N // BLOCK_R - first_block, 0)
+                start = tl.maximum((hi + BLOCK_N - 1) // BLOCK_N * BLOCK_N // BLOCK_R - first_block, 0)
             o_c = tl.arange(0, 16)
-            for i_c in range(begin, n_blocks, 16):
+            for i_c in range(start, n_blocks, 16):
                 p_part = part_s + (i_c + o_c).to(tl.int64)[:, None] * rows + o_n[None, :]
                 m_part = (i_c + o_c < n_blocks)[:, None] & m_n[None, :]
                 b_sum += tl.sum(tl.load(p_part, mask=m_part, other=0.0), 0)
@@ -183,7 +183,7 @@ def finish_kernel(
             b_peer = tl.zeros([BLOCK_N], tl.float32)
             b_linear = tl.zeros([BLOCK_N], tl.float32)
             if OWN:
-                for i_k in tl.static_range(SPLITS):
+                for i_k in tl.static_range(SLOTS):
                     p_part = part_r + i_k * 3 * rows.to(tl.int64) + o_n
                     b_sum += tl.load(p_part, mask=m_n, other=0.0)
                     if PEERS:

@@ -8,7 +8,8 @@ Symmetric case (the candidates are the rows themselves): a program streams only 
 each of these tiles serves its resident and its streamed rows. The tiles of the class range are formed from both sides,
 each for its resident rows alone, so peers need no second buffer.
 
-    part_r (SPLITS, 3, rows): what the resident rows got: sum of exp over others, over peers, sum of peers' products
+    part_r (slots, 3, rows): what the resident rows got, a slot for each program that shares them: sum of exp over
+                             others, over peers, sum of peers' products
     part_s (blocks, rows): what the streamed rows got from each block of resident rows
 
 Nothing is added in memory and every element has one writer: the sums do not depend on timing. `finish_kernel` adds
@@ -21,6 +22,7 @@ import triton.language as tl
 from .numerics import (
     LN2,
     LOG2E,
+    begin,
     class_range,
     inverse_temperature,
     load_tile,
@@ -33,17 +35,17 @@ from .numerics import (
 
 @triton.jit
 def _plain_tiles(
-    zs, zr, b_r, b_r_low, part_s, begin, end, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
+    zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, BOTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """(R,) sums over tiles begin .. end - 1, of which the first n_before lie before the class range, the rest from hi.
+    """(R,) sums over tiles first .. last - 1, of which the first n_before lie before the class range, the rest from hi.
 
     PADDED: resident rows from n_r on are padding, which the streamed rows must not see.
     """
     b_sum = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
     m_r = start_r + tl.arange(0, BLOCK_R) < n_r
-    for i in tl.range(begin, end):
+    for i in tl.range(first, last):
         start_s = tl.where(i < n_before, i * BLOCK_S, hi + (i - n_before) * BLOCK_S)
         b_p, _, _ = products(
             zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT
@@ -60,13 +62,14 @@ def _plain_tiles(
 @triton.jit
 def forward_kernel(
     zr, zs,  # working copies (., rows, D) of the resident and the streamed rows
-    lo_r, hi_r, first_r, last_r,  # (n_r,) int32: each resident row's class and sample among the streamed rows
+    lo_r, hi_r, first_r,  # (n_r,) int32: each resident row's class, and its sample's begin, among the streamed rows
     cls_s, smp_s,  # (n_s,) int32: where each streamed row's class and sample begin
     part_r, part_s, scale_r, scale_s, flag, t, t_value,
-    n_r, n_s, rows_r, rows_s, first_block, n_blocks,
+    n_r, n_s, rows_r, rows_s, first_block, n_blocks, first_slot,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     SPLITS: tl.constexpr,  # programs that share the tiles of a resident block
     SYMMETRIC: tl.constexpr, BOTH: tl.constexpr,  # BOTH: the streamed rows' sums too
+    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch takes
     PEERS: tl.constexpr,  # sums over peers are wanted
     SPLIT_PLAIN: tl.constexpr, SPLIT_MASKED: tl.constexpr,  # products in split half precision
     HAS_T: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FLAG: tl.constexpr,
@@ -86,7 +89,7 @@ def forward_kernel(
     part_s += block.to(tl.int64) * rows_s
     b_r = load_tile(zr, start_r, BLOCK_R, D, BLOCK_D)
     b_r_low = b_r
-    if SPLIT_PLAIN or SPLIT_MASKED:
+    if (SPLIT_PLAIN and PLAIN) or (SPLIT_MASKED and MASKED):
         b_r_low = load_tile(zr + low_r, start_r, BLOCK_R, D, BLOCK_D)
 
     lo, hi = class_range(lo_r, hi_r, start_r, n_r, ALIGN)
@@ -95,16 +98,18 @@ def forward_kernel(
     n_plain = n_before
     if SYMMETRIC == 0:
         n_plain += tl.maximum(whole - hi, 0) // BLOCK_S
-    begin = (n_plain.to(tl.int64) * split // SPLITS).to(tl.int32)
-    end = (n_plain.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
-    if BOTH and start_r + BLOCK_R > n_r:
+    first = (n_plain.to(tl.int64) * split // SPLITS).to(tl.int32)
+    last = (n_plain.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
+    if not PLAIN:
+        b_other = tl.zeros([BLOCK_R], tl.float32)
+    elif BOTH and start_r + BLOCK_R > n_r:
         b_other = _plain_tiles(
-            zs, zr, b_r, b_r_low, part_s, begin, end, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
+            zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
             BLOCK_R, BLOCK_S, D, BLOCK_D, SPLIT_PLAIN, BOTH, True,
         )  # fmt: skip
     else:
         b_other = _plain_tiles(
-            zs, zr, b_r, b_r_low, part_s, begin, end, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
+            zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
             BLOCK_R, BLOCK_S, D, BLOCK_D, SPLIT_PLAIN, BOTH, False,
         )  # fmt: skip
 
@@ -113,25 +118,25 @@ def forward_kernel(
     b_peer = tl.zeros([BLOCK_R], tl.float32)
     b_linear = tl.zeros([BLOCK_R], tl.float32)
     n_class = (tl.minimum(hi, (n_s + BLOCK_S - 1) // BLOCK_S * BLOCK_S) - lo) // BLOCK_S
-    n_masked = n_class
-    if SYMMETRIC == 0:
+    n_masked = n_class if MASKED else n_class * 0
+    if MASKED and not SYMMETRIC:
         n_masked += tl.where((hi <= whole) & (whole < n_s), 1, 0)
-    for i in tl.range(n_masked * split // SPLITS, n_masked * (split + 1) // SPLITS, num_stages=1):
+    for i in tl.range(n_masked * split // SPLITS, n_masked * (split + 1) // SPLITS):
         start_s = tl.where(i < n_class, lo + i * BLOCK_S, whole)
         o_s = start_s + tl.arange(0, BLOCK_S)
         b_p, _, _ = products(
             zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT_MASKED
         )
-        m_other, m_peer = relations(lo_r, hi_r, first_r, last_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
+        m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
         b_e = tl.exp2(b_p * factor - shift)
         b_e_other = tl.where(m_other, b_e, 0.0)
         b_other += tl.sum(b_e_other, 0)
         if BOTH and not SYMMETRIC:
-            tl.store(part_s + o_s, tl.sum(b_e_other, 1), mask=o_s < n_s)
+            tl.store(part_s + o_s, tl.sum(tl.where(m_r[None, :], b_e_other, 0.0), 1), mask=o_s < n_s)
         if PEERS:
             b_peer += tl.sum(tl.where(m_peer, b_e, 0.0), 0)
             b_linear += tl.sum(tl.where(m_peer, b_p, 0.0), 0)
-    p_part = part_r + split.to(tl.int64) * 3 * rows_r + o_r
+    p_part = part_r + (first_slot + split).to(tl.int64) * 3 * rows_r + o_r
     tl.store(p_part, b_other, mask=m_r)
     if PEERS:
         tl.store(p_part + rows_r, b_peer, mask=m_r)
@@ -149,7 +154,7 @@ def _add_online(b_max, b_sum, b_x, m):
 
 @triton.jit
 def forward_online_kernel(
-    zr, zs, lo_r, hi_r, first_r, last_r, cls_s, smp_s, src_r, stats, scale_r, scale_s, flag, t, t_value,
+    zr, zs, lo_r, hi_r, first_r, cls_s, smp_s, last_r, src_r, stats, scale_r, scale_s, flag, t, t_value,
     n_r, n_s, rows_r, rows_s,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     PEERS: tl.constexpr, SPLIT: tl.constexpr, HAS_T: tl.constexpr, HAS_SCALE: tl.constexpr,
@@ -180,7 +185,7 @@ def forward_online_kernel(
         b_p, _, _ = products(
             zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT
         )
-        m_other, m_peer = relations(lo_r, hi_r, first_r, last_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
+        m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
         b_x = b_p * factor
         b_max, b_other = _add_online(b_max, b_other, b_x, m_other)
         if PEERS:
@@ -189,7 +194,7 @@ def forward_online_kernel(
     b_src = tl.load(src_r + o_r, mask=m_r, other=0)
     tl.store(stats + 4 * n_r + b_src, (b_max + tl.log2(b_other)) * LN2, mask=m_r)
     if PEERS:
-        b_n = tl.load(hi_r + o_r, mask=m_r, other=0) - tl.load(lo_r + o_r, mask=m_r, other=0)
-        b_n -= tl.load(last_r + o_r, mask=m_r, other=0) - tl.load(first_r + o_r, mask=m_r, other=0)
+        b_n = tl.load(hi_r + o_r, mask=m_r, other=0) - begin(tl.load(lo_r + o_r, mask=m_r, other=0))
+        b_n -= tl.load(last_r + o_r, mask=m_r, other=0) - begin(tl.load(first_r + o_r, mask=m_r, other=0))
         tl.store(stats + 2 * n_r + b_src, b_linear * LN2 / tl.maximum(b_n, 1).to(tl.float32), mask=m_r)
         tl.store(stats + 3 * n_r + b_src, (b_max_peer + tl.log2(b_peer)) * LN2, mask=m_r)

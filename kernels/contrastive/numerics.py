@@ -14,6 +14,7 @@ import triton.language as tl
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; as float32 the same products are exact.
 _WIDEN_BFLOAT16 = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_NOWHERE = tl.constexpr(-(2**31))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SCALE = tl.constexpr(256.0)
@@ -149,6 +150,12 @@ def products(
 
 
 @triton.jit
+def begin(b_code):
+    """Where an interval begins, from its entry in a layout: the position, or minus one less it where it is empty."""
+    return tl.where(b_code < 0, -1 - b_code, b_code)
+
+
+@triton.jit
 def class_range(lo_r, hi_r, start_r, n_r, ALIGN: tl.constexpr):
     """The streamed rows, in whole blocks of ALIGN, that may share a class with the resident rows' block of ALIGN.
 
@@ -157,22 +164,21 @@ def class_range(lo_r, hi_r, start_r, n_r, ALIGN: tl.constexpr):
     """
     first = start_r // ALIGN * ALIGN
     last = tl.minimum(first + ALIGN, n_r) - 1
-    lo = tl.load(lo_r + first) // ALIGN * ALIGN
+    lo = begin(tl.load(lo_r + first)) // ALIGN * ALIGN
     hi = (tl.load(hi_r + last) + ALIGN - 1) // ALIGN * ALIGN
     return lo, hi
 
 
 @triton.jit
-def relations(lo_r, hi_r, first_r, last_r, cls_s, smp_s, o_r, m_r, o_s, m_s):
-    """(S, R) masks: other class, and peer. A class (or sample) is known by where it begins among the streamed rows."""
-    b_lo = tl.load(lo_r + o_r, mask=m_r, other=0)
-    b_hi = tl.load(hi_r + o_r, mask=m_r, other=0)
-    b_first = tl.load(first_r + o_r, mask=m_r, other=0)
-    b_last = tl.load(last_r + o_r, mask=m_r, other=0)
-    b_cls = tl.where(b_hi > b_lo, b_lo, -1)
-    b_smp = tl.where(b_last > b_first, b_first, -1)
-    b_cls_s = tl.load(cls_s + o_s, mask=m_s, other=-2)
-    b_smp_s = tl.load(smp_s + o_s, mask=m_s, other=-2)
-    m_same = b_cls_s[:, None] == b_cls[None, :]
-    m_valid = m_s[:, None] & m_r[None, :]
-    return m_valid & (m_same == 0), m_valid & m_same & (b_smp_s[:, None] != b_smp[None, :])
+def relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, m_s):
+    """(S, R) masks: other class, and peer; where a resident row is padding they mean nothing.
+
+    A class (or sample) is known by where it begins among the streamed rows; one that does not occur there by a negative
+    number, which is equal to none.
+    """
+    b_cls_r = tl.load(lo_r + o_r, mask=m_r, other=-1)
+    b_smp_r = tl.load(first_r + o_r, mask=m_r, other=-1)
+    b_cls_s = tl.load(cls_s + o_s, mask=m_s, other=_NOWHERE)
+    b_smp_s = tl.load(smp_s + o_s, mask=m_s, other=_NOWHERE)
+    m_same = b_cls_s[:, None] == b_cls_r[None, :]
+    return m_s[:, None] & (m_same == 0), m_same & (b_smp_s[:, None] != b_smp_r[None, :])

@@ -26,8 +26,9 @@ def load_lse(stats, src_N, o_n, m_n, n, ROW: tl.constexpr):
 @triton.jit
 def _exponentials(
     b_x, b_shift, w_r, w_s, rows_r, rows_s, o_r, o_s, m_r, m_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-    ROW: tl.constexpr, RELATION: tl.constexpr, ONLINE: tl.constexpr,
+    ROW: tl.constexpr, RELATION: tl.constexpr, MASKED: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
+    # In the few masked tiles registers are short: nothing of the resident rows is kept there (volatile).
     b_w_r = tl.load(w_r + RELATION * rows_r + o_r)
     b_w_s = tl.load(w_s + RELATION * rows_s + o_s)
     if ONLINE:
@@ -48,7 +49,7 @@ def _term(b_x, b_lse, b_weight):
 @triton.jit
 def tile_weights(
     b_x, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-    lo_r, hi_r, first_r, last_r, cls_s, smp_s,
+    lo_r, first_r, cls_s, smp_s,
     BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
     MASKED: tl.constexpr, PEERS: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
@@ -61,15 +62,16 @@ def tile_weights(
     if not ONLINE:
         b_e = tl.exp2(b_x - shift)
     b_w = _exponentials(
-        b_x, b_e, w_r, w_s, rows_r, rows_s, o_r, o_s, m_r, m_s, n_r, n_s, stats_r, stats_s, src_r, src_s, 4, 0, ONLINE
-    )
+        b_x, b_e, w_r, w_s, rows_r, rows_s, o_r, o_s, m_r, m_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
+        4, 0, MASKED, ONLINE,
+    )  # fmt: skip
     if MASKED:
-        m_other, m_peer = relations(lo_r, hi_r, first_r, last_r, cls_s, smp_s, o_r, m_r, o_s, m_s)
+        m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, m_s)
         b_w = tl.where(m_other, b_w, 0.0)
         if PEERS:
             b_p = _exponentials(
                 b_x, b_e, w_r, w_s, rows_r, rows_s, o_r, o_s, m_r, m_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-                3, 1, ONLINE,
+                3, 1, MASKED, ONLINE,
             )  # fmt: skip
             # Softmax and mean meet in float32: near the optimum they cancel.
             b_p += tl.load(w_s + 2 * rows_s + o_s)[:, None] + tl.load(w_r + 2 * rows_r + o_r)[None, :]

@@ -7,7 +7,7 @@ rounding errors' favour.
 import triton
 import triton.language as tl
 
-from .numerics import inverse_temperature, load_rows, unit_rows
+from .numerics import begin, inverse_temperature, load_rows, unit_rows
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def views_kernel(
     b_src = tl.load(src_x + o_n, mask=m_n, other=0)
     b_x = load_rows(x, x2, b_src, m_n, o_d, d, half_x, stride_x, stride_x2, HAS_TWO)
     b_x = unit_rows(b_x, tl.load(inv_x + o_n, mask=m_n, other=0.0) if NORMALIZE else b_src, NORMALIZE)
-    b_first = tl.load(first_N + o_n, mask=m_n, other=0)
+    b_first = begin(tl.load(first_N + o_n, mask=m_n, other=0))
     b_last = tl.load(last_N + o_n, mask=m_n, other=0)
     most = tl.max(b_last - b_first, 0)
     b_count = b_last - b_first - (1 if SYMMETRIC else 0)

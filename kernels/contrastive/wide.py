@@ -13,7 +13,7 @@ from .tiles import tile_weights
 
 @triton.jit
 def pair_weights_kernel(
-    zr, zs, lo_r, hi_r, first_r, last_r, cls_s, smp_s, w_r, w_s, stats_r, stats_s, src_r, src_s,
+    zr, zs, lo_r, hi_r, first_r, cls_s, smp_s, w_r, w_s, stats_r, stats_s, src_r, src_s,
     w,  # (2 or 1, size, size) half precision: weights of rows first_s + . and columns first_r + ., and their remainder
     scale_r, scale_s, flag, t, t_value,
     n_r, n_s, rows_r, rows_s, first_r_row, first_s_row, size,
@@ -42,7 +42,7 @@ def pair_weights_kernel(
         )
         b_w = tile_weights(
             b_p * factor, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-            lo_r, hi_r, first_r, last_r, cls_s, smp_s, BLOCK_S, BLOCK_R, True, PEERS, ONLINE,
+            lo_r, first_r, cls_s, smp_s, BLOCK_S, BLOCK_R, True, PEERS, ONLINE,
         )  # fmt: skip
     else:
         b_p, _, _ = products(
@@ -50,7 +50,7 @@ def pair_weights_kernel(
         )
         b_w = tile_weights(
             b_p * factor, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-            lo_r, hi_r, first_r, last_r, cls_s, smp_s, BLOCK_S, BLOCK_R, False, PEERS, ONLINE,
+            lo_r, first_r, cls_s, smp_s, BLOCK_S, BLOCK_R, False, PEERS, ONLINE,
         )  # fmt: skip
     b_high, b_low = split_half(b_w, w.dtype.element_ty)
     p_w = w + (o_s + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * size + (o_r + tl.arange(0, BLOCK_R))[None, :]
@@ -90,15 +90,15 @@ def product_kernel(
         b_w = _load_weights(w, o_m, i_k + tl.arange(0, BLOCK_K), size, TRANSPOSED)
         b_acc = dot(b_w, load_tile(z, i_k, BLOCK_K, D, BLOCK_D), b_acc)
     if SPLIT_MASKED:  # the remainders, everywhere or where classes are shared
-        begin = 0
-        end = size_k
+        first = 0
+        last = size_k
         if not SPLIT_PLAIN:
             lo, hi = class_range(lo_N, hi_N, first_m + start_m, n, ALIGN)
-            begin = tl.minimum(tl.maximum(lo - first_k, 0), size_k)
-            end = tl.minimum(tl.maximum(hi - first_k, 0), size_k)
+            first = tl.minimum(tl.maximum(lo - first_k, 0), size_k)
+            last = tl.minimum(tl.maximum(hi - first_k, 0), size_k)
         w_low = w + size.to(tl.int64) * size
         z_low = z + z_rows.to(tl.int64) * D
-        for i_k in tl.range(begin, end, BLOCK_K):
+        for i_k in tl.range(first, last, BLOCK_K):
             o_k = i_k + tl.arange(0, BLOCK_K)
             b_w = _load_weights(w, o_m, o_k, size, TRANSPOSED)
             b_acc = dot(b_w, load_tile(z_low, i_k, BLOCK_K, D, BLOCK_D), b_acc)

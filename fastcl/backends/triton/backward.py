@@ -8,11 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from fastcl.backends.triton.forward import WORKSPACE, choose, scaling, sides, splits, switches
+from fastcl.backends.triton.forward import WORKSPACE, choose, parts, scaling, sides, splits, switches
 from fastcl.backends.triton.operand import ALIGN, NARROW, Call, Operand, row_block
 from fastcl.kernels.contrastive.backward import backward_kernel
 from fastcl.kernels.contrastive.finalize import finalize_kernel
-from fastcl.kernels.contrastive.launch import Config, launch
+from fastcl.kernels.contrastive.launch import launch
 from fastcl.kernels.contrastive.weights import weights_kernel
 from fastcl.kernels.contrastive.wide import pair_weights_kernel, product_kernel
 
@@ -96,17 +96,14 @@ def _gradient(
         _wide(r, s, call, flag, acc)
         _finalize(r, s, call, acc[None], dx, dot, first=0, in_order=True)
         return dx, dot
-    chosen = choose("backward", call, s.operand)
-    n_blocks = triton.cdiv(n, chosen.block_r)
-    n_splits = splits(n_blocks, triton.cdiv(s.operand.n, chosen.block_s))
-    bytes_per_block = 4 * n_splits * chosen.block_r * r.operand.width
-    wave = min(n_blocks, max(1, WORKSPACE // bytes_per_block))
-    shape = n_splits, wave * chosen.block_r, r.operand.width
-    acc = torch.empty(shape, dtype=torch.float32, device=dx.device)
-    for first in range(0, n_blocks, wave):
-        count = min(wave, n_blocks - first)
-        _narrow(r, s, call, flag, chosen, acc, first, count)
-        _finalize(r, s, call, acc, dx, dot, first=first * chosen.block_r, in_order=False)
+    plain = choose("backward", call, s.operand, parts(call)[0][0])
+    n_splits = splits(triton.cdiv(n, plain.block_r), triton.cdiv(s.operand.n, plain.block_s))
+    slots = n_splits * len(parts(call))
+    wave = min(r.operand.rows, max(1, WORKSPACE // (4 * slots * ALIGN * r.operand.width)) * ALIGN)
+    acc = torch.empty(slots, wave, r.operand.width, dtype=torch.float32, device=dx.device)
+    for first in range(0, r.operand.rows, wave):
+        _narrow(r, s, call, flag, acc, n_splits, first)
+        _finalize(r, s, call, acc, dx, dot, first, in_order=False)
     return dx, dot
 
 
@@ -126,15 +123,20 @@ def _pairs(r: _Side, s: _Side, call: Call, flag: Tensor | None) -> tuple[dict, d
 
 
 def _narrow(
-    r: _Side, s: _Side, call: Call, flag: Tensor | None, chosen: Config, acc: Tensor, first: int, count: int
+    r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor, n_splits: int, first: int
 ) -> None:
+    """Fill acc (slots, rows, width) for the resident rows from `first` on."""
     arguments, constants = _pairs(r, s, call, flag)
-    for online in (False,) if flag is None else (False, True):
-        launch(
-            backward_kernel, (count, len(acc)), chosen.warps, chosen.stages,
-            **arguments, acc=acc, first_block=first, acc_rows=acc.shape[1], BLOCK_R=chosen.block_r,
-            BLOCK_S=chosen.block_s, SPLITS=len(acc), ONLINE=online, **constants,
-        )  # fmt: skip
+    rows = min(acc.shape[1], r.operand.rows - first)
+    for part, (mode, takes_plain, takes_masked) in enumerate(parts(call)):
+        chosen = choose("backward", call, s.operand, mode)
+        for online in (False,) if flag is None else (False, True):
+            launch(
+                backward_kernel, (rows // chosen.block_r, n_splits), chosen.warps, chosen.stages,
+                **arguments, acc=acc, first_block=first // chosen.block_r, first_slot=part * n_splits,
+                acc_rows=acc.shape[1], BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s, SPLITS=n_splits,
+                PLAIN=takes_plain, MASKED=takes_masked, ONLINE=online, **constants,
+            )  # fmt: skip
 
 
 def _finalize(
@@ -149,7 +151,7 @@ def _finalize(
         stats_x=r.upstream.stats, first_y=y.order[3], last_y=y.order[4], w_y=s.weights, stats_y=s.upstream.stats,
         dx=dx, dot_N=dot, bound=r.bound, scale_y=y.scale, t=call.temperature, t_value=call.value, n=x.n, n_y=y.n,
         d=dx.shape[1], first_row=first, acc_rows=acc.shape[1], stride_acc=acc.stride(1), rows_x=x.rows, rows_y=y.rows,
-        BLOCK_N=block_n, BLOCK_D=block_d, SPLITS=len(acc), IN_ORDER=in_order, SYMMETRIC=r is s,
+        BLOCK_N=block_n, BLOCK_D=block_d, SLOTS=len(acc), IN_ORDER=in_order, SYMMETRIC=r is s,
         OWN=r.upstream.any, OTHER=s.upstream.any, NORMALIZE=call.normalize, NEED_DOT=dot is not None,
         HAS_TWO=x.x2 is not None, HAS_T=call.temperature is not None, HAS_SCALE=not call.normalize,
     )  # fmt: skip
@@ -170,7 +172,7 @@ def _wide(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor) -> N
 
 
 def _pair_weights(r: _Side, s: _Side, call: Call, flag: Tensor | None, w: Tensor, i: int, j: int) -> None:
-    chosen = choose("weights", call, s.operand)
+    chosen = choose("weights", call, s.operand, call.split)
     arguments, constants = _pairs(r, s, call, flag)
     size = w.shape[1]
     grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
@@ -186,7 +188,7 @@ def _product(
     rows: _Side, summed: _Side, call: Call, w: Tensor, acc: Tensor, i: int, k: int, transposed: bool, add: bool
 ) -> None:
     """Add to acc the gradient of rows i .. from the rows k .. of the other side."""
-    chosen = choose("product", call, summed.operand)
+    chosen = choose("product", call, summed.operand, call.split)
     x, z = rows.operand, summed.operand.z
     size = w.shape[1]
     m, size_k = min(size, x.rows - i), min(size, z.shape[1] - k)

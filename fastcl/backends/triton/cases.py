@@ -9,11 +9,12 @@ import torch
 
 from fastcl.backends.triton.backward import Upstream, gradients
 from fastcl.backends.triton.forward import statistics
-from fastcl.backends.triton.operand import Call, known_order, prepare
+from fastcl.backends.triton.operand import NARROW, Call, known_order, prepare
 from fastcl.kernels.contrastive.launch import Launch, on_architecture, recording
 
 _NTXENT, _SUPCON = 0b001_111, 0b011_111  # Objective.code of two rows of the table
 _ROWS = 4096
+_ROWS_WIDE = 16384  # more than one square block of pairs
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _run(case: _Case) -> None:
     code = _SUPCON if case.split == "peers" else _NTXENT
     call = Call(temperature, 0.5, case.normalize, case.precision, (code,), case.split, case.split != "none")
     flag = torch.empty(1, dtype=torch.int32) if call.may_overflow else None
-    x, y = torch.empty(2, _ROWS // 2, case.d, dtype=case.dtype)
+    x, y = torch.empty(2, (_ROWS if case.d <= NARROW else _ROWS_WIDE) // 2, case.d, dtype=case.dtype)
     views = case.pair == "views"
     labels = torch.arange(len(x)) if call.peers else None
     order = known_order(len(x), 2 if views else 1, labels if views else None, x.device)

@@ -16,11 +16,19 @@ WORKSPACE = 256 * 2**20  # bytes that partial results may take
 _PROGRAMS = 528  # that a launch should have: two for each multiprocessor of the largest cards; fixed, so results are too
 
 
-def choose(kernel: str, call: Call, operand: Operand) -> Config:
+def choose(kernel: str, call: Call, operand: Operand, mode: str) -> Config:
     """Tile sizes of a launch that streams an operand's rows."""
     device = operand.z.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return config(kernel, architecture(capability), call.split, operand.width, operand.n)
+    return config(kernel, architecture(capability), mode, operand.width, operand.n)
+
+
+def parts(call: Call) -> tuple[tuple[str, bool, bool], ...]:
+    """The launches over tiles: mode of the table, whether it takes plain tiles, whether masked ones.
+
+    Split precision in masked tiles alone has a launch of its own: it needs smaller tiles than the others can afford.
+    """
+    return (("none", True, False), ("peers", False, True)) if call.split == "peers" else ((call.split, True, True),)
 
 
 def splits(blocks: int, tiles: int) -> int:
@@ -46,7 +54,7 @@ def switches(call: Call, flag: Tensor | None) -> dict:
 def sides(r: Operand, s: Operand) -> dict:
     """Arguments on the resident and the streamed rows that all kernels over tiles take first."""
     return {
-        "zr": r.z, "zs": s.z, "lo_r": r.order[1], "hi_r": r.order[2], "first_r": r.order[3], "last_r": r.order[4],
+        "zr": r.z, "zs": s.z, "lo_r": r.order[1], "hi_r": r.order[2], "first_r": r.order[3],
         "cls_s": s.class_begin(), "smp_s": s.sample_begin(),
     }  # fmt: skip
 
@@ -95,31 +103,44 @@ def _views(x: Operand, y: Operand, stats: Tensor, call: Call, symmetric: bool) -
 def _tiles(
     r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[tuple[Tensor, Tensor, Tensor]], symmetric: bool
 ) -> None:
-    """Waves of resident blocks, as many at a time as the workspace holds sums of streamed rows for."""
-    chosen = choose("forward", call, s)
+    """Waves of resident rows, as many at a time as the workspace holds sums of streamed rows for."""
     both = symmetric or len(found) == 2
-    n_blocks, n_tiles = triton.cdiv(r.n, chosen.block_r), triton.cdiv(s.n, chosen.block_s)
+    plain = choose("forward", call, s, parts(call)[0][0])
+    n_blocks = triton.cdiv(r.n, plain.block_r)
     wave = min(n_blocks, max(1, WORKSPACE // (4 * s.rows))) if both else n_blocks
-    n_splits = splits(wave, n_tiles)
-    part_r = torch.empty(n_splits, 3, r.rows, dtype=torch.float32, device=r.z.device)
+    n_splits = splits(wave, triton.cdiv(s.n, plain.block_s))
+    slots = n_splits * len(parts(call))
+    part_r = torch.empty(slots, 3, r.rows, dtype=torch.float32, device=r.z.device)
     part_s = torch.empty(wave if both else 0, s.rows, dtype=torch.float32, device=r.z.device)
     for first in range(0, n_blocks, wave):
         count = min(wave, n_blocks - first)
-        launch(
-            forward_kernel, (count, n_splits), chosen.warps, chosen.stages,
-            **sides(r, s), part_r=part_r, part_s=part_s, **scaling(call, flag, r, s), n_r=r.n, n_s=s.n, rows_r=r.rows,
-            rows_s=s.rows, first_block=first, n_blocks=count, D=r.width, BLOCK_R=chosen.block_r,
-            BLOCK_S=chosen.block_s, BLOCK_D=r.width if r.width <= NARROW else chosen.block_d, ALIGN=ALIGN,
-            SPLITS=n_splits, SYMMETRIC=symmetric, BOTH=both, PEERS=call.peers, SPLIT_PLAIN=call.split == "all",
-            SPLIT_MASKED=call.split != "none", **switches(call, flag),
-        )  # fmt: skip
         last = first + count == n_blocks
-        partial = {"first_block": first, "n_blocks": count, "BLOCK_R": chosen.block_r, "SPLITS": n_splits,
-                   "FIRST": first == 0, "LAST": last, "part_r": part_r, "part_s": part_s}  # fmt: skip
+        shared = {"part_r": part_r, "part_s": part_s, "first_block": first, "n_blocks": count}
+        _launch_tiles(r, s, call, flag, plain, n_splits, symmetric, both, 0, shared)
+        if last and len(parts(call)) == 2:
+            masked = choose("forward", call, s, "peers")
+            whole = shared | {"first_block": 0, "n_blocks": triton.cdiv(r.n, masked.block_r)}
+            _launch_tiles(r, s, call, flag, masked, n_splits, symmetric, False, 1, whole)
+        partial = shared | {"BLOCK_R": plain.block_r, "SLOTS": slots, "FIRST": first == 0, "LAST": last}
         if both or last:
             _finish(r, s, call, flag, found[0], symmetric, partial | {"OWN": True, "STREAMED": symmetric})
         if len(found) == 2:
             _finish(s, r, call, flag, found[1], False, partial | {"OWN": False, "STREAMED": True})
+
+
+def _launch_tiles(
+    r: Operand, s: Operand, call: Call, flag: Tensor | None, chosen: Config, n_splits: int,
+    symmetric: bool, both: bool, part: int, shared: dict,
+) -> None:  # fmt: skip
+    _, takes_plain, takes_masked = parts(call)[part]
+    launch(
+        forward_kernel, (shared["n_blocks"], n_splits), chosen.warps, chosen.stages,
+        **sides(r, s), **shared, **scaling(call, flag, r, s), n_r=r.n, n_s=s.n, rows_r=r.rows, rows_s=s.rows,
+        first_slot=part * n_splits, D=r.width, BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s,
+        BLOCK_D=r.width if r.width <= NARROW else chosen.block_d, ALIGN=ALIGN, SPLITS=n_splits, SYMMETRIC=symmetric,
+        BOTH=both, PLAIN=takes_plain, MASKED=takes_masked, PEERS=call.peers, SPLIT_PLAIN=call.split == "all",
+        SPLIT_MASKED=call.split != "none", **switches(call, flag),
+    )  # fmt: skip
 
 
 def _finish(
@@ -131,7 +152,7 @@ def _finish(
     codes = call.codes if flag is None or not sums else ()
     codes = codes if partial is None or partial["LAST"] else ()
     partial = partial or {
-        "part_r": stats, "part_s": stats, "first_block": 0, "n_blocks": 0, "BLOCK_R": ALIGN, "SPLITS": 1, "OWN": False,
+        "part_r": stats, "part_s": stats, "first_block": 0, "n_blocks": 0, "BLOCK_R": ALIGN, "SLOTS": 1, "OWN": False,
         "STREAMED": False, "FIRST": True, "LAST": True,
     }  # fmt: skip
     launch(
@@ -145,10 +166,10 @@ def _finish(
 
 
 def _online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> None:
-    chosen = choose("forward", call, s)
+    chosen = choose("online", call, s, call.split)
     launch(
         forward_online_kernel, (triton.cdiv(r.n, chosen.block_r),), chosen.warps, 1,
-        **sides(r, s), src_r=r.order[0], stats=stats, **scaling(call, flag, r, s), n_r=r.n, n_s=s.n, rows_r=r.rows,
+        **sides(r, s), last_r=r.order[4], src_r=r.order[0], stats=stats, **scaling(call, flag, r, s), n_r=r.n, n_s=s.n, rows_r=r.rows,
         rows_s=s.rows, D=r.width, BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s,
         BLOCK_D=r.width if r.width <= NARROW else chosen.block_d, PEERS=call.peers, SPLIT=call.split != "none",
         HAS_T=call.temperature is not None, HAS_SCALE=not call.normalize,

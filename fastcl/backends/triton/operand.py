@@ -16,7 +16,7 @@ from fastcl.kernels.contrastive.prepare import prepare_kernel
 ALIGN = 128  # rows of a working copy come in blocks of this many; every tile size divides it
 MAX_WIDTH = 4096
 NARROW = 256  # wider rows are taken piece by piece
-_TILE = 4096  # elements that a program of the row-wise kernels holds
+_TILE = 2048  # elements that a program of the row-wise kernels holds
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 
 
@@ -50,7 +50,7 @@ class Call:
 @dataclass(frozen=True)
 class Operand:
     """One side. `order` is (5, n) int32: source row, then the intervals lo, hi (class) and first, last (sample) of each
-    row among the candidates' positions; where candidates are another operand, two rows more: where the row's own class
+    row among the candidates' positions (an empty one begins at minus one less its position); where candidates are another operand, two rows more: where the row's own class
     and sample begin among its own side's positions."""
 
     x: Tensor
@@ -170,7 +170,9 @@ def _order(own: Side, other: Side, with_own: bool) -> Tensor:
 
 
 def _interval(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
+    """Begin and end of each value in ascending numbers; where it does not occur, minus one less the position."""
+    first, last = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
+    return torch.where(first < last, first, -1 - first), last
 
 
 def restored(x: Tensor, x2: Tensor | None, order: Tensor, z: Tensor, inv: Tensor, scale: Tensor | None) -> Operand:
