@@ -1,67 +1,66 @@
-"""Time and memory of the losses against plain PyTorch and the published N x N x D formulation."""
+"""Time and memory of the losses against plain PyTorch, other libraries and the published N x N x D formulation."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 import fastcl
-from bench import plain
+from bench import ceilings, losses_report, peers, providers
+from bench.clocks import PASSES, Peak, first_line, interleave, measure_peak, timer_of
+from bench.providers import CHUNKED, FUSED, OBJECTIVES, PROVIDERS, TOLERANCES, Provider, passes
 from bench.records import (
     GIB,
-    PASSES,
-    Peak,
     Record,
     add_arguments,
     agree,
     device_of,
-    digits,
-    interleave,
     machine,
-    measure_peak,
     milliseconds,
     record,
-    table,
-    time_passes,
     total_memory,
     write,
 )
 
 BENCH = "losses"
-OBJECTIVES = ("ntxent", "nscl", "supcon")
-TOLERANCE = 1e-4  # relative, of the loss and of the gradient's Euclidean norm; float32 leaves about 1e-6
 WARM_UP_ROWS = 8  # the warm-up of a memory measurement may leave no mark: N x N x D floats are 32 kB then
-FLOPS = {"fwd": 2, "bwd": 4, "both": 6}  # times N x N x D: one product forward, two backward
-
+DENSE = {"fwd": 2, "bwd": 4}  # times N x N x D, for two towers a quarter: one product forward, two backward
+SIZES = {"cpu": (512, 2048, 8192, 16384), "cuda": (512, 4096, 16384, 65536, 262144, 1048576)}
+WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of rounds before those that count: a GPU's clocks rise under load
+OVERHEAD = {"cpu": 0.5, "cuda": 0.01}  # seconds of a call that no larger n makes longer, at most
 MEMORY_GIB = 12
 
-Loss: TypeAlias = Callable[[Tensor, Tensor, str], Tensor]
-
-_DESCRIPTION = """\
-Time and memory of the contrastive losses, forward and backward, against what a user would write otherwise.
+_DESCRIPTION = f"""\
+Time and memory of the contrastive losses, forward and backward, against what a user would write or install otherwise.
 
 providers, all in one run and interleaved, so that a drift of the machine hits all alike:
-  fastcl chunked        the default backend
-  fastcl dense          fastcl.backend("dense"): the specification, N x N, not meant to be fast
-  plain PyTorch         normalise, one matrix product, masks, cross entropy or log-sum-exp
-  authors' formulation  similarities over an N x N x D broadcast, as in the code published with arXiv 2510.08852
+  fastcl chunked           the torch backend, float32
+  fastcl fp16, fastcl fp32 the Triton backend on float32 rows, its two precisions; CUDA, or a CPU's interpreter
+  fastcl dense             fastcl.backend("dense"): the specification, N x N, not meant to be fast; on a CPU only
+  plain PyTorch            normalise, one matrix product, masks, cross entropy or log-sum-exp; also under autocast to
+                           bfloat16, and that with torch.compile (CUDA only)
+  chunked bf16             PyTorch in chunks of rows, recomputed in the backward pass
+  flex_attention bf16      its log-sum-exp, compiled (CUDA only)
+  Inf-CL, cut-cross-entropy, lightly, pytorch-metric-learning
+                           those installed: pip install 'fastcl[peers]'
+  authors' formulation     similarities over an N x N x D broadcast, as in the code published with arXiv 2510.08852
 
-Before they are timed, all must agree on the loss and its gradient; one that does not ends the run with an error.
-A case that does not fit (--memory, --seconds) is recorded with the reason instead of times.
+Before they are timed, all must agree with the first that runs on the loss and its gradient, to
+{", ".join(f"{tolerance:g} ({name})" for name, tolerance in TOLERANCES.items())} by the precision of their products.
+One that does not is not timed, and if it is no other library the exit status is 1. A case that does not fit (--memory,
+--seconds) is recorded with the reason instead of times.
 """
 _EPILOG = """\
 examples:
-  python -m bench.losses --out runs/bench                          the whole table: 10 to 30 minutes on two cores
-  python -m bench.losses --out runs/try --n 512 --repeats 5        a first look, under a minute
+  python -m bench.losses --out runs/bench                          the whole table: half an hour or more on two cores
+  python -m bench.losses --out runs/try --n 512 --repeats 5        a first look, a minute or two
 
 DIR/losses.json holds every single time, DIR/losses.md the tables; both are rewritten after each objective and size, so
 a run that is stopped keeps what it has. For numbers worth quoting leave the machine to the run alone: other processes
@@ -70,34 +69,25 @@ the times steadier: with several threads each waits for the slowest.
 """
 
 
-@dataclass(frozen=True)
-class Provider:
-    """One implementation of the objectives: `loss` takes z (N, D), labels (N / 2,) and the objective's name."""
+@dataclass
+class Run:
+    """What all cases of a run share."""
 
-    name: str
-    loss: Loss
-    floats: Callable[[int, int], float]  # of n, d: peak memory beyond the inputs in float32 numbers, measured on a CPU
-    objectives: tuple[str, ...] = OBJECTIVES
-
-
-def _fastcl(backend: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    sample = torch.arange(len(z) // 2, device=z.device).repeat(2)
-    classes = None if objective == "ntxent" else labels.repeat(2)
-    with fastcl.backend(backend):
-        return fastcl.contrastive_loss(z, sample, classes, objective, plain.TEMPERATURE)
+    args: argparse.Namespace
+    device: torch.device
+    facts: Record
+    ceilings: ceilings.Ceilings | None
+    pace: dict[tuple[str, str, int], float] = field(default_factory=dict)  # by provider, objective, d: seconds / n^2
+    failed: list[str] = field(default_factory=list)
 
 
-def _plain(prefix: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    return getattr(plain, prefix + objective)(z, labels)
+@dataclass
+class Entry:
+    """A provider that can be timed on a case."""
 
-
-CHUNKED = "fastcl chunked"
-PROVIDERS = (
-    Provider(CHUNKED, partial(_fastcl, "chunked"), lambda n, d: 8 * n * d + 8 * min(n, 4096) ** 2),
-    Provider("fastcl dense", partial(_fastcl, "dense"), lambda n, d: 10.9 * n * n),
-    Provider("plain PyTorch", partial(_plain, ""), lambda n, d: 4.8 * n * n),
-    Provider("authors' formulation", partial(_plain, "broadcast_"), lambda n, d: 6.07 * n * n * d, ("ntxent", "nscl")),
-)
+    provider: Provider
+    peak: Peak
+    result: tuple[Tensor, Tensor]
 
 
 def make_batch(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -108,14 +98,6 @@ def make_batch(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return z, torch.arange(batch, device=device) % max(2, min(100, batch // 4))
 
 
-def passes(loss: Loss, z: Tensor, labels: Tensor, objective: str) -> tuple[Tensor, Tensor]:
-    """One forward and backward pass: the loss and the gradient of z, whose old one goes beforehand."""
-    z.grad = None
-    value = loss(z, labels, objective)
-    value.backward()
-    return value.detach(), z.grad
-
-
 def memory_case(device: str, name: str, objective: str, n: int, d: int) -> tuple[Callable[[], object], ...]:
     """Warm-up and call for `measure_peak`: one forward and backward pass of a provider."""
     loss = next(p.loss for p in PROVIDERS if p.name == name)
@@ -123,132 +105,151 @@ def memory_case(device: str, name: str, objective: str, n: int, d: int) -> tuple
     return tuple(partial(passes, loss, *batch, objective) for batch in batches)
 
 
-def obstacle(
-    provider: Provider, case: Record, device: torch.device, args: argparse.Namespace
-) -> tuple[str | None, Peak | None]:
-    """Why a case cannot be timed (None: it can), and its peak memory where it was measured."""
-    n, d = case["n"], case["d"]
+def peak_of(provider: Provider, case: Record, batch: tuple[Tensor, Tensor]) -> Peak:
+    """Peak memory and duration of one forward and backward pass."""
+    z, objective = batch[0], case["objective"]
+    if z.device.type == "cpu":
+        return measure_peak(memory_case, "cpu", provider.name, objective, case["n"], case["d"])
+    call = partial(passes, provider.loss, *batch, objective)
+
+    def warm_up() -> None:
+        call()  # of the same size: what is compiled for it is no part of the time
+        z.grad = None  # nor of the memory that is there before
+
+    return measure_peak(lambda device: (warm_up, call), "cuda")
+
+
+def probe(
+    provider: Provider, case: Record, batch: tuple[Tensor, Tensor], run: Run
+) -> tuple[str | None, Peak | None, tuple[Tensor, Tensor] | None]:
+    """Why a provider cannot be timed on a case (None: it can), its peak memory, its loss and gradient."""
+    objective, n, d = case["objective"], case["n"], case["d"]
+    limit = run.args.seconds
+    if reason := provider.obstacle(run.device, objective):
+        return reason, None, None
     needed = provider.floats(n, d) * 4 / GIB
-    if needed > args.memory:
-        return f"skipped: needs {needed:.3g} GiB, the limit is {args.memory:.3g} GiB", None
+    if needed > run.args.memory:
+        return f"skipped: needs {needed:.3g} GiB, the limit is {run.args.memory:.3g} GiB", None, None
+    expected = n * n * run.pace.get((provider.name, objective, d), 0)
+    if expected > limit:
+        return f"skipped: one call would take about {expected:.3g} s, the limit is {limit:g} s", None, None
     try:
-        peak = measure_peak(memory_case, device.type, provider.name, case["objective"], n, d)
+        peak = peak_of(provider, case, batch)
+        run.pace[provider.name, objective, d] = max(0, peak.seconds - OVERHEAD[run.device.type]) / n**2
+        if peak.seconds > limit:
+            return f"skipped: one call takes {peak.seconds:.3g} s, the limit is {limit:g} s", peak, None
+        return None, peak, passes(provider.loss, *batch, objective)
     except torch.OutOfMemoryError as error:
-        return f"out of memory: {str(error).splitlines()[0]}", None
+        return f"out of memory: {str(error).splitlines()[0]}", None, None
     except BrokenProcessPool:
-        return "its process was killed, most likely for want of memory", None
-    if peak.seconds > args.seconds:
-        return f"skipped: one call takes {peak.seconds:.3g} s, the limit is {args.seconds:g} s", peak
-    return None, peak
+        return "its process was killed, most likely for want of memory", None, None
+    except Exception as error:  # whatever a library does not support, or does wrong, is its own record
+        if provider.ours:
+            run.failed.append(f"{objective}, n={n}, d={d}: {provider.name}: {first_line(error)}")
+        return f"failed: {first_line(error)}", None, None
 
 
-def run_case(case: Record, device: torch.device, facts: Record, args: argparse.Namespace) -> list[Record]:
+def disagreements(entries: dict[str, Entry]) -> dict[str, str]:
+    """By provider, in what it differs from the first by more than the tolerance of the less precise of the two."""
+    found: dict[str, str] = {}
+    tensors = {name: dict(zip(("loss", "gradient"), e.result, strict=True)) for name, e in entries.items()}
+    reference, *others = tensors
+    # The reference too: NaN agrees with nothing, not even with itself.
+    for name in (reference, *others):
+        tolerance = max(TOLERANCES[entries[k].provider.precision] for k in (reference, name))
+        try:
+            agree({reference: tensors[reference], name: tensors[name]}, tolerance)
+        except fastcl.FastclError as error:
+            found[name] = str(error)
+    return found
+
+
+def run_case(case: Record, run: Run) -> list[Record]:
     """All providers on one objective and size: memory, agreement, times. Prints a line for each."""
     objective, n, d = case["objective"], case["n"], case["d"]
-    z, labels = make_batch(n, d, device)
+    peers.forget_compiled()
+    batch = make_batch(n, d, run.device)
     label = f"{objective:7} n={n:<6}"
-    records, peaks, losses = [], {}, {}
-    for provider in PROVIDERS:
-        if objective not in provider.objectives:
-            continue
-        reason, peak = obstacle(provider, case, device, args)
-        print(f"{label} {provider.name:20} {reason or f'peak memory {peak.bytes / 2**20:.1f} MiB'}", flush=True)
+    found, entries = [], {}
+
+    def give_up(provider: Provider, reason: str, peak: Peak | None) -> None:
+        used = peak.bytes if peak else None
+        full = case | {"precision": provider.precision}
+        found.append(record(BENCH, provider.name, full, run.facts, peak_bytes=used, reason=reason))
+
+    for provider in (p for p in PROVIDERS if p.name in run.args.providers):
+        reason, peak, result = probe(provider, case, batch, run)
+        print(f"{label} {provider.name:23} {reason or f'peak memory {peak.bytes / 2**20:.1f} MiB'}", flush=True)
         if reason:
-            used = peak.bytes if peak else None
-            records.append(record(BENCH, provider.name, case, facts, peak_bytes=used, reason=reason))
+            give_up(provider, reason, peak)
         else:
-            peaks[provider.name] = peak.bytes
-            losses[provider.name] = provider.loss
-    if not losses:
-        return records
-    results = {name: passes(loss, z, labels, objective) for name, loss in losses.items()}
-    agree({name: {"loss": value, "gradient": grad} for name, (value, grad) in results.items()}, TOLERANCE)
-    timers = {name: partial(time_passes, partial(loss, z, labels, objective), z) for name, loss in losses.items()}
-    for name, samples in interleave(timers, args.repeats, args.seconds).items():
-        for run in PASSES:
-            used = peaks[name] if run == "both" else None
-            flops = FLOPS[run] * n * n * d
-            records.append(record(BENCH, name, case, facts, run, samples[run], flops, used))
-        times = records[-1]["samples_ms"]
-        print(f"{label} {name:20} {milliseconds(times)} ms, {len(times)} rounds", flush=True)
+            entries[provider.name] = Entry(provider, peak, result)
+    for name, reason in (disagreements(entries) if entries else {}).items():
+        print(f"{label} {reason}", file=sys.stderr, flush=True)
+        entry = entries.pop(name)
+        if entry.provider.ours:
+            run.failed.append(f"{objective}, n={n}, d={d}: {reason}")
+        give_up(entry.provider, reason, entry.peak)
+    found += _times(case, batch, entries, run, label)
     order = [p.name for p in PROVIDERS]
-    return sorted(records, key=lambda r: order.index(r["provider"]))
+    return sorted(found, key=lambda r: order.index(r["provider"]))
 
 
-def header(facts: Record, args: argparse.Namespace) -> str:
-    """The conditions of the run, before its first measurement."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return f"""\
-# Losses: time and memory
-
-- Machine: {facts["device"]}; {versions}; {facts["date"]}. Load average at the start: {os.getloadavg()[0]:.1f}; other
-  processes change not only the times but their ratios.
-- Inputs: n standard normal rows of width {args.d}, two views of n / 2 samples, in 2 to 100 classes; temperature
-  {plain.TEMPERATURE}; float32, matrix products at precision "{torch.get_float32_matmul_precision()}".
-- Time: ms, median (minimum-maximum) of at most {args.repeats} rounds, fewer after {args.seconds:g} s per provider. In a
-  round every provider runs forward and backward once, each round beginning with another; one warm-up call before.
-  On a GPU the times lie between CUDA events.
-- All providers of a size agreed on the loss and its gradient to {TOLERANCE:g} before they were timed.
-- TFLOP/s: the dense count, whatever a provider really computes: n x n x d x 2 forward, twice that backward,
-  n x n x d x 2 x 3 together. No bound of the machine was measured.
-- Memory: peak of one forward and backward pass beyond the inputs, in a fresh process after a warm-up on {WARM_UP_ROWS}
-  rows: the high-water mark of the resident set, with what the C allocator keeps back (more than the arrays while they
-  are small), on a GPU that of PyTorch's allocator.
-- nscl has other classes alone in its denominator; the published code adds the positive, at the same cost.
-"""
-
-
-def tables(records: Sequence[Record]) -> str:
-    """A Markdown table per objective."""
-    head = ("n", "provider", "forward + backward", "forward", "backward", "TFLOP/s", "peak MiB", "chunked is faster by")
-    text = ""
-    for objective in dict.fromkeys(r["objective"] for r in records):
-        rows = _rows([r for r in records if r["objective"] == objective])
-        text += f"\n## {objective}\n\n{table(head, rows)}"
-    return text
-
-
-def _rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    by_key = {(r["n"], r["provider"], r["pass"]): r for r in records}
-    rows = []
-    for (n, name, run), both in by_key.items():
-        if run != "both":
-            continue
-        peak = "" if both["peak_bytes"] is None else f"{both['peak_bytes'] / 2**20:.1f}"
-        if both["reason"]:
-            rows.append((str(n), name, both["reason"], "", "", "", peak, ""))
-            continue
-        times = [milliseconds(by_key[n, name, run]["samples_ms"]) for run in ("both", "fwd", "bwd")]
-        ours = by_key.get((n, CHUNKED, "both"))
-        ratio = f"{digits(_time(both) / _time(ours))}x" if ours and name != CHUNKED and not ours["reason"] else ""
-        rows.append((str(n), name, *times, f"{both['tflops']:.3g}", peak, ratio))
-    return rows
-
-
-def _time(r: Record) -> float:
-    return r["gpu_ms"] or r["wall_ms"]
+def _times(
+    case: Record, batch: tuple[Tensor, Tensor], entries: dict[str, Entry], run: Run, label: str
+) -> list[Record]:
+    objective, n, d = case["objective"], case["n"], case["d"]
+    z, labels = batch
+    bounds = run.ceilings.bound_ms(objective, n, d) if run.ceilings else dict.fromkeys(PASSES)
+    pairs = n * n / 4 if objective == "clip" else n * n
+    timers, timing, found = {}, {}, []
+    for name, entry in entries.items():
+        forward = partial(entry.provider.loss, z, labels, objective)
+        timers[name], timing[name] = timer_of(forward, z, entry.provider.capture)
+    rounds = interleave(timers, run.args.repeats, run.args.seconds, WARM_UP[run.device.type])
+    for name, samples in rounds.items():
+        provider = entries[name].provider
+        own = dict(zip(("fwd", "bwd"), provider.work(objective, d), strict=True))
+        for which in PASSES:
+            used = entries[name].peak.bytes if which == "both" else None
+            parts = PASSES[:2] if which == "both" else (which,)
+            flops = tuple(sum(counts[part] for part in parts) * pairs * d for counts in (own, DENSE))
+            full = case | {"precision": provider.precision}
+            arguments = full, run.facts, which, samples[which], flops, used, bounds[which], timing[name]
+            found.append(record(BENCH, name, *arguments))
+        times = found[-1]["samples_ms"]
+        print(f"{label} {name:23} {milliseconds(times)} ms, {len(times)} rounds", flush=True)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status (0 done, 1 providers disagree, 130 interrupted)."""
+    """Run the benchmark; returns the exit status (0 done, 1 a provider failed or disagrees, 130 interrupted)."""
     args, device = _arguments(argv)
     facts = machine(device)
-    conditions = header(facts, args)
+    facts["versions"] |= providers.versions()
+    run = Run(args, device, facts, None)
+    if device.type == "cuda":
+        run.ceilings, measured = ceilings.measure(device)
+        write(args.out, ceilings.BENCH, ceilings.records(measured, facts), f"# Ceilings\n\n{run.ceilings}\n")
+    conditions = losses_report.header(facts, args, run.ceilings, WARM_UP_ROWS)
     print(f"{facts['device']}; results go to {args.out}", flush=True)
-    records: list[Record] = []
+    ours = FUSED if device.type == "cuda" else CHUNKED
+    found: list[Record] = []
     try:
-        for objective in OBJECTIVES:
-            for n in args.n:
-                case = {"objective": objective, "n": n, "d": args.d, "dtype": "float32"}
-                records += run_case(case, device, facts, args)
-                write(args.out, BENCH, records, conditions + tables(records))
-    except fastcl.FastclError as error:
-        print(f"error: {objective}, n={n}: {error}", file=sys.stderr)
-        return 1
+        for objective in args.objectives:
+            for d in args.d:
+                for n in sorted(args.n):
+                    case = {"objective": objective, "n": n, "d": d, "dtype": "float32"}
+                    found += run_case(case, run)
+                    write(args.out, BENCH, found, conditions + losses_report.tables(found, ours))
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()  # the pools of the graphs are free now
     except KeyboardInterrupt:
         print("interrupted; the files hold the objectives and sizes that were finished", file=sys.stderr)
         return 130
-    return 0
+    for message in run.failed:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if run.failed else 0
 
 
 def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
@@ -256,19 +257,29 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
         prog="python -m bench.losses", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    names = [p.name for p in PROVIDERS]
     add_arguments(parser)
-    parser.add_argument("--n", type=int, nargs="+", default=[512, 2048, 8192, 16384], metavar="N",
-        help="rows: two views of N / 2 samples, even, at least 8 (default: 512 2048 8192 16384)")  # fmt: skip
-    parser.add_argument("--d", type=int, default=128, metavar="D", help="width of the rows (default: %(default)s)")
+    # fmt: off
+    parser.add_argument("--n", type=int, nargs="+", metavar="N",
+        help="rows: two views of N / 2 samples, even, at least 8 (default: "
+        + "; ".join(f"{kind}: {' '.join(map(str, sizes))}" for kind, sizes in SIZES.items()) + ")")
+    parser.add_argument("--d", type=int, nargs="+", default=[128], metavar="D", help="widths of rows (default: 128)")
     parser.add_argument("--memory", type=float, default=MEMORY_GIB, metavar="GIB",
-        help="skip what would need more, or three quarters of the device's memory (default: %(default)s)")  # fmt: skip
+        help="skip what would need more, or three quarters of the device's memory (default: %(default)s)")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES, metavar="NAME",
+        help=f"default: all, {' '.join(OBJECTIVES)}")
+    parser.add_argument("--providers", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
+    # fmt: on
     args = parser.parse_args(argv)
+    device = device_of(args, parser)
+    args.n = args.n or list(SIZES[device.type])
     if bad := [n for n in args.n if n < 8 or n % 2]:
         parser.error(f"--n: rows must be even and at least 8, got {bad[0]}")
     for name in ("d", "repeats", "seconds", "memory"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name}: must be positive, got {getattr(args, name)}")
-    device = device_of(args, parser)
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if not number > 0:
+                parser.error(f"--{name}: must be positive, got {number}")
     args.memory = min(args.memory, 0.75 * total_memory(device) / GIB)
     return args, device
 

@@ -1,7 +1,7 @@
 """The rivals of the losses, written plainly: PyTorch as a good user has it, and the published N x N x D formulation.
 
 All take z (N, D), whose rows k and k + N / 2 are the two views of sample k, and labels (N / 2,) of two classes or more;
-all return the mean over the N rows.
+all return the mean over the N rows, for two towers that of both directions.
 """
 
 from __future__ import annotations
@@ -35,6 +35,14 @@ def supcon(z: Tensor, labels: Tensor) -> Tensor:
     positive = (labels[:, None] == labels).fill_diagonal_(False)
     mean_positive = logits.masked_fill(~positive, 0).sum(1) / positive.sum(1)
     return (logits.logsumexp(1) - mean_positive).mean()
+
+
+def clip(z: Tensor, labels: Tensor) -> Tensor:
+    """CLIP's symmetric InfoNCE (Radford et al. 2021), the views being image and text."""
+    image, text = functional.normalize(z).chunk(2)
+    logits = image @ text.T / TEMPERATURE
+    pair = torch.arange(len(image), device=z.device)
+    return (functional.cross_entropy(logits, pair) + functional.cross_entropy(logits.T, pair)) / 2
 
 
 def broadcast_ntxent(z: Tensor, labels: Tensor) -> Tensor:

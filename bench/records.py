@@ -1,16 +1,20 @@
-"""What all benchmarks share: the record of a measurement, its files, arguments, clocks, and the peak memory of a call.
+"""What all benchmarks share: the record of a measurement, its files, arguments and tables. The clocks: bench/clocks.py.
 
 A record is one flat dictionary, a line of DIR/<bench>.json:
 
     bench, provider, then what was run: for the losses objective, n, d, dtype
+    precision     of the provider's matrix products: "fp32", "tf32", "fp16" or "bf16"; null where it says nothing
     pass          "fwd", "bwd" or "both" of the same calls
-    gpu_ms        median time between CUDA events; null on a CPU
-    wall_ms       median time on the wall clock; on CUDA only of "both", which ends with a synchronisation
+    gpu_ms        median time on the device: see timing; null on a CPU
+    wall_ms       median time on the wall clock; on CUDA only of "both", eager, which ends with a synchronisation
     peak_bytes    peak memory beyond the inputs; only of "both", null where the call did not come to its end
-    tflops        10^12 floating-point operations a second, on the count that the benchmark's header states
-    bound_ms      what the machine's measured peaks allow; null: not measured
+    tflops        10^12 floating-point operations a second, on what the provider really computes, as it states itself
+    tflops_dense  the same on the count of a dense product, one for all providers; the benchmark's header states it
+    bound_ms      what the peaks of the machine, measured in the same run, allow for the problem; null: not measured
     device, versions, date
+    timing        how gpu_ms was taken: "graph" (replays of a CUDA graph), "events" (an eager call between events), null
     samples_ms    every time that went into the median: gpu_ms where it is given, else wall_ms
+    wall_samples_ms  the same of wall_ms where samples_ms is that of gpu_ms, else empty
     reason        null, or why a case has no times
 """
 
@@ -18,44 +22,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
-import resource
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 import fastcl
+from bench.clocks import Sample
 
 GIB = 2**30
-PASSES = ("fwd", "bwd", "both")
-MIN_ROUNDS = 3  # a median and a spread need that many, however slow the case
 
 Record: TypeAlias = dict[str, Any]
-Prepare: TypeAlias = Callable[..., tuple[Callable[[], object], Callable[[], object]]]
-
-
-class Sample(NamedTuple):
-    """Times of one pass of one call, in ms; None where the clock does not apply."""
-
-    wall: float | None
-    gpu: float | None = None
-
-
-class Peak(NamedTuple):
-    """Peak memory of a call beyond its inputs, and the duration of this first call in its process, in seconds."""
-
-    bytes: int
-    seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +78,10 @@ def record(
     machine: Record,
     run: str = "both",
     samples: Sequence[Sample] = (),
-    flops: float | None = None,
+    flops: tuple[float, float] | None = None,
     peak_bytes: int | None = None,
+    bound_ms: float | None = None,
+    timing: str | None = None,
     reason: str | None = None,
 ) -> Record:
     """One record; see the module's docstring.
@@ -106,11 +91,12 @@ def record(
         machine: as `machine` returns it.
         run: the pass.
         samples: times of the pass; empty where the case did not run.
-        flops: floating-point operations of one pass, for tflops.
+        flops: floating-point operations of one pass, the provider's own count and the dense one.
     """
     gpu = [s.gpu for s in samples if s.gpu is not None]
     wall = [s.wall for s in samples if s.wall is not None]
     times = gpu or wall
+    own, dense = (count / median(times) * 1e-9 for count in flops) if flops and times else (None, None)
     return {
         "bench": bench,
         "provider": provider,
@@ -119,110 +105,15 @@ def record(
         "gpu_ms": median(gpu) if gpu else None,
         "wall_ms": median(wall) if wall else None,
         "peak_bytes": peak_bytes,
-        "tflops": flops / median(times) * 1e-9 if flops and times else None,
-        "bound_ms": None,
+        "tflops": own,
+        "tflops_dense": dense,
+        "bound_ms": bound_ms,
         **machine,
+        "timing": timing,
         "samples_ms": times,
+        "wall_samples_ms": wall if gpu else [],
         "reason": reason,
     }
-
-
-def time_passes(forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
-    """Times of one forward and one backward pass on the device of `leaf`, whose old gradient goes beforehand.
-
-    Args:
-        forward: returns a scalar that depends on `leaf`.
-        leaf: tensor that requires a gradient.
-    """
-    leaf.grad = None
-    if leaf.device.type == "cuda":
-        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        torch.cuda.synchronize(leaf.device)
-        began = perf_counter()
-        start.record()
-        loss = forward()
-        middle.record()
-        loss.backward()
-        end.record()
-        torch.cuda.synchronize(leaf.device)
-        wall = (perf_counter() - began) * 1e3
-        spans = (start.elapsed_time(middle), middle.elapsed_time(end), start.elapsed_time(end))
-        return {run: Sample(wall if run == "both" else None, gpu) for run, gpu in zip(PASSES, spans, strict=True)}
-    start = perf_counter()
-    loss = forward()
-    middle = perf_counter()
-    loss.backward()
-    end = perf_counter()
-    spans = (middle - start, end - middle, end - start)
-    return {run: Sample(seconds * 1e3) for run, seconds in zip(PASSES, spans, strict=True)}
-
-
-def interleave(
-    timers: dict[str, Callable[[], dict[str, Sample]]], repeats: int, seconds: float
-) -> dict[str, dict[str, list[Sample]]]:
-    """Samples of every provider, taken in rounds in which each runs once: a drift of the machine hits all alike.
-
-    Args:
-        timers: by provider, a call that times all passes once; warmed up by the caller.
-        repeats: rounds at most.
-        seconds: time per provider after which no round begins, `MIN_ROUNDS` excepted.
-
-    Returns:
-        By provider and pass, one sample a round.
-    """
-    names = list(timers)
-    found: dict[str, dict[str, list[Sample]]] = {name: {} for name in names}
-    began = perf_counter()
-    for k in range(repeats):
-        if k >= MIN_ROUNDS and perf_counter() - began > seconds * len(names):
-            break
-        first = k % len(names)  # nobody always follows the same neighbour
-        for name in names[first:] + names[:first]:
-            for run, sample in timers[name]().items():
-                found[name].setdefault(run, []).append(sample)
-    return found
-
-
-def measure_peak(prepare: Prepare, device: str, *args: Any) -> Peak:
-    """Peak memory of a call in a fresh process: torch's allocator on CUDA, else the resident set's high-water mark.
-
-    Args:
-        prepare: a module-level function of device and args that builds the inputs and returns a warm-up and the call.
-            The warm-up loads code and must be tiny: a high-water mark never falls, and on a CPU it counts from there.
-        device: "cpu" or "cuda".
-        args: whatever else `prepare` takes, picklable.
-
-    Raises:
-        BrokenProcessPool: the process was killed, as the system does when memory runs out.
-        Exception: whatever the call raised.
-    """
-    # Forked from a server that never ran anything large: a process that is forked and executed inherits the high-water
-    # mark of its parent on Linux, and would hide its own below it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_here, prepare, device, *args).result()
-
-
-def _peak_here(prepare: Prepare, device: str, *args: Any) -> Peak:
-    cuda = torch.device(device).type == "cuda"
-    warm_up, call = prepare(device, *args)
-    warm_up()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before, began = _high_water(cuda), perf_counter()
-    call()
-    if cuda:
-        torch.cuda.synchronize()
-    return Peak(_high_water(cuda) - before, perf_counter() - began)
-
-
-def _high_water(cuda: bool) -> int:
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def agree(results: dict[str, dict[str, Tensor]], tolerance: float) -> None:

@@ -6,18 +6,23 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import venv
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 from bench import static_report
 from bench.static_jobs import StaticError, compile_all, unique
 from fastcl.kernels.contrastive.launch import ARCHITECTURES, Launch
 
 CASES = "fastcl.backends.triton.cases:cases"
+
+# From an architecture to its launches, by the name of what they are for.
+Cases: TypeAlias = Callable[[int], Iterable[tuple[str, list[Launch]]]]
 
 _DESCRIPTION = """\
 Compile every launch of the table ahead of time, no GPU needed, and look at the machine code: registers, spills, shared
@@ -38,14 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     try:
         python = newest(args.newest) if args.newest else args.triton_python
-        records, triton = check(load_cases(args.cases), args.arch, python, args.workers)
+        records, triton = check(load_cases(args.cases), args.arch, args.only, python, args.workers)
     except StaticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; kernels compiled so far are in Triton's cache", file=sys.stderr)
         return 130
-    text = static_report.report(records, triton)
+    text = static_report.report(records, triton, args.only.pattern)
     print(text, end="")
     if args.json:
         write(args.json, json.dumps(records, indent=1) + "\n")
@@ -55,26 +60,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(
-    cases: Callable[[int], Iterable[tuple[str, list[Launch]]]], architectures: list[int], python: str, workers: int
+    cases: Cases, architectures: list[int], only: re.Pattern[str], python: str, workers: int
 ) -> tuple[list[dict], str]:
     """Compile all launches of all cases.
 
     Args:
-        cases: the launches of an architecture, by the name of the case.
+        only: what the name of a case must contain.
         python: interpreter of the workers.
 
     Returns:
         A record per launch, and the version of the workers' Triton.
     """
-    jobs = [found for arch in architectures for found in unique(cases(arch), arch).values()]
+    jobs = []
+    for arch in architectures:
+        wanted = (case for case in cases(arch) if only.search(case[0]))
+        jobs += unique(wanted, arch).values()
     if not jobs:
-        raise StaticError("there is no launch to compile")
+        raise StaticError("no case has a launch to compile")
     triton, results = compile_all([job for job, _ in jobs], python, workers)
     pairs = zip(jobs, results, strict=True)
     return [static_report.record(job, names, result, triton) for (job, names), result in pairs], triton
 
 
-def load_cases(name: str) -> Callable[[int], Iterable[tuple[str, list[Launch]]]]:
+def load_cases(name: str) -> Cases:
     """The function that `module:function` names.
 
     Raises:
@@ -123,6 +131,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     names = [f"sm_{sm}" for sm in ARCHITECTURES]
     add = parser.add_argument
     add("--arch", nargs="+", choices=names, default=names, metavar="SM", help=f"of {' '.join(names)} (default: all)")
+    add("--only", default="", metavar="REGEX", help="only the cases in whose names this is found")
     add("--json", type=Path, metavar="FILE", help="write the records, one per compiled launch")
     add("--out", type=Path, metavar="DIR", help="write the report to DIR/<version of Triton>.md")
     where = parser.add_mutually_exclusive_group()
@@ -134,6 +143,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--cases", default=CASES, metavar="MODULE:FUNCTION",
         help="what lists the launches of an architecture (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
+    try:
+        args.only = re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only: {args.only!r} is no regular expression: {error}")
     if args.workers < 1:
         parser.error(f"--workers: must be positive, got {args.workers}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

@@ -46,7 +46,10 @@ def job(launch: Launch, arch: int) -> Job:
         raise StaticError(f"{kernel!r} is no @triton.jit function")
     backend = make_backend(GPUTarget("cuda", arch, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    values, kinds, surplus = bind(**launch.arguments)
+    try:
+        values, kinds, surplus = bind(**launch.arguments)
+    except TypeError as error:
+        raise StaticError(f"{kernel.__name__}: {str(error).replace('dynamic_func', 'the kernel')}") from error
     if surplus:
         raise StaticError(f"{kernel.__name__} has no parameter {', '.join(surplus)}")
     signature, constants, divisible = {}, {}, []
@@ -101,6 +104,7 @@ class _Worker:
         # Interpreted kernels cannot be compiled, and Triton reads this when a kernel's module is imported.
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         command = [self.python, "-m", "bench.static_compile"]
+        self.log.truncate(0)
         try:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
@@ -109,9 +113,11 @@ class _Worker:
         except OSError as error:
             raise StaticError(f"{self.python}: {error.strerror or error}") from error
         first = self.process.stdout.readline()
-        if not first:
-            raise StaticError(f"{self.python} cannot compile: {self._last_words()}")
-        return json.loads(first)["triton"]
+        try:
+            return json.loads(first)["triton"]
+        except ValueError:
+            self.process.kill()
+            raise StaticError(f"{self.python} cannot compile: {self._last_words()}") from None
 
     def compile(self, one: Job) -> Result:
         """Facts of a job, or why there are none."""
@@ -134,7 +140,7 @@ class _Worker:
     def _last_words(self) -> str:
         self.process.wait()
         self.log.seek(0)
-        lines = self.log.read().strip().splitlines()
+        lines = self.log.read().strip("\0\n ").splitlines()
         return lines[-1] if lines else "it said nothing"
 
     def stop(self) -> None:

@@ -127,9 +127,21 @@ _HEAD = (
 )  # fmt: skip
 
 
-def report(records: list[dict[str, Any]], triton: str) -> str:
-    """Markdown: a table per architecture, then every finding in full."""
-    parts = [f"# Compiled launches, Triton {triton}\n\n{summary(records)}\n"]
+_LEGEND = """\
+Registers and spilled bytes are those of a thread, shared memory that of a program, in KiB of what the architecture
+allows it; programs/SM is how many of them a multiprocessor holds. exp/element counts the exponentials per element of a
+tile of resident by streamed rows. D is the padded width; R, S, M, K and N are rows of a block, w warps, s stages.
+"""
+
+
+def report(records: list[dict[str, Any]], triton: str, only: str = "") -> str:
+    """Markdown: a table per architecture, then every finding in full.
+
+    Args:
+        only: the expression that has chosen the cases.
+    """
+    chosen = f"Only cases with {only!r} in their names. " if only else ""
+    parts = [f"# Compiled launches, Triton {triton}\n\n{chosen}{summary(records)}\n\n{_LEGEND}"]
     for arch in dict.fromkeys(r["arch"] for r in records):
         mine = [r for r in records if r["arch"] == arch]
         parts.append(f"\n## {arch}\n\n{table(_HEAD, [_row(r) for r in mine])}")
@@ -145,7 +157,8 @@ def summary(records: list[dict[str, Any]]) -> str:
     names = [name for r in records for name in {f["name"] for f in r["findings"]}]
     bad = sum(bool(r["findings"]) for r in records)
     which = ", ".join(f"{name}: {names.count(name)}" for name in FINDINGS if name in names)
-    return f"{len(records)} launches, {bad} with findings" + (f" ({which})." if bad else ".")
+    noun = "launch" if len(records) == 1 else "launches"
+    return f"{len(records)} {noun}, {bad} with findings" + (f" ({which})." if bad else ".")
 
 
 def launch_name(r: dict[str, Any]) -> str:

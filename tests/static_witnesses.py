@@ -115,9 +115,10 @@ def serialised(sm):
 
 
 def unfit(sm):
-    """A launch that no job can carry."""
+    """Launches that no job can carry."""
     from fastcl.kernels.contrastive.launch import launch, recording
 
-    with recording() as launches:
-        launch(spills_kernel, (1,), 1, 1, x_N=None, out_N=None, BLOCK=1j)
-    yield "unfit", launches
+    for name, sizes in {"constant": {"BLOCK": 1j}, "missing": {}, "surplus": {"BLOCK": 1, "SIZE": 1}}.items():
+        with recording() as launches:
+            launch(spills_kernel, (1,), 1, 1, x_N=None, out_N=None, **sizes)
+        yield name, launches

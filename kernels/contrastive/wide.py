@@ -7,7 +7,7 @@ a block above the diagonal serves the rows of both sides: 3 N N D operations in 
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, class_range, dot, inverse_temperature, load_tile, logit_scale, products, shift_log2, split_half
+from .numerics import LOG2E, class_range, dot, inverse_temperature, logit_scale, products, shift_log2, split_half
 from .tiles import tile_weights
 
 
@@ -70,6 +70,13 @@ def _load_weights(w, o_m, o_k, size, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(z, start, m_d, BLOCK_K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start .. of some columns of a working copy, whose last block of columns may be cut short."""
+    o_z = tl.arange(0, BLOCK_K)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(z + tl.cast(start, tl.int64) * D + o_z, mask=m_d[None, :], other=0.0)
+
+
+@triton.jit
 def product_kernel(
     w,  # (2 or 1, size, size)
     z,  # (2 or 1, z_rows, D) working copy of the rows summed over
@@ -86,9 +93,10 @@ def product_kernel(
     o_m = start_m + tl.arange(0, BLOCK_M)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     z += first_k.to(tl.int64) * D + start_d
+    m_d = start_d + tl.arange(0, BLOCK_D) < D
     for i_k in tl.range(0, size_k, BLOCK_K):
         b_w = _load_weights(w, o_m, i_k + tl.arange(0, BLOCK_K), size, TRANSPOSED)
-        b_acc = dot(b_w, load_tile(z, i_k, BLOCK_K, D, BLOCK_D), b_acc)
+        b_acc = dot(b_w, _load_rows(z, i_k, m_d, BLOCK_K, D, BLOCK_D), b_acc)
     if SPLIT_MASKED:  # the remainders, everywhere or where classes are shared
         first = 0
         last = size_k
@@ -101,14 +109,17 @@ def product_kernel(
         for i_k in tl.range(first, last, BLOCK_K):
             o_k = i_k + tl.arange(0, BLOCK_K)
             b_w = _load_weights(w, o_m, o_k, size, TRANSPOSED)
-            b_acc = dot(b_w, load_tile(z_low, i_k, BLOCK_K, D, BLOCK_D), b_acc)
+            b_acc = dot(b_w, _load_rows(z_low, i_k, m_d, BLOCK_K, D, BLOCK_D), b_acc)
             b_w = _load_weights(w_low, o_m, o_k, size, TRANSPOSED)
-            b_acc = dot(b_w, load_tile(z, i_k, BLOCK_K, D, BLOCK_D), b_acc)
+            b_acc = dot(b_w, _load_rows(z, i_k, m_d, BLOCK_K, D, BLOCK_D), b_acc)
     o_d = start_d + tl.arange(0, BLOCK_D)
     m_m = first_m + o_m < n
     b_src = tl.load(src_N + first_m + o_m, mask=m_m, other=0).to(tl.int64)
     p_acc = acc + b_src[:, None] * d + o_d[None, :]
     m_acc = m_m[:, None] & (o_d < d)[None, :]
     if ADD:
-        b_acc += tl.load(p_acc, mask=m_acc, other=0.0)
-    tl.store(p_acc, b_acc, mask=m_acc)
+        # Each element has one writer in a launch, and launches follow each other: the order of additions is fixed. As an
+        # atomic the addition happens in the cache, and the old values take no registers.
+        tl.atomic_add(p_acc, b_acc, mask=m_acc, sem="relaxed")
+    else:
+        tl.store(p_acc, b_acc, mask=m_acc)

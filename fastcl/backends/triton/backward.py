@@ -129,8 +129,8 @@ def _narrow(
     arguments, constants = _pairs(r, s, call, flag)
     rows = min(acc.shape[1], r.operand.rows - first)
     for part, (mode, takes_plain, takes_masked) in enumerate(parts(call)):
-        chosen = choose("backward", call, s.operand, mode)
         for online in (False,) if flag is None else (False, True):
+            chosen = choose("backward_online" if online else "backward", call, s.operand, mode)
             launch(
                 backward_kernel, (rows // chosen.block_r, n_splits), chosen.warps, chosen.stages,
                 **arguments, acc=acc, first_block=first // chosen.block_r, first_slot=part * n_splits,
@@ -143,10 +143,10 @@ def _finalize(
     r: _Side, s: _Side, call: Call, acc: Tensor, dx: Tensor, dot: Tensor | None, first: int, in_order: bool
 ) -> None:
     x, y = r.operand, s.operand
-    block_n, block_d = row_block(x.width)
+    block_n, block_d, warps = row_block(x.width)
     rows = min(acc.shape[1], x.n - first)
     launch(
-        finalize_kernel, (triton.cdiv(rows, block_n),), 4, 1,
+        finalize_kernel, (triton.cdiv(rows, block_n),), warps, 1,
         acc=acc, **x.source("x"), **y.source("y"), first_x=x.order[3], last_x=x.order[4], w_x=r.weights,
         stats_x=r.upstream.stats, first_y=y.order[3], last_y=y.order[4], w_y=s.weights, stats_y=s.upstream.stats,
         dx=dx, dot_N=dot, bound=r.bound, scale_y=y.scale, t=call.temperature, t_value=call.value, n=x.n, n_y=y.n,

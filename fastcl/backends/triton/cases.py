@@ -37,6 +37,7 @@ def _cases() -> Iterator[_Case]:
         yield _Case(f"clip fp16 d={d}, learnable temperature", d, pair="towers", learnable=True)
     yield _Case("ntxent bf16 d=128", 128, precision="bf16", dtype=torch.bfloat16)
     yield _Case("ntxent bf16 d=512", 512, precision="bf16", dtype=torch.bfloat16)
+    yield _Case("ntxent fp16 d=4096", 4096)
     yield _Case("queue fp16 d=128", 128, pair="queue")
     yield _Case("supcon fp32 d=256, learnable temperature", 256, "all", "fp32", learnable=True)
     yield _Case("supcon fp16 d=128, rows of any norm", 128, "peers", normalize=False)

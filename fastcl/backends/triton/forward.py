@@ -90,10 +90,10 @@ def _results(operand: Operand, call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _views(x: Operand, y: Operand, stats: Tensor, call: Call, symmetric: bool) -> None:
-    block_n, block_d = row_block(x.width)
+    block_n, block_d, warps = row_block(x.width)
     arguments = x.source("x") | y.source("y")
     launch(
-        views_kernel, (triton.cdiv(x.n, block_n),), 4, 1,
+        views_kernel, (triton.cdiv(x.n, block_n),), warps, 1,
         **arguments, first_N=x.order[3], last_N=x.order[4], stats=stats, t=call.temperature, t_value=call.value, n=x.n,
         d=x.x.shape[1], BLOCK_N=block_n, BLOCK_D=block_d, SYMMETRIC=symmetric, NORMALIZE=call.normalize,
         HAS_TWO=x.x2 is not None, HAS_T=call.temperature is not None,

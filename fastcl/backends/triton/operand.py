@@ -16,7 +16,7 @@ from fastcl.kernels.contrastive.prepare import prepare_kernel
 ALIGN = 128  # rows of a working copy come in blocks of this many; every tile size divides it
 MAX_WIDTH = 4096
 NARROW = 256  # wider rows are taken piece by piece
-_TILE = 2048  # elements that a program of the row-wise kernels holds
+_TILE = 1024  # elements that a program of the row-wise kernels holds
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 
 
@@ -91,8 +91,8 @@ class Operand:
 
 
 def padded_width(d: int) -> int:
-    """Width of a working copy: a power of two while a program can hold it, whole pieces of 128 beyond."""
-    return max(16, triton.next_power_of_2(d)) if d <= NARROW else triton.cdiv(d, 128) * 128
+    """Width of a working copy: a power of two while a program can hold it, whole pieces of 64 beyond."""
+    return max(16, triton.next_power_of_2(d)) if d <= NARROW else triton.cdiv(d, 64) * 64
 
 
 def working_shape(n: int, d: int, split: str) -> tuple[int, int, int]:
@@ -100,10 +100,10 @@ def working_shape(n: int, d: int, split: str) -> tuple[int, int, int]:
     return 1 if split == "none" else 2, (n + ALIGN - 1) // ALIGN * ALIGN, padded_width(d)
 
 
-def row_block(d: int) -> tuple[int, int]:
-    """Rows and columns that a program of the row-wise kernels holds."""
-    block_d = triton.next_power_of_2(max(d, 16))
-    return min(max(_TILE // block_d, 1), 32), block_d
+def row_block(d: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program of the row-wise kernels, which hold whole rows: 8 numbers to a thread."""
+    block_d = triton.next_power_of_2(max(d, 32))
+    return max(_TILE // block_d, 1), block_d, max(4, block_d // 256)
 
 
 def prepare(x: Tensor, x2: Tensor | None, order: Tensor, call: Call, flag: Tensor | None) -> Operand:
@@ -114,9 +114,9 @@ def prepare(x: Tensor, x2: Tensor | None, order: Tensor, call: Call, flag: Tenso
     inv = torch.empty(n if call.normalize else 0, dtype=torch.float32, device=x.device)
     scale = None if call.normalize else _scale(x, x2)
     operand = Operand(x, x2, order, z, inv, scale)
-    block_n, block_d = row_block(operand.width)
+    block_n, block_d, warps = row_block(operand.width)
     launch(
-        prepare_kernel, (triton.cdiv(operand.rows, block_n),), 4, 1,
+        prepare_kernel, (triton.cdiv(operand.rows, block_n),), warps, 1,
         x=x, x2=x if x2 is None else x2, src_N=order[0], z=z, inv_N=inv, scale=scale, flag=flag, t=call.temperature,
         t_value=call.value, n=n, rows=operand.rows, d=d, half=len(x), stride=x.stride(0),
         stride2=(x if x2 is None else x2).stride(0), D=operand.width, BLOCK_N=block_n, BLOCK_D=block_d,
