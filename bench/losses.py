@@ -153,6 +153,8 @@ def disagreements(entries: dict[str, Entry]) -> dict[str, str]:
     """By provider, in what it differs from the first by more than the tolerance of the less precise of the two."""
     found: dict[str, str] = {}
     tensors = {name: dict(zip(("loss", "gradient"), e.result, strict=True)) for name, e in entries.items()}
+    if not tensors:
+        return found
     reference, *others = tensors
     # The reference too: NaN agrees with nothing, not even with itself.
     for name in (reference, *others):
@@ -184,13 +186,14 @@ def run_case(case: Record, run: Run) -> list[Record]:
             give_up(provider, reason, peak)
         else:
             entries[provider.name] = Entry(provider, peak, result)
-    for name, reason in (disagreements(entries) if entries else {}).items():
+    for name, reason in disagreements(entries).items():
         print(f"{label} {reason}", file=sys.stderr, flush=True)
         entry = entries.pop(name)
         if entry.provider.ours:
             run.failed.append(f"{objective}, n={n}, d={d}: {reason}")
         give_up(entry.provider, reason, entry.peak)
-    found += _times(case, batch, entries, run, label)
+    if entries:
+        found += _times(case, batch, entries, run, label)
     order = [p.name for p in PROVIDERS]
     return sorted(found, key=lambda r: order.index(r["provider"]))
 

@@ -27,12 +27,18 @@ class Tolerance(NamedTuple):
 # Half-precision rows are computed in float32 and compared with the formula on the same rounded rows; their gradients
 # may also differ by the rounding of their own dtype.
 _FLOAT32 = Tolerance(loss=1e-6, gradient=1e-5, unit=2.0**-24)
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype | str, Tolerance] = {
     torch.float64: Tolerance(loss=1e-12, gradient=1e-11, unit=2.0**-53),
     torch.float32: _FLOAT32,
     torch.bfloat16: _FLOAT32,
     torch.float16: _FLOAT32,
+    # Precisions of the Triton backend. Rounding each entry of unit rows to half precision moves logits in proportion to
+    # 1 / temperature: the bounds of "fp16" and "bf16" hold from HALF_PRECISION_FROM on.
+    "fp32": _FLOAT32,
+    "fp16": Tolerance(loss=1e-4, gradient=2e-3, unit=2.0**-11),
+    "bf16": Tolerance(loss=1e-3, gradient=1e-2, unit=2.0**-8),
 }
+HALF_PRECISION_FROM = 0.05
 # Logits of size |x_i| |y_j| / temperature are known to no better than a few units in their last place. What that alone
 # does to a gradient (`Truth.blur`) bounds every implementation; it exceeds the table only where attraction and
 # repulsion cancel pair by pair (SupCon with collapsed classes).
@@ -227,26 +233,26 @@ def clip_formula(s: Tensor) -> Tensor:
     return (s.exp().sum(1).log() + s.exp().sum(0).log()) / 2 - s.diagonal()
 
 
-def assert_rows(got: Tensor, truth: Truth, dtype: torch.dtype) -> None:
+def assert_rows(got: Tensor, truth: Truth, dtype: torch.dtype | str) -> None:
     """Row losses agree with the formula's."""
     error = (got.detach().double() - truth.rows).abs()
     bound = TOLERANCE[dtype].loss * truth.row_scale + truth.row_blur
     assert (error <= bound).all(), f"row losses: error / bound {(error / bound).tolist()}"
 
 
-def assert_loss(got: Tensor, truth: Truth, dtype: torch.dtype) -> None:
+def assert_loss(got: Tensor, truth: Truth, dtype: torch.dtype | str) -> None:
     """The weighted loss agrees with the formula's."""
     error = (got.detach().double() - truth.loss).abs()
     bound = TOLERANCE[dtype].loss * truth.loss_scale + truth.loss_blur
     assert error <= bound, f"loss {got.item()} against {truth.loss.item()}: error {error:.2e}, bound {bound:.2e}"
 
 
-def assert_gradients(got: Sequence[Tensor], truth: Truth) -> None:
-    """Gradients of the rows agree with the formula's and have the dtype of their rows."""
+def assert_gradients(got: Sequence[Tensor], truth: Truth, precision: str | None = None) -> None:
+    """Gradients of the rows agree with the formula's; without a precision they were computed as their dtype is."""
     assert len(got) == len(truth.grads)
     wanted = zip(truth.grads, truth.grad_scales, truth.blurs, truth.sizes, strict=True)
     for grad, (want, scale, blur, size) in zip(got, wanted, strict=True):
-        tolerance, info = TOLERANCE[grad.dtype], torch.finfo(grad.dtype)
+        tolerance, info = TOLERANCE[precision or grad.dtype], torch.finfo(grad.dtype)
         error = (grad.double() - want).abs()
         if info.bits == 16:
             error = (error - info.eps / 2 * want.abs() - info.tiny * info.eps).clamp(min=0)
@@ -255,7 +261,7 @@ def assert_gradients(got: Sequence[Tensor], truth: Truth) -> None:
         assert error <= bound, f"gradient: error {error:.2e}, bound {bound:.2e}, of which blur {blur:.2e}"
 
 
-def assert_temperature(got: Tensor, truth: Truth, dtype: torch.dtype) -> None:
+def assert_temperature(got: Tensor, truth: Truth, dtype: torch.dtype | str) -> None:
     """The gradient of the temperature agrees with the formula's."""
     error = (got.double() - truth.grad_temperature).abs().squeeze()
     bound = TOLERANCE[dtype].gradient * truth.temperature_scale + truth.temperature_blur

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL = "contrastive/normalize.py"
+KERNEL = "contrastive/prepare.py"
 REPORT = """
-import importlib.util, json, fastcl.errors, fastcl.kernels, fastcl.kernels.contrastive.normalize as kernel
+import importlib.util, json, fastcl.errors, fastcl.kernels, fastcl.kernels.contrastive.prepare as kernel
 spec = importlib.util.find_spec("kernels")
 print(json.dumps({
     "errors": fastcl.errors.__file__,
@@ -80,7 +80,8 @@ def names(wheel: Path) -> set[str]:
 def modules(tree: Path) -> set[str]:
     """What a wheel must hold: all Python files and configurations of fastcl/, and kernels/ as fastcl/kernels."""
     package = {path.relative_to(tree) for suffix in ("py", "toml") for path in (tree / "fastcl").rglob(f"*.{suffix}")}
-    families = {"fastcl" / path.relative_to(tree) for path in (tree / "kernels").rglob("*.py")}
+    kernels = [path for suffix in ("py", "json") for path in (tree / "kernels").rglob(f"*.{suffix}")]
+    families = {"fastcl" / path.relative_to(tree) for path in kernels}
     return {path.as_posix() for path in package | families} | {"fastcl/py.typed"}
 
 

@@ -22,10 +22,13 @@ WITNESSES = "tests.static_witnesses"
 JOB = Job(".", "m", "some_kernel", {"x": "*fp16", "n": "i32"}, {}, ["x"], 90, 4, 3)
 
 
-def gate(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-m", "bench.static", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+def gate(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return run("-m", "bench.static", *arguments, **environment)
 
 
 def names(record: dict) -> list[str]:
@@ -211,6 +214,13 @@ def test_the_newest_triton_is_installed_into_an_environment_and_compiles_there(t
     assert done.returncode == 2 and "pip could not install triton" in done.stderr
 
 
+def test_kernels_are_not_interpreted(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="2"):
+        static.main([])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -234,13 +244,18 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message, monkeypatch, 
 
 def test_what_cannot_be_compiled_is_said_in_a_line(tmp_path):
     bare = script(tmp_path, f'exec {sys.executable} -S "$@"')
-    for arguments, environment, message in [
-        (("--triton-python", str(bare)), {}, "cannot compile: ModuleNotFoundError: No module named 'triton'"),
-        (("--triton-python", "echo"), {}, "/echo cannot compile: it said nothing"),
-        ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
-        (("--cases", f"{WITNESSES}:unfit", "--only", "constant"), {}, "spills_kernel: constant BLOCK is 1j"),
-        (("--cases", f"{WITNESSES}:unfit", "--only", "missing"), {}, "missing 1 required positional argument: 'BLOCK'"),
-        (("--cases", f"{WITNESSES}:unfit", "--only", "surplus"), {}, "spills_kernel has no parameter SIZE"),
-    ]:
-        done = gate("--cases", f"{WITNESSES}:kinds", *arguments, **environment)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    refused = {
+        ("kinds", "--triton-python", str(bare)): "cannot compile: ModuleNotFoundError: No module named 'triton'",
+        ("kinds", "--triton-python", "echo"): "echo cannot compile: it said nothing",
+        ("unfit", "--only", "constant"): "spills_kernel: constant BLOCK is 1j",
+        ("unfit", "--only", "missing"): "missing 1 required positional argument: 'BLOCK'",
+        ("unfit", "--only", "surplus"): "spills_kernel has no parameter SIZE",
+        ("unfit", "--only", "nothing"): "no case has a launch to compile",
+    }
+    # One process for all: it takes seconds to start.
+    calls = [["--arch", "sm_90", "--cases", f"{WITNESSES}:{cases}", *rest] for cases, *rest in refused]
+    driver = "import json, sys; from bench.static import main; print([main(call) for call in json.loads(sys.argv[1])])"
+    done = run("-c", driver, json.dumps(calls))
+    assert done.stdout == f"{[2] * len(calls)}\n", done.stderr
+    lines = done.stderr.splitlines()
+    assert all(message in line for message, line in zip(refused.values(), lines, strict=True)), lines

@@ -25,7 +25,8 @@ LAYERS: dict[str, set[str]] = {
     "features": {"errors"},
     "backends": {"errors", "kernels"},
     "operators": {"backends"},
-    "rowstats": {"operators", "checks"},
+    "batch": {"checks"},
+    "rowstats": {"operators", "batch"},
     "objectives": {"rowstats"},
     "functional": {"objectives"},
     "distributed": {"functional", "similarity"},
@@ -40,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.
 BARE = {"fastcl", "losses", "similarity"}
-BARE |= {"errors", "checks", "backends", "operators", "rowstats", "objectives", "functional"}
+BARE |= {"errors", "checks", "batch", "backends", "operators", "rowstats", "objectives", "functional"}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
 
@@ -130,7 +131,7 @@ def heavy_imports(text: str, path: Path) -> list[str]:
     """What the bare package would need beyond torch as soon as it is imported."""
     layer = layer_of(module_name(path))
     allowed = set(sys.stdlib_module_names) | {"torch", "fastcl"}
-    if layer == "kernels" or path.as_posix().endswith("backends/triton.py"):
+    if layer == "kernels" or "backends/triton/" in path.as_posix():
         allowed.add("triton")
     elif layer not in BARE:
         return []

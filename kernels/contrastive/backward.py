@@ -11,7 +11,17 @@ The result is float32 in working order; `finalize_kernel` adds view pairs, undoe
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, class_range, dot, inverse_temperature, load_tile, logit_scale, products, shift_log2, split_half
+from .numerics import (
+    LOG2E,
+    class_range,
+    dot,
+    inverse_temperature,
+    load_tile,
+    logit_scale,
+    products,
+    shift_log2,
+    split_half,
+)
 from .tiles import tile_weights
 
 

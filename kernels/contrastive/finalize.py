@@ -25,6 +25,39 @@ def _pull(b_s, stats, b_src, w, rows, o_n, m_n, b_count, n):
 
 
 @triton.jit
+def _view_pairs(
+    b_x, b_inv, b_src, first_x, last_x, w_x, stats_x, y, y2, inv_y, src_y, first_y, last_y, w_y, stats_y, o_n, m_n,
+    o_d, n, n_y, d, rows_x, rows_y, half_y, stride_y, stride_y2, inverse_t,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SYMMETRIC: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_TWO: tl.constexpr,
+):  # fmt: skip
+    """(N, D) part of the gradient that comes from the views of a row, in float32 from the rows themselves."""
+    b_first = begin(tl.load(first_x + o_n, mask=m_n, other=0))
+    b_last = tl.load(last_x + o_n, mask=m_n, other=0)
+    b_count = b_last - b_first - (1 if SYMMETRIC else 0)
+    b_dz = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for i_k in range(0, tl.max(b_last - b_first, 0)):
+        b_j = b_first + i_k
+        m_j = m_n & (b_j < b_last)
+        if SYMMETRIC:
+            m_j = m_j & (b_j != o_n)
+        b_src_j = tl.load(src_y + b_j, mask=m_j, other=0)
+        b_inv_j = tl.load(inv_y + b_j, mask=m_j, other=0.0) if NORMALIZE else b_inv
+        b_y = load_rows(y, y2, b_src_j, m_j, o_d, d, half_y, stride_y, stride_y2, HAS_TWO)
+        b_y = unit_rows(b_y, b_inv_j, NORMALIZE)
+        b_s = tl.sum(b_x * b_y, 1) * inverse_t
+        b_g = tl.zeros([BLOCK_N], tl.float32)
+        if OWN:
+            b_g += _pull(b_s, stats_x, b_src, w_x, rows_x, o_n, m_j, b_count, n)
+        if OTHER:
+            b_count_j = tl.load(last_y + b_j, mask=m_j, other=0) - begin(tl.load(first_y + b_j, mask=m_j, other=0))
+            b_count_j -= 1 if SYMMETRIC else 0
+            b_g += _pull(b_s, stats_y, b_src_j, w_y, rows_y, b_j, m_j, b_count_j, n_y)
+        b_dz += tl.where(m_j, b_g, 0.0)[:, None] * b_y
+    return b_dz
+
+
+@triton.jit
 def finalize_kernel(
     acc,  # (SLOTS, acc_rows, stride_acc) float32: what the tiles gave; IN_ORDER: (n, .) in source order
     x, x2, inv_x, src_x, first_x, last_x, w_x, stats_x,  # the rows whose gradient this is
@@ -60,28 +93,11 @@ def finalize_kernel(
     else:
         b_dz = b_dz / (SCALE * WEIGHT_SCALE)
 
-    b_first = begin(tl.load(first_x + o_n, mask=m_n, other=0))
-    b_last = tl.load(last_x + o_n, mask=m_n, other=0)
-    b_count = b_last - b_first - (1 if SYMMETRIC else 0)
-    for i_k in range(0, tl.max(b_last - b_first, 0)):
-        b_j = b_first + i_k
-        m_j = m_n & (b_j < b_last)
-        if SYMMETRIC:
-            m_j = m_j & (b_j != o_n)
-        b_src_j = tl.load(src_y + b_j, mask=m_j, other=0)
-        b_inv_j = tl.load(inv_y + b_j, mask=m_j, other=0.0) if NORMALIZE else b_inv
-        b_y = load_rows(y, y2, b_src_j, m_j, o_d, d, half_y, stride_y, stride_y2, HAS_TWO)
-        b_y = unit_rows(b_y, b_inv_j, NORMALIZE)
-        b_s = tl.sum(b_x * b_y, 1) * inverse_t
-        b_g = tl.zeros([BLOCK_N], tl.float32)
-        if OWN:
-            b_g += _pull(b_s, stats_x, b_src, w_x, rows_x, o_n, m_j, b_count, n)
-        if OTHER:
-            b_count_j = tl.load(last_y + b_j, mask=m_j, other=0) - begin(tl.load(first_y + b_j, mask=m_j, other=0))
-            b_count_j -= 1 if SYMMETRIC else 0
-            b_g += _pull(b_s, stats_y, b_src_j, w_y, rows_y, b_j, m_j, b_count_j, n_y)
-        b_dz += tl.where(m_j, b_g, 0.0)[:, None] * b_y
-
+    b_dz += _view_pairs(
+        b_x, b_inv, b_src, first_x, last_x, w_x, stats_x, y, y2, inv_y, src_y, first_y, last_y, w_y, stats_y, o_n, m_n,
+        o_d, n, n_y, d, rows_x, rows_y, half_y, stride_y, stride_y2, inverse_t,
+        BLOCK_N, BLOCK_D, SYMMETRIC, OWN, OTHER, NORMALIZE, HAS_TWO,
+    )  # fmt: skip
     b_dz = b_dz * (inverse_t * tl.load(bound))
     if NORMALIZE or NEED_DOT:
         b_dot = tl.sum(b_x * b_dz, 1)

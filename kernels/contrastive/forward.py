@@ -34,7 +34,7 @@ from .numerics import (
 
 
 @triton.jit
-def _plain_tiles(
+def _plain_loop(
     zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, BOTH: tl.constexpr, PADDED: tl.constexpr,
@@ -57,6 +57,67 @@ def _plain_tiles(
         if BOTH:
             tl.store(part_s + start_s + tl.arange(0, BLOCK_S), tl.sum(b_e, 1))
     return tl.sum(b_sum, 0)
+
+
+@triton.jit
+def _plain_tiles(
+    zs, zr, b_r, b_r_low, part_s, lo, hi, whole, split, start_r, low_s, low_r, factor, shift, n_r,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BOTH: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """(R,) sums over a split's share of the tiles outside the class range; symmetric: of those before it."""
+    n_before = lo // BLOCK_S
+    n_plain = n_before
+    if not SYMMETRIC:
+        n_plain += tl.maximum(whole - hi, 0) // BLOCK_S
+    first = (n_plain.to(tl.int64) * split // SPLITS).to(tl.int32)
+    last = (n_plain.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
+    if BOTH and start_r + BLOCK_R > n_r:
+        b_sum = _plain_loop(
+            zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
+            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLIT, BOTH, True,
+        )  # fmt: skip
+    else:
+        b_sum = _plain_loop(
+            zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
+            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLIT, BOTH, False,
+        )  # fmt: skip
+    return b_sum
+
+
+@triton.jit
+def _masked_tiles(
+    zs, zr, b_r, b_r_low, lo_r, first_r, cls_s, smp_s, part_s, lo, hi, whole, split, start_r, low_s, low_r,
+    factor, shift, n_r, n_s,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BOTH: tl.constexpr, PEERS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """(R,) sums over a split's share of the class range, and of a last tile with padding: others, peers, products."""
+    o_r = start_r + tl.arange(0, BLOCK_R)
+    m_r = o_r < n_r
+    b_other = tl.zeros([BLOCK_R], tl.float32)
+    b_peer = b_other
+    b_linear = b_other
+    n_class = (tl.minimum(hi, (n_s + BLOCK_S - 1) // BLOCK_S * BLOCK_S) - lo) // BLOCK_S
+    n_masked = n_class
+    if not SYMMETRIC:
+        n_masked += tl.where((hi <= whole) & (whole < n_s), 1, 0)
+    for i in tl.range(n_masked * split // SPLITS, n_masked * (split + 1) // SPLITS):
+        start_s = tl.where(i < n_class, lo + i * BLOCK_S, whole)
+        o_s = start_s + tl.arange(0, BLOCK_S)
+        b_p, _, _ = products(
+            zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT
+        )
+        m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
+        b_e = tl.exp2(b_p * factor - shift)
+        b_e_other = tl.where(m_other, b_e, 0.0)
+        b_other += tl.sum(b_e_other, 0)
+        if BOTH and not SYMMETRIC:
+            tl.store(part_s + o_s, tl.sum(tl.where(m_r[None, :], b_e_other, 0.0), 1), mask=o_s < n_s)
+        if PEERS:
+            b_peer += tl.sum(tl.where(m_peer, b_e, 0.0), 0)
+            b_linear += tl.sum(tl.where(m_peer, b_p, 0.0), 0)
+    return b_other, b_peer, b_linear
 
 
 @triton.jit
@@ -94,48 +155,23 @@ def forward_kernel(
 
     lo, hi = class_range(lo_r, hi_r, start_r, n_r, ALIGN)
     whole = n_s // BLOCK_S * BLOCK_S  # a last tile with padding is masked
-    n_before = lo // BLOCK_S
-    n_plain = n_before
-    if SYMMETRIC == 0:
-        n_plain += tl.maximum(whole - hi, 0) // BLOCK_S
-    first = (n_plain.to(tl.int64) * split // SPLITS).to(tl.int32)
-    last = (n_plain.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
-    if not PLAIN:
-        b_other = tl.zeros([BLOCK_R], tl.float32)
-    elif BOTH and start_r + BLOCK_R > n_r:
-        b_other = _plain_tiles(
-            zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
-            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLIT_PLAIN, BOTH, True,
+    b_other = tl.zeros([BLOCK_R], tl.float32)
+    b_peer = b_other
+    b_linear = b_other
+    if PLAIN:
+        b_other += _plain_tiles(
+            zs, zr, b_r, b_r_low, part_s, lo, hi, whole, split, start_r, low_s, low_r, factor, shift, n_r,
+            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLITS, SYMMETRIC, BOTH, SPLIT_PLAIN,
         )  # fmt: skip
-    else:
-        b_other = _plain_tiles(
-            zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
-            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLIT_PLAIN, BOTH, False,
+    if MASKED:
+        b_masked, b_peer, b_linear = _masked_tiles(
+            zs, zr, b_r, b_r_low, lo_r, first_r, cls_s, smp_s, part_s, lo, hi, whole, split, start_r, low_s, low_r,
+            factor, shift, n_r, n_s,
+            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLITS, SYMMETRIC, BOTH, PEERS, SPLIT_MASKED,
         )  # fmt: skip
-
+        b_other += b_masked
     o_r = start_r + tl.arange(0, BLOCK_R)
     m_r = o_r < n_r
-    b_peer = tl.zeros([BLOCK_R], tl.float32)
-    b_linear = tl.zeros([BLOCK_R], tl.float32)
-    n_class = (tl.minimum(hi, (n_s + BLOCK_S - 1) // BLOCK_S * BLOCK_S) - lo) // BLOCK_S
-    n_masked = n_class if MASKED else n_class * 0
-    if MASKED and not SYMMETRIC:
-        n_masked += tl.where((hi <= whole) & (whole < n_s), 1, 0)
-    for i in tl.range(n_masked * split // SPLITS, n_masked * (split + 1) // SPLITS):
-        start_s = tl.where(i < n_class, lo + i * BLOCK_S, whole)
-        o_s = start_s + tl.arange(0, BLOCK_S)
-        b_p, _, _ = products(
-            zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT_MASKED
-        )
-        m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
-        b_e = tl.exp2(b_p * factor - shift)
-        b_e_other = tl.where(m_other, b_e, 0.0)
-        b_other += tl.sum(b_e_other, 0)
-        if BOTH and not SYMMETRIC:
-            tl.store(part_s + o_s, tl.sum(tl.where(m_r[None, :], b_e_other, 0.0), 1), mask=o_s < n_s)
-        if PEERS:
-            b_peer += tl.sum(tl.where(m_peer, b_e, 0.0), 0)
-            b_linear += tl.sum(tl.where(m_peer, b_p, 0.0), 0)
     p_part = part_r + (first_slot + split).to(tl.int64) * 3 * rows_r + o_r
     tl.store(p_part, b_other, mask=m_r)
     if PEERS:

@@ -33,24 +33,12 @@ def weights_kernel(
     stats,  # (5, n) in source order, as in finish_kernel
     grad_stats,  # (5, n) float32 in source order, contiguous
     grad_losses,  # (K, n) float32 in source order, any strides
-    weights,  # (5, rows) in working order: weights of others and of peers, peers' mean, gradients of view mean and spread
+    weights,  # (5, rows) in working order: of others and of peers, peers' mean; gradients of the views' mean and spread
     bound,  # (1,) float32: what the weights were divided by
-    flag,
-    t,
-    t_value,
-    n,
-    n_s,
-    rows,
-    stride_k,
-    stride_n,
-    BLOCK_N: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    K: tl.constexpr,
-    CODES: tl.constexpr,
-    HAS_STATS: tl.constexpr,
-    HAS_T: tl.constexpr,
-    HAS_FLAG: tl.constexpr,
-):
+    flag, t, t_value, n, n_s, rows, stride_k, stride_n,
+    BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr, HAS_STATS: tl.constexpr,
+    HAS_T: tl.constexpr, HAS_FLAG: tl.constexpr,
+):  # fmt: skip
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n
     b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)

@@ -118,8 +118,8 @@ def product_kernel(
     p_acc = acc + b_src[:, None] * d + o_d[None, :]
     m_acc = m_m[:, None] & (o_d < d)[None, :]
     if ADD:
-        # Each element has one writer in a launch, and launches follow each other: the order of additions is fixed. As an
-        # atomic the addition happens in the cache, and the old values take no registers.
+        # Each element has one writer in a launch, and launches follow each other: the order of additions is fixed. An
+        # atomic one happens in the cache, and the old values take no registers.
         tl.atomic_add(p_acc, b_acc, mask=m_acc, sem="relaxed")
     else:
         tl.store(p_acc, b_acc, mask=m_acc)

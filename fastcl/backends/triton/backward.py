@@ -27,6 +27,7 @@ class Upstream:
 
     @property
     def any(self) -> bool:
+        """Whether a gradient came."""
         return self.grad_stats is not None or self.grad_losses is not None
 
 

@@ -13,7 +13,8 @@ from fastcl.kernels.contrastive.launch import Config, architecture, config, laun
 from fastcl.kernels.contrastive.views import views_kernel
 
 WORKSPACE = 256 * 2**20  # bytes that partial results may take
-_PROGRAMS = 528  # that a launch should have: two for each multiprocessor of the largest cards; fixed, so results are too
+# Programs that a launch should have: two for each multiprocessor of the largest cards. Fixed, and so are the results.
+_PROGRAMS = 528
 
 
 def choose(kernel: str, call: Call, operand: Operand, mode: str) -> Config:
@@ -169,8 +170,8 @@ def _online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> 
     chosen = choose("online", call, s, call.split)
     launch(
         forward_online_kernel, (triton.cdiv(r.n, chosen.block_r),), chosen.warps, 1,
-        **sides(r, s), last_r=r.order[4], src_r=r.order[0], stats=stats, **scaling(call, flag, r, s), n_r=r.n, n_s=s.n, rows_r=r.rows,
-        rows_s=s.rows, D=r.width, BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s,
+        **sides(r, s), last_r=r.order[4], src_r=r.order[0], stats=stats, **scaling(call, flag, r, s), n_r=r.n,
+        n_s=s.n, rows_r=r.rows, rows_s=s.rows, D=r.width, BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s,
         BLOCK_D=r.width if r.width <= NARROW else chosen.block_d, PEERS=call.peers, SPLIT=call.split != "none",
         HAS_T=call.temperature is not None, HAS_SCALE=not call.normalize,
     )  # fmt: skip

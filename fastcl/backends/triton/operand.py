@@ -49,9 +49,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Operand:
-    """One side. `order` is (5, n) int32: source row, then the intervals lo, hi (class) and first, last (sample) of each
-    row among the candidates' positions (an empty one begins at minus one less its position); where candidates are another operand, two rows more: where the row's own class
-    and sample begin among its own side's positions."""
+    """One side of a call.
+
+    `order` is (5, n) int32: source row, then the intervals [lo, hi) of each row's class and [first, last) of its sample
+    among the candidates' positions; an empty one begins at minus one less its position. Where the candidates are
+    another operand, two rows more: where the row's own class and sample begin among its own side's positions.
+    """
 
     x: Tensor
     x2: Tensor | None  # the second view of each sample, where two tensors hold the rows
@@ -62,6 +65,7 @@ class Operand:
 
     @property
     def n(self) -> int:
+        """Rows."""
         return self.order.shape[1]
 
     @property
@@ -79,6 +83,7 @@ class Operand:
         return self.order[5 if len(self.order) > 5 else 1]
 
     def sample_begin(self) -> Tensor:
+        """(n,) where each row's sample begins on its own side."""
         return self.order[6 if len(self.order) > 5 else 3]
 
     def source(self, name: str) -> dict[str, Tensor | int | None]:

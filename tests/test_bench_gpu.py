@@ -1,0 +1,156 @@
+"""The one command for a GPU, on steps that take no GPU: what is run, what becomes of it, what is written."""
+
+import importlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, repeat, workload
+from bench.gpu import Step
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def code(text: str) -> tuple[str, str]:
+    return "-c", text
+
+
+def run(tmp_path: Path, monkeypatch, *steps: Step, minutes: float = 8) -> tuple[int, list[dict]]:
+    monkeypatch.setattr(gpu, "plan", lambda out, rehearse: list(steps))
+    status = gpu.main(["--out", str(tmp_path), "--rehearse", "--minutes", str(minutes)])
+    return status, json.loads((tmp_path / "gpu.json").read_text())["steps"]
+
+
+def test_a_failing_step_is_told_and_the_next_one_runs(tmp_path, monkeypatch):
+    steps = (
+        Step("first", code("print('seen'); import sys; sys.exit(3)"), 60),
+        Step("second", code("import os; print(os.environ['TRITON_INTERPRET'], os.environ['X'])"), 60, {"X": "own"}),
+        Step("third", ("--version",), 60, tool="no-such-tool"),
+    )
+    status, found = run(tmp_path, monkeypatch, *steps)
+    assert status == 1
+    assert [(s["status"], s["exit_code"], s["reason"]) for s in found] == [
+        ("failed", 3, "exit status 3"), ("ok", 0, None),
+        ("not run", None, "no-such-tool is neither on PATH nor under CUDA_HOME"),
+    ]  # fmt: skip
+    assert (tmp_path / "second.log").read_text() == "1 own\n" and found[2]["command"] == "no-such-tool --version"
+    text = (tmp_path / "gpu.md").read_text()
+    assert "## first\n\n```\nseen\n```" in text and "| second | ok |" in text and "## second" not in text
+
+
+def test_what_could_not_run_is_no_failure(tmp_path, monkeypatch):
+    steps = Step("a", code(""), 60), Step("b", (), 60, tool="no-such-tool")
+    assert run(tmp_path, monkeypatch, *steps)[0] == 0
+
+
+def test_a_step_that_takes_too_long_is_interrupted_and_keeps_its_log(tmp_path, monkeypatch):
+    slow = """if True:
+        import time
+        try:
+            print("begun", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("wrote what it had")
+    """
+    status, found = run(tmp_path, monkeypatch, Step("slow", code(slow), 3), Step("next", code(""), 60))
+    assert status == 1 and [s["status"] for s in found] == ["timed out", "ok"]
+    assert found[0]["reason"] == "more than 3 s" and found[0]["seconds"] < 30
+    assert (tmp_path / "slow.log").read_text() == "begun\nwrote what it had\n"
+
+
+def test_a_step_that_ignores_the_interrupt_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    status, found = run(tmp_path, monkeypatch, Step("slow", code(stubborn), 3))
+    assert (status, found[0]["status"], found[0]["exit_code"]) == (1, "timed out", -9)
+    assert (tmp_path / "slow.log").read_text() == "1\n"
+
+
+def test_the_whole_run_ends_with_its_time(tmp_path, monkeypatch):
+    steps = Step("slow", code("import time; time.sleep(60)"), 60), Step("late", code(""), 60)
+    status, found = run(tmp_path, monkeypatch, *steps, minutes=1 / 60)
+    assert [(s["status"], s["limit"] <= 1) for s in found] == [("timed out", True), ("not run", True)]
+    assert found[1]["reason"] == "the time was spent" and status == 1
+
+
+def test_paths_of_the_machine_stay_out_of_the_report(tmp_path, monkeypatch):
+    steps = Step("bad", code(f"import sys; print({str(tmp_path)!r}, {str(ROOT)!r}, sys.prefix); sys.exit(1)"), 60)
+    found = run(tmp_path, monkeypatch, steps)[1]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "DIR . PREFIX" in text.replace("./.venv", "PREFIX")
+    assert str(tmp_path) not in text and str(tmp_path) not in found[0]["command"]
+
+
+def test_a_rehearsal_has_the_same_steps_and_every_command_is_known(tmp_path, capsys):
+    real, tiny = gpu.plan(tmp_path, False), gpu.plan(tmp_path, True)
+    assert [s.name for s in real] == [s.name for s in tiny] and len({s.name for s in real}) == len(real)
+    assert [s.environment for s in real] == [s.environment for s in tiny]
+    assert [s.tool for s in real] == [s.tool for s in tiny]
+    for step in real:
+        if step.tool is None and step.command[1] != "pytest":
+            options = {part for part in step.command[2:] if part.startswith("--")}
+            with pytest.raises(SystemExit):
+                importlib.import_module(step.command[1]).main(["--help"])
+            known = capsys.readouterr().out
+            assert options and all(option in known for option in options), step
+    (tests,) = (step for step in real if step.name == "tests")
+    assert tests.command[tests.command.index("-m", 1) + 1] == "gpu" and "tests/test_gpu.py" in tests.command
+
+
+def test_a_tool_is_found_below_the_folder_of_cuda(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert gpu.find_tool("compute-sanitizer") is None
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu.find_tool("compute-sanitizer") == str(program)
+
+
+def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert "torch finds no CUDA device; --rehearse runs without one" in capsys.readouterr().err
+
+
+def fake_cases(monkeypatch, forward) -> None:
+    z = torch.ones(3).requires_grad_()
+    made = [workload.Case("sum fp32", lambda: forward(z), z)]
+    for module in (workload, repeat):
+        monkeypatch.setattr(module, "cases", lambda scale, device: iter(made))
+
+
+def test_bits_that_differ_between_runs_are_found(monkeypatch, tmp_path):
+    counted = iter(range(100))
+    fake_cases(monkeypatch, lambda z: z.sum() * (1 + 2**-20 * next(counted)))
+    other = subprocess.CompletedProcess([], 0, json.dumps({"sum fp32": "another"}))
+    monkeypatch.setattr(repeat.subprocess, "run", lambda *args, **options: other)
+    assert repeat.main(["--scale", "tiny", "--out", str(tmp_path)]) == 1
+    found = {r["check"]: r["passed"] for r in json.loads((tmp_path / "repeat.json").read_text())}
+    assert found["two runs"] is found["two processes"] is False
+    assert "| sum fp32 | two runs | FAILED |" in (tmp_path / "repeat.md").read_text()
+
+
+def test_the_same_bits_pass_and_their_digests_can_be_printed(monkeypatch, tmp_path, capsys):
+    fake_cases(monkeypatch, lambda z: (z * z).sum())
+    assert repeat.main(["--scale", "tiny"]) == 0
+    printed = capsys.readouterr().out
+    other = subprocess.CompletedProcess([], 0, f"a warning\n{printed}")
+    monkeypatch.setattr(repeat.subprocess, "run", lambda *args, **options: other)
+    assert repeat.main(["--scale", "tiny", "--out", str(tmp_path)]) == 0
+    found = {r["check"]: r["passed"] for r in json.loads((tmp_path / "repeat.json").read_text())}
+    assert found["two runs"] is found["two processes"] is True
+
+
+@pytest.mark.parametrize(("value", "status"), [(1.0, 0), (float("nan"), 1)])
+def test_the_workload_fails_where_a_gradient_is_not_finite(monkeypatch, capsys, value, status):
+    fake_cases(monkeypatch, lambda z: (z * value).sum())
+    assert workload.main(["--scale", "tiny"]) == status
+    assert ("NOT FINITE" in capsys.readouterr().out) == status
