@@ -76,7 +76,7 @@ def plan(out: Path, rehearse: bool) -> list[Step]:
         Step("ceilings", ("-m", "bench.ceilings", "--out", str(out / "ceilings"), "--repeats", "10"), 60),
         Step("workload", (*workload, scale), 120),
         # In a rehearsal the tests marked gpu skip themselves, and their tiny doubles run in their place.
-        Step("tests", (*pytest, *(("tests/test_gpu.py",) if rehearse else ("-m", "gpu", *gpu_tests()))), 130),
+        Step("tests", (*pytest, *(("tests/test_gpu.py",) if rehearse else ("-m", "gpu", *gpu_tests()))), 180),
         *_losses(out, rehearse),
         Step("repeat", repeat, 90),
         *sanitizers,

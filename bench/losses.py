@@ -59,8 +59,8 @@ One that does not is not timed, and if it is no other library the exit status is
 """
 _EPILOG = """\
 examples:
-  python -m bench.losses --out runs/bench                          the whole table: half an hour or more on two cores
-  python -m bench.losses --out runs/try --n 512 --repeats 5        a first look, a minute or two
+  python -m bench.losses --out runs/bench                          the whole table
+  python -m bench.losses --out runs/try --n 512 --repeats 5        a first look
 
 DIR/losses.json holds every single time, DIR/losses.md the tables; both are rewritten after each objective and size, so
 a run that is stopped keeps what it has. For numbers worth quoting leave the machine to the run alone: other processes

@@ -15,6 +15,8 @@ from torch import Tensor
 
 import fastcl
 from bench import peers, plain
+from bench.ceilings import NARROW
+from fastcl.kernels.contrastive import launch
 
 OBJECTIVES = ("ntxent", "nscl", "supcon", "clip")
 
@@ -94,14 +96,18 @@ def _counts(views: tuple[float, float], clip: tuple[float, float]) -> Callable[[
     return lambda objective, d: clip if objective == "clip" else views
 
 
-def _fused_work(products: int, objective: str, d: int) -> tuple[float, float]:
+def _fused_work(half: bool, objective: str, d: int) -> tuple[float, float]:
     """Half the tiles forward, and backward all, or half where the rows are too wide for one program; clip has no half.
 
-    products: of half precision that make one.
+    Split precision takes three products for one; what supcon's same-class tiles add to half precision is not counted.
     """
+    products = 1 if half else 3
     if objective == "clip":
         return 2 * products, 8 * products
-    return products, (4 if d <= 256 else 3) * products
+    modes = (("none", "peers") if objective == "supcon" else ("none",)) if half else ("all",)
+    sm = launch.architecture(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+    one_program = d <= NARROW and all(launch.config("backward", sm, mode, d, 4096) for mode in modes)
+    return products, (4 if one_program else 3) * products
 
 
 def _fused_floats(n: int, d: int) -> float:
@@ -120,8 +126,9 @@ _KERNELS = ("cuda", "interpreter")
 PROVIDERS = (
     Provider(CHUNKED, partial(_fastcl, "chunked"), lambda n, d: 8 * n * d + 8 * min(n, 4096) ** 2,
         _counts((1, 3), (4, 12)), capture=False),
-    Provider(FUSED, partial(fused, True), _fused_floats, partial(_fused_work, 1), precision="fp16", devices=_KERNELS),
-    Provider("fastcl fp32", partial(fused, False), _fused_floats, partial(_fused_work, 3), devices=_KERNELS),
+    Provider(FUSED, partial(fused, True), _fused_floats, partial(_fused_work, True), precision="fp16",
+        devices=_KERNELS),
+    Provider("fastcl fp32", partial(fused, False), _fused_floats, partial(_fused_work, False), devices=_KERNELS),
     Provider("fastcl dense", partial(_fastcl, "dense"), lambda n, d: 10.9 * n * n, _counts((2, 4), (4, 8)),
         devices=("cpu",), capture=False),
     Provider("plain PyTorch", partial(_plain, ""), lambda n, d: 4.8 * n * n, _DENSE),

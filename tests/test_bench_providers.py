@@ -14,6 +14,7 @@ from bench import ceilings, losses_report, peers, plain, providers
 from bench.clocks import Sample
 from bench.providers import OBJECTIVES, PROVIDERS, TOLERANCES, passes
 from bench.records import record
+from fastcl.kernels.contrastive import launch
 
 BY_NAME = {p.name: p for p in PROVIDERS}
 CPU = torch.device("cpu")
@@ -169,6 +170,25 @@ def test_two_towers_have_half_the_bound_of_as_many_views():
     for d in (64, 1024):
         views, towers = (rates.bound_ms(objective, 65536, d) for objective in ("nscl", "clip"))
         assert towers == pytest.approx({key: value / 2 for key, value in views.items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "sm", "d", "work"),
+    [
+        ("fastcl fp16", "ntxent", 90, 128, (1, 4)), ("fastcl fp16", "ntxent", 90, 512, (1, 3)),
+        ("fastcl fp32", "nscl", 90, 256, (3, 12)), ("fastcl fp32", "nscl", 80, 256, (3, 9)),  # no such tile on sm_80
+        ("fastcl fp16", "supcon", 80, 256, (1, 3)), ("fastcl fp32", "clip", 90, 512, (6, 24)),
+    ],
+)  # fmt: skip
+def test_the_work_of_the_kernels_follows_the_route_that_they_take(monkeypatch, name, objective, sm, d, work):
+    table = [{"kernel": "backward", "arch": f"sm_{a}", "mode": mode, "max_d": 256, "max_n": None, "block_r": 64,
+              "block_s": 64, "block_d": 256, "warps": 4, "stages": 2}
+             for a, modes in ((80, ("none",)), (90, ("none", "peers", "all"))) for mode in modes]  # fmt: skip
+    launch.config.cache_clear()
+    monkeypatch.setattr(launch, "_rows", lambda: table)
+    with launch.on_architecture(sm):
+        assert BY_NAME[name].work(objective, d) == work
+    launch.config.cache_clear()
 
 
 def test_ceilings_are_measured_and_written(tmp_path, monkeypatch):

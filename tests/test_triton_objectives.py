@@ -7,13 +7,25 @@ import pytest
 import torch
 from reference import FORMULAS, HALF_PRECISION_FROM, Formula, Masks, masks, mean, normal, row_losses, solve, sum_exp
 from torch import Tensor
-from triton_runs import DEVICE, check, check_own, compare, launches, row_weights, uneven_batch
+from triton_runs import (  # noqa: F401
+    DEVICE,
+    check,
+    check_own,
+    compare_gradients,
+    compare_rows,
+    few_programs,
+    launches,
+    leaf,
+    row_weights,
+    uneven_batch,
+)
 
 import fastcl
 from fastcl import Objective
 from fastcl.batch import Batch
 from fastcl.functional import _row_losses
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 PRECISIONS = ("fp16", "bf16", "fp32")
 every_objective = pytest.mark.parametrize("name", FORMULAS)
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
@@ -38,18 +50,23 @@ def test_values_and_gradients(precision: str, name: str) -> None:
     assert not ran.of("forward_online_kernel")
 
 
-@pytest.mark.parametrize("temperature", (0.003, 0.01, 0.05, 0.5, 10.0))
-@pytest.mark.parametrize("learnable", (False, True))
-def test_temperatures(learnable: bool, temperature: float) -> None:
+FEW = ["ntxent", "nscl", "supcon"]
+CASES = ((0.003, FEW), (0.01, list(FORMULAS)), (0.05, FEW), (0.5, FEW), (10.0, FEW))
+LEARNABLE = ((0.003, list(FORMULAS)), (0.01, FEW), (1.0, FEW))
+
+
+@pytest.mark.parametrize(
+    ("learnable", "temperature", "names"), [(k, *case) for k, cases in enumerate((CASES, LEARNABLE)) for case in cases]
+)
+def test_temperatures(learnable: int, temperature: float, names: list[str]) -> None:
     """Below 1/150 no shift of the exponentials would do, between that and 1/73 one may not: a flag on the device."""
     sample, labels = uneven_batch()
-    names = list(FORMULAS) if not learnable or temperature < 0.05 else ["ntxent", "supcon"]
     t = torch.tensor(temperature) if learnable else temperature
     ran = check(names, normal(len(sample), 24).float(), sample, labels, t)
     flagged = learnable or temperature < 1 / 73
     assert ran.flag() == (int(temperature < 1 / 150) if flagged else None)
     assert len(ran.of("forward_online_kernel")) == flagged
-    assert all(one.arguments["HAS_T"] == learnable for one in ran)
+    assert {one.arguments["HAS_T"] for one in ran if "HAS_T" in one.arguments} == {bool(learnable)}
     assert {one.arguments["ONLINE"] for one in ran.of("backward_kernel")} == ({False, True} if flagged else {False})
 
 
@@ -57,7 +74,7 @@ def test_temperatures(learnable: bool, temperature: float) -> None:
 @pytest.mark.parametrize("precision", ("fp16", "bf16"))
 def test_temperatures_in_half_precision(precision: str, temperature: float) -> None:
     sample, labels = uneven_batch()
-    for names in (["dcl", "nscl"], ["supcon", "supcon_in"]):
+    for names in (["dcl", "nscl"], ["supcon"]):
         check(names, normal(len(sample), 24).float(), sample, labels, temperature, precision)
 
 
@@ -65,8 +82,8 @@ def test_temperatures_in_half_precision(precision: str, temperature: float) -> N
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_rows_of_half_precision(dtype: torch.dtype, precision: str) -> None:
     sample, labels = uneven_batch()
-    for t in (0.2, torch.tensor([0.2])):
-        check(["nscl_with_positive", "supcon"], normal(len(sample), 24).to(dtype), sample, labels, t, precision)
+    z = normal(len(sample), 24).to(dtype)
+    check(["nscl_with_positive", "supcon"], z, sample, labels, torch.tensor([0.2]), precision)
 
 
 @every_objective
@@ -85,11 +102,10 @@ def simplex(n: int, copies: int, noise: float) -> Tensor:
 
 
 @every_precision
-@pytest.mark.parametrize("temperature", (0.05, 0.1))
 @every_objective
-def test_converged(name: str, temperature: float, precision: str) -> None:
+def test_converged(name: str, precision: str) -> None:
     """At a loss within 1e-3 of its minimum the weights p - 1 and p - 1/n are what is left of two nearly equal terms."""
-    for copies, noise in ((2, 1e-3), (4, 1e-4)):
+    for temperature, copies, noise in ((0.1, 2, 1e-3), (0.05, 4, 1e-4)):
         labels = torch.arange(12).repeat(copies)
         # SupCon: what is in one place is one class, of two samples with two views each where there are four copies.
         sample = torch.arange(6 * copies).repeat(2) if name in SPLIT else labels
@@ -133,7 +149,7 @@ CLASSES = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, -1, -1, 0, 0, 0])
 @pytest.mark.parametrize(("denominator", "positives", "inside"), SETS)
 def test_every_possible_objective(denominator: tuple[str, ...], positives: tuple[str, ...], inside: bool) -> None:
     sample, labels = MIXED, CLASSES
-    if len(denominator) == 1 and denominator < positives:  # neither relation alone leaves a denominator of nothing
+    if set(denominator) < set(positives):  # neither relation alone leaves a denominator of nothing
         keep = torch.tensor([0, 1, 2, 3, 10, 11, 12])
         sample, labels = sample[keep], labels[keep]
     own = Objective(denominator, positives, inside)
@@ -147,13 +163,13 @@ def test_every_objective_at_once_where_relations_are_empty(labels: Tensor) -> No
     sets = [s for s in SETS if s[0] != s[1][:1] and s[0] != s[1][1:] or len(s[1]) == 1]
     weights, z = row_weights(13), normal(13, 5).float()
     with launches() as ran:
-        leaf = z.to(DEVICE).requires_grad_()
-        batch = Batch.of(leaf, None, MIXED.to(DEVICE), labels.to(DEVICE), None, None)
+        x = leaf(z)
+        batch = Batch.of(x, None, MIXED.to(DEVICE), labels.to(DEVICE), None, None)
         (rows,) = _row_losses(batch, [Objective(*s) for s in sets], 0.3, True)
         total = sum(rows)
         formulas = [row_losses(of_sets(*s), masks(MIXED, labels)) for s in sets]
         truth = solve(lambda s: sum(f(s) for f in formulas), z, 0.3, weights=weights, subtracts=True)
-        compare(total, [leaf], truth, weights, "fp32")
+        compare_gradients(compare_rows(total, truth, weights, "fp32"), [x], truth, "fp32")
     assert ran.of("finish_kernel")[0].arguments["K"] == len(sets) > 30
     for row, formula in zip(rows, formulas, strict=True):
         assert torch.equal(row.cpu() == 0, solve(formula, z, 0.3).rows == 0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import triton
 from reference import (
     Masks,
+    Truth,
     assert_gradients,
     assert_loss,
     assert_rows,
@@ -18,6 +20,7 @@ from reference import (
     row_losses,
     solve,
 )
+from test_rowstats import expected
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -83,17 +86,27 @@ def launches() -> Iterator[Launches]:
         yield seen
 
 
+def _sized(block_r: int, block_s: int) -> Callable[..., Config]:
+    """A launch table of one size."""
+
+    def config(kernel: str, *_: Any) -> Config:
+        # Products of rows take whole blocks of columns, and rows are padded to 64; the gradient's last block is cut.
+        return Config(block_r, block_s, 128 if kernel == "product" else 64, 4, 1)
+
+    return config
+
+
 @contextmanager
-def tiles(block_r: int, block_s: int, block_d: int = 64) -> Iterator[None]:
+def tiles(block_r: int, block_s: int) -> Iterator[None]:
     """Inside, every kernel over tiles takes tiles of this size; 128 must be a multiple of each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "config", lambda *_: Config(block_r, block_s, block_d, 4, 1))
+        patch.setattr(forward, "config", _sized(block_r, block_s))
         yield
 
 
 @contextmanager
 def workspace(size: int) -> Iterator[None]:
-    """Inside, partial results may take this many bytes, and a program of the row-wise kernels takes many rows."""
+    """Inside, partial results may take this many bytes."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (forward, backward):
             patch.setattr(module, "WORKSPACE", size)
@@ -102,9 +115,15 @@ def workspace(size: int) -> Iterator[None]:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs programs one after the other: here one of the row-wise kernels takes many wide rows."""
+    """The interpreter runs programs one after the other and minds no registers: here each does as much as it may."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(operand, "_TILE", 2**16)
+        monkeypatch.setattr(forward, "config", _sized(128, 128))
+
+
+def leaf(v: Tensor) -> Tensor:
+    """A copy on the device of which gradients are taken."""
+    return v.detach().to(DEVICE, copy=True).requires_grad_()
 
 
 def row_weights(n: int) -> Tensor:
@@ -122,21 +141,24 @@ def check(
     normalize: bool = True,
     weights: Tensor | None = None,
 ) -> Launches:
-    """Objectives of the table, from one pass, against their formulas: values and the gradient of each.
+    """Objectives of the table, from one pass, against their formulas: values, and the gradient of a sum of them.
 
     Args:
         temperature: a tensor: learnable, and its gradient is compared too.
-        weights: of the rows in the loss; None: `row_weights`.
+        weights: of the rows in the loss; None: `row_weights`. The k-th objective counts k + 1 times.
     """
     ids = [None if v is None else v.to(DEVICE) for v in (sample, labels)]
     weights = row_weights(len(z)) if weights is None else weights
     with launches() as ran:
         leaves, t = _leaves(z, temperature)
         losses = fastcl.contrastive_losses(leaves[0], *ids, names, t, "none", normalize, precision)
-        for name, rows in losses.items():
-            formula = row_losses(name, masks(sample, labels))
-            truth = solve(formula, z, float(t), None, weights, normalize, subtracts=name == "supcon")
-            compare(rows, leaves, truth, weights, precision)
+        truths, total = [], 0.0
+        for k, (name, rows) in enumerate(losses.items()):
+            formula, weight = row_losses(name, masks(sample, labels)), weights * (k + 1)
+            truth = solve(formula, z, float(t), None, weight, normalize, subtracts=name == "supcon")
+            total = total + compare_rows(rows, truth, weight, precision)
+            truths.append(truth)
+        compare_gradients(total, leaves, combined(truths), precision)
     assert fastcl.last_backend() == "triton"
     return ran
 
@@ -157,29 +179,87 @@ def check_own(
         leaves, t = _leaves(z, temperature)
         rows = fastcl.contrastive_loss(leaves[0], *ids, objective, t, "none", precision=precision)
         truth = solve(row_losses(formula, masks(sample, labels)), z, float(t), weights=weights, subtracts=True)
-        compare(rows, leaves, truth, weights, precision)
+        compare_gradients(compare_rows(rows, truth, weights, precision), leaves, truth, precision)
     return ran
 
 
 def _leaves(z: Tensor, temperature: float | Tensor) -> tuple[list[Tensor], float | Tensor]:
     """What the gradient is taken of, and the temperature to call with."""
-    leaves = [z.detach().to(DEVICE).requires_grad_()]
+    leaves = [leaf(z)]
     if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(DEVICE).requires_grad_()
+        temperature = leaf(temperature)
         leaves.append(temperature)
     return leaves, temperature
 
 
-def compare(rows: Tensor, leaves: Sequence[Tensor], truth: Any, weights: Tensor, precision: str) -> None:
-    """Row losses, their weighted sum and its gradients; leaves beyond those that truth knows are the temperature."""
+def combined(truths: Sequence[Truth]) -> Truth:
+    """What is known about the gradient of a sum of losses."""
+
+    def total(field: str) -> Any:
+        first, *rest = (getattr(truth, field) for truth in truths)
+        if isinstance(first, tuple):
+            return tuple(sum(values) for values in zip(first, *rest, strict=True))
+        return sum(rest, first)
+
+    fields = ("grads", "grad_scales", "blurs", "grad_temperature", "temperature_scale", "temperature_blur")
+    return replace(truths[0], **{field: total(field) for field in fields})
+
+
+def compare_rows(rows: Tensor, truth: Truth, weights: Tensor, precision: str) -> Tensor:
+    """Row losses and their weighted sum, which is returned, agree with the formula's."""
     loss = (rows * weights.to(DEVICE)).sum()
-    grads = [g.cpu() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
-    assert rows.dtype == torch.float32 and all(g.dtype == v.dtype for g, v in zip(grads, leaves, strict=True))
+    assert rows.dtype == torch.float32
     assert_rows(rows.cpu(), truth, precision)
     assert_loss(loss.cpu(), truth, precision)
+    return loss
+
+
+def compare_gradients(loss: Tensor, leaves: Sequence[Tensor], truth: Truth, precision: str) -> None:
+    """Gradients agree with the formula's; a leaf beyond those whose gradients the truth knows is the temperature."""
+    grads = [g.cpu() for g in torch.autograd.grad(loss, leaves)]
+    assert all(g.dtype == v.dtype for g, v in zip(grads, leaves, strict=True))
     assert_gradients(grads[: len(truth.grads)], truth, precision)
     for grad in grads[len(truth.grads) :]:
         assert_temperature(grad, truth, precision)
+
+
+def check_stats(
+    fields: Sequence[str],
+    x: Tensor,
+    y: Tensor | None,
+    ids: dict[str, Tensor],
+    temperature: float | Tensor,
+    precision: str = "fp32",
+    normalize: bool = True,
+) -> Launches:
+    """Fields of the row statistics, each weighted row by row, against their formulas: values, gradients, counts."""
+    m = masks(**ids)
+    weights = {f: torch.rand(len(x), generator=torch.Generator().manual_seed(k)) + 0.1 for k, f in enumerate(fields)}
+    one = torch.ones(len(x))
+
+    def total(s: Tensor) -> Tensor:
+        return sum(weights[f].double() * expected(f, s, m) for f in fields)
+
+    truth = solve(total, x, float(temperature), y, one, normalize)
+    with launches() as ran:
+        leaves, t = _leaves(x, temperature)
+        other = None if y is None else leaf(y)
+        leaves[1:1] = [] if other is None else [other]
+        stats = fastcl.row_stats(
+            leaves[0], other, **{name: v.to(DEVICE) for name, v in ids.items()}, temperature=t, normalize=normalize,
+            precision=precision,
+        )  # fmt: skip
+        rows = torch.zeros(len(x), device=DEVICE)
+        for f in fields:
+            empty, value = ~getattr(m, f.split("_")[1]).any(1), getattr(stats, f)
+            assert value.dtype == torch.float32
+            assert (value.cpu()[empty] == (-torch.inf if f.startswith("lse") else 0)).all()
+            rows = rows + weights[f].to(DEVICE) * value.masked_fill(empty.to(DEVICE), 0)
+        compare_gradients(compare_rows(rows, truth, one, precision), leaves, truth, precision)
+    for relation in ("view", "peer", "other"):
+        assert torch.equal(getattr(stats, f"n_{relation}").cpu(), getattr(m, relation).sum(1))
+    assert torch.equal(stats.valid.cpu(), m.view.any(1) & m.other.any(1))
+    return ran
 
 
 def uneven_batch(samples: int = 20) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,8 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, warps, stages, arguments))
         return
-    kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+    # Fused multiply-add asked for by name: from Triton 3.10 on it is off unless asked for.
+    kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 @contextmanager
@@ -82,11 +83,13 @@ def architecture(capability: tuple[int, int] | None) -> int:
 
 
 @lru_cache(maxsize=4096)
-def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config:
-    """Tile sizes for rows of width d and n streamed rows.
+def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
+    """Tile sizes for rows of width d and n streamed rows; None where the table has no row for them.
+
+    No "backward" row means that no tile of that width fits the registers: such rows take the route of wide ones.
 
     Args:
-        kernel: "forward", "backward", "weights" or "product".
+        kernel: "forward", "online", "backward", "backward_online", "weights" or "product".
         sm: a member of ARCHITECTURES.
         mode: which tiles take split half precision: "none", "peers" (those of one class) or "all".
     """
@@ -95,7 +98,7 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config:
             continue
         if d <= (row["max_d"] or d) and n <= (row["max_n"] or n):
             return Config(*(row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")))
-    raise LookupError(f"table.json has no row for {kernel}, sm_{sm}, mode {mode}, width {d}, {n} rows")
+    return None
 
 
 @lru_cache(maxsize=1)

@@ -92,12 +92,12 @@ def _gradient(
     n, d = r.operand.n, r.operand.x.shape[1]
     dx = torch.empty(n, d, dtype=r.operand.x.dtype, device=r.operand.z.device)
     dot = torch.empty(n, dtype=torch.float32, device=dx.device) if need_dot else None
-    if r.operand.width > NARROW:
+    if r.operand.width > NARROW or not all(choose("backward", s.operand, mode) for mode, _, _ in parts(call)):
         acc = dx if dx.dtype == torch.float32 else torch.empty(n, d, dtype=torch.float32, device=dx.device)
         _wide(r, s, call, flag, acc)
         _finalize(r, s, call, acc[None], dx, dot, first=0, in_order=True)
         return dx, dot
-    plain = choose("backward", call, s.operand, parts(call)[0][0])
+    plain = choose("backward", s.operand, parts(call)[0][0])
     n_splits = splits(triton.cdiv(n, plain.block_r), triton.cdiv(s.operand.n, plain.block_s))
     slots = n_splits * len(parts(call))
     wave = min(r.operand.rows, max(1, WORKSPACE // (4 * slots * ALIGN * r.operand.width)) * ALIGN)
@@ -131,7 +131,7 @@ def _narrow(
     rows = min(acc.shape[1], r.operand.rows - first)
     for part, (mode, takes_plain, takes_masked) in enumerate(parts(call)):
         for online in (False,) if flag is None else (False, True):
-            chosen = choose("backward_online" if online else "backward", call, s.operand, mode)
+            chosen = choose("backward_online" if online else "backward", s.operand, mode)
             launch(
                 backward_kernel, (rows // chosen.block_r, n_splits), chosen.warps, chosen.stages,
                 **arguments, acc=acc, first_block=first // chosen.block_r, first_slot=part * n_splits,
@@ -173,7 +173,7 @@ def _wide(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor) -> N
 
 
 def _pair_weights(r: _Side, s: _Side, call: Call, flag: Tensor | None, w: Tensor, i: int, j: int) -> None:
-    chosen = choose("weights", call, s.operand, call.split)
+    chosen = choose("weights", s.operand, call.split)
     arguments, constants = _pairs(r, s, call, flag)
     size = w.shape[1]
     grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
@@ -189,7 +189,7 @@ def _product(
     rows: _Side, summed: _Side, call: Call, w: Tensor, acc: Tensor, i: int, k: int, transposed: bool, add: bool
 ) -> None:
     """Add to acc the gradient of rows i .. from the rows k .. of the other side."""
-    chosen = choose("product", call, summed.operand, call.split)
+    chosen = choose("product", summed.operand, call.split)
     x, z = rows.operand, summed.operand.z
     size = w.shape[1]
     m, size_k = min(size, x.rows - i), min(size, z.shape[1] - k)

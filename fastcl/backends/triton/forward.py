@@ -17,8 +17,8 @@ WORKSPACE = 256 * 2**20  # bytes that partial results may take
 _PROGRAMS = 528
 
 
-def choose(kernel: str, call: Call, operand: Operand, mode: str) -> Config:
-    """Tile sizes of a launch that streams an operand's rows."""
+def choose(kernel: str, operand: Operand, mode: str) -> Config | None:
+    """Tile sizes of a launch that streams an operand's rows, from the table."""
     device = operand.z.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return config(kernel, architecture(capability), mode, operand.width, operand.n)
@@ -106,7 +106,7 @@ def _tiles(
 ) -> None:
     """Waves of resident rows, as many at a time as the workspace holds sums of streamed rows for."""
     both = symmetric or len(found) == 2
-    plain = choose("forward", call, s, parts(call)[0][0])
+    plain = choose("forward", s, parts(call)[0][0])
     n_blocks = triton.cdiv(r.n, plain.block_r)
     wave = min(n_blocks, max(1, WORKSPACE // (4 * s.rows))) if both else n_blocks
     n_splits = splits(wave, triton.cdiv(s.n, plain.block_s))
@@ -119,7 +119,7 @@ def _tiles(
         shared = {"part_r": part_r, "part_s": part_s, "first_block": first, "n_blocks": count}
         _launch_tiles(r, s, call, flag, plain, n_splits, symmetric, both, 0, shared)
         if last and len(parts(call)) == 2:
-            masked = choose("forward", call, s, "peers")
+            masked = choose("forward", s, "peers")
             whole = shared | {"first_block": 0, "n_blocks": triton.cdiv(r.n, masked.block_r)}
             _launch_tiles(r, s, call, flag, masked, n_splits, symmetric, False, 1, whole)
         partial = shared | {"BLOCK_R": plain.block_r, "SLOTS": slots, "FIRST": first == 0, "LAST": last}
@@ -167,7 +167,7 @@ def _finish(
 
 
 def _online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> None:
-    chosen = choose("online", call, s, call.split)
+    chosen = choose("online", s, "none" if call.split == "none" else "all")
     launch(
         forward_online_kernel, (triton.cdiv(r.n, chosen.block_r),), chosen.warps, 1,
         **sides(r, s), last_r=r.order[4], src_r=r.order[0], stats=stats, **scaling(call, flag, r, s), n_r=r.n,
