@@ -192,9 +192,14 @@ def _obstacle(x: Tensor) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
+def _wants_float32() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def _precision(precision: str | None, x: Tensor) -> str:
     if precision is None:
-        full = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(x.device.type)
+        full = _wants_float32() and not torch.is_autocast_enabled(x.device.type)
         return "fp32" if x.dtype == torch.float32 and full else "fp16"
     if precision not in PRECISIONS:
         raise FastclError(f"precision must be one of {', '.join(PRECISIONS)}, or None; got {precision!r}")

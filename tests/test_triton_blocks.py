@@ -5,11 +5,23 @@ import torch
 from reference import masks, normal
 from test_rowstats import FIELDS, integers
 from torch import Tensor
-from triton_runs import DEVICE, Launches, check, check_stats, few_programs, launches, tiles, uneven_batch, workspace  # noqa: F401
+from triton_runs import (  # noqa: F401
+    DEVICE,
+    Launches,
+    check,
+    check_stats,
+    few_programs,
+    launches,
+    tables_own_tiles,
+    tiles,
+    uneven_batch,
+    workspace,
+)
 
 import fastcl
 from fastcl.backends.layout import Layout
 from fastcl.backends.triton.operand import ALIGN, known_order, sorted_orders
+from fastcl.kernels.contrastive.launch import config
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 TWO = torch.arange(150).repeat(2)
@@ -68,8 +80,12 @@ def test_tile_sizes(size: tuple[int, int]) -> None:
 def test_the_tables_own_tiles(online: bool) -> None:
     sample, labels = LAYOUTS["uneven views"]
     t = 0.004 if online else torch.tensor(0.1)
-    ran = check(["supcon"], normal(len(sample), 24).float(), sample, labels, t, "fp32" if online else "fp16")
+    with tables_own_tiles():
+        ran = check(["supcon"], normal(len(sample), 24).float(), sample, labels, t, "fp32" if online else "fp16")
     assert ran.flag() == online
+    chosen = [(one.arguments["BLOCK_R"], one.arguments["BLOCK_S"]) for one in ran.of("forward_kernel")]
+    call = ("all",) if online else ("none", "peers")
+    assert chosen == [(c.block_r, c.block_s) for c in (config("forward", 90, mode, 32, 293) for mode in call)]
 
 
 @pytest.mark.parametrize("blocks", (1, 2))
@@ -173,7 +189,8 @@ def test_wide_rows_against_other_rows(precision: str, t: float | Tensor) -> None
 def test_wide_rows_with_the_tables_tiles() -> None:
     sample, labels = uneven_batch()
     for precision in ("fp16", "fp32"):
-        ran = check(["supcon"], normal(len(sample), 300).half(), sample, labels, 0.2, precision)
+        with tables_own_tiles():
+            ran = check(["supcon"], normal(len(sample), 300).half(), sample, labels, 0.2, precision)
         assert ran.of("product_kernel")[0].arguments["acc"].dtype == torch.float32
 
 

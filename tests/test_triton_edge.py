@@ -83,8 +83,7 @@ def test_rows_in_one_place(temperature: float) -> None:
     check(FEW, normal(6, 6).repeat(3, 1).float(), three, three % 2, temperature)
 
 
-@both_paths
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize(("dtype", "temperature"), ((torch.float32, 0.005), (torch.float16, 0.2)), ids=str)
 def test_zero_rows(dtype: torch.dtype, temperature: float) -> None:
     zero = torch.arange(18) % 7 == 2
     z = normal(18, 6).to(dtype).masked_fill(zero[:, None], 0)
@@ -138,9 +137,10 @@ def used(name: str, m: Masks) -> Tensor:
     return m.view | m.other if name in PEERLESS else m.view | m.peer | m.other
 
 
-@both_paths
-@pytest.mark.parametrize("value", (math.nan, math.inf))
-@pytest.mark.parametrize("normalize", (True, False))
+@pytest.mark.parametrize(
+    ("normalize", "value", "temperature"),
+    ((True, math.nan, 0.2), (True, math.inf, 0.005), (False, math.nan, 0.2), (False, math.inf, 0.2)),
+)
 def test_a_broken_row_shows_in_all_that_meet_it_and_in_no_other(
     normalize: bool, value: float, temperature: float
 ) -> None:
@@ -157,22 +157,21 @@ def test_a_broken_row_shows_in_all_that_meet_it_and_in_no_other(
             assert not grad[3].isfinite().any()
 
 
-@pytest.mark.parametrize(("temperature", "upstream"), ((0.005, 1e-30), (0.02, 1e-30), (0.02, 1e30), (0.2, 1e30)))
-def test_upstream_gradients_of_any_size(temperature: float, upstream: float) -> None:
-    for precision in ("fp16", "fp32"):
-        z = normal(18, 6).float()
-        plain, _ = solved(FEW, z, SAMPLE, CLASS, temperature, 1.0, precision)
-        scaled, _ = solved(FEW, z, SAMPLE, CLASS, temperature, upstream, precision)
-        for name in FEW:
-            want, got = plain[name][1].double(), scaled[name][1].double() / upstream
-            assert want.norm() > 1e-4 and (got - want).norm() <= 1e-6 * want.norm()
+@pytest.mark.parametrize(
+    ("temperature", "upstream", "precision"),
+    ((0.005, 1e-30, "fp32"), (0.02, 1e-30, "fp32"), (0.02, 1e30, "fp16"), (0.2, 1e-30, "fp16")),
+)
+def test_upstream_gradients_of_any_size(temperature: float, upstream: float, precision: str) -> None:
+    z = normal(18, 6).float()
+    plain, _ = solved(FEW, z, SAMPLE, CLASS, temperature, 1.0, precision)
+    scaled, _ = solved(FEW, z, SAMPLE, CLASS, temperature, upstream, precision)
+    for name in FEW:
+        want, got = plain[name][1].double(), scaled[name][1].double() / upstream
+        assert want.norm() > 1e-4 and (got - want).norm() <= 1e-6 * want.norm()
 
 
-@both_paths
-@pytest.mark.parametrize("precision", ("fp16", "fp32"))
+@pytest.mark.parametrize(("precision", "temperature"), (("fp16", 0.2), ("fp32", 0.2), ("fp32", 0.005)))
 def test_upstream_gradients_of_very_different_sizes(precision: str, temperature: float) -> None:
-    if precision == "fp16" and temperature < 0.05:
-        precision = "fp32"  # half precision's bounds are for larger temperatures; here in the order of sizes reversed
     weights = 10.0 ** torch.linspace(-25, 5, 18)
     check(FEW, normal(18, 6).float(), SAMPLE, CLASS, temperature, precision, weights=weights)
 
@@ -188,8 +187,7 @@ def test_rows_whose_others_are_all_opposite(t: float | Tensor, flag: int | None)
     """The smallest sums there are: where they would vanish, the device finds out and starts over."""
     z = torch.cat([torch.ones(2, 3), -torch.ones(2, 3)]) + 0.001 * normal(4, 3).float()
     sample = torch.tensor([0, 0, 1, 1])
-    for names in (["dcl", "nscl_with_positive"], ["supcon"]):
-        assert check(names, z, sample, sample, t).flag() == flag
+    assert check(["nscl", "supcon"], z, sample, sample, t).flag() == flag
     ran = check(["ntxent"], z, sample, None, t)
     assert ran.flag() == flag
 

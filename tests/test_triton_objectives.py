@@ -105,7 +105,7 @@ def simplex(n: int, copies: int, noise: float) -> Tensor:
 @every_objective
 def test_converged(name: str, precision: str) -> None:
     """At a loss within 1e-3 of its minimum the weights p - 1 and p - 1/n are what is left of two nearly equal terms."""
-    for temperature, copies, noise in ((0.1, 2, 1e-3), (0.05, 4, 1e-4)):
+    for temperature, copies, noise in ((0.05, 2, 1e-3), (0.1, 4, 1e-4)):
         labels = torch.arange(12).repeat(copies)
         # SupCon: what is in one place is one class, of two samples with two views each where there are four copies.
         sample = torch.arange(6 * copies).repeat(2) if name in SPLIT else labels

@@ -26,6 +26,7 @@ from triton.runtime import interpreter
 
 import fastcl
 from fastcl.backends.triton import backward, forward, operand
+from fastcl.kernels.contrastive import launch
 from fastcl.kernels.contrastive.launch import Config
 from fastcl.objectives import ObjectiveLike
 
@@ -105,6 +106,14 @@ def tiles(block_r: int, block_s: int) -> Iterator[None]:
 
 
 @contextmanager
+def tables_own_tiles() -> Iterator[None]:
+    """Inside, tiles are those of the launch table again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "config", launch.config)
+        yield
+
+
+@contextmanager
 def workspace(size: int) -> Iterator[None]:
     """Inside, partial results may take this many bytes."""
     with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +126,9 @@ def workspace(size: int) -> Iterator[None]:
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs programs one after the other and minds no registers: here each does as much as it may."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(operand, "_TILE", 2**16)
+        row_block = operand.row_block
+        for module in (forward, backward, operand):
+            monkeypatch.setattr(module, "row_block", lambda d, *_: row_block(d, 2**16))
         monkeypatch.setattr(forward, "config", _sized(128, 128))
 
 

@@ -16,7 +16,6 @@ from fastcl.kernels.contrastive.prepare import prepare_kernel
 ALIGN = 128  # rows of a working copy come in blocks of this many; every tile size divides it
 MAX_WIDTH = 4096
 NARROW = 256  # wider rows are taken piece by piece
-_TILE = 512  # elements that a program of the row-wise kernels holds
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 
 
@@ -105,10 +104,10 @@ def working_shape(n: int, d: int, split: str) -> tuple[int, int, int]:
     return 1 if split == "none" else 2, (n + ALIGN - 1) // ALIGN * ALIGN, padded_width(d)
 
 
-def row_block(d: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program of the row-wise kernels, which hold whole rows: 4 to 16 numbers to a thread."""
+def row_block(d: int, tile: int = 1024) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program of the row-wise kernels, which hold whole rows: `tile` elements in all."""
     block_d = triton.next_power_of_2(max(d, 32))
-    return max(_TILE // block_d, 1), block_d, max(4, block_d // 256)
+    return max(tile // block_d, 1), block_d, max(4, block_d // 256)
 
 
 def prepare(x: Tensor, x2: Tensor | None, order: Tensor, call: Call, flag: Tensor | None) -> Operand:
