@@ -136,9 +136,9 @@ def fused(
     Args:
         codes: of the K objectives whose row losses are wanted (`Objective.code`); none: counts are returned instead.
     """
-    _check_no_tangent(batch.x, batch.x2, batch.y)
     is_tensor = isinstance(temperature, Tensor)
     device_temperature = temperature.to(batch.x.device) if is_tensor else None
+    _check_no_tangent(batch.x, batch.x2, batch.y, device_temperature)
     value = 0.0 if is_tensor else float(temperature)
     return torch.ops.fastcl.fused(
         batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, device_temperature,

@@ -5,6 +5,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+# The tensors here are small: on a shared machine, threads that wait for each other cost more than they give. numpy,
+# which Triton's interpreter computes with, reads this when it is imported, and torch imports it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -15,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The tensors here are small: on a shared machine, threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
 
 

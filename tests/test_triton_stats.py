@@ -48,7 +48,8 @@ def test_anchors_against_other_rows(seed: int) -> None:
         ids |= {"labels": label[ids["sample"]], "labels_y": label[ids["sample_y"]]}
     dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 2 * (seed % 3)]
     t = (0.01, torch.tensor(0.1), 1.0, torch.tensor([0.004]))[seed % 4]
-    x, y = normal(n, 5, seed=seed).to(dtype), normal(k, 5, seed=seed + 1).to(dtype)
+    size = 1 if seed % 5 else 0.3  # logits of rows that are not normalised stay below 700, float64's reach
+    x, y = ((normal(rows, 5, seed=seed + k) * size).to(dtype) for k, rows in enumerate((n, k)))
     ran = check_stats(FIELDS, x, y, ids, t, normalize=seed % 5 > 0)
     assert not ran.of("forward_kernel")[0].arguments["SYMMETRIC"]
     assert len({one.arguments["n"] for one in ran.of("finalize_kernel")}) == (1 if n == k else 2)
@@ -148,6 +149,7 @@ def test_clip(scale: float | Tensor, dtype: torch.dtype, normalize: bool) -> Non
     image, text = (normal(13, 6, seed=k).to(dtype).mul(0.6) for k in (0, 1))
     truth = solve(clip_formula, image, 1 / float(scale), text, normalize=normalize)
     leaves = [leaf(v) for v in (image, text)]
+    value = float(scale)
     if isinstance(scale, Tensor):
         scale = leaf(scale)
         leaves.append(scale)
@@ -158,7 +160,7 @@ def test_clip(scale: float | Tensor, dtype: torch.dtype, normalize: bool) -> Non
     assert_gradients(grads[:2], truth, precision)
     if len(grads) > 2:
         assert_temperature(-(scale.detach().cpu() ** 2) * grads[2], truth, precision)  # d / d (1 / scale)
-    assert ran.flag() == (None if len(grads) < 3 and normalize else float(scale) > 150 or not normalize)
+    assert ran.flag() == (None if len(grads) < 3 and normalize else value > 150 or not normalize)
     (forward,) = ran.of("forward_kernel")
     assert forward.arguments["BOTH"] and len(ran.of("layout_kernel")) == 1
 

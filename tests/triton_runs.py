@@ -166,7 +166,7 @@ def check(
         truths, total = [], 0.0
         for k, (name, rows) in enumerate(losses.items()):
             formula, weight = row_losses(name, masks(sample, labels)), weights * (k + 1)
-            truth = solve(formula, z, float(t), None, weight, normalize, subtracts=name == "supcon")
+            truth = solve(formula, z, float(temperature), None, weight, normalize, subtracts=name == "supcon")
             total = total + compare_rows(rows, truth, weight, precision)
             truths.append(truth)
         compare_gradients(total, leaves, combined(truths), precision)
@@ -189,7 +189,8 @@ def check_own(
     with launches() as ran:
         leaves, t = _leaves(z, temperature)
         rows = fastcl.contrastive_loss(leaves[0], *ids, objective, t, "none", precision=precision)
-        truth = solve(row_losses(formula, masks(sample, labels)), z, float(t), weights=weights, subtracts=True)
+        row_formula = row_losses(formula, masks(sample, labels))
+        truth = solve(row_formula, z, float(temperature), weights=weights, subtracts=True)
         compare_gradients(compare_rows(rows, truth, weights, precision), leaves, truth, precision)
     return ran
 

@@ -17,7 +17,6 @@ _library.define(
     f"fused_backward({_ROWS}, bool labelled, {_CALL}, Tensor[] saved, Tensor?[] grads, bool[] need) "
     "-> (Tensor, Tensor, Tensor)"
 )
-SPLITS = ("none", "peers", "all")
 
 
 def split_mode(labelled: bool, precision: str, codes: list[int]) -> tuple[str, bool]:
@@ -62,7 +61,7 @@ def _forward_fake(
 ):
     from fastcl.backends.triton.operand import DTYPES, working_shape
 
-    split, _ = split_mode(labels is not None, precision, codes)
+    call = _call(temperature, value, normalize, precision, codes, labels is not None)
     n, d = x.shape[0] * (1 if x2 is None else 2), x.shape[1]
 
     def results(rows):
@@ -72,16 +71,15 @@ def _forward_fake(
         )  # fmt: skip
 
     def saved(rows, order_rows):
-        z = x.new_empty(working_shape(rows, d, split), dtype=DTYPES[precision])
+        z = x.new_empty(working_shape(rows, d, call.split), dtype=DTYPES[precision])
         inv = x.new_empty(rows if normalize else 0, dtype=torch.float32)
         return z, inv, x.new_empty(order_rows, rows, dtype=torch.int32) if order_rows else x.new_empty(0)
 
     nothing = [x.new_empty(0) for _ in range(8)]
     rectangular = y is not None and sample is not None
     saved_y = nothing[3:6] if y is None else saved(y.shape[0], 7 if rectangular else 0)
-    bounded = temperature is None and normalize and value >= 1 / 73
     scale = nothing[6] if normalize else x.new_empty(1 if y is None else 2, dtype=torch.float32)
-    flag = nothing[7] if bounded else x.new_empty(1, dtype=torch.int32)
+    flag = x.new_empty(1, dtype=torch.int32) if call.may_overflow else nothing[7]
     return (
         *results(n), *(results(y.shape[0]) if columns else nothing[:3]), *saved(n, 7 if rectangular else 5), *saved_y,
         scale, flag,

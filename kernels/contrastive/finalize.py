@@ -89,16 +89,16 @@ def finalize_kernel(
         p_acc = acc + (i_k * acc_rows + b_row)[:, None] * stride_acc + o_d[None, :]
         b_dz += tl.load(p_acc, mask=m_nd, other=0.0)
     if HAS_SCALE:
-        b_dz = b_dz / tl.load(scale_y) / WEIGHT_SCALE
+        b_dz = b_dz * (tl.load(bound) / WEIGHT_SCALE / tl.load(scale_y))
     else:
-        b_dz = b_dz / (SCALE * WEIGHT_SCALE)
+        b_dz = b_dz * (tl.load(bound) / (SCALE * WEIGHT_SCALE))
 
     b_dz += _view_pairs(
         b_x, b_inv, b_src, first_x, last_x, w_x, stats_x, y, y2, inv_y, src_y, first_y, last_y, w_y, stats_y, o_n, m_n,
         o_d, n, n_y, d, rows_x, rows_y, half_y, stride_y, stride_y2, inverse_t,
         BLOCK_N, BLOCK_D, SYMMETRIC, OWN, OTHER, NORMALIZE, HAS_TWO,
     )  # fmt: skip
-    b_dz = b_dz * (inverse_t * tl.load(bound))
+    b_dz = b_dz * inverse_t
     if NORMALIZE or NEED_DOT:
         b_dot = tl.sum(b_x * b_dz, 1)
         if NEED_DOT:

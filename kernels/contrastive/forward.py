@@ -197,7 +197,7 @@ def forward_online_kernel(
 ):  # fmt: skip
     """Where the flag says that a fixed shift does not do: log-sum-exps about a running maximum, over all tiles.
 
-    Writes rows 2 to 4 of stats (5, n_r) in source order: mean_peer, lse_peer, lse_other; mean_peer only with PEERS.
+    Writes rows 2 to 4 of stats (5, n_r) in source order: mean_peer, lse_peer, lse_other.
     """
     if tl.load(flag) == 0:
         return
@@ -234,3 +234,6 @@ def forward_online_kernel(
         b_n -= tl.load(last_r + o_r, mask=m_r, other=0) - begin(tl.load(first_r + o_r, mask=m_r, other=0))
         tl.store(stats + 2 * n_r + b_src, b_linear * LN2 / tl.maximum(b_n, 1).to(tl.float32), mask=m_r)
         tl.store(stats + 3 * n_r + b_src, (b_max_peer + tl.log2(b_peer)) * LN2, mask=m_r)
+    else:
+        tl.store(stats + 2 * n_r + b_src, b_linear, mask=m_r)
+        tl.store(stats + 3 * n_r + b_src, b_max_peer, mask=m_r)

@@ -9,14 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
-def lower_bound(sorted_N, b_value, n, STEPS: tl.constexpr):
-    """Position of the first element that is not less than the value, in ascending int64 numbers."""
+def bisect(sorted_N, b_value, n, RIGHT: tl.constexpr, STEPS: tl.constexpr):
+    """Position in ascending int64 numbers of the first element that is not less than the value; RIGHT: that is greater."""
     b_lo = tl.zeros_like(b_value).to(tl.int32)
     b_hi = b_lo + n
     for _ in range(STEPS):
         b_mid = (b_lo + b_hi) // 2
         m_open = b_lo < b_hi
-        m_less = m_open & (tl.load(sorted_N + b_mid, mask=m_open, other=0) < b_value)
+        b_at = tl.load(sorted_N + b_mid, mask=m_open, other=0)
+        m_less = m_open & ((b_at <= b_value) if RIGHT else (b_at < b_value))
         b_lo = tl.where(m_less, b_mid + 1, b_lo)
         b_hi = tl.where(m_open & (m_less == 0), b_mid, b_hi)
     return b_lo
@@ -45,8 +46,8 @@ def layout_kernel(
         b_sample = tl.load(order_B + b_k, mask=m_n, other=0).to(tl.int32)
         b_label = tl.load(sorted_B + b_k, mask=m_n, other=0)
         # -1 is no class: such a sample stands alone.
-        b_lo = tl.where(b_label == -1, b_lo, lower_bound(sorted_B, b_label, batch, STEPS) * VIEWS)
-        b_hi = tl.where(b_label == -1, b_hi, lower_bound(sorted_B, b_label + 1, batch, STEPS) * VIEWS)
+        b_lo = tl.where(b_label == -1, b_lo, bisect(sorted_B, b_label, batch, False, STEPS) * VIEWS)
+        b_hi = tl.where(b_label == -1, b_hi, bisect(sorted_B, b_label, batch, True, STEPS) * VIEWS)
     p_layout = layout_5N + o_n
     tl.store(p_layout, b_sample + o_n % VIEWS * batch, mask=m_n)
     tl.store(p_layout + n, b_lo, mask=m_n)

@@ -22,8 +22,9 @@ SCALE = tl.constexpr(256.0)
 WEIGHT_SCALE = tl.constexpr(8192.0)
 # Exponentials shifted so that the largest is e^60: 2^20 of them can be summed in float32, and those above e^-87 count.
 HEADROOM = tl.constexpr(60.0)
-# Logits of unit rows lie in [-1/T, 1/T]: below this 1/T none can fall out of that range.
-SAFE_INVERSE_T = tl.constexpr(73.0)
+# Logits of unit rows lie in [-1/T, 1/T]. Up to this 1/T none falls out of that range, nor do the inverse sums times
+# WEIGHT_SCALE: e^(2/T - 60) * 2^13 is below float32's largest number.
+SAFE_INVERSE_T = tl.constexpr(69.0)
 # Above this 1/T hardly a row stays in range: no use in trying.
 LAST_INVERSE_T = tl.constexpr(150.0)
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)

@@ -53,7 +53,7 @@ def tile_weights(
     BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
     MASKED: tl.constexpr, PEERS: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
-    """Weights (S, R) of a tile of logits b_x in units of log2; w_r, w_s: (5, rows) as `weights_kernel` writes them."""
+    """Weights (S, R) of a tile of logits b_x in units of log2; w_r, w_s: (5, rows) as `weights_kernel` leaves them."""
     o_r = start_r + tl.arange(0, BLOCK_R)
     o_s = start_s + tl.arange(0, BLOCK_S)
     m_r = o_r < n_r

@@ -13,7 +13,7 @@ from fastcl.backends.triton.operand import ALIGN, NARROW, Call, Operand, row_blo
 from fastcl.kernels.contrastive.backward import backward_kernel
 from fastcl.kernels.contrastive.finalize import finalize_kernel
 from fastcl.kernels.contrastive.launch import launch
-from fastcl.kernels.contrastive.weights import weights_kernel
+from fastcl.kernels.contrastive.weights import derivatives_kernel, weights_kernel
 from fastcl.kernels.contrastive.wide import pair_weights_kernel, product_kernel
 
 
@@ -49,16 +49,11 @@ def gradients(
         upstreams: of x's statistics and, with y, of y's.
         need: whether dx, dy and dT are wanted; dT comes from dx's kernel.
     """
-    a = _side(x, y, call, flag, upstreams[0])
+    sides = _sides([x] if y is None else [x, y], call, flag, upstreams)
     if y is None:
-        dx, dot = _gradient(a, a, call, flag, need[2])
+        dx, dot = _gradient(*sides * 2, call, flag, need[2])
         return dx, None, _temperature(dot, call, 2)
-    b = _side(y, x, call, flag, upstreams[1])
-    # The tiles add weights of both sides: they must have one scale.
-    bound = torch.maximum(a.bound, b.bound)
-    for side in (a, b):
-        side.weights.mul_(side.bound / bound)
-    a, b = (_Side(s.operand, s.upstream, s.weights, bound) for s in (a, b))
+    a, b = sides
     dx, dot = _gradient(a, b, call, flag, need[2]) if need[0] or need[2] else (None, None)
     dy, _ = _gradient(b, a, call, flag, False) if need[1] else (None, None)
     return dx, dy, _temperature(dot, call, 1)
@@ -68,22 +63,39 @@ def _temperature(dot: Tensor | None, call: Call, times: int) -> Tensor | None:
     return None if dot is None else -dot.sum() / (times * call.temperature.float().reshape(()))
 
 
-def _side(r: Operand, s: Operand | None, call: Call, flag: Tensor | None, upstream: Upstream) -> _Side:
-    device = r.z.device
-    if not upstream.any:  # a side that is only attracted or repelled by the other
-        weights, bound = torch.zeros(5, r.rows, device=device), torch.zeros(1, device=device)
-        return _Side(r, upstream, weights, bound)
-    weights, bound = torch.empty(5, r.rows, device=device), torch.empty(1, device=device)
-    losses = upstream.grad_losses if upstream.grad_losses is not None else weights[:0]
-    launch(
-        weights_kernel, (triton.cdiv(r.rows, ALIGN),), 4, 1,
-        layout_5N=r.order, stats=upstream.stats, grad_stats=upstream.grad_stats, grad_losses=losses, weights=weights,
-        bound=bound, flag=flag, t=call.temperature, t_value=call.value, n=r.n, n_s=(s or r).n, rows=r.rows,
-        stride_k=losses.stride(0), stride_n=losses.stride(1), BLOCK_N=ALIGN, SYMMETRIC=s is None,
-        K=len(losses), CODES=call.packed_codes if len(losses) else 0, HAS_STATS=upstream.grad_stats is not None,
-        HAS_T=call.temperature is not None, HAS_FLAG=flag is not None,
-    )  # fmt: skip
-    return _Side(r, upstream, weights, bound)
+def _sides(
+    operands: list[Operand], call: Call, flag: Tensor | None, upstreams: tuple[Upstream, Upstream | None]
+) -> list[_Side]:
+    """Each side with its weights. The tiles add weights of both: they have one scale."""
+    device = operands[0].z.device
+    blocks = [r.rows // ALIGN for r in operands]
+    maxima = torch.zeros(sum(blocks), device=device)
+    bound = torch.empty(1, device=device)
+    found = []
+    for r, upstream, part in zip(operands, upstreams, maxima.split(blocks), strict=False):
+        # A side without upstream gradients is only attracted or repelled by the other.
+        weights = (torch.empty if upstream.any else torch.zeros)(5, r.rows, device=device)
+        found.append(_Side(r, upstream, weights, bound))
+        if upstream.any:
+            other = operands[len(operands) - len(found)]
+            losses = upstream.grad_losses if upstream.grad_losses is not None else weights[:0]
+            launch(
+                derivatives_kernel, (r.rows // ALIGN,), 4, 1,
+                layout_5N=r.order, stats=upstream.stats, grad_stats=upstream.grad_stats, grad_losses=losses,
+                weights=weights, maxima=part, n=r.n, n_s=other.n, rows=r.rows, stride_k=losses.stride(0),
+                stride_n=losses.stride(1), BLOCK_N=ALIGN, SYMMETRIC=len(operands) == 1, K=len(losses),
+                CODES=call.packed_codes if len(losses) else 0, HAS_STATS=upstream.grad_stats is not None,
+            )  # fmt: skip
+    for side in found:
+        if side.upstream.any:
+            r = side.operand
+            launch(
+                weights_kernel, (r.rows // ALIGN,), 4, 1,
+                layout_5N=r.order, stats=side.upstream.stats, weights=side.weights, maxima=maxima, bound=bound,
+                flag=flag, t=call.temperature, t_value=call.value, n=r.n, rows=r.rows, n_maxima=len(maxima),
+                BLOCK_N=ALIGN, HAS_T=call.temperature is not None, HAS_FLAG=flag is not None,
+            )  # fmt: skip
+    return found
 
 
 def _gradient(

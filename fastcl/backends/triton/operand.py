@@ -11,6 +11,7 @@ from torch import Tensor
 from fastcl.backends.layout import Layout, Side
 from fastcl.kernels.contrastive.launch import launch
 from fastcl.kernels.contrastive.layout import layout_kernel
+from fastcl.kernels.contrastive.numerics import SAFE_INVERSE_T
 from fastcl.kernels.contrastive.prepare import prepare_kernel
 
 ALIGN = 128  # rows of a working copy come in blocks of this many; every tile size divides it
@@ -38,7 +39,7 @@ class Call:
     @property
     def may_overflow(self) -> bool:
         """Whether a fixed shift of the exponentials might not do: decided on the device then, by a flag."""
-        return self.temperature is not None or not self.normalize or self.value < 1 / 73
+        return self.temperature is not None or not self.normalize or self.value < 1 / SAFE_INVERSE_T.value
 
     @property
     def packed_codes(self) -> int:
