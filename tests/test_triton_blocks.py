@@ -21,7 +21,7 @@ from triton_runs import (  # noqa: F401
 import fastcl
 from fastcl.backends.layout import Layout
 from fastcl.backends.triton.operand import ALIGN, known_order, sorted_orders
-from fastcl.kernels.contrastive.launch import config
+from fastcl.kernels.contrastive.launch import config, on_architecture
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 TWO = torch.arange(150).repeat(2)
@@ -192,6 +192,15 @@ def test_wide_rows_with_the_tables_tiles() -> None:
         with tables_own_tiles():
             ran = check(["supcon"], normal(len(sample), 300).half(), sample, labels, 0.2, precision)
         assert ran.of("product_kernel")[0].arguments["acc"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("sm", "wide"), ((80, True), (90, False)))
+def test_rows_whose_tiles_fit_no_registers_take_the_route_of_wide_ones(sm: int, wide: bool) -> None:
+    sample, labels = uneven_batch()
+    for precision in ("fp16", "fp32"):
+        with tables_own_tiles(), on_architecture(sm):
+            ran = check(["supcon"], normal(len(sample), 200).float(), sample, labels, 0.2, precision)
+        assert bool(ran.of("product_kernel")) == wide == (not ran.of("backward_kernel"))
 
 
 def members(order: Tensor, rows: tuple[int, int]) -> Tensor:

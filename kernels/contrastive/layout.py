@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def bisect(sorted_N, b_value, n, RIGHT: tl.constexpr, STEPS: tl.constexpr):
-    """Position in ascending int64 numbers of the first element that is not less than the value; RIGHT: that is greater."""
+    """Position of the first of n ascending int64 numbers that is not less than the value; RIGHT: that is greater."""
     b_lo = tl.zeros_like(b_value).to(tl.int32)
     b_hi = b_lo + n
     for _ in range(STEPS):

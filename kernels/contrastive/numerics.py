@@ -3,8 +3,8 @@
 The working copy z of the rows is half precision. A unit row has entries of at most 1; they are stored times SCALE, so
 that the remainder z - half(z), the second half of split precision, stays above half precision's smallest numbers.
 
-Notation in all kernels: b_ a block in registers, o_ offsets, m_ a mask, p_ pointers, i_ an index; r the rows that stay in
-a program, s those that stream past it. Logits and log-sum-exps inside tiles are in units of log2.
+Notation in all kernels: b_ a block in registers, o_ offsets, m_ a mask, p_ pointers, i_ an index; r the rows that stay
+in a program, s those that stream past it. Logits and log-sum-exps inside tiles are in units of log2.
 """
 
 import os
