@@ -12,6 +12,7 @@ from triton_runs import (  # noqa: F401
     check_stats,
     few_programs,
     launches,
+    simplex,
     tables_own_tiles,
     tiles,
     uneven_batch,
@@ -175,6 +176,15 @@ def test_wide_rows(d: int, precision: str, name: str, t: float | Tensor) -> None
     assert [a["TRANSPOSED"] for a in products].count(True) == 3 and len(products) == 9
     assert {a["w"].shape for a in products} == {(halves, 128, 128)}
     assert ran.flag() == (int(t < 1 / 150) if isinstance(t, Tensor) else None)
+
+
+def test_wide_rows_that_have_converged() -> None:
+    """Only the remainders of half precision keep attraction and repulsion apart there, in every block of a class."""
+    copies = torch.arange(288)
+    z = torch.nn.functional.pad(simplex(12, 24, 1e-3), (0, 288))
+    with tiles(128, 128), workspace(4 * 128**2):
+        ran = check(["supcon"], z, copies % 144, copies % 12, 0.1, "fp16")
+    assert len(ran.of("product_kernel")) == 9
 
 
 @pytest.mark.parametrize(("precision", "t"), (("fp16", torch.tensor(0.1)), ("fp32", 0.004)))

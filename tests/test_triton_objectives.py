@@ -17,6 +17,7 @@ from triton_runs import (  # noqa: F401
     launches,
     leaf,
     row_weights,
+    simplex,
     uneven_batch,
 )
 
@@ -93,12 +94,6 @@ def test_rows_that_are_not_normalised(name: str) -> None:
         z = (normal(len(sample), 24) * size).float()
         ran = check([name], z, sample, labels, t, normalize=False)
         assert ran.flag() == 1 and ran.of("forward_kernel")[0].arguments["HAS_SCALE"]
-
-
-def simplex(n: int, copies: int, noise: float) -> Tensor:
-    """Each of n points as far from the others as can be, `copies` times, with noise; float32."""
-    corners = torch.eye(n, dtype=torch.float64) - 1 / n
-    return (corners.repeat(copies, 1) + noise * normal(n * copies, n)).float()
 
 
 @every_precision

@@ -82,6 +82,14 @@ def test_the_spread_of_a_single_view_is_exactly_nothing() -> None:
     assert not stats.spread_view.any() and not grad.any()
 
 
+def test_the_spread_of_views_in_one_place_is_that_of_their_number() -> None:
+    """Logits of 300 are known to 3e-5, and so is their mean; neither shows in the spread."""
+    x = normal(10, 8).float().repeat(4, 1).to(DEVICE)
+    with launches():
+        stats = fastcl.row_stats(x, sample=torch.arange(10, device=DEVICE).repeat(4), temperature=1 / 301.7)
+    torch.testing.assert_close(stats.spread_view.cpu(), torch.full((40,), 3.0).log(), rtol=3e-7, atol=0)
+
+
 def test_a_queue_without_gradient() -> None:
     """The keys' own gradient costs nothing where nobody wants it, and the anchors' is the same."""
     x, queue = normal(20, 8).float(), normal(50, 8, seed=1).float()

@@ -17,6 +17,7 @@ from reference import (
     assert_rows,
     assert_temperature,
     masks,
+    normal,
     row_losses,
     solve,
 )
@@ -282,3 +283,9 @@ def uneven_batch(samples: int = 20) -> tuple[Tensor, Tensor]:
     labels = (torch.arange(samples) % 4).masked_fill(torch.arange(samples) % 10 == 9, -1)[sample]
     order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(3))
     return sample[order], labels[order]
+
+
+def simplex(n: int, copies: int, noise: float) -> Tensor:
+    """Each of n points as far from the others as can be, `copies` times, with noise; float32."""
+    corners = torch.eye(n, dtype=torch.float64) - 1 / n
+    return (corners.repeat(copies, 1) + noise * normal(n * copies, n)).float()
