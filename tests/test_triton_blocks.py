@@ -12,7 +12,6 @@ from triton_runs import (  # noqa: F401
     check_stats,
     few_programs,
     launches,
-    simplex,
     tables_own_tiles,
     tiles,
     uneven_batch,
@@ -41,9 +40,9 @@ LAYOUTS = {
 }
 
 
-def class_blocks(ran: Launches) -> tuple[int, int]:
+def class_blocks(ran: Launches, kernel: str = "backward_kernel") -> tuple[int, int]:
     """Blocks of pairs that are masked because they may share a class, and blocks in all."""
-    arguments = ran.of("backward_kernel")[0].arguments
+    arguments = ran.of(kernel)[0].arguments
     n, lo, hi = arguments["n_r"], arguments["lo_r"].tolist(), arguments["hi_r"].tolist()
     starts = range(0, n, ALIGN)
     ends = [min(start + ALIGN, n) - 1 for start in starts]
@@ -178,13 +177,13 @@ def test_wide_rows(d: int, precision: str, name: str, t: float | Tensor) -> None
     assert ran.flag() == (int(t < 1 / 150) if isinstance(t, Tensor) else None)
 
 
-def test_wide_rows_that_have_converged() -> None:
-    """Only the remainders of half precision keep attraction and repulsion apart there, in every block of a class."""
-    copies = torch.arange(288)
-    z = torch.nn.functional.pad(simplex(12, 24, 1e-3), (0, 288))
-    with tiles(128, 128), workspace(4 * 128**2):
-        ran = check(["supcon"], z, copies % 144, copies % 12, 0.1, "fp16")
-    assert len(ran.of("product_kernel")) == 9
+@pytest.mark.parametrize("d", (40, 300))
+def test_blocks_that_share_a_class_are_as_good_as_float32(d: int) -> None:
+    """Objectives that attract peers split half precision in two there: remainders of rows and of weights count too."""
+    labels = TWO.clamp(max=145).where(TWO > 144, 0)  # 290 rows of one class, 10 of another: all blocks share one
+    with tiles(128, 128), workspace(4 * 128**2 if d > 256 else 2**28):
+        ran = check(["supcon"], normal(300, d).float(), TWO, labels, 0.1, "fp16", within="fp32")
+    assert class_blocks(ran, "backward_kernel" if d < 256 else "pair_weights_kernel") == (9, 9)
 
 
 @pytest.mark.parametrize(("precision", "t"), (("fp16", torch.tensor(0.1)), ("fp32", 0.004)))

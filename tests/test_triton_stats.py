@@ -84,10 +84,10 @@ def test_the_spread_of_a_single_view_is_exactly_nothing() -> None:
 
 def test_the_spread_of_views_in_one_place_is_that_of_their_number() -> None:
     """Logits of 300 are known to 3e-5, and so is their mean; neither shows in the spread."""
-    x = normal(10, 8).float().repeat(4, 1).to(DEVICE)
+    x = normal(10, 8).float().repeat(12, 1).to(DEVICE)
     with launches():
-        stats = fastcl.row_stats(x, sample=torch.arange(10, device=DEVICE).repeat(4), temperature=1 / 301.7)
-    torch.testing.assert_close(stats.spread_view.cpu(), torch.full((40,), 3.0).log(), rtol=3e-7, atol=0)
+        stats = fastcl.row_stats(x, sample=torch.arange(10, device=DEVICE).repeat(12), temperature=1 / 301.7)
+    torch.testing.assert_close(stats.spread_view.cpu(), torch.full((120,), 11.0).log(), rtol=3e-7, atol=0)
 
 
 def test_a_queue_without_gradient() -> None:

@@ -152,12 +152,14 @@ def check(
     precision: str = "fp32",
     normalize: bool = True,
     weights: Tensor | None = None,
+    within: str | None = None,
 ) -> Launches:
     """Objectives of the table, from one pass, against their formulas: values, and the gradient of a sum of them.
 
     Args:
         temperature: a tensor: learnable, and its gradient is compared too.
         weights: of the rows in the loss; None: `row_weights`. The k-th objective counts k + 1 times.
+        within: the precision whose bounds hold; None: that of the call.
     """
     ids = [None if v is None else v.to(DEVICE) for v in (sample, labels)]
     weights = row_weights(len(z)) if weights is None else weights
@@ -168,9 +170,9 @@ def check(
         for k, (name, rows) in enumerate(losses.items()):
             formula, weight = row_losses(name, masks(sample, labels)), weights * (k + 1)
             truth = solve(formula, z, float(temperature), None, weight, normalize, subtracts=name == "supcon")
-            total = total + compare_rows(rows, truth, weight, precision)
+            total = total + compare_rows(rows, truth, weight, within or precision)
             truths.append(truth)
-        compare_gradients(total, leaves, combined(truths), precision)
+        compare_gradients(total, leaves, combined(truths), within or precision)
     assert fastcl.last_backend() == "triton"
     return ran
 
