@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse:
         if args.out is None:
             parser.error("--rehearse: its times mean nothing and must not replace the table; give --out")
-        os.environ["TRITON_INTERPRET"] = "1"  # before the first loss imports a kernel
+        if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported, which it has been
+            command = [sys.executable, "-m", "bench.tune", *(sys.argv[1:] if argv is None else argv)]
+            return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
         plan = Plan(torch.device("cpu"), 64, 16, lambda row: {"block_s": (32,)}, 3, 1)
         capability = None
     elif not torch.cuda.is_available():
@@ -170,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the table holds the rows that were finished", file=sys.stderr)
         return 130
-    print(f"{changed} of {len(rows)} rows changed, {failed} fail; the table is in {args.out or launch.TABLE}")
+    written = f"; the table is in {args.out or launch.TABLE}" if failed < len(rows) else ""
+    print(f"{changed} of {len(rows)} rows changed, {failed} fail{written}")
     return 1 if failed else 0
 
 

@@ -111,6 +111,7 @@ def statistics(
 ) -> tuple[RowStats, ...]:
     """RowStats of the anchors and, with columns, of the candidates; arguments as `row_stats`."""
     check_positive(temperature, "temperature")
+    _check_precision(precision)
     if choose_backend(batch.x) == "triton":
         if columns and batch.labels is not None:
             batches = batch, batch.transposed()
@@ -139,6 +140,7 @@ def fused(
     is_tensor = isinstance(temperature, Tensor)
     device_temperature = temperature.to(batch.x.device) if is_tensor else None
     _check_no_tangent(batch.x, batch.x2, batch.y, device_temperature)
+    _check_precision(precision)
     value = 0.0 if is_tensor else float(temperature)
     return torch.ops.fastcl.fused(
         batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, device_temperature,
@@ -188,7 +190,7 @@ def _obstacle(x: Tensor) -> str | None:
     if x.shape[1] > MAX_WIDTH:
         return f"takes rows of at most {MAX_WIDTH} columns"
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs CUDA tensors; on a CPU it runs under TRITON_INTERPRET=1 only, slowly"
+        return "needs CUDA tensors; on a CPU it runs slowly, if TRITON_INTERPRET=1 was set before Python started"
     return None
 
 
@@ -201,9 +203,12 @@ def _precision(precision: str | None, x: Tensor) -> str:
     if precision is None:
         full = _wants_float32() and not torch.is_autocast_enabled(x.device.type)
         return "fp32" if x.dtype == torch.float32 and full else "fp16"
-    if precision not in PRECISIONS:
-        raise FastclError(f"precision must be one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
     return precision
+
+
+def _check_precision(precision: str | None) -> None:
+    if precision is not None and precision not in PRECISIONS:
+        raise FastclError(f"precision must be one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
 
 
 @contextmanager

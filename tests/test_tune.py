@@ -1,6 +1,9 @@
 """The tuner rehearsed on the CPU; what wins, what is dropped, and that it leaves the launches as it found them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +124,10 @@ def test_bad_arguments_are_named(monkeypatch, capsys, arguments, message):
 def test_the_table_is_written_as_it_was_read(tmp_path: Path, table):
     tune.write(table, tmp_path / "table.json")
     assert (tmp_path / "table.json").read_bytes() == launch.TABLE.read_bytes()
+
+
+def test_a_rehearsal_needs_nothing_in_the_environment(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.tune", "--rehearse", "--out", str(tmp_path / "table.json")]
+    done = subprocess.run(command, cwd=launch.TABLE.parents[2], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "table.json").exists(), done.stdout + done.stderr
