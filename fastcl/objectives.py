@@ -68,8 +68,8 @@ class Objective:
         return denominator | sum(8 << RELATIONS.index(r) for r in self.positives) | (32 if self.inside else 0)
 
     def __call__(self, stats: RowStats) -> Tensor:
-        """(N,) row losses. Rows without a positive or without a negative have loss 0 and no gradient."""
-        valid = _count(stats, self.positives) > 0
+        """(N,) row losses. Rows without a positive, a negative or a denominator have loss 0 and no gradient."""
+        valid = (_count(stats, self.positives) > 0) & (_count(stats, self.denominator) > 0)
         if self.negatives:
             valid = valid & (_count(stats, self.negatives) > 0)
         lse = {r: getattr(stats, f"lse_{r}") for r in RELATIONS}

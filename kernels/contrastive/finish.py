@@ -53,6 +53,13 @@ def _log_sum_3(b_view, b_peer, b_other, RELATIONS: tl.constexpr):
 
 
 @triton.jit
+def _count_of(b_n_v, b_n_p, b_n_o, RELATIONS: tl.constexpr):
+    b_n = b_n_v if RELATIONS & 1 else b_n_v * 0
+    b_n += b_n_p if RELATIONS & 2 else b_n_p * 0
+    return b_n + (b_n_o if RELATIONS & 4 else b_n_o * 0)
+
+
+@triton.jit
 def objective_rows(b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, CODE: tl.constexpr):
     """Row losses of one objective, and their derivatives by mean_view, spread_view, mean_peer, lse_peer, lse_other."""
     DENOMINATOR: tl.constexpr = CODE & 7
@@ -60,11 +67,10 @@ def objective_rows(b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_
     INSIDE: tl.constexpr = (CODE >> 5) & 1
     NEGATIVES: tl.constexpr = DENOMINATOR & ~POSITIVES
     b_lse_v = tl.where(b_n_v > 0, b_mean_v + b_spread_v, float("-inf"))
-    b_n = (b_n_v if POSITIVES & 1 else b_n_v * 0) + (b_n_p if POSITIVES & 2 else b_n_p * 0)
-    m_valid = b_n > 0
+    b_n = _count_of(b_n_v, b_n_p, b_n_o, POSITIVES)
+    m_valid = (b_n > 0) & (_count_of(b_n_v, b_n_p, b_n_o, DENOMINATOR) > 0)
     if NEGATIVES:
-        b_negatives = (b_n_v if NEGATIVES & 1 else b_n_v * 0) + (b_n_p if NEGATIVES & 2 else b_n_p * 0)
-        m_valid = m_valid & (b_negatives + (b_n_o if NEGATIVES & 4 else b_n_o * 0) > 0)
+        m_valid = m_valid & (_count_of(b_n_v, b_n_p, b_n_o, NEGATIVES) > 0)
     b_count = tl.maximum(b_n, 1).to(tl.float32)
     b_pos, b_pos_v, b_pos_p, _ = _log_sum_3(b_lse_v, b_lse_p, b_lse_o, POSITIVES)
     # Fractions of the positives that are views and peers.

@@ -108,8 +108,10 @@ def _tiles(
     both = symmetric or len(found) == 2
     plain = choose("forward", s, parts(call)[0][0])
     n_blocks = triton.cdiv(r.n, plain.block_r)
-    wave = min(n_blocks, max(1, WORKSPACE // (4 * s.rows))) if both else n_blocks
-    n_splits = splits(wave, triton.cdiv(s.n, plain.block_s))
+    # Two fifths of the workspace for the sums of resident rows, the rest for those of streamed rows.
+    wave = min(n_blocks, max(1, WORKSPACE * 3 // 5 // (4 * s.rows))) if both else n_blocks
+    most = max(1, WORKSPACE * 2 // 5 // (12 * r.rows * len(parts(call))))
+    n_splits = min(splits(wave, triton.cdiv(s.n, plain.block_s)), 1 << (most.bit_length() - 1))
     slots = n_splits * len(parts(call))
     part_r = torch.empty(slots, 3, r.rows, dtype=torch.float32, device=r.z.device)
     part_s = torch.empty(wave if both else 0, s.rows, dtype=torch.float32, device=r.z.device)
