@@ -66,14 +66,16 @@ def backward_kernel(
     if (SPLIT_PLAIN and PLAIN) or (SPLIT_MASKED and MASKED):
         b_r_low = load_tile(zr + low_r, start_r, BLOCK_R, D, D)
     lo, hi = class_range(lo_r, hi_r, start_r, n_r, ALIGN)
-    n_tiles = (n_s + BLOCK_S - 1) // BLOCK_S
+    # A last tile with padding is masked: a product of 0 may well have a weight that half precision does not hold.
+    whole = n_s // BLOCK_S * BLOCK_S
     n_before = lo // BLOCK_S
-    n_masked = tl.minimum(hi // BLOCK_S, n_tiles) - n_before
-    n_plain = n_tiles - n_masked
+    n_plain = n_before + tl.maximum(whole - hi, 0) // BLOCK_S
+    n_class = (tl.minimum(hi, (n_s + BLOCK_S - 1) // BLOCK_S * BLOCK_S) - lo) // BLOCK_S
+    n_masked = n_class + tl.where((hi <= whole) & (whole < n_s), 1, 0)
     b_acc = tl.zeros([D, BLOCK_R], tl.float32)
     if PLAIN:
         for i in tl.range(n_plain * split // SPLITS, n_plain * (split + 1) // SPLITS):
-            start_s = tl.where(i < n_before, i, i + n_masked) * BLOCK_S
+            start_s = tl.where(i < n_before, i * BLOCK_S, hi + (i - n_before) * BLOCK_S)
             b_p, b_s, b_s_low = products(
                 zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, D, SPLIT_PLAIN
             )
@@ -84,7 +86,7 @@ def backward_kernel(
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT_PLAIN)
     if MASKED:
         for i in tl.range(n_masked * split // SPLITS, n_masked * (split + 1) // SPLITS):
-            start_s = lo + i * BLOCK_S
+            start_s = tl.where(i < n_class, lo + i * BLOCK_S, whole)
             b_p, b_s, b_s_low = products(
                 zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, D, SPLIT_MASKED
             )

@@ -42,8 +42,10 @@ def _exponentials(
 
 @triton.jit
 def _term(b_x, b_lse, b_weight):
-    # A weight of 0 may go with a log-sum-exp of nothing: no exponential of that.
-    return tl.where(b_weight == 0.0, 0.0, tl.exp2(b_x - b_lse) * b_weight)
+    # A softmax is at most 1, also where logits are so large that rounding lifts one above its log-sum-exp. A weight of
+    # 0 may go with a log-sum-exp of nothing: no exponential of that.
+    b_power = tl.minimum(b_x - b_lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(b_weight == 0.0, 0.0, tl.exp2(b_power) * b_weight)
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def tile_weights(
     )  # fmt: skip
     if MASKED:
         m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, m_s)
-        b_w = tl.where(m_other, b_w, 0.0)
+        b_w = tl.where(m_other & m_r[None, :], b_w, 0.0)
         if PEERS:
             b_p = _exponentials(
                 b_x, b_e, w_r, w_s, rows_r, rows_s, o_r, o_s, m_r, m_s, n_r, n_s, stats_r, stats_s, src_r, src_s,

@@ -36,7 +36,9 @@ def pair_weights_kernel(
     lo, hi = class_range(lo_r, hi_r, start_r, n_r, ALIGN)
     # A width of more than BLOCK_D is taken from memory piece by piece: no rows stay resident.
     b_none = tl.zeros([BLOCK_R, BLOCK_D], zr.dtype.element_ty)
-    if (start_s >= lo) & (start_s < hi):
+    # Padding is masked: a product of 0 may well have a weight that half precision does not hold.
+    padded = (start_s + BLOCK_S > n_s) | (start_r + BLOCK_R > n_r)
+    if ((start_s >= lo) & (start_s < hi)) | padded:
         b_p, _, _ = products(
             zs, zr, b_none, b_none, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT_MASKED
         )

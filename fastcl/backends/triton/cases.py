@@ -30,6 +30,8 @@ class _Case:
 
 
 def _cases() -> Iterator[_Case]:
+    yield _Case("ntxent fp16 d=32", 32)
+    yield _Case("supcon fp16 d=32", 32, "peers")
     for d in (64, 128, 256, 512):
         yield _Case(f"ntxent fp16 d={d}", d)
         yield _Case(f"supcon fp16 d={d}", d, "peers")

@@ -97,7 +97,7 @@ class Operand:
 
 def padded_width(d: int) -> int:
     """Width of a working copy: a power of two while a program can hold it, whole pieces of 64 beyond."""
-    return max(16, triton.next_power_of_2(d)) if d <= NARROW else triton.cdiv(d, 64) * 64
+    return max(32, triton.next_power_of_2(d)) if d <= NARROW else triton.cdiv(d, 64) * 64
 
 
 def working_shape(n: int, d: int, split: str) -> tuple[int, int, int]:
@@ -136,10 +136,11 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _scale(*rows: Tensor | None) -> Tensor:
-    """(1,) power of two that brings the largest entry to between 128 and 256."""
-    peaks = [torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in rows if x is not None]
-    peak = torch.stack(peaks).amax().reshape(1)
-    exponent = torch.frexp(peak.masked_fill(~(peak.isfinite() & (peak > 0)), 1))[1]
+    """(1,) power of two that brings the largest entry of all finite rows to between 128 and 256."""
+    peaks = [torch.linalg.vector_norm(x, torch.inf, 1, dtype=torch.float32) for x in rows if x is not None]
+    peaks = torch.cat(peaks)
+    peak = peaks.masked_fill(~peaks.isfinite(), 0).amax().reshape(1)
+    exponent = torch.frexp(peak.masked_fill(peak == 0, 1))[1]
     return torch.ldexp(torch.ones_like(peak), (8 - exponent).clamp(-126, 126))
 
 
