@@ -93,7 +93,7 @@ def test_waves_of_the_forward_pass(blocks: int) -> None:
     """As many resident blocks at a time as the workspace holds sums for, here 1 or 2 of 5."""
     sample, labels = LAYOUTS["uneven views"]
     waves = -(-5 // blocks)
-    with tiles(64, 128), workspace(4 * 384 * blocks):
+    with tiles(64, 128), workspace(4 * 384 * blocks * 5 // 3):  # three fifths of it are for streamed rows
         ran = check(["nscl"], normal(len(sample), 12).float(), sample, labels, 0.1, "fp16")
         assert [one.grid[0] for one in ran.of("forward_kernel")] == [blocks] * (5 // blocks) + [1] * (5 % blocks)
         assert len(ran.of("finish_kernel")) == waves
@@ -150,7 +150,7 @@ def test_narrow_widths(d: int) -> None:
     for name, precision in (("nscl", "fp16"), ("supcon_in", "fp32")):
         ran = check([name], normal(len(sample), d).float(), sample, labels, 0.2, precision)
         assert not ran.of("product_kernel")
-        assert ran.of("backward_kernel")[0].arguments["D"] == {1: 16, 3: 16, 8: 16, 100: 128, 200: 256, 256: 256}[d]
+        assert ran.of("backward_kernel")[0].arguments["D"] == {1: 32, 3: 32, 8: 32, 100: 128, 200: 256, 256: 256}[d]
 
 
 WIDE = (

@@ -62,15 +62,14 @@ def backward_kernel(
     factor = logit_scale(inverse_t, scale_r, scale_s, HAS_SCALE) * LOG2E
     shift = shift_log2(inverse_t)
     b_r = load_tile(zr, start_r, BLOCK_R, D, D)
-    b_r_low = b_r
-    if (SPLIT_PLAIN and PLAIN) or (SPLIT_MASKED and MASKED):
-        b_r_low = load_tile(zr + low_r, start_r, BLOCK_R, D, D)
+    SPLIT: tl.constexpr = (SPLIT_PLAIN and PLAIN) or (SPLIT_MASKED and MASKED)
+    b_r_low = load_tile(zr + low_r, start_r, BLOCK_R, D, D) if SPLIT else b_r
     lo, hi = class_range(lo_r, hi_r, start_r, n_r, ALIGN)
     # A last tile with padding is masked: a product of 0 may well have a weight that half precision does not hold.
     whole = n_s // BLOCK_S * BLOCK_S
     n_before = lo // BLOCK_S
     n_plain = n_before + tl.maximum(whole - hi, 0) // BLOCK_S
-    n_class = (tl.minimum(hi, (n_s + BLOCK_S - 1) // BLOCK_S * BLOCK_S) - lo) // BLOCK_S
+    n_class = (tl.minimum(hi, tl.cdiv(n_s, BLOCK_S) * BLOCK_S) - lo) // BLOCK_S
     n_masked = n_class + tl.where((hi <= whole) & (whole < n_s), 1, 0)
     b_acc = tl.zeros([D, BLOCK_R], tl.float32)
     if PLAIN:
@@ -95,6 +94,6 @@ def backward_kernel(
                 src_r, src_s, lo_r, first_r, cls_s, smp_s, BLOCK_S, BLOCK_R, True, PEERS, ONLINE,
             )  # fmt: skip
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT_MASKED)
-    o_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_r = block * BLOCK_R + tl.arange(0, BLOCK_R)  # blocks are whole: none leaves acc_rows
     p_acc = acc + ((first_slot + split).to(tl.int64) * acc_rows + o_r[None, :]) * D + tl.arange(0, D)[:, None]
-    tl.store(p_acc, b_acc, mask=(o_r < acc_rows)[None, :])
+    tl.store(p_acc, b_acc)
