@@ -71,7 +71,7 @@ def plan(out: Path, rehearse: bool) -> list[Step]:
     ]  # fmt: skip
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10")
     repeat = ("-m", "bench.repeat", "--scale", "tiny" if rehearse else "full", "--out", str(out / "repeat"))
-    return [
+    steps = [
         Step("card", (query, "--format=csv"), 20, tool="nvidia-smi"),
         Step("ceilings", ("-m", "bench.ceilings", "--out", str(out / "ceilings"), "--repeats", "10"), 60),
         Step("workload", (*workload, scale), 120),
@@ -82,6 +82,8 @@ def plan(out: Path, rehearse: bool) -> list[Step]:
         *sanitizers,
         Step("card afterwards", (query, "--format=csv"), 20, tool="nvidia-smi"),
     ]
+    # The interpreter is slow.
+    return [replace(step, limit=5 * step.limit) for step in steps] if rehearse else steps
 
 
 def gpu_tests() -> list[str]:
@@ -216,7 +218,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for step in plan(out, args.rehearse):
             print(f"{step.name} ...", end=" ", flush=True)
-            step = replace(step, limit=step.limit * (5 if args.rehearse else 1))  # the interpreter is slow
             outcomes.append(run_step(step, out, 60 * minutes - (perf_counter() - began), environment))
             last = outcomes[-1]
             print(f"{last.status}, {last.seconds:.0f} s{f': {last.reason}' if last.reason else ''}", flush=True)
