@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHES ?= losses
+BENCHES ?= losses similarity
 OUT ?= runs
 
 .DEFAULT_GOAL := help

@@ -13,7 +13,7 @@ from time import perf_counter
 
 import torch
 
-from bench.clocks import Sample
+from bench.clocks import Sample, time_call
 from bench.records import Record, add_arguments, device_of, machine, record, table, write
 
 BENCH = "ceilings"
@@ -70,10 +70,8 @@ def measure(device: torch.device, repeats: int = 15) -> tuple[Ceilings, list[tup
     found = []
     for dtype in (torch.float16, torch.bfloat16):
         size = 8192 if cuda else 128
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
-        out = torch.empty_like(a)
-        call = partial(torch.mm, a, b, out=out)
-        found.append((f"matmul {str(dtype).removeprefix('torch.')}", 2.0 * size**3, _times(call, device, repeats)))
+        times = products(dtype, size, device, repeats)
+        found.append((f"matmul {str(dtype).removeprefix('torch.')}", 2.0 * size**3, times))
     source = torch.randn(2**28 if cuda else 2**16, device=device)
     target = torch.empty_like(source)
     times = _times(lambda: target.copy_(source), device, repeats)
@@ -88,25 +86,19 @@ def measure(device: torch.device, repeats: int = 15) -> tuple[Ceilings, list[tup
     return Ceilings(max(half, brain), copy, exp2), found
 
 
+def products(dtype: torch.dtype, size: int, device: torch.device, repeats: int) -> list[Sample]:
+    """Times of the product of two size x size matrices."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return _times(partial(torch.mm, a, b, out=torch.empty_like(a)), device, repeats)
+
+
 def _times(call: Callable[[], object], device: torch.device, repeats: int) -> list[Sample]:
-    began, found = perf_counter(), []
+    began = perf_counter()
     call()
     while device.type == "cuda" and perf_counter() - began < _WARM_UP:
         call()
         torch.cuda.synchronize()
-    for _ in range(repeats):
-        start = perf_counter()
-        if device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            call()
-            last.record()
-            torch.cuda.synchronize()
-            found.append(Sample((perf_counter() - start) * 1e3, first.elapsed_time(last)))
-        else:
-            call()
-            found.append(Sample((perf_counter() - start) * 1e3))
-    return found
+    return [time_call(call, device) for _ in range(repeats)]
 
 
 def records(found: list[tuple[str, float, list[Sample]]], facts: Record) -> list[Record]:

@@ -68,6 +68,22 @@ def time_passes(forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample
     return {run: Sample(seconds * 1e3) for run, seconds in zip(PASSES, spans, strict=True)}
 
 
+def time_call(call: Callable[[], object], device: torch.device) -> Sample:
+    """Times of one call that has no backward pass: on the wall clock to its end, on CUDA also between events."""
+    if device.type != "cuda":
+        began = perf_counter()
+        call()
+        return Sample((perf_counter() - began) * 1e3)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    began = perf_counter()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return Sample((perf_counter() - began) * 1e3, start.elapsed_time(end))
+
+
 class Graphs:
     """The passes of a call as CUDA graphs, which share one pool of memory: replay `fwd`, then `bwd`; or `both`."""
 
@@ -198,10 +214,10 @@ def measure_peak(prepare: Prepare, device: str, *args: Any) -> Peak:
     """
     if torch.device(device).type == "cuda":
         return _peak_here(prepare, device, *args)
-    # Forked from a server that never ran anything large: a process that is forked and executed inherits the high-water
-    # mark of its parent on Linux, and would hide its own below it.
+    # Forked from a server that has imported what all need and never ran anything large: a process that is forked and
+    # executed inherits the high-water mark of its parent on Linux, and would hide its own below it.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch", "fastcl"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak_here, prepare, device, *args).result()
 

@@ -30,6 +30,11 @@ is 1 if any failed or ran out of time.
 """
 
 OURS = ("fastcl fp16", "fastcl fp32")
+SIMILARITY = (
+    "fastcl PairAccumulator", "fastcl linear", "fastcl linear (tiles)", "fastcl cosine", "fastcl rbf", "X'Y fp32",
+    "X'Y tf32", "dense Gram fp32", "dense Gram fp32 (linear)", "dense Gram fp32 (rbf)", "dense Gram tf32",
+    "dense Gram tf32 (linear)", "dense Gram tf32 (cosine)", "torch-cka", "ckatorch", "drawing the features alone",
+)  # fmt: skip
 TORCH = (*OURS, "plain PyTorch", "plain PyTorch bf16", "chunked bf16")
 
 
@@ -78,6 +83,7 @@ def plan(out: Path, rehearse: bool) -> list[Step]:
         # In a rehearsal the tests marked gpu skip themselves, and their tiny doubles run in their place.
         Step("tests", (*pytest, *(("tests/test_gpu.py",) if rehearse else ("-m", "gpu", *gpu_tests()))), 180),
         *_losses(out, rehearse),
+        _similarity(out, rehearse),
         Step("repeat", repeat, 90),
         *sanitizers,
         Step("card afterwards", (query, "--format=csv"), 20, tool="nvidia-smi"),
@@ -110,6 +116,17 @@ def _losses(out: Path, rehearse: bool) -> list[Step]:
         command += ["--providers", *providers] if providers else []
         steps.append(Step(name, tuple(command), limit))
     return steps
+
+
+def _similarity(out: Path, rehearse: bool) -> Step:
+    """The pair statistics: their targets, the sizes around them, and what can run beside them in the time."""
+    command = ["-m", "bench.similarity", "--out", str(out / "similarity")]
+    if rehearse:
+        return Step("similarity", (*command, "--tiny", "--repeats", "3"), 90)
+    command += ["--sections", "models", "pair", "stream", "twins"]  # in this order
+    command += ["--sizes", "1000x512", "10000x512", "100000x512", "10000x2048", "1000000x128"]
+    command += ["--seconds", "2", "--repeats", "5", "--providers", *SIMILARITY]
+    return Step("similarity", tuple(command), 90)
 
 
 def find_tool(name: str) -> str | None:

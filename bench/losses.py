@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,7 +23,9 @@ from bench.records import (
     device_of,
     machine,
     milliseconds,
+    over_memory,
     record,
+    shortage,
     total_memory,
     write,
 )
@@ -127,9 +128,8 @@ def probe(
     limit = run.args.seconds
     if reason := provider.obstacle(run.device, objective):
         return reason, None, None
-    needed = provider.floats(n, d) * 4 / GIB
-    if needed > run.args.memory:
-        return f"skipped: needs {needed:.3g} GiB, the limit is {run.args.memory:.3g} GiB", None, None
+    if reason := over_memory(provider.floats(n, d), run.args.memory):
+        return reason, None, None
     expected = n * n * run.pace.get((provider.name, objective, d), 0)
     if expected > limit:
         return f"skipped: one call would take about {expected:.3g} s, the limit is {limit:g} s", None, None
@@ -139,11 +139,9 @@ def probe(
         if peak.seconds > limit:
             return f"skipped: one call takes {peak.seconds:.3g} s, the limit is {limit:g} s", peak, None
         return None, peak, passes(provider.loss, *batch, objective)
-    except torch.OutOfMemoryError as error:
-        return f"out of memory: {str(error).splitlines()[0]}", None, None
-    except BrokenProcessPool:
-        return "its process was killed, most likely for want of memory", None, None
     except Exception as error:  # whatever a library does not support, or does wrong, is its own record
+        if reason := shortage(error):
+            return reason, None, None
         if provider.ours:
             run.failed.append(f"{objective}, n={n}, d={d}: {provider.name}: {first_line(error)}")
         return f"failed: {first_line(error)}", None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -25,6 +25,18 @@ OBJECTIVES = ("ntxent", "nscl", "supcon", "clip")
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 2e-3, "bf16": 5e-2}
 
 Loss: TypeAlias = Callable[[Tensor, Tensor, str], Tensor]
+
+
+def absence(devices: Sequence[str], module: str | None, package: str | None, device: torch.device) -> str | None:
+    """Why something cannot run on a device, whatever it is asked for; None where it can. Arguments as `Provider`."""
+    kinds = {device.type}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        kinds.add("interpreter")
+    if not kinds & set(devices):
+        return f"timed on {'CUDA' if 'cuda' in devices else 'a CPU'} only"
+    if module and importlib.util.find_spec(module) is None:
+        return f"{package} is not installed"
+    return None
 
 
 @dataclass(frozen=True)
@@ -58,16 +70,9 @@ class Provider:
 
     def obstacle(self, device: torch.device, objective: str) -> str | None:
         """Why it cannot run at all, whatever the size; None where it can."""
-        kinds = {device.type}
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            kinds.add("interpreter")
         if objective not in self.objectives:
             return f"has no {objective}"
-        if not kinds & set(self.devices):
-            return f"timed on {'CUDA' if 'cuda' in self.devices else 'a CPU'} only"
-        if self.module and importlib.util.find_spec(self.module) is None:
-            return f"{self.package} is not installed"
-        return None
+        return absence(self.devices, self.module, self.package, device)
 
 
 def _fastcl(backend: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:
@@ -151,10 +156,13 @@ PROVIDERS = (
 )  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the providers import, as far as it is installed."""
+PACKAGES = tuple(p.package for p in PROVIDERS if p.package)
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Triton and of what the providers import, as far as it is installed."""
     found = {}
-    for package in dict.fromkeys(("triton", *(p.package for p in PROVIDERS if p.package))):
+    for package in dict.fromkeys(("triton", *packages)):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -25,6 +25,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -135,6 +136,25 @@ def agree(results: dict[str, dict[str, Tensor]], tolerance: float) -> None:
                     f"{name} disagrees with {reference} on the {what}: a difference of norm {distance:.3g} against "
                     f"{size:.3g}, allowed is a relative {tolerance:g}"
                 )
+
+
+def over_memory(floats: float, limit: float) -> str | None:
+    """Why so many float32 numbers are too many; None where they are not.
+
+    Args:
+        limit: GiB.
+    """
+    needed = floats * 4 / GIB
+    return f"skipped: needs {needed:.3g} GiB, the limit is {limit:.3g} GiB" if needed > limit else None
+
+
+def shortage(error: Exception) -> str | None:
+    """Why a call ended that memory was short for; None for every other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {str(error).splitlines()[0]}"
+    if isinstance(error, BrokenProcessPool):
+        return "its process was killed, most likely for want of memory"
+    return None
 
 
 def total_memory(device: torch.device) -> int:

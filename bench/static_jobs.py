@@ -20,7 +20,7 @@ from bench.static_compile import Facts, Job
 from fastcl.kernels.contrastive.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
-HOST = "fastcl.kernels."  # what a kernel's module is called here and not in a worker, which has no fastcl
+HOST = "fastcl."  # kernels are fastcl.kernels.* here, and kernels.* in a worker, which has no fastcl
 SECONDS = 600  # for one kernel; ptxas has been seen to take minutes over tiles that are far too large
 _CONSTANTS = (bool, int, float, str, type(None))
 

@@ -30,8 +30,8 @@ AXES = {"block_r": (32, 64, 128), "block_s": (32, 64, 128), "warps": (4, 8), "st
 WIDE_AXES = AXES | {"block_d": (32, 64, 128)}
 # The mode's split precision decides the loss: "none" and "peers" are half precision, "all" float32-grade.
 LOSSES = {"none": (True, "ntxent"), "peers": (True, "supcon"), "all": (False, "ntxent")}
-# By kernel the pass that it is timed in. The kernels for logits of any range run where the others may not, and rarely:
-# their rows are left as they are.
+# By kernel the pass that it is timed in. The kernels for logits of any range run where the others may not, and rarely,
+# and those for two models in no loss: their rows are left as they are.
 KERNELS = {"forward": "fwd", "backward": "bwd", "weights": "bwd", "product": "bwd"}
 
 _DESCRIPTION = """\

@@ -14,7 +14,18 @@ from fastcl.functional import (
 from fastcl.losses import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
 from fastcl.objectives import OBJECTIVES, Objective, same_class_mass
 from fastcl.rowstats import RowStats, backend, last_backend, normalize_rows, row_stats
-from fastcl.similarity import PairAccumulator, PairStats, linear_cka, pair_stats, rsa
+from fastcl.similarity import (
+    LayerCKA,
+    PairAccumulator,
+    PairStats,
+    SpearmanResult,
+    layer_cka,
+    linear_cka,
+    pair_stats,
+    rsa,
+    spearman_rsa,
+)
+from fastcl.twins import TwinStats, twin_stats
 
 __version__ = "0.1.0"
 
@@ -23,19 +34,23 @@ __all__ = [
     "CLIPLoss",
     "DCLLoss",
     "FastclError",
+    "LayerCKA",
     "NSCLLoss",
     "NTXentLoss",
     "Objective",
     "PairAccumulator",
     "PairStats",
     "RowStats",
+    "SpearmanResult",
     "SupConLoss",
+    "TwinStats",
     "backend",
     "clip_loss",
     "contrastive_loss",
     "contrastive_losses",
     "dcl_loss",
     "last_backend",
+    "layer_cka",
     "linear_cka",
     "normalize_rows",
     "nscl_loss",
@@ -44,6 +59,8 @@ __all__ = [
     "row_stats",
     "rsa",
     "same_class_mass",
+    "spearman_rsa",
     "supcon_loss",
+    "twin_stats",
     "two_view_stats",
 ]

@@ -17,7 +17,7 @@ Train self-supervised and supervised contrastive models side by side on the same
   fastcl demo --out runs/demo                  the whole job on scikit-learn's digits, a few minutes on two CPU cores
   fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; run it again to continue after a stop
   fastcl report runs/x                         one self-contained HTML page of a run, finished or not
-  fastcl align A.npy B.npy                     CKA and RSA of two feature files
+  fastcl align A.npy B.npy                     CKA, RSA and drift of two feature files, or of all their layers
   fastcl doctor                                what this machine has, and a numeric self-test
 """
 
@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
             help="override a value of the config, such as train.epochs=3; repeatable; TOML or a bare string",
         )  # fmt: skip
     for name in ("a", "b"):
-        subs["align"].add_argument(name, type=Path, metavar=name.upper())
+        subs["align"].add_argument(name, type=Path, metavar=name.upper(), help="feature file, or folder of layers")
+    subs["align"].add_argument("--json", type=Path, metavar="FILE", help="write the numbers at full precision")
+    subs["align"].add_argument("--out", type=Path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
     subs["report"].add_argument("dir", type=Path, metavar="DIR", help="folder of the run")
     subs["report"].add_argument("--out", type=Path, metavar="FILE", help="page to write (default: DIR/report.html)")
     return parser
@@ -103,25 +105,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _align(args: argparse.Namespace) -> None:
-    from fastcl.features import read_features
-    from fastcl.similarity import pair_stats
+    from fastcl.align import align
 
-    x, y = read_features(args.a), read_features(args.b)
-    if len(x) != len(y):
-        raise FastclError(f"row k of both files must be one sample: {args.a} has {len(x)} rows, {args.b} has {len(y)}")
-    linear, cosine = pair_stats(x, y, kernel="linear"), pair_stats(x, y, kernel="cosine")
-    print(f"{args.a} {tuple(x.shape)} against {args.b} {tuple(y.shape)}")
-    for name, stats, measure in (
-        ("linear CKA (biased)", linear, "cka"),
-        ("linear CKA (debiased)", linear, "cka_debiased"),
-        ("cosine CKA (biased)", cosine, "cka"),
-        ("RSA (cosine, Pearson)", cosine, "rsa"),
-    ):
-        try:
-            shown = f"{getattr(stats, measure):.6f}"
-        except FastclError as error:  # one undefined measure hides none of the others
-            shown = str(error)
-        print(f"  {name:24}{shown}")
+    align(args.a, args.b, args.json, args.out)
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -143,16 +129,25 @@ worked examples in examples/. Writes into --out:
   run.json          settings, seed, versions, device
   metrics.jsonl     alignment of every pair and accuracy of every model, per epoch
   steps.jsonl       losses, loss gap and same-class softmax mass of every model, per step
+  pairs.jsonl       drift, CKA and RSA of the loss embeddings of the first two models, per step
   timing.jsonl      seconds and images per second, per epoch
   tensorboard/      the same curves
   checkpoints/      the last two; the same command continues a stopped run, bit for bit
+  layers.json       CKA of every layer of the reference with those of the others, at the end
   weights/, features/, report.html   at the end"""),
-    "align": (_align, "CKA, debiased CKA and RSA of two feature files", """
+    "align": (_align, "CKA, RSA and drift of two feature files, or of all pairs of layers", """
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
-Row k of both files must be the same sample."""),
+Row k of both files must be the same sample. Printed are CKA (linear and cosine, biased and debiased), RSA (Pearson and
+Spearman), the drift of the similarities and what rho and r, its relative sizes, certify (arXiv 2510.08852).
+
+Layers: A and B are files of several arrays, one a layer, or folders of feature files, one a layer (outputs with more
+dimensions are flattened). Printed is the debiased linear CKA of every layer of A with every layer of B; --out draws it:
+
+  fastcl align resnet.npz vit.npz --out layers.svg"""),
     "report": (_report, "one self-contained HTML page of a run", """
 Works on unfinished runs too. Figures: alignment with the reference model per epoch and the noise floor, weight gap,
-losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, settings, versions."""),
+drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, losses, loss gap and same-class mass, accuracy,
+CDNV. Tables: final numbers, settings, versions."""),
     "doctor": (_doctor, "what this machine has, and a numeric self-test", """
 Prints versions, devices and optional parts, then checks the losses against float64. Exit status 1 if one fails."""),
 }  # fmt: skip

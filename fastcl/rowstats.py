@@ -117,7 +117,7 @@ def statistics(
             batches = batch, batch.transposed()
             return tuple(statistics(b, temperature, normalize, False, precision)[0] for b in batches)
         stats, counts, _, stats_y, counts_y, _ = fused(batch, temperature, normalize, columns, precision, ())
-        return tuple(_unpack(*found) for found in ((stats, counts), (stats_y, counts_y))[: 1 + columns])
+        return tuple(unpack(*found) for found in ((stats, counts), (stats_y, counts_y))[: 1 + columns])
     batch = batch.spelled_out()
     root = _square_root(temperature)
     with torch.autocast(batch.x.device.type, enabled=False):
@@ -137,15 +137,22 @@ def fused(
     Args:
         codes: of the K objectives whose row losses are wanted (`Objective.code`); none: counts are returned instead.
     """
-    is_tensor = isinstance(temperature, Tensor)
-    device_temperature = temperature.to(batch.x.device) if is_tensor else None
-    _check_no_tangent(batch.x, batch.x2, batch.y, device_temperature)
-    _check_precision(precision)
-    value = 0.0 if is_tensor else float(temperature)
+    given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
     return torch.ops.fastcl.fused(
-        batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, device_temperature,
-        value, normalize, _precision(precision, batch.x), columns, list(codes),
+        batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value, normalize,
+        precision, columns, list(codes),
     )[:6]  # fmt: skip
+
+
+def operator_arguments(
+    temperature: float | Tensor, precision: str | None, x: Tensor, *others: Tensor | None
+) -> tuple[Tensor | None, float, str]:
+    """Temperature as a tensor, as a number (one of the two), and precision of a Triton operator's call on rows x."""
+    is_tensor = isinstance(temperature, Tensor)
+    given = temperature.to(x.device) if is_tensor else None
+    _check_no_tangent(x, *others, given)
+    _check_precision(precision)
+    return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
 
 
 def _on_torch(batch: Batch) -> RowStats:
@@ -156,10 +163,11 @@ def _on_torch(batch: Batch) -> RowStats:
         _check_no_tangent(batch.x, batch.y)
         mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(*arguments)
     lse_peer, lse_other, *counts = rest
-    return _unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
+    return unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
 
 
-def _unpack(stats: Sequence[Tensor], counts: Sequence[Tensor]) -> RowStats:
+def unpack(stats: Sequence[Tensor], counts: Sequence[Tensor]) -> RowStats:
+    """RowStats from (N,) tensors: mean_view, spread_view, mean_peer, lse_peer, lse_other; then the three counts."""
     mean_view, spread_view, mean_peer, lse_peer, lse_other = stats
     n_view, n_peer, n_other = counts
     lse_view = (mean_view + spread_view).masked_fill(n_view == 0, -torch.inf)
@@ -231,6 +239,11 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _backend = previous
+
+
+def current_backend() -> str:
+    """The name that the surrounding `with backend(...)` was given; "auto" outside."""
+    return _backend
 
 
 def last_backend() -> str:

@@ -28,6 +28,23 @@ def pair_line(epoch: int, a: str, b: str) -> dict:
     }
 
 
+def certificate_values(epoch: int, a: str, b: str) -> dict:
+    """What later versions add to a pair's line."""
+    decay = DECAY.get(a, 0.0) + DECAY.get(b, 0.0)
+    rho = math.sqrt(decay * epoch)
+    return {
+        "drift": 10 * rho, "rho": rho, "cka_cosine": 1 - rho / 4, "cka_bound": (1 - rho) / (1 + rho),
+        "r": 2 * rho, "rsa_bound": -1.0 if rho >= 0.5 else (1 - 2 * rho) / (1 + 2 * rho),
+    }  # fmt: skip
+
+
+def step_line(step: int, a: str, b: str) -> dict:
+    """One batch of 256 samples, so that the largest drift is 512 sqrt(2)."""
+    cka = 1 - 0.01 * math.sqrt(step)
+    values = {"drift": 4.0 * math.sqrt(step), "cka": cka, "cka_debiased": cka**1.1, "rsa": cka**2}
+    return {"step": step, "epoch": step // 5, "pair": [a, b], **values, "lr": 0.2}
+
+
 def model_line(epoch: int, model: str) -> dict:
     decay = DECAY.get(model, 0.0)
     first = epoch == 0
@@ -58,7 +75,10 @@ def make_run(
     path.mkdir(parents=True, exist_ok=True)
     run = {
         "config": {
-            "train": {"epochs": epochs if planned is None else planned, "batch_size": 256, "deterministic": True},
+            "train": {
+                "epochs": epochs if planned is None else planned, "batch_size": 256, "deterministic": True,
+                "temperature": 0.5,
+            },
             "views": {"preset": "digits", "crop": {"scale": [0.5, 1.0]}},
         },
         "seed": 17,
@@ -66,14 +86,20 @@ def make_run(
         "device": "cpu (2 threads)",
         "models": list(models),
         "reference": models[0],
-        "data": {"source": "digits", "train": 1437, "test": 360, "classes": 10, "channels": 1, "size": 16},
-    }
+        "data": {
+            "source": "digits", "train": 1437, "test": 360, "classes": 10, "channels": 1, "size": 16,
+            "largest_class": 0.1,
+        },
+    }  # fmt: skip
     (path / "run.json").write_text(json.dumps(run | head))
     rows = []
     for epoch in range(epochs + 1):
         rows += [pair_line(epoch, a, b) for a, b in combinations(models, 2)]
         rows += [model_line(epoch, model) for model in models]
     (path / "metrics.jsonl").write_text(lines(rows))
+    if epochs > 0 and len(models) > 1:
+        steps = [step_line(step, *models[:2]) for step in range(5 * epochs)]
+        (path / "pairs.jsonl").write_text(lines(steps))
     if timed:
         times = [{"epoch": e, "seconds": 2.0, "images_per_second": 1000.0 + e} for e in range(1, epochs + 1)]
         (path / "timing.jsonl").write_text(lines(times))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from scipy.stats import spearmanr
 from tiny_run import run, tiny_toml
 
+from fastcl import pair_stats
 from fastcl.cli import main
 
 
@@ -28,12 +30,63 @@ def test_align_reads_every_format_and_agrees_with_the_functions(tmp_path, capsys
     safetensors.torch.save_file({"h": torch.from_numpy(y)}, tmp_path / "b.safetensors")
     shown = []
     for name in ("b.npz", "b.safetensors"):
-        assert main(["align", str(tmp_path / "a.npy"), str(tmp_path / name)]) == 0
+        more = ["--json", str(tmp_path / "o.json")]
+        assert main(["align", str(tmp_path / "a.npy"), str(tmp_path / name), *more]) == 0
         shown.append(capsys.readouterr().out.splitlines()[1:])
     assert shown[0] == shown[1]
+    values = {line[2:32].strip(): float(line[32:].split()[0]) for line in shown[0]}
     xc, yc = (v.astype(float) - v.mean(0) for v in (x, y))
     cka = np.linalg.norm(xc.T @ yc) ** 2 / np.linalg.norm(xc.T @ xc) / np.linalg.norm(yc.T @ yc)
-    assert float(shown[0][0].split()[-1]) == pytest.approx(cka, abs=1e-6)
+    assert values["linear CKA, biased"] == pytest.approx(cka, abs=1e-6)
+    unit = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x.astype(float), y.astype(float))]
+    cosines = [(v @ v.T)[np.triu_indices(40, 1)] for v in unit]
+    assert values["RSA, cosine, Pearson"] == pytest.approx(np.corrcoef(*cosines)[0, 1], abs=1e-6)
+    assert values["RSA, cosine, Spearman"] == pytest.approx(spearmanr(*cosines).statistic, abs=1e-6)
+    assert shown[0][-1].endswith("(exact)")
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert written["samples"] == 40 and written["undefined"] == {} and written["measures"]["rsa_spearman_error"] == 0
+    measures = [value for name, value in written["measures"].items() if name != "rsa_spearman_error"]
+    assert measures == pytest.approx(list(values.values()), abs=1e-6) and len(measures) == 14
+    for measure, bound in (("cka_cosine", "cka_bound_tight"), ("rsa_cosine", "rsa_bound_tight")):
+        assert written["measures"][measure] >= written["measures"][bound] >= written["measures"][bound[:-6]]
+
+
+def test_align_says_what_is_undefined_and_shows_the_rest(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", rng.normal(size=(20, 3)))
+    np.save(tmp_path / "dead.npy", np.ones((20, 3)))
+    names = [str(tmp_path / name) for name in ("a.npy", "dead.npy", "o.json")]
+    assert main(["align", *names[:2], "--json", names[2]]) == 0
+    text = capsys.readouterr().out
+    assert text.count("is undefined") == 7 and "drift |K - L|, cosine" in text
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert written["measures"]["cka_linear"] is None is written["measures"]["rsa_spearman_error"]
+    assert written["measures"]["drift"] > 0 and "all similarities" in written["undefined"]["rsa_spearman"]
+
+
+def test_align_of_layers_from_files_and_folders(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 8))
+    maps = {f"blocks.{k}": (x + rng.normal(size=x.shape) * k).reshape(30, 2, 2, 2) for k in (0, 2, 10)}
+    np.savez(tmp_path / "a.npz", **maps, dead=np.ones((30, 2)))
+    (tmp_path / "b").mkdir()
+    safetensors.torch.save_file({k: torch.from_numpy(v) for k, v in maps.items()}, tmp_path / "c.safetensors")
+    for name, h in maps.items():
+        np.save(tmp_path / "b" / f"{name}.npy", h)
+    (tmp_path / "b" / "notes.txt").write_text("no layer")
+    wanted = {name: pair_stats(torch.from_numpy(x), torch.from_numpy(h).flatten(1)) for name, h in maps.items()}
+    for other in ("b", "c.safetensors"):
+        arguments = [str(tmp_path / name) for name in ("a.npz", other)]
+        more = ["--json", str(tmp_path / "o.json"), "--out", str(tmp_path / "maps" / "heat.svg")]
+        assert main(["align", *arguments, *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "30 samples: 4 layers of" in lines[0] and lines[1].split() == list(maps)  # 2 before 10
+        assert lines[2].split() == ["blocks.0", *(f"{stats.cka_debiased:.4f}" for stats in wanted.values())]
+        assert lines[5].split() == ["dead", "–", "–", "–"] and "dead, blocks.0: debiased CKA" in lines[6]
+        written = json.loads((tmp_path / "o.json").read_text())
+        assert written["layers_a"] == [*maps, "dead"] and written["layers_b"] == list(maps)
+        assert written["cka_linear_debiased"][3] == [None] * 3 and len(written["undefined"]) == 3
+        assert "layers of a.npz" in (tmp_path / "maps" / "heat.svg").read_text()
 
 
 def test_align_errors_name_the_file(tmp_path, capsys):
@@ -51,6 +104,19 @@ def test_align_errors_name_the_file(tmp_path, capsys):
         assert main(["align", str(tmp_path / "a.npy"), str(tmp_path / name)]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and name in error and message in error, error
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    np.save(tmp_path / "one" / "x.npy", np.zeros((4, 2), np.float32))
+    np.savez(tmp_path / "uneven.npz", p=np.zeros((4, 2)), q=np.zeros((5, 2)))
+    for arguments, message in (
+        (("a.npy", "empty"), "holds no feature file"), (("a.npy", "one"), "is a folder of layers,"),
+        (("uneven.npz", "two.npz"), "got numbers of rows {'p': 4, 'q': 5}"),
+        (("a.npy", "a.npy", "--out", "x.svg"), "--out draws the layers of two models"),
+        (("two.npz", "one", "--out", "x.pdf"), "heat maps are written as .svg or .png"),
+    ):  # fmt: skip
+        paths = [name if name == "--out" else str(tmp_path / name) for name in arguments]
+        assert main(["align", *paths]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_train_and_report_end_to_end(tmp_path):
@@ -68,7 +134,7 @@ def test_train_and_report_end_to_end(tmp_path):
     assert main(["report", str(out), "--out", str(page)]) == 0
     assert page.read_bytes() == (out / "report.html").read_bytes()
     done = run("align", out / "features" / "dcl.safetensors", out / "features" / "identity.safetensors")
-    assert done.returncode == 0 and done.stdout.count("1.000000") == 4, done.stdout
+    assert done.returncode == 0 and done.stdout.count(" 1.000000") == 11, done.stdout
 
 
 def test_errors_are_one_line_and_status_one(tmp_path, capsys):

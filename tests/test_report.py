@@ -47,7 +47,7 @@ def six_page(six_source: str) -> ElementTree.Element:
 def test_page_is_well_formed_and_loads_nothing(six_source: str) -> None:
     page = ElementTree.fromstring(six_source)
     assert 'class="warning"' not in six_source
-    assert len(list(page.iter(f"{SVG}svg"))) == len(figures.PLATES) == 7
+    assert len(list(page.iter(f"{SVG}svg"))) == len(figures.PLATES) == 8
     ids = [element.get("id") for element in page.iter() if element.get("id")]
     assert len(ids) == len(set(ids)) > 100
     targets = re.findall(r'(?:url\(|href=")([^)"]*)', six_source)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastcl.similarity import PairAccumulator, PairStats, linear_cka, pair_stats, rsa
+from fastcl.similarity import PairAccumulator, PairStats, linear_cka, pair_stats, routes, rsa
 
 MEASURES = ("cka", "cka_debiased", "rsa", "drift", "drift_centered")
 
@@ -17,7 +17,9 @@ MEASURES = ("cka", "cka_debiased", "rsa", "drift", "drift_centered")
 def gram(x, kernel, number):
     """n x n Gram matrix of float64 or Decimal rows; a zero row keeps cosine 0 with all."""
     x = np.array([[number(value) for value in row] for row in x.double().tolist()])
-    if kernel == "cosine":
+    if kernel == "correlation":
+        x = x - x.sum(axis=1, keepdims=True) / number(x.shape[1])
+    if kernel in ("cosine", "correlation"):
         squares = (x * x).sum(axis=1, keepdims=True)
         x = x / np.where(squares == number(0), number(1), squares) ** number("0.5")
     return x @ x.T
@@ -69,25 +71,27 @@ def features(n, dx, dy, seed=0, shared=2):
     return x, y
 
 
-@pytest.mark.parametrize("kernel", ["linear", "cosine"])
-@pytest.mark.parametrize(("n", "dx", "dy"), [(40, 5, 9), (12, 30, 17), (64, 64, 64), (4, 3, 2)])
-def test_measures_equal_their_definitions(kernel, n, dx, dy):
+@pytest.mark.parametrize("kernel", ["linear", "cosine", "correlation"])
+@pytest.mark.parametrize("route", ["features", "tiles"])
+@pytest.mark.parametrize(("n", "dx", "dy"), [(40, 5, 9), (12, 30, 17), (64, 64, 64), (4, 4, 3)])
+def test_measures_equal_their_definitions(kernel, route, n, dx, dy):
     x, y = features(n, dx, dy)
-    check(pair_stats(x, y, kernel), reference(x, y, kernel), rel=1e-10)
+    check(pair_stats(x, y, kernel, route=route), reference(x, y, kernel), rel=1e-10)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(5, 24),
-    dx=st.integers(2, 14),
-    dy=st.integers(2, 14),
+    dx=st.integers(3, 14),
+    dy=st.integers(3, 14),
     seed=st.integers(0, 2**31),
-    kernel=st.sampled_from(["linear", "cosine"]),
+    kernel=st.sampled_from(["linear", "cosine", "correlation"]),
+    route=st.sampled_from(["features", "tiles"]),
     scale=st.sampled_from([1e-12, 1.0, 1e9]),
 )
-def test_measures_of_any_shape_and_scale(n, dx, dy, seed, kernel, scale):
+def test_measures_of_any_shape_and_scale(n, dx, dy, seed, kernel, route, scale):
     x, y = features(n, dx, dy, seed)
-    stats, expected = pair_stats(scale * x, scale * y, kernel), reference(x, y, kernel)
+    stats, expected = pair_stats(scale * x, scale * y, kernel, route=route), reference(x, y, kernel)
     unit = scale**2 if kernel == "linear" else 1.0
     for measure in MEASURES:
         value = getattr(stats, measure) / (unit if "drift" in measure else 1.0)
@@ -104,13 +108,14 @@ def test_low_precision_features_are_summed_in_float64(dtype):
 
 
 @pytest.mark.parametrize("mean", [100.0, 1e3])
-@pytest.mark.parametrize("kernel", ["linear", "cosine"])
-def test_a_mean_far_from_zero_does_not_cancel(kernel, mean):
+@pytest.mark.parametrize("kernel", ["linear", "cosine", "correlation"])
+@pytest.mark.parametrize("route", ["features", "tiles"])
+def test_a_mean_far_from_zero_does_not_cancel(kernel, route, mean):
     x, y = features(24, 10, 7)
     x, y = x + mean, y - 0.7 * mean
     with localcontext(Context(prec=50)):
         expected = reference(x, y, kernel, Decimal)
-    whole = pair_stats(x, y, kernel)
+    whole = pair_stats(x, y, kernel, route=route)
     assert whole.cka == pytest.approx(expected["cka"], rel=1e-9)
     assert whole.cka_debiased == pytest.approx(expected["cka_debiased"], rel=1e-9)
     assert whole.rsa == pytest.approx(expected["rsa"], rel=1e-9)
@@ -127,20 +132,6 @@ def test_an_outlier_as_the_first_sample_costs_no_digits():
         check(pair_stats(x, y, kernel), expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("kernel", ["linear", "cosine"])
-def test_batches_of_any_size_give_the_whole(kernel):
-    x, y = (z + 50.0 for z in features(97, 6, 11))
-    whole = pair_stats(x, y, kernel)
-    for size in (1, 2, 13, 96, 200):
-        accumulator = PairAccumulator(["a", "b"])
-        for a, b in zip(x.split(size), y.split(size), strict=True):
-            accumulator.update({"b": b, "a": a})
-        accumulator.update({"a": x[:0], "b": y[:0]})
-        split = getattr(accumulator.compute()["a", "b"], kernel)
-        assert split.n == 97 and split.kernel == kernel
-        check(split, {m: getattr(whole, m) for m in MEASURES}, rel=1e-10)
-
-
 def test_all_pairs_of_several_models_come_from_one_pass():
     x, y = features(33, 5, 8)
     models = {"cl": x, "nscl": x @ torch.randn(5, 5, dtype=torch.float64), "scl": y, "ce": y.square()}
@@ -149,9 +140,10 @@ def test_all_pairs_of_several_models_come_from_one_pass():
         accumulator.update({name: z[start : start + 10] for name, z in models.items()})
     results = accumulator.compute()
     assert list(results) == list(combinations(models, 2))
-    for (a, b), result in results.items():
+    for (a, b), result in results.pairs.items():
         check(result.linear, reference(models[a], models[b], "linear"), rel=1e-9)
         check(result.cosine, reference(models[a], models[b], "cosine"), rel=1e-9)
+        check(result.correlation, reference(models[a], models[b], "correlation"), rel=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -169,7 +161,8 @@ def test_twins_are_exactly_one_and_exactly_zero_apart(n, d, seed, dtype, batch):
     for i in range(0, n, batch):
         accumulator.update({"cl": x[i : i + batch], "nscl": copy[i : i + batch], "other": x[i : i + batch, :2]})
     result = accumulator.compute()["cl", "nscl"]
-    for stats in (result.linear, result.cosine):
+    tiles = [pair_stats(x, copy, kernel, route="tiles") for kernel in ("linear", "cosine", "rbf")]
+    for stats in (result.linear, result.cosine, *tiles):
         assert stats.full.kl == stats.full.kk == stats.full.ll
         assert (stats.cka, stats.cka_debiased, stats.rsa) == (1.0, 1.0, 1.0)
         assert (stats.drift, stats.drift_centered, stats.rho, stats.r) == (0.0, 0.0, 0.0, 0.0)
@@ -221,5 +214,79 @@ def test_certificates_hold(seed, noise, kernel):
     assert stats.rho == pytest.approx(np.linalg.norm(h @ (k - other) @ h) / np.linalg.norm(h @ k @ h), rel=1e-6)
     spread = np.sqrt(len(lower[0])) * np.std(k[lower])
     assert stats.r == pytest.approx(np.linalg.norm(k[lower] - other[lower]) / spread, rel=1e-6)
-    assert stats.cka >= (1 - stats.rho) / (1 + stats.rho)
-    assert stats.rsa >= (1 - stats.r) / (1 + stats.r)
+    rho, r = stats.rho, stats.r
+    assert stats.cka_bound == pytest.approx((1 - rho) / (1 + rho) if rho < 1 else 0.0)
+    assert stats.cka_bound_tight == pytest.approx((1 - rho**2) ** 0.5 if rho < 1 else 0.0)
+    assert stats.rsa_bound == pytest.approx((1 - r) / (1 + r) if r < 1 else -1.0)
+    assert stats.rsa_bound_tight == pytest.approx((1 - r**2) ** 0.5 if r < 1 else -1.0)
+    assert stats.cka >= stats.cka_bound_tight - 1e-9 and stats.cka_bound_tight >= stats.cka_bound
+    assert stats.rsa >= stats.rsa_bound_tight - 1e-9 and stats.rsa_bound_tight >= stats.rsa_bound
+
+
+def test_the_tight_certificate_is_met_by_a_difference_at_a_right_angle():
+    # HLH = K sin^2 + ..., chosen so that HKH - HLH stands at a right angle on HLH: CKA is the cosine that rho allows.
+    one, two = torch.zeros(8, 1, dtype=torch.float64), torch.zeros(8, 1, dtype=torch.float64)
+    one[:2, 0], two[2:4, 0] = torch.tensor([1.0, -1.0]), torch.tensor([1.0, -1.0])
+    x = torch.cat([one, two], 1)
+    stats = pair_stats(x, one)
+    assert stats.rho == pytest.approx(0.5**0.5) and stats.cka == pytest.approx(stats.cka_bound_tight)
+
+
+@pytest.mark.parametrize(("n", "dx", "dy"), [(5, 1, 3), (60, 9, 4), (33, 40, 70)])
+@pytest.mark.parametrize("bandwidth", [0.2, 0.8, 1.0, 4.0, 1e3])
+def test_rbf_measures_equal_their_definitions(n, dx, dy, bandwidth):
+    x, y = features(n, dx, dy)
+    x = x + 1e3
+    grams = []
+    for z in (x, y):
+        distances = (z[:, None] - z).square().sum(2).sqrt()
+        sigma = bandwidth * torch.pdist(z).median()
+        # Less 1, which no centred measure sees: a wide kernel would lose its digits here, not there.
+        grams.append(torch.expm1(-distances.square() / (2 * sigma**2)))
+    k, l = grams  # noqa: E741
+    h = torch.eye(n, dtype=torch.float64) - 1 / n
+    kc, lc, off = h @ k @ h, h @ l @ h, ~torch.eye(n, dtype=torch.bool)
+    stats = pair_stats(x, y, "rbf", bandwidth=bandwidth)
+    assert stats.cka == pytest.approx(((kc * lc).sum() / (kc.norm() * lc.norm())).item(), rel=1e-8)
+    assert stats.rsa == pytest.approx(torch.corrcoef(torch.stack([k[off], l[off]]))[0, 1].item(), rel=1e-8)
+    assert stats.drift == pytest.approx((k - l).norm().item(), rel=1e-8)
+    assert stats.drift_centered == pytest.approx((kc - lc).norm().item(), rel=1e-8)
+    u, v = (_u_centred(z * off) for z in (k, l))
+    expected = (u * v).sum() / ((u * u).sum() * (v * v).sum()).sqrt()
+    assert stats.cka_debiased == pytest.approx(expected.item(), rel=1e-6)
+
+
+def _u_centred(k):
+    """Szekely and Rizzo 2014: <U(K), U(L)> is n (n - 3) HSIC_1(K, L)."""
+    n = len(k)
+    rows = k.sum(1)
+    u = k - rows[:, None] / (n - 2) - rows / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
+    return u.fill_diagonal_(0)
+
+
+def test_a_wide_rbf_kernel_is_the_linear_one():
+    x, y = features(50, 6, 6)
+    wide = pair_stats(x, y, "rbf", bandwidth=1e5)
+    assert wide.cka == pytest.approx(linear_cka(x, y), rel=1e-8)
+    assert wide.cka_debiased == pytest.approx(linear_cka(x, y, debiased=True), rel=1e-6)
+
+
+def test_the_cheaper_route_is_taken_and_another_may_be_asked_for(monkeypatch):
+    ran = []
+    for name in ("Moments", "tile_sums"):
+        real = getattr(routes, name)
+        monkeypatch.setattr(routes, name, lambda *a, name=name, real=real: ran.append(name) or real(*a))
+    few, many = features(20, 300, 300), features(300, 20, 20)
+    for (x, y), route in ((few, "auto"), (many, "auto"), (few, "features"), (many, "tiles")):
+        pair_stats(x, y, route=route)
+    pair_stats(*many, kernel="rbf")
+    assert ran == ["tile_sums", "Moments", "Moments", "tile_sums", "tile_sums"]
+
+
+@pytest.mark.parametrize("kernel", ["linear", "cosine", "rbf"])
+def test_many_tiles_give_what_one_tile_gives(kernel, monkeypatch):
+    x, y = features(97, 6, 11)
+    expected = pair_stats(x, y, kernel, route="tiles")
+    for size in (1, 16, 96):
+        monkeypatch.setattr("fastcl.similarity.tiles.TILE", size)
+        check(pair_stats(x, y, kernel, route="tiles"), {m: getattr(expected, m) for m in MEASURES}, rel=1e-12)

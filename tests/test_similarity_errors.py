@@ -12,9 +12,10 @@ def normal(n, d, seed=0):
 
 
 @pytest.mark.parametrize("constant", [torch.zeros(9, 4), torch.full((9, 4), 0.1), torch.randn(4).expand(9, 4)])
-@pytest.mark.parametrize("kernel", ["linear", "cosine"])
-def test_constant_features_have_no_similarity(constant, kernel):
-    stats = pair_stats(constant, normal(9, 3), kernel)
+@pytest.mark.parametrize("kernel", ["linear", "cosine", "correlation"])
+@pytest.mark.parametrize("route", ["features", "tiles"])
+def test_constant_features_have_no_similarity(constant, kernel, route):
+    stats = pair_stats(constant, normal(9, 3), kernel, route=route)
     for measure in ("cka", "cka_debiased", "rho", "rsa", "r"):
         with pytest.raises(FastclError, match=r"is undefined.*first representation"):
             getattr(stats, measure)
@@ -35,7 +36,7 @@ def test_parallel_rows_are_constant_in_the_cosine_kernel_only():
 @pytest.mark.parametrize("n", [8, 300])
 def test_orthonormal_rows_have_biased_cka_only(n):
     x = torch.linalg.qr(normal(n, n))[0]
-    stats = pair_stats(x, x)
+    stats = pair_stats(x, x, route="features")
     assert stats.cka == 1.0
     with pytest.raises(FastclError, match="HSIC_1 of the first representation with itself vanishes"):
         _ = stats.cka_debiased
@@ -118,8 +119,19 @@ def test_bad_arguments():
     for names in ([], ["a"], ["a", "b", "a"]):
         with pytest.raises(FastclError, match="at least two distinct names"):
             PairAccumulator(names)
-    with pytest.raises(FastclError, match=r"kernel must be one of \('linear', 'cosine'\), got 'rbf'"):
-        pair_stats(normal(5, 2), normal(5, 2), kernel="rbf")
+    for bad in (["linear", "rbf"], [], ["cosine", "cosine"]):
+        with pytest.raises(FastclError, match=r"kernels must be distinct, of \('linear', 'cosine', 'correlation'\)"):
+            PairAccumulator(["a", "b"], bad)
+    with pytest.raises(FastclError, match="route must be 'auto', 'features' or 'tiles', got 'fast'"):
+        pair_stats(normal(5, 2), normal(5, 2), route="fast")
+    with pytest.raises(FastclError, match="route 'features' takes the kernels .*; 'rbf' needs 'tiles'"):
+        pair_stats(normal(5, 2), normal(5, 2), "rbf", route="features")
+    with pytest.raises(FastclError, match="bandwidth must be a positive finite number.* got 0"):
+        pair_stats(normal(5, 2), normal(5, 2), "rbf", bandwidth=0)
+    with pytest.raises(FastclError, match="no scale for y: the median distance between its 9 samples is 0"):
+        pair_stats(normal(9, 2), normal(9, 2) * (torch.arange(9) > 6)[:, None], "rbf")
+    with pytest.raises(FastclError, match=r"kernel must be one of \('linear', .*, 'rbf'\), got 'poly'"):
+        pair_stats(normal(5, 2), normal(5, 2), kernel="poly")
     sums = GramSums(*[1.0] * 8)
     with pytest.raises(FastclError, match="n >= 1 samples, got n=0"):
         PairStats(0, "linear", sums, sums)

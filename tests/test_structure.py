@@ -19,7 +19,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels": set(),
     "checks": {"errors"},
     "theory": {"errors"},
-    "similarity": {"errors"},
+    "similarity": {"rowstats"},
     "metrics": {"errors"},
     "data": {"errors"},
     "features": {"errors"},
@@ -29,18 +29,20 @@ LAYERS: dict[str, set[str]] = {
     "rowstats": {"operators", "batch"},
     "objectives": {"rowstats"},
     "functional": {"objectives"},
+    "twins": {"functional", "similarity"},
     "distributed": {"functional", "similarity"},
     "losses": {"functional", "distributed"},
-    "fastcl": {"losses", "similarity"},
+    "fastcl": {"losses", "twins"},
     "adapters": {"fastcl"},
     "train": {"fastcl", "data", "metrics", "theory"},
     "report": {"train", "adapters", "features"},
     "doctor": {"report"},
-    "cli": {"doctor"},
+    "align": {"report"},
+    "cli": {"doctor", "align"},
     "__main__": {"cli"},
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.
-BARE = {"fastcl", "losses", "similarity"}
+BARE = {"fastcl", "losses", "similarity", "twins"}
 BARE |= {"errors", "checks", "batch", "backends", "operators", "rowstats", "objectives", "functional"}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 

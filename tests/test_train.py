@@ -12,10 +12,13 @@ from tiny_run import TABLES, tiny_config
 import fastcl
 from fastcl import FastclError
 from fastcl.train import Lockstep, load_config, parse_config
+from fastcl.train.config import learning_rate
 from fastcl.train.evaluate import encode
 from fastcl.train.files import locked
-from fastcl.train.lockstep import learning_rate
+from fastcl.train.stepping import PAIR_VALUES
 from fastcl.train.twins import STEP_VALUES, make_twins
+
+PAIR_KEYS = ["cka", "cka_debiased", "cka_cosine", "rsa", "drift", "rho", "cka_bound", "r", "rsa_bound", "weight_gap"]
 
 
 def _records(path):
@@ -41,6 +44,8 @@ def test_models_start_equal_and_measure_as_equal(metrics):
     assert len(start) == 10
     for r in start:
         assert (r["cka"], r["cka_debiased"], r["rsa"], r["weight_gap"]) == (1.0, 1.0, 1.0, 0.0), r
+        assert (r["cka_cosine"], r["cka_bound"], r["rsa_bound"]) == (1.0, 1.0, 1.0), r
+        assert (r["drift"], r["rho"], r["r"]) == (0.0, 0.0, 0.0), r
 
 
 def test_the_identity_twin_stays_bit_identical(finished, metrics):
@@ -70,7 +75,8 @@ def test_records_have_the_documented_form(finished, metrics):
                 assert (r["loss"] is None) == (epoch == 0)
                 assert 0 <= r["ncc_test"] <= 1 and r["cdnv"] > 0
             else:
-                assert set(r) == {"epoch", "pair", "cka", "cka_debiased", "rsa", "weight_gap"}
+                assert set(r) == {"epoch", "pair", *PAIR_KEYS}
+                assert r["cka_cosine"] >= r["cka_bound"] >= 0 and r["rsa"] >= r["rsa_bound"] >= -1
 
 
 def test_recorded_measures_are_those_of_the_encoder_s_outputs(finished, metrics):
@@ -81,6 +87,12 @@ def test_recorded_measures_are_those_of_the_encoder_s_outputs(finished, metrics)
     cosines = torch.stack([(u @ u.T)[below] for u in unit.values()])
     (pair,) = [r for r in metrics if r.get("pair") == ["dcl", "ce"] and r["epoch"] == 3]
     assert pair["rsa"] == pytest.approx(torch.corrcoef(cosines)[0, 1].item(), abs=1e-9)
+    k, other = (u @ u.T for u in unit.values())
+    centred = [m - m.mean(0) - m.mean(1, keepdim=True) + m.mean() for m in (k, other)]
+    assert pair["drift"] == pytest.approx((k - other).norm().item(), rel=1e-9)
+    cka = torch.cosine_similarity(*(c.flatten() for c in centred), 0).item()
+    assert pair["cka_cosine"] == pytest.approx(cka, rel=1e-9)
+    assert pair["rho"] == pytest.approx(((centred[0] - centred[1]).norm() / centred[0].norm()).item(), rel=1e-9)
     train = encode(run.twins, run.data.train, run.plan, run.device)["ce"]
     labels = torch.from_numpy(run.data.train.labels)
     centres = torch.stack([train[labels == c].mean(0) for c in range(3)])
@@ -110,6 +122,16 @@ def test_step_records_and_their_epoch_means(finished, metrics):
         assert recorded == pytest.approx(mean, rel=1e-12)
 
 
+def test_pair_records(finished):
+    rows, total = _records(finished[1] / "pairs.jsonl"), len(finished[0].loader)
+    assert [(r["step"], r["epoch"]) for r in rows] == [(s, s // total) for s in range(3 * total)]
+    for r in rows:
+        assert list(r) == ["step", "epoch", "pair", *PAIR_VALUES, "lr"] and r["pair"] == ["dcl", "nscl"]
+        assert r["lr"] == learning_rate(finished[0].config, r["step"], total)
+    assert [rows[0][name] for name in PAIR_VALUES] == [0.0, 1.0, 1.0, 1.0]
+    assert all(r["drift"] > 0 and r["cka"] < 1 and r["rsa"] < 1 for r in rows[1:])
+
+
 def test_first_step_is_the_loss_of_the_plan_s_views(finished, tmp_path):
     run = Lockstep(tiny_config(), tmp_path)
     positions = run.loader.batch(0, 0)
@@ -127,7 +149,9 @@ def test_run_json_tells_what_ran(finished):
     assert described["seed"] == 7 and described["reference"] == "dcl" and described["renderer"] == "torchvision"
     assert described["versions"]["torch"] == torch.__version__
     sizes = {"train": len(finished[0].data.train), "test": len(finished[0].data.test)}
-    assert described["data"] == {"source": "digits", "classes": 3, "channels": 1, "size": 8, **sizes}
+    largest = np.bincount(finished[0].data.train.labels).max() / sizes["train"]
+    data = {"source": "digits", "classes": 3, "channels": 1, "size": 8, "largest_class": largest}
+    assert described["data"] == data | sizes
     text = (finished[1] / "metrics.jsonl").read_text() + (finished[1] / "run.json").read_text()
     assert "seconds" not in text
 
@@ -151,6 +175,7 @@ def test_every_optimiser_learns(name, tmp_path):
     losses = [r["loss"] for r in _records(tmp_path / "steps.jsonl")]
     assert losses[-1] < losses[0]
     assert not any("pair" in r for r in _records(tmp_path / "metrics.jsonl"))
+    assert not (tmp_path / "pairs.jsonl").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_complete(tmp_path):

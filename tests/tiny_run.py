@@ -64,6 +64,6 @@ def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
 
 def results(out: Path) -> dict[str, bytes]:
     """The bytes that must repeat: records, final weights and features."""
-    names = ["metrics.jsonl", "steps.jsonl"]
+    names = ["metrics.jsonl", "steps.jsonl", "pairs.jsonl", "layers.json"]
     names += sorted(str(p.relative_to(out)) for folder in ("weights", "features") for p in (out / folder).iterdir())
     return {name: (out / name).read_bytes() for name in names}

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import fastcl
-from fastcl.backends.triton import backward, forward, operand
+from fastcl.backends.triton import backward, forward, operand, twin
 from fastcl.kernels.contrastive import launch
 from fastcl.kernels.contrastive.launch import Config
 from fastcl.objectives import ObjectiveLike
@@ -74,7 +74,7 @@ def launches() -> Iterator[Launches]:
     """Inside, the Triton backend is on, its launches are listed, and memory that it asks for is poisoned."""
     seen = Launches()
     with fastcl.backend("triton"), pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, operand):
+        for module in (forward, backward, operand, twin):
             start = module.launch
 
             def recorded(kernel: Any, grid: tuple[int, ...], *options: int, start=start, **arguments: Any) -> None:
@@ -118,7 +118,7 @@ def tables_own_tiles() -> Iterator[None]:
 def workspace(size: int) -> Iterator[None]:
     """Inside, partial results may take this many bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward):
+        for module in (forward, backward, twin):
             patch.setattr(module, "WORKSPACE", size)
         yield
 

@@ -3,6 +3,6 @@
 Autograd is registered at the operators' own key: an outer autograd.Function would fail `torch.library.opcheck`.
 """
 
-from fastcl.operators import chunked, fused
+from fastcl.operators import chunked, fused, twin
 
-__all__ = ["chunked", "fused"]
+__all__ = ["chunked", "fused", "twin"]

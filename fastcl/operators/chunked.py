@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcl.backends import chunked
 from fastcl.backends.layout import Layout
-from fastcl.errors import FastclError
+from fastcl.operators.registration import differentiable_once, register
 
 _library = torch.library.Library("fastcl", "DEF")
 _IDS = "Tensor sample, Tensor? labels, Tensor? sample_y, Tensor? labels_y"
@@ -47,15 +47,5 @@ def _autograd(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None if y is None else dy, None, None, None, None
 
 
-def _no_double_backward(ctx, *grads: Tensor) -> None:
-    raise FastclError(
-        "the chunked backend is differentiable once; for second derivatives run the forward pass "
-        "inside `with fastcl.backend('dense')`"
-    )
-
-
-for _name, _impl, _fake in (("row_stats", _forward, _forward_fake), ("row_stats_backward", _backward, _backward_fake)):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
-torch.library.register_autograd("fastcl::row_stats", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastcl::row_stats_backward", _no_double_backward, lib=_library)
+register(_library, "row_stats", _forward, _forward_fake, _autograd, _setup_context)
+register(_library, "row_stats_backward", _backward, _backward_fake, differentiable_once("chunked"))

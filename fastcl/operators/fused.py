@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcl.backends.layout import Layout
-from fastcl.errors import FastclError
+from fastcl.operators.registration import differentiable_once, register
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _ROWS = "Tensor x, Tensor? x2, Tensor? y"
@@ -26,7 +26,8 @@ def split_mode(labelled: bool, precision: str, codes: list[int]) -> tuple[str, b
     return "all" if precision == "fp32" else "peers" if attracted else "none", peers
 
 
-def _call(temperature, value, normalize, precision, codes, labelled):
+def call_of(temperature, value, normalize, precision, codes, labelled):
+    """The `Call` of an operator's arguments."""
     from fastcl.backends.triton.operand import Call
 
     split, peers = split_mode(labelled, precision, codes)
@@ -36,7 +37,7 @@ def _call(temperature, value, normalize, precision, codes, labelled):
 def _forward(x, x2, y, sample, labels, sample_y, labels_y, temperature, value, normalize, precision, columns, codes):
     from fastcl.backends.triton import forward, operand
 
-    call = _call(temperature, value, normalize, precision, codes, labels is not None)
+    call = call_of(temperature, value, normalize, precision, codes, labels is not None)
     flag = torch.empty(1, dtype=torch.int32, device=x.device) if call.may_overflow else None
     with torch.cuda.device_of(x):
         if sample is not None:
@@ -61,7 +62,7 @@ def _forward_fake(
 ):
     from fastcl.backends.triton.operand import DTYPES, working_shape
 
-    call = _call(temperature, value, normalize, precision, codes, labels is not None)
+    call = call_of(temperature, value, normalize, precision, codes, labels is not None)
     n, d = x.shape[0] * (1 if x2 is None else 2), x.shape[1]
 
     def results(rows):
@@ -89,7 +90,7 @@ def _forward_fake(
 def _backward(x, x2, y, labelled, temperature, value, normalize, precision, columns, codes, saved, grads, need):
     from fastcl.backends.triton import backward, operand
 
-    call = _call(temperature, value, normalize, precision, codes, labelled)
+    call = call_of(temperature, value, normalize, precision, codes, labelled)
     stats, stats_y, z, inv, order, z_y, inv_y, order_y, scale, flag = saved
     flag = flag if call.may_overflow else None
     scales = [None, None] if normalize else [scale[:1], scale[1:]]
@@ -141,15 +142,5 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return *rows, None, None, None, None, dt, *(None,) * 5
 
 
-def _no_double_backward(ctx, *grads: Tensor) -> None:
-    raise FastclError(
-        "the triton backend is differentiable once; for second derivatives run the forward pass "
-        "inside `with fastcl.backend('dense')`"
-    )
-
-
-for _name, _impl, _fake in (("fused", _forward, _forward_fake), ("fused_backward", _backward, _backward_fake)):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
-torch.library.register_autograd("fastcl::fused", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastcl::fused_backward", _no_double_backward, lib=_library)
+register(_library, "fused", _forward, _forward_fake, _autograd, _setup_context)
+register(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"))

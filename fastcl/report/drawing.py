@@ -3,17 +3,18 @@
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from textwrap import fill
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fastcl.report.records import IDENTITY, RESEEDED, Run, Series, known
 
@@ -61,26 +62,38 @@ WIDTH = 11.5  # inches: 1104 CSS pixels
 
 @dataclass(frozen=True)
 class Plate:
-    """One figure of the report; the caption may name {reference} and {chance}, ``band`` explains the noise floor."""
+    """One figure of the report; the caption may name {reference} and {chance}, ``band`` explains the noise floor.
+
+    ``note`` adds to the caption what depends on the run. A figure that is not ``shown`` is left out of the page.
+    """
 
     name: str
     title: str
     caption: str
     draw: Callable[[Run], Figure]
     band: str = ""
+    note: Callable[[Run], str] = lambda run: ""
+    shown: Callable[[Run], bool] = lambda run: True
 
 
 def svg(plate: Plate, run: Run) -> str:
     """The figure as an SVG element to be put into an HTML (or XHTML) page; the same run gives the same bytes."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the page
-        matplotlib.rcParams.update(STYLE)
+    with styled():
         plate.draw(run).savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(plate.title)}" ', 1)
     return re.sub(r"<[^<>]+>", lambda tag: _for_page(tag[0], plate.name), text)
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The style of all figures, whatever a user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
 
 
 def _for_page(tag: str, name: str) -> str:
@@ -140,7 +153,20 @@ def panels(run: Run, titles: list[str], unit: str, rows: int = 1, **shared: bool
     return figure, axes
 
 
-def finish(figure: Figure, run: Run, models: list[str], extra: tuple[Patch, ...] = ()) -> Figure:
+def log_axis(ax: Axes) -> None:
+    """A log scale along y whose labels are plain numbers, enough of them whatever the range."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    decades = math.log10(high / low)
+    if decades > 0.7:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2.5 else (1, 2, 5)))
+    else:  # a range that may hold no round number of a decade
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def finish(figure: Figure, run: Run, models: list[str], extra: Sequence[Artist] = ()) -> Figure:
     """Mark empty panels and put one legend below all panels, where it covers nothing."""
     for ax in figure.axes:
         if not any(known(y) for line in ax.lines for y in line.get_ydata()):

@@ -2,12 +2,11 @@
 
 import math
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fastcl.report.drawing import FLOOR_BAND, Plate, curve, finish, panels
+from fastcl.report.coupling import DRIFT
+from fastcl.report.drawing import FLOOR_BAND, Plate, curve, finish, log_axis, panels
 from fastcl.report.records import IDENTITY, PAIR_MEASURES, RESEEDED, Run, known
 
 
@@ -92,20 +91,8 @@ def collapse(run: Run) -> Figure:
     figure = _per_model(run, measures, "variance / distance² (log scale)", above=0.0)
     for ax in figure.axes:
         if ax.get_yticks().size:
-            _log_axis(ax)
+            log_axis(ax)
     return figure
-
-
-def _log_axis(ax: Axes) -> None:
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    decades = math.log10(high / low)
-    if decades > 0.7:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2.5 else (1, 2, 5)))
-    else:  # a range that may hold no round number of a decade
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 PLATES = (
@@ -134,6 +121,7 @@ PLATES = (
         "figure above.",
         every_pair,
     ),
+    DRIFT,
     Plate(
         "training-losses",
         "Training losses",

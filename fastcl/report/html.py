@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fastcl.errors import FastclError
+from fastcl.report.coupling import CERTIFICATES, certificates
 from fastcl.report.drawing import svg
 from fastcl.report.figures import PLATES
+from fastcl.report.layers import LAYERS
 from fastcl.report.records import (
     IDENTITY,
     MODEL_MEASURES,
@@ -20,48 +22,19 @@ from fastcl.report.records import (
     known,
     load_run,
 )
+from fastcl.report.style import STYLE
 
 UNWRITABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
 )  # what neither HTML nor UTF-8 can hold
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --grid: #e1e4e8; --page: #ffffff; --box: #f6f8fa;
-  --bad: #b3261e; }
-@media screen and (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #9aa4af; --grid: #343a42;
-  --page: #15181c; --box: #1f242a; --bad: #ff8a80; } }
-body { margin: 0 auto; max-width: 1120px; padding: 1.5rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
-h2 { margin: 2.2rem 0 .6rem; padding-bottom: .2rem; font-size: 1.25rem; border-bottom: 1px solid var(--grid); }
-h3 { margin: 0 0 .4rem; font-size: 1.05rem; }
-p, li, figcaption { max-width: 82ch; }
-figcaption, .soft { color: var(--soft); font-size: .92rem; }
-.warning { color: var(--bad); font-weight: 600; }
-.key { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
-.key div { padding: .6rem .7rem; background: var(--box); border-radius: 6px; }
-.key dt { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
-.key dd { margin: 0; font-size: 1.25rem; font-weight: 600; overflow-wrap: anywhere; }
-figure { margin: 1.8rem 0; break-inside: avoid; }
-svg { display: block; max-width: 100%; height: auto; margin: .6rem 0 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .4rem 0 1rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid var(--grid); }
-thead th { color: var(--soft); vertical-align: bottom; }
-tbody th { font-weight: 500; white-space: nowrap; }
-th:first-child, .text th, .text td { text-align: left; }
-.text td { overflow-wrap: anywhere; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } .wide { overflow: visible; }
-  .key div { border: 1px solid var(--grid); } table { font-size: 8pt; } th, td { padding: .15rem .4rem; }
-  tr { break-inside: avoid; } h2, h3, .soft { break-after: avoid; } }
-"""
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the report of a run as one self-contained HTML file (figures inline; the same run gives the same bytes).
 
     Args:
-        run_dir: the directory of a run, finished or not: run.json, metrics.jsonl, and timing.jsonl where present.
+        run_dir: the directory of a run, finished or not: run.json, metrics.jsonl, and pairs.jsonl and timing.jsonl
+            where present.
         out: the file to write, whole or not at all; ``report.html`` in ``run_dir`` where None.
 
     Returns:
@@ -163,9 +136,10 @@ def _page(run: Run) -> str:
     figures = "".join(
         f"<figure><h3>{escape(plate.title)}</h3>"
         f"<figcaption>{escape(plate.caption.format(reference=run.reference, chance=chance))}"
-        f"{plate.band if RESEEDED in run.models else ''}</figcaption>"
+        f"{plate.band if RESEEDED in run.models else ''}{escape(plate.note(run))}</figcaption>"
         f"{svg(plate, run)}</figure>\n"
-        for plate in PLATES
+        for plate in (*PLATES, LAYERS)
+        if plate.shown(run)
     )
     page = f"""<!DOCTYPE html>
 <html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head><meta charset="utf-8"/>
@@ -178,7 +152,7 @@ def _page(run: Run) -> str:
 <h2>Figures</h2>
 {figures}<h2>Numbers at epoch {run.last_epoch}</h2>
 <p class="soft">0 and 1 without decimals are exact; – means not defined or not measured.</p>
-<h3>Pairs of models</h3>{_pair_table(run)}
+<h3>Pairs of models</h3>{_pair_table(run)}{_certificate_table(run)}
 <h3>Models</h3>{_model_table(run)}
 <h2>Settings</h2>
 {_settings(run)}
@@ -243,6 +217,14 @@ def _pair_table(run: Run) -> str:
             control = {IDENTITY: "must be equal", RESEEDED: "is the floor"}.get(b, ", ".join(inside) or "none")
             row.append(control if a == run.reference else "")
     return _table(head, rows)
+
+
+def _certificate_table(run: Run) -> str:
+    head, rows = certificates(run)
+    if not rows:
+        return ""
+    shown = [[name, *(number(value) for value in values)] for name, values in rows.items()]
+    return f'\n<h3>Drift and certificates</h3><p class="soft">{escape(CERTIFICATES)}</p>{_table(head, shown)}'
 
 
 def _model_table(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""A run directory as one checked record: run.json, metrics.jsonl and timing.jsonl."""
+"""A run directory as one checked record: run.json, metrics.jsonl, pairs.jsonl and timing.jsonl."""
 
 import json
 import math
@@ -17,6 +17,16 @@ RESEEDED = "reseeded"
 CONTROLS = (IDENTITY, RESEEDED)
 
 PAIR_MEASURES = {"cka": "CKA", "cka_debiased": "debiased CKA", "rsa": "RSA", "weight_gap": "weight gap"}
+CERTIFICATE_MEASURES = {
+    "drift": "drift (share of the largest)",
+    "rho": "ρ",
+    "cka_cosine": "CKA of the cosines",
+    "cka_bound": "is at least",
+    "r": "r",
+    "rsa": "RSA",
+    "rsa_bound": "is at least",
+}
+STEP_MEASURES = {"drift": "drift", "cka": "CKA", "cka_debiased": "debiased CKA", "rsa": "RSA"}
 MODEL_MEASURES = {
     "loss": "training loss",
     "dcl_loss": "DCL loss",
@@ -30,7 +40,7 @@ MODEL_MEASURES = {
 }
 
 Number = float | None
-Series = dict[int, dict[str, Number]]  # epoch -> measure -> value; None where the measure is not defined
+Series = dict[int, dict[str, Number]]  # epoch or step -> measure -> value; None where the measure is not defined
 
 
 def known(value: Number) -> bool:
@@ -42,8 +52,8 @@ def known(value: Number) -> bool:
 class Run:
     """What a run directory says.
 
-    ``facts`` is run.json less its ``config``; ``pairs`` is keyed by two model names in the order of ``models``. An
-    epoch is the number of completed epochs.
+    ``facts`` is run.json less its ``config``; ``pairs`` and ``steps`` are keyed by two model names in the order of
+    ``models``. An epoch is the number of completed epochs; a step is one batch, measured before its update.
     """
 
     path: Path
@@ -55,6 +65,7 @@ class Run:
     planned_epochs: int
     pairs: dict[tuple[str, str], Series]
     per_model: dict[str, Series]
+    steps: dict[tuple[str, str], Series]
     timing: tuple[dict[str, Number], ...]
 
     @property
@@ -116,8 +127,9 @@ def load_run(run_dir: Path) -> Run:
     """Read a run directory, finished or not.
 
     Args:
-        run_dir: holds run.json, metrics.jsonl and, where epochs were timed, timing.jsonl. A last line without
-            its newline that is not whole is left out; of two lines for one epoch the later one counts.
+        run_dir: holds run.json, metrics.jsonl and, where steps of a pair were measured, pairs.jsonl, where epochs were
+            timed, timing.jsonl. A last line without its newline that is not whole is left out; of two lines for one
+            epoch or step the later one counts.
 
     Raises:
         FastclError: a file is missing, unreadable or not what it should be, or no evaluation has been written.
@@ -125,10 +137,10 @@ def load_run(run_dir: Path) -> Run:
     run_dir = Path(run_dir)
     head = _read_header(run_dir / "run.json")
     pairs, per_model = _read_metrics(head["models"], run_dir / "metrics.jsonl")
-    timing = run_dir / "timing.jsonl"
-    rows = _read_lines(timing) if timing.exists() else []
+    steps = _read_steps(head["models"], run_dir / "pairs.jsonl")
+    rows = _read_lines(run_dir / "timing.jsonl", optional=True)
     timed = tuple(_numbers(row, ("seconds", "images_per_second"), where) for where, row in rows)
-    return Run(path=run_dir, pairs=pairs, per_model=per_model, timing=timed, **head)
+    return Run(path=run_dir, pairs=pairs, per_model=per_model, steps=steps, timing=timed, **head)
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -157,22 +169,41 @@ def _read_metrics(models: tuple[str, ...], path: Path) -> tuple[dict[tuple[str, 
     pairs: dict[tuple[str, str], Series] = {}
     per_model: dict[str, Series] = {}
     for where, row in _read_lines(path):
-        epoch = row.get("epoch")
-        if type(epoch) is not int or epoch < 0:
-            raise FastclError(f"{where}: 'epoch' must be a whole number, got {epoch!r}")
-        wanted = 2 if "pair" in row else 1
-        names = row["pair"] if wanted == 2 else [row.get("model")]
-        if not isinstance(names, list) or len(names) != wanted or not all(name in models for name in names):
-            raise FastclError(f"{where}: {names!r} does not name {wanted} of the models {list(models)}")
-        if wanted == 1:
+        epoch, names = _whole(row, "epoch", where), _names(row, models, where)
+        if len(names) == 1:
             per_model.setdefault(names[0], {})[epoch] = _numbers(row, MODEL_MEASURES, where)
-        elif names[0] == names[1]:
-            raise FastclError(f"{where}: the pair {names!r} is one model twice")
         else:
-            pairs.setdefault(_key(models, *names), {})[epoch] = _numbers(row, PAIR_MEASURES, where)
+            measures = _numbers(row, PAIR_MEASURES | CERTIFICATE_MEASURES, where)
+            pairs.setdefault(_key(models, *names), {})[epoch] = measures
     if not pairs and not per_model:
         raise FastclError(f"{path}: no evaluation has been written yet")
     return pairs, per_model
+
+
+def _read_steps(models: tuple[str, ...], path: Path) -> dict[tuple[str, str], Series]:
+    steps: dict[tuple[str, str], Series] = {}
+    for where, row in _read_lines(path, optional=True):
+        step, names = _whole(row, "step", where), _names(row | {"pair": row.get("pair")}, models, where)
+        steps.setdefault(_key(models, *names), {})[step] = _numbers(row, [*STEP_MEASURES, "lr"], where)
+    return steps
+
+
+def _whole(row: dict[str, Any], name: str, where: str) -> int:
+    value = row.get(name)
+    if type(value) is not int or value < 0:
+        raise FastclError(f"{where}: '{name}' must be a whole number, got {value!r}")
+    return value
+
+
+def _names(row: dict[str, Any], models: tuple[str, ...], where: str) -> list[str]:
+    """The two models of a record with a ``pair``, the one of any other."""
+    wanted = 2 if "pair" in row else 1
+    names = row["pair"] if wanted == 2 else [row.get("model")]
+    if not isinstance(names, list) or len(names) != wanted or not all(name in models for name in names):
+        raise FastclError(f"{where}: {names!r} does not name {wanted} of the models {list(models)}")
+    if wanted == 2 and names[0] == names[1]:
+        raise FastclError(f"{where}: the pair {names!r} is one model twice")
+    return names
 
 
 def _key(models: tuple[str, ...], a: str, b: str) -> tuple[str, str]:
@@ -187,7 +218,9 @@ def _numbers(row: dict[str, Any], names: Iterable[str], where: str) -> dict[str,
     return {name: row.get(name) for name in names}
 
 
-def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_lines(path: Path, optional: bool = False) -> list[tuple[str, dict[str, Any]]]:
+    if optional and not path.exists():
+        return []
     *lines, tail = _read(path).split(b"\n")
     rows = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     records = [(where, _parse(line, where)) for where, line in rows]

@@ -1,6 +1,13 @@
-"""Representational similarity: CKA, debiased CKA, RSA and drifts of Gram matrices from one streaming pass."""
+"""Representational similarity: CKA, debiased CKA, RSA and drifts of Gram matrices, never stored, at any size."""
 
-from fastcl.similarity.accumulator import PairAccumulator, PairResult, linear_cka, pair_stats, rsa
+from fastcl.similarity.accumulator import PairAccumulator
+from fastcl.similarity.functions import linear_cka, pair_stats, rsa
+from fastcl.similarity.layers import LayerCKA, layer_cka
+from fastcl.similarity.ranks import SpearmanResult, spearman_rsa
+from fastcl.similarity.results import AllPairs, PairResult
 from fastcl.similarity.stats import GramSums, PairStats
 
-__all__ = ["GramSums", "PairAccumulator", "PairResult", "PairStats", "linear_cka", "pair_stats", "rsa"]
+__all__ = [
+    "AllPairs", "GramSums", "LayerCKA", "PairAccumulator", "PairResult", "PairStats", "SpearmanResult", "layer_cka",
+    "linear_cka", "pair_stats", "rsa", "spearman_rsa",
+]  # fmt: skip

@@ -1,187 +1,56 @@
-"""Pair statistics of several models from one streaming pass over their features: no n x n matrix, any n.
+"""Pair statistics of several models from one streaming pass over their features: no n x n matrix, any n."""
 
-Per model and kernel, a sample is the extended row x+ = [v, |v|^2, 1] where v = row - pilot. For models x and y the one
-matrix M = sum x+ y+' (over the samples) holds the cross-moment of the features, both means, sum |v|^2, sum |w|^2,
-sum |v|^2 |w|^2, sum |w|^2 v, sum |v|^2 w and n: every sum that the Gram matrices' statistics need. O(n d^2) time,
-(d_x + 2)(d_y + 2) float64 memory a pair and kernel.
-
-Why a pilot: with means far from zero (mean 1e3, spread 1) the entries of K are equal in their first 6 digits and
-their squares in 12. The pilot is the first row of the stream, so constant features vanish exactly, and the result
-does not depend on how the stream is cut into batches but through rounding: relative error of the centred cross-moment
-at most about 1e-16 n, reached only when that row is an outlier that alone makes up the variance.
-"""
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations, combinations_with_replacement
-from typing import Literal, NamedTuple
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError
-from fastcl.similarity.stats import GramSums, PairStats
+from fastcl.similarity.inputs import checked
+from fastcl.similarity.moments import Moments, chunk_rows
+from fastcl.similarity.reduce import Ranks, check_same
+from fastcl.similarity.results import AllPairs, PairResult
+from fastcl.similarity.routes import statistics
+from fastcl.similarity.rows import INNER
+from fastcl.similarity.stats import PairStats
 
-Kernel = Literal["linear", "cosine"]
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    """Rows of length 1; a zero row has no direction and stays zero. Safe at any finite scale."""
-    largest = x.abs().amax(dim=1, keepdim=True)
-    x = x / torch.where(largest > 0, largest, 1.0)
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1.0)
-
-
-_ROWS = {"linear": lambda x: x, "cosine": _unit_rows}
-
-
-class _Model(NamedTuple):
-    """Functionals of the extended row x+ of one model about its exact mean mu."""
-
-    offset: Tensor  # (d,) mu - pilot
-    mean: Tensor  # (d,) mu
-    margin: Tensor  # (d + 2,): margin . x+ = mu . (row - mu) = mean of K's row i, less the mean of K
-    diagonal: Tensor  # (d + 2,): diagonal . x+ = K_ii, less the mean of K
-    shift: Tensor  # () |mu|^2, the mean of K
-    trace: Tensor  # () sum of diagonal . x+
-
-
-def _model(pilot: Tensor, moments: Tensor) -> _Model:
-    sums = moments[:, -1]
-    offset = sums[:-2] / sums[-1]
-    mean = pilot + offset
-    one = torch.ones_like(offset[:1])
-    margin = torch.cat([mean, 0 * one, -(mean @ offset) * one])
-    diagonal = torch.cat([2 * pilot, one, -((pilot + mean) @ offset) * one])
-    return _Model(offset, mean, margin, diagonal, mean @ mean, diagonal @ sums)
-
-
-class _Sums(NamedTuple):
-    """Sums over K - mean(K) and L - mean(L) for one ordered pair of models: full and without the diagonals."""
-
-    full: float
-    full_rows: float
-    hollow: float
-    hollow_rows: float
-
-
-def _sums(moments: Tensor, x: _Model, y: _Model) -> Tensor:
-    """Sums of M = sum x+ y+' as a (4,) tensor, in the order of `_Sums`.
-
-    With a_i, b_i the margins, K_ij - mean(K) = (HKH)_ij + a_i + a_j, where HKH is the Gram matrix of the centred rows,
-    has zero row sums, and sum a_i = 0. So <K, L> = ||C||^2 + 2n<a, b> and the row sums are n a_i.
-    """
-    n = moments[-1, -1]
-    centred = torch.addr(moments[:-2, :-2], -n * x.offset, y.offset)
-    margins = x.mean @ (centred @ y.mean)
-    full = centred.square_().sum() + 2 * n * margins
-    full_rows = n * n * margins
-    along_diagonal = moments @ y.diagonal
-    diagonals = x.diagonal @ along_diagonal
-    mixed = x.margin @ along_diagonal + x.diagonal @ (moments @ y.margin)
-    return torch.stack([full, full_rows, full - diagonals, full_rows - n * mixed + diagonals])
-
-
-class _GramStream:
-    """Streaming sums of all pairs of models under one kernel."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.pilots: list[Tensor] = []
-        self.moments: dict[tuple[int, int], Tensor] = {}  # i <= j: K and L are symmetric
-
-    def add(self, batch: list[Tensor]) -> None:
-        """Add one (b, d_i) float64 batch per model, b >= 1."""
-        rows = [_ROWS[self.kernel](x) for x in batch]
-        if not self.pilots:
-            self.pilots = [x[0].clone() for x in rows]
-            for i, j in combinations_with_replacement(range(len(rows)), 2):
-                self.moments[i, j] = rows[0].new_zeros(rows[i].shape[1] + 2, rows[j].shape[1] + 2)
-        extended = []
-        for x, pilot in zip(rows, self.pilots, strict=True):
-            v = x - pilot
-            extended.append(torch.cat([v, v.square().sum(dim=1, keepdim=True), v.new_ones(len(v), 1)], dim=1))
-        # One product a pair, all from fresh contiguous buffers of equal shape: half the work of the stacked product,
-        # and models with equal features take the same arithmetic in all three of their sums.
-        for (i, j), moments in self.moments.items():
-            moments.addmm_(extended[i].mT, extended[j])
-
-    def pairs(self) -> dict[tuple[int, int], PairStats]:
-        """The statistics of each pair i < j."""
-        models = [_model(pilot, self.moments[i, i]) for i, pilot in enumerate(self.pilots)]
-        keys = list(self.moments)
-        sums = torch.stack([_sums(self.moments[i, j], models[i], models[j]) for i, j in keys]).tolist()
-        scalars = torch.stack([torch.stack([m.shift, m.trace]) for m in models]).tolist()
-        at = {key: _Sums(*values) for key, values in zip(keys, sums, strict=True)}
-        n = round(self.moments[0, 0][-1, -1].item())
-        pairs = {}
-        for i, j in combinations(range(len(models)), 2):
-            kl, kk, ll = at[i, j], at[i, i], at[j, j]
-            (shift_k, trace_k), (shift_l, trace_l) = scalars[i], scalars[j]
-            full = GramSums(kl.full, kk.full, ll.full, kl.full_rows, kk.full_rows, ll.full_rows, 0.0, 0.0)
-            hollow = GramSums(
-                kl.hollow, kk.hollow, ll.hollow, kl.hollow_rows, kk.hollow_rows, ll.hollow_rows, -trace_k, -trace_l
-            )
-            pairs[i, j] = PairStats(n, self.kernel, full, hollow, shift_k, shift_l)
-        return pairs
-
-
-def _checked(features: Mapping[str, Tensor], seen: int, device: torch.device | None) -> list[Tensor]:
-    """The features in float64 on one device, after checking types, shapes and values; `seen` rows came before."""
-    for name, x in features.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise FastclError(f"features of {name!r} must be a floating-point tensor, got {kind}")
-        if x.ndim != 2 or x.shape[1] == 0:
-            raise FastclError(f"features of {name!r} must have shape (b, d) with d >= 1, got {tuple(x.shape)}")
-    rows = {name: len(x) for name, x in features.items()}
-    if len(set(rows.values())) > 1:
-        raise FastclError(f"all models need features of the same samples, got numbers of rows {rows}")
-    device = device or next(iter(features.values())).device
-    # A copy even of float64 features: equal values take equal arithmetic from buffers of equal layout and alignment.
-    batch = [
-        x.to(device=device, dtype=torch.float64, copy=True, memory_format=torch.contiguous_format)
-        for x in features.values()
-    ]
-    for name, x in zip(features, batch, strict=True):
-        finite = x.isfinite().all(dim=1)
-        if not finite.all():
-            row = int(finite.logical_not().nonzero()[0])
-            place = f"first in row {row} of {len(x)} of this batch, sample {seen + row}"
-            raise FastclError(f"features of {name!r} are not finite: {place}")
-    return batch
-
-
-@dataclass(frozen=True)
-class PairResult:
-    """The statistics of one pair of models under both kernels."""
-
-    linear: PairStats
-    cosine: PairStats
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class PairAccumulator:
     """CKA, debiased CKA, RSA and drifts of all pairs of models from one streaming pass over their features.
 
-    All sums are kept in float64 on the device of the first batch: 8 (d_x + 2)(d_y + 2) bytes for each of the M(M+1)/2
-    pairs (a model with itself included) and each of two kernels. The result does not depend on how the samples are
-    split into batches, up to rounding (see `PairStats`).
+    Sums are kept in float64 on the device of the first batch: 8 (d_x + 3)(d_y + 3) bytes for each of the M(M+1)/2
+    pairs (a model with itself included) and each kernel, and the rows of an incomplete chunk. The same samples in the
+    same order give the same bits however they are split into batches.
 
     Args:
         names: distinct names of at least two models; the order in which pairs are keyed.
+        kernels: of "linear", "cosine" and "correlation", see `fastcl.pair_stats`; each costs a pass of its own.
+        minibatch: accumulate minibatch CKA of the linear kernel too; a batch is what one `update` brings, and has at
+            least 4 samples.
 
     Raises:
-        FastclError: for fewer than two names, or a name that is repeated.
+        FastclError: for fewer than two names, a name that is repeated, or an unknown or repeated kernel.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: Sequence[str], kernels: Sequence[str] = INNER, minibatch: bool = False) -> None:
+        self.names, self.kernels = tuple(names), tuple(kernels)
         if len(self.names) < 2 or len(set(self.names)) < len(self.names):
             raise FastclError(f"names must be at least two distinct names of models, got {self.names}")
-        self.n = 0
+        if not self.kernels or set(self.kernels) - set(INNER) or len(set(self.kernels)) < len(self.kernels):
+            raise FastclError(f"kernels must be distinct, of {INNER}; got {self.kernels}")
         self._widths: dict[str, int] = {}
         self._device: torch.device | None = None
-        self._streams = (_GramStream("linear"), _GramStream("cosine"))
+        self._streams = [Moments(kernel) for kernel in self.kernels]
+        self._pending: list[list[Tensor]] = []  # per piece, per model: rows of an incomplete chunk
+        self._minibatch = minibatch
+        self._reset_counts()
 
     @torch.inference_mode()
     def update(self, features: Mapping[str, Tensor]) -> None:
@@ -189,100 +58,177 @@ class PairAccumulator:
 
         Args:
             features: per name, (b, d_name) features of the same b samples in the same order; any floating dtype and
-                device. Batches may differ in b. In the cosine kernel a zero row counts as the zero vector: its
+                device. Batches may differ in b. Where rows are normalised a zero row counts as the zero vector: its
                 cosine with every sample is 0.
 
         Raises:
             FastclError: on missing or unknown names, unequal numbers of rows, a width that differs from the batch
-                before, a shape that is not (b, d), a dtype that is not floating, or features that are not finite.
+                before, a shape that is not (b, d), a dtype that is not floating, features that are not finite, and
+                with minibatch a batch of fewer than 4 samples.
         """
         missing = [name for name in self.names if name not in features]
         unknown = [name for name in features if name not in self.names]
         if missing or unknown:
             raise FastclError(f"features must be given for {self.names}: missing {missing}, unknown {unknown}")
-        batch = _checked({name: features[name] for name in self.names}, self.n, self._device)
+        batch = checked({name: features[name] for name in self.names}, self.n, self._device)
         widths = {name: x.shape[1] for name, x in zip(self.names, batch, strict=True)}
         if self._widths and widths != self._widths:
             raise FastclError(f"widths of the features changed from {self._widths} to {widths} at sample {self.n}")
-        if len(batch[0]) == 0:
+        rows = len(batch[0])
+        if rows == 0:
             return
+        if self._minibatch:
+            self._hsic1 = self._with_minibatch(batch)
+            self._batches += 1
         self._widths, self._device = widths, batch[0].device
+        self._take(batch)
+        self.n += rows
+
+    def _take(self, batch: list[Tensor]) -> None:
+        """Add all whole chunks; keep the rest."""
+        chunk = chunk_rows(batch[0])
+        held = sum(len(piece[0]) for piece in self._pending)
+        start, rows = 0, len(batch[0])
+        while held + rows - start >= chunk:
+            stop = start + chunk - held
+            self._pending.append([x[start:stop] for x in batch])
+            self._flush()
+            held, start = 0, stop
+        if start < rows:
+            self._pending.append([x[start:].clone() for x in batch])  # the caller may overwrite his batch
+
+    def _joined(self) -> list[Tensor]:
+        """Per model the rows of the incomplete chunk."""
+        return [torch.cat(pieces) for pieces in zip(*self._pending, strict=True)]
+
+    def _flush(self) -> None:
+        batch = self._joined()
         for stream in self._streams:
             stream.add(batch)
-        self.n += len(batch[0])
+        self._pending = []
+
+    def _whole(self) -> list[Moments]:
+        """Streams of all rows so far. An incomplete chunk is added to a copy, since later batches continue it."""
+        return [stream.with_rows(self._joined()) for stream in self._streams] if self._pending else self._streams
+
+    def _with_minibatch(self, batch: list[Tensor]) -> dict[tuple[str, str], tuple[float, float, float]]:
+        rows = len(batch[0])
+        if rows < 4:
+            raise FastclError(f"minibatch CKA needs batches of at least 4 samples, got {rows} at sample {self.n}")
+        sums = dict(self._hsic1)
+        for (a, x), (b, y) in combinations(zip(self.names, batch, strict=True), 2):
+            found = statistics(x, y, "linear").hsic1()
+            sums[a, b] = tuple(old + new for old, new in zip(sums[a, b], found, strict=True))
+        return sums
 
     @torch.inference_mode()
-    def compute(self) -> dict[tuple[str, str], PairResult]:
+    def compute(self) -> AllPairs:
         """The statistics of all samples so far; more batches may follow.
-
-        Returns:
-            A `PairResult` for each pair of names (a, b), a before b in `names`; a's Gram matrix is K, b's is L.
 
         Raises:
             FastclError: if no sample was added, or sums overflow float64.
         """
         if self.n == 0:
             raise FastclError(f"no features of {self.names} were added: n=0")
-        linear, cosine = (stream.pairs() for stream in self._streams)
-        return {(self.names[i], self.names[j]): PairResult(linear[i, j], cosine[i, j]) for i, j in linear}
+        fields: dict[tuple[str, str], dict[str, Any]] = {pair: {} for pair in combinations(self.names, 2)}
+        for stream in self._whole():
+            for (i, j), values in stream.pair_sums():
+                stats = PairStats.unpacked(self.n, stream.kernel, values, stream.rounding)
+                fields[self.names[i], self.names[j]][stream.kernel] = stats
+        for pair, sums in self._hsic1.items():
+            fields[pair]["hsic1"] = tuple(value / self._batches for value in sums)
+        return AllPairs(self.names, self.n, {pair: PairResult(**values) for pair, values in fields.items()})
 
+    @torch.inference_mode()
+    def merge(self, other: PairAccumulator) -> None:
+        """Add what another accumulator holds of the same models, up to rounding as if this one had seen all samples.
 
-@torch.inference_mode()
-def pair_stats(x: Tensor, y: Tensor, kernel: Kernel = "linear") -> PairStats:
-    """Statistics of the Gram matrices of two representations of the same samples.
+        Args:
+            other: of the same names, kernels and minibatch, on any device; left as it is.
 
-    Args:
-        x: (n, d_x) features, any floating dtype; sums are formed in float64 on x's device.
-        y: (n, d_y) features of the same samples in the same order.
-        kernel: "linear" (K = xx') or "cosine" (rows normalised first; a zero row stays zero).
+        Raises:
+            FastclError: the two differ in names, kernels, minibatch or widths.
+        """
+        check_same(self._description(), other._description())
+        if other.n == 0:
+            return
+        self._widths, self._device = other._widths, self._device or other._device
+        if self._pending:
+            self._flush()
+        for own, stream in zip(self._streams, other._whole(), strict=True):
+            own.merge(stream.to(self._device))
+        self._add_counts(other._counts())
 
-    Returns:
-        The `PairStats` whose properties are the measures.
+    @torch.inference_mode()
+    def all_reduce(self, group: ProcessGroup | None = None) -> None:
+        """Merge the accumulators of all ranks: afterwards each rank holds the statistics of all samples.
 
-    Raises:
-        FastclError: on an unknown kernel, shapes that do not match, n = 0, a dtype that is not floating, or values
-            that are not finite.
-    """
-    if kernel not in _ROWS:
-        raise FastclError(f"kernel must be one of {tuple(_ROWS)}, got {kernel!r}")
-    batch = _checked({"x": x, "y": y}, 0, None)
-    if len(x) == 0:
-        raise FastclError(f"x and y hold no samples: shapes {tuple(x.shape)} and {tuple(y.shape)}")
-    stream = _GramStream(kernel)
-    stream.add(batch)
-    return stream.pairs()[0, 1]
+        The sums of all pairs and kernels travel in one all-reduce; before it a few bytes agree on widths and pilots.
+        A rank may have seen no sample. To be called once, at the end: a second call would add everything again.
 
+        Args:
+            group: of torch.distributed; None is the default group.
 
-def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
-    """Linear centred kernel alignment of raw features (Kornblith et al. 2019).
+        Raises:
+            FastclError: on every rank, if ranks differ in names, kernels, minibatch or widths.
+        """
+        ranks = Ranks(group, self._description(), self.n, self._device)
+        if ranks.source is None:
+            return
+        whole = self._whole()
+        streams = []
+        for k, kernel in enumerate(self.kernels):
+            streams.append(Moments(kernel))
+            streams[k].start(ranks.pilots(whole[k].pilots))
+            if self.n:
+                streams[k].merge(whole[k])
+        counts = self._counts()
+        self._streams, self._pending = streams, []
+        self._widths, self._device = ranks.widths, ranks.device
+        self._reset_counts()
+        self._add_counts(ranks.add_up(streams, counts))
 
-    Args:
-        x: (n, d_x) features, any floating dtype.
-        y: (n, d_y) features of the same samples in the same order.
-        debiased: use the unbiased HSIC_1 (Song et al. 2012, Nguyen et al. 2021; n >= 4) instead of HSIC_0, whose value
-            for independent features grows with d/n.
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, for `torch.save` (and `torch.load` with weights_only=True)."""
+        pending = self._joined() if self._pending else []
+        streams = [stream.state() for stream in self._streams]
+        return {**self._description(), "counts": self._counts(), "pending": pending, "streams": streams}
 
-    Returns:
-        CKA in [0, 1], or in [-1, 1] where debiased.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`, on a CPU with the bits of a run without the interruption.
 
-    Raises:
-        FastclError: as `pair_stats`; where CKA is undefined (constant features); for n < 4 where debiased.
-    """
-    stats = pair_stats(x, y, "linear")
-    return stats.cka_debiased if debiased else stats.cka
+        Raises:
+            FastclError: the state is of other names, kernels or minibatch, or this accumulator has seen samples.
+        """
+        if self.n:
+            raise FastclError(f"a state is loaded into a new PairAccumulator, this one has seen {self.n} samples")
+        check_same(self._description(), state)
+        self._widths = dict(state["widths"])
+        self._streams = [Moments.of_state(k, s) for k, s in zip(self.kernels, state["streams"], strict=True)]
+        self._pending = [list(state["pending"])] if state["pending"] else []
+        held = [t for s in self._streams for t in s.pilots] + list(state["pending"])
+        self._device = held[0].device if held else None
+        self._add_counts(state["counts"])
 
+    def _description(self) -> dict[str, Any]:
+        """What two accumulators must share; no widths before the first sample."""
+        return {
+            "names": list(self.names), "kernels": list(self.kernels), "minibatch": self._minibatch,
+            "widths": dict(self._widths),
+        }  # fmt: skip
 
-def rsa(x: Tensor, y: Tensor) -> float:
-    """Representational similarity analysis: Pearson correlation of the cosine dissimilarities over all pairs i < j.
+    def _counts(self) -> list[float]:
+        """Samples, batches, and the sums of HSIC_1 of each pair."""
+        return [float(self.n), float(self._batches)] + [v for sums in self._hsic1.values() for v in sums]
 
-    Args:
-        x: (n, d_x) features, any floating dtype, n >= 3.
-        y: (n, d_y) features of the same samples in the same order.
+    def _reset_counts(self) -> None:
+        self.n = self._batches = 0
+        pairs = combinations(self.names, 2) if self._minibatch else ()
+        self._hsic1: dict[tuple[str, str], tuple[float, float, float]] = dict.fromkeys(pairs, (0.0, 0.0, 0.0))
 
-    Returns:
-        RSA in [-1, 1] (Kriegeskorte et al. 2008, as in arXiv 2510.08852).
-
-    Raises:
-        FastclError: as `pair_stats`; where RSA is undefined (n < 3, or all dissimilarities of a model equal).
-    """
-    return pair_stats(x, y, "cosine").rsa
+    def _add_counts(self, counts: Sequence[float]) -> None:
+        self.n += round(counts[0])
+        self._batches += round(counts[1])
+        for k, (pair, sums) in enumerate(self._hsic1.items()):
+            at = 2 + 3 * k
+            self._hsic1[pair] = tuple(old + new for old, new in zip(sums, counts[at : at + 3], strict=True))

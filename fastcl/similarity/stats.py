@@ -17,8 +17,11 @@ Sources: Kornblith et al. 2019 (CKA), Song et al. 2012 (HSIC_1), Nguyen et al. 2
 et al. 2008 (RSA), arXiv 2510.08852 (the drift of Theorem 1, the certificates of Corollaries 1 and 2).
 """
 
+from __future__ import annotations
+
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -47,6 +50,19 @@ class GramSums:
     total_l: float
 
 
+def _correlation(kl: float, kk: float, ll: float) -> float:
+    # Two ratios, not sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 where kl == kk == ll.
+    return math.copysign(math.sqrt((kl / kk) * (kl / ll)), kl)
+
+
+def correlation(kl: float, kk: float, ll: float, measure: str) -> float:
+    """kl / sqrt(kk ll). Raises FastclError where kk or ll is not positive."""
+    for value in (kk, ll):
+        if not value > 0:
+            raise FastclError(f"{measure} is undefined: a self-term is not positive, {value:.3g}")
+    return _correlation(kl, kk, ll)
+
+
 class _Form(NamedTuple):
     """One bilinear form at (K, L), (K, K), (L, L), and the values of the last two that rounding alone explains."""
 
@@ -69,8 +85,7 @@ class _Form(NamedTuple):
     def correlation(self, measure: str, reason: str) -> float:
         """B(K, L) / sqrt(B(K, K) B(L, L))."""
         kk, ll = (self.self_term(which, measure, reason) for which in ("first", "second"))
-        # Two ratios, not sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 where kl == kk == ll.
-        return math.copysign(math.sqrt((self.kl / kk) * (self.kl / ll)), self.kl)
+        return _correlation(self.kl, kk, ll)
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,7 @@ class PairStats:
         hollow: sums over i != j.
         shift_k: constant that was subtracted from each entry of K.
         shift_l: the same of L.
+        rounding: relative rounding error of the products that the sums are made of, where they are not float64's.
 
     Raises:
         FastclError: on n < 1 or sums that are not finite (features too large for float64).
@@ -102,6 +118,12 @@ class PairStats:
     hollow: GramSums
     shift_k: float = 0.0
     shift_l: float = 0.0
+    rounding: float = 0.0
+
+    @classmethod
+    def unpacked(cls, n: int, kernel: str, values: Sequence[float], rounding: float = 0.0) -> PairStats:
+        """From 18 numbers: the sums of `full`, those of `hollow`, both in the order of GramSums, and the two shifts."""
+        return cls(n, kernel, GramSums(*values[:8]), GramSums(*values[8:16]), *values[16:18], rounding)
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -131,11 +153,13 @@ class PairStats:
         Raises:
             FastclError: for n < 4, or where a self-term HSIC_1(K, K) is not positive.
         """
-        n = self.n
-        if n < 4:
-            raise FastclError(f"debiased CKA needs n >= 4 samples (HSIC_1 divides by n(n - 3)), got n={n}")
-        form = self._form(self.hollow, -2 / (n - 2), 1 / ((n - 1) * (n - 2)))
-        return form.correlation(self._measure("debiased CKA"), _ADDITIVE)
+        return self._hsic1().correlation(self._measure("debiased CKA"), _ADDITIVE)
+
+    def hsic1(self) -> tuple[float, float, float]:
+        """Unbiased HSIC_1 of (K, L), (K, K) and (L, L) (Song et al. 2012). Raises FastclError for n < 4."""
+        form = self._hsic1()
+        count = self.n * (self.n - 3)
+        return form.kl / count, form.kk / count, form.ll / count
 
     @property
     def rsa(self) -> float:
@@ -151,12 +175,15 @@ class PairStats:
 
     @property
     def drift(self) -> float:
-        """||K - L||_F, the left side of Theorem 1 (arXiv 2510.08852); resolved to 1e-7 ||K - mean(K)||_F."""
+        """||K - L||_F, the left side of Theorem 1 (arXiv 2510.08852).
+
+        It is resolved to 1e-7 ||K - mean(K)||_F, or to sqrt(rounding) of it where that is more.
+        """
         return math.sqrt(self._squared_distance(self.full, self.n * self.n))
 
     @property
     def drift_centered(self) -> float:
-        """||HKH - HLH||_F; resolved to 1e-7 ||K - mean(K)||_F."""
+        """||HKH - HLH||_F; resolved as `drift`."""
         form = self._hsic0()
         return math.sqrt(max(0.0, (form.kk - form.kl) + (form.ll - form.kl)))
 
@@ -182,8 +209,51 @@ class PairStats:
         self_term = self._covariance().self_term("first", self._measure("r"), _EQUAL)
         return math.sqrt(self._squared_distance(self.hollow, self.n * (self.n - 1)) / self_term)
 
+    @property
+    def cka_bound(self) -> float:
+        """(1 - rho) / (1 + rho), which CKA is never below (Corollary 1, arXiv 2510.08852); 0 where rho >= 1.
+
+        Raises:
+            FastclError: as `rho`.
+        """
+        return max(0.0, (1 - self.rho) / (1 + self.rho))
+
+    @property
+    def cka_bound_tight(self) -> float:
+        """sqrt(1 - rho^2), which CKA is never below: the cosine of the largest angle that rho allows; 0 from rho = 1.
+
+        Raises:
+            FastclError: as `rho`.
+        """
+        return math.sqrt(max(0.0, 1 - self.rho**2))
+
+    @property
+    def rsa_bound(self) -> float:
+        """(1 - r) / (1 + r), which RSA is never below (Corollary 2, arXiv 2510.08852); -1 where r >= 1, which says
+        nothing about a correlation.
+
+        Raises:
+            FastclError: as `r`.
+        """
+        return (1 - self.r) / (1 + self.r) if self.r < 1 else -1.0
+
+    @property
+    def rsa_bound_tight(self) -> float:
+        """sqrt(1 - r^2), which RSA is never below; -1 where r >= 1.
+
+        Raises:
+            FastclError: as `r`.
+        """
+        return math.sqrt(1 - self.r**2) if self.r < 1 else -1.0
+
     def _hsic0(self) -> _Form:
         return self._form(self.full, -2 / self.n, 1 / self.n**2)
+
+    def _hsic1(self) -> _Form:
+        n = self.n
+        if n < 4:
+            raise FastclError(f"debiased CKA needs n >= 4 samples (HSIC_1 divides by n(n - 3)), got n={n}")
+        return self._form(self.hollow, -2 / (n - 2), 1 / ((n - 1) * (n - 2)))
 
     def _covariance(self) -> _Form:
         if self.n < 3:
@@ -197,19 +267,30 @@ class PairStats:
         def value(inner: float, rows: float, left: float, right: float) -> float:
             return inner + alpha * rows + (beta * left) * right
 
-        def floor(full: float, rows: float, total: float, shift: float) -> float:
+        def floor(which: str, rows: float, total: float, shift: float) -> float:
             # The hollow sums are full sums minus a diagonal and inherit their rounding errors.
+            full, hollow, full_rows, full_total = self._self_sums(which)
             sums = full + abs(alpha) * rows + abs(beta * total) * abs(total)
             entries = self.n * _ROUNDING * shift
-            return _ROUNDING * sums + entries * entries
+            # Products less accurate than the sums: about the mean, what a row adds to all its entries drops out.
+            centred = full - 2 / self.n * full_rows + (full_total / self.n) ** 2
+            products = self.rounding * (centred + full - hollow) if s is self.hollow else 0.0
+            return _ROUNDING * sums + entries * entries + products
 
         return _Form(
             kl=value(s.kl, s.row_kl, s.total_k, s.total_l),
             kk=value(s.kk, s.row_kk, s.total_k, s.total_k),
             ll=value(s.ll, s.row_ll, s.total_l, s.total_l),
-            floor_k=floor(self.full.kk, s.row_kk, s.total_k, self.shift_k),
-            floor_l=floor(self.full.ll, s.row_ll, s.total_l, self.shift_l),
+            floor_k=floor("k", s.row_kk, s.total_k, self.shift_k),
+            floor_l=floor("l", s.row_ll, s.total_l, self.shift_l),
         )
+
+    def _self_sums(self, which: str) -> tuple[float, float, float, float]:
+        """<K, K> with and without the diagonal, <k, k> and 1'K1 ("k"), or those of L."""
+        full, hollow = self.full, self.hollow
+        if which == "k":
+            return full.kk, hollow.kk, full.row_kk, full.total_k
+        return full.ll, hollow.ll, full.row_ll, full.total_l
 
     def _squared_distance(self, s: GramSums, entries: int) -> float:
         """||K - L||_F^2 over a set of `entries` pairs, with the two shifts undone."""

@@ -64,6 +64,7 @@ class TrainConfig:
     epochs: int = 100
     eval_every: int = 1  # epochs; epoch 0 and the last are always measured
     checkpoint_every: int = 1  # epochs
+    layers: tuple[str, ...] = ()  # names or patterns for the layers' CKA at the end (encoder.layer*); empty: the stages
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
 
@@ -122,6 +123,19 @@ def parse_config(tables: dict[str, Any]) -> Config:
     config = Config(**parts)
     _check_ranges(config)
     return config
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up to the peak over warmup_epochs, then half a cosine that reaches 0 as the run ends.
+
+    Args:
+        step: from 0, over the whole run.
+    """
+    warmup = config.optim.warmup_epochs * steps_per_epoch
+    if step + 1 < warmup:
+        return config.optim.lr * (step + 1) / warmup
+    total = config.train.epochs * steps_per_epoch
+    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1.0, total - warmup)))
 
 
 def _override(tables: dict[str, Any], item: str) -> None:

@@ -18,6 +18,18 @@ from fastcl.train.twins import STEP_VALUES, Twin
 
 log = logging.getLogger("fastcl")
 EVAL_BATCH = 512
+# "cka" is CKA as the code of arXiv 2510.08852 computes it; its text means that of the cosine similarities.
+_ALIGNMENT = {
+    "cka": "linear.cka",
+    "cka_debiased": "linear.cka_debiased",
+    "cka_cosine": "cosine.cka",
+    "rsa": "cosine.rsa",
+    "drift": "cosine.drift",
+    "rho": "cosine.rho",
+    "cka_bound": "cosine.cka_bound",
+    "r": "cosine.r",
+    "rsa_bound": "cosine.rsa_bound",
+}
 
 
 def evaluate(
@@ -38,13 +50,11 @@ def evaluate(
     train_labels, test_labels = (torch.from_numpy(s.labels).to(device) for s in (data.train, data.test))
     records: list[dict[str, Any]] = []
     networks = {t.name: t.network for t in twins}
-    for (a, b), result in accumulator.compute().items() if accumulator is not None else ():
+    for (a, b), result in accumulator.compute().pairs.items() if accumulator is not None else ():
         records.append({
             "epoch": epoch,
             "pair": [a, b],
-            "cka": _value(attrgetter("linear.cka"), result, of=f"{a}, {b}"),
-            "cka_debiased": _value(attrgetter("linear.cka_debiased"), result, of=f"{a}, {b}"),
-            "rsa": _value(attrgetter("cosine.rsa"), result, of=f"{a}, {b}"),
+            **{name: _value(attrgetter(where), result, of=f"{a}, {b}") for name, where in _ALIGNMENT.items()},
             "weight_gap": weight_gap(networks[a].encoder, networks[b].encoder),
         })
     for twin in twins:

@@ -25,9 +25,11 @@ from tqdm import tqdm
 import fastcl
 from fastcl.data import Dataset, ViewLoader, ViewPlan, load
 from fastcl.errors import FastclError
-from fastcl.train.config import Config
+from fastcl.train.config import Config, learning_rate
 from fastcl.train.evaluate import encode, evaluate
 from fastcl.train.files import JsonLines, load_checkpoint, locked, save_checkpoint, write_atomic, writing
+from fastcl.train.layers import check_layers, write_layers
+from fastcl.train.stepping import StepTable, partner_of, step_twins
 from fastcl.train.twins import STEP_VALUES, make_twins
 
 log = logging.getLogger("fastcl")
@@ -61,16 +63,18 @@ class Lockstep:
         self.other_plan = ViewPlan(config.views, t.seed ^ _RESEED)
         self.loader = ViewLoader(self.data.train, self.plan, t.batch_size, d.order)
         self.twins = make_twins(config, self.data.channels, len(self.data.classes), self.device)
+        check_layers(self.twins[0], t.layers)
         self.metrics, self.steps = JsonLines(self.out / "metrics.jsonl"), JsonLines(self.out / "steps.jsonl")
-        self.timing = JsonLines(self.out / "timing.jsonl")
+        self.pairs, self.timing = JsonLines(self.out / "pairs.jsonl"), JsonLines(self.out / "timing.jsonl")
         self.epoch = 0  # completed epochs
         self._claim_folder()
 
     def run(self) -> None:
         """Train to the end, from wherever the folder stands.
 
-        Writes run.json, metrics.jsonl, steps.jsonl, timing.jsonl, tensorboard/, checkpoints/, and at the end weights/
-        and features/ (held-out encoder outputs, in the order of the split).
+        Writes run.json, metrics.jsonl, steps.jsonl, pairs.jsonl (where there are two models), timing.jsonl,
+        tensorboard/, checkpoints/, and at the end weights/, features/ (held-out encoder outputs, in the order of the
+        split) and layers.json (CKA of the layers; where there are two models).
 
         Raises:
             FastclError: a loss that is not finite (names the model and the step), an image that cannot be read, a
@@ -104,8 +108,10 @@ class Lockstep:
     def _train_epoch(self, epoch: int, board: SummaryWriter, bar: tqdm) -> dict[str, list[float]]:
         """One epoch; returns each twin's means of STEP_VALUES."""
         total, started, rendering = len(self.loader), time.perf_counter(), 0.0
+        partner = partner_of(self.twins)
         sums = np.zeros((len(self.twins), len(STEP_VALUES)))
         records: list[dict[str, Any]] = []
+        pairs: list[dict[str, Any]] = []
         for k in range(total):
             step = epoch * total + k
             mark = time.perf_counter()
@@ -115,16 +121,23 @@ class Lockstep:
             if any(t.reseeded for t in self.twins):
                 reseeded = self._to_device(self.loader.views(positions, epoch, self.other_plan))
             rendering += time.perf_counter() - mark
-            values = self._step(step, views, reseeded, torch.from_numpy(self.data.train.labels[positions]))
-            sums += values
             lr = learning_rate(self.config, step, total)
-            for twin, row in zip(self.twins, values.tolist(), strict=True):
+            table = self._step(step, lr, views, reseeded, torch.from_numpy(self.data.train.labels[positions]))
+            sums += table.values
+            for twin, row in zip(self.twins, table.values.tolist(), strict=True):
                 named = dict(zip(STEP_VALUES, row, strict=True))
                 records.append({"step": step, "epoch": epoch, "model": twin.name, **named, "lr": lr})
                 board.add_scalar(f"loss/{twin.name}", named["loss"], step)
-            bar.set_postfix_str(f"epoch {epoch + 1}, {self.twins[0].name} loss {values[0, 0]:.4f}", refresh=False)
+            if partner is not None:
+                names, apart = [self.twins[0].name, partner.name], table.pair()
+                pairs.append({"step": step, "epoch": epoch, "pair": names, **apart, "lr": lr})
+                for name in (name for name, value in apart.items() if value is not None):
+                    board.add_scalar(f"batch_{name}/{'-'.join(names)}", apart[name], step)
+            bar.set_postfix_str(f"epoch {epoch + 1}, {self.twins[0].name} loss {table.values[0, 0]:.4f}", refresh=False)
             bar.update(self.loader.batch_size)
         self.steps.append(records)
+        if partner is not None:
+            self.pairs.append(pairs)
         seconds = time.perf_counter() - started
         rate = total * self.loader.batch_size / seconds
         self.timing.append([
@@ -133,19 +146,15 @@ class Lockstep:
         return {t.name: row.tolist() for t, row in zip(self.twins, sums / total, strict=True)}
 
     def _step(
-        self, step: int, views: tuple[Tensor, Tensor], reseeded: tuple[Tensor, Tensor] | None, labels: Tensor
-    ) -> np.ndarray:
-        """Step every twin on its views; (twins, values) float64, from one transfer."""
+        self, step: int, lr: float, views: tuple[Tensor, Tensor], reseeded: tuple[Tensor, Tensor] | None, labels: Tensor
+    ) -> StepTable:
+        """Step every twin on its views."""
         t = self.config.train
-        lr = learning_rate(self.config, step, len(self.loader))
         labels = labels.to(self.device)
-        values = []
-        for twin in self.twins:
-            # Dropout and the like: the same numbers for every twin, and nothing to restore on resume.
-            torch.manual_seed(t.seed << 32 | step)
-            values.append(twin.step(reseeded if twin.reseeded else views, labels, t.temperature, lr))
-        table = torch.stack(values).cpu().numpy()
-        for twin, row in zip(self.twins, table, strict=True):
+        table = step_twins(
+            self.twins, views, reseeded, labels, temperature=t.temperature, lr=lr, seed=t.seed << 32 | step
+        )
+        for twin, row in zip(self.twins, table.values, strict=True):
             for name, value in zip(STEP_VALUES, row, strict=True):
                 if not math.isfinite(value):
                     raise FastclError(
@@ -178,7 +187,7 @@ class Lockstep:
         save_checkpoint(self.out / "checkpoints", self.epoch, state)
 
     def _records(self) -> dict[str, JsonLines]:
-        return {"metrics": self.metrics, "steps": self.steps, "timing": self.timing}
+        return {"metrics": self.metrics, "steps": self.steps, "pairs": self.pairs, "timing": self.timing}
 
     def _restore(self) -> bool:
         """Continue from the last whole checkpoint; False where there is none."""
@@ -200,6 +209,8 @@ class Lockstep:
             write_atomic(self.out / "weights" / f"{twin.name}.safetensors", safetensors.torch.save(weights))
             h = {"features": features[twin.name].contiguous().cpu()}
             write_atomic(self.out / "features" / f"{twin.name}.safetensors", safetensors.torch.save(h))
+        layers = self.config.train.layers
+        write_layers(self.out / "layers.json", self.twins, self.data.test, self.plan, self.device, layers)
         log.info("done: %d epochs in %s", self.epoch, self.out)
 
     def _claim_folder(self) -> None:
@@ -241,24 +252,12 @@ class Lockstep:
             "data": {
                 "source": data.name, "train": len(data.train), "test": len(data.test), "classes": len(data.classes),
                 "channels": data.channels, "size": self.config.views.size,
+                "largest_class": int(np.bincount(data.train.labels).max()) / len(data.train),
             },
         }  # fmt: skip
 
     def _to_device(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(v.to(self.device, non_blocking=True) for v in views)
-
-
-def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up to the peak over warmup_epochs, then half a cosine that reaches 0 as the run ends.
-
-    Args:
-        step: from 0, over the whole run.
-    """
-    warmup = config.optim.warmup_epochs * steps_per_epoch
-    if step + 1 < warmup:
-        return config.optim.lr * (step + 1) / warmup
-    total = config.train.epochs * steps_per_epoch
-    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1.0, total - warmup)))
 
 
 def _device(name: str) -> torch.device:

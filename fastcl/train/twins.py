@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fastcl import OBJECTIVES, same_class_mass, two_view_stats
+from fastcl import OBJECTIVES, RowStats, same_class_mass
 from fastcl.errors import FastclError, suggest
 from fastcl.train.config import Config, OptimConfig
 from fastcl.train.models import Network, build_network, copy_network
@@ -20,7 +20,7 @@ STEP_VALUES = ("loss", "dcl_loss", "nscl_loss", "loss_gap", "same_class_mass")
 _OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
-@dataclass
+@dataclass(eq=False)
 class Twin:
     """One model of a run.
 
@@ -33,35 +33,32 @@ class Twin:
     optimizer: torch.optim.Optimizer
     reseeded: bool
 
-    def step(self, views: tuple[Tensor, Tensor], labels: Tensor, temperature: float, lr: float) -> Tensor:
-        """One update on one batch.
+    def embed(self, views: tuple[Tensor, Tensor]) -> Tensor:
+        """Embeddings (2B, projection) of two views (B, C, S, S), the first view's rows first, in training mode."""
+        self.network.train()
+        return self.network(torch.cat(views))
+
+    def rows(self, z: Tensor) -> Tensor:
+        """Embeddings as row statistics take them: with their graph where these are what the twin minimises."""
+        return z.detach() if self.objective == CROSS_ENTROPY else z
+
+    def losses(self, z: Tensor, stats: RowStats, labels: Tensor) -> tuple[Tensor, ...]:
+        """The values of STEP_VALUES, five scalars; the first is to be minimised.
+
+        The CL and NSCL losses, their gap and the same-class softmax mass are taken on this twin's embeddings whatever
+        its own objective is.
 
         Args:
-            views: (B, C, S, S) twice.
+            z: as `embed` gives them.
+            stats: row statistics of `rows(z)`.
             labels: (B,) int64.
-            temperature: of the contrastive objectives.
-            lr: learning rate of this step.
-
-        Returns:
-            (5,) float64, detached, before the update: the values of STEP_VALUES. The CL and NSCL losses, their gap
-            and the same-class softmax mass are taken on this twin's embeddings whatever its own objective is.
         """
-        self.network.train()
-        z = self.network(torch.cat(views))
-        supervised = self.objective == CROSS_ENTROPY
-        rows = z.detach() if supervised else z
-        stats = two_view_stats(*rows.chunk(2), labels, temperature)
         dcl, nscl = OBJECTIVES["dcl"](stats).mean(), OBJECTIVES["nscl"](stats).mean()
-        if supervised:
+        if self.objective == CROSS_ENTROPY:
             loss = cross_entropy(self.network.logits(z), labels.repeat(2))
         else:
             loss = OBJECTIVES[self.objective](stats).mean()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return torch.stack([loss, dcl, nscl, dcl - nscl, same_class_mass(stats).mean()]).detach().double()
+        return loss, dcl, nscl, dcl - nscl, same_class_mass(stats).mean()
 
 
 def make_twins(config: Config, channels: int, classes: int, device: torch.device) -> list[Twin]:

@@ -89,7 +89,8 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
     No "backward" row means that no tile of that width fits the registers: such rows take the route of wide ones.
 
     Args:
-        kernel: "forward", "online", "backward", "backward_online", "weights" or "product".
+        kernel: "forward", "online", "backward", "backward_online", "weights", "product", "twin" or "twin_masked" (the
+            plain and the masked tiles of `twin_kernel`, by the larger of both widths).
         sm: a member of ARCHITECTURES.
         mode: which tiles take split half precision: "none", "peers" (those of one class) or "all".
     """

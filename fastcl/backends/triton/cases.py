@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastcl.backends.triton import twin
 from fastcl.backends.triton.backward import Upstream, gradients
 from fastcl.backends.triton.forward import statistics
 from fastcl.backends.triton.operand import NARROW, Call, known_order, prepare
@@ -25,6 +26,7 @@ class _Case:
     precision: str = "fp16"
     dtype: torch.dtype = torch.float32
     pair: str = "views"  # of samples, or "towers", or a "queue" of candidates without gradient
+    second: int = 0  # width of the second model's rows; 0: there is one model
     learnable: bool = False  # temperature on the device: kernels for logits of any range
     normalize: bool = True
 
@@ -44,13 +46,18 @@ def _cases() -> Iterator[_Case]:
     yield _Case("ntxent fp16 d=4096", 4096)
     yield _Case("queue fp16 d=128", 128, pair="queue")
     yield _Case("supcon fp16 d=128, rows of any norm", 128, "peers", normalize=False)
+    for d in (128, 512):
+        yield _Case(f"twins fp16 d={d}", d, second=d)
+        yield _Case(f"twins fp16 d={d}, labelled", d, "peers", second=d)
+        yield _Case(f"twins fp32 d={d}", d, "all", "fp32", second=d)
+    yield _Case("twins fp32 d=32 and d=512, learnable temperature", 32, "all", "fp32", second=512, learnable=True)
 
 
 def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
     """Name and launches, forward and backward, of each case on an architecture, for example 90."""
     for case in _cases():
         with on_architecture(sm), recording() as launches:
-            _run(case)
+            (_run_twins if case.second else _run)(case)
         yield case.name, launches
 
 
@@ -71,3 +78,13 @@ def _run(case: _Case) -> None:
     if not columns:
         upstreams.append(Upstream(torch.empty(5, 0), None, None) if b is not None else None)
     gradients(a, b, call, flag, tuple(upstreams[:2]), (True, columns, case.learnable))
+
+
+def _run_twins(case: _Case) -> None:
+    temperature = torch.ones(()) if case.learnable else None
+    labels = torch.arange(_ROWS) if case.split != "none" else None
+    call = Call(temperature, 0.5, True, case.precision, (), case.split, labels is not None)
+    flags = tuple(torch.empty(1, dtype=torch.int32) if call.may_overflow else None for _ in range(2))
+    order = known_order(_ROWS, 1, labels, torch.device("cpu"))
+    rows = (torch.empty(_ROWS, width, dtype=case.dtype) for width in (case.d, case.second))
+    twin.statistics(*(prepare(x, None, order, call, flag) for x, flag in zip(rows, flags, strict=True)), call, flags)

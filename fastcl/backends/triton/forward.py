@@ -69,20 +69,22 @@ def statistics(
         y: the candidates; None: x's rows themselves.
         columns: y's statistics against x too, from the same tiles.
     """
-    found = [_results(operand, call) for operand in ((x, y) if columns else (x,))]
+    found = [results(operand, call) for operand in ((x, y) if columns else (x,))]
     s = x if y is None else y
-    _views(x, s, found[0][0], call, y is None)
+    views(x, s, found[0][0], call, y is None)
     if columns:
-        _views(y, x, found[1][0], call, False)
+        views(y, x, found[1][0], call, False)
     _tiles(x, s, call, flag, found, symmetric=y is None)
     if flag is not None:
         for k, (r, other) in enumerate(((x, s), (s, x))[: len(found)]):
-            _online(r, other, call, flag, found[k][0])
-            _finish(r, other, call, flag, found[k], y is None, sums=False)
+            online(r, other, call, flag, found[k][0])
+            finish(r, other, call, flag, found[k], y is None, sums=False)
     return found
 
 
-def _results(operand: Operand, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def results(operand: Operand, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for an operand's (stats, counts, losses)."""
+
     def empty(rows: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, operand.n, dtype=dtype, device=operand.z.device)
 
@@ -90,7 +92,8 @@ def _results(operand: Operand, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return empty(5, torch.float32), empty(counts, torch.int64), empty(len(call.codes), torch.float32)
 
 
-def _views(x: Operand, y: Operand, stats: Tensor, call: Call, symmetric: bool) -> None:
+def views(x: Operand, y: Operand, stats: Tensor, call: Call, symmetric: bool) -> None:
+    """Fill the rows of stats that are about view pairs; symmetric: y is x."""
     block_n, block_d, warps = row_block(x.width)
     arguments = x.source("x") | y.source("y")
     launch(
@@ -126,9 +129,9 @@ def _tiles(
             _launch_tiles(r, s, call, flag, masked, n_splits, symmetric, False, 1, whole)
         partial = shared | {"BLOCK_R": plain.block_r, "SLOTS": slots, "FIRST": first == 0, "LAST": last}
         if both or last:
-            _finish(r, s, call, flag, found[0], symmetric, partial | {"OWN": True, "STREAMED": symmetric})
+            finish(r, s, call, flag, found[0], symmetric, partial | {"OWN": True, "STREAMED": symmetric})
         if len(found) == 2:
-            _finish(s, r, call, flag, found[1], False, partial | {"OWN": False, "STREAMED": True})
+            finish(s, r, call, flag, found[1], False, partial | {"OWN": False, "STREAMED": True})
 
 
 def _launch_tiles(
@@ -146,10 +149,16 @@ def _launch_tiles(
     )  # fmt: skip
 
 
-def _finish(
+def finish(
     r: Operand, s: Operand, call: Call, flag: Tensor | None, found: tuple[Tensor, Tensor, Tensor],
     symmetric: bool, partial: dict | None = None, sums: bool = True,
 ) -> None:  # fmt: skip
+    """From partial sums to statistics, counts and losses.
+
+    Args:
+        partial: arguments of `finish_kernel` on partial sums; None: there are none.
+        sums: False: the statistics are there already.
+    """
     stats, counts, losses = found
     # Where the flag may yet send all rows through the online kernel, losses come after it.
     codes = call.codes if flag is None or not sums else ()
@@ -168,7 +177,8 @@ def _finish(
     )  # fmt: skip
 
 
-def _online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> None:
+def online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> None:
+    """Where the flag is set, r's statistics about running maxima."""
     chosen = choose("online", s, "none" if call.split == "none" else "all")
     launch(
         forward_online_kernel, (triton.cdiv(r.n, chosen.block_r),), chosen.warps, 1,

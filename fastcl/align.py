@@ -1,0 +1,141 @@
+"""`fastcl align`: every measure of two feature files in one table, or the CKA of all pairs of layers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastcl.errors import FastclError
+from fastcl.features import read_features, read_layers
+from fastcl.similarity import SpearmanResult, pair_stats, spearman_rsa
+
+_PRINTED = 12  # columns of a table of layers that a terminal takes
+
+# name in the JSON file -> what the table calls it, the kernel, and the property of its PairStats
+_MEASURES = {
+    "cka_linear": ("linear CKA, biased", "linear", "cka"),
+    "cka_linear_debiased": ("linear CKA, debiased", "linear", "cka_debiased"),
+    "cka_cosine": ("cosine CKA, biased", "cosine", "cka"),
+    "cka_cosine_debiased": ("cosine CKA, debiased", "cosine", "cka_debiased"),
+    "rsa_cosine": ("RSA, cosine, Pearson", "cosine", "rsa"),
+    "rsa_correlation": ("RSA, correlation, Pearson", "correlation", "rsa"),
+    "drift": ("drift |K - L|, cosine", "cosine", "drift"),
+    "rho": ("rho, relative drift, centred", "cosine", "rho"),
+    "cka_bound": ("  cosine CKA is at least", "cosine", "cka_bound"),
+    "cka_bound_tight": ("  cosine CKA, tight bound", "cosine", "cka_bound_tight"),
+    "r": ("r, relative drift of pairs", "cosine", "r"),
+    "rsa_bound": ("  RSA (cosine) is at least", "cosine", "rsa_bound"),
+    "rsa_bound_tight": ("  RSA (cosine), tight bound", "cosine", "rsa_bound_tight"),
+}
+
+
+def align(a: Path, b: Path, json_file: Path | None = None, out: Path | None = None) -> None:
+    """Print how two models' features of the same samples align; what is undefined is shown with the reason.
+
+    Args:
+        a: of the first model: a feature file (see `read_features`), or its layers (see `read_layers`).
+        b: the same of the second model.
+        json_file: file for the same numbers at full precision, null where undefined.
+        out: .svg or .png, for the heat map of the layers.
+
+    Raises:
+        FastclError: files that cannot be read or do not hold the same number of samples, one matrix against layers,
+            `out` without layers, or a file that cannot be written.
+    """
+    layers_a, layers_b = read_layers(a), read_layers(b)
+    if layers_a is not None and layers_b is not None:
+        record = _layers(a, b, layers_a, layers_b, out)
+    elif a.is_dir() or b.is_dir():
+        raise FastclError(f"{a if a.is_dir() else b} is a folder of layers, {b if a.is_dir() else a} holds one matrix")
+    elif out is not None:
+        raise FastclError(f"--out draws the layers of two models, but {b if layers_a else a} holds one matrix")
+    else:
+        record = _features(a, b)
+    if json_file is not None:
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise FastclError(f"{json_file} cannot be written ({error.strerror})") from error
+
+
+def _features(a: Path, b: Path) -> dict[str, Any]:
+    x, y = read_features(a), read_features(b)
+    _check_rows(a, b, x, y)
+    print(f"{a} {tuple(x.shape)} against {b} {tuple(y.shape)}")
+    names = [*_MEASURES, "rsa_spearman", "rsa_spearman_error"]
+    values: dict[str, float | None] = dict.fromkeys(names)
+    undefined: dict[str, str] = {}
+
+    def show(name: str, label: str, measure: Callable[[], float | SpearmanResult]) -> None:
+        try:
+            value, note = measure(), ""
+        except FastclError as error:  # one undefined measure hides none of the others
+            undefined[name], shown = str(error), f" {error}"
+        else:
+            if isinstance(value, SpearmanResult):
+                values[f"{name}_error"] = value.error
+                note = " (exact)" if value.bins is None else f" (within {value.error:.1e}: {value.bins:,} bins)"
+            values[name] = float(value)
+            shown = f"{values[name]:10.6f}{note}"
+        print(f"  {label:30}{shown}", flush=True)
+
+    stats = {kernel: pair_stats(x, y, kernel) for kernel in ("linear", "cosine", "correlation")}
+    for name, (label, kernel, measure) in _MEASURES.items():
+        show(name, label, partial(getattr, stats[kernel], measure))
+    # Last, since it takes the longest: all pairs are ranked.
+    show("rsa_spearman", "RSA, cosine, Spearman", partial(spearman_rsa, x, y))
+    return {"a": str(a), "b": str(b), "samples": len(x), "measures": values, "undefined": undefined}
+
+
+def _layers(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor], out: Path | None) -> dict[str, Any]:
+    _check_rows(a, b, next(iter(left.values())), next(iter(right.values())))
+    samples = len(next(iter(left.values())))
+    print(f"debiased linear CKA of {samples} samples: {len(left)} layers of {a} against {len(right)} of {b}")
+    table: list[list[float | None]] = []
+    undefined: dict[str, str] = {}
+    for p, x in left.items():
+        table.append([])
+        for q, y in right.items():
+            try:
+                table[-1].append(pair_stats(x, y, "linear").cka_debiased)
+            except FastclError as error:
+                table[-1].append(None)
+                undefined[f"{p}, {q}"] = str(error)
+    if len(right) <= _PRINTED:
+        _print_table(list(left), list(right), table)
+    for names, reason in list(undefined.items())[:3]:
+        print(f"  {names}: {reason}")
+    if len(undefined) > 3:
+        print(f"  and {len(undefined) - 3} more that are undefined")
+    if out is not None:
+        import numpy as np
+
+        from fastcl.report.layers import LayerTable, write_heat_map
+
+        values = np.array([[math.nan if value is None else value for value in row] for row in table])
+        print(f"heat map: {write_heat_map(LayerTable(a.name, b.name, tuple(left), tuple(right), values), out)}")
+    return {
+        "a": str(a), "b": str(b), "samples": samples, "layers_a": list(left), "layers_b": list(right),
+        "cka_linear_debiased": table, "undefined": undefined,
+    }  # fmt: skip
+
+
+def _print_table(rows: list[str], columns: list[str], table: list[list[float | None]]) -> None:
+    widths = [max(7, len(name)) for name in columns]
+    first = max(map(len, rows))
+    print(f"  {'':{first}}  " + "  ".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)))
+    for name, values in zip(rows, table, strict=True):
+        cells = ["–" if value is None else f"{value:.4f}" for value in values]
+        print(f"  {name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+
+
+def _check_rows(a: Path, b: Path, x: Tensor, y: Tensor) -> None:
+    if len(x) != len(y):
+        raise FastclError(f"row k of both files must be one sample: {a} has {len(x)} rows, {b} has {len(y)}")

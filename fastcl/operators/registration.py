@@ -1,0 +1,31 @@
+"""What the operators' registrations have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastcl.errors import FastclError
+
+
+def register(
+    library: torch.library.Library, name: str, impl: Callable, fake: Callable, autograd: Callable,
+    setup_context: Callable | None = None,
+) -> None:  # fmt: skip
+    """Give an operator of the library that is defined there its implementation, shapes and derivative."""
+    library.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastcl::{name}", fake, lib=library)
+    torch.library.register_autograd(f"fastcl::{name}", autograd, setup_context=setup_context, lib=library)
+
+
+def differentiable_once(backend: str) -> Callable:
+    """The derivative of a backend's backward pass: the error that there is none."""
+
+    def refuse(ctx, *grads: torch.Tensor | None) -> None:
+        raise FastclError(
+            f"the {backend} backend is differentiable once; for second derivatives run the forward pass "
+            "inside `with fastcl.backend('dense')`"
+        )
+
+    return refuse

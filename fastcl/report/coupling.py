@@ -1,0 +1,160 @@
+"""How far the similarities of two models drift apart, beside what arXiv 2510.08852 proves of them."""
+
+import math
+from functools import partial
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from fastcl.errors import FastclError
+from fastcl.report.drawing import INK, Plate, finish, log_axis, look, panels
+from fastcl.report.records import CERTIFICATE_MEASURES, STEP_MEASURES, Number, Run, Series, known
+from fastcl.theory import CouplingBound, largest_drift, similarity_coupling_bound
+
+THEOREM_PAIR = {"dcl", "nscl"}  # the theorem's CL and NSCL
+STYLES = {"cka": "-", "cka_debiased": (0, (4, 2)), "rsa": (0, (1, 1))}
+DRAWN = 1000  # points a line, at most
+FAINTEST = 1e-6  # share of the largest drift below which nothing is drawn
+
+CERTIFICATES = (
+    "Drift is the distance of the two models' cosine similarities of all held-out images, as a share of the largest "
+    "that it can be; ρ and r measure it against the spread of the reference's similarities. From ρ and r alone follow "
+    "lower bounds of CKA and RSA (Corollaries 1 and 2 of arXiv 2510.08852); where ρ or r reaches 1 they are 0 and -1 "
+    "and say nothing. CKA is that of the cosines here, as in the paper's text; the table above has that of the "
+    "features themselves, as in its code."
+)
+
+
+def theorem(run: Run) -> CouplingBound | None:
+    """Theorem 1 for the run's steps; None where it does not speak of this pair or a number it needs is not recorded."""
+    pair, series = _measured(run)
+    train = run.config["train"]
+    if set(pair) != THEOREM_PAIR or sorted(series) != list(range(len(series))):
+        return None
+    rates = [series[step]["lr"] for step in range(len(series))]
+    try:
+        return similarity_coupling_bound(
+            rates, train.get("batch_size"), train.get("temperature"), run.data.get("largest_class"), n=_rows(run)
+        )
+    except FastclError:
+        return None
+
+
+def certificates(run: Run) -> tuple[list[str], dict[str, list[Number]]]:
+    """The head, and for each model against the reference CERTIFICATE_MEASURES at the last epoch, drift as a share of
+    the largest; no rows where none was recorded."""
+    images = run.data.get("test")
+    largest = largest_drift(images) if isinstance(images, int) and images > 1 else math.nan
+    rows = {}
+    for model in run.models:
+        values = [run.pair_value(run.reference, model, measure) for measure in CERTIFICATE_MEASURES]
+        if known(values[0]):
+            rows[f"{run.reference} – {model}"] = [values[0] / largest, *values[1:]]
+    return ["pair", *CERTIFICATE_MEASURES.values()], rows
+
+
+def drift(run: Run) -> Figure:
+    """Per step: the drift over the theorem's line, and the alignment of the loss embeddings."""
+    pair, series = _measured(run)
+    figure, axes = panels(run, ["drift of the similarities", "alignment of the loss embeddings"], "")
+    steps = _thinned(sorted(series))
+    colours = look(run, pair[1])
+    line = partial(Line2D, [], [], color=colours["color"])
+    handles = [line(label=f"{pair[1]} and {pair[0]}, measured")]
+    shares = [_share(series[step]["drift"], run) for step in steps]
+    axes[0].plot(steps, shares, color=colours["color"])
+    shown = [share for share in shares if known(share)]
+    bound = theorem(run)
+    if bound is not None:
+        shares = [_visible(10 ** (bound.log10[step] - bound.log10_largest)) for step in steps]
+        axes[0].plot(steps, shares, color=INK, linestyle="--", linewidth=1.2)
+        handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=1.2, label="Theorem 1, similarity descent"))
+        shown += [share for share in shares if known(share)]
+    for measure, style in STYLES.items():
+        values = [value if known(value := series[step][measure]) else math.nan for step in steps]
+        axes[1].plot(steps, values, color=colours["color"], linestyle=style, linewidth=1.2)
+        handles.append(line(label=STEP_MEASURES[measure], linestyle=style, linewidth=1.2))
+    if shown:
+        axes[0].set_ylim(min(shown) / 1.3, 1.5)
+        log_axis(axes[0])
+    for ax, unit in zip(axes, ("share of the largest drift (log scale)", "alignment (1 = same)"), strict=True):
+        ax.set_xlim(0, max(1, *steps))
+        ax.set_xlabel("training steps")
+        ax.set_ylabel(unit)
+    return finish(figure, run, [], handles)
+
+
+def remark(run: Run) -> str:
+    """What the theorem says of this run, and what not; begins with a space."""
+    bound = theorem(run)
+    if bound is None:
+        return (
+            " There is no line of Theorem 1 of arXiv 2510.08852 here: it speaks of the pair dcl and nscl and needs the "
+            "run's learning rates, batch size, temperature and class frequencies."
+        )
+    _, series = _measured(run)
+    drifts = [series[step]["drift"] for step in range(len(series))]
+    above = sum(known(d) and d > 0 and math.log10(d) > b for d, b in zip(drifts, bound.log10, strict=False))
+    return " ".join([
+        " The dashed line is what Theorem 1 of arXiv 2510.08852 allows, with this run's learning rates, batch size, "
+        "temperature and class frequencies, where gradient descent moves the similarities themselves (similarity "
+        "descent). A network's weights move them by other amounts, and LARS, momentum or AdamW by others again, so "
+        f"the line is no bound on this training: the drift lies above it at {above:,} of {len(series):,} steps.",
+        *_vacuity(bound, len(series)),
+    ])
+
+
+def _vacuity(bound: CouplingBound, steps: int) -> list[str]:
+    """Where the theorem says nothing even of similarity descent."""
+    found = []
+    if bound.log10_gap > math.log10(2):
+        delta = "not defined" if math.isinf(bound.log10_gap) else f"10^{bound.log10_gap:.1f}"
+        found.append(
+            f"Its Delta, the most by which the two losses' softmax weights can differ, is {delta} for this batch size, "
+            "temperature and largest class, where 2 always holds: the line is drawn with 2."
+        )
+    start = bound.vacuous_from
+    if start is not None and start < steps:
+        found.append(f"From step {start:,} on it is vacuous: no better than the largest drift.")
+    if math.isfinite(bound.log10_printed):
+        found.append(f"In the form printed in the paper it comes to 10^{bound.log10_printed:.1f} after the last step.")
+    return found
+
+
+def _measured(run: Run) -> tuple[tuple[str, str], Series]:
+    """The pair whose steps were recorded, the reference first, and its records."""
+    pair, series = next(iter(run.steps.items()))
+    return (pair if pair[0] == run.reference else pair[::-1]), series
+
+
+def _rows(run: Run) -> int | None:
+    """Of a batch's similarity matrices: two views of each sample."""
+    size = run.config["train"].get("batch_size")
+    return 2 * size if type(size) is int and size > 0 else None
+
+
+def _share(value: Number, run: Run) -> float:
+    return _visible(value / largest_drift(_rows(run))) if known(value) else math.nan
+
+
+def _visible(share: float) -> float:
+    return share if share >= FAINTEST else math.nan
+
+
+def _thinned(steps: list[int]) -> list[int]:
+    """At most DRAWN of the steps, evenly, the last among them."""
+    every = math.ceil(len(steps) / DRAWN)
+    return steps[(len(steps) - 1) % every :: every]
+
+
+DRIFT = Plate(
+    "drift",
+    "Drift of the similarities per step, and Theorem 1",
+    "Left: how far the two models' cosine similarities of the same batch are apart, before each update, as a share of "
+    "the largest distance that similarities can have (0.1 means a tenth of it). The models start equal, so the drift "
+    "starts from 0. Right: how alike the same similarities are. Both are of the embeddings that enter the loss, not "
+    "of the encoder outputs of the other figures; at most 1,000 steps are drawn.",
+    drift,
+    note=remark,
+    shown=lambda run: bool(run.steps) and _rows(run) is not None,
+)

@@ -1,0 +1,82 @@
+"""Pair statistics of two feature matrices that are at hand as a whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import check_positive
+from fastcl.errors import FastclError
+from fastcl.similarity.inputs import checked
+from fastcl.similarity.routes import Route, statistics
+from fastcl.similarity.rows import ROWS, Kernel
+from fastcl.similarity.stats import PairStats
+
+
+@torch.inference_mode()
+def pair_stats(
+    x: Tensor, y: Tensor, kernel: Kernel = "linear", *, bandwidth: float = 1.0, route: Route = "auto"
+) -> PairStats:
+    """Statistics of the Gram matrices of two representations of the same samples.
+
+    Args:
+        x: (n, d_x) features, any floating dtype.
+        y: (n, d_y) features of the same samples in the same order.
+        kernel: "linear" (K = xx'), "cosine" (rows normalised first; a zero row stays zero), "correlation" (rows less
+            their own mean, then normalised) or "rbf" (exp(-|x_i - x_j|^2 / (2 sigma^2))).
+        bandwidth: of "rbf": sigma of each representation over the median distance between two of its samples (at most
+            2,048 of them, evenly spaced), as Kornblith et al. 2019 choose it.
+        route: "features" (O(n d^2), moments of the features), "tiles" (O(n^2 d), tiles of both Gram matrices; the only
+            one for "rbf") or "auto", the cheaper one. Neither stores an n x n matrix.
+
+    Returns:
+        The `PairStats` whose properties are the measures. Torch computes in float64. The Triton kernels, which take
+        CUDA features narrower than float64, multiply in split half precision (as good as float32), add up to a chunk
+        of rows in float32 and chunks in float64; there a drift is resolved to 1e-3 ||K - mean(K)||_F.
+
+    Raises:
+        FastclError: on an unknown kernel or route, shapes that do not match, n = 0, a dtype that is not floating,
+            values that are not finite, a bandwidth that is not positive, and for "rbf" samples half of which are equal.
+    """
+    if kernel not in ROWS:
+        raise FastclError(f"kernel must be one of {tuple(ROWS)}, got {kernel!r}")
+    check_positive(bandwidth, "bandwidth")
+    x, y = checked({"x": x, "y": y})
+    if len(x) == 0:
+        raise FastclError(f"x and y hold no samples: shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    return statistics(x, y, kernel, float(bandwidth), route)
+
+
+def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
+    """Linear centred kernel alignment of raw features (Kornblith et al. 2019).
+
+    Args:
+        x: (n, d_x) features, any floating dtype.
+        y: (n, d_y) features of the same samples in the same order.
+        debiased: use the unbiased HSIC_1 (Song et al. 2012, Nguyen et al. 2021; n >= 4) instead of HSIC_0, whose value
+            for independent features grows with d/n.
+
+    Returns:
+        CKA in [0, 1], or in [-1, 1] where debiased.
+
+    Raises:
+        FastclError: as `pair_stats`; where CKA is undefined (constant features); for n < 4 where debiased.
+    """
+    stats = pair_stats(x, y, "linear")
+    return stats.cka_debiased if debiased else stats.cka
+
+
+def rsa(x: Tensor, y: Tensor) -> float:
+    """Representational similarity analysis: Pearson correlation of the cosine dissimilarities over all pairs i < j.
+
+    Args:
+        x: (n, d_x) features, any floating dtype, n >= 3.
+        y: (n, d_y) features of the same samples in the same order.
+
+    Returns:
+        RSA in [-1, 1] (Kriegeskorte et al. 2008, as in arXiv 2510.08852).
+
+    Raises:
+        FastclError: as `pair_stats`; where RSA is undefined (n < 3, or all dissimilarities of a model equal).
+    """
+    return pair_stats(x, y, "cosine").rsa

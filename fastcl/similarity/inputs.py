@@ -1,0 +1,62 @@
+"""What every pair statistic asks of its features, and whether the Triton kernels take them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastcl import rowstats
+from fastcl.checks import describe
+from fastcl.errors import FastclError
+
+# Of products in split half precision that are added up in float32: 22 bits, and a little for the sums.
+FUSED_ROUNDING = 2.0**-20
+
+
+def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device | None = None) -> list[Tensor]:
+    """The features on one device, after checking types, shapes and values; `seen` rows came before.
+
+    Raises:
+        FastclError: names the model, and for values the sample.
+    """
+    for name, x in features.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise FastclError(f"features of {name!r} must be a floating-point tensor, got {kind}")
+        if x.ndim != 2 or x.shape[1] == 0:
+            raise FastclError(f"features of {name!r} must have shape (b, d) with d >= 1, got {tuple(x.shape)}")
+    rows = {name: len(x) for name, x in features.items()}
+    if len(set(rows.values())) > 1:
+        raise FastclError(f"all models need features of the same samples, got numbers of rows {rows}")
+    device = device or next(iter(features.values())).device
+    batch = [x.detach().to(device) for x in features.values()]
+    # One question to the device for all models.
+    broken = torch.stack([x.isfinite().all(dim=1).logical_not() for x in batch])
+    if broken.any():
+        model, row = broken.nonzero()[0].tolist()
+        name = list(features)[model]
+        place = f"first in row {row} of {len(batch[0])} of this batch, sample {seen + row}"
+        raise FastclError(f"features of {name!r} are not finite: {place}")
+    return batch
+
+
+def on_triton(*features: Tensor) -> bool:
+    """Whether the Triton kernels form the sums: for CUDA features narrower than float64, or where asked for by name.
+
+    Raises:
+        FastclError: asked for by name, and they do not take these features.
+    """
+    wanted = rowstats.current_backend()
+    if wanted in ("chunked", "dense"):
+        return False
+    obstacle = None
+    if any(x.dtype == torch.float64 for x in features):
+        obstacle = "computes in float32 at most"
+    elif features[0].device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        obstacle = "needs CUDA tensors; on a CPU it runs slowly, if TRITON_INTERPRET=1 was set before Python started"
+    if wanted == "triton" and obstacle:
+        raise FastclError(f"the triton backend {obstacle}; got {', '.join(map(describe, features))}")
+    return wanted == "triton" or (features[0].device.type == "cuda" and not obstacle)

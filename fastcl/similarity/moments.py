@@ -1,0 +1,210 @@
+"""The feature route: all sums over Gram matrices from d x d moments of the features, one pass, any number of samples.
+
+A sample is the extended row x+ = [v, |v|^2, <p, v>, 1] where p is the pilot and v = f(x) - p. For models x and y the
+one matrix M = sum x+ y+' (over the samples) holds the cross-moment of the features, both means, n, and all sums with
+|v|^2 and <p, v>: every sum that the Gram matrices' statistics need. O(n d^2) time, (d_x + 3)(d_y + 3) float64 memory a
+pair.
+
+Why a pilot: with means far from zero (mean 1e3, spread 1) the entries of K are equal in their first 6 digits and
+their squares in 12. The pilot is the first row of the stream, so constant features vanish exactly; the relative error
+of the centred cross-moment is at most about 1e-16 n, reached only when that row is an outlier that alone makes up the
+variance. <p, v> is a function of v, kept for its digits: where all cosines are nearly 1 it is as small as |v|^2.
+
+Callers multiply rows in chunks that begin at multiples of `chunk_rows`, whatever the batches were: the same samples in
+the same order give the same bits however they were split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, combinations_with_replacement
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcl.similarity.inputs import FUSED_ROUNDING, on_triton
+from fastcl.similarity.rows import mapped
+
+if TYPE_CHECKING:
+    from fastcl.backends.triton.gram import StackedMoments
+
+# Rows of a chunk. A CPU's cache holds a few megabytes of them; a GPU wants long products, and its kernels add up a
+# chunk in float32.
+CHUNK = {"cpu": 512}
+CHUNK_ELSEWHERE = 4096
+
+
+def chunk_rows(x: Tensor) -> int:
+    """Rows of a chunk on the device of x."""
+    return CHUNK.get(x.device.type, CHUNK_ELSEWHERE)
+
+
+class _Model(NamedTuple):
+    """Functionals of the extended row x+ of one model about its exact mean mu."""
+
+    offset: Tensor  # (d,) mu - pilot
+    margin: Tensor  # (d + 3,): margin . x+ = mu . (row - mu) = mean of K's row i, less the mean of K
+    diagonal: Tensor  # (d + 3,): diagonal . x+ = K_ii, less the mean of K
+    shift: Tensor  # () |mu|^2, the mean of K
+    trace: Tensor  # () sum of diagonal . x+
+
+
+def _model(pilot: Tensor, moments: Tensor) -> _Model:
+    sums = moments[:, -1]
+    offset = sums[:-3] / sums[-1]
+    mean = pilot + offset
+    one = torch.ones_like(offset[:1])
+    # mu . v is <p, v> plus what is left of mu, as far as mu points along p: where the mean is far from zero p is nearly
+    # mu and <p, v> has the digits; where it is zero p is but noise.
+    along = mean @ pilot / torch.where(pilot.any(), pilot @ pilot, 1.0)
+    margin = torch.cat([mean - along * pilot, 0 * one, along * one, -(mean @ offset) * one])
+    diagonal = torch.cat([0 * offset, one, 2 * one, -((pilot + mean) @ offset) * one])
+    return _Model(offset, margin, diagonal, mean @ mean, diagonal @ sums)
+
+
+def _sums(moments: Tensor, x: _Model, y: _Model) -> Tensor:
+    """Sums over K - mean(K) and L - mean(L) as a (4,) tensor: <K, L>, <k, l>, then both without the diagonals.
+
+    With a_i, b_i the margins, K_ij - mean(K) = (HKH)_ij + a_i + a_j, where HKH is the Gram matrix of the centred rows,
+    has zero row sums, and sum a_i = 0. So <K, L> = ||C||^2 + 2n<a, b> and the row sums are n a_i.
+    """
+    n = moments[-1, -1]
+    centred = torch.addr(moments[:-3, :-3], -n * x.offset, y.offset)
+    margins = x.margin @ (moments @ y.margin)
+    full = centred.square_().sum() + 2 * n * margins
+    full_rows = n * n * margins
+    along_diagonal = moments @ y.diagonal
+    diagonals = x.diagonal @ along_diagonal
+    mixed = x.margin @ along_diagonal + x.diagonal @ (moments @ y.margin)
+    return torch.stack([full, full_rows, full - diagonals, full_rows - n * mixed + diagonals])
+
+
+class Moments:
+    """Streaming moments of all pairs of models under one kernel that is an inner product of rows.
+
+    Attributes:
+        kernel: a member of rows.INNER.
+        pilots: per model, (d_i,) float64; empty before the first chunk.
+    """
+
+    def __init__(self, kernel: str) -> None:
+        self.kernel = kernel
+        self.pilots: list[Tensor] = []
+        self._sums: dict[tuple[int, int], Tensor] = {}  # of torch; for i <= j, since K and L are symmetric
+        self._stack: StackedMoments | None = None  # of the Triton kernels
+
+    def start(self, pilots: Sequence[Tensor]) -> None:
+        """Set the pilots of a stream without rows: per model (d_i,) float64."""
+        self.pilots = list(pilots)
+
+    def add(self, batch: Sequence[Tensor]) -> None:
+        """Add one (b, d_i) batch per model, 1 <= b <= chunk_rows(batch[0]), any floating dtype."""
+        if on_triton(*batch):
+            self._add_fused(batch)
+            return
+        if not self.pilots:
+            self.start([mapped(x[:1], self.kernel)[0] for x in batch])
+        rows = [self._extended(x, pilot) for x, pilot in zip(batch, self.pilots, strict=True)]
+        for i, j in combinations_with_replacement(range(len(rows)), 2):
+            if (i, j) in self._sums:
+                self._sums[i, j].addmm_(rows[i].mT, rows[j])
+            else:
+                self._sums[i, j] = rows[i].mT @ rows[j]
+
+    def _extended(self, x: Tensor, pilot: Tensor) -> Tensor:
+        # Buffers of equal shape: models with equal features take the same arithmetic in all three of a pair's products.
+        # A stacked product would be a quarter cheaper and break that.
+        v = mapped(x, self.kernel) - pilot
+        return torch.cat([v, v.square().sum(1, keepdim=True), (v @ pilot)[:, None], v.new_ones(len(v), 1)], dim=1)
+
+    def _add_fused(self, batch: Sequence[Tensor]) -> None:
+        from fastcl.backends.triton import gram
+
+        if not self.pilots:
+            self.start(gram.pilots(batch, self.kernel))
+        if self._stack is None:
+            self._stack = gram.StackedMoments(self.kernel, self.pilots)
+        self._stack.add(batch)
+
+    @property
+    def rounding(self) -> float:
+        """Relative rounding error of products, where they are not float64's."""
+        return 0.0 if self._stack is None else FUSED_ROUNDING
+
+    def moments(self, i: int, j: int) -> Tensor:
+        """(d_i + 3, d_j + 3) float64 sums over all rows so far, i <= j."""
+        parts = [self._sums[i, j]] if (i, j) in self._sums else []
+        parts += [self._stack.moments(i, j)] if self._stack is not None else []
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def with_rows(self, batch: Sequence[Tensor]) -> Moments:
+        """A stream that holds these rows too; this one is left as it is."""
+        joined = Moments(self.kernel)
+        joined.start(self.pilots)
+        joined.add(batch)
+        if self.pilots:
+            joined.merge(self)
+        return joined
+
+    def merge(self, other: Moments) -> None:
+        """Add the rows of another stream of the same models, which lies on the same device."""
+        if not self.pilots:
+            self.start(other.pilots)
+        same = all(torch.equal(a, b) for a, b in zip(self.pilots, other.pilots, strict=True))
+        shifts = [] if same else [_translation(a, b) for a, b in zip(other.pilots, self.pilots, strict=True)]
+        for i, j in combinations_with_replacement(range(len(self.pilots)), 2):
+            moments = other.moments(i, j)
+            self.load(i, j, moments if same else shifts[i] @ moments @ shifts[j].mT)
+
+    def load(self, i: int, j: int, moments: Tensor) -> None:
+        """Add moments that were taken about this stream's pilots."""
+        self._sums[i, j] = self._sums[i, j] + moments if (i, j) in self._sums else moments.clone()
+
+    def clear(self) -> None:
+        """Forget all rows but keep the pilots."""
+        self._sums, self._stack = {}, None
+
+    def to(self, device: torch.device) -> Moments:
+        """The same stream on a device."""
+        return Moments.of_state(self.kernel, self.state(), device)
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """Pilots and moments, for `of_state`."""
+        pairs = combinations_with_replacement(range(len(self.pilots)), 2)
+        return {"pilots": list(self.pilots), "moments": [self.moments(i, j).clone() for i, j in pairs]}
+
+    @classmethod
+    def of_state(cls, kernel: str, state: Mapping[str, list[Tensor]], device: torch.device | None = None) -> Moments:
+        """A stream from its `state`, on a device or where the state lies."""
+        stream = cls(kernel)
+        stream.start([pilot.to(device) for pilot in state["pilots"]])
+        pairs = combinations_with_replacement(range(len(stream.pilots)), 2)
+        for (i, j), moments in zip(pairs, state["moments"], strict=True):
+            stream.load(i, j, moments.to(device))
+        return stream
+
+    def pair_sums(self) -> Iterator[tuple[tuple[int, int], list[float]]]:
+        """For each pair i < j the 18 numbers of `PairStats.unpacked`, all read from the device at once."""
+        count = len(self.pilots)
+        found = {}
+        models = [_model(pilot, self.moments(i, i)) for i, pilot in enumerate(self.pilots)]
+        for i, j in combinations_with_replacement(range(count), 2):
+            found[i, j] = _sums(self.moments(i, j), models[i], models[j])
+        scalars = torch.stack([torch.stack([m.shift, m.trace]) for m in models]).tolist()
+        found = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        for i, j in combinations(range(count), 2):
+            (full, full_rows, hollow, hollow_rows) = zip(found[i, j], found[i, i], found[j, j], strict=True)
+            (shift_k, trace_k), (shift_l, trace_l) = scalars[i], scalars[j]
+            values = [*full, *full_rows, 0.0, 0.0, *hollow, *hollow_rows, -trace_k, -trace_l, shift_k, shift_l]
+            yield (i, j), values
+
+
+def _translation(old: Tensor, new: Tensor) -> Tensor:
+    """T that turns extended rows about one pilot into those about another."""
+    delta, d = old - new, len(old)
+    t = torch.eye(d + 3, dtype=delta.dtype, device=delta.device)
+    t[:d, -1] = delta
+    t[d, :d], t[d, -1] = 2 * delta, delta @ delta
+    t[d + 1, :d], t[d + 1, -1] = -delta, new @ delta  # <new, v + delta>
+    return t

@@ -1,0 +1,204 @@
+"""Spearman RSA: the rank correlation of two Gram matrices over the pairs of samples, exact or with a proven bound.
+
+Over the m = n(n-1)/2 pairs i < j let r and s be the average ranks of K_ij and L_ij, centred. Spearman's correlation is
+cos(r, s). Up to 2^25 pairs (n = 8,192) the ranks are formed by sorting. Beyond that the pairs are counted into bins,
+and every pair of a bin takes the bin's mean rank: vectors R and S in place of r and s, in O(n d + block + bins) memory.
+
+What the bins can spoil. R is the mean of r over each bin, so r = R + e with e orthogonal to R, and in a bin of c pairs
+|e|^2 is at most that of c distinct ranks, (c^3 - c)/12. With E the sum of these over the bins and T = (m^3 - m)/12,
+|R|^2 = T - E and the angle between r and R is at most asin sqrt(E/T); the same holds for s. Angles between vectors obey
+the triangle inequality, so the true angle differs from that of R and S by at most the sum of the two. For bins of equal
+counts sqrt(E/T) is one over their number, whatever the values are; the bins are made nearly so: a first count in equal
+steps of value says where the pairs lie, and each step is then cut into as many bins as it has pairs to divide.
+
+What is a tie. Similarities that are equal in exact arithmetic (rows of two columns have correlations of +1 and -1
+alone, collapsed classes one cosine per pair of classes) differ by rounding, and ranks would turn that noise into an
+order. So entries are first rounded to multiples of 2^-44 of the median |row|^2 (1 for unit rows).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcl.errors import FastclError
+from fastcl.similarity.inputs import checked
+from fastcl.similarity.rows import INNER, ROWS, Kernel
+
+_EXACT_PAIRS = 1 << 25
+_BINS = 1 << 20
+_BLOCK = 1 << 20  # entries of one block of rows of a Gram matrix
+_GRID = 44  # entries are rounded to 2^-44 of the median |row|^2; rounding of their products is about 2^-52
+_SPREAD = 2.0**-43  # below this fraction of the largest |row|^2 a spread of the entries is rounding
+
+
+@dataclass(frozen=True)
+class SpearmanResult:
+    """A rank correlation and the interval that holds the exact one.
+
+    Attributes:
+        value: the correlation in [-1, 1].
+        low, high: the exact correlation lies in [low, high]; both equal `value` where ranks were exact. Rounding of
+            the sums, about 1e-13, comes on top.
+        pairs: number of pairs i < j.
+        bins: bins asked for, per matrix; None where ranks were exact.
+    """
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+    bins: int | None
+
+    @property
+    def error(self) -> float:
+        """The largest possible distance of `value` from the exact correlation."""
+        return max(self.high - self.value, self.value - self.low)
+
+    def __float__(self) -> float:
+        return self.value
+
+
+@torch.inference_mode()
+def spearman_rsa(x: Tensor, y: Tensor, kernel: Kernel = "cosine", bins: int | None = None) -> SpearmanResult:
+    """Spearman rank correlation of the similarities K_ij and L_ij over all pairs i < j (ties take average ranks).
+
+    That of the dissimilarities 1 - K_ij is the same (Kriegeskorte et al. 2008, who advise ranks where no linear match
+    between dissimilarities can be assumed). Similarities closer than 2^-44 (for "linear": times the median |row|^2) are
+    rounded to one value, so that what differs by rounding alone is a tie.
+
+    Args:
+        x: (n, d_x) features, any floating dtype, n >= 3.
+        y: (n, d_y) features of the same samples in the same order.
+        kernel: "cosine", "correlation" (cosine of rows less their own mean) or "linear".
+        bins: None: exact up to 2^25 pairs (n = 8,192; at most about 2 GB), from there on 2^20 bins. A number >= 2: so
+            many bins, whatever n is: at most 2 * bins counters of 8 bytes per matrix, and four passes over blocks of
+            a million entries. Counts are integers, so two runs give the same bits.
+
+    Returns:
+        The correlation with an interval that holds the exact one.
+
+    Raises:
+        FastclError: on an unknown kernel, shapes that do not match, a dtype that is not floating, values that are not
+            finite or too large, n < 3, bins < 2, and where all similarities of a matrix are equal.
+    """
+    if kernel not in INNER:
+        raise FastclError(f"kernel must be one of {INNER}, got {kernel!r}")
+    if bins is not None and (isinstance(bins, bool) or not isinstance(bins, int) or bins < 2):
+        raise FastclError(f"bins must be a whole number >= 2 or None, got {bins!r}")
+    x, y = checked({"x": x, "y": y})
+    n = len(x)
+    if n < 3:
+        raise FastclError(f"Spearman RSA needs n >= 3 samples (more than one pair), got n={n}")
+    matrices = [_Matrix(x, kernel, "x"), _Matrix(y, kernel, "y")]
+    pairs = n * (n - 1) // 2
+    if bins is None and pairs <= _EXACT_PAIRS:
+        r, s = (_exact_ranks(matrix, pairs) for matrix in matrices)
+        value = _cosine(r @ s, r @ r, s @ s)
+        return SpearmanResult(value, value, value, pairs, None)
+    return _from_bins(matrices, pairs, bins or _BINS)
+
+
+class _Matrix:
+    """One Gram matrix, never formed as a whole."""
+
+    def __init__(self, x: Tensor, kernel: str, name: str) -> None:
+        self.rows, self.kernel, self.name = ROWS[kernel](x.double()), kernel, name
+        squares = self.rows.square().sum(dim=1)
+        self.limit = squares.max().item()  # of |K_ij|, by Cauchy-Schwarz
+        if not math.isfinite(self.limit * self.limit):
+            raise FastclError(f"the {kernel} similarities of {name!r} are not finite (features too large for float64)")
+        typical = max(squares.median().item(), self.limit * 2.0**-50) or 1.0
+        self.grid = 2.0 ** max(round(math.log2(typical)) - _GRID, -1022)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """K_ij for i < j, rounded: the same values in the same order, each time."""
+        n = len(self.rows)
+        step = max(1, _BLOCK // n)
+        for start in range(0, n - 1, step):
+            block = self.rows[start : start + step] @ self.rows[start:].mT
+            height = len(block)
+            i, j = torch.triu_indices(height, height, 1, device=block.device)
+            entries = torch.cat([block[i, j], block[:, height:].reshape(-1)])
+            yield entries.div_(self.grid).round_().mul_(self.grid)
+
+    def check_spread(self, smallest: Tensor, largest: Tensor) -> None:
+        spread = (largest - smallest).item()
+        if not spread > _SPREAD * self.limit:
+            raise FastclError(
+                f"Spearman RSA ({self.kernel} kernel, n={len(self.rows)}) is undefined: all similarities of distinct "
+                f"samples are equal in {self.name!r} (spread {spread:.3g} of entries up to {self.limit:.3g})"
+            )
+
+
+def _cosine(rs: Tensor, rr: Tensor, ss: Tensor) -> float:
+    # Two ratios as in PairStats: exactly 1 where r and s are equal.
+    rs, rr, ss = torch.stack([rs, rr, ss]).tolist()
+    return max(-1.0, min(1.0, math.copysign(math.sqrt((rs / rr) * (rs / ss)), rs)))
+
+
+def _middles(counts: Tensor) -> Tensor:
+    """Twice the centred mean rank of each of the ordered groups: whole numbers, in float64."""
+    return (2 * counts.cumsum(0) - counts - counts.sum()).double()
+
+
+def _exact_ranks(matrix: _Matrix, pairs: int) -> Tensor:
+    """(pairs,) twice the centred average ranks."""
+    keys, filled = matrix.rows.new_empty(pairs), 0
+    for block in matrix.blocks():
+        keys[filled : filled + len(block)] = block
+        filled += len(block)
+    values, order = keys.sort()
+    matrix.check_spread(values[0], values[-1])
+    counts = torch.unique_consecutive(values, return_counts=True)[1]
+    del values
+    return keys.scatter_(0, order, _middles(counts).repeat_interleave(counts))
+
+
+class _Bins:
+    """Bins of nearly equal counts over one matrix's entries."""
+
+    def __init__(self, matrix: _Matrix, pairs: int, bins: int) -> None:
+        ends = torch.stack([torch.stack(block.aminmax()) for block in matrix.blocks() if len(block)])
+        smallest, largest = ends[:, 0].min(), ends[:, 1].max()
+        matrix.check_spread(smallest, largest)
+        self.smallest, self.spread, self.steps = smallest, largest - smallest, bins
+        coarse = sum(torch.bincount(self._place(block).long(), minlength=bins) for block in matrix.blocks())
+        self.widths = 1 + coarse * bins // pairs
+        self.starts = self.widths.cumsum(0) - self.widths
+        total = int(self.widths.sum())
+        self.counts = sum(torch.bincount(self.index(block), minlength=total) for block in matrix.blocks())
+        self.middles = _middles(self.counts)
+
+    def _place(self, values: Tensor) -> Tensor:
+        # The largest value belongs to the last step.
+        return ((values - self.smallest) / self.spread * self.steps).clamp_(max=math.nextafter(self.steps, 0))
+
+    def index(self, values: Tensor) -> Tensor:
+        """The bin of each value; a larger value is never in a lower bin, rounding included."""
+        place = self._place(values)
+        step = place.long()
+        # place - step is at most 1 - 2^-53, which times a whole number rounds to less than that number.
+        return self.starts[step] + ((place - step) * self.widths[step]).long()
+
+    def angle(self, pairs: int) -> float:
+        """The largest possible angle between the exact ranks and the bins' mean ranks."""
+        c = self.counts.double()
+        lost = ((c.square() - 1) * c).sum().item() / (float(pairs) ** 2 - 1) / pairs
+        return math.asin(min(1.0, math.sqrt(lost)))
+
+
+def _from_bins(matrices: list[_Matrix], pairs: int, bins: int) -> SpearmanResult:
+    places = [_Bins(matrix, pairs, bins) for matrix in matrices]
+    rs, rr, ss = matrices[0].rows.new_zeros(3)
+    for blocks in zip(*(matrix.blocks() for matrix in matrices), strict=True):
+        r, s = (place.middles[place.index(block)] for place, block in zip(places, blocks, strict=True))
+        rs, rr, ss = rs + r @ s, rr + r @ r, ss + s @ s
+    value = _cosine(rs, rr, ss)
+    angle, reach = math.acos(value), sum(place.angle(pairs) for place in places)
+    low, high = math.cos(min(math.pi, angle + reach)), math.cos(max(0.0, angle - reach))
+    return SpearmanResult(value, min(low, value), max(high, value), pairs, bins)

@@ -1,0 +1,75 @@
+"""Sums of several accumulators: what they must share, and the exchange between the ranks of a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fastcl.errors import FastclError
+from fastcl.similarity.moments import Moments
+
+
+def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise FastclError unless two accumulators have the same names, kernels and minibatch, and widths if both have."""
+    for key in ("names", "kernels", "minibatch", "widths"):
+        a, b = mine[key], theirs[key]
+        if a != b and not (key == "widths" and not (a and b)):
+            raise FastclError(f"accumulators must have the same {key}, got {a} and {b}")
+
+
+class Ranks:
+    """The ranks of a group that put their sums together.
+
+    Attributes:
+        source: the first rank, within the group, that has seen samples; None where none has.
+        widths: of its features.
+        device: where this rank's sums travel from.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, description: Mapping[str, Any], n: int, device: torch.device | None
+    ) -> None:
+        self._group = group
+        facts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(facts, (dict(description), n), group)
+        seen = [rank for rank, (_, count) in enumerate(facts) if count]
+        self.source = seen[0] if seen else None
+        self.widths = facts[seen[0]][0]["widths"] if seen else {}
+        for theirs, _ in facts:  # the same comparison, with the same outcome, on every rank
+            check_same(facts[seen[0] if seen else 0][0], theirs)
+        on_gpu = "nccl" in str(dist.get_backend(group))
+        # A rank without samples has no device of its own; NCCL moves what lies on the current GPU.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else device or torch.device("cpu")
+
+    def pilots(self, own: Sequence[Tensor]) -> list[Tensor]:
+        """The source's pilots of one kernel."""
+        rank = self.source if self._group is None else dist.get_global_rank(self._group, self.source)
+        sizes = list(self.widths.values())
+        flat = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+        if dist.get_rank(self._group) == self.source:
+            flat.copy_(torch.cat(list(own)))
+        dist.broadcast(flat, rank, self._group)
+        return list(flat.split(sizes))
+
+    def add_up(self, streams: Sequence[Moments], counts: Sequence[float]) -> list[float]:
+        """Add all ranks' moments into the streams, which share their pilots; returns the added counts."""
+        sizes = [d + 3 for d in self.widths.values()]
+        keys = list(combinations_with_replacement(range(len(sizes)), 2))
+        parts = [torch.tensor(counts, dtype=torch.float64, device=self.device)]
+        for stream in streams:
+            for i, j in keys:
+                own = stream.moments(i, j) if counts[0] else parts[0].new_zeros(sizes[i], sizes[j])
+                parts.append(own.to(self.device).flatten())
+        total = torch.cat(parts)
+        dist.all_reduce(total, group=self._group)
+        found, *rest = total.split([len(part) for part in parts])
+        for stream in streams:
+            stream.clear()
+            for i, j in keys:
+                stream.load(i, j, rest.pop(0).view(sizes[i], sizes[j]))
+        return found.tolist()

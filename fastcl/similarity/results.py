@@ -1,0 +1,80 @@
+"""What an accumulator computes: the statistics of every pair of models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from fastcl.errors import FastclError
+from fastcl.similarity.stats import PairStats, correlation
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """The statistics of one pair of models: a `PairStats` per kernel, None for a kernel that was not asked for.
+
+    `hsic1` holds the means over the batches of HSIC_1(K, L), HSIC_1(K, K) and HSIC_1(L, L); None where they were not
+    asked for.
+    """
+
+    linear: PairStats | None = None
+    cosine: PairStats | None = None
+    correlation: PairStats | None = None
+    hsic1: tuple[float, float, float] | None = None
+
+    @property
+    def cka_minibatch(self) -> float:
+        """Minibatch CKA (Nguyen et al. 2021): the unbiased HSIC_1 of each batch, averaged over the batches.
+
+        It depends on how the samples are split into batches: for comparison with published numbers. `linear.
+        cka_debiased` is the same estimate from all samples at once.
+
+        Raises:
+            FastclError: the accumulator was not made with minibatch=True, or a mean self-term is not positive.
+        """
+        if self.hsic1 is None:
+            raise FastclError("minibatch CKA was not accumulated: make the PairAccumulator with minibatch=True")
+        return correlation(*self.hsic1, "minibatch CKA")
+
+
+@dataclass(frozen=True)
+class AllPairs:
+    """The statistics of all pairs of models.
+
+    Attributes:
+        names: of the models.
+        n: samples.
+        pairs: for names a before b; a's Gram matrix is K, b's is L.
+    """
+
+    names: tuple[str, ...]
+    n: int
+    pairs: Mapping[tuple[str, str], PairResult]
+
+    def __getitem__(self, pair: tuple[str, str]) -> PairResult:
+        return self.pairs[pair]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self.pairs)
+
+    def matrix(self, measure: str) -> Tensor:
+        """(M, M) float64 matrix of a symmetric measure that is 1 for equal models.
+
+        Args:
+            measure: "linear.cka", "linear.cka_debiased", "cosine.rsa", "cka_minibatch", ...
+
+        Raises:
+            FastclError: the measure is unknown, was not accumulated, or is undefined for a pair.
+        """
+        table = torch.eye(len(self.names), dtype=torch.float64)
+        for (a, b), result in self.pairs.items():
+            i, j = self.names.index(a), self.names.index(b)
+            try:
+                table[i, j] = table[j, i] = attrgetter(measure)(result)
+            except AttributeError:
+                raise FastclError(f"measure {measure!r} of {a!r} and {b!r} is unknown or was not accumulated") from None
+        return table

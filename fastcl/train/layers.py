@@ -1,0 +1,90 @@
+"""The layers of the finished models: CKA of every layer of the reference with every layer of each other model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastcl import layer_cka
+from fastcl.data import Split, ViewPlan, center_view, render_torchvision
+from fastcl.errors import FastclError
+from fastcl.similarity.layers import match_layers
+from fastcl.train.files import write_atomic
+from fastcl.train.twins import IDENTITY, RESEEDED, Twin
+
+log = logging.getLogger("fastcl")
+LAYER_IMAGES = 1024  # held-out images at most, evenly spaced over the split
+_BATCH = 256
+
+
+def write_layers(
+    path: Path, twins: Sequence[Twin], split: Split, plan: ViewPlan, device: torch.device, layers: Sequence[str]
+) -> None:
+    """Write layers.json: minibatch CKA (see `fastcl.layer_cka`) of the first twin's layers with those of the others.
+
+    The controls are left out, and, with a warning, a model whose CKA is undefined; nothing is written where no model
+    is left. The same weights give the same bytes.
+
+    Args:
+        path: of the file: {"reference", "samples", "batches", "models": {name: {"layers": rows (of the reference),
+            "other_layers": columns, "cka": rows of numbers}}}.
+        layers: patterns as `layer_cka` takes them, of the names in a twin's network; empty: `encoder_layers`.
+    """
+    reference, *others = (twin for twin in twins if twin.name not in (IDENTITY, RESEEDED))
+    patterns = layers or encoder_layers(reference.network.encoder)
+    images = _Images(split, plan, device)
+    models = {}
+    for other in others:
+        try:
+            found = layer_cka(reference.network, other.network, images, patterns)
+        except FastclError as error:
+            log.warning("layers of %s, %s: %s", reference.name, other.name, error)
+            continue
+        rows = {"layers": found.names_a, "other_layers": found.names_b, "cka": found.matrix.tolist()}
+        models[other.name] = rows
+        table = {"reference": reference.name, "samples": found.samples, "batches": found.batches, "models": models}
+    if models:
+        write_atomic(path, (json.dumps(table, allow_nan=False) + "\n").encode())
+
+
+def check_layers(twin: Twin, layers: Sequence[str]) -> None:
+    """Refuse patterns that match nothing before a run starts. Raises FastclError."""
+    if layers:
+        match_layers(twin.network, layers, "train.layers")
+
+
+def encoder_layers(encoder: nn.Module, prefix: str = "encoder") -> list[str]:
+    """Names of an encoder's stages: its children, those of a Sequential in its place, less what passes data through."""
+    names = []
+    for name, child in encoder.named_children():
+        if isinstance(child, nn.Sequential) and len(child):
+            names += [f"{prefix}.{name}.{inner}" for inner, _ in child.named_children()]
+        elif not isinstance(child, nn.Identity | nn.Dropout):
+            names.append(f"{prefix}.{name}")
+    return names
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Unaugmented images of a split in batches of nearly equal size; rendered anew each time, so few are in memory."""
+
+    split: Split
+    plan: ViewPlan
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        n = len(self.split)
+        count = min(n, LAYER_IMAGES)
+        chosen = np.arange(count) * n // count
+        for positions in np.array_split(chosen, math.ceil(count / _BATCH)):
+            images = [self.split.image(int(p)) for p in positions]
+            views = render_torchvision(images, center_view(self.plan.spec, self.split.sizes[positions]), self.plan.spec)
+            yield views.to(self.device)

@@ -1,0 +1,124 @@
+"""Rows of features into the working copy of a product: mapped, shifted by the pilot, scaled, in split half precision.
+
+A row's map is u = (s x - m) r: s a power of two that brings its largest absolute value into [1, 2), so that nothing
+overflows; m its mean times s for "correlation", else 0; r one over the length. For "linear" u = x. The working copy
+holds v = u - pilot times a power of two per model, so that the 22 bits of two halves lie below the largest entry.
+
+All of it is float64: where the rows are nearly equal, v has the digits that float32 would have lost in u. These kernels
+take a small share of the time, the products most.
+"""
+
+import triton
+import triton.language as tl
+
+from ..contrastive.numerics import power_of_two_scale, split_half
+
+# A row whose entries agree up to this fraction of the largest is constant: what its mean leaves is rounding.
+_CONSTANT = tl.constexpr(64 * 2.0**-52)
+
+
+@triton.jit
+def _load(x, o_n, m_n, o_d, d, stride):
+    p_x = x + o_n.to(tl.int64)[:, None] * stride + o_d[None, :]
+    return tl.load(p_x, mask=m_n[:, None] & (o_d[None, :] < d), other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _mapped(b_x, b_scale, b_mean, b_inv, NORMALIZE: tl.constexpr):
+    """Rows u, of rows (N, D) and their factors (N,)."""
+    if NORMALIZE:
+        b_x = (b_x * b_scale[:, None] - b_mean[:, None]) * b_inv[:, None]
+    return b_x
+
+
+@triton.jit
+def _factors(x, o_n, m_n, d, stride, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CENTRE: tl.constexpr):
+    """s, m and r of rows; r is 0 for a zero row, and for a constant one where it is centred."""
+    o_d = tl.arange(0, BLOCK_D)
+    b_peak = tl.zeros([BLOCK_N], tl.float64)
+    for i_d in range(0, d, BLOCK_D):
+        b_peak = tl.maximum(b_peak, tl.max(tl.abs(_load(x, o_n, m_n, i_d + o_d, d, stride)), 1))
+    b_scale = power_of_two_scale(b_peak.to(tl.float32)).to(tl.float64)
+    b_mean = tl.zeros([BLOCK_N], tl.float64)
+    b_floor = b_mean
+    if CENTRE:
+        for i_d in range(0, d, BLOCK_D):
+            b_mean += tl.sum(_load(x, o_n, m_n, i_d + o_d, d, stride) * b_scale[:, None], 1)
+        b_mean = b_mean / d
+        b_floor += _CONSTANT
+    b_square = tl.zeros([BLOCK_N], tl.float64)
+    b_largest = b_square
+    for i_d in range(0, d, BLOCK_D):
+        b_u = _load(x, o_n, m_n, i_d + o_d, d, stride) * b_scale[:, None] - b_mean[:, None]
+        b_u = tl.where(i_d + o_d[None, :] < d, b_u, 0.0)
+        b_square += tl.sum(b_u * b_u, 1)
+        b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_u), 1))
+    m_some = b_largest > b_floor
+    b_inv = tl.where(m_some, 1.0 / tl.sqrt(tl.where(m_some, b_square, 1.0)), 0.0)
+    return b_scale, b_mean, b_inv
+
+
+@triton.jit
+def measure_kernel(
+    x,  # (n, d) features, any dtype
+    pilot,  # (d,) float64
+    factors,  # (3, n) float64: s, m, r
+    squares,  # (n,) float64: |v|^2
+    margins,  # (n,) float64: <pilot, v>
+    peaks,  # (programs,) float64: the largest |v| of each program's rows
+    n, d, stride,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, CENTRE: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n
+    b_scale = tl.full([BLOCK_N], 1.0, tl.float64)
+    b_mean = tl.zeros([BLOCK_N], tl.float64)
+    b_inv = b_scale
+    if NORMALIZE:
+        b_scale, b_mean, b_inv = _factors(x, o_n, m_n, d, stride, BLOCK_N, BLOCK_D, CENTRE)
+        tl.store(factors + o_n, b_scale, mask=m_n)
+        tl.store(factors + n + o_n, b_mean, mask=m_n)
+        tl.store(factors + 2 * n + o_n, b_inv, mask=m_n)
+    o_d = tl.arange(0, BLOCK_D)
+    b_square = tl.zeros([BLOCK_N], tl.float64)
+    b_margin = b_square
+    b_peak = b_square
+    for i_d in range(0, d, BLOCK_D):
+        b_p = tl.load(pilot + i_d + o_d, mask=i_d + o_d < d, other=0.0)
+        b_v = _mapped(_load(x, o_n, m_n, i_d + o_d, d, stride), b_scale, b_mean, b_inv, NORMALIZE) - b_p[None, :]
+        b_v = tl.where(i_d + o_d[None, :] < d, b_v, 0.0)
+        b_square += tl.sum(b_v * b_v, 1)
+        b_margin += tl.sum(b_v * b_p[None, :], 1)
+        b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_v), 1))
+    tl.store(squares + o_n, b_square, mask=m_n)
+    tl.store(margins + o_n, b_margin, mask=m_n)
+    tl.store(peaks + tl.program_id(0), tl.max(tl.where(m_n, b_peak, 0.0), 0))
+
+
+@triton.jit
+def split_kernel(
+    x, pilot, factors,  # as in measure_kernel
+    scale,  # (1,) float64: power of two
+    z,  # (2, rows, width) half precision: columns first .. first + columns are this model's
+    n, d, stride, rows, width, first, columns,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Rows from n on and columns from d on are zeros."""
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_n = o_n < n
+    b_scale = tl.full([BLOCK_N], 1.0, tl.float64)
+    b_mean = tl.zeros([BLOCK_N], tl.float64)
+    b_inv = b_scale
+    if NORMALIZE:
+        b_scale = tl.load(factors + o_n, mask=m_n, other=0.0)
+        b_mean = tl.load(factors + n + o_n, mask=m_n, other=0.0)
+        b_inv = tl.load(factors + 2 * n + o_n, mask=m_n, other=0.0)
+    b_p = tl.load(pilot + o_d, mask=o_d < d, other=0.0)
+    b_v = _mapped(_load(x, o_n, m_n, o_d, d, stride), b_scale, b_mean, b_inv, NORMALIZE) - b_p[None, :]
+    b_v = tl.where(m_n[:, None] & (o_d[None, :] < d), b_v * tl.load(scale), 0.0)
+    b_high, b_low = split_half(b_v.to(tl.float32), z.dtype.element_ty)
+    p_z = z + o_n.to(tl.int64)[:, None] * width + (first + o_d)[None, :]
+    m_z = (o_n[:, None] < rows) & (o_d[None, :] < columns)
+    tl.store(p_z, b_high, mask=m_z)
+    tl.store(p_z + rows.to(tl.int64) * width, b_low, mask=m_z)

@@ -1,0 +1,104 @@
+"""Sums over two Gram matrices without their diagonals, from tiles of both, formed together: <K, L>, <K, K>, <L, L>, and
+for "rbf" row sums.
+
+A program keeps the block of rows `i` and takes every SPLITS-th tile from the diagonal to the right; a tile off the
+diagonal counts twice. Elements of a tile are added in float32, tiles in float64. For "rbf" a tile serves the row sums
+of its rows and of its columns: they are added in memory as integers, in units of 2^-32, whose sum does not depend on
+the order.
+"""
+
+import triton
+import triton.language as tl
+
+from ..contrastive.numerics import LOG2E, dot, load_tile
+
+FIXED_POINT = tl.constexpr(4294967296.0)  # 2^32: entries of at most 1, up to 2^31 of them
+
+
+@triton.jit
+def _product(z, low, start_i, start_j, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tile (BLOCK, BLOCK) of inner products of rows of a working copy (2, ., D), in split half precision."""
+    b_p = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for i_d in tl.range(0, D, BLOCK_D):
+        b_i = load_tile(z + i_d, start_i, BLOCK, D, BLOCK_D)
+        b_j = load_tile(z + i_d, start_j, BLOCK, D, BLOCK_D)
+        b_i_low = load_tile(z + low + i_d, start_i, BLOCK, D, BLOCK_D)
+        b_j_low = load_tile(z + low + i_d, start_j, BLOCK, D, BLOCK_D)
+        b_p = dot(b_i, tl.trans(b_j), b_p)
+        b_p = dot(b_i, tl.trans(b_j_low), b_p)
+        b_p = dot(b_i_low, tl.trans(b_j), b_p)
+    return b_p
+
+
+@triton.jit
+def _exponential_less_one(b_t):
+    """exp(t) - 1 for t <= 0, also where exp(t) is nearly 1: six terms of the series leave 2^-24 at t = -1/4."""
+    b_series = b_t * (1 + b_t * (1 / 2 + b_t * (1 / 6 + b_t * (1 / 24 + b_t * (1 / 120 + b_t * (1 / 720))))))
+    return tl.where(b_t > -0.25, b_series, tl.exp2(b_t * LOG2E) - 1)
+
+
+@triton.jit
+def _entries(b_p, exponent, squares, o_i, o_j, n, RBF: tl.constexpr, WIDE: tl.constexpr):
+    """Entries of K, of K - 1 where WIDE, from products of working copies; 0 on the diagonal and where padded.
+
+    All in units of the working copy's scale: the entries of an inner product, |v|^2, and 1 / (2 sigma^2).
+    """
+    if RBF:
+        m_i = o_i < n
+        m_j = o_j < n
+        b_i = tl.load(squares + o_i, mask=m_i, other=0.0)
+        b_j = tl.load(squares + o_j, mask=m_j, other=0.0)
+        b_distance = tl.maximum(b_i[:, None] + b_j[None, :] - 2.0 * b_p, 0.0)
+        b_power = -tl.load(exponent) * b_distance
+        if WIDE:
+            b_p = _exponential_less_one(b_power)
+        else:
+            b_p = tl.exp2(b_power * LOG2E)
+        b_p = tl.where(m_i[:, None] & m_j[None, :], b_p, 0.0)
+    return tl.where(o_i[:, None] == o_j[None, :], 0.0, b_p)
+
+
+@triton.jit
+def _add_rows(totals, o_n, n, b_sum):
+    tl.atomic_add(totals + o_n, tl.cast(b_sum * FIXED_POINT, tl.int64), mask=o_n < n, sem="relaxed")
+
+
+@triton.jit
+def gram_kernel(
+    zx, zy,  # (2, rows, DX) and (2, rows, DY) half precision; rows from n on are zeros
+    exponent_x, exponent_y,  # (1,) float32: 1 / (2 sigma^2)
+    squares_x, squares_y,  # (n,) float32: |v|^2
+    sums,  # (blocks, SPLITS, 3) float64
+    totals_x, totals_y,  # (n,) int64 row sums, for "rbf"; zero before
+    n, rows, blocks,
+    DX: tl.constexpr, DY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    RBF: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)  # the block with the most tiles first
+    split = tl.program_id(1)
+    low_x = rows.to(tl.int64) * DX
+    low_y = rows.to(tl.int64) * DY
+    o_i = i * BLOCK + tl.arange(0, BLOCK)
+    xy = tl.zeros([], tl.float64)
+    xx = xy
+    yy = xy
+    for j in tl.range(i + split, blocks, SPLITS):
+        o_j = j * BLOCK + tl.arange(0, BLOCK)
+        b_x = _product(zx, low_x, i * BLOCK, j * BLOCK, BLOCK, DX, BLOCK_D)
+        b_x = _entries(b_x, exponent_x, squares_x, o_i, o_j, n, RBF, WIDE)
+        b_y = _product(zy, low_y, i * BLOCK, j * BLOCK, BLOCK, DY, BLOCK_D)
+        b_y = _entries(b_y, exponent_y, squares_y, o_i, o_j, n, RBF, WIDE)
+        weight = tl.where(i == j, 1.0, 2.0)
+        xy += tl.sum(b_x * b_y).to(tl.float64) * weight
+        xx += tl.sum(b_x * b_x).to(tl.float64) * weight
+        yy += tl.sum(b_y * b_y).to(tl.float64) * weight
+        if RBF:
+            _add_rows(totals_x, o_i, n, tl.sum(b_x, 1))
+            _add_rows(totals_y, o_i, n, tl.sum(b_y, 1))
+            if i != j:
+                _add_rows(totals_x, o_j, n, tl.sum(b_x, 0))
+                _add_rows(totals_y, o_j, n, tl.sum(b_y, 0))
+    p_sums = sums + (i * SPLITS + split) * 3
+    tl.store(p_sums, xy)
+    tl.store(p_sums + 1, xx)
+    tl.store(p_sums + 2, yy)
