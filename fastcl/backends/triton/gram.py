@@ -186,7 +186,9 @@ class _Working:
         return (exponent / square).float(), (self.measured.squares * square).float()
 
 
-def inner_sums(x: Tensor, y: Tensor, kernel: str) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+def inner_sums(
+    x: Tensor, y: Tensor, kernel: str
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     """Arguments of `TileSums.of_centred`: sums over tiles, then per model |v|^2, margins and |mu|^2; float64."""
     models = [_Working.of(v, kernel) for v in (x, y)]
     inner, _ = _over_tiles(models, (0.0, 0.0), False, False)
