@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("a", "b"):
         subs["align"].add_argument(name, type=Path, metavar=name.upper(), help="feature file, or folder of layers")
     subs["align"].add_argument("--json", type=Path, metavar="FILE", help="write the numbers at full precision")
+    subs["align"].add_argument("--spearman", action="store_true", help="RSA by ranks too; slow for many samples")
     subs["align"].add_argument("--out", type=Path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
     subs["report"].add_argument("dir", type=Path, metavar="DIR", help="folder of the run")
     subs["report"].add_argument("--out", type=Path, metavar="FILE", help="page to write (default: DIR/report.html)")
@@ -107,7 +108,7 @@ def _report(args: argparse.Namespace) -> None:
 def _align(args: argparse.Namespace) -> None:
     from fastcl.align import align
 
-    align(args.a, args.b, args.json, args.out)
+    align(args.a, args.b, args.json, args.out, args.spearman)
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -137,8 +138,9 @@ worked examples in examples/. Writes into --out:
   weights/, features/, report.html   at the end"""),
     "align": (_align, "CKA, RSA and drift of two feature files, or of all pairs of layers", """
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
-Row k of both files must be the same sample. Printed are CKA (linear and cosine, biased and debiased), RSA (Pearson and
-Spearman), the drift of the similarities and what rho and r, its relative sizes, certify (arXiv 2510.08852).
+Row k of both files must be the same sample. Printed are CKA (linear, cosine; biased, debiased), RSA (Pearson, with
+--spearman by ranks too), the drift of the similarities and what rho and r, its relative sizes, certify (arXiv
+2510.08852).
 
 Layers: A and B are files of several arrays, one a layer, or folders of feature files, one a layer (outputs with more
 dimensions are flattened). Printed is the debiased linear CKA of every layer of A with every layer of B; --out draws it:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcl.backends.pairs import sums_of_rows
+from fastcl.backends.pairs import PairSums
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, check_rows, describe
 from fastcl.errors import FastclError
@@ -92,4 +92,4 @@ def twin_stats(
     a, b = (statistics(one, temperature, True, False, precision)[0] for one in batches)
     # Copies, float64 rows too: equal values take equal arithmetic from memory of equal layout.
     units = (normalize_rows(z.detach().double().clone(memory_format=torch.contiguous_format)) for z in (za, zb))
-    return TwinStats(a, b, sums_of_rows(*units), len(za), 0.0)
+    return TwinStats(a, b, PairSums.of_rows(*units).packed(), len(za), 0.0)

@@ -1,34 +1,84 @@
-"""Sums over two cosine Gram matrices as tensors on the device of the rows: what PairStats is made of, without a wait.
+"""The sums over two Gram matrices that `PairStats` is made of, as tensors on the device of the rows: nothing waits.
 
-With mu the mean of the unit rows u_i, v_i = u_i - mu and the margins a_i = <v_i, mu>, the matrix of cosines less its
-mean |mu|^2 is
+With mu the mean of the rows u_i of one model, v_i = u_i - mu and the margins a_i = <mu, v_i>, a matrix of inner
+products less its mean |mu|^2 is
 
-    K'_ij = <v_i, v_j> + a_i + a_j        row sums n a_i        diagonal |v_i|^2 + 2 a_i
+    K_ij = <v_i, v_j> + a_i + a_j        diagonal |v_i|^2 + 2 a_i        row sums n a_i
 
-since sum_i v_i = 0 and sum_i a_i = 0. So all sums but three inner products <K', L'> take O(n d); those are
-|V'W|^2 + 2 n <a, b>, or come from tiles.
+since v and a add up to zero. So all sums take O(n d), but for three inner products <K, L>, <K, K>, <L, L>.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class PairSums(NamedTuple):
+    """Sums over K - shift_k and L - shift_l without their diagonals, and these; float64."""
+
+    inner: Tensor  # (3,) <K, L>, <K, K>, <L, L>
+    rows: tuple[Tensor, Tensor]  # (n,) row sums of K and of L
+    diagonals: tuple[Tensor, Tensor]  # (n,)
+    shifts: tuple[Tensor, Tensor]  # ()
+
+    def packed(self) -> Tensor:
+        """(18,) the numbers of `PairStats.unpacked`."""
+        full_rows = [k + diagonal for k, diagonal in zip(self.rows, self.diagonals, strict=True)]
+        parts = [self.inner + three(*self.diagonals), three(*full_rows), *(k.sum()[None] for k in full_rows)]
+        parts += [self.inner, three(*self.rows), *(k.sum()[None] for k in self.rows)]
+        return torch.cat([*parts, torch.stack(self.shifts)])
+
+    @classmethod
+    def of_centred(
+        cls, inner: Tensor, squares: Sequence[Tensor], margins: Sequence[Tensor], means: Sequence[Tensor]
+    ) -> PairSums:
+        """From rows v of zero mean.
+
+        Args:
+            inner: (3,) sums of products of <v_i, v_j> and <w_i, w_j> over i != j.
+            squares, margins: per model (n,) |v_i|^2 and a_i.
+            means: per model () |mu|^2.
+        """
+        n = len(margins[0])
+        a, b = (margin - margin.mean() for margin in margins)  # what rounding left of a sum of 0
+        s, t = squares
+        # Over i != j: <v_i, v_j> (b_i + b_j) adds up to -2 s_i b_i, and (a_i + a_j)(b_i + b_j) to 2 (n - 2) <a, b>.
+        mixed = torch.stack([s @ b + t @ a, 2 * (s @ a), 2 * (t @ b)])
+        inner = inner + 2 * (n - 2) * three(a, b) - 2 * mixed
+        return cls(inner, ((n - 2) * a - s, (n - 2) * b - t), (s + 2 * a, t + 2 * b), tuple(means))
+
+    @classmethod
+    def of_rows(cls, ua: Tensor, ub: Tensor) -> PairSums:
+        """Of rows (n, da) and (n, db), float64, by the cheaper of their moments and their Gram matrices."""
+        means = [u[0] + (u - u[0]).mean(0) for u in (ua, ub)]
+        va, vb = (u - mean for u, mean in zip((ua, ub), means, strict=True))
+        squares = [v.square().sum(1) for v in (va, vb)]
+        da, db = va.shape[1], vb.shape[1]
+        if len(va) * (da + db) < da * da + da * db + db * db:
+            inner = three(*((v @ v.mT).fill_diagonal_(0).view(-1) for v in (va, vb)))
+        else:
+            moments = [(v.mT @ w).square().sum() for v, w in ((va, vb), (va, va), (vb, vb))]
+            inner = torch.stack(moments) - three(*squares)
+        margins = [v @ mean for v, mean in zip((va, vb), means, strict=True)]
+        return cls.of_centred(inner, squares, margins, [mean @ mean for mean in means])
+
+
 @dataclass(frozen=True)
 class Profile:
-    """What one model's matrix K' brings beside its inner products; float64."""
+    """What one model's matrix K brings beside its inner products; float64."""
 
-    shift: Tensor  # () |mu|^2, the mean of K
+    shift: Tensor  # () |mu|^2, the mean of the matrix
     margins: Tensor  # (n,)
     diagonal: Tensor  # (n,)
 
     @classmethod
     def of(cls, blocks: Iterable[Tensor], mean: Tensor) -> Profile:
-        """From the unit rows, (., d) float64 in any number of blocks, and their mean (d,)."""
+        """From rows (., d) float64 in any number of blocks, and their mean (d,)."""
         margins, diagonal = [], []
         for u in blocks:
             v = u - mean
@@ -37,37 +87,10 @@ class Profile:
         return cls(mean.square().sum(), torch.cat(margins), torch.cat(diagonal))
 
     def times(self, factor: Tensor) -> Profile:
-        """K' times a number of 0 dimensions; the shift stays."""
+        """K times a number of 0 dimensions; the shift stays."""
         return Profile(self.shift, self.margins * factor, self.diagonal * factor)
 
 
-def sums_of(inner: Tensor, a: Profile, b: Profile) -> Tensor:
-    """(18,) float64 for `PairStats.unpacked`, from the inner products <K', L'>, <K', K'>, <L', L'>."""
-    n = len(a.margins)
-    full, hollow = [], []
-    for x, y in ((a, b), (a, a), (b, b)):
-        full.append(n * n * (x.margins * y.margins).sum())
-        diagonals = (x.diagonal * y.diagonal).sum()
-        hollow.append((diagonals, ((n * x.margins - x.diagonal) * (n * y.margins - y.diagonal)).sum()))
-    diagonals, rows = (torch.stack(values) for values in zip(*hollow, strict=True))
-    nothing = torch.zeros_like(inner[:2])
-    traces = torch.stack([-a.diagonal.sum(), -b.diagonal.sum()])
-    shifts = torch.stack([a.shift, b.shift])
-    return torch.cat([inner, torch.stack(full), nothing, inner - diagonals, rows, traces, shifts])
-
-
-def sums_of_rows(ua: Tensor, ub: Tensor) -> Tensor:
-    """(18,) float64 for `PairStats.unpacked`, of unit rows (n, da) and (n, db), float64; zero rows stay zero."""
-    n = len(ua)
-    means = [u.mean(0) for u in (ua, ub)]
-    a, b = (Profile.of([u], mean) for u, mean in zip((ua, ub), means, strict=True))
-    va, vb = ua - means[0], ub - means[1]
-    da, db = ua.shape[1], ub.shape[1]
-    pairs = ((va, vb, a, b), (va, va, a, a), (vb, vb, b, b))
-    if n * (da + db) < da * da + da * db + db * db:  # few rows: the matrices themselves are smaller
-        grams = va @ va.mT, vb @ vb.mT
-        squares = [(k * g).sum() for k, g in (grams, grams[:1] * 2, grams[1:] * 2)]
-    else:
-        squares = [(x.mT @ y).square().sum() for x, y, _, _ in pairs]
-    margins = [2 * n * (x.margins * y.margins).sum() for _, _, x, y in pairs]
-    return sums_of(torch.stack(squares) + torch.stack(margins), a, b)
+def three(a: Tensor, b: Tensor) -> Tensor:
+    """(3,) <a, b>, <a, a>, <b, b>."""
+    return torch.stack([a @ b, a @ a, b @ b])

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcl.backends.pairs import PairSums, three
 from fastcl.errors import FastclError
 from fastcl.similarity.inputs import on_triton
 from fastcl.similarity.rows import INNER, mapped
@@ -30,54 +31,19 @@ TILE = 1024
 _SAMPLED = 2048  # rows whose distances give the median
 
 
-class TileSums(NamedTuple):
-    """Sums over K - shift_k and L - shift_l without their diagonals, and these; float64."""
-
-    inner: Tensor  # (3,) <K, L>, <K, K>, <L, L>
-    rows: tuple[Tensor, Tensor]  # (n,) row sums of K and of L
-    diagonals: tuple[Tensor, Tensor]  # (n,)
-    shifts: tuple[Tensor, Tensor]  # ()
-
-    def packed(self) -> Tensor:
-        """(18,) the numbers of `PairStats.unpacked`."""
-        full_rows = [k + diagonal for k, diagonal in zip(self.rows, self.diagonals, strict=True)]
-        parts = [self.inner + _three(*self.diagonals), _three(*full_rows), *(k.sum()[None] for k in full_rows)]
-        parts += [self.inner, _three(*self.rows), *(k.sum()[None] for k in self.rows)]
-        return torch.cat([*parts, torch.stack(self.shifts)])
-
-    @classmethod
-    def of_centred(
-        cls, inner: Tensor, squares: Sequence[Tensor], margins: Sequence[Tensor], means: Sequence[Tensor]
-    ) -> TileSums:
-        """From rows v of zero mean.
-
-        Args:
-            inner: (3,) sums of products of <v_i, v_j> and <w_i, w_j> over i != j.
-            squares, margins: per model (n,) |v_i|^2 and a_i.
-            means: per model () |mu|^2.
-        """
-        n = len(margins[0])
-        a, b = (margin - margin.mean() for margin in margins)  # what rounding left of a sum of 0
-        (s, t) = squares
-        # Over i != j: <v_i, v_j> (b_i + b_j) adds up to -2 s_i b_i, and (a_i + a_j)(b_i + b_j) to 2 (n - 2) <a, b>.
-        mixed = torch.stack([s @ b + t @ a, 2 * (s @ a), 2 * (t @ b)])
-        inner = inner + 2 * (n - 2) * _three(a, b) - 2 * mixed
-        return cls(inner, ((n - 2) * a - s, (n - 2) * b - t), (s + 2 * a, t + 2 * b), tuple(means))
-
-
-def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> TileSums:
+def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
     """Sums of (n, d) features; arguments as `fastcl.pair_stats`, checked."""
     fused = on_triton(x, y)
     if fused:
         from fastcl.backends.triton import gram
     if kernel in INNER:
         if fused:
-            return TileSums.of_centred(*gram.inner_sums(x, y, kernel))
+            return PairSums.of_centred(*gram.inner_sums(x, y, kernel))
         models = [_centred(mapped(v, kernel)) for v in (x, y)]
         rows = [v for v, _ in models]
         inner, _ = _over_tiles([_InnerTiles(v) for v in rows])
         margins = [v @ mean for v, mean in models]
-        return TileSums.of_centred(inner, [v.square().sum(1) for v in rows], margins, [m @ m for _, m in models])
+        return PairSums.of_centred(inner, [v.square().sum(1) for v in rows], margins, [m @ m for _, m in models])
     shift = float(math.exp(-0.5 / bandwidth**2) > 0.5)
     scales = [0.5 / (bandwidth * median_distance(v, name)) ** 2 for v, name in ((x, "x"), (y, "y"))]
     if fused:
@@ -86,7 +52,7 @@ def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> TileSums:
         rows = [_centred(mapped(v, kernel))[0] for v in (x, y)]
         inner, rows = _over_tiles([_RbfTiles(v, scale, shift) for v, scale in zip(rows, scales, strict=True)])
     diagonal = rows[0].new_full((len(x),), 1 - shift)
-    return TileSums(inner, tuple(rows), (diagonal, diagonal), (rows[0].new_tensor(shift),) * 2)
+    return PairSums(inner, tuple(rows), (diagonal, diagonal), (rows[0].new_tensor(shift),) * 2)
 
 
 def median_distance(x: Tensor, name: str) -> float:
@@ -103,10 +69,6 @@ def median_distance(x: Tensor, name: str) -> float:
             f"the rbf kernel has no scale for {name}: the median distance between its {len(x)} samples is {median:g}"
         )
     return median
-
-
-def _three(a: Tensor, b: Tensor) -> Tensor:
-    return torch.stack([a @ b, a @ a, b @ b])
 
 
 def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,5 +113,5 @@ def _over_tiles(models: Sequence[Callable[[slice, slice], Tensor]]) -> tuple[Ten
                 total[i] += tile.sum(1)
                 if i != j:
                     total[j] += tile.sum(0)
-            inner += _three(*(tile.view(-1) for tile in tiles)) * (1 if i == j else 2)
+            inner += three(*(tile.view(-1) for tile in tiles)) * (1 if i == j else 2)
     return inner, sums

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastcl.backends.triton import twin
+from fastcl.backends.triton import gram_cases, twin
 from fastcl.backends.triton.backward import Upstream, gradients
 from fastcl.backends.triton.forward import statistics
 from fastcl.backends.triton.operand import NARROW, Call, known_order, prepare
@@ -59,6 +59,7 @@ def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
         with on_architecture(sm), recording() as launches:
             (_run_twins if case.second else _run)(case)
         yield case.name, launches
+    yield from gram_cases.cases(sm)
 
 
 def _run(case: _Case) -> None:

@@ -189,7 +189,7 @@ class _Working:
 def inner_sums(
     x: Tensor, y: Tensor, kernel: str
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """Arguments of `TileSums.of_centred`: sums over tiles, then per model |v|^2, margins and |mu|^2; float64."""
+    """Arguments of `PairSums.of_centred`: sums over tiles, then per model |v|^2, margins and |mu|^2; float64."""
     models = [_Working.of(v, kernel) for v in (x, y)]
     inner, _ = _over_tiles(models, (0.0, 0.0), False, False)
     measured = [model.measured for model in models]

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastcl.backends.pairs import Profile, sums_of
+from fastcl.backends.pairs import PairSums, Profile, three
 from fastcl.backends.triton.forward import WORKSPACE, choose, finish, online, results, splits, views
 from fastcl.backends.triton.operand import ALIGN, Call, Operand
 from fastcl.kernels.contrastive.launch import Config, launch
@@ -24,7 +24,7 @@ _ELEMENTS = 2**22  # of the working copies, in float64 at a time
 def statistics(
     a: Operand, b: Operand, call: Call, flags: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(stats of a, stats of b, counts, sums): (5, n), (5, n) and (3, n) in source order, (18,) as `sums_of`.
+    """(stats of a, stats of b, counts, sums): (5, n), (5, n), (3, n) in source order, (18,) for `PairStats.unpacked`.
 
     Args:
         a, b: rows in one order.
@@ -117,4 +117,7 @@ def _resolved(squares: Tensor, a: Profile, b: Profile) -> Tensor:
     live_a, live_b = lives.double()
     dd, kk, ll = squares
     inner = torch.stack([(kk + ll - dd) / 2 * live_a * live_b, kk * live_a, ll * live_b])
-    return sums_of(inner, a.times(live_a), b.times(live_b))
+    models = a.times(live_a), b.times(live_b)
+    diagonals = tuple(model.diagonal for model in models)
+    rows = tuple(n * model.margins - model.diagonal for model in models)
+    return PairSums(inner - three(*diagonals), rows, diagonals, (a.shift, b.shift)).packed()
