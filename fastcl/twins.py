@@ -13,7 +13,7 @@ from fastcl.checks import check_positive, check_rows, describe
 from fastcl.errors import FastclError
 from fastcl.rowstats import RowStats, choose_backend, normalize_rows, operator_arguments, statistics, unpack
 from fastcl.similarity import PairStats
-from fastcl.similarity.inputs import FUSED_ROUNDING
+from fastcl.similarity.inputs import NARROW_ROUNDING
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def twin_stats(
     if choose_backend(za if za.shape[1] >= zb.shape[1] else zb) == "triton":
         arguments = operator_arguments(temperature, precision, za, zb)
         stats_a, stats_b, counts, sums, *_ = torch.ops.fastcl.twin(za, zb, batch.sample, batch.labels, *arguments)
-        return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), FUSED_ROUNDING)
+        return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), NARROW_ROUNDING)
     batches = batch, Batch(zb, sample=batch.sample, labels=batch.labels)
     a, b = (statistics(one, temperature, True, False, precision)[0] for one in batches)
     # Copies, float64 rows too: equal values take equal arithmetic from memory of equal layout.

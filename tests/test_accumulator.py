@@ -176,7 +176,7 @@ def test_a_million_samples_far_from_zero():
     x = torch.randint(-2, 3, (10**6, 2), generator=g) + latent + 1000
     y = torch.randint(-4, 5, (10**6, 3), generator=g) - latent + 1000
     accumulator = PairAccumulator(["a", "b"], ("linear",))
-    for a, b in zip(x.float().split(70_000), y.float().split(70_000), strict=True):
+    for a, b in zip(x.double().split(70_000), y.double().split(70_000), strict=True):
         accumulator.update({"a": a, "b": b})
 
     def squared(u, v):

@@ -99,12 +99,26 @@ def test_measures_of_any_shape_and_scale(n, dx, dy, seed, kernel, route, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision_features_are_summed_in_float64(dtype):
+@pytest.mark.parametrize("route", ["features", "tiles"])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_narrow_features_are_multiplied_in_float32_and_summed_in_float64(dtype, route, mean):
     x, y = (z.to(dtype) for z in features(50, 8, 12))
-    for kernel in ("linear", "cosine"):
-        check(pair_stats(x, y, kernel), reference(x, y, kernel), rel=1e-10)
-    mixed = pair_stats(x, y.double(), "linear")
-    assert mixed == pair_stats(x, y, "linear")
+    x = x + mean if dtype == torch.float32 else x  # the narrower ones have no digits left at 100
+    for kernel in ("linear", "cosine", "correlation"):
+        with localcontext(Context(prec=50)):
+            expected = reference(x, y, kernel, Decimal if mean else float)
+        check(pair_stats(x, y, kernel, route=route), expected, rel=2e-6)
+        check(pair_stats(x, y.double(), kernel, route=route), expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("route", ["features", "tiles"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_float32_features_whose_squares_float32_cannot_hold(route, scale):
+    x, y = (z.float() for z in features(30, 5, 6))
+    scaled = (scale * x.double()).float()
+    stats, expected = pair_stats(scaled, y, route=route), reference(scaled.double() / scale, y, "linear")
+    for measure in ("cka", "cka_debiased", "rsa"):
+        assert getattr(stats, measure) == pytest.approx(expected[measure], rel=2e-6), measure
 
 
 @pytest.mark.parametrize("mean", [100.0, 1e3])

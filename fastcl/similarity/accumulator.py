@@ -99,7 +99,7 @@ class PairAccumulator:
 
     def _joined(self) -> list[Tensor]:
         """Per model the rows of the incomplete chunk."""
-        return [torch.cat(pieces) for pieces in zip(*self._pending, strict=True)]
+        return [p[0] if len(p) == 1 else torch.cat(p) for p in zip(*self._pending, strict=True)]
 
     def _flush(self) -> None:
         batch = self._joined()

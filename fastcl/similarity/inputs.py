@@ -12,8 +12,8 @@ from fastcl import rowstats
 from fastcl.checks import describe
 from fastcl.errors import FastclError
 
-# Of products in split half precision that are added up in float32: 22 bits, and a little for the sums.
-FUSED_ROUNDING = 2.0**-20
+# Of products of features narrower than float64, in split half precision (22 bits) or float32, and their float32 sums.
+NARROW_ROUNDING = 2.0**-20
 
 
 def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device | None = None) -> list[Tensor]:
@@ -33,14 +33,22 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
         raise FastclError(f"all models need features of the same samples, got numbers of rows {rows}")
     device = device or next(iter(features.values())).device
     batch = [x.detach().to(device) for x in features.values()]
-    # One question to the device for all models.
-    broken = torch.stack([x.isfinite().all(dim=1).logical_not() for x in batch])
-    if broken.any():
-        model, row = broken.nonzero()[0].tolist()
+    # A sum is finite only if all its terms are, and takes one pass; that of huge finite features is not. One question
+    # to the device for all models.
+    if not torch.stack([x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in batch]).isfinite().all():
+        broken = torch.stack([x.isfinite().all(dim=1).logical_not() for x in batch]).nonzero()
+        if len(broken) == 0:
+            return batch
+        model, row = broken[0].tolist()
         name = list(features)[model]
         place = f"first in row {row} of {len(batch[0])} of this batch, sample {seen + row}"
         raise FastclError(f"features of {name!r} are not finite: {place}")
     return batch
+
+
+def rounding_of(*features: Tensor) -> float:
+    """Relative rounding error of products of features, where they are not float64's."""
+    return 0.0 if any(x.dtype == torch.float64 for x in features) else NARROW_ROUNDING
 
 
 def on_triton(*features: Tensor) -> bool:

@@ -10,6 +10,9 @@ their squares in 12. The pilot is the first row of the stream, so constant featu
 of the centred cross-moment is at most about 1e-16 n, reached only when that row is an outlier that alone makes up the
 variance. <p, v> is a function of v, kept for its digits: where all cosines are nearly 1 it is as small as |v|^2.
 
+Products of features narrower than float64 are float32 within a chunk (on a GPU split half precision); between chunks,
+and in all that is done to features before and to moments after, numbers are float64.
+
 Callers multiply rows in chunks that begin at multiples of `chunk_rows`, whatever the batches were: the same samples in
 the same order give the same bits however they were split.
 """
@@ -17,18 +20,20 @@ the same order give the same bits however they were split.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations, combinations_with_replacement
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import combinations, combinations_with_replacement, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcl.similarity.inputs import FUSED_ROUNDING, on_triton
+from fastcl.similarity.inputs import NARROW_ROUNDING, on_triton
 from fastcl.similarity.rows import mapped
 
 if TYPE_CHECKING:
     from fastcl.backends.triton.gram import StackedMoments
 
+_BLOCK = 256  # columns of a block of moments on a CPU
+_LARGEST = 1e16  # of |v|^2 and |<p, v>| in float32: their products over a chunk stay below 1e38
 # Rows of a chunk. A CPU's cache holds a few megabytes of them; a GPU wants long products, and its kernels add up a
 # chunk in float32.
 CHUNK = {"cpu": 512}
@@ -86,12 +91,15 @@ class Moments:
     Attributes:
         kernel: a member of rows.INNER.
         pilots: per model, (d_i,) float64; empty before the first chunk.
+        rounding: relative rounding error of products, where they are not float64's.
     """
 
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.pilots: list[Tensor] = []
-        self._sums: dict[tuple[int, int], Tensor] = {}  # of torch; for i <= j, since K and L are symmetric
+        self.rounding = 0.0
+        # Of torch; for i <= j, since K and L are symmetric, and for i = j the blocks on and right of the diagonal.
+        self._sums: dict[tuple[int, int], Tensor] = {}
         self._stack: StackedMoments | None = None  # of the Triton kernels
 
     def start(self, pilots: Sequence[Tensor]) -> None:
@@ -105,36 +113,29 @@ class Moments:
             return
         if not self.pilots:
             self.start([mapped(x[:1], self.kernel)[0] for x in batch])
-        rows = [self._extended(x, pilot) for x, pilot in zip(batch, self.pilots, strict=True)]
+        rows = [_extended(mapped(x, self.kernel), pilot) for x, pilot in zip(batch, self.pilots, strict=True)]
+        if not any(x.dtype == torch.float64 for x in batch) and _fit_float32(rows):
+            rows, self.rounding = [x.float() for x in rows], NARROW_ROUNDING
         for i, j in combinations_with_replacement(range(len(rows)), 2):
-            if (i, j) in self._sums:
-                self._sums[i, j].addmm_(rows[i].mT, rows[j])
-            else:
-                self._sums[i, j] = rows[i].mT @ rows[j]
-
-    def _extended(self, x: Tensor, pilot: Tensor) -> Tensor:
-        # Buffers of equal shape: models with equal features take the same arithmetic in all three of a pair's products.
-        # A stacked product would be a quarter cheaper and break that.
-        v = mapped(x, self.kernel) - pilot
-        return torch.cat([v, v.square().sum(1, keepdim=True), (v @ pilot)[:, None], v.new_ones(len(v), 1)], dim=1)
+            if (i, j) not in self._sums:
+                self._sums[i, j] = self.pilots[i].new_zeros(rows[i].shape[1], rows[j].shape[1])
+            _add_product(self._sums[i, j], rows[i], rows[j], symmetric=i == j)
 
     def _add_fused(self, batch: Sequence[Tensor]) -> None:
         from fastcl.backends.triton import gram
 
+        self.rounding = NARROW_ROUNDING
         if not self.pilots:
             self.start(gram.pilots(batch, self.kernel))
         if self._stack is None:
             self._stack = gram.StackedMoments(self.kernel, self.pilots)
         self._stack.add(batch)
 
-    @property
-    def rounding(self) -> float:
-        """Relative rounding error of products, where they are not float64's."""
-        return 0.0 if self._stack is None else FUSED_ROUNDING
-
     def moments(self, i: int, j: int) -> Tensor:
         """(d_i + 3, d_j + 3) float64 sums over all rows so far, i <= j."""
-        parts = [self._sums[i, j]] if (i, j) in self._sums else []
+        parts = []
+        if (i, j) in self._sums:
+            parts = [_mirrored(self._sums[i, j]) if i == j else self._sums[i, j]]
         parts += [self._stack.moments(i, j)] if self._stack is not None else []
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
@@ -151,6 +152,7 @@ class Moments:
         """Add the rows of another stream of the same models, which lies on the same device."""
         if not self.pilots:
             self.start(other.pilots)
+        self.rounding = max(self.rounding, other.rounding)
         same = all(torch.equal(a, b) for a, b in zip(self.pilots, other.pilots, strict=True))
         shifts = [] if same else [_translation(a, b) for a, b in zip(other.pilots, self.pilots, strict=True)]
         for i, j in combinations_with_replacement(range(len(self.pilots)), 2):
@@ -169,15 +171,17 @@ class Moments:
         """The same stream on a device."""
         return Moments.of_state(self.kernel, self.state(), device)
 
-    def state(self) -> dict[str, list[Tensor]]:
-        """Pilots and moments, for `of_state`."""
+    def state(self) -> dict[str, Any]:
+        """Pilots, moments and rounding, for `of_state`."""
         pairs = combinations_with_replacement(range(len(self.pilots)), 2)
-        return {"pilots": list(self.pilots), "moments": [self.moments(i, j).clone() for i, j in pairs]}
+        moments = [self.moments(i, j).clone() for i, j in pairs]
+        return {"pilots": list(self.pilots), "moments": moments, "rounding": self.rounding}
 
     @classmethod
-    def of_state(cls, kernel: str, state: Mapping[str, list[Tensor]], device: torch.device | None = None) -> Moments:
+    def of_state(cls, kernel: str, state: Mapping[str, Any], device: torch.device | None = None) -> Moments:
         """A stream from its `state`, on a device or where the state lies."""
         stream = cls(kernel)
+        stream.rounding = state["rounding"]
         stream.start([pilot.to(device) for pilot in state["pilots"]])
         pairs = combinations_with_replacement(range(len(stream.pilots)), 2)
         for (i, j), moments in zip(pairs, state["moments"], strict=True):
@@ -198,6 +202,57 @@ class Moments:
             (shift_k, trace_k), (shift_l, trace_l) = scalars[i], scalars[j]
             values = [*full, *full_rows, 0.0, 0.0, *hollow, *hollow_rows, -trace_k, -trace_l, shift_k, shift_l]
             yield (i, j), values
+
+
+def _extended(x: Tensor, pilot: Tensor) -> Tensor:
+    """(b, d + 3) extended rows of (b, d) rows, which are overwritten."""
+    rows = x.new_empty(len(x), x.shape[1] + 3)
+    v = torch.sub(x, pilot, out=rows[:, :-3])
+    torch.mv(v, pilot, out=rows[:, -2])
+    torch.sum(torch.mul(v, v, out=x), 1, out=rows[:, -3])
+    rows[:, -1] = 1
+    return rows
+
+
+def _fit_float32(rows: Sequence[Tensor]) -> bool:
+    """Whether float32 can hold products of extended rows: neither do squares overflow nor do the largest vanish."""
+    largest = torch.stack([x[:, -3:-1].abs().amax(0) for x in rows])
+    return bool((largest < _LARGEST).all() and (largest[:, 0] > 1 / _LARGEST).all())
+
+
+def _blocks(width: int) -> list[slice]:
+    """Columns in blocks of about _BLOCK."""
+    count = max(1, round(width / _BLOCK))
+    edges = [width * k // count for k in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def _add_product(sums: Tensor, x: Tensor, y: Tensor, symmetric: bool) -> None:
+    """sums += x'y, by blocks of columns; symmetric: of those below the diagonal none.
+
+    A block below the diagonal is formed as the transpose of one above it, with x and y in each other's place. So models
+    with equal features take the same arithmetic in all three of a pair's products, and have equal moments bit for bit.
+    """
+    for a, left in enumerate(_blocks(x.shape[1])):
+        for b, right in enumerate(_blocks(y.shape[1])):
+            if a <= b:
+                _accumulate(sums[left, right], x[:, left], y[:, right])
+            elif not symmetric:
+                _accumulate(sums[left, right].mT, y[:, right], x[:, left])
+
+
+def _accumulate(sums: Tensor, x: Tensor, y: Tensor) -> None:
+    if x.dtype == sums.dtype:
+        sums.addmm_(x.mT, y)
+    else:
+        sums += x.mT @ y
+
+
+def _mirrored(sums: Tensor) -> Tensor:
+    whole = sums.clone()
+    for block in _blocks(len(sums)):
+        whole[block.stop :, block] = sums[block, block.stop :].mT
+    return whole
 
 
 def _translation(old: Tensor, new: Tensor) -> Tensor:

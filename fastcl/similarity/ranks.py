@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastcl.errors import FastclError
 from fastcl.similarity.inputs import checked
-from fastcl.similarity.rows import INNER, ROWS, Kernel
+from fastcl.similarity.rows import INNER, Kernel, mapped
 
 _EXACT_PAIRS = 1 << 25
 _BINS = 1 << 20
@@ -107,7 +107,7 @@ class _Matrix:
     """One Gram matrix, never formed as a whole."""
 
     def __init__(self, x: Tensor, kernel: str, name: str) -> None:
-        self.rows, self.kernel, self.name = ROWS[kernel](x.double()), kernel, name
+        self.rows, self.kernel, self.name = mapped(x, kernel), kernel, name
         squares = self.rows.square().sum(dim=1)
         self.limit = squares.max().item()  # of |K_ij|, by Cauchy-Schwarz
         if not math.isfinite(self.limit * self.limit):

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from fastcl.errors import FastclError
-from fastcl.similarity.inputs import FUSED_ROUNDING, on_triton
+from fastcl.similarity.inputs import rounding_of
 from fastcl.similarity.moments import Moments, chunk_rows
 from fastcl.similarity.rows import INNER
 from fastcl.similarity.stats import PairStats
@@ -46,4 +46,4 @@ def statistics(x: Tensor, y: Tensor, kernel: str, bandwidth: float = 1.0, route:
         ((_, values),) = stream.pair_sums()
         return PairStats.unpacked(len(x), kernel, values, stream.rounding)
     values = tile_sums(x, y, kernel, bandwidth).packed().tolist()
-    return PairStats.unpacked(len(x), kernel, values, FUSED_ROUNDING if on_triton(x, y) else 0.0)
+    return PairStats.unpacked(len(x), kernel, values, rounding_of(x, y))

@@ -23,20 +23,23 @@ INNER = ("linear", "cosine", "correlation")  # kernels that are inner products o
 _CONSTANT = 64 * torch.finfo(torch.float64).eps
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """(n, d) float64 rows divided by their lengths; a zero row has no direction and stays zero. Safe at any scale."""
-    largest = x.abs().amax(dim=1, keepdim=True)
-    x = x / torch.where(largest > 0, largest, 1.0)
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1.0)
+def _scaled(x: Tensor) -> Tensor:
+    """Rows divided by their largest entries, in place: no square overflows or vanishes."""
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+    return x.div_(torch.where(largest > 0, largest, 1.0))
 
 
-def standard_rows(x: Tensor) -> Tensor:
-    """(n, d) float64 rows less their own mean, divided by their lengths; a constant row becomes zero."""
-    largest = x.abs().amax(dim=1, keepdim=True)
-    x = x / torch.where(largest > 0, largest, 1.0)
-    x = x - x.mean(dim=1, keepdim=True)
-    constant = x.abs().amax(dim=1, keepdim=True) <= _CONSTANT
-    return unit_rows(x.masked_fill(constant, 0.0))
+def _unit_rows(x: Tensor) -> Tensor:
+    """Rows divided by their lengths, in place; a zero row has no direction and stays zero. Safe at any scale."""
+    x = _scaled(x)
+    return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1.0))
+
+
+def _standard_rows(x: Tensor) -> Tensor:
+    """Rows less their own mean, divided by their lengths, in place; a constant row becomes zero."""
+    x = _scaled(x)
+    x.sub_(x.mean(dim=1, keepdim=True))
+    return _unit_rows(x.masked_fill_(torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True) <= _CONSTANT, 0.0))
 
 
 def mapped(x: Tensor, kernel: str) -> Tensor:
@@ -44,9 +47,11 @@ def mapped(x: Tensor, kernel: str) -> Tensor:
 
     Always in memory of its own: equal values take equal arithmetic only from buffers of equal layout and alignment.
     """
-    return ROWS[kernel](x.to(torch.float64, copy=True, memory_format=torch.contiguous_format))
+    return _ROWS[kernel](x.to(torch.float64, copy=True, memory_format=torch.contiguous_format))
 
 
-ROWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda x: x, "cosine": unit_rows, "correlation": standard_rows, "rbf": lambda x: x
+# Each overwrites its argument.
+_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: x, "cosine": _unit_rows, "correlation": _standard_rows, "rbf": lambda x: x
 }  # fmt: skip
+KERNELS = tuple(_ROWS)

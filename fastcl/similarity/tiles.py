@@ -17,40 +17,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastcl.backends.pairs import PairSums, three
 from fastcl.errors import FastclError
-from fastcl.similarity.inputs import on_triton
+from fastcl.similarity.inputs import on_triton, rounding_of
 from fastcl.similarity.rows import INNER, mapped
 
-TILE = 1024
+TILE = 512
 _SAMPLED = 2048  # rows whose distances give the median
 
 
 def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
     """Sums of (n, d) features; arguments as `fastcl.pair_stats`, checked."""
-    fused = on_triton(x, y)
+    fused, rounding = on_triton(x, y), rounding_of(x, y)
     if fused:
         from fastcl.backends.triton import gram
     if kernel in INNER:
         if fused:
             return PairSums.of_centred(*gram.inner_sums(x, y, kernel))
-        models = [_centred(mapped(v, kernel)) for v in (x, y)]
-        rows = [v for v, _ in models]
-        inner, _ = _over_tiles([_InnerTiles(v) for v in rows])
-        margins = [v @ mean for v, mean in models]
-        return PairSums.of_centred(inner, [v.square().sum(1) for v in rows], margins, [m @ m for _, m in models])
+        models = [_Rows.of(mapped(v, kernel), rounding) for v in (x, y)]
+        inner, _ = _over_tiles([model.products for model in models], len(x), row_sums=False)
+        squares, margins, means = zip(*((m.squares, m.margins, m.mean @ m.mean) for m in models), strict=True)
+        return PairSums.of_centred(inner, squares, margins, means)
     shift = float(math.exp(-0.5 / bandwidth**2) > 0.5)
     scales = [0.5 / (bandwidth * median_distance(v, name)) ** 2 for v, name in ((x, "x"), (y, "y"))]
     if fused:
         inner, rows = gram.rbf_sums(x, y, scales, shift)
     else:
-        rows = [_centred(mapped(v, kernel))[0] for v in (x, y)]
-        inner, rows = _over_tiles([_RbfTiles(v, scale, shift) for v, scale in zip(rows, scales, strict=True)])
+        models = [_Rows.of(mapped(v, kernel), rounding) for v in (x, y)]
+        tiles = [partial(model.exponentials, scale, shift) for model, scale in zip(models, scales, strict=True)]
+        inner, rows = _over_tiles(tiles, len(x), row_sums=True)
     diagonal = rows[0].new_full((len(x),), 1 - shift)
     return PairSums(inner, tuple(rows), (diagonal, diagonal), (rows[0].new_tensor(shift),) * 2)
 
@@ -71,37 +72,43 @@ def median_distance(x: Tensor, name: str) -> float:
     return median
 
 
-def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows less their mean, and the mean; about the first row, so that equal rows give exact zeros."""
-    mean = rows[0] + (rows - rows[0]).mean(dim=0)
-    return rows - mean, mean
+@dataclass(frozen=True)
+class _Rows:
+    """One model's rows of zero mean, and what tiles of them need."""
+
+    rows: Tensor  # (n, d) float64; float32 times a power of two where that is as good as the features
+    factor: float  # from products of these rows to <v_i, v_j>
+    squares: Tensor  # (n,) float64: |v_i|^2
+    margins: Tensor  # (n,) float64: a_i
+    mean: Tensor  # (d,) float64
+
+    @classmethod
+    def of(cls, rows: Tensor, rounding: float) -> _Rows:
+        # About the first row, so that equal rows give exact zeros.
+        mean = rows[0] + (rows - rows[0]).mean(dim=0)
+        rows = rows - mean
+        squares, margins, factor = rows.square().sum(1), rows @ mean, 1.0
+        if rounding:
+            exponent = torch.frexp(rows.abs().amax())[1].item()
+            rows, factor = torch.ldexp(rows, -squares.new_tensor(exponent)).float(), 4.0**exponent
+        return cls(rows, factor, squares, margins, mean)
+
+    def products(self, i: slice, j: slice) -> Tensor:
+        """Tile of <v_i, v_j>, float64."""
+        return (self.rows[i] @ self.rows[j].mT).double().mul_(self.factor)
+
+    def exponentials(self, scale: float, shift: float, i: slice, j: slice) -> Tensor:
+        """Tile of exp(-scale |v_i - v_j|^2) - shift, float64."""
+        squares = self.squares[j] - self.products(i, j).mul_(2)
+        power = squares.add_(self.squares[i, None]).clamp_min_(0).mul_(-scale)
+        return power.expm1_() if shift else power.exp_()
 
 
-class _InnerTiles(NamedTuple):
-    rows: Tensor  # (n, d) of zero mean
-
-    def __call__(self, i: slice, j: slice) -> Tensor:
-        return self.rows[i] @ self.rows[j].mT
-
-
-class _RbfTiles(NamedTuple):
-    rows: Tensor
-    scale: float  # 1 / (2 sigma^2)
-    shift: float  # 0 or 1
-
-    def __call__(self, i: slice, j: slice) -> Tensor:
-        norms_i, norms_j = (self.rows[k].square().sum(1) for k in (i, j))
-        squares = torch.addmm(norms_j, self.rows[i], self.rows[j].mT, alpha=-2).add_(norms_i[:, None]).clamp_min_(0)
-        power = squares.mul_(-self.scale)
-        return power.expm1_() if self.shift else power.exp_()
-
-
-def _over_tiles(models: Sequence[Callable[[slice, slice], Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """(3,) <K, L>, <K, K>, <L, L>, and the row sums of K and L."""
-    first = models[0].rows
-    n = len(first)
-    inner = first.new_zeros(3)
-    sums = [first.new_zeros(n) for _ in models]  # of equal alignment, or equal models would differ in a last bit
+def _over_tiles(
+    models: Sequence[Callable[[slice, slice], Tensor]], n: int, row_sums: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """(3,) <K, L>, <K, K>, <L, L>, and the row sums of K and L where they are wanted."""
+    inner, sums = torch.zeros(3, dtype=torch.float64), []
     for top in range(0, n, TILE):
         i = slice(top, min(top + TILE, n))
         for left in range(top, n, TILE):
@@ -109,9 +116,12 @@ def _over_tiles(models: Sequence[Callable[[slice, slice], Tensor]]) -> tuple[Ten
             tiles = [model(i, j) for model in models]
             if i == j:
                 tiles = [tile.fill_diagonal_(0) for tile in tiles]
-            for total, tile in zip(sums, tiles, strict=True):
-                total[i] += tile.sum(1)
-                if i != j:
-                    total[j] += tile.sum(0)
-            inner += three(*(tile.view(-1) for tile in tiles)) * (1 if i == j else 2)
+            if row_sums:
+                # Buffers of equal alignment, or equal models would differ in a last bit.
+                sums = sums or [tile.new_zeros(n) for tile in tiles]
+                for total, tile in zip(sums, tiles, strict=True):
+                    total[i] += tile.sum(1)
+                    if i != j:
+                        total[j] += tile.sum(0)
+            inner = inner.to(tiles[0].device) + three(*(tile.view(-1) for tile in tiles)) * (1 if i == j else 2)
     return inner, sums
