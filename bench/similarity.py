@@ -129,7 +129,7 @@ def probe(provider: Provider, features: Features, run: Run) -> tuple[str | None,
         return f"over the limit of {limit:g} s by its time on fewer rows", None, None, {}
     try:
         error = error_of(provider, case, run)
-        tolerance = TOLERANCES[provider.precision_on(run.device)]
+        tolerance = TOLERANCES[provider.precision]
         if not error <= tolerance:
             raise ValueError(f"off by {error:.3g} on {min(GATE, case.n)} rows, allowed is {tolerance:g}")
         peak = peak_of(provider, features)
@@ -188,7 +188,7 @@ def _record(
 ) -> Record:  # fmt: skip
     full = {
         "section": case.section, "n": case.n, "d": case.d, "models": case.models, "dtype": case.dtype,
-        "chunk": case.chunk, "precision": provider.precision_on(run.device), "computes": provider.label,
+        "chunk": case.chunk, "precision": provider.precision, "computes": provider.label,
         "measures": list(provider.measures), "dense": provider.dense, "values": values, "difference": difference,
         "error": error if error == error else None,  # JSON has no NaN
     }  # fmt: skip

@@ -36,7 +36,7 @@ class Provider:
         measures: that it computes; keys of `bench.gram.MEASURES`.
         floats: of a case: peak memory beyond the features in float32 numbers, as measured or counted.
         work: of a case: floating-point operations of its matrix products.
-        precision: a key of TOLERANCES; cuda_precision: on CUDA, where it is another.
+        precision: a key of TOLERANCES.
         note: what its label must say beside the measures.
         dense: it forms whole Gram matrices, and is what the others are compared with.
         ours: whether a failure or a wrong value makes the benchmark's exit status 1.
@@ -49,7 +49,6 @@ class Provider:
     floats: Callable[[Case], float]
     work: Callable[[Case], float]
     precision: str = "fp32"
-    cuda_precision: str | None = None
     note: str = ""
     dense: bool = False
     ours: bool = True
@@ -60,10 +59,6 @@ class Provider:
     def obstacle(self, device: torch.device) -> str | None:
         """Why it cannot run at all, whatever the size; None where it can."""
         return absence(self.devices, self.module, self.package, device)
-
-    def precision_on(self, device: torch.device) -> str:
-        """Of its sums."""
-        return self.cuda_precision or self.precision if device.type == "cuda" else self.precision
 
     @property
     def label(self) -> str:
@@ -183,13 +178,13 @@ def _pair_matrices(count: float, width: int, case: Case) -> float:
 def _fastcl(name: str, kernel: str, measures: tuple[str, ...], route: str = "auto") -> Provider:
     work = partial(_route_work, "tiles" if kernel == "rbf" else route)
     measure = partial(_pairwise, partial(_pair_stats, kernel, route))
-    return Provider(name, measure, measures, _route_floats, work, "fp64", "fp32")
+    return Provider(name, measure, measures, _route_floats, work)
 
 
 def _accumulator(name: str, kernels: tuple[str, ...], measures: tuple[str, ...]) -> Provider:
     count = len(kernels)
     return Provider(name, partial(_accumulated, kernels), measures, lambda case: count * _features_floats(case),
-        lambda case: count * feature_work(case), "fp64", "fp32")  # fmt: skip
+        lambda case: count * feature_work(case))  # fmt: skip
 
 
 def _gram(precision: str, functions: tuple[Callable, ...], measures: tuple[str, ...], suffix: str = "") -> Provider:

@@ -61,7 +61,7 @@ def test_every_provider_has_the_measures_that_it_names_and_so_does_the_reference
         # What a card would have in TF32 is the same code.
         if provider.devices == ("cuda",) or provider.obstacle(CPU) is None:
             found = provider.measure(features)
-            tolerance = TOLERANCES[provider.precision_on(CPU)]
+            tolerance = TOLERANCES[provider.precision]
             assert tuple(found) == provider.measures
             assert found == {k: pytest.approx(truth[k], abs=tolerance) for k in found}, provider.name
             ran.append(provider.name)

@@ -122,3 +122,42 @@ def test_two_runs_a_graph_and_a_compiled_call_agree(device, scale, name):
     outcomes = list(repeat.checks(case, None))
     assert not [(what, detail) for what, passed, detail in outcomes if passed is False]
     assert ("two runs", True, "") in outcomes and (device.type == "cpu" or ("CUDA graph", True, "") in outcomes)
+
+
+SHAPES = [(150, 20, 33), *(pytest.param(*case, marks=gpu) for case in ((20_000, 512, 300), (3_001, 2_048, 130)))]
+
+
+@pytest.mark.parametrize(("n", "dx", "dy"), SHAPES)
+@pytest.mark.parametrize(("kernel", "route"), [("linear", "features"), ("cosine", "tiles"), ("rbf", "tiles")])
+def test_pair_statistics_are_those_of_float64_and_the_same_in_every_run(device, n, dx, dy, kernel, route):
+    generator = torch.Generator().manual_seed(n)
+    shared = torch.randn(n, 8, generator=generator)
+    x, y = (shared @ torch.randn(8, d, generator=generator) + torch.randn(n, d, generator=generator) for d in (dx, dy))
+    x, y = (x + 10).bfloat16().to(device), y.to(device)
+    with fastcl.backend("triton"):
+        found, again, twin = (fastcl.pair_stats(x, other, kernel, route=route) for other in (y, y, x.clone()))
+    truth = fastcl.pair_stats(x.double(), y.double(), kernel, route=route)
+    assert found == again and truth.rounding == 0 < found.rounding
+    for measure in ("cka", "cka_debiased", "rsa"):
+        assert getattr(found, measure) == pytest.approx(getattr(truth, measure), abs=1e-5), measure
+    assert (twin.cka, twin.cka_debiased, twin.rsa, twin.drift, twin.rho, twin.r) == (1, 1, 1, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("n", "d"), [(48, 16), *(pytest.param(*c, marks=gpu) for c in ((16_384, 128), (2_048, 640)))])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_twins_have_the_statistics_of_two_calls(device, n, d, precision):
+    za, sample, labels = batch(n, d, device)
+    zb = (za + torch.randn(n, d, generator=torch.Generator().manual_seed(3)).to(device)).detach().requires_grad_()
+    with fastcl.backend("triton"):
+        twins = fastcl.twin_stats(za, zb, sample, labels, temperature=T, precision=precision)
+        nscl = [fastcl.OBJECTIVES["nscl"](stats).mean() for stats in (twins.a, twins.b)]
+    for z, loss in ((za, nscl[0]), (zb, nscl[1])):
+        exact = z.detach().double().requires_grad_()
+        with fastcl.backend("chunked"):
+            truth = solved(fastcl.contrastive_loss(exact, sample, labels, "nscl", T), exact)
+        assert_close(solved(loss, z), truth, precision, n)
+    pairs, truth = twins.pairs(), fastcl.pair_stats(za.detach().double(), zb.detach().double(), "cosine")
+    for measure in ("cka", "cka_debiased", "rsa"):
+        tolerance = 2e-3 if precision == "fp16" else 1e-5
+        assert getattr(pairs, measure) == pytest.approx(getattr(truth, measure), abs=tolerance), measure
+    assert pairs.drift == pytest.approx(truth.drift, rel=2e-3)
