@@ -112,6 +112,10 @@ class StackedMoments:
 
     def add(self, batch: Sequence[Tensor]) -> None:
         """Add a chunk: per model (b, d_i), any dtype narrower than float64."""
+        with torch.cuda.device_of(batch[0]):
+            self._add(batch)
+
+    def _add(self, batch: Sequence[Tensor]) -> None:
         device = batch[0].device
         chosen = _choose("moments", device, len(self._sums), len(batch[0]))
         rows = triton.cdiv(len(batch[0]), chosen.block_s) * chosen.block_s
@@ -157,7 +161,8 @@ class StackedMoments:
 
 def pilots(batch: Sequence[Tensor], kernel: str) -> list[Tensor]:
     """Per model the first row as the kernels map it, (d_i,) float64."""
-    return [_first_row(x, kernel) for x in batch]
+    with torch.cuda.device_of(batch[0]):
+        return [_first_row(x, kernel) for x in batch]
 
 
 @dataclass(frozen=True)
@@ -190,8 +195,9 @@ def inner_sums(
     x: Tensor, y: Tensor, kernel: str
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     """Arguments of `PairSums.of_centred`: sums over tiles, then per model |v|^2, margins and |mu|^2; float64."""
-    models = [_Working.of(v, kernel) for v in (x, y)]
-    inner, _ = _over_tiles(models, (0.0, 0.0), False, False)
+    with torch.cuda.device_of(x):
+        models = [_Working.of(v, kernel) for v in (x, y)]
+        inner, _ = _over_tiles(models, (0.0, 0.0), False, False)
     measured = [model.measured for model in models]
     a, b = (m.scale.pow(-2) for m in measured)
     squares, margins, means = zip(*((m.squares, m.margins, m.pilot @ m.pilot) for m in measured), strict=True)
@@ -204,8 +210,9 @@ def rbf_sums(x: Tensor, y: Tensor, exponents: Sequence[float], shift: float) -> 
     Args:
         exponents: per model 1 / (2 sigma^2).
     """
-    models = [_Working.of(v, "rbf") for v in (x, y)]
-    inner, totals = _over_tiles(models, exponents, True, shift == 1)
+    with torch.cuda.device_of(x):
+        models = [_Working.of(v, "rbf") for v in (x, y)]
+        inner, totals = _over_tiles(models, exponents, True, shift == 1)
     return inner, [total.double() / FIXED_POINT.value for total in totals]
 
 
