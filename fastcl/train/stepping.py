@@ -25,16 +25,18 @@ class StepTable:
         sums: (18,) float64, the sums of the cosine Gram matrices of the reference's and its partner's embeddings, as
             `PairStats.unpacked` reads them; None without a partner.
         rows: of those matrices: both views of each sample of the batch.
+        rounding: as `TwinStats.rounding`.
     """
 
     values: np.ndarray
     sums: np.ndarray | None
     rows: int
+    rounding: float
 
     def pair(self) -> dict[str, float | None]:
         """PAIR_VALUES of the two models; None where a measure is undefined."""
         try:
-            stats = PairStats.unpacked(self.rows, "cosine", self.sums.tolist())
+            stats = PairStats.unpacked(self.rows, "cosine", self.sums.tolist(), self.rounding)
         except FastclError:
             return dict.fromkeys(PAIR_VALUES)
         return {name: _or_none(stats, name) for name in PAIR_VALUES}
@@ -72,12 +74,12 @@ def step_twins(
     step = _Step(views, reseeded, labels, temperature, lr, seed)
     reference, partner = twins[0], partner_of(twins)
     found: dict[str, Tensor] = {}
-    sums = None
+    sums, rounding = None, 0.0
     if partner is not None:
         z, z_partner = step.embed(reference), step.embed(partner)
         pair = step.pair_stats(reference.rows(z), partner.rows(z_partner))
         found |= step.update({reference: (z, pair.a), partner: (z_partner, pair.b)})
-        sums, z_partner = pair.sums, z_partner.detach()
+        sums, rounding, z_partner = pair.sums, pair.rounding, z_partner.detach()
     for twin in twins:
         if twin.name in found:
             continue
@@ -95,6 +97,7 @@ def step_twins(
         values=flat[: table.numel()].reshape(table.shape),
         sums=None if sums is None else flat[table.numel() :],
         rows=2 * len(labels),
+        rounding=rounding,
     )
 
 
