@@ -68,7 +68,7 @@ def test_the_partner_is_the_second_model_and_no_control():
 
 
 def test_what_is_undefined_is_null():
-    constant = StepTable(np.zeros((2, 5)), np.zeros(18), 14)
+    constant = StepTable(np.zeros((2, 5)), np.zeros(18), 14, 0.0)
     assert constant.pair() == {"drift": 0.0, "cka": None, "cka_debiased": None, "rsa": None}
-    broken = StepTable(np.zeros((2, 5)), np.full(18, np.nan), 14)
+    broken = StepTable(np.zeros((2, 5)), np.full(18, np.nan), 14, 0.0)
     assert broken.pair() == dict.fromkeys(PAIR_VALUES)
