@@ -84,7 +84,7 @@ def test_rbf(bandwidth):
     x, y = features(100, 10, 70)
     x, y = (x + 100).float(), y.float()
     with plain():
-        expected = pair_stats(x, y, "rbf", bandwidth=bandwidth)
+        expected = pair_stats(x.double(), y.double(), "rbf", bandwidth=bandwidth)
     found = pair_stats(*on_device(x, y), "rbf", bandwidth=bandwidth)
     check(found, {m: getattr(expected, m) for m in MEASURES}, TOLERANCE["rbf"])
 
@@ -96,7 +96,7 @@ def test_a_mean_far_from_zero_does_not_cancel(kernel, route, mean):
     x, y = features(50, 30, 20)
     x, y = (x + mean).float(), (y - 0.7 * mean).float()
     with plain():
-        expected = pair_stats(x, y, kernel)
+        expected = pair_stats(x.double(), y.double(), kernel)
     found = pair_stats(*on_device(x, y), kernel, route=route)
     # Cosines that differ from 1 by 1 / mean^2: RSA sees them about 1, not about their mean row by row.
     loss = 20 * (mean / 100) if (kernel, route) == ("cosine", "features") else 1
@@ -109,7 +109,7 @@ def test_features_of_any_finite_size(scale):
     x, y = (scale * x).float(), y.float()
     for kernel, route in (("linear", "features"), ("linear", "tiles"), ("cosine", "features"), ("rbf", "auto")):
         with plain():
-            expected = pair_stats(x, y, kernel)
+            expected = pair_stats(x.double(), y.double(), kernel)
         found = pair_stats(*on_device(x, y), kernel, route=route)
         for measure in ("cka", "cka_debiased", "rsa"):
             assert getattr(found, measure) == pytest.approx(getattr(expected, measure), abs=2e-5), (kernel, route)
@@ -185,5 +185,5 @@ def test_zero_and_constant_rows_have_no_direction(route):
     x, y = on_device(x, y)
     for kernel in ("cosine", "correlation"):
         with plain():
-            expected = pair_stats(x, y, kernel)
+            expected = pair_stats(x.double(), y.double(), kernel)
         check(pair_stats(x, y, kernel, route=route), {m: getattr(expected, m) for m in MEASURES}, TOLERANCE[route])
