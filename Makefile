@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHES ?= losses similarity
+BENCHES ?= losses similarity data
 OUT ?= runs
 
 .DEFAULT_GOAL := help
@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo 'Installing fastcl, PyTorch and the tools into $(VENV); pip reports to $(VENV)/install.log meanwhile.'
 	@echo 'The first time this takes a few minutes and about 6 GB.'
 	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input \
-	    -c constraints.txt -e '.[train,bench,dev]' > $(VENV)/install.log 2>&1 \
+	    -c constraints.txt -e '.[train,dali,bench,dev]' > $(VENV)/install.log 2>&1 \
 	    || { tail -n 20 $(VENV)/install.log >&2; echo 'The install has failed; above is the end of $(VENV)/install.log.' >&2; exit 1; }
 	@touch $@
 	@echo 'Installed. Later runs reuse $(VENV).'

@@ -35,6 +35,10 @@ SIMILARITY = (
     "X'Y tf32", "dense Gram fp32", "dense Gram fp32 (linear)", "dense Gram fp32 (rbf)", "dense Gram tf32",
     "dense Gram tf32 (linear)", "dense Gram tf32 (cosine)", "torch-cka", "ckatorch", "drawing the features alone",
 )  # fmt: skip
+DATA = (
+    "fastcl torchvision", "fastcl dali", "fastcl triton", "torchvision v2, Pillow, workers", "DALI, operator seeds",
+    "kornia", "drawing the plan alone", "decoding alone, DALI",
+)  # fmt: skip
 TORCH = (*OURS, "plain PyTorch", "plain PyTorch bf16", "chunked bf16")
 
 
@@ -84,6 +88,7 @@ def plan(out: Path, rehearse: bool) -> list[Step]:
         Step("tests", (*pytest, *(("tests/test_gpu.py",) if rehearse else ("-m", "gpu", *gpu_tests()))), 180),
         *_losses(out, rehearse),
         _similarity(out, rehearse),
+        _data(out, rehearse),
         Step("repeat", repeat, 90),
         *sanitizers,
         Step("card afterwards", (query, "--format=csv"), 20, tool="nvidia-smi"),
@@ -127,6 +132,15 @@ def _similarity(out: Path, rehearse: bool) -> Step:
     command += ["--sizes", "1000x512", "10000x512", "100000x512", "10000x2048", "1000000x128"]
     command += ["--seconds", "2", "--repeats", "5", "--providers", *SIMILARITY]
     return Step("similarity", tuple(command), 90)
+
+
+def _data(out: Path, rehearse: bool) -> Step:
+    """Decoding and two views: the targets and what bounds them."""
+    command = ("-m", "bench.data", "--out", str(out / "data"), "--sections", "views")
+    if rehearse:
+        return Step("data", (*command, "--tiny", "--repeats", "2"), 60)
+    sizes = ("--sizes", "32", "224", "--seconds", "3", "--repeats", "5")
+    return Step("data", (*command, *sizes, "--providers", *DATA), 75)
 
 
 def find_tool(name: str) -> str | None:

@@ -19,7 +19,7 @@ from bench import static_report
 from bench.static_jobs import StaticError, compile_all, unique
 from fastcl.kernels.contrastive.launch import ARCHITECTURES, Launch
 
-CASES = "fastcl.backends.triton.cases:cases"
+CASES = "bench.static_cases:cases"
 
 # From an architecture to its launches, by the name of what they are for.
 Cases: TypeAlias = Callable[[int], Iterable[tuple[str, list[Launch]]]]

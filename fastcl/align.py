@@ -14,6 +14,7 @@ from torch import Tensor
 from fastcl.errors import FastclError
 from fastcl.features import read_features, read_layers
 from fastcl.similarity import SpearmanResult, pair_stats, spearman_rsa
+from fastcl.similarity.inputs import checked
 
 _PRINTED = 12  # columns of a table of layers that a terminal takes
 
@@ -27,11 +28,11 @@ _MEASURES = {
     "rsa_correlation": ("RSA, correlation, Pearson", "correlation", "rsa"),
     "drift": ("drift |K - L|, cosine", "cosine", "drift"),
     "rho": ("rho, relative drift, centred", "cosine", "rho"),
-    "cka_bound": ("  cosine CKA is at least", "cosine", "cka_bound"),
-    "cka_bound_tight": ("  cosine CKA, tight bound", "cosine", "cka_bound_tight"),
+    "cka_bound": ("  CKA >= (1 - rho) / (1 + rho)", "cosine", "cka_bound"),
+    "cka_bound_tight": ("  CKA >= sqrt(1 - rho^2)", "cosine", "cka_bound_tight"),
     "r": ("r, relative drift of pairs", "cosine", "r"),
-    "rsa_bound": ("  RSA (cosine) is at least", "cosine", "rsa_bound"),
-    "rsa_bound_tight": ("  RSA (cosine), tight bound", "cosine", "rsa_bound_tight"),
+    "rsa_bound": ("  RSA >= (1 - r) / (1 + r)", "cosine", "rsa_bound"),
+    "rsa_bound_tight": ("  RSA >= sqrt(1 - r^2)", "cosine", "rsa_bound_tight"),
 }
 
 
@@ -48,16 +49,23 @@ def align(
         spearman: rank all pairs of samples too, O(n^2 d + n^2 log n): half a minute at 8,192 samples on a CPU.
 
     Raises:
-        FastclError: files that cannot be read or do not hold the same number of samples, one matrix against layers,
-            `out` without layers, or a file that cannot be written.
+        FastclError: files that cannot be read, hold values that are not finite or not the same number of samples, one
+            matrix against layers, `out` or `spearman` for what it does not fit, or a file that cannot be written.
     """
+    if out is not None:
+        from fastcl.report.layers import check_ending
+
+        check_ending(out)
     layers_a, layers_b = read_layers(a), read_layers(b)
     if layers_a is not None and layers_b is not None:
+        if spearman:
+            raise FastclError("--spearman ranks the pairs of samples of two matrices, not of layers")
         record = _layers(a, b, layers_a, layers_b, out)
-    elif a.is_dir() or b.is_dir():
-        raise FastclError(f"{a if a.is_dir() else b} is a folder of layers, {b if a.is_dir() else a} holds one matrix")
+    elif layers_a is not None or layers_b is not None:
+        several, one = (a, b) if layers_a is not None else (b, a)
+        raise FastclError(f"{several} holds layers, {one} one matrix; name the matrix to compare 'features'")
     elif out is not None:
-        raise FastclError(f"--out draws the layers of two models, but {b if layers_a else a} holds one matrix")
+        raise FastclError(f"--out draws the layers of two models, but {a} and {b} hold one matrix each")
     else:
         record = _features(a, b, spearman)
     if json_file is not None:
@@ -98,6 +106,10 @@ def _features(a: Path, b: Path, spearman: bool) -> dict[str, Any]:
 
 
 def _layers(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor], out: Path | None) -> dict[str, Any]:
+    for name, x in left.items():
+        checked({f"{a}: {name}": x})
+    for name, y in right.items():
+        checked({f"{b}: {name}": y})
     _check_rows(a, b, next(iter(left.values())), next(iter(right.values())))
     samples = len(next(iter(left.values())))
     print(f"debiased linear CKA of {samples} samples: {len(left)} layers of {a} against {len(right)} of {b}")
@@ -140,5 +152,7 @@ def _print_table(rows: list[str], columns: list[str], table: list[list[float | N
 
 
 def _check_rows(a: Path, b: Path, x: Tensor, y: Tensor) -> None:
+    checked({str(a): x})
+    checked({str(b): y})
     if len(x) != len(y):
         raise FastclError(f"row k of both files must be one sample: {a} has {len(x)} rows, {b} has {len(y)}")

@@ -1,4 +1,4 @@
-"""The command line: demo, train, align, report, doctor."""
+"""The command line: demo, train, align, report, views, doctor."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ Train self-supervised and supervised contrastive models side by side on the same
   fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; run it again to continue after a stop
   fastcl report runs/x                         one self-contained HTML page of a run, finished or not
   fastcl align A.npy B.npy                     CKA, RSA and drift of two feature files, or of all their layers
+  fastcl views --data SOURCE --out views.png   what the models see: images and their views by every renderer
   fastcl doctor                                what this machine has, and a numeric self-test
 """
 
@@ -65,11 +66,27 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("a", "b"):
         subs["align"].add_argument(name, type=Path, metavar=name.upper(), help="feature file, or folder of layers")
     subs["align"].add_argument("--json", type=Path, metavar="FILE", help="write the numbers at full precision")
-    subs["align"].add_argument("--spearman", action="store_true", help="RSA by ranks too; slow for many samples")
+    subs["align"].add_argument("--spearman", action="store_true", help="RSA by ranks too: some 20 s for 8,192 samples")
     subs["align"].add_argument("--out", type=Path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
     subs["report"].add_argument("dir", type=Path, metavar="DIR", help="folder of the run")
     subs["report"].add_argument("--out", type=Path, metavar="FILE", help="page to write (default: DIR/report.html)")
+    _add_views(subs["views"])
     return parser
+
+
+def _add_views(views: argparse.ArgumentParser) -> None:
+    views.add_argument("--data", required=True, metavar="SOURCE", help="as data.source of a config, such as digits")
+    views.add_argument("--root", metavar="DIR", help="folder of a torchvision data set")
+    views.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write, such as grid.png")
+    presets = "cifar, tiny-imagenet, imagenet, simclr or characters (default: by the images)"
+    views.add_argument("--preset", metavar="NAME", help=presets)
+    views.add_argument("--renderers", default="torchvision,dali,triton", metavar="NAMES", help="default: %(default)s")
+    for name, default, text in (
+        ("samples", 8, "rows"), ("seed", 0, "of the view plan"), ("epoch", 0, "whose views"),
+        ("size", None, "of the views, in pixels (default: the preset's)"),
+    ):  # fmt: skip
+        shown = text if default is None else f"{text} (default: {default})"
+        views.add_argument(f"--{name}", type=int, default=default, metavar="N", help=shown)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -111,6 +128,12 @@ def _align(args: argparse.Namespace) -> None:
     align(args.a, args.b, args.json, args.out, args.spearman)
 
 
+def _views(args: argparse.Namespace) -> None:
+    from fastcl.views import show_views
+
+    show_views(args)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from fastcl.doctor import examine
 
@@ -148,8 +171,17 @@ dimensions are flattened). Printed is the debiased linear CKA of every layer of 
   fastcl align resnet.npz vit.npz --out layers.svg"""),
     "report": (_report, "one self-contained HTML page of a run", """
 Works on unfinished runs too. Figures: alignment with the reference model per epoch and the noise floor, weight gap,
-drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, losses, loss gap and same-class mass, accuracy,
-CDNV. Tables: final numbers, settings, versions."""),
+drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, alignment of every pair and of every layer,
+losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, settings,
+versions."""),
+    "views": (_views, "a contact sheet of images and their views", """
+Each row is a training image and its two views: by torchvision, and by every other renderer that this machine and the
+images allow, with the difference from torchvision's (16 times enlarged; mean and maximum in grey levels beside it).
+Those that cannot be used are named with the reason. The same seed and epoch give the views that training sees.
+
+  fastcl views --data digits --out digits.png
+  fastcl views --data folder:photos.zip --preset simclr --size 96 --samples 4 --out grid.png"""),
     "doctor": (_doctor, "what this machine has, and a numeric self-test", """
-Prints versions, devices and optional parts, then checks the losses against float64. Exit status 1 if one fails."""),
+Prints versions, devices and optional parts, then checks losses and similarities against float64. Exit status 1 if one
+fails."""),
 }  # fmt: skip

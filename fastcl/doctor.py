@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -17,6 +18,7 @@ _PACKAGES = (
     "pillow", "nvidia-dali-cuda130",
 )  # fmt: skip
 _LOSS_TOLERANCE, _GRADIENT_TOLERANCE = 1e-6, 1e-5  # float32 against float64, relative
+_PAIR_TOLERANCE = 1e-5  # of CKA and RSA, absolute
 
 
 def examine() -> bool:
@@ -34,8 +36,10 @@ def examine() -> bool:
     else:
         print(f"  {'GPU':22}none that torch can use")
     print("self-test, float32 against float64")
-    checks = [(f"losses, {d}", lambda d=d: _check_losses(d, "chunked")) for d in devices]
-    checks.append(("losses, Triton kernels", _check_triton))
+    checks = [(f"losses, {d}", partial(_check_losses, d, "chunked")) for d in devices]
+    checks.append(("losses, Triton kernels", partial(_on_triton, _check_losses)))
+    checks += [(f"similarity, {d}", partial(_check_pairs, d, "chunked")) for d in devices]
+    checks.append(("similarity, Triton kernels", partial(_on_triton, _check_pairs)))
     return all([_report(name, check) for name, check in checks])
 
 
@@ -86,7 +90,28 @@ def _check_losses(device: torch.device, backend: str) -> str:
     return f"{len(values)} objectives, relative error {loss_error:.0e} (losses), {gradient_error:.0e} (gradient)"
 
 
-def _check_triton() -> str:
+def _check_pairs(device: torch.device, backend: str) -> str:
+    """Measures of both routes on a backend against their definitions on n x n matrices in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 20, generator=generator) + 10
+    y = x[:, :12].square() / 10 + torch.randn(150, 12, generator=generator)
+    grams = [v.double() @ v.double().T for v in (x, y)]
+    h = torch.eye(150, dtype=torch.float64) - 1 / 150
+    off = ~torch.eye(150, dtype=torch.bool)
+    kc, lc = (h @ gram @ h for gram in grams)
+    cka = ((kc * lc).sum() / (kc.norm() * lc.norm())).item()
+    rsa = torch.corrcoef(torch.stack([gram[off] for gram in grams]))[0, 1].item()
+    errors = []
+    with fastcl.backend(backend):
+        for route in ("features", "tiles"):
+            stats = fastcl.pair_stats(x.to(device), y.to(device), route=route)
+            errors += [abs(stats.cka - cka), abs(stats.rsa - rsa)]
+    if not max(errors) < _PAIR_TOLERANCE:
+        raise ArithmeticError(f"errors {', '.join(f'{error:.1e}' for error in errors)} of CKA and RSA by two routes")
+    return f"CKA and RSA by two routes, error {max(errors):.0e}"
+
+
+def _on_triton(check: Callable[[torch.device, str], str]) -> str:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise _Skipped("no GPU (with TRITON_INTERPRET=1 they run on the CPU)")
-    return _check_losses(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "triton")
+    return check(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "triton")

@@ -68,12 +68,12 @@ def read_layers(path: Path) -> dict[str, Tensor] | None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FastclError(f"{path} does not exist")
     if path.suffix not in _READERS:
         raise FastclError(f"{path}: features are read from {', '.join(_READERS)}")
     try:
         arrays = _READERS[path.suffix](path)
-    except FileNotFoundError:
-        raise FastclError(f"{path} does not exist") from None
     except ModuleNotFoundError:
         raise
     except Exception as error:  # each format fails in its own way

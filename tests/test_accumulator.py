@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_similarity import MEASURES, check, features, reference
 
+import fastcl
 from fastcl.errors import FastclError
 from fastcl.similarity import PairAccumulator, pair_stats
+from fastcl.similarity.inputs import NARROW_ROUNDING
 from fastcl.similarity.moments import CHUNK
 
 KERNELS = ("linear", "cosine", "correlation")
@@ -73,9 +75,13 @@ def test_only_the_kernels_that_were_asked_for_are_accumulated():
     assert table.dtype == torch.float64 and torch.equal(table, table.T) and table.diag().tolist() == [1, 1, 1]
     assert list(result) == [("cl", "nscl"), ("cl", "ce"), ("nscl", "ce")]
     assert table[0, 2] == result["cl", "ce"].cosine.rsa
-    for measure in ("linear.cka", "cosine.kca", "nothing"):
-        with pytest.raises(FastclError, match=f"measure '{measure}' of 'cl' and 'nscl' is unknown or was not"):
+    with pytest.raises(FastclError, match="measure 'linear.cka' of 'cl' and 'nscl' was not accumulated"):
+        result.matrix("linear.cka")
+    for measure in ("cosine.kca", "nothing", "cosine.drift", "linear"):
+        with pytest.raises(FastclError, match=f"measure must be one of linear.cka, .*; got '{measure}'"):
             result.matrix(measure)
+    with pytest.raises(FastclError, match=r"no pair \('ce', 'cl'\): pairs are two of \('cl', 'nscl', 'ce'\)"):
+        _ = result["ce", "cl"]
     with pytest.raises(FastclError, match="make the PairAccumulator with minibatch=True"):
         _ = result["cl", "nscl"].cka_minibatch
 
@@ -94,6 +100,38 @@ def test_merged_accumulators_hold_all_samples(cut, mean, seed):
         for kernel in KERNELS:
             expected = {m: getattr(getattr(result, kernel), m) for m in MEASURES}
             check(getattr(merged[pair], kernel), expected, rel=1e-9)
+
+
+def test_the_rounding_of_narrow_features_goes_where_their_moments_go():
+    models = three(40)
+    narrow = fed({k: x.float() for k, x in models.items()}, [])
+    wide = fed(models, [])
+    assert wide.compute()["cl", "ce"].linear.rounding == 0
+    wide.merge(narrow)
+    resumed = PairAccumulator(list(models))
+    resumed.load_state_dict(wide.state_dict())
+    for accumulator in (narrow, wide, resumed):
+        assert accumulator.compute()["cl", "ce"].linear.rounding == NARROW_ROUNDING
+
+
+def test_an_update_that_is_refused_adds_nothing():
+    models = three(ROWS + 100)
+    accumulator = fed(models, [])
+    before = accumulator.compute()
+    with fastcl.backend("triton"), pytest.raises(FastclError, match="triton backend"):
+        accumulator.update(models)  # float64
+    with pytest.raises(FastclError, match="features must map the names"):
+        accumulator.update(list(models.values()))
+    assert accumulator.compute() == before
+    with pytest.raises(FastclError, match="it lacks .*'streams'"):
+        PairAccumulator(list(models)).load_state_dict({"names": []})
+
+
+def test_without_a_process_group_there_is_nothing_to_put_together():
+    accumulator = fed(three(30), [])
+    before = accumulator.compute()
+    accumulator.all_reduce()
+    assert accumulator.compute() == before
 
 
 def test_what_may_not_be_merged():
@@ -196,16 +234,19 @@ import sys
 import torch
 from torch import distributed as dist
 from test_accumulator import fed, three
+import fastcl
 from fastcl.errors import FastclError
 from fastcl.similarity import PairAccumulator
 
 rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
 models, cuts = three(90, 30.0), (0, 0, 50, 90)  # the first rank has no sample
-part = {k: x[cuts[rank] : cuts[rank + 1]] for k, x in models.items()}
+part = {k: x[cuts[rank] : cuts[rank + 1]].to(torch.float32 if rank == 1 else torch.float64) for k, x in models.items()}
 accumulator = fed(part, [], minibatch=True)
 accumulator.all_reduce()
-print(torch.stack([accumulator.compute().matrix(m) for m in sys.argv[4].split()]).tolist(), accumulator.n)
+result = accumulator.compute()
+print(torch.stack([result.matrix(m) for m in sys.argv[4].split()]).tolist(), accumulator.n)
+print(result["cl", "ce"].cosine.rounding)  # of the rank that has float32 rows
 odd = PairAccumulator(["a", "b"], ("linear",) if rank == 1 else ("cosine",))
 try:
     odd.all_reduce()
@@ -232,5 +273,6 @@ def test_ranks_put_their_samples_together(tmp_path):
     lines = [out.splitlines() for out, _ in said]
     assert lines[0] == lines[1] == lines[2]
     table, n = lines[0][0].rsplit(" ", 1)
-    assert n == "90" and torch.allclose(torch.tensor(json.loads(table), dtype=torch.float64), expected, rtol=1e-10)
-    assert lines[0][1] == "accumulators must have the same kernels, got ['cosine'] and ['linear']"
+    assert n == "90" and torch.allclose(torch.tensor(json.loads(table), dtype=torch.float64), expected, rtol=1e-6)
+    assert float(lines[0][1]) == NARROW_ROUNDING
+    assert lines[0][2] == "accumulators must have the same kernels, got ['cosine'] and ['linear']"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from scipy.stats import spearmanr
 from tiny_run import run, tiny_toml
 
@@ -13,7 +14,7 @@ from fastcl import pair_stats
 from fastcl.cli import main
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "align", "report", "doctor"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "align", "report", "views", "doctor"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -100,7 +101,7 @@ def test_align_errors_name_the_file(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("")
     for name, message in (
         ("short.npy", "4 rows"), ("ints.npy", "float matrix (samples, width), got (4, 2) torch.int64"),
-        ("two.npz", "holds 2 arrays (p, q)"), ("broken.npy", "cannot be read"), ("x.txt", ".npy, .npz, .safetensors"),
+        ("two.npz", "holds layers, "), ("broken.npy", "cannot be read"), ("x.txt", ".npy, .npz, .safetensors"),
         ("absent.npy", "does not exist"),
     ):  # fmt: skip
         assert main(["align", str(tmp_path / "a.npy"), str(tmp_path / name)]) == 1
@@ -111,7 +112,7 @@ def test_align_errors_name_the_file(tmp_path, capsys):
     np.save(tmp_path / "one" / "x.npy", np.zeros((4, 2), np.float32))
     np.savez(tmp_path / "uneven.npz", p=np.zeros((4, 2)), q=np.zeros((5, 2)))
     for arguments, message in (
-        (("a.npy", "empty"), "holds no feature file"), (("a.npy", "one"), "is a folder of layers,"),
+        (("a.npy", "empty"), "holds no feature file"), (("a.npy", "one"), "holds layers, "),
         (("uneven.npz", "two.npz"), "got numbers of rows {'p': 4, 'q': 5}"),
         (("a.npy", "a.npy", "--out", "x.svg"), "--out draws the layers of two models"),
         (("two.npz", "one", "--out", "x.pdf"), "heat maps are written as .svg or .png"),
@@ -137,6 +138,30 @@ def test_train_and_report_end_to_end(tmp_path):
     assert page.read_bytes() == (out / "report.html").read_bytes()
     done = run("align", out / "features" / "dcl.safetensors", out / "features" / "identity.safetensors")
     assert done.returncode == 0 and done.stdout.count(" 1.000000") == 10, done.stdout
+
+
+def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path, capsys):
+    out = tmp_path / "new" / "grid.png"
+    arguments = ["--data", "digits", "--out", str(out), "--samples", "3", "--size", "12"]
+    assert main(["views", *arguments, "--renderers", "triton,torchvision"]) == 0
+    text = capsys.readouterr().out
+    assert "views of 3 training images, preset characters at 12 pixels, seed 0, epoch 0" in text
+    assert "torchvision  the reference" in text and "triton       differs by 0.0" in text
+    pixels = np.asarray(Image.open(out).convert("L"))
+    assert pixels.shape[0] > 400 and pixels.std() > 20
+    assert main(["views", *arguments, "--renderers", "torchvision", "--seed", "1"]) == 0
+    assert not np.array_equal(np.asarray(Image.open(out).convert("L")), pixels)
+    capsys.readouterr()
+    for name in "ab":
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        for k in range(3):
+            Image.new("RGB", (20 + k, 30), "red").save(tmp_path / "tree" / name / f"{k}.png")
+    arguments[1] = f"folder:{tmp_path / 'tree'}"
+    assert main(["views", *arguments, "--renderers", "triton"]) == 0
+    assert "triton       not available: images must be of one size" in capsys.readouterr().out
+    for change, message in ((["--samples", "5"], "4 training images, got 5"), (["--renderers", "dal"], "'dali'")):
+        assert main(["views", *arguments, *change]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_status_one(tmp_path, capsys):

@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "theory": {"errors"},
     "similarity": {"rowstats"},
     "metrics": {"errors"},
-    "data": {"errors"},
+    "data": {"errors", "kernels"},
     "features": {"errors"},
     "backends": {"errors", "kernels"},
     "operators": {"backends"},
@@ -38,7 +38,8 @@ LAYERS: dict[str, set[str]] = {
     "report": {"train", "adapters", "features"},
     "doctor": {"report"},
     "align": {"report"},
-    "cli": {"doctor", "align"},
+    "views": {"data"},
+    "cli": {"doctor", "align", "views"},
     "__main__": {"cli"},
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.

@@ -86,14 +86,14 @@ def test_recorded_measures_are_those_of_the_encoder_s_outputs(finished, metrics)
     below = torch.ones(len(h["ce"]), len(h["ce"])).tril(-1).bool()
     cosines = torch.stack([(u @ u.T)[below] for u in unit.values()])
     (pair,) = [r for r in metrics if r.get("pair") == ["dcl", "ce"] and r["epoch"] == 3]
-    assert pair["rsa"] == pytest.approx(torch.corrcoef(cosines)[0, 1].item(), abs=1e-9)
+    assert pair["rsa"] == pytest.approx(torch.corrcoef(cosines)[0, 1].item(), abs=2e-6)
     k, other = (u @ u.T for u in unit.values())
     centred = [m - m.mean(0) - m.mean(1, keepdim=True) + m.mean() for m in (k, other)]
-    assert pair["drift"] == pytest.approx((k - other).norm().item(), rel=1e-9)
+    assert pair["drift"] == pytest.approx((k - other).norm().item(), rel=1e-5)
     cka = torch.cosine_similarity(*(c.flatten() for c in centred), 0).item()
-    assert pair["cka_cosine"] == pytest.approx(cka, rel=1e-9)
-    assert pair["rho"] == pytest.approx(((centred[0] - centred[1]).norm() / centred[0].norm()).item(), rel=1e-9)
-    train = encode(run.twins, run.data.train, run.plan, run.device)["ce"]
+    assert pair["cka_cosine"] == pytest.approx(cka, rel=1e-5)
+    assert pair["rho"] == pytest.approx(((centred[0] - centred[1]).norm() / centred[0].norm()).item(), rel=1e-5)
+    train = encode(run.twins, run.inputs.train)["ce"]
     labels = torch.from_numpy(run.data.train.labels)
     centres = torch.stack([train[labels == c].mean(0) for c in range(3)])
     nearest = torch.cdist(h["ce"], centres).argmin(1)
@@ -135,7 +135,7 @@ def test_pair_records(finished):
 def test_first_step_is_the_loss_of_the_plan_s_views(finished, tmp_path):
     run = Lockstep(tiny_config(), tmp_path)
     positions = run.loader.batch(0, 0)
-    views = run.loader.views(positions, 0)
+    views = run.loader.views(positions, 0)[:2]
     network = run.twins[0].network.train()
     z1, z2 = network(torch.cat(views)).chunk(2)
     (first,) = [r for r in _records(finished[1] / "steps.jsonl") if r["step"] == 0 and r["model"] == "nscl"]
@@ -270,6 +270,9 @@ BAD_RUNS = [
     (dict(model__name="vit_tiny_patch16_224", model__options={}, model__cifar_stem=False), "images of 8 x 8 pixels"),
     (dict(data__classes=11), "11"),
     (dict(data__source="digit"), "digit"),
+    (dict(data__renderer="dally"), "data.renderer: unknown 'dally'.*did you mean 'dali'"),
+    (dict(data__corrupt="ignore"), "data.corrupt must be stop or skip; got 'ignore'"),
+    (dict(data__workers=-1), "data.workers must be at least 0.*got -1"),
 ]
 
 

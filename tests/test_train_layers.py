@@ -11,7 +11,7 @@ import torch
 from tiny_run import tiny_config
 
 from fastcl import FastclError, layer_cka
-from fastcl.data import ViewPlan, eval_batches, load
+from fastcl.data import EvalViews, ViewPlan, load
 from fastcl.train import Lockstep
 from fastcl.train import layers as module
 from fastcl.train.layers import check_layers, encoder_layers, write_layers
@@ -35,15 +35,15 @@ def parts():
     return twins, data.test, ViewPlan(config.views, 7)
 
 
-def test_the_reference_meets_every_model_that_is_no_control(parts, tmp_path):
+def test_the_reference_meets_every_other_model_and_the_noise_floor(parts, tmp_path):
     twins, split, plan = parts
     for path in (tmp_path / "layers.json", tmp_path / "again.json"):
-        write_layers(path, twins, split, plan, CPU, [])
+        write_layers(path, twins, EvalViews(split, plan), [])
     assert (tmp_path / "layers.json").read_bytes() == (tmp_path / "again.json").read_bytes()
     table = json.loads((tmp_path / "layers.json").read_text())
     assert table["reference"] == "dcl" and (table["samples"], table["batches"]) == (108, 1)
-    assert list(table["models"]) == ["nscl", "ce"]
-    images = next(eval_batches(split, plan, 108))
+    assert list(table["models"]) == ["nscl", "ce", "reseeded"]
+    images = next(EvalViews(split, plan).batches(108))
     for twin in twins[1:3]:
         found = table["models"][twin.name]
         assert found["layers"] == found["other_layers"] == [f"encoder.{name}" for name in STAGES]
@@ -57,7 +57,7 @@ def test_many_images_are_sampled_evenly_in_batches_that_are_never_short(parts, t
     monkeypatch.setattr(module, "_BATCH", 20)
     read = []
     spied = dataclasses.replace(split, read=lambda i: read.append(i) or split.read(i))
-    write_layers(tmp_path / "layers.json", twins[:2], spied, plan, CPU, ["projector", "encoder.layer?"])
+    write_layers(tmp_path / "layers.json", twins[:2], EvalViews(spied, plan), ["projector", "encoder.layer?"])
     assert len(read) == 41 and read[0] == 0 and read[-1] > 104 and set(np.diff(read)) == {2, 3}
     table = json.loads((tmp_path / "layers.json").read_text())
     assert (table["samples"], table["batches"]) == (41, 3)
@@ -68,11 +68,11 @@ def test_a_collapsed_model_is_left_out_with_a_warning(parts, tmp_path, caplog):
     twins, split, plan = parts
     torch.nn.init.zeros_(twins[1].network.encoder.conv1.weight)
     with caplog.at_level(logging.WARNING, "fastcl"):
-        write_layers(tmp_path / "layers.json", twins, split, plan, CPU, [])
-        write_layers(tmp_path / "none.json", twins[:2], split, plan, CPU, [])
-        write_layers(tmp_path / "one.json", twins[:1], split, plan, CPU, [])
+        write_layers(tmp_path / "layers.json", twins, EvalViews(split, plan), [])
+        write_layers(tmp_path / "none.json", twins[:2], EvalViews(split, plan), [])
+        write_layers(tmp_path / "one.json", twins[:1], EvalViews(split, plan), [])
     assert "layers of dcl, nscl: CKA is undefined for layer 'encoder." in caplog.text
-    assert list(json.loads((tmp_path / "layers.json").read_text())["models"]) == ["ce"]
+    assert list(json.loads((tmp_path / "layers.json").read_text())["models"]) == ["ce", "reseeded"]
     assert not (tmp_path / "none.json").exists() and not (tmp_path / "one.json").exists()
 
 

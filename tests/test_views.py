@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from fastcl import FastclError
-from fastcl.data import Split, ViewLoader, ViewPlan, ViewSpec, center_view, eval_batches, render_torchvision
+from fastcl.data import EvalViews, Split, ViewLoader, ViewPlan, ViewSpec, center_view, render_torchvision
 from fastcl.data.colour import colour_stage
 
 GREY_LEVEL = 1 / 255
@@ -146,14 +146,14 @@ def test_loader_renders_the_plan_and_another_seed_differs():
     assert torch.equal(two, render_torchvision([split.image(i) for i in batch], expected, plan.spec))
     assert not torch.equal(one, two)
     assert torch.equal(loader.views(batch[::-1].copy(), 1)[0].flip(0), one)
-    assert not torch.equal(loader.views(batch, 1, ViewPlan(plan.spec, 3))[0], one)
+    assert not torch.equal(ViewLoader(split, ViewPlan(plan.spec, 3), 10).views(batch, 1)[0], one)
     assert not torch.equal(loader.views(batch, 2)[0], one)
 
 
-def test_eval_batches_cover_the_split_in_order():
+def test_eval_views_cover_the_split_in_order():
     split = _split()
     plan = ViewPlan(ViewSpec(size=8), 0)
-    parts = list(eval_batches(split, plan, 16))
+    parts = list(EvalViews(split, plan).batches(16))
     assert [len(p) for p in parts] == [16, 16, 16, 2]
     images = [split.image(i) for i in range(50)]
     assert torch.equal(torch.cat(parts), render_torchvision(images, center_view(plan.spec, split.sizes), plan.spec))

@@ -1,20 +1,30 @@
 """Images, the view plan, and the renderers that apply it."""
 
-from fastcl.data.loader import ViewLoader, eval_batches
+from fastcl.data.decoded import DECODED_LIMIT, keep_decoded
+from fastcl.data.loader import Batch, EvalViews, ViewLoader
 from fastcl.data.plan import PRESETS, ViewParams, ViewPlan, ViewSpec, center_view
 from fastcl.data.render import render_torchvision
+from fastcl.data.renderers import RENDERERS, Renderer, TorchvisionRenderer, choose_renderer, make_renderer
 from fastcl.data.sources import Dataset, Split, load
 
 __all__ = [
+    "DECODED_LIMIT",
     "PRESETS",
+    "RENDERERS",
+    "Batch",
     "Dataset",
+    "EvalViews",
+    "Renderer",
     "Split",
+    "TorchvisionRenderer",
     "ViewLoader",
     "ViewParams",
     "ViewPlan",
     "ViewSpec",
     "center_view",
-    "eval_batches",
+    "choose_renderer",
+    "keep_decoded",
     "load",
+    "make_renderer",
     "render_torchvision",
 ]

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from fastcl.data.readers import Read, Source, decode, naming
+from fastcl.data.readers import Encoded, Read, Source, decode, naming
 from fastcl.errors import FastclError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -154,23 +154,44 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not hidden
 
 
-def _open_files(store: Tree | Zip, ids: np.ndarray) -> tuple[np.ndarray, Read]:
-    sizes = np.array([_size(store, i) for i in ids.tolist()], np.int64)
-    return sizes, partial(_file_pixels, store, ids)
+def _open_files(store: Tree | Zip, ids: np.ndarray) -> tuple[np.ndarray, Read, Encoded]:
+    headers = [_header_or_none(store, i) for i in ids.tolist()]
+    sizes = np.array([size for size, _ in headers], np.int64)
+    jpeg = np.array([is_jpeg for _, is_jpeg in headers])
+    return sizes, partial(_file_pixels, store, ids), partial(_jpeg_bytes, store, ids, jpeg)
 
 
-def _size(store: Tree | Zip, i: int) -> tuple[int, int]:
-    """(height, width) from the header, which in these formats the first bytes hold in all but a few files."""
+def _header_or_none(store: Tree | Zip, i: int) -> tuple[tuple[int, int], bool]:
+    """(0, 0) for a file whose header cannot be read: reading the image will say why."""
+    try:
+        return _header(store, i)
+    except FastclError:
+        return (0, 0), False
+
+
+def _header(store: Tree | Zip, i: int) -> tuple[tuple[int, int], bool]:
+    """(height, width), and whether it is a grey or RGB JPEG. The first bytes hold the header in all but a few files."""
     limit = _HEADER_BYTES if store.names[i].lower().endswith((".jpg", ".jpeg", ".png")) else -1
     with naming(store.label(i)):
         try:
             with store.open(i, limit) as file, Image.open(file) as picture:
-                return picture.height, picture.width
+                return (picture.height, picture.width), _is_jpeg(picture)
         except Exception:  # decoders fail in many ways on a beginning that does not hold the whole header
             with store.open(i) as file, Image.open(file) as picture:
-                return picture.height, picture.width
+                return (picture.height, picture.width), _is_jpeg(picture)
+
+
+def _is_jpeg(picture: Image.Image) -> bool:
+    return picture.format == "JPEG" and picture.mode in ("L", "RGB")
 
 
 def _file_pixels(store: Tree | Zip, ids: np.ndarray, i: int) -> np.ndarray:
     with naming(store.label(int(ids[i]))), store.open(int(ids[i])) as file, Image.open(file) as picture:
         return decode(picture, 3)
+
+
+def _jpeg_bytes(store: Tree | Zip, ids: np.ndarray, jpeg: np.ndarray, i: int) -> bytes | None:
+    if not jpeg[i]:
+        return None
+    with naming(store.label(int(ids[i]))), store.open(int(ids[i])) as file:
+        return file.read()

@@ -1,43 +1,86 @@
-"""Batches of views. The order of samples is a pure function of (seed, epoch, step), like the views themselves."""
+"""Batches of views. The order of samples is a pure function of (seed, epoch, step), like the views themselves.
+
+Nothing else enters: not the number of workers, nor how far they are ahead, nor the ranks that share a batch, nor where
+a run was resumed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastcl.data.philox import Stream, keys, permutation
-from fastcl.data.plan import ViewPlan, center_view
-from fastcl.data.render import render_torchvision
+from fastcl.data.plan import ViewParams, ViewPlan, center_view
+from fastcl.data.prefetch import in_processes, in_thread
+from fastcl.data.renderers import Renderer, TorchvisionRenderer
 from fastcl.data.sources import Split
 from fastcl.errors import FastclError
 
 ORDERS = ("shuffled", "balanced")
 _VIEWS = 2
+_CPU = torch.device("cpu")
+Job: TypeAlias = Callable[[int], tuple[np.ndarray, list[ViewParams]]]  # step -> positions, parameters of each view
 
 
-@dataclass(frozen=True)
+class Batch(NamedTuple):
+    """One batch of one rank, on the renderer's device.
+
+    Attributes:
+        views: two of each sample for the loader's plan, then two for each further plan; (b, C, size, size) float32.
+        labels: (b,) int64.
+        ids: (b,) int64 sample ids.
+    """
+
+    views: tuple[Tensor, ...]
+    labels: Tensor
+    ids: Tensor
+
+
+@dataclass(eq=False)
 class ViewLoader:
-    """Two views of each sample of a batch.
+    """Two views of each sample of a batch. Iterating gives the rest of the current epoch, then the next one.
+
+    Its state is where it stands: `epoch`, and `position`, the number of batches of that epoch handed out. A batch that
+    was only rendered ahead does not count.
 
     Args:
         split: the images.
         plan: seed and spec; the plan's seed also gives the order.
-        batch_size: samples per batch; the last incomplete batch of an epoch is left out.
+        batch_size: samples per batch, over all ranks; the last incomplete batch of an epoch is left out.
         order: "shuffled": a permutation of the samples each epoch. "balanced": each batch drawn by itself, without
             replacement, with probabilities inverse to the class sizes (the paper's main runs).
+        renderer: of the same split and spec; None: torchvision's, to the CPU.
+        others: further plans, of other seeds, whose views of the same samples a batch also holds.
+        rank, world_size: this process and how many share each batch: rank r has the r-th of world_size equal parts, so
+            that the ranks' parts, one after the other, are the batch of a single process.
+        workers: 0 renders a batch when it is asked for. Else torchvision's renderer works ahead in so many processes,
+            and any other in one thread.
+        depth: batches that each worker may be ahead.
 
     Raises:
-        FastclError: an unknown order, or a batch larger than the split.
+        FastclError: an unknown order, a batch larger than the split or not divisible among the ranks, a rank, number
+            of workers or depth that cannot be.
     """
 
     split: Split
     plan: ViewPlan
     batch_size: int
     order: str = "shuffled"
+    _: KW_ONLY
+    renderer: Renderer | None = None
+    others: Sequence[ViewPlan] = ()
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+    depth: int = 2
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -45,18 +88,75 @@ class ViewLoader:
         n = len(self.split.ids)
         if not 0 < self.batch_size <= n:
             raise FastclError(f"train.batch_size must lie between 1 and the {n} training images, got {self.batch_size}")
+        if not 0 <= self.rank < self.world_size:
+            raise FastclError(f"rank must lie in [0, world_size), got {self.rank} of {self.world_size}")
+        if self.batch_size % self.world_size:
+            raise FastclError(f"train.batch_size {self.batch_size} does not divide among {self.world_size} ranks")
+        _check_workers(self.workers, self.depth)
+        self.renderer = self.renderer or TorchvisionRenderer(self.split, self.plan.spec, _CPU)
+        self.epoch = self.position = 0
 
     def __len__(self) -> int:
         """Batches per epoch."""
         return len(self.split.ids) // self.batch_size
 
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, start = self.epoch, self.position
+        with closing(self.batches(epoch, start)) as batches:
+            for done, batch in enumerate(batches, start + 1):
+                self.epoch, self.position = (epoch, done) if done < len(self) else (epoch + 1, 0)
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """{"epoch", "position"}: all that `load_state_dict` needs to go on with the same batches."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to where another loader stood. Raises FastclError where there is no such batch."""
+        epoch, position = state["epoch"], state["position"]
+        if epoch < 0 or not 0 <= position < len(self):
+            raise FastclError(f"no batch {position} of epoch {epoch}: an epoch has {len(self)} batches")
+        self.epoch, self.position = epoch, position
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from the start-th on, whatever the loader's own state; close it to end its workers.
+
+        Raises:
+            FastclError: an image that cannot be decoded (named), a worker that has died.
+        """
+
+        def job(step: int) -> tuple[np.ndarray, list[ViewParams]]:
+            positions = self.batch(epoch, step)
+            return positions, self._params(positions, epoch)
+
+        for positions, views in _rendered(self.renderer, job, range(start, len(self)), self.workers, self.depth):
+            facts = (torch.from_numpy(a[positions]) for a in (self.split.labels, self.split.ids))
+            yield Batch(views, *(fact.to(views[0].device, non_blocking=True) for fact in facts))
+
     def batch(self, epoch: int, step: int) -> np.ndarray:
-        """(batch_size,) positions in the split of the samples of one batch.
+        """(batch_size / world_size,) positions in the split of this rank's samples of one batch.
 
         Args:
             epoch: from 0.
             step: 0 <= step < len(self), within the epoch.
         """
+        share = self.batch_size // self.world_size
+        return self._whole_batch(epoch, step)[self.rank * share : (self.rank + 1) * share]
+
+    def views(self, positions: np.ndarray, epoch: int) -> tuple[Tensor, ...]:
+        """Both views of any samples, and those of the further plans, (b, C, size, size) float32 each.
+
+        Args:
+            positions: (b,) positions in the split.
+            epoch: from 0.
+        """
+        return self.renderer(positions, self._params(positions, epoch))
+
+    def _params(self, positions: np.ndarray, epoch: int) -> list[ViewParams]:
+        ids, sizes = self.split.ids[positions], self.split.sizes[positions]
+        return [plan.draw(epoch, ids, view, sizes) for plan in (self.plan, *self.others) for view in range(_VIEWS)]
+
+    def _whole_batch(self, epoch: int, step: int) -> np.ndarray:
         n, seed = len(self.split.ids), self.plan.seed
         if self.order == "shuffled":
             return _shuffled(n, seed, epoch)[step * self.batch_size : (step + 1) * self.batch_size]
@@ -66,28 +166,89 @@ class ViewLoader:
         class_sizes = np.bincount(self.split.labels)[self.split.labels]
         return np.argsort(-np.log(u) * class_sizes, kind="stable")[: self.batch_size]
 
-    def views(self, positions: np.ndarray, epoch: int, plan: ViewPlan | None = None) -> tuple[Tensor, ...]:
-        """Both views of the samples, (b, C, size, size) float32 each.
 
-        Args:
-            positions: (b,) positions in the split.
-            epoch: from 0.
-            plan: draw from another plan (another seed) than the loader's own.
-        """
-        plan = plan or self.plan
-        split = self.split
-        images = [split.image(int(p)) for p in positions]
-        ids, sizes = split.ids[positions], split.sizes[positions]
-        params = (plan.draw(epoch, ids, view, sizes) for view in range(_VIEWS))
-        return tuple(render_torchvision(images, p, plan.spec) for p in params)
+@dataclass(frozen=True)
+class EvalViews:
+    """The unaugmented views of a split (see `center_view`): what evaluation sees.
+
+    Args:
+        split: the images.
+        plan: its spec is used; nothing is drawn.
+        renderer, workers, depth: as `ViewLoader` takes them.
+    """
+
+    split: Split
+    plan: ViewPlan
+    renderer: Renderer | None = None
+    workers: int = 0
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        _check_workers(self.workers, self.depth)
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """The whole split in order, (b, C, size, size) float32 a batch, on the renderer's device."""
+        n = len(self.split.ids)
+        return self.of([np.arange(k, min(k + batch_size, n)) for k in range(0, n, batch_size)])
+
+    def of(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """The views of given batches of positions, (b, C, size, size) float32 each."""
+        spec = self.plan.spec
+
+        def job(step: int) -> tuple[np.ndarray, list[ViewParams]]:
+            return batches[step], [center_view(spec, self.split.sizes[batches[step]])]
+
+        renderer = self.renderer or TorchvisionRenderer(self.split, spec, _CPU)
+        for _, (views,) in _rendered(renderer, job, range(len(batches)), self.workers, self.depth):
+            yield views
 
 
-def eval_batches(split: Split, plan: ViewPlan, batch_size: int) -> Iterator[Tensor]:
-    """The whole split in order, unaugmented (see `center_view`), (b, C, size, size) float32 a batch."""
-    for start in range(0, len(split.ids), batch_size):
-        stop = min(start + batch_size, len(split.ids))
-        images = [split.image(p) for p in range(start, stop)]
-        yield render_torchvision(images, center_view(plan.spec, split.sizes[start:stop]), plan.spec)
+def _check_workers(workers: int, depth: int) -> None:
+    if workers < 0 or depth < 1:
+        raise FastclError(f"data.workers must be at least 0 and depth at least 1, got {workers} and {depth}")
+
+
+def _rendered(
+    renderer: Renderer, job: Job, steps: range, workers: int, depth: int
+) -> Iterator[tuple[np.ndarray, tuple[Tensor, ...]]]:
+    """(positions, views) of each step."""
+    on_host = workers and isinstance(renderer, TorchvisionRenderer)
+    device = renderer.device if on_host else None
+    if on_host:
+        renderer = TorchvisionRenderer(renderer.split, renderer.spec, _CPU)
+
+    def render(step: int) -> tuple[np.ndarray, tuple[Tensor, ...]]:
+        positions, params = job(step)
+        return positions, renderer(positions, params)
+
+    if not workers:
+        yield from map(render, steps)
+    elif on_host:
+        pin = device.type == "cuda"
+        with closing(in_processes(render, steps, workers=workers, depth=depth, pin=pin)) as results:
+            for positions, views in results:
+                yield positions, tuple(view.to(device, non_blocking=True) for view in views)
+    else:
+        with closing(in_thread(_streamed(renderer, job, steps), depth=depth)) as results:
+            yield from results
+
+
+def _streamed(renderer: Renderer, job: Job, steps: range) -> Iterator[tuple[np.ndarray, tuple[Tensor, ...]]]:
+    """As `_rendered`; a renderer that works on several batches at once (`stream`) is asked that way."""
+    if not hasattr(renderer, "stream"):
+        for positions, params in map(job, steps):
+            yield positions, renderer(positions, params)
+        return
+    taken: deque[np.ndarray] = deque()
+
+    def feed() -> Iterator[tuple[np.ndarray, list[ViewParams]]]:
+        for positions, params in map(job, steps):
+            taken.append(positions)
+            yield positions, params
+
+    with closing(renderer.stream(feed())) as results:
+        for views in results:
+            yield taken.popleft(), views
 
 
 @lru_cache(maxsize=1)

@@ -18,6 +18,7 @@ from fastcl.errors import FastclError, suggest
 _CIFAR_STATS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 _IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+_CHUNK = 2048  # samples drawn at a time: their random words stay in a core's cache, whatever the number of samples
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.int64)
 
 # Each parameter has its own random word: switching one option on or off leaves all others as they were.
@@ -167,6 +168,20 @@ class ViewPlan:
         Raises:
             FastclError: a value outside its range.
         """
+        samples = np.asarray(samples)
+        sizes = None if sizes is None else np.asarray(sizes)
+        if sizes is not None and sizes.shape != (len(samples), 2):
+            raise FastclError(f"sizes must be ({len(samples)}, 2) for {len(samples)} samples, got {sizes.shape}")
+        starts = range(0, max(1, len(samples)), _CHUNK)
+        parts = [
+            self._draw(epoch, samples[k : k + _CHUNK], view, None if sizes is None else sizes[k : k + _CHUNK])
+            for k in starts
+        ]
+        return ViewParams(
+            **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(ViewParams)}
+        )
+
+    def _draw(self, epoch: int, samples: np.ndarray, view: int, sizes: np.ndarray | None) -> ViewParams:
         spec = self.spec
         u = uniforms(_SLOTS, seed=self.seed, stream=Stream.VIEW, index=samples, epoch=epoch, view=view)
 

@@ -26,6 +26,7 @@ _GREY_MODES = {"1", "L", "I;16"}
 _TEST_SPLITS = ("test", "val", "valid")
 
 Read = Callable[[int], np.ndarray]
+Encoded = Callable[[int], bytes | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,8 @@ class Source:
         channels: 1 or 3.
         labels: (n,) int64, a position in `classes`, or -1 for an image that no split uses; row = sample id.
         test: (n,) bool, the official test images; None where the source has no split of its own.
-        open: (m,) int64 sample ids -> their (m, 2) int64 heights and widths, and what reads the i-th of them.
+        open: (m,) int64 sample ids -> their (m, 2) int64 heights and widths, what reads the i-th of them, and where
+            there are files what gives the i-th as JPEG bytes (None if it is no JPEG).
     """
 
     name: str
@@ -46,7 +48,7 @@ class Source:
     channels: int
     labels: np.ndarray
     test: np.ndarray | None
-    open: Callable[[np.ndarray], tuple[np.ndarray, Read]]
+    open: Callable[[np.ndarray], tuple[np.ndarray, Read] | tuple[np.ndarray, Read, Encoded]]
 
 
 @contextmanager

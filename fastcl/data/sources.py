@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from fastcl.data.decoded import unreadable
 from fastcl.data.folders import read_folder
 from fastcl.data.philox import Stream, permutation, words
 from fastcl.data.readers import Source, read_cifar10, read_digits, read_omniglot, read_torchvision
 from fastcl.errors import FastclError, suggest
 
+log = logging.getLogger("fastcl")
 KINDS = ("digits", "omniglot", "cifar10", "folder", "torchvision")
+_NAMED = 20  # unreadable images of a split that are named one by one
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +30,15 @@ class Split:
         labels: (n,) int64 in [0, n_classes).
         sizes: (n, 2) int64 height and width in pixels.
         read: position in the split -> (H, W, C) uint8.
+        encoded: where the source keeps files: position in the split -> the bytes of a grey or RGB JPEG file, or None
+            for an image that is none.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     sizes: np.ndarray
     read: Callable[[int], np.ndarray]
+    encoded: Callable[[int], bytes | None] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,13 +56,17 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test split over the same classes; `labels` are positions in `classes`."""
+    """A training and a test split over the same classes; `labels` are positions in `classes`.
+
+    `skipped` holds the sample ids of images that left their split since they cannot be decoded.
+    """
 
     name: str
     classes: tuple[str, ...]
     channels: int
     train: Split
     test: Split
+    skipped: tuple[int, ...] = ()
 
 
 def load(
@@ -66,6 +77,8 @@ def load(
     test_fraction: float = 0.2,
     root: str | None = None,
     download: bool = False,
+    corrupt: str = "stop",
+    skipped: Collection[int] | None = None,
 ) -> Dataset:
     """Loads a data set.
 
@@ -84,11 +97,18 @@ def load(
             sample ids, not on the other classes taken, and a larger fraction contains a smaller one.
         root: torchvision only: its folder.
         download: torchvision only: whether it may download.
+        corrupt: what an image does that cannot be decoded. "stop": nothing is checked now, beyond what its size needs;
+            reading it raises. "skip": every image is decoded once, now, and those that fail leave their split, with a
+            warning; the others keep their split, sample ids and so their views. What is not a file of a folder or
+            zip and whose size cannot be told stops either way.
+        skipped: sample ids that an earlier check found; they leave their splits, and nothing is checked anew.
 
     Raises:
         FastclError: an unknown source, a missing, truncated or malformed file, more classes than there are (or fewer
-            than 2), a class without enough images, or test_fraction outside (0, 1).
+            than 2), a class without enough images, test_fraction outside (0, 1), or an unknown `corrupt`.
     """
+    if corrupt not in ("stop", "skip"):
+        raise FastclError(f"data.corrupt must be stop or skip; got {corrupt!r}")
     if not 0 < test_fraction < 1:
         raise FastclError(f"test_fraction must lie in (0, 1), got {test_fraction}")
     found = _find(source, root, download)
@@ -100,15 +120,44 @@ def load(
     label_of[chosen] = np.arange(len(chosen))
     labels = label_of[found.labels]
     test = _draw_test(labels, names, test_fraction, seed) if found.test is None else found.test
-    splits = []
-    for split, member in (("training", ~test), ("test", test)):
-        ids = np.flatnonzero(member & (labels >= 0))
+    members = {"training": ~test & (labels >= 0), "test": test & (labels >= 0)}
+    left_out = set(skipped or ())
+    splits = _open(found, members, labels, names, left_out)
+    if corrupt == "skip" and skipped is None and (left_out := _unreadable_ids(splits)):
+        splits = _open(found, members, labels, names, left_out)
+    for split in splits.values():
+        _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # raises what is wrong with a header
+    return Dataset(found.name, names, found.channels, *splits.values(), tuple(sorted(left_out)))
+
+
+def _open(
+    found: Source, members: dict[str, np.ndarray], labels: np.ndarray, names: tuple[str, ...], left_out: set[int]
+) -> dict[str, Split]:
+    splits = {}
+    for what, member in members.items():
+        ids = np.flatnonzero(member)
+        ids = ids[~np.isin(ids, sorted(left_out))] if left_out else ids
         empty = np.flatnonzero(np.bincount(labels[ids], minlength=len(names)) == 0)
         if len(empty):
-            raise FastclError(f"{source}: class {names[empty[0]]!r} has no {split} images ({len(empty)} such classes)")
-        splits.append((ids, labels[ids]))
-    train, held_out = (Split(ids, label, *found.open(ids)) for ids, label in splits)
-    return Dataset(found.name, names, found.channels, train, held_out)
+            readable = "readable " if left_out else ""
+            raise FastclError(
+                f"{found.name}: class {names[empty[0]]!r} has no {readable}{what} images ({len(empty)} such classes)"
+            )
+        splits[what] = Split(ids, labels[ids], *found.open(ids))
+    return splits
+
+
+def _unreadable_ids(splits: dict[str, Split]) -> set[int]:
+    """Sample ids of all images that cannot be decoded; each is warned of."""
+    ids: set[int] = set()
+    for what, split in splits.items():
+        errors = unreadable(split, what)
+        for error in list(errors.values())[:_NAMED]:
+            log.warning("skipped: %s", error)
+        if errors:
+            log.warning("%d of %d %s images cannot be decoded and are left out", len(errors), len(split), what)
+        ids |= {int(split.ids[i]) for i in errors}
+    return ids
 
 
 def _find(source: str, root: str | None, download: bool) -> Source:

@@ -19,7 +19,7 @@ _MAP = "viridis"
 _LABELS = 32  # along an axis; of more layers every second, third, ... is named
 _PRINTED, _CELL = 16, 0.27  # values stand in tables of so many columns at most, in cells of so many inches at least
 _VECTOR = 4096  # cells; a larger table is drawn as an image
-_SUFFIXES = (".svg", ".png")
+
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ def read_layer_tables(run_dir: Path) -> list[LayerTable]:
     return tables
 
 
+def check_ending(path: Path) -> None:
+    """Raise FastclError unless heat maps are written into files with this ending."""
+    if path.suffix not in (".svg", ".png"):
+        raise FastclError(f"{path}: heat maps are written as .svg or .png")
+
+
 def write_heat_map(table: LayerTable, path: Path) -> Path:
     """Draw one table into a file; the same table gives the same bytes of SVG.
 
@@ -73,8 +79,7 @@ def write_heat_map(table: LayerTable, path: Path) -> Path:
         FastclError: another ending, or a file that cannot be written.
     """
     path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise FastclError(f"{path}: heat maps are written as {' or '.join(_SUFFIXES)}")
+    check_ending(path)
     side = [min(9.0, max(2.2, 0.36 * count)) for count in (len(table.columns), len(table.rows))]
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if path.suffix == ".svg" else {}
     with styled():
@@ -119,6 +124,7 @@ def _panel(ax: Axes, table: LayerTable, width: float) -> QuadMesh:
         np.ma.masked_invalid(values), cmap=_MAP, vmin=0.0, vmax=1.0, rasterized=values.size > _VECTOR,
         edgecolors="face", linewidth=0.2,
     )  # fmt: skip
+    ax.set_title(table.columns_of)
     ax.grid(False)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -131,7 +137,7 @@ def _panel(ax: Axes, table: LayerTable, width: float) -> QuadMesh:
     if len(table.columns) <= _PRINTED and width / len(table.columns) >= _CELL:
         for (i, j), value in np.ndenumerate(values):
             # dark ink on the light half of the map, not the page's ink: the cell stays as it is in a dark page
-            colour = "#111111" if value > 0.6 else "#ffffff"
+            colour = "#111111" if value > 0.45 else "#ffffff"
             text = f"{value:.2f}".replace("0.", ".") if math.isfinite(value) else ""
             ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7, color=colour)
     return mesh
@@ -152,7 +158,9 @@ LAYERS = Plate(
     "CKA of every layer of {reference} (upwards) with every layer of another model (to the right), on up to 1,024 "
     "held-out images at the end of the run: the ratio of the unbiased HSIC over batches (Nguyen et al. 2021), the "
     "outputs of each layer flattened. A bright diagonal means that both models compute the same things at the same "
-    "depth; where it fades, the loss has made a difference.",
+    "depth.",
     layers_of_run,
+    band=" The panel of the reseeded twin is the noise floor: where the diagonal of another model fades more than "
+    "there, the loss has made a larger difference than other views did.",
     shown=lambda run: bool(read_layer_tables(run.path)),
 )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError
-from fastcl.similarity.inputs import checked
+from fastcl.similarity.inputs import checked, on_triton
 from fastcl.similarity.moments import Moments, chunk_rows
-from fastcl.similarity.reduce import Ranks, check_same
+from fastcl.similarity.reduce import Ranks, check_same, has_ranks
 from fastcl.similarity.results import AllPairs, PairResult
 from fastcl.similarity.routes import statistics
 from fastcl.similarity.rows import INNER
@@ -66,11 +66,14 @@ class PairAccumulator:
                 before, a shape that is not (b, d), a dtype that is not floating, features that are not finite, and
                 with minibatch a batch of fewer than 4 samples.
         """
+        if not isinstance(features, Mapping):
+            raise FastclError(f"features must map the names {self.names} to tensors, got {type(features).__name__}")
         missing = [name for name in self.names if name not in features]
         unknown = [name for name in features if name not in self.names]
         if missing or unknown:
             raise FastclError(f"features must be given for {self.names}: missing {missing}, unknown {unknown}")
         batch = checked({name: features[name] for name in self.names}, self.n, self._device)
+        on_triton(*batch)  # an error before anything is added, where a backend by name does not take these features
         widths = {name: x.shape[1] for name, x in zip(self.names, batch, strict=True)}
         if self._widths and widths != self._widths:
             raise FastclError(f"widths of the features changed from {self._widths} to {widths} at sample {self.n}")
@@ -164,7 +167,8 @@ class PairAccumulator:
         """Merge the accumulators of all ranks: afterwards each rank holds the statistics of all samples.
 
         The sums of all pairs and kernels travel in one all-reduce; before it a few bytes agree on widths and pilots.
-        A rank may have seen no sample. To be called once, at the end: a second call would add everything again.
+        A rank may have seen no sample. To be called once, at the end: a second call would add everything again. In a
+        program without a process group nothing is to be done, and nothing is.
 
         Args:
             group: of torch.distributed; None is the default group.
@@ -172,13 +176,17 @@ class PairAccumulator:
         Raises:
             FastclError: on every rank, if ranks differ in names, kernels, minibatch or widths.
         """
-        ranks = Ranks(group, self._description(), self.n, self._device)
-        if ranks.source is None:
+        if not has_ranks():
             return
         whole = self._whole()
+        roundings = [stream.rounding for stream in whole]
+        ranks = Ranks(group, self._description(), self.n, roundings, self._device)
+        if ranks.source is None:
+            return
         streams = []
         for k, kernel in enumerate(self.kernels):
             streams.append(Moments(kernel))
+            streams[k].rounding = ranks.roundings[k]
             streams[k].start(ranks.pilots(whole[k].pilots))
             if self.n:
                 streams[k].merge(whole[k])
@@ -198,10 +206,14 @@ class PairAccumulator:
         """Continue from a `state_dict`, on a CPU with the bits of a run without the interruption.
 
         Raises:
-            FastclError: the state is of other names, kernels or minibatch, or this accumulator has seen samples.
+            FastclError: the state is of other names, kernels or minibatch or no state, or this accumulator has seen
+                samples.
         """
         if self.n:
             raise FastclError(f"a state is loaded into a new PairAccumulator, this one has seen {self.n} samples")
+        absent = {"names", "kernels", "minibatch", "widths", "counts", "pending", "streams"} - set(state)
+        if absent:
+            raise FastclError(f"state is no state_dict of a PairAccumulator: it lacks {sorted(absent)}")
         check_same(self._description(), state)
         self._widths = dict(state["widths"])
         self._streams = [Moments.of_state(k, s) for k, s in zip(self.kernels, state["streams"], strict=True)]

@@ -32,8 +32,8 @@ def pair_stats(
     Returns:
         The `PairStats` whose properties are the measures. Float64 features are computed in float64. Narrower ones are
         multiplied in float32, by the Triton kernels (for CUDA features) in split half precision, which is as good;
-        all else is float64. CKA and RSA then have errors of about 1e-6 or less, and a drift is resolved to 1e-3
-        ||K - mean(K)||_F.
+        all else is float64. Relative to the whole variance of the features errors are then about 1e-6 or less, and a
+        drift is resolved to 1e-3 ||K - mean(K)||_F.
 
     Raises:
         FastclError: on an unknown kernel or route, shapes that do not match, n = 0, a dtype that is not floating,

@@ -14,6 +14,7 @@ from fastcl.errors import FastclError
 
 # Of products of features narrower than float64, in split half precision (22 bits) or float32, and their float32 sums.
 NARROW_ROUNDING = 2.0**-20
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device | None = None) -> list[Tensor]:
@@ -23,9 +24,9 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
         FastclError: names the model, and for values the sample.
     """
     for name, x in features.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise FastclError(f"features of {name!r} must be a floating-point tensor, got {kind}")
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.layout != torch.strided:
+            kind = f"{x.dtype}, {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+            raise FastclError(f"features of {name!r} must be a dense float16 to float64 tensor, got {kind}")
         if x.ndim != 2 or x.shape[1] == 0:
             raise FastclError(f"features of {name!r} must have shape (b, d) with d >= 1, got {tuple(x.shape)}")
     rows = {name: len(x) for name, x in features.items()}
@@ -46,9 +47,18 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
     return batch
 
 
+def multiplied_narrow(*features: Tensor) -> bool:
+    """Whether torch multiplies features in float32: narrower than float64, where a float32 product is one.
+
+    A GPU may take TF32 for it, and a CPU half precision where float32's precision was lowered.
+    """
+    full = torch.get_float32_matmul_precision() == "highest"
+    return full and features[0].device.type == "cpu" and all(x.dtype != torch.float64 for x in features)
+
+
 def rounding_of(*features: Tensor) -> float:
     """Relative rounding error of products of features, where they are not float64's."""
-    return 0.0 if any(x.dtype == torch.float64 for x in features) else NARROW_ROUNDING
+    return NARROW_ROUNDING if on_triton(*features) or multiplied_narrow(*features) else 0.0
 
 
 def on_triton(*features: Tensor) -> bool:

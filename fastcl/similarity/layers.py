@@ -281,4 +281,4 @@ def _ratio(cross: Tensor, self_a: Tensor, self_b: Tensor, names_a: list[str], na
                     "outputs are the same for all samples of a batch, or all pairs of samples are equally similar"
                 )
     # Two ratios, not sqrt(self_a * self_b): exactly 1 where all three are equal.
-    return ((cross / self_a[:, None]) * (cross / self_b)).sqrt().copysign(cross)
+    return ((cross / self_a[:, None]) * (cross / self_b)).sqrt().clamp_max(1.0).copysign(cross)

@@ -6,12 +6,12 @@ one matrix M = sum x+ y+' (over the samples) holds the cross-moment of the featu
 pair.
 
 Why a pilot: with means far from zero (mean 1e3, spread 1) the entries of K are equal in their first 6 digits and
-their squares in 12. The pilot is the first row of the stream, so constant features vanish exactly; the relative error
-of the centred cross-moment is at most about 1e-16 n, reached only when that row is an outlier that alone makes up the
-variance. <p, v> is a function of v, kept for its digits: where all cosines are nearly 1 it is as small as |v|^2.
+their squares in 12. The pilot is the mean of the first chunk, taken about its first row, so constant features vanish
+exactly. <p, v> is a function of v, kept for its digits: where all cosines are nearly 1 it is as small as |v|^2.
 
-Products of features narrower than float64 are float32 within a chunk (on a GPU split half precision); between chunks,
-and in all that is done to features before and to moments after, numbers are float64.
+Of features narrower than float64 the products v v' are float32 within a chunk (in the Triton kernels all products are
+split half precision); between chunks, and in all that is done to features before and to moments after, numbers are
+float64.
 
 Callers multiply rows in chunks that begin at multiples of `chunk_rows`, whatever the batches were: the same samples in
 the same order give the same bits however they were split.
@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.similarity.inputs import NARROW_ROUNDING, on_triton
+from fastcl.similarity.inputs import NARROW_ROUNDING, multiplied_narrow, on_triton
 from fastcl.similarity.rows import mapped
 
 if TYPE_CHECKING:
     from fastcl.backends.triton.gram import StackedMoments
 
 _BLOCK = 256  # columns of a block of moments on a CPU
-_LARGEST = 1e16  # of |v|^2 and |<p, v>| in float32: their products over a chunk stay below 1e38
+_LARGEST = 1e30  # of |v|^2 in float32: sums over a chunk stay below 1e38
 # Rows of a chunk. A CPU's cache holds a few megabytes of them; a GPU wants long products, and its kernels add up a
 # chunk in float32.
 CHUNK = {"cpu": 512}
@@ -111,22 +111,27 @@ class Moments:
         if on_triton(*batch):
             self._add_fused(batch)
             return
+        rows = [mapped(x, self.kernel) for x in batch]
         if not self.pilots:
-            self.start([mapped(x[:1], self.kernel)[0] for x in batch])
-        rows = [_extended(mapped(x, self.kernel), pilot) for x, pilot in zip(batch, self.pilots, strict=True)]
-        if not any(x.dtype == torch.float64 for x in batch) and _fit_float32(rows):
-            rows, self.rounding = [x.float() for x in rows], NARROW_ROUNDING
+            self.start(_pilots(rows))
+        rows = [_extended(x, pilot) for x, pilot in zip(rows, self.pilots, strict=True)]
+        narrow = multiplied_narrow(*batch) and _fit_float32(rows)
+        self.rounding = max(self.rounding, NARROW_ROUNDING * narrow)
+        parts = [x[:, :-3].float() if narrow else x[:, :-3] for x in rows]
         for i, j in combinations_with_replacement(range(len(rows)), 2):
             if (i, j) not in self._sums:
                 self._sums[i, j] = self.pilots[i].new_zeros(rows[i].shape[1], rows[j].shape[1])
-            _add_product(self._sums[i, j], rows[i], rows[j], symmetric=i == j)
+            sums = self._sums[i, j]
+            _add_product(sums[:-3, :-3], parts[i], parts[j], symmetric=i == j)
+            sums[:-3, -3:] += rows[i][:, :-3].mT @ rows[j][:, -3:]
+            sums[-3:] += rows[i][:, -3:].mT @ rows[j]
 
     def _add_fused(self, batch: Sequence[Tensor]) -> None:
         from fastcl.backends.triton import gram
 
         self.rounding = NARROW_ROUNDING
         if not self.pilots:
-            self.start(gram.pilots(batch, self.kernel))
+            self.start(_pilots([mapped(x, self.kernel) for x in batch]))
         if self._stack is None:
             self._stack = gram.StackedMoments(self.kernel, self.pilots)
         self._stack.add(batch)
@@ -135,7 +140,9 @@ class Moments:
         """(d_i + 3, d_j + 3) float64 sums over all rows so far, i <= j."""
         parts = []
         if (i, j) in self._sums:
-            parts = [_mirrored(self._sums[i, j]) if i == j else self._sums[i, j]]
+            parts = [self._sums[i, j].clone()]
+            if i == j:
+                _mirror(parts[0][:-3, :-3])
         parts += [self._stack.moments(i, j)] if self._stack is not None else []
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
@@ -174,7 +181,7 @@ class Moments:
     def state(self) -> dict[str, Any]:
         """Pilots, moments and rounding, for `of_state`."""
         pairs = combinations_with_replacement(range(len(self.pilots)), 2)
-        moments = [self.moments(i, j).clone() for i, j in pairs]
+        moments = [self.moments(i, j) for i, j in pairs]
         return {"pilots": list(self.pilots), "moments": moments, "rounding": self.rounding}
 
     @classmethod
@@ -214,10 +221,15 @@ def _extended(x: Tensor, pilot: Tensor) -> Tensor:
     return rows
 
 
+def _pilots(rows: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of each model's rows, about its first row."""
+    return [x[0] + (x - x[0]).mean(dim=0) for x in rows]
+
+
 def _fit_float32(rows: Sequence[Tensor]) -> bool:
-    """Whether float32 can hold products of extended rows: neither do squares overflow nor do the largest vanish."""
-    largest = torch.stack([x[:, -3:-1].abs().amax(0) for x in rows])
-    return bool((largest < _LARGEST).all() and (largest[:, 0] > 1 / _LARGEST).all())
+    """Whether float32 can hold products of the rows' v: neither do squares overflow nor do the largest vanish."""
+    largest = torch.stack([x[:, -3].amax() for x in rows])
+    return bool((largest < _LARGEST).all() and (largest > 1 / _LARGEST).all())
 
 
 def _blocks(width: int) -> list[slice]:
@@ -245,14 +257,14 @@ def _accumulate(sums: Tensor, x: Tensor, y: Tensor) -> None:
     if x.dtype == sums.dtype:
         sums.addmm_(x.mT, y)
     else:
-        sums += x.mT @ y
+        with torch.autocast(x.device.type, enabled=False):
+            sums += x.mT @ y
 
 
-def _mirrored(sums: Tensor) -> Tensor:
-    whole = sums.clone()
+def _mirror(sums: Tensor) -> None:
+    """Fill the blocks below the diagonal, in place."""
     for block in _blocks(len(sums)):
-        whole[block.stop :, block] = sums[block, block.stop :].mT
-    return whole
+        sums[block.stop :, block] = sums[block, block.stop :].mT
 
 
 def _translation(old: Tensor, new: Tensor) -> Tensor:

@@ -22,26 +22,34 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
             raise FastclError(f"accumulators must have the same {key}, got {a} and {b}")
 
 
+def has_ranks() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Ranks:
     """The ranks of a group that put their sums together.
 
     Attributes:
         source: the first rank, within the group, that has seen samples; None where none has.
         widths: of its features.
+        roundings: per kernel, the largest of any rank.
         device: where this rank's sums travel from.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, description: Mapping[str, Any], n: int, device: torch.device | None
-    ) -> None:
+        self, group: dist.ProcessGroup | None, description: Mapping[str, Any], n: int, roundings: Sequence[float],
+        device: torch.device | None,
+    ) -> None:  # fmt: skip
         self._group = group
         facts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(facts, (dict(description), n), group)
-        seen = [rank for rank, (_, count) in enumerate(facts) if count]
+        dist.all_gather_object(facts, (dict(description), n, list(roundings)), group)
+        seen = [rank for rank, (_, count, _) in enumerate(facts) if count]
         self.source = seen[0] if seen else None
         self.widths = facts[seen[0]][0]["widths"] if seen else {}
-        for theirs, _ in facts:  # the same comparison, with the same outcome, on every rank
+        for theirs, _, _ in facts:  # the same comparison, with the same outcome, on every rank
             check_same(facts[seen[0] if seen else 0][0], theirs)
+        self.roundings = [max(values) for values in zip(*(fact[2] for fact in facts), strict=True)]
         on_gpu = "nccl" in str(dist.get_backend(group))
         # A rank without samples has no device of its own; NCCL moves what lies on the current GPU.
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else device or torch.device("cpu")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError
-from fastcl.similarity.stats import PairStats, correlation
+from fastcl.similarity.forms import correlation
+from fastcl.similarity.rows import INNER
+from fastcl.similarity.stats import PairStats
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class AllPairs:
     pairs: Mapping[tuple[str, str], PairResult]
 
     def __getitem__(self, pair: tuple[str, str]) -> PairResult:
+        if pair not in self.pairs:
+            raise FastclError(f"no pair {pair!r}: pairs are two of {self.names}, in this order")
         return self.pairs[pair]
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -65,16 +69,19 @@ class AllPairs:
         """(M, M) float64 matrix of a symmetric measure that is 1 for equal models.
 
         Args:
-            measure: "linear.cka", "linear.cka_debiased", "cosine.rsa", "cka_minibatch", ...
+            measure: "cka_minibatch", or a kernel with "cka", "cka_debiased" or "rsa", for example "cosine.rsa".
 
         Raises:
             FastclError: the measure is unknown, was not accumulated, or is undefined for a pair.
         """
+        known = [f"{kernel}.{name}" for kernel in INNER for name in ("cka", "cka_debiased", "rsa")] + ["cka_minibatch"]
+        if measure not in known:
+            raise FastclError(f"measure must be one of {', '.join(known)}; got {measure!r}")
         table = torch.eye(len(self.names), dtype=torch.float64)
         for (a, b), result in self.pairs.items():
             i, j = self.names.index(a), self.names.index(b)
             try:
                 table[i, j] = table[j, i] = attrgetter(measure)(result)
             except AttributeError:
-                raise FastclError(f"measure {measure!r} of {a!r} and {b!r} is unknown or was not accumulated") from None
+                raise FastclError(f"measure {measure!r} of {a!r} and {b!r} was not accumulated") from None
         return table

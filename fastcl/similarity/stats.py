@@ -20,75 +20,14 @@ et al. 2008 (RSA), arXiv 2510.08852 (the drift of Theorem 1, the certificates of
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import NamedTuple
 
 from fastcl.errors import FastclError
-
-# A form is a difference of sums; below this fraction of them it holds rounding errors and no information. So does a
-# spread of the entries of a Gram matrix below this fraction of their mean.
-_ROUNDING = 256 * sys.float_info.epsilon
-
-_CONSTANT = "the {which} representation is constant over the samples"
-_EQUAL = "all similarities of distinct samples are equal in the {which} representation"
-_ADDITIVE = "HSIC_1 of the {which} representation with itself vanishes"
+from fastcl.similarity.forms import ADDITIVE, CONSTANT, EQUAL, ROUNDING, Form, GramSums
 
 
-@dataclass(frozen=True)
-class GramSums:
-    """Sums over two n x n matrices K and L with row sums k = K1 and l = L1."""
-
-    kl: float  # <K, L>_F
-    kk: float
-    ll: float
-    row_kl: float  # <k, l>
-    row_kk: float
-    row_ll: float
-    total_k: float  # 1'K1
-    total_l: float
-
-
-def _correlation(kl: float, kk: float, ll: float) -> float:
-    # Two ratios, not sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 where kl == kk == ll.
-    return math.copysign(math.sqrt((kl / kk) * (kl / ll)), kl)
-
-
-def correlation(kl: float, kk: float, ll: float, measure: str) -> float:
-    """kl / sqrt(kk ll). Raises FastclError where kk or ll is not positive."""
-    for value in (kk, ll):
-        if not value > 0:
-            raise FastclError(f"{measure} is undefined: a self-term is not positive, {value:.3g}")
-    return _correlation(kl, kk, ll)
-
-
-class _Form(NamedTuple):
-    """One bilinear form at (K, L), (K, K), (L, L), and the values of the last two that rounding alone explains."""
-
-    kl: float
-    kk: float
-    ll: float
-    floor_k: float
-    floor_l: float
-
-    def self_term(self, which: str, measure: str, reason: str) -> float:
-        """B(K, K) ("first") or B(L, L) ("second"), refused with `reason` where it holds nothing but rounding."""
-        value, floor = (self.kk, self.floor_k) if which == "first" else (self.ll, self.floor_l)
-        if not value > floor:
-            raise FastclError(
-                f"{measure} is undefined: {reason.format(which=which)} "
-                f"(self-term {value:.3g} is not above its rounding error {floor:.3g})"
-            )
-        return value
-
-    def correlation(self, measure: str, reason: str) -> float:
-        """B(K, L) / sqrt(B(K, K) B(L, L))."""
-        kk, ll = (self.self_term(which, measure, reason) for which in ("first", "second"))
-        return _correlation(self.kl, kk, ll)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PairStats:
     """Sufficient statistics of two Gram matrices K, L of the same n samples, and the measures they give.
 
@@ -132,10 +71,22 @@ class PairStats:
         shifts = (self.n * shift * self.n * shift for shift in (self.shift_k, self.shift_l))
         values = (*astuple(self.full), *astuple(self.hollow), *shifts)
         if not all(map(math.isfinite, values)):
+            broken = any(map(math.isnan, values))
+            reason = "features that are not finite" if broken else "features too large for float64"
             raise FastclError(
-                f"sums of the {self.kernel} Gram matrices are not finite (features too large for float64?): "
-                f"full={self.full}, hollow={self.hollow}"
+                f"sums of the {self.kernel} Gram matrices are not finite ({reason}?): full={self.full}, "
+                f"hollow={self.hollow}"
             )
+
+    def __repr__(self) -> str:
+        """The measures, "undefined" where one is: the sums say little to a reader."""
+        shown = []
+        for name in ("cka", "cka_debiased", "rsa", "drift", "rho", "r"):
+            try:
+                shown.append(f"{name}={getattr(self, name):.6g}")
+            except FastclError:
+                shown.append(f"{name}=undefined")
+        return f"PairStats(n={self.n}, kernel={self.kernel!r}, {', '.join(shown)})"
 
     @property
     def cka(self) -> float:
@@ -144,7 +95,7 @@ class PairStats:
         Raises:
             FastclError: where a representation is constant over the samples (HKH = 0).
         """
-        return self._hsic0().correlation(self._measure("CKA"), _CONSTANT)
+        return self._hsic0().correlation(self._measure("CKA"), CONSTANT)
 
     @property
     def cka_debiased(self) -> float:
@@ -153,7 +104,7 @@ class PairStats:
         Raises:
             FastclError: for n < 4, or where a self-term HSIC_1(K, K) is not positive.
         """
-        return self._hsic1().correlation(self._measure("debiased CKA"), _ADDITIVE)
+        return self._hsic1().correlation(self._measure("debiased CKA"), ADDITIVE)
 
     def hsic1(self) -> tuple[float, float, float]:
         """Unbiased HSIC_1 of (K, L), (K, K) and (L, L) (Song et al. 2012). Raises FastclError for n < 4."""
@@ -171,7 +122,7 @@ class PairStats:
         Raises:
             FastclError: for n < 3, or where all off-diagonal entries of a matrix are equal.
         """
-        return self._covariance().correlation(self._measure("RSA"), _EQUAL)
+        return self._covariance().correlation(self._measure("RSA"), EQUAL)
 
     @property
     def drift(self) -> float:
@@ -194,7 +145,7 @@ class PairStats:
         Raises:
             FastclError: where K is constant over the samples (HKH = 0).
         """
-        self_term = self._hsic0().self_term("first", self._measure("rho"), _CONSTANT)
+        self_term = self._hsic0().self_term("first", self._measure("rho"), CONSTANT)
         return self.drift_centered / math.sqrt(self_term)
 
     @property
@@ -206,7 +157,7 @@ class PairStats:
         Raises:
             FastclError: for n < 3, or where all off-diagonal entries of K are equal.
         """
-        self_term = self._covariance().self_term("first", self._measure("r"), _EQUAL)
+        self_term = self._covariance().self_term("first", self._measure("r"), EQUAL)
         return math.sqrt(self._squared_distance(self.hollow, self.n * (self.n - 1)) / self_term)
 
     @property
@@ -246,16 +197,16 @@ class PairStats:
         """
         return math.sqrt(1 - self.r**2) if self.r < 1 else -1.0
 
-    def _hsic0(self) -> _Form:
+    def _hsic0(self) -> Form:
         return self._form(self.full, -2 / self.n, 1 / self.n**2)
 
-    def _hsic1(self) -> _Form:
+    def _hsic1(self) -> Form:
         n = self.n
         if n < 4:
             raise FastclError(f"debiased CKA needs n >= 4 samples (HSIC_1 divides by n(n - 3)), got n={n}")
         return self._form(self.hollow, -2 / (n - 2), 1 / ((n - 1) * (n - 2)))
 
-    def _covariance(self) -> _Form:
+    def _covariance(self) -> Form:
         if self.n < 3:
             raise FastclError(f"RSA and r need n >= 3 samples (more than one pair), got n={self.n}")
         return self._form(self.hollow, 0.0, -1 / (self.n * (self.n - 1)))
@@ -263,21 +214,26 @@ class PairStats:
     def _measure(self, name: str) -> str:
         return f"{name} ({self.kernel} kernel, n={self.n})"
 
-    def _form(self, s: GramSums, alpha: float, beta: float) -> _Form:
+    def _form(self, s: GramSums, alpha: float, beta: float) -> Form:
         def value(inner: float, rows: float, left: float, right: float) -> float:
             return inner + alpha * rows + (beta * left) * right
 
         def floor(which: str, rows: float, total: float, shift: float) -> float:
             # The hollow sums are full sums minus a diagonal and inherit their rounding errors.
-            full, hollow, full_rows, full_total = self._self_sums(which)
+            full, hollow, full_rows, hollow_rows, full_total = self._self_sums(which)
             sums = full + abs(alpha) * rows + abs(beta * total) * abs(total)
-            entries = self.n * _ROUNDING * shift
-            # Products less accurate than the sums: about the mean, what a row adds to all its entries drops out.
-            centred = full - 2 / self.n * full_rows + (full_total / self.n) ** 2
-            products = self.rounding * (centred + full - hollow) if s is self.hollow else 0.0
-            return _ROUNDING * sums + entries * entries + products
+            entries = self.n * ROUNDING * shift
+            products = 0.0
+            if self.rounding and s is self.hollow:
+                # Products less accurate than the sums. About the mean, what a row adds to all its entries (a, a mean of
+                # its row) drops out; of the diagonal D + 2a it is D that comes from products.
+                centred = full - 2 / self.n * full_rows + (full_total / self.n) ** 2
+                margins, diagonal = full_rows / self.n**2, full - hollow
+                mixed = (diagonal - hollow_rows - (4 - (self.n - 2) ** 2) * margins) / (2 * self.n)
+                products = self.rounding * (centred + max(0.0, diagonal - 4 * mixed - 4 * margins))
+            return ROUNDING * sums + entries * entries + products
 
-        return _Form(
+        return Form(
             kl=value(s.kl, s.row_kl, s.total_k, s.total_l),
             kk=value(s.kk, s.row_kk, s.total_k, s.total_k),
             ll=value(s.ll, s.row_ll, s.total_l, s.total_l),
@@ -285,12 +241,12 @@ class PairStats:
             floor_l=floor("l", s.row_ll, s.total_l, self.shift_l),
         )
 
-    def _self_sums(self, which: str) -> tuple[float, float, float, float]:
-        """<K, K> with and without the diagonal, <k, k> and 1'K1 ("k"), or those of L."""
+    def _self_sums(self, which: str) -> tuple[float, float, float, float, float]:
+        """<K, K> and then <k, k>, with and without the diagonal, and 1'K1 ("k"), or those of L."""
         full, hollow = self.full, self.hollow
         if which == "k":
-            return full.kk, hollow.kk, full.row_kk, full.total_k
-        return full.ll, hollow.ll, full.row_ll, full.total_l
+            return full.kk, hollow.kk, full.row_kk, hollow.row_kk, full.total_k
+        return full.ll, hollow.ll, full.row_ll, hollow.row_ll, full.total_l
 
     def _squared_distance(self, s: GramSums, entries: int) -> float:
         """||K - L||_F^2 over a set of `entries` pairs, with the two shifts undone."""

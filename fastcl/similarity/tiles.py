@@ -25,31 +25,34 @@ from torch import Tensor
 
 from fastcl.backends.pairs import PairSums, three
 from fastcl.errors import FastclError
-from fastcl.similarity.inputs import on_triton, rounding_of
+from fastcl.similarity.inputs import multiplied_narrow, on_triton
 from fastcl.similarity.rows import INNER, mapped
 
 TILE = 512
 _SAMPLED = 2048  # rows whose distances give the median
+_REACH = 64.0  # largest |v|^2 / (2 sigma^2) up to which float32 leaves exponents with errors of 1e-5
 
 
 def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
     """Sums of (n, d) features; arguments as `fastcl.pair_stats`, checked."""
-    fused, rounding = on_triton(x, y), rounding_of(x, y)
+    fused, narrow = on_triton(x, y), multiplied_narrow(x, y)
     if fused:
         from fastcl.backends.triton import gram
     if kernel in INNER:
         if fused:
             return PairSums.of_centred(*gram.inner_sums(x, y, kernel))
-        models = [_Rows.of(mapped(v, kernel), rounding) for v in (x, y)]
+        models = [_Rows.of(mapped(v, kernel), narrow) for v in (x, y)]
         inner, _ = _over_tiles([model.products for model in models], len(x), row_sums=False)
         squares, margins, means = zip(*((m.squares, m.margins, m.mean @ m.mean) for m in models), strict=True)
         return PairSums.of_centred(inner, squares, margins, means)
     shift = float(math.exp(-0.5 / bandwidth**2) > 0.5)
     scales = [0.5 / (bandwidth * median_distance(v, name)) ** 2 for v, name in ((x, "x"), (y, "y"))]
-    if fused:
+    # Squared distances come from |v_i|^2 + |v_j|^2 - 2 <v_i, v_j>: beside a far outlier float32 would lose the others.
+    reach = max(scale * _largest_square(v) for v, scale in zip((x, y), scales, strict=True))
+    if fused and reach < _REACH:
         inner, rows = gram.rbf_sums(x, y, scales, shift)
     else:
-        models = [_Rows.of(mapped(v, kernel), rounding) for v in (x, y)]
+        models = [_Rows.of(mapped(v, kernel), narrow and reach < _REACH) for v in (x, y)]
         tiles = [partial(model.exponentials, scale, shift) for model, scale in zip(models, scales, strict=True)]
         inner, rows = _over_tiles(tiles, len(x), row_sums=True)
     diagonal = rows[0].new_full((len(x),), 1 - shift)
@@ -72,6 +75,13 @@ def median_distance(x: Tensor, name: str) -> float:
     return median
 
 
+def _largest_square(x: Tensor) -> float:
+    """The largest |v|^2 of rows v of zero mean."""
+    v = mapped(x, "rbf")
+    v -= v.mean(dim=0)
+    return v.square_().sum(dim=1).amax().item()
+
+
 @dataclass(frozen=True)
 class _Rows:
     """One model's rows of zero mean, and what tiles of them need."""
@@ -83,19 +93,20 @@ class _Rows:
     mean: Tensor  # (d,) float64
 
     @classmethod
-    def of(cls, rows: Tensor, rounding: float) -> _Rows:
+    def of(cls, rows: Tensor, narrow: bool) -> _Rows:
         # About the first row, so that equal rows give exact zeros.
         mean = rows[0] + (rows - rows[0]).mean(dim=0)
         rows = rows - mean
         squares, margins, factor = rows.square().sum(1), rows @ mean, 1.0
-        if rounding:
+        if narrow:
             exponent = torch.frexp(rows.abs().amax())[1].item()
             rows, factor = torch.ldexp(rows, -squares.new_tensor(exponent)).float(), 4.0**exponent
         return cls(rows, factor, squares, margins, mean)
 
     def products(self, i: slice, j: slice) -> Tensor:
         """Tile of <v_i, v_j>, float64."""
-        return (self.rows[i] @ self.rows[j].mT).double().mul_(self.factor)
+        with torch.autocast(self.rows.device.type, enabled=False):
+            return (self.rows[i] @ self.rows[j].mT).double().mul_(self.factor)
 
     def exponentials(self, scale: float, shift: float, i: slice, j: slice) -> Tensor:
         """Tile of exp(-scale |v_i - v_j|^2) - shift, float64."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl.data import Dataset, Split, ViewPlan, eval_batches
+from fastcl.data import EvalViews
 from fastcl.errors import FastclError
 from fastcl.metrics import cdnv, directional_cdnv, ncc_accuracy, weight_gap
 from fastcl.similarity import PairAccumulator
@@ -33,7 +33,7 @@ _ALIGNMENT = {
 
 
 def evaluate(
-    epoch: int, twins: list[Twin], data: Dataset, plan: ViewPlan, device: torch.device, means: dict[str, list[float]]
+    epoch: int, twins: list[Twin], train: EvalViews, test: EvalViews, means: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
     """Records of one evaluation: one per pair of twins, then one per twin.
 
@@ -42,12 +42,14 @@ def evaluate(
 
     Args:
         epoch: completed epochs.
+        train, test: the views of all training and of all held-out images.
         means: for each twin the epoch's mean of STEP_VALUES; empty before the first epoch (recorded as null).
     """
     accumulator = PairAccumulator([t.name for t in twins]) if len(twins) > 1 else None
-    held_out = encode(twins, data.test, plan, device, accumulator)
-    training = encode(twins, data.train, plan, device)
-    train_labels, test_labels = (torch.from_numpy(s.labels).to(device) for s in (data.train, data.test))
+    held_out = encode(twins, test, accumulator)
+    training = encode(twins, train)
+    device = held_out[twins[0].name].device
+    train_labels, test_labels = (torch.from_numpy(v.split.labels).to(device) for v in (train, test))
     records: list[dict[str, Any]] = []
     networks = {t.name: t.network for t in twins}
     for (a, b), result in accumulator.compute().pairs.items() if accumulator is not None else ():
@@ -82,9 +84,7 @@ def _value(measure: Callable[..., float], *arguments: Any, of: str) -> float | N
 
 
 @torch.no_grad()
-def encode(
-    twins: list[Twin], split: Split, plan: ViewPlan, device: torch.device, accumulator: PairAccumulator | None = None
-) -> dict[str, Tensor]:
+def encode(twins: list[Twin], views: EvalViews, accumulator: PairAccumulator | None = None) -> dict[str, Tensor]:
     """Encoder outputs (n, width) float32 of a split for every twin; each batch is rendered once.
 
     An accumulator is fed with the same batches.
@@ -92,8 +92,7 @@ def encode(
     features: dict[str, list[Tensor]] = {t.name: [] for t in twins}
     for twin in twins:
         twin.network.eval()
-    for images in eval_batches(split, plan, EVAL_BATCH):
-        images = images.to(device)
+    for images in views.batches(EVAL_BATCH):
         batch = {t.name: t.network.encoder(images) for t in twins}
         for name, h in batch.items():
             features[name].append(h)

@@ -10,37 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fastcl import layer_cka
-from fastcl.data import Split, ViewPlan, center_view, render_torchvision
+from fastcl.data import EvalViews
 from fastcl.errors import FastclError
 from fastcl.similarity.layers import match_layers
 from fastcl.train.files import write_atomic
-from fastcl.train.twins import IDENTITY, RESEEDED, Twin
+from fastcl.train.twins import IDENTITY, Twin
 
 log = logging.getLogger("fastcl")
 LAYER_IMAGES = 1024  # held-out images at most, evenly spaced over the split
 _BATCH = 256
 
 
-def write_layers(
-    path: Path, twins: Sequence[Twin], split: Split, plan: ViewPlan, device: torch.device, layers: Sequence[str]
-) -> None:
+def write_layers(path: Path, twins: Sequence[Twin], views: EvalViews, layers: Sequence[str]) -> None:
     """Write layers.json: minibatch CKA (see `fastcl.layer_cka`) of the first twin's layers with those of the others.
 
-    The controls are left out, and, with a warning, a model whose CKA is undefined; nothing is written where no model
-    is left. The same weights give the same bytes.
+    The reseeded twin is among them, as the noise floor; the identity twin is left out, and, with a warning, a model
+    whose CKA is undefined. Nothing is written where no model is left. The same weights give the same bytes.
 
     Args:
         path: of the file: {"reference", "samples", "batches", "models": {name: {"layers": rows (of the reference),
             "other_layers": columns, "cka": rows of numbers}}}.
+        views: of the held-out split.
         layers: patterns as `layer_cka` takes them, of the names in a twin's network; empty: `encoder_layers`.
     """
-    reference, *others = (twin for twin in twins if twin.name not in (IDENTITY, RESEEDED))
+    reference, *others = (twin for twin in twins if twin.name != IDENTITY)
     patterns = layers or encoder_layers(reference.network.encoder)
-    images = _Images(split, plan, device)
+    images = _Images(views)
     models = {}
     for other in others:
         try:
@@ -74,17 +72,12 @@ def encoder_layers(encoder: nn.Module, prefix: str = "encoder") -> list[str]:
 
 @dataclass(frozen=True)
 class _Images:
-    """Unaugmented images of a split in batches of nearly equal size; rendered anew each time, so few are in memory."""
+    """Some images of a split in batches of nearly equal size; rendered anew each time, so few are in memory."""
 
-    split: Split
-    plan: ViewPlan
-    device: torch.device
+    views: EvalViews
 
     def __iter__(self) -> Iterator[Tensor]:
-        n = len(self.split)
+        n = len(self.views.split)
         count = min(n, LAYER_IMAGES)
         chosen = np.arange(count) * n // count
-        for positions in np.array_split(chosen, math.ceil(count / _BATCH)):
-            images = [self.split.image(int(p)) for p in positions]
-            views = render_torchvision(images, center_view(self.plan.spec, self.split.sizes[positions]), self.plan.spec)
-            yield views.to(self.device)
+        return self.views.of(np.array_split(chosen, math.ceil(count / _BATCH)))

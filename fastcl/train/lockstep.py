@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
 import os
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,22 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import fastcl
-from fastcl.data import Dataset, ViewLoader, ViewPlan, load
+from fastcl.data import Batch
 from fastcl.errors import FastclError
 from fastcl.train.config import Config, learning_rate
 from fastcl.train.evaluate import encode, evaluate
 from fastcl.train.files import JsonLines, load_checkpoint, locked, save_checkpoint, write_atomic, writing
+from fastcl.train.identity import claim_folder, settings
+from fastcl.train.inputs import open_inputs
 from fastcl.train.layers import check_layers, write_layers
 from fastcl.train.stepping import StepTable, partner_of, step_twins
 from fastcl.train.twins import STEP_VALUES, make_twins
 
 log = logging.getLogger("fastcl")
-_RESEED = 0x5EED_0000_0000_0000  # xor-ed into the seed of the reseeded twin's views
 
 
 class Lockstep:
@@ -55,19 +55,14 @@ class Lockstep:
         # cuBLAS reads this when it is first used; without it deterministic mode refuses to run on a GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        d, t = config.data, config.train
-        self.data: Dataset = load(
-            d.source, classes=d.classes, seed=t.seed, test_fraction=d.test_fraction, root=d.root, download=d.download
-        )
-        self.plan = ViewPlan(config.views, t.seed)
-        self.other_plan = ViewPlan(config.views, t.seed ^ _RESEED)
-        self.loader = ViewLoader(self.data.train, self.plan, t.batch_size, d.order)
+        self.inputs = open_inputs(config, self.out, self.device)
+        self.data, self.loader = self.inputs.data, self.inputs.loader
         self.twins = make_twins(config, self.data.channels, len(self.data.classes), self.device)
-        check_layers(self.twins[0], t.layers)
+        check_layers(self.twins[0], config.train.layers)
         self.metrics, self.steps = JsonLines(self.out / "metrics.jsonl"), JsonLines(self.out / "steps.jsonl")
         self.pairs, self.timing = JsonLines(self.out / "pairs.jsonl"), JsonLines(self.out / "timing.jsonl")
         self.epoch = 0  # completed epochs
-        self._claim_folder()
+        claim_folder(self.out, self._describe())
 
     def run(self) -> None:
         """Train to the end, from wherever the folder stands.
@@ -96,7 +91,8 @@ class Lockstep:
         bar = tqdm(total=images * epochs, initial=done, unit="img", unit_scale=True, ncols=columns, disable=None)
         with board, bar:
             for epoch in range(self.epoch, epochs):
-                means = self._train_epoch(epoch, board, bar)
+                with closing(self.loader.batches(epoch)) as batches:
+                    means = self._train_epoch(epoch, batches, board, bar)
                 self.epoch = epoch + 1
                 last = self.epoch == epochs
                 if last or self.epoch % self.config.train.eval_every == 0:
@@ -105,9 +101,11 @@ class Lockstep:
                     self._checkpoint()
         self._finish()
 
-    def _train_epoch(self, epoch: int, board: SummaryWriter, bar: tqdm) -> dict[str, list[float]]:
+    def _train_epoch(
+        self, epoch: int, batches: Iterator[Batch], board: SummaryWriter, bar: tqdm
+    ) -> dict[str, list[float]]:
         """One epoch; returns each twin's means of STEP_VALUES."""
-        total, started, rendering = len(self.loader), time.perf_counter(), 0.0
+        total, started, waiting = len(self.loader), time.perf_counter(), 0.0
         partner = partner_of(self.twins)
         sums = np.zeros((len(self.twins), len(STEP_VALUES)))
         records: list[dict[str, Any]] = []
@@ -115,14 +113,10 @@ class Lockstep:
         for k in range(total):
             step = epoch * total + k
             mark = time.perf_counter()
-            positions = self.loader.batch(epoch, k)
-            views = self._to_device(self.loader.views(positions, epoch))
-            reseeded = None
-            if any(t.reseeded for t in self.twins):
-                reseeded = self._to_device(self.loader.views(positions, epoch, self.other_plan))
-            rendering += time.perf_counter() - mark
+            batch = next(batches)
+            waiting += time.perf_counter() - mark
             lr = learning_rate(self.config, step, total)
-            table = self._step(step, lr, views, reseeded, torch.from_numpy(self.data.train.labels[positions]))
+            table = self._step(step, lr, batch)
             sums += table.values
             for twin, row in zip(self.twins, table.values.tolist(), strict=True):
                 named = dict(zip(STEP_VALUES, row, strict=True))
@@ -141,19 +135,17 @@ class Lockstep:
         seconds = time.perf_counter() - started
         rate = total * self.loader.batch_size / seconds
         self.timing.append([
-            {"epoch": epoch + 1, "seconds": seconds, "images_per_second": rate, "rendering_seconds": rendering}
+            {"epoch": epoch + 1, "seconds": seconds, "images_per_second": rate, "rendering_seconds": waiting}
         ])
         return {t.name: row.tolist() for t, row in zip(self.twins, sums / total, strict=True)}
 
-    def _step(
-        self, step: int, lr: float, views: tuple[Tensor, Tensor], reseeded: tuple[Tensor, Tensor] | None, labels: Tensor
-    ) -> StepTable:
+    def _step(self, step: int, lr: float, batch: Batch) -> StepTable:
         """Step every twin on its views."""
         t = self.config.train
-        labels = labels.to(self.device)
         table = step_twins(
-            self.twins, views, reseeded, labels, temperature=t.temperature, lr=lr, seed=t.seed << 32 | step
-        )
+            self.twins, batch.views[:2], batch.views[2:] or None, batch.labels,
+            temperature=t.temperature, lr=lr, seed=t.seed << 32 | step,
+        )  # fmt: skip
         for twin, row in zip(self.twins, table.values, strict=True):
             for name, value in zip(STEP_VALUES, row, strict=True):
                 if not math.isfinite(value):
@@ -164,7 +156,7 @@ class Lockstep:
         return table
 
     def _measure(self, means: dict[str, list[float]], board: SummaryWriter | None = None) -> None:
-        records = evaluate(self.epoch, self.twins, self.data, self.plan, self.device, means)
+        records = evaluate(self.epoch, self.twins, self.inputs.train, self.inputs.test, means)
         self.metrics.append(records)
         for r in records:
             name = "-".join(r["pair"]) if "pair" in r else r["model"]
@@ -203,49 +195,27 @@ class Lockstep:
         return True
 
     def _finish(self) -> None:
-        features = encode(self.twins, self.data.test, self.plan, self.device)
+        features = encode(self.twins, self.inputs.test)
         for twin in self.twins:
             weights = {k: v.contiguous().cpu() for k, v in twin.network.state_dict().items()}
             write_atomic(self.out / "weights" / f"{twin.name}.safetensors", safetensors.torch.save(weights))
             h = {"features": features[twin.name].contiguous().cpu()}
             write_atomic(self.out / "features" / f"{twin.name}.safetensors", safetensors.torch.save(h))
-        layers = self.config.train.layers
-        write_layers(self.out / "layers.json", self.twins, self.data.test, self.plan, self.device, layers)
+        write_layers(self.out / "layers.json", self.twins, self.inputs.test, self.config.train.layers)
         log.info("done: %d epochs in %s", self.epoch, self.out)
-
-    def _claim_folder(self) -> None:
-        """Write run.json, or make sure that the folder holds this very run."""
-        path, mine = self.out / "run.json", self._describe()
-        if path.exists():
-            try:
-                theirs = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                raise FastclError(f"{path} cannot be read: {error}") from None
-            if not isinstance(theirs, dict):
-                raise FastclError(f"{path} holds no description of a run")
-            for key in ("config", "data"):
-                if theirs.get(key) != mine[key]:
-                    raise FastclError(
-                        f"{self.out} holds another run, which differs in {_differences(theirs.get(key), mine[key])}; "
-                        "choose another --out, or repeat that run's settings to continue it"
-                    )
-            if theirs.get("versions") != mine["versions"] or theirs.get("device") != mine["device"]:
-                log.warning("continuing a run made with %s on %s: the rest will not be bit-identical to it",
-                            theirs.get("versions"), theirs.get("device"))  # fmt: skip
-            return
-        write_atomic(path, (json.dumps(mine, indent=1) + "\n").encode())
 
     def _describe(self) -> dict[str, Any]:
         data = self.data
         return {
-            "config": json.loads(json.dumps(dataclasses.asdict(self.config))),  # tuples as lists, as they are read back
+            "config": settings(self.config),
             "seed": self.config.train.seed,
             "versions": {
                 "fastcl": fastcl.__version__, "python": platform.python_version(), "torch": torch.__version__,
                 "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": np.__version__,
             },
             "device": _device_name(self.device),
-            "renderer": "torchvision",
+            "renderer": self.inputs.renderer,
+            "skipped": list(data.skipped),  # sample ids of images that cannot be decoded (data.corrupt)
             "models": [t.name for t in self.twins],
             "reference": self.twins[0].name,
             "parameters": {t.name: sum(p.numel() for p in t.network.parameters()) for t in self.twins},
@@ -255,9 +225,6 @@ class Lockstep:
                 "largest_class": int(np.bincount(data.train.labels).max()) / len(data.train),
             },
         }  # fmt: skip
-
-    def _to_device(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(v.to(self.device, non_blocking=True) for v in views)
 
 
 def _device(name: str) -> torch.device:
@@ -272,14 +239,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def _differences(theirs: Any, mine: Any, prefix: str = "") -> str:
-    """Keys whose values differ, with both values."""
-    if not isinstance(theirs, dict) or not isinstance(mine, dict):
-        return f"{prefix or 'run.json'} ({theirs!r} there, {mine!r} here)"
-    keys = [k for k in dict.fromkeys([*theirs, *mine]) if theirs.get(k) != mine.get(k)]
-    return ", ".join(_differences(theirs.get(k), mine.get(k), f"{prefix}.{k}".strip(".")) for k in keys)
 
 
 def _show(value: float | None) -> str:

@@ -159,12 +159,6 @@ class StackedMoments:
         return whole
 
 
-def pilots(batch: Sequence[Tensor], kernel: str) -> list[Tensor]:
-    """Per model the first row as the kernels map it, (d_i,) float64."""
-    with torch.cuda.device_of(batch[0]):
-        return [_first_row(x, kernel) for x in batch]
-
-
 @dataclass(frozen=True)
 class _Working:
     """Rows of zero mean in split half precision."""

@@ -17,7 +17,7 @@ def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
     for kernel, dtype in (("linear", torch.bfloat16), ("cosine", torch.float32), ("correlation", torch.float16)):
         x, y = torch.empty(_ROWS, 512, dtype=dtype), torch.empty(_ROWS, 128, dtype=dtype)
         with on_architecture(sm), recording() as launches:
-            gram.StackedMoments(kernel, gram.pilots((x, y), kernel)).add((x, y))
+            gram.StackedMoments(kernel, [v[0].double() for v in (x, y)]).add((x, y))
         yield f"moments {kernel} d=512, 128", launches
     for width in (64, 128, 2048):
         x, y = torch.empty(2, _ROWS, width)

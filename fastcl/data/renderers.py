@@ -1,0 +1,135 @@
+"""Renderers by name, and which of them a machine and a data set allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcl.data.plan import ViewParams, ViewSpec
+from fastcl.data.render import render_torchvision
+from fastcl.data.sources import Split
+from fastcl.errors import FastclError, suggest
+
+RENDERERS = ("triton", "dali", "torchvision")  # "auto" takes the first that a CUDA device allows
+
+
+class Renderer(Protocol):
+    """Applies a plan to the images of a split; draws nothing itself."""
+
+    def __call__(self, positions: np.ndarray, params: Sequence[ViewParams]) -> tuple[Tensor, ...]:
+        """Views of b images, each read once.
+
+        Args:
+            positions: (b,) positions in the split.
+            params: of each view, b rows.
+
+        Returns:
+            For each of params (b, C, size, size) float32 on the renderer's device.
+        """
+
+
+class TorchvisionRenderer:
+    """`render_torchvision` over the images of a split: any image, on the CPU; the views are then moved to the device.
+
+    Args:
+        split: the images.
+        spec: output size, blur kernel and normalisation.
+        device: where the views go.
+        threads: size of a pool that reads and decodes the images; 0 reads them one after the other.
+
+    Raises:
+        FastclError: an image that cannot be decoded (named), when it is rendered.
+    """
+
+    def __init__(self, split: Split, spec: ViewSpec, device: torch.device, *, threads: int = 0) -> None:
+        self.split, self.spec, self.device, self.threads = split, spec, torch.device(device), threads
+
+    def __call__(self, positions: np.ndarray, params: Sequence[ViewParams]) -> tuple[Tensor, ...]:
+        """Views of b images; see `Renderer`."""
+        where = positions.tolist()
+        if self.threads:
+            with ThreadPoolExecutor(self.threads) as pool:  # made anew: a forked process has no threads of its parent's
+                images = list(pool.map(self.split.image, where))
+        else:
+            images = [self.split.image(p) for p in where]
+        return tuple(render_torchvision(images, p, self.spec).to(self.device) for p in params)
+
+
+def choose_renderer(name: str, splits: Sequence[Split], spec: ViewSpec, device: torch.device) -> str:
+    """The name of the renderer to use for all of some splits, so that they get the same pixels from the same image.
+
+    Args:
+        name: one of RENDERERS; or "auto": on a CUDA device the first of them that nothing stands in the way of
+            (DALI only for files of JPEG images), else "torchvision".
+        splits: what it will render.
+        spec: of the views.
+        device: where they are wanted.
+
+    Raises:
+        FastclError: an unknown name, or a renderer that cannot be used here (says why).
+    """
+    device = torch.device(device)
+    if name == "auto":
+        if device.type != "cuda":
+            return "torchvision"
+        return next(n for n in RENDERERS if all(_suits(n, split, spec, device) for split in splits))
+    if name not in RENDERERS:
+        raise FastclError(f"data.renderer: unknown {name!r}{suggest(name, ('auto', *RENDERERS))}")
+    for split in splits:
+        if reason := obstacle(name, split, spec, device):
+            raise FastclError(f"data.renderer: {name!r} cannot be used here: {reason}")
+    return name
+
+
+def make_renderer(name: str, split: Split, spec: ViewSpec, device: torch.device, threads: int = 0) -> Renderer:
+    """A renderer of a split.
+
+    Args:
+        name: as `choose_renderer` takes it.
+        split: the images.
+        spec: of the views.
+        device: where the views are wanted.
+        threads: of the renderer's own pool, where it has one.
+
+    Raises:
+        FastclError: as `choose_renderer`.
+    """
+    return _kind(choose_renderer(name, [split], spec, device))(split, spec, torch.device(device), threads=threads)
+
+
+def obstacle(name: str, split: Split, spec: ViewSpec, device: torch.device) -> str | None:
+    """Why one of RENDERERS cannot render these views of this split on this device; None where it can."""
+    try:
+        if name == "triton":
+            from fastcl.data import fused as module
+        elif name == "dali":
+            from fastcl.data import dali as module
+        else:
+            return None
+    except ImportError as error:
+        return f"what it needs cannot be imported ({error})"
+    return module.obstacle(split, spec, device)
+
+
+def _kind(name: str) -> type[Renderer]:
+    """A renderer's class; imported only now, since the others need more than torchvision."""
+    if name == "triton":
+        from fastcl.data.fused import TritonRenderer
+
+        return TritonRenderer
+    if name == "dali":
+        from fastcl.data.dali import DaliRenderer
+
+        return DaliRenderer
+    return TorchvisionRenderer
+
+
+def _suits(name: str, split: Split, spec: ViewSpec, device: torch.device) -> bool:
+    if name == "dali" and (split.encoded is None or split.encoded(0) is None):
+        return False  # nothing for it to decode: images come from the split's own reader, through the host
+    return obstacle(name, split, spec, device) is None

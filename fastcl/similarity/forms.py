@@ -1,0 +1,71 @@
+"""Sums over two Gram matrices, and a bilinear form on them with the value that rounding alone explains."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastcl.errors import FastclError
+
+# A form is a difference of sums; below this fraction of them it holds rounding errors and no information. So does a
+# spread of the entries of a Gram matrix below this fraction of their mean.
+ROUNDING = 256 * sys.float_info.epsilon
+
+CONSTANT = "the {which} representation is constant over the samples"
+EQUAL = "all similarities of distinct samples are equal in the {which} representation"
+ADDITIVE = "HSIC_1 of the {which} representation with itself vanishes"
+
+
+@dataclass(frozen=True)
+class GramSums:
+    """Sums over two n x n matrices K and L with row sums k = K1 and l = L1."""
+
+    kl: float  # <K, L>_F
+    kk: float
+    ll: float
+    row_kl: float  # <k, l>
+    row_kk: float
+    row_ll: float
+    total_k: float  # 1'K1
+    total_l: float
+
+
+def _correlation(kl: float, kk: float, ll: float) -> float:
+    # Two ratios, not sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 where kl == kk == ll.
+    # Cauchy and Schwarz allow no more than 1; rounding does.
+    return math.copysign(min(1.0, math.sqrt((kl / kk) * (kl / ll))), kl)
+
+
+def correlation(kl: float, kk: float, ll: float, measure: str) -> float:
+    """kl / sqrt(kk ll). Raises FastclError where kk or ll is not positive."""
+    for value in (kk, ll):
+        if not value > 0:
+            raise FastclError(f"{measure} is undefined: a self-term is not positive, {value:.3g}")
+    return _correlation(kl, kk, ll)
+
+
+class Form(NamedTuple):
+    """One bilinear form at (K, L), (K, K), (L, L), and the values of the last two that rounding alone explains."""
+
+    kl: float
+    kk: float
+    ll: float
+    floor_k: float
+    floor_l: float
+
+    def self_term(self, which: str, measure: str, reason: str) -> float:
+        """B(K, K) ("first") or B(L, L) ("second"), refused with `reason` where it holds nothing but rounding."""
+        value, floor = (self.kk, self.floor_k) if which == "first" else (self.ll, self.floor_l)
+        if not value > floor:
+            raise FastclError(
+                f"{measure} is undefined: {reason.format(which=which)} "
+                f"(self-term {value:.3g} is not above its rounding error {floor:.3g})"
+            )
+        return value
+
+    def correlation(self, measure: str, reason: str) -> float:
+        """B(K, L) / sqrt(B(K, K) B(L, L))."""
+        kk, ll = (self.self_term(which, measure, reason) for which in ("first", "second"))
+        return _correlation(self.kl, kk, ll)

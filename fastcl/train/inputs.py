@@ -1,0 +1,80 @@
+"""What a run reads: its images, the renderer of their views, the training batches, the images of the evaluations."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
+from fastcl.train.config import Config
+from fastcl.train.identity import read_run, same_data
+from fastcl.train.twins import RESEEDED
+
+_RESEED = 0x5EED_0000_0000_0000  # xor-ed into the seed of the reseeded twin's views
+_STREAMED = ("folder", "torchvision")  # sources whose images are decoded at each access
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Attributes:
+    data: the data set.
+    renderer: the name of the one that renders all views.
+    loader: the training batches; where the run has a reseeded twin, its two views follow the others'.
+    train, test: unaugmented views of both splits.
+    """
+
+    data: Dataset
+    renderer: str
+    loader: ViewLoader
+    train: EvalViews
+    test: EvalViews
+
+
+def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
+    """Open a run's data.
+
+    Where torchvision renders files, and their pixels take at most DECODED_LIMIT bytes a split, they are decoded now and
+    kept. A run that is continued leaves out the images that it left out when it began, and checks none anew.
+
+    Args:
+        config: the run.
+        out: its folder, which may hold its run.json.
+        device: where views are wanted.
+
+    Raises:
+        FastclError: data that cannot be read, a renderer that cannot be used here, a batch size that cannot be.
+    """
+    d, t = config.data, config.train
+    before = read_run(out)
+    skipped = before.get("skipped") if before and same_data(before, config) else None
+    data = load(
+        d.source, classes=d.classes, seed=t.seed, test_fraction=d.test_fraction, root=d.root, download=d.download,
+        corrupt=d.corrupt, skipped=skipped,
+    )  # fmt: skip
+    name = choose_renderer(d.renderer, (data.train, data.test), config.views, device)
+    plan, other = (ViewPlan(config.views, seed) for seed in (t.seed, t.seed ^ _RESEED))
+    options = {"others": (other,) if RESEEDED in t.controls else (), "workers": _workers(d.workers, device)}
+    ViewLoader(data.train, plan, t.batch_size, d.order, **options)  # refuses bad values before anything is decoded
+    if name == "torchvision" and d.source.partition(":")[0] in _STREAMED:
+        kept = {split: keep_decoded(getattr(data, split), data.channels) for split in ("train", "test")}
+        data = dataclasses.replace(data, **kept)
+    threads = max(1, options["workers"]) if name != "torchvision" else 0
+    train, test = (make_renderer(name, s, config.views, device, threads) for s in (data.train, data.test))
+    return Inputs(
+        data=data,
+        renderer=name,
+        loader=ViewLoader(data.train, plan, t.batch_size, d.order, renderer=train, **options),
+        train=EvalViews(data.train, plan, train, options["workers"]),
+        test=EvalViews(data.test, plan, test, options["workers"]),
+    )
+
+
+def _workers(given: int | None, device: torch.device) -> int:
+    """On a CPU, where training takes all cores, workers would only stand in its way."""
+    if given is not None:
+        return given
+    return 0 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 1)

@@ -1,0 +1,160 @@
+"""A picture of what the models see: source images, their views by every renderer, and how far those are apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fastcl.data import (
+    PRESETS,
+    RENDERERS,
+    Dataset,
+    Split,
+    ViewLoader,
+    ViewPlan,
+    ViewSpec,
+    load,
+    make_renderer,
+)
+from fastcl.data.renderers import obstacle
+from fastcl.errors import FastclError, suggest
+
+_GAIN = 16  # of the differences, so that one grey level can be seen
+_INCHES = 1.3  # of a picture in the sheet
+_REFERENCE = "torchvision"
+
+
+def contact_sheet(
+    data: Dataset,
+    spec: ViewSpec,
+    out: Path,
+    *,
+    renderers: tuple[str, ...] = tuple(reversed(RENDERERS)),
+    samples: int = 8,
+    seed: int = 0,
+    epoch: int = 0,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """Draw a row a sample: the image, its two views by torchvision, then for each other renderer that is available its
+    two views and, 16 times enlarged, their differences from torchvision's.
+
+    Args:
+        data: the first samples of its training images in the epoch's order are drawn.
+        spec: of the views.
+        out: the picture, .png or another format of matplotlib.
+        renderers: names among RENDERERS.
+        samples: rows.
+        seed: of the plan.
+        epoch: whose views.
+        device: of the renderers; None: CUDA where there is one.
+
+    Returns:
+        For each renderer (mean, max) of the absolute differences in grey levels, or why it is not available.
+
+    Raises:
+        FastclError: an unknown renderer, fewer images than samples, an image that cannot be decoded, a file that cannot
+            be written.
+    """
+    for name in renderers:
+        if name not in RENDERERS:
+            raise FastclError(f"--renderers: unknown {name!r}{suggest(name, RENDERERS)}")
+    if not 0 < samples <= len(data.train):
+        raise FastclError(f"--samples must lie between 1 and the {len(data.train)} training images, got {samples}")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = ViewLoader(data.train, ViewPlan(spec, seed), len(data.train))
+    chosen = loader.batch(epoch, 0)[:samples]
+    split = data.train
+    few = Split(split.ids[chosen], split.labels[chosen], split.sizes[chosen], lambda i: split.image(int(chosen[i])),
+                split.encoded and (lambda i: split.encoded(int(chosen[i]))))  # fmt: skip
+    plan, here = loader.plan, np.arange(samples)
+    params = [plan.draw(epoch, few.ids, view, few.sizes) for view in (0, 1)]
+    found: dict[str, Any] = {}
+    pictures: dict[str, list[Tensor]] = {}
+    for name in dict.fromkeys((_REFERENCE, *renderers)):
+        if reason := obstacle(name, few, spec, device):
+            found[name] = reason
+            continue
+        views = make_renderer(name, few, spec, device)(here, params)
+        pictures[name] = [_levels(v, spec) for v in views]
+        apart = torch.stack([(a - b).abs() for a, b in zip(pictures[name], pictures[_REFERENCE], strict=True)])
+        found[name] = (apart.mean().item(), apart.max().item())
+    _draw(few, [data.classes[c] for c in few.labels], pictures, found, out)
+    return found
+
+
+def preset_for(data: Dataset) -> str:
+    """The preset that fits a data set: by its channels, then by the median of the images' shorter sides."""
+    if data.channels == 1:
+        return "characters"
+    side = float(np.median(data.train.sizes.min(1)))
+    return next((name for name in ("cifar", "tiny-imagenet") if side <= 1.5 * PRESETS[name].size), "imagenet")
+
+
+def show_views(args: Any) -> None:
+    """The command `fastcl views`: args are its parsed arguments. Raises FastclError as `load` and `contact_sheet`."""
+    data = load(args.data, root=args.root)
+    preset = args.preset or preset_for(data)
+    spec = ViewSpec.preset(preset, **({} if args.size is None else {"size": args.size}))
+    renderers = tuple(args.renderers.split(","))
+    found = contact_sheet(
+        data, spec, args.out, renderers=renderers, samples=args.samples, seed=args.seed, epoch=args.epoch
+    )
+    print(f"{data.name}: views of {args.samples} training images, preset {preset} at {spec.size} pixels, "
+          f"seed {args.seed}, epoch {args.epoch}")  # fmt: skip
+    for name, result in found.items():
+        if isinstance(result, str):
+            print(f"  {name:12} not available: {result}")
+        elif name == _REFERENCE:
+            print(f"  {name:12} the reference")
+        else:
+            print(f"  {name:12} differs by {result[0]:.2f} grey levels on average, {result[1]:.0f} at most")
+    print(f"picture: {args.out}")
+
+
+def _levels(views: Tensor, spec: ViewSpec) -> Tensor:
+    """(n, S, S, C) grey levels in [0, 255] of normalised views, float32 on the CPU."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
+    return ((views.cpu() * std + mean) * 255).permute(0, 2, 3, 1).clamp(0, 255)
+
+
+def _draw(
+    split: Split, labels: list[str], pictures: dict[str, list[Tensor]], found: dict[str, Any], out: Path
+) -> None:
+    reference = pictures[_REFERENCE]
+    columns: list[tuple[str, list[np.ndarray], list[str]]] = []
+    for name, views in pictures.items():
+        columns += [(f"{name}\nview {v + 1}", list(x.round().byte().numpy()), []) for v, x in enumerate(views)]
+        if name == _REFERENCE:
+            continue
+        for v, (x, y) in enumerate(zip(views, reference, strict=True)):
+            apart = (x - y).abs()
+            texts = [f"mean {d.mean():.2f}, max {d.max():.0f}" for d in apart]
+            shown = list((apart * _GAIN).clamp(max=255).byte().numpy())
+            columns.append((f"{name} - torchvision\nview {v + 1}, times {_GAIN}", shown, texts))
+    missing = [f"{name} is not available here: {why}" for name, why in found.items() if isinstance(why, str)]
+    rows, width = len(split), (len(columns) + 1) * _INCHES + 0.4
+    height = rows * (_INCHES + 0.25) + 0.6 + 0.25 * len(missing)
+    figure = Figure(figsize=(width, height), dpi=120)
+    grid = figure.subplots(rows, len(columns) + 1, squeeze=False)
+    for row, axes in enumerate(grid):
+        cells = [(f"source\n{labels[row]}" if row == 0 else labels[row], split.image(row), "")]
+        cells += [(title if row == 0 else "", images[row], texts[row] if texts else "")
+                  for title, images, texts in columns]  # fmt: skip
+        for axis, (title, image, text) in zip(axes, cells, strict=True):
+            axis.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(title, fontsize=6, parse_math=False)
+            axis.set_xlabel(text, fontsize=6)
+    figure.text(0.02, 0.1 / height, "\n".join(missing), fontsize=7, va="bottom", parse_math=False, wrap=True)
+    figure.subplots_adjust(0.02, (0.2 + 0.25 * len(missing)) / height, 0.98, 1 - 0.4 / height, 0.08, 0.25)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise FastclError(f"--out: {out} cannot be written ({error})") from error

@@ -1,0 +1,1 @@
+"""Triton kernels of augmented views: from uint8 images on the device to normalised float32 views."""

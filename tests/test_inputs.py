@@ -1,0 +1,137 @@
+"""What a run reads: images that cannot be decoded, decoded images kept, the choice of a renderer, workers."""
+
+import dataclasses
+import json
+import logging
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_images import noise, png, write_tree
+from tiny_run import results, tiny_config
+
+from fastcl import FastclError
+from fastcl.data import Split, TorchvisionRenderer, ViewSpec, choose_renderer, keep_decoded, load, make_renderer
+from fastcl.data import renderers as module
+from fastcl.train import Lockstep
+
+CPU = torch.device("cpu")
+SPEC = ViewSpec.preset("cifar", size=8)
+
+
+def jpeg(seed, height=12, width=10):
+    buffer = BytesIO()
+    Image.fromarray(noise(seed, height, width)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def split():
+    images = [noise(k, 6 + k % 5, 7 + k % 3) for k in range(26)]
+    sizes = np.array([image.shape[:2] for image in images])
+    return Split(np.arange(26) * 3 + 1, np.arange(26) % 4, sizes, lambda i: images[i])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two classes of eight JPEG files; one is cut short, one has no header."""
+    files = {f"{name}/{k}.jpg": jpeg(10 * c + k, 40, 30) for c, name in enumerate("ab") for k in range(8)}
+    files["a/3.jpg"], files["b/6.jpg"] = files["a/3.jpg"][:-200], b"no image"
+    return write_tree(tmp_path / "tree", files)
+
+
+def test_corrupt_images_stop_or_leave_their_split(tree, tmp_path, caplog):
+    with pytest.raises(FastclError, match=r"b/6.jpg"):
+        load(tree)
+    (tmp_path / "tree" / "b" / "6.jpg").write_bytes(jpeg(16, 40, 30)[:-200])
+    whole = load(tree)
+    ids = {"a/3.jpg": 3, "b/6.jpg": 14}
+    for name, i in ids.items():
+        (found,) = [(s, k) for s in (whole.train, whole.test) for k in np.flatnonzero(s.ids == i)]
+        with pytest.raises(FastclError, match=name):
+            found[0].image(int(found[1]))
+    (tmp_path / "tree" / "b" / "6.jpg").write_bytes(b"no image")
+    with caplog.at_level(logging.WARNING, "fastcl"):
+        left = load(tree, corrupt="skip")
+    assert left.skipped == (3, 14) and all(name in caplog.text for name in ids)
+    assert "images cannot be decoded and are left out" in caplog.text
+    for name in ("train", "test"):
+        before, after = getattr(whole, name), getattr(left, name)
+        kept = ~np.isin(before.ids, (3, 14))
+        assert np.array_equal(after.ids, before.ids[kept]) and np.array_equal(after.labels, before.labels[kept])
+        for k, i in enumerate(np.flatnonzero(kept).tolist()):
+            assert np.array_equal(after.image(k), before.image(i))
+    again = load(tree, corrupt="skip", skipped=left.skipped)
+    assert np.array_equal(again.train.ids, left.train.ids) and again.skipped == left.skipped
+    with pytest.raises(FastclError, match="data.corrupt must be stop or skip; got 'ignore'"):
+        load(tree, corrupt="ignore")
+
+
+def test_a_class_without_a_readable_image(tmp_path):
+    files = {f"{split}/{name}/{k}.png": png(noise(k)) for split in ("train", "test") for name in "ab" for k in (0, 1)}
+    files["test/b/0.png"] = files["test/b/1.png"] = files["test/b/0.png"][:60]
+    with pytest.raises(FastclError, match="class 'b' has no readable test images"):
+        load(write_tree(tmp_path, files), corrupt="skip")
+
+
+def test_a_run_leaves_out_what_it_left_out_when_it_began(tree, tmp_path, monkeypatch):
+    config = tiny_config(data__source=tree, data__classes="none", data__corrupt="skip", views__preset="cifar",
+                         train__batch_size=4, train__epochs=1, train__models=["dcl"], train__controls=[])  # fmt: skip
+    run = Lockstep(config, tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["skipped"] == [3, 14] and described["data"]["train"] + described["data"]["test"] == 14
+    run.run()
+    monkeypatch.setattr("fastcl.data.sources.unreadable", lambda *_: pytest.fail("checked again"))
+    assert Lockstep(config, tmp_path / "run").data.skipped == (3, 14)
+
+
+def test_small_sets_are_kept_decoded_and_large_ones_stay_files(tmp_path):
+    files = {f"{name}/{k}.jpg": jpeg(k, 9 + k, 20 - k) for name in "ab" for k in range(5)}
+    data = load(write_tree(tmp_path, files))
+    size = int(data.train.sizes.prod(1).sum()) * 3
+    assert keep_decoded(data.train, 3, size - 1) is data.train
+    kept = keep_decoded(data.train, 3, size)
+    wanted = [data.train.image(k) for k in range(len(kept))]
+    for path in tmp_path.rglob("*.jpg"):
+        path.unlink()
+    for k, image in enumerate(wanted):
+        assert np.array_equal(kept.image(k), image)
+        kept.image(k)[:] = 0  # the caller's own copy
+        assert np.array_equal(kept.image(k), image)
+
+
+def test_renderers_by_name(split, monkeypatch):
+    assert isinstance(make_renderer("auto", split, SPEC, CPU, 2), TorchvisionRenderer)
+    with pytest.raises(FastclError, match="data.renderer: unknown 'tritn'; did you mean 'triton'"):
+        make_renderer("tritn", split, SPEC, CPU)
+    with pytest.raises(FastclError, match="'triton' cannot be used here: .*of one size, .* 6x7 and 7x8|CUDA device"):
+        make_renderer("triton", split, SPEC, CPU)
+    usable = {"triton", "dali", "torchvision"}
+    monkeypatch.setattr(module, "obstacle", lambda name, *_: None if name in usable else "absent")
+    files = Split(split.ids, split.labels, split.sizes, split.read, lambda i: b"jpeg")
+    for gone, splits, name in (
+        (None, (split, files), "triton"), ("triton", (files, files), "dali"),
+        (None, (files, split), "torchvision"),  # one split has no files: both go by the same renderer
+    ):  # fmt: skip
+        usable.discard(gone)
+        assert choose_renderer("auto", splits, SPEC, torch.device("cuda")) == name
+    with pytest.raises(FastclError, match="'triton' cannot be used here: absent"):
+        choose_renderer("triton", (split,), SPEC, CPU)
+
+
+def test_workers_change_no_bit_and_another_renderer_is_another_run(tmp_path):
+    config = tiny_config(train__epochs=1, train__models=["dcl", "nscl"], data__renderer="torchvision")
+    alone, ahead = tmp_path / "alone", tmp_path / "ahead"
+    Lockstep(config, alone).run()
+    Lockstep(dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2)), ahead).run()
+    assert results(ahead) == results(alone)
+    for row in map(json.loads, (ahead / "timing.jsonl").read_text().splitlines()):
+        assert 0 < row["rendering_seconds"] < row["seconds"]
+    again = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=1, renderer="auto"))
+    assert Lockstep(again, alone).inputs.renderer == "torchvision"  # neither key changes a number
+    described = json.loads((alone / "run.json").read_text())
+    (alone / "run.json").write_text(json.dumps(described | {"renderer": "dali"}))
+    with pytest.raises(FastclError, match=r"another run.*renderer \('dali' there, 'torchvision' here\)"):
+        Lockstep(config, alone)
