@@ -69,7 +69,8 @@ def twin_stats(
         in one program and serve the matrices' sums too. There the matrices are those of the rows as the tiles see them
         (in half precision, or split half precision for "fp32"), with entries summed in float32, and one whose entries
         vary by less than 2^-21 of their mean, in root mean square, counts as constant. The torch backends form the
-        matrices' sums in float64. With equal rows za and zb, all correlations are exactly 1 and all drifts exactly 0.
+        matrices' sums in float64. Both models' statistics share one graph: take both gradients in one backward pass.
+        With equal rows za and zb, all correlations are exactly 1 and all drifts exactly 0.
 
     Raises:
         FastclError: as `fastcl.row_stats`; za and zb differ in their number of rows, dtype or device.

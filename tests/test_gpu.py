@@ -124,7 +124,7 @@ def test_two_runs_a_graph_and_a_compiled_call_agree(device, scale, name):
     assert ("two runs", True, "") in outcomes and (device.type == "cpu" or ("CUDA graph", True, "") in outcomes)
 
 
-SHAPES = [(150, 20, 33), *(pytest.param(*case, marks=gpu) for case in ((20_000, 512, 300), (3_001, 2_048, 130)))]
+SHAPES = [(40, 20, 33), *(pytest.param(*case, marks=gpu) for case in ((20_000, 512, 300), (3_001, 2_048, 130)))]
 
 
 @pytest.mark.parametrize(("n", "dx", "dy"), SHAPES)
@@ -143,19 +143,20 @@ def test_pair_statistics_are_those_of_float64_and_the_same_in_every_run(device, 
     assert (twin.cka, twin.cka_debiased, twin.rsa, twin.drift, twin.rho, twin.r) == (1, 1, 1, 0, 0, 0)
 
 
-@pytest.mark.parametrize(("n", "d"), [(48, 16), *(pytest.param(*c, marks=gpu) for c in ((16_384, 128), (2_048, 640)))])
+@pytest.mark.parametrize(("n", "d"), [(24, 16), *(pytest.param(*c, marks=gpu) for c in ((16_384, 128), (2_048, 640)))])
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_twins_have_the_statistics_of_two_calls(device, n, d, precision):
     za, sample, labels = batch(n, d, device)
     zb = (za + torch.randn(n, d, generator=torch.Generator().manual_seed(3)).to(device)).detach().requires_grad_()
     with fastcl.backend("triton"):
         twins = fastcl.twin_stats(za, zb, sample, labels, temperature=T, precision=precision)
-        nscl = [fastcl.OBJECTIVES["nscl"](stats).mean() for stats in (twins.a, twins.b)]
-    for z, loss in ((za, nscl[0]), (zb, nscl[1])):
+        losses = [fastcl.OBJECTIVES["nscl"](stats).mean() for stats in (twins.a, twins.b)]
+        gradients = torch.autograd.grad(losses[0] + losses[1], (za, zb))
+    for z, loss, gradient in zip((za, zb), losses, gradients, strict=True):
         exact = z.detach().double().requires_grad_()
         with fastcl.backend("chunked"):
             truth = solved(fastcl.contrastive_loss(exact, sample, labels, "nscl", T), exact)
-        assert_close(solved(loss, z), truth, precision, n)
+        assert_close([loss.detach(), gradient], truth, precision, n)
     pairs, truth = twins.pairs(), fastcl.pair_stats(za.detach().double(), zb.detach().double(), "cosine")
     for measure in ("cka", "cka_debiased", "rsa"):
         tolerance = 2e-3 if precision == "fp16" else 1e-5
