@@ -26,7 +26,8 @@ def header(facts: Record, args: argparse.Namespace, device: torch.device) -> str
 - Machine: {facts["device"]}; {versions}; {facts["date"]}. Load average at the start: {os.getloadavg()[0]:.1f}; other
   processes change not only the times but their ratios.{tiny}
 - A pass takes the stored images of the table in shuffled order to two float32 views of each on the {device.type}, batch
-  by batch; workers and pipelines stay up between passes, and nothing is fetched before a pass begins.
+  by batch; fastcl's loader starts its workers anew in every pass, as in an epoch of training, the
+  others' stay up; nothing is fetched before a pass begins.
 - Images/s: of the median pass on the wall clock (slowest-fastest), of at most {args.repeats} passes, fewer after
   {args.seconds:g} s per provider. In a round every provider makes one pass, each round beginning with another.
 - Core-ms: processor time of all cores together, workers included, per image, median. Images/s per core: its inverse,

@@ -154,6 +154,8 @@ def _draw(
     figure.text(0.02, 0.1 / height, "\n".join(missing), fontsize=7, va="bottom", parse_math=False, wrap=True)
     figure.subplots_adjust(0.02, (0.2 + 0.25 * len(missing)) / height, 0.98, 1 - 0.4 / height, 0.08, 0.25)
     try:
+        if not out.suffix:
+            raise FastclError(f"--out: {out} has no ending; give one of a picture, such as .png")
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out)
     except (OSError, ValueError) as error:

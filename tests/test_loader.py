@@ -1,5 +1,6 @@
 """The loader: the same bits however they are made, shards that add up, workers that end."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -34,6 +35,7 @@ class Elsewhere:
     """A renderer that is none of torchvision's, so that it runs in the loader's thread."""
 
     def __init__(self, split):
+        self.split, self.spec, self.device = split, PLAN.spec, CPU
         self.inner, self.threads = TorchvisionRenderer(split, PLAN.spec, CPU), set()
 
     def __call__(self, positions, params):
@@ -87,6 +89,21 @@ def test_processes_threads_and_depth_change_no_bit(split, wanted, workers, depth
     assert torch.equal(torch.get_rng_state(), before)
     views = EvalViews(split, PLAN, renderer, workers, depth)
     assert torch.equal(torch.cat(list(views.batches(7))), torch.cat(list(EvalViews(split, PLAN).batches(26))))
+
+
+def test_what_does_not_belong_together_is_refused(split):
+    turned = ViewPlan(dataclasses.replace(PLAN.spec, rotation=30.0), seed=5)
+    with pytest.raises(FastclError, match="must have the spec of the loader's plan"):
+        ViewLoader(split, PLAN, 6, others=(turned,))
+    with pytest.raises(FastclError, match="must have the spec of the loader's plan"):
+        ViewLoader(split, PLAN, 6, renderer=TorchvisionRenderer(split, turned.spec, CPU))
+    with pytest.raises(FastclError, match="must be one of the loader's split"):
+        ViewLoader(split, PLAN, 6, renderer=TorchvisionRenderer(dataclasses.replace(split), PLAN.spec, CPU))
+
+
+def test_the_order_that_is_handed_out_cannot_be_changed(split):
+    with pytest.raises(ValueError, match="read-only"):
+        ViewLoader(split, PLAN, 6).batch(0, 0).sort()
 
 
 @pytest.mark.parametrize("kind", [Elsewhere, Streaming])

@@ -39,7 +39,8 @@ def test_every_figure_names_its_axes_and_its_models(six: Path) -> None:
         assert "completed epochs" in drawn[name]
         assert (band in drawn[name]) == (band in wanted)
     axes = ["training steps", "share of the largest drift (log scale)", "alignment (1 = same)"]
-    lines = ["nscl and dcl, measured", "Theorem 1 for similarity descent (no bound on this run)", "CKA", "debiased CKA", "RSA"]
+    theorem = "Theorem 1 for similarity descent (no bound on this run)"
+    lines = ["nscl and dcl, measured", theorem, "CKA", "debiased CKA", "RSA"]
     assert {*axes, *lines} <= set(drawn["drift"])
 
 

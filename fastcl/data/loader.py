@@ -94,6 +94,10 @@ class ViewLoader:
             raise FastclError(f"train.batch_size {self.batch_size} does not divide among {self.world_size} ranks")
         _check_workers(self.workers, self.depth)
         self.renderer = self.renderer or TorchvisionRenderer(self.split, self.plan.spec, _CPU)
+        if any(spec != self.plan.spec for spec in (self.renderer.spec, *(plan.spec for plan in self.others))):
+            raise FastclError("the renderer and all further plans must have the spec of the loader's plan")
+        if self.renderer.split is not self.split:
+            raise FastclError("the renderer must be one of the loader's split")
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
@@ -253,4 +257,6 @@ def _streamed(renderer: Renderer, job: Job, steps: range) -> Iterator[tuple[np.n
 
 @lru_cache(maxsize=1)
 def _shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
-    return permutation(n, seed=seed, stream=Stream.ORDER, epoch=epoch)
+    order = permutation(n, seed=seed, stream=Stream.ORDER, epoch=epoch)
+    order.setflags(write=False)  # it is kept, and handed out in slices
+    return order

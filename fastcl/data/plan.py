@@ -172,6 +172,8 @@ class ViewPlan:
         sizes = None if sizes is None else np.asarray(sizes)
         if sizes is not None and sizes.shape != (len(samples), 2):
             raise FastclError(f"sizes must be ({len(samples)}, 2) for {len(samples)} samples, got {sizes.shape}")
+        if sizes is not None and sizes.size and (sizes.dtype.kind not in "iu" or sizes.min() < 1):
+            raise FastclError(f"sizes must be whole pixels, at least 1; got {sizes.dtype} from {sizes.min()}")
         starts = range(0, max(1, len(samples)), _CHUNK)
         parts = [
             self._draw(epoch, samples[k : k + _CHUNK], view, None if sizes is None else sizes[k : k + _CHUNK])
@@ -241,6 +243,8 @@ def _crop_boxes(u: np.ndarray, spec: ViewSpec, sizes: np.ndarray | None) -> np.n
     central = ~fits.any(1)
     w = np.where(central, np.minimum(width, snap(height * spec.ratio[1])), w)
     h = np.where(central, np.minimum(height, snap(width / spec.ratio[0])), h)
+    if sizes is not None:  # a thin image and narrow ratios round to no pixel at all
+        w, h = np.maximum(w, 1), np.maximum(h, 1)
     room_h, room_w = height - h, width - w
     if sizes is None:
         top, left = u[:, _TOP] * room_h, u[:, _LEFT] * room_w

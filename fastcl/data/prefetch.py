@@ -51,7 +51,7 @@ def in_processes(job: Callable[[int], T], steps: range, *, workers: int, depth: 
                 raise result
             yield result
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise FastclError(f"one of the {workers} processes that render (data.workers) has died: {error}") from error
     finally:

@@ -21,6 +21,10 @@ RENDERERS = ("triton", "dali", "torchvision")  # "auto" takes the first that a C
 class Renderer(Protocol):
     """Applies a plan to the images of a split; draws nothing itself."""
 
+    split: Split
+    spec: ViewSpec
+    device: torch.device
+
     def __call__(self, positions: np.ndarray, params: Sequence[ViewParams]) -> tuple[Tensor, ...]:
         """Views of b images, each read once.
 

@@ -29,7 +29,7 @@ class DataConfig:
     classes: int | None = None  # the first so many of a seeded permutation of the classes; none: all
     test_fraction: float = 0.2  # of each class, where the source has no split of its own
     order: str = "shuffled"  # or "balanced"
-    corrupt: str = "stop"  # an image that cannot be decoded; or "skip": all are checked first, the bad ones left out
+    corrupt: str = "stop"  # at an image that cannot be decoded; or "skip": all are checked first, the bad ones left out
     renderer: str = "auto"  # torchvision | dali | triton; auto: the fastest that device and images allow
     workers: int | None = None  # that render ahead, see `ViewLoader`; none: 0 on a CPU, else the cores less one
 
