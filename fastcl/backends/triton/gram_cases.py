@@ -9,7 +9,7 @@ import torch
 from fastcl.backends.triton import gram
 from fastcl.kernels.contrastive.launch import Launch, on_architecture, recording
 
-_ROWS = 1024
+_ROWS = 4096
 
 
 def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
