@@ -11,9 +11,10 @@ from fastcl.backends.pairs import PairSums
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, check_rows, describe
 from fastcl.errors import FastclError
-from fastcl.rowstats import RowStats, choose_backend, normalize_rows, operator_arguments, statistics, unpack
+from fastcl.rowstats import RowStats, choose_backend, operator_arguments, statistics, unpack
 from fastcl.similarity import PairStats
 from fastcl.similarity.inputs import NARROW_ROUNDING
+from fastcl.similarity.rows import mapped
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,5 @@ def twin_stats(
         return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), NARROW_ROUNDING)
     batches = batch, Batch(zb, sample=batch.sample, labels=batch.labels)
     a, b = (statistics(one, temperature, True, False, precision)[0] for one in batches)
-    # Copies, float64 rows too: equal values take equal arithmetic from memory of equal layout.
-    units = (normalize_rows(z.detach().double().clone(memory_format=torch.contiguous_format)) for z in (za, zb))
-    return TwinStats(a, b, PairSums.of_rows(*units).packed(), len(za), 0.0)
+    sums = PairSums.of_rows(*(mapped(z.detach(), "cosine") for z in (za, zb)))
+    return TwinStats(a, b, sums.packed(), len(za), 0.0)

@@ -54,10 +54,13 @@ class PairSums(NamedTuple):
 
     @classmethod
     def of_rows(cls, ua: Tensor, ub: Tensor) -> PairSums:
-        """Of rows (n, da) and (n, db), float64, by the cheaper of their moments and their Gram matrices."""
-        means = [u[0] + (u - u[0]).mean(0) for u in (ua, ub)]
-        va, vb = (u - mean for u, mean in zip((ua, ub), means, strict=True))
-        squares = [v.square().sum(1) for v in (va, vb)]
+        """Of rows (n, da) and (n, db), float64, which are overwritten, by the cheaper of their moments and their Gram
+        matrices."""
+        firsts = [u[0].clone() for u in (ua, ub)]  # about the first row, so that equal rows give exact zeros
+        offsets = [u.sub_(first).mean(0) for u, first in zip((ua, ub), firsts, strict=True)]
+        va, vb = (u.sub_(offset) for u, offset in zip((ua, ub), offsets, strict=True))
+        means = [first + offset for first, offset in zip(firsts, offsets, strict=True)]
+        squares = [torch.linalg.vecdot(v, v) for v in (va, vb)]
         da, db = va.shape[1], vb.shape[1]
         if len(va) * (da + db) < da * da + da * db + db * db:
             inner = three(*((v @ v.mT).fill_diagonal_(0).view(-1) for v in (va, vb)))
