@@ -21,7 +21,7 @@ from bench.clocks import Sample, first_line, interleave
 from bench.data_providers import LEVELS, PROVIDERS, Batch, Feed, Provider, reference
 from bench.photos import CASES, TINY, Case, Photos
 from bench.providers import versions
-from bench.records import Record, add_arguments, device_of, machine, milliseconds, record, shortage, write
+from bench.records import Record, add_arguments, device_of, exit_status, machine, milliseconds, record, shortage, write
 
 BENCH = "data"
 SECTIONS = ("views", waiting.SECTION)
@@ -229,9 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the files hold the sizes that were finished", file=sys.stderr)
         return 130
-    for message in run.failed:
-        print(f"error: {message}", file=sys.stderr)
-    return 1 if run.failed else 0
+    return exit_status(run.failed)
 
 
 def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:

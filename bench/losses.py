@@ -21,6 +21,7 @@ from bench.records import (
     add_arguments,
     agree,
     device_of,
+    exit_status,
     machine,
     milliseconds,
     over_memory,
@@ -248,9 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the files hold the objectives and sizes that were finished", file=sys.stderr)
         return 130
-    for message in run.failed:
-        print(f"error: {message}", file=sys.stderr)
-    return 1 if run.failed else 0
+    return exit_status(run.failed)
 
 
 def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:

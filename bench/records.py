@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
@@ -197,3 +198,11 @@ def _cpu_model() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def exit_status(failed: Iterable[str]) -> int:
+    """1 if anything of ours failed, each message on a line of its own, else 0."""
+    failed = list(failed)
+    for message in failed:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if failed else 0

@@ -20,6 +20,7 @@ from bench.records import (
     Record,
     add_arguments,
     device_of,
+    exit_status,
     machine,
     milliseconds,
     over_memory,
@@ -236,9 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the files hold the cases that were finished", file=sys.stderr)
         return 130
-    for message in run.failed:
-        print(f"error: {message}", file=sys.stderr)
-    return 1 if run.failed else 0
+    return exit_status(run.failed)
 
 
 def _cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
