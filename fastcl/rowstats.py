@@ -203,13 +203,14 @@ def _obstacle(x: Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question
-def _wants_float32() -> bool:
+def wants_float32() -> bool:
+    """Whether `torch.get_float32_matmul_precision()` asks for whole float32."""
     return torch.get_float32_matmul_precision() == "highest"
 
 
 def _precision(precision: str | None, x: Tensor) -> str:
     if precision is None:
-        full = _wants_float32() and not torch.is_autocast_enabled(x.device.type)
+        full = wants_float32() and not torch.is_autocast_enabled(x.device.type)
         return "fp32" if x.dtype == torch.float32 and full else "fp16"
     return precision
 

@@ -13,7 +13,7 @@ from fastcl.checks import check_positive, check_rows, describe
 from fastcl.errors import FastclError
 from fastcl.rowstats import RowStats, choose_backend, operator_arguments, statistics, unpack
 from fastcl.similarity import PairStats
-from fastcl.similarity.inputs import NARROW_ROUNDING
+from fastcl.similarity.inputs import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.rows import mapped
 
 
@@ -70,8 +70,10 @@ def twin_stats(
         in one program and serve the matrices' sums too. There the matrices are those of the rows as the tiles see them
         (in half precision, or split half precision for "fp32"), with entries summed in float32, and one whose entries
         vary by less than 2^-21 of their mean, in root mean square, counts as constant. The torch backends form the
-        matrices' sums in float64. Both models' statistics share one graph: take both gradients in one backward pass.
-        With equal rows za and zb, all correlations are exactly 1 and all drifts exactly 0.
+        matrices' sums from moments of the rows: by products in float32 where both models are narrower than float64 and
+        of one width (a small drift keeps its digits), else in float64. Both models' statistics share one graph: take
+        both gradients in one backward pass. With equal rows za and zb, all correlations are exactly 1 and all drifts
+        exactly 0.
 
     Raises:
         FastclError: as `fastcl.row_stats`; za and zb differ in their number of rows, dtype or device.
@@ -92,5 +94,6 @@ def twin_stats(
         return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), NARROW_ROUNDING)
     batches = batch, Batch(zb, sample=batch.sample, labels=batch.labels)
     a, b = (statistics(one, temperature, True, False, precision)[0] for one in batches)
-    sums = PairSums.of_rows(*(mapped(z.detach(), "cosine") for z in (za, zb)))
-    return TwinStats(a, b, sums.packed(), len(za), 0.0)
+    narrow = multiplied_narrow(za, zb) and za.shape[1] == zb.shape[1]
+    sums = PairSums.of_rows(*(mapped(z.detach(), "cosine") for z in (za, zb)), narrow)
+    return TwinStats(a, b, sums.packed(), len(za), NARROW_ROUNDING if narrow else 0.0)

@@ -53,22 +53,42 @@ class PairSums(NamedTuple):
         return cls(inner, ((n - 2) * a - s, (n - 2) * b - t), (s + 2 * a, t + 2 * b), tuple(means))
 
     @classmethod
-    def of_rows(cls, ua: Tensor, ub: Tensor) -> PairSums:
+    def of_rows(cls, ua: Tensor, ub: Tensor, narrow: bool) -> PairSums:
         """Of rows (n, da) and (n, db), float64, which are overwritten, by the cheaper of their moments and their Gram
-        matrices."""
+        matrices; narrow: moments of models, of one width, by products in float32."""
         firsts = [u[0].clone() for u in (ua, ub)]  # about the first row, so that equal rows give exact zeros
         offsets = [u.sub_(first).mean(0) for u, first in zip((ua, ub), firsts, strict=True)]
         va, vb = (u.sub_(offset) for u, offset in zip((ua, ub), offsets, strict=True))
         means = [first + offset for first, offset in zip(firsts, offsets, strict=True)]
-        squares = [torch.linalg.vecdot(v, v) for v in (va, vb)]
+        squares = [torch.linalg.vector_norm(v, dim=1).square_() for v in (va, vb)]  # without a matrix of squares
+        margins = [v @ mean for v, mean in zip((va, vb), means, strict=True)]
         da, db = va.shape[1], vb.shape[1]
         if len(va) * (da + db) < da * da + da * db + db * db:
             inner = three(*((v @ v.mT).fill_diagonal_(0).view(-1) for v in (va, vb)))
+        elif narrow:
+            inner = _narrow_moments(va, vb) - three(*squares)
         else:
             moments = [(v.mT @ w).square().sum() for v, w in ((va, vb), (va, va), (vb, vb))]
             inner = torch.stack(moments) - three(*squares)
-        margins = [v @ mean for v, mean in zip((va, vb), means, strict=True)]
         return cls.of_centred(inner, squares, margins, [mean @ mean for mean in means])
+
+
+def _narrow_moments(v: Tensor, w: Tensor) -> Tensor:
+    """(3,) <vv', ww'>, <vv', vv'>, <ww', ww'> of (n, d) float64 rows, which are overwritten, by products in float32.
+
+    With h = (v + w) / 2 and e = v - w the matrices differ by vv' - ww' = he' + eh'. So moments of h and e give the
+    difference with all of float32's digits, however near the two models are; those of v and w would give rounding.
+    """
+    e = v.sub_(w)
+    h = w.add_(e, alpha=0.5)
+    h, e = h.float(), e.float()
+    with torch.autocast(h.device.type, enabled=False):
+        hh, he, ee = ((x.mT @ y).double() for x, y in ((h, h), (h, e), (e, e)))
+    drift = 2 * ((hh * ee).sum() + (he * he.mT).sum())
+    symmetric = (he + he.mT) / 2
+    even = hh + ee / 4
+    squares = [(even + sign * symmetric).square().sum() for sign in (1, -1)]
+    return torch.stack([(squares[0] + squares[1] - drift) / 2, *squares])
 
 
 @dataclass(frozen=True)

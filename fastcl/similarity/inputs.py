@@ -52,8 +52,8 @@ def multiplied_narrow(*features: Tensor) -> bool:
 
     A GPU may take TF32 for it, and a CPU half precision where float32's precision was lowered.
     """
-    full = torch.get_float32_matmul_precision() == "highest"
-    return full and features[0].device.type == "cpu" and all(x.dtype != torch.float64 for x in features)
+    on_cpu = features[0].device.type == "cpu"
+    return on_cpu and rowstats.wants_float32() and all(x.dtype != torch.float64 for x in features)
 
 
 def rounding_of(*features: Tensor) -> float:
