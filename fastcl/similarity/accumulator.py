@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -110,9 +110,11 @@ class PairAccumulator:
             stream.add(batch)
         self._pending = []
 
-    def _whole(self) -> list[Moments]:
-        """Streams of all rows so far. An incomplete chunk is added to a copy, since later batches continue it."""
-        return [stream.with_rows(self._joined()) for stream in self._streams] if self._pending else self._streams
+    def _whole(self) -> Iterator[Moments]:
+        """Streams of all rows so far. An incomplete chunk is added to a copy, since later batches continue it; one copy
+        at a time is enough memory."""
+        for stream in self._streams:
+            yield stream.with_rows(self._joined()) if self._pending else stream
 
     def _with_minibatch(self, batch: list[Tensor]) -> dict[tuple[str, str], tuple[float, float, float]]:
         rows = len(batch[0])
@@ -178,7 +180,7 @@ class PairAccumulator:
         """
         if not has_ranks():
             return
-        whole = self._whole()
+        whole = list(self._whole())
         roundings = [stream.rounding for stream in whole]
         ranks = Ranks(group, self._description(), self.n, roundings, self._device)
         if ranks.source is None:

@@ -168,7 +168,10 @@ class Moments:
 
     def load(self, i: int, j: int, moments: Tensor) -> None:
         """Add moments that were taken about this stream's pilots."""
-        self._sums[i, j] = self._sums[i, j] + moments if (i, j) in self._sums else moments.clone()
+        if (i, j) in self._sums:
+            self._sums[i, j] += moments
+        else:
+            self._sums[i, j] = moments.clone()
 
     def clear(self) -> None:
         """Forget all rows but keep the pilots."""
