@@ -151,6 +151,24 @@ def test_iteration_goes_on_from_any_state(split):
     for bad in ({"epoch": 0, "position": 4}, {"epoch": -1, "position": 0}):
         with pytest.raises(FastclError, match=f"no batch {bad['position']} of epoch {bad['epoch']}: .* 4 batches"):
             again.load_state_dict(bad)
+    for bad in ({"epoch": 0}, {"epoch": 0, "position": 1.5}):
+        with pytest.raises(FastclError, match="whole numbers epoch and position, got {"):
+            again.load_state_dict(bad)
+    assert again.state_dict() == {"epoch": 0, "position": 2}
+
+
+def test_batches_that_are_not_there(split):
+    loader = ViewLoader(split, PLAN, 6)
+    for start in (-1, 5):
+        with pytest.raises(FastclError, match=f"start must lie between 0 and the 4 batches of an epoch, got {start}"):
+            next(loader.batches(0, start))
+    for step in (-1, 4):
+        with pytest.raises(FastclError, match=f"one of the 4 batches of an epoch, got {step}"):
+            loader.batch(0, step)
+    assert list(loader.batches(0, 4)) == []
+    with pytest.raises(FastclError, match="batch_size must be at least 1, got 0"):
+        EvalViews(split, PLAN).batches(0)
+    assert repr(split) == "Split(26 images)" and len(repr(loader)) < 2000
 
 
 @pytest.mark.parametrize("options, message", [
@@ -183,7 +201,7 @@ def test_processes_end_when_the_iterator_does(split):
         raise FastclError(f"photos/{i}.jpg: truncated")
 
     broken = Split(split.ids, split.labels, split.sizes, fail)
-    with pytest.raises(FastclError, match=r"^photos/\d+.jpg: truncated$"):
+    with pytest.raises(FastclError, match=r"^photos/\d+.jpg: truncated; data.corrupt=skip"):
         list(ViewLoader(broken, PLAN, 6, workers=2))
     assert children() == before
 

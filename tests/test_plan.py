@@ -48,6 +48,9 @@ def test_each_part_of_the_counter_matters(change):
     "change, name",
     [(dict(seed=-1), "seed"), (dict(seed=1 << 64), "seed"), (dict(epoch=1 << 32), "epoch"),
      (dict(view=1 << 16), "view"),
+     (dict(seed=1.0), "seed must be an integer, got 1.0"), (dict(epoch=0.5), "epoch must be an integer, got 0.5"),
+     (dict(view=True), "view must be an integer, got True"),
+     (dict(index=np.array([0.5])), "sample ids must be integers, got float64"),
      (dict(index=np.array([1 << 32])), "sample ids"), (dict(index=np.array([-1])), "sample ids")],
 )  # fmt: skip
 def test_values_that_would_alias_are_refused(change, name):
@@ -157,8 +160,14 @@ def test_center_view():
     "change, name",
     [(dict(flip=1.1), "flip"), (dict(scale=(0.5, 0.2)), "scale"), (dict(scale=(0.5, 1.2)), "scale"),
      (dict(ratio=(0.0, 1.0)), "ratio"), (dict(hue=0.6), "hue"), (dict(brightness=-0.1), "brightness"),
-     (dict(blur_kernel=4), "blur_kernel"), (dict(blur_kernel=65), "blur_kernel"), (dict(size=0), "size"),
-     (dict(mean=(0.5, 0.5)), "mean"), (dict(std=(0.0,)), "std"), (dict(eval_crop=0.0), "eval_crop")],
+     (dict(blur_kernel=4), "blur_kernel"), (dict(blur=0.5, blur_kernel=65), "blur_kernel"), (dict(size=0), "size"),
+     (dict(mean=(0.5, 0.5)), "mean"), (dict(std=(0.0,)), "std"),
+     (dict(size=1, blur=0.5), "blur_kernel.*3 for 1 pixels"),
+     (dict(size=8.0), "size must be an integer, got 8.0"), (dict(size=True), "size must be an integer, got True"),
+     (dict(flip="0.5"), "flip must be a number, got '0.5'"), (dict(hue=float("nan")), "hue must be finite, got nan"),
+     (dict(scale=0.5), "scale must be a tuple of two numbers, got 0.5"),
+     (dict(scale=(0.5,)), "scale must be a tuple of two numbers"), (dict(mean=()), "mean must be a tuple of numbers"),
+     (dict(std=[0.5]), r"std must be a tuple of numbers, got \[0.5\]"), (dict(eval_crop=0.0), "eval_crop")],
 )  # fmt: skip
 def test_bad_specs_are_refused(change, name):
     with pytest.raises(FastclError, match=name):

@@ -1,6 +1,5 @@
 """The fused renderer: torchvision's pixels within the stated bounds, and bits that depend on nothing but the view."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -260,28 +259,6 @@ def test_obstacles(device, monkeypatch):
     assert "no CUDA device" in obstacle(split, spec, "cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "CUDA device, not cpu" in obstacle(split, spec, "cpu")
-
-
-def _moved(box: list[float]) -> Callable[[ViewParams], ViewParams]:
-    return lambda p: replace(p, box=np.array([p.box[0], box, p.box[2]]))
-
-
-@pytest.mark.parametrize(
-    ("positions", "change", "message"),
-    [
-        ([0, 1], lambda p: p, "2 positions .* got .3."),
-        ([0, 1, 3], lambda p: p, "positions 0 to 3 of a split of 3"),
-        ([-1, 1, 2], lambda p: p, "positions -1 to 2 of a split of 3"),
-        ([0, 1, 2], _moved([0, 1, 9, 9]), r"\[0.0, 1.0, 9.0, 9.0\] does not lie in a 9x9 image"),
-        ([0, 1, 2], _moved([0, 0, 0, 9]), r"\[0.0, 0.0, 0.0, 9.0\] does not lie"),
-        ([0, 1, 2], lambda p: replace(p, angle=np.array([0.0, 7, 0])), "rotation is 0.* turned by 7.0 degrees"),
-    ],
-)
-def test_what_cannot_be_rendered(positions, change, message, device):
-    images, spec = smooth(3, 9, 9), ViewSpec(size=8)
-    renderer = TritonRenderer(split_of(images), spec, device)
-    with pytest.raises(FastclError, match=message):
-        renderer(np.array(positions), [change(draw(images, spec))])
 
 
 def test_means_that_do_not_fit_the_channels(device):

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastcl.data.colour import colour_stage
 from fastcl.data.dali_graph import CHUNK, DEPTH, build, crop_inputs, region_inputs
 from fastcl.data.plan import ViewParams, ViewSpec
+from fastcl.data.requests import check_request
 from fastcl.data.sources import Split
 from fastcl.errors import FastclError
 
@@ -63,7 +64,7 @@ class DaliRenderer:
             For each view (b, C, size, size) float32 on the device.
 
         Raises:
-            FastclError: parameters of another length than the positions, or an image that cannot be decoded (named).
+            FastclError: as `check_request`, or an image that cannot be decoded (named).
         """
         return next(self.stream([(positions, params)]))
 
@@ -92,13 +93,11 @@ class DaliRenderer:
                 self._idle.setdefault(kind, []).append(pipeline)
 
     def _jobs(self, positions: np.ndarray, params: Sequence[ViewParams], pipelines: dict[_Kind, Any]) -> Iterator[_Job]:
-        lengths = [len(p) for p in params]
-        if not lengths or not len(positions) or set(lengths) != {len(positions)}:
-            raise FastclError(f"{len(positions)} positions need as many parameters for each view, got {lengths}")
-        split = self.split
+        split, positions = self.split, np.asarray(positions)
+        check_request(split, self.spec, positions, params)
         result = _Result(params, len(positions), [])
         for start in range(0, len(positions), CHUNK):
-            chunk = np.asarray(positions[start : start + CHUNK])
+            chunk = positions[start : start + CHUNK]
             files = [split.encoded(int(p)) if split.encoded else None for p in chunk]
             for encoded in (True, False):
                 (of_kind,) = np.nonzero([(file is not None) == encoded for file in files])

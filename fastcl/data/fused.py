@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcl.data.plan import ViewParams, ViewSpec
+from fastcl.data.requests import check_request
 from fastcl.data.sources import Split
 from fastcl.errors import FastclError
 
@@ -60,13 +61,12 @@ class TritonRenderer:
             For each view (b, C, size, size) float32 on the device.
 
         Raises:
-            FastclError: parameters of another length than the positions, a position outside the split, a box outside
-                the image, or a turned view where views.rotation is 0.
+            FastclError: as `check_request`.
         """
         from fastcl.data.fused_launch import render
 
         positions = np.asarray(positions)
-        self._check(positions, params)
+        check_request(self.split, self.spec, positions, params)
         table = np.concatenate([_rows(positions, p) for p in params])
         blurred = np.flatnonzero(np.concatenate([p.blur_sigma > 0 for p in params])).astype(np.int32)
         # One transfer: the views' parameters, then which of them are blurred.
@@ -81,22 +81,6 @@ class TritonRenderer:
             )  # fmt: skip
         return views.view(len(params), len(positions), *views.shape[1:]).unbind(0)
 
-    def _check(self, positions: np.ndarray, params: Sequence[ViewParams]) -> None:
-        lengths = [len(p) for p in params]
-        if not lengths or not len(positions) or set(lengths) != {len(positions)}:
-            raise FastclError(f"{len(positions)} positions need as many parameters for each view, got {lengths}")
-        n, height, width, _ = self._images.shape
-        if not 0 <= positions.min() <= positions.max() < n:
-            raise FastclError(f"positions {positions.min()} to {positions.max()} of a split of {n} images")
-        for p in params:
-            top, left, high, wide = p.box.T
-            outside = (top < 0) | (left < 0) | (high < 1) | (wide < 1) | (top + high > height) | (left + wide > width)
-            if outside.any():
-                box = p.box[outside.argmax()].tolist()
-                raise FastclError(f"box (top, left, height, width) {box} does not lie in a {height}x{width} image")
-            if self.spec.rotation == 0 and p.angle.any():
-                raise FastclError(f"views.rotation is 0, and a view is turned by {p.angle[p.angle != 0][0]} degrees")
-
 
 def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | None:
     """Why the fused renderer cannot render this split here; None where it can. Reads one image."""
@@ -106,7 +90,8 @@ def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | 
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs a CUDA device, not {device.type} (TRITON_INTERPRET=1 interprets its kernels)"
+        slowly = "without one it runs slowly, if TRITON_INTERPRET=1 was set before Python started"
+        return f"it needs a CUDA device, not {device.type}; {slowly}"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
     if not len(split):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
+from operator import index
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -116,8 +117,11 @@ class ViewLoader:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where another loader stood. Raises FastclError where there is no such batch."""
-        epoch, position = state["epoch"], state["position"]
+        """Go to where another loader stood. Raises FastclError where there is no such batch, or the state is none."""
+        try:
+            epoch, position = (index(state[key]) for key in ("epoch", "position"))
+        except (KeyError, TypeError) as error:
+            raise FastclError(f"state must hold whole numbers epoch and position, got {state!r}") from error
         if epoch < 0 or not 0 <= position < len(self):
             raise FastclError(f"no batch {position} of epoch {epoch}: an epoch has {len(self)} batches")
         self.epoch, self.position = epoch, position
@@ -126,8 +130,10 @@ class ViewLoader:
         """The batches of an epoch from the start-th on, whatever the loader's own state; close it to end its workers.
 
         Raises:
-            FastclError: an image that cannot be decoded (named), a worker that has died.
+            FastclError: start outside [0, len(self)], an image that cannot be decoded (named), a worker that has died.
         """
+        if not 0 <= start <= len(self):
+            raise FastclError(f"start must lie between 0 and the {len(self)} batches of an epoch, got {start}")
 
         def job(step: int) -> tuple[np.ndarray, list[ViewParams]]:
             positions = self.batch(epoch, step)
@@ -143,7 +149,12 @@ class ViewLoader:
         Args:
             epoch: from 0.
             step: 0 <= step < len(self), within the epoch.
+
+        Raises:
+            FastclError: another step.
         """
+        if not 0 <= step < len(self):
+            raise FastclError(f"step must be that of one of the {len(self)} batches of an epoch, got {step}")
         share = self.batch_size // self.world_size
         return self._whole_batch(epoch, step)[self.rank * share : (self.rank + 1) * share]
 
@@ -191,7 +202,13 @@ class EvalViews:
         _check_workers(self.workers, self.depth)
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """The whole split in order, (b, C, size, size) float32 a batch, on the renderer's device."""
+        """The whole split in order, (b, C, size, size) float32 a batch, on the renderer's device.
+
+        Raises:
+            FastclError: batch_size below 1.
+        """
+        if batch_size < 1:
+            raise FastclError(f"batch_size must be at least 1, got {batch_size}")
         n = len(self.split.ids)
         return self.of([np.arange(k, min(k + batch_size, n)) for k in range(0, n, batch_size)])
 

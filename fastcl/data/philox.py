@@ -64,14 +64,19 @@ def words(count: int, *, seed: int, stream: Stream, index: np.ndarray, epoch: in
         (n, count) uint32.
 
     Raises:
-        FastclError: a value outside its range (it would alias another counter).
+        FastclError: a value that is no integer, or outside its range (it would alias another counter).
     """
     index = np.asarray(index)
     for name, value, bound in (("seed", seed, 64), ("epoch", epoch, 32), ("view", view, 16)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise FastclError(f"{name} must be an integer, got {value!r}")
         if not 0 <= value < 1 << bound:
             raise FastclError(f"{name} must lie in [0, 2**{bound}), got {value}")
+    if index.size and index.dtype.kind not in "iu":
+        raise FastclError(f"sample ids must be integers, got {index.dtype}")
     if index.size and not (0 <= index.min() and index.max() < 1 << 32):
         raise FastclError(f"sample ids must lie in [0, 2**32), got {index.min()} to {index.max()}")
+    seed, epoch, view = int(seed), int(epoch), int(view)
     blocks = -(-count // 4)
     counter = np.empty((len(index), blocks, 4), np.uint32)
     counter[..., 0] = index[:, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -36,7 +37,8 @@ class ViewSpec:
     normalise.
 
     Raises:
-        FastclError: a probability outside [0, 1], an empty or reversed range, a size or kernel that cannot be.
+        FastclError: a value of another type, a probability outside [0, 1], an empty or reversed range, a size or kernel
+            that cannot be.
     """
 
     size: int = 32  # pixels, square
@@ -59,9 +61,8 @@ class ViewSpec:
     eval_crop: float = 1.0  # side of the central square crop that evaluation takes, as a share of the shorter side
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not np.all(np.isfinite(value)):
-                raise FastclError(f"views.{name} must be finite, got {value}")
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), f.default)
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FastclError(f"views.{name} must be a probability in [0, 1], got {getattr(self, name)}")
@@ -79,8 +80,11 @@ class ViewSpec:
                 f"views.size must be positive, eval_crop in (0, 1] and scale at most 1; "
                 f"got {self.size}, {self.eval_crop} and {self.scale}"
             )
-        if self.blur_kernel % 2 == 0 or not 0 < self.blur_kernel < 2 * self.size:
-            raise FastclError(f"views.blur_kernel must be odd and below 2 * size, got {self.blur_kernel}")
+        if self.blur_kernel % 2 == 0 or self.blur_kernel < 1 or (self.blur and self.blur_kernel >= 2 * self.size):
+            raise FastclError(
+                f"views.blur_kernel must be odd and, where views blur, below 2 * size; got {self.blur_kernel} "
+                f"for {self.size} pixels"
+            )
         if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
             raise FastclError(f"views.mean and std must have one length and std be positive: {self.mean}, {self.std}")
 
@@ -103,6 +107,21 @@ class ViewSpec:
             if key not in known:
                 raise FastclError(f"unknown key 'views.{key}'{suggest(key, known)}")
         return dataclasses.replace(PRESETS[name], **overrides)
+
+
+def _check_type(name: str, value: object, default: object) -> None:
+    """A field's value is of its default's form, an integer, a number or a tuple of numbers, and finite."""
+    kind, form, items = Real, "a number", (value,)
+    if isinstance(default, int):
+        kind, form = Integral, "an integer"
+    elif isinstance(default, tuple):
+        pair = len(default) == 2  # a range; else one value a channel
+        form = f"a tuple of {'two numbers' if pair else 'numbers'}"
+        items = value if isinstance(value, tuple) and (len(value) == 2 if pair else value) else (None,)
+    if not all(isinstance(v, kind) and not isinstance(v, bool) for v in items):
+        raise FastclError(f"views.{name} must be {form}, got {value!r}")
+    if not np.all(np.isfinite(items)):
+        raise FastclError(f"views.{name} must be finite, got {value}")
 
 
 PRESETS: dict[str, ViewSpec] = {

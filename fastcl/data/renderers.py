@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.render import render_torchvision
+from fastcl.data.requests import check_request
 from fastcl.data.sources import Split
 from fastcl.errors import FastclError, suggest
 
+_LOOKED_AT = 16  # images, for the choice of a renderer
 RENDERERS = ("triton", "dali", "torchvision")  # "auto" takes the first that a CUDA device allows
 
 
@@ -34,6 +36,9 @@ class Renderer(Protocol):
 
         Returns:
             For each of params (b, C, size, size) float32 on the renderer's device.
+
+        Raises:
+            FastclError: as `check_request`, or an image that cannot be decoded (named).
         """
 
 
@@ -47,7 +52,7 @@ class TorchvisionRenderer:
         threads: size of a pool that reads and decodes the images; 0 reads them one after the other.
 
     Raises:
-        FastclError: an image that cannot be decoded (named), when it is rendered.
+        FastclError: when it is called: as `check_request`, or an image that cannot be decoded (named).
     """
 
     def __init__(self, split: Split, spec: ViewSpec, device: torch.device, *, threads: int = 0) -> None:
@@ -55,6 +60,8 @@ class TorchvisionRenderer:
 
     def __call__(self, positions: np.ndarray, params: Sequence[ViewParams]) -> tuple[Tensor, ...]:
         """Views of b images; see `Renderer`."""
+        positions = np.asarray(positions)
+        check_request(self.split, self.spec, positions, params)
         where = positions.tolist()
         if self.threads:
             with ThreadPoolExecutor(self.threads) as pool:  # made anew: a forked process has no threads of its parent's
@@ -134,6 +141,12 @@ def _kind(name: str) -> type[Renderer]:
 
 
 def _suits(name: str, split: Split, spec: ViewSpec, device: torch.device) -> bool:
-    if name == "dali" and (split.encoded is None or split.encoded(0) is None):
-        return False  # nothing for it to decode: images come from the split's own reader, through the host
+    if name == "dali" and not _mostly_encoded(split):
+        return False  # little for it to decode: images come from the split's own reader, through the host
     return obstacle(name, split, spec, device) is None
+
+
+def _mostly_encoded(split: Split) -> bool:
+    """Whether most of some images from all over the split are files for a decoder."""
+    some = np.unique(np.linspace(0, len(split) - 1, _LOOKED_AT).astype(int)).tolist()
+    return split.encoded is not None and 2 * sum(split.encoded(i) is not None for i in some) > len(some)
