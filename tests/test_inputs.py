@@ -15,7 +15,9 @@ from tiny_run import results, tiny_config
 from fastcl import FastclError
 from fastcl.data import Split, TorchvisionRenderer, ViewSpec, choose_renderer, keep_decoded, load, make_renderer
 from fastcl.data import renderers as module
+from fastcl.report import write_report
 from fastcl.train import Lockstep
+from fastcl.train.files import locked
 
 CPU = torch.device("cpu")
 SPEC = ViewSpec.preset("cifar", size=8)
@@ -50,12 +52,14 @@ def test_corrupt_images_stop_or_leave_their_split(tree, tmp_path, caplog):
     ids = {"a/3.jpg": 3, "b/6.jpg": 14}
     for name, i in ids.items():
         (found,) = [(s, k) for s in (whole.train, whole.test) for k in np.flatnonzero(s.ids == i)]
-        with pytest.raises(FastclError, match=name):
+        with pytest.raises(FastclError, match=f"{name}.*data.corrupt=skip leaves out what cannot be decoded"):
             found[0].image(int(found[1]))
     (tmp_path / "tree" / "b" / "6.jpg").write_bytes(b"no image")
     with caplog.at_level(logging.WARNING, "fastcl"):
         left = load(tree, corrupt="skip")
-    assert left.skipped == (3, 14) and all(name in caplog.text for name in ids)
+    assert list(left.skipped) == [3, 14] and all(name in caplog.text for name in ids)
+    assert "a/3.jpg: OSError: image file is truncated" in left.skipped[3] and "b/6.jpg" in left.skipped[14]
+    assert "data.corrupt" not in caplog.text + str(left.skipped)
     assert "images cannot be decoded and are left out" in caplog.text
     for name in ("train", "test"):
         before, after = getattr(whole, name), getattr(left, name)
@@ -81,10 +85,38 @@ def test_a_run_leaves_out_what_it_left_out_when_it_began(tree, tmp_path, monkeyp
                          train__batch_size=4, train__epochs=1, train__models=["dcl"], train__controls=[])  # fmt: skip
     run = Lockstep(config, tmp_path / "run")
     described = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert described["skipped"] == [3, 14] and described["data"]["train"] + described["data"]["test"] == 14
+    assert list(described["skipped"]) == ["3", "14"] and "a/3.jpg" in described["skipped"]["3"]
+    assert described["data"]["train"] + described["data"]["test"] == 14
     run.run()
+    page = write_report(tmp_path / "run").read_text()
+    assert "b/6.jpg" in page and "skipped<" in page
     monkeypatch.setattr("fastcl.data.sources.unreadable", lambda *_: pytest.fail("checked again"))
-    assert Lockstep(config, tmp_path / "run").data.skipped == (3, 14)
+    assert list(Lockstep(config, tmp_path / "run").data.skipped) == [3, 14]
+
+
+@pytest.mark.parametrize("trained", (False, True))
+def test_a_run_without_a_finished_epoch_gives_way(tree, tmp_path, trained):
+    """As one does that stopped at an image; a run that has trained anything does not."""
+    out = tmp_path / "run"
+    tiny = dict(data__classes=2, train__batch_size=4, train__epochs=2, train__models=["dcl", "nscl"],
+                train__controls=[])  # fmt: skip
+    first = Lockstep(tiny_config(**tiny), out)
+    first._measure({})
+    first._checkpoint()
+    if trained:
+        first.run()
+    config = tiny_config(**tiny, train__seed=1)
+    if trained:
+        with pytest.raises(FastclError, match="holds another run"):
+            Lockstep(config, out)
+        return
+    with locked(out), pytest.raises(FastclError, match="another process is training in"):
+        Lockstep(config, out)
+    assert json.loads((out / "run.json").read_text())["seed"] == 7
+    Lockstep(config, out).run()
+    assert json.loads((out / "run.json").read_text())["seed"] == 1
+    Lockstep(config, tmp_path / "fresh").run()
+    assert results(out) == results(tmp_path / "fresh")
 
 
 def test_small_sets_are_kept_decoded_and_large_ones_stay_files(tmp_path):
@@ -110,10 +142,13 @@ def test_renderers_by_name(split, monkeypatch):
         make_renderer("triton", split, SPEC, CPU)
     usable = {"triton", "dali", "torchvision"}
     monkeypatch.setattr(module, "obstacle", lambda name, *_: None if name in usable else "absent")
-    files = Split(split.ids, split.labels, split.sizes, split.read, lambda i: b"jpeg")
+    facts = split.ids, split.labels, split.sizes, split.read
+    files = Split(*facts, lambda i: b"jpeg")
+    some, most = (Split(*facts, lambda i, n=n: b"jpeg" if i < n else None) for n in (9, 17))
     for gone, splits, name in (
         (None, (split, files), "triton"), ("triton", (files, files), "dali"),
         (None, (files, split), "torchvision"),  # one split has no files: both go by the same renderer
+        (None, (some,), "torchvision"), (None, (most,), "dali"),
     ):  # fmt: skip
         usable.discard(gone)
         assert choose_renderer("auto", splits, SPEC, torch.device("cuda")) == name

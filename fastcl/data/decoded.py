@@ -34,7 +34,7 @@ def unreadable(split: Split, what: str) -> dict[int, str]:
 
     def check(i: int) -> str | None:
         try:
-            split.image(i)
+            split.read(i)
         except FastclError as error:
             return str(error)
         return None

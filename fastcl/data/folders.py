@@ -26,6 +26,7 @@ _SPLITS = {
 }
 _HEADER_BYTES = 1 << 16
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 
 
 class Tree:
@@ -194,4 +195,11 @@ def _jpeg_bytes(store: Tree | Zip, ids: np.ndarray, jpeg: np.ndarray, i: int) ->
     if not jpeg[i]:
         return None
     with naming(store.label(int(ids[i]))), store.open(int(ids[i])) as file:
-        return file.read()
+        data = file.read()
+    return data if _has_end(data) else None
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether a JPEG file's last scan is followed by its end marker, as it is unless the file was cut short. Decoders
+    that skip the rest of a file would not notice; what reads it whole does, and names it."""
+    return data.endswith(_JPEG_END) or data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)

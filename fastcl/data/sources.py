@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ KINDS = ("digits", "omniglot", "cifar10", "folder", "torchvision")
 _NAMED = 20  # unreadable images of a split that are named one by one
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Split:
     """The images of one split, in source order. Picklable, and safe to read from several threads or forked workers.
 
@@ -31,7 +31,7 @@ class Split:
         sizes: (n, 2) int64 height and width in pixels.
         read: position in the split -> (H, W, C) uint8.
         encoded: where the source keeps files: position in the split -> the bytes of a grey or RGB JPEG file, or None
-            for an image that is none.
+            for an image that is none or whose file is cut short.
     """
 
     ids: np.ndarray
@@ -43,6 +43,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        return f"Split({len(self)} images)"
+
     def image(self, i: int) -> np.ndarray:
         """The i-th image of the split, (H, W, C) uint8; the caller's own copy.
 
@@ -51,14 +54,17 @@ class Split:
         """
         if not 0 <= i < len(self.ids):
             raise FastclError(f"image {i} of a split of {len(self.ids)}")
-        return self.read(i)
+        try:
+            return self.read(i)
+        except FastclError as error:
+            raise FastclError(f"{error}; data.corrupt=skip leaves out what cannot be decoded") from error
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A training and a test split over the same classes; `labels` are positions in `classes`.
 
-    `skipped` holds the sample ids of images that left their split since they cannot be decoded.
+    `skipped` holds the images that left their split since they cannot be decoded: sample id -> which one, and why.
     """
 
     name: str
@@ -66,7 +72,7 @@ class Dataset:
     channels: int
     train: Split
     test: Split
-    skipped: tuple[int, ...] = ()
+    skipped: Mapping[int, str] = field(default_factory=dict)
 
 
 def load(
@@ -78,7 +84,7 @@ def load(
     root: str | None = None,
     download: bool = False,
     corrupt: str = "stop",
-    skipped: Collection[int] | None = None,
+    skipped: Mapping[int, str] | None = None,
 ) -> Dataset:
     """Loads a data set.
 
@@ -101,7 +107,7 @@ def load(
             reading it raises. "skip": every image is decoded once, now, and those that fail leave their split, with a
             warning; the others keep their split, sample ids and so their views. What is not a file of a folder or
             zip and whose size cannot be told stops either way.
-        skipped: sample ids that an earlier check found; they leave their splits, and nothing is checked anew.
+        skipped: what an earlier check found (`Dataset.skipped`): these leave their splits, and none is checked anew.
 
     Raises:
         FastclError: an unknown source, a missing, truncated or malformed file, more classes than there are (or fewer
@@ -121,17 +127,17 @@ def load(
     labels = label_of[found.labels]
     test = _draw_test(labels, names, test_fraction, seed) if found.test is None else found.test
     members = {"training": ~test & (labels >= 0), "test": test & (labels >= 0)}
-    left_out = set(skipped or ())
+    left_out = dict(skipped or {})
     splits = _open(found, members, labels, names, left_out)
-    if corrupt == "skip" and skipped is None and (left_out := _unreadable_ids(splits)):
+    if corrupt == "skip" and skipped is None and (left_out := _unreadable(splits)):
         splits = _open(found, members, labels, names, left_out)
     for split in splits.values():
         _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # raises what is wrong with a header
-    return Dataset(found.name, names, found.channels, *splits.values(), tuple(sorted(left_out)))
+    return Dataset(found.name, names, found.channels, *splits.values(), left_out)
 
 
 def _open(
-    found: Source, members: dict[str, np.ndarray], labels: np.ndarray, names: tuple[str, ...], left_out: set[int]
+    found: Source, members: dict[str, np.ndarray], labels: np.ndarray, names: tuple[str, ...], left_out: Collection[int]
 ) -> dict[str, Split]:
     splits = {}
     for what, member in members.items():
@@ -147,17 +153,17 @@ def _open(
     return splits
 
 
-def _unreadable_ids(splits: dict[str, Split]) -> set[int]:
-    """Sample ids of all images that cannot be decoded; each is warned of."""
-    ids: set[int] = set()
+def _unreadable(splits: dict[str, Split]) -> dict[int, str]:
+    """Sample id -> error of all images that cannot be decoded, which are warned of."""
+    found: dict[int, str] = {}
     for what, split in splits.items():
         errors = unreadable(split, what)
         for error in list(errors.values())[:_NAMED]:
             log.warning("skipped: %s", error)
         if errors:
             log.warning("%d of %d %s images cannot be decoded and are left out", len(errors), len(split), what)
-        ids |= {int(split.ids[i]) for i in errors}
-    return ids
+        found |= {int(split.ids[i]): error for i, error in errors.items()}
+    return dict(sorted(found.items()))
 
 
 def _find(source: str, root: str | None, download: bool) -> Source:

@@ -251,12 +251,14 @@ def _outline(tree: dict[str, Any], depth: int = 0) -> list[list[str]]:
     rows = []
     for name, value in tree.items():
         section = isinstance(value, dict)
-        rows.append(["\u2003" * depth + name, "" if section else _plain(value)])
+        rows.append(["\u2003" * depth + name, "" if section and value else _plain(value)])
         rows += _outline(value, depth + 1) if section else []
     return rows
 
 
 def _plain(value: Any) -> str:
+    if value in ([], {}):
+        return "none"
     if isinstance(value, list):
         return ", ".join(_plain(one) for one in value)
     if value is None:

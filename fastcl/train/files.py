@@ -109,6 +109,12 @@ def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any]) -> None:
         path.unlink(missing_ok=True)
 
 
+def drop_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints."""
+    for path in folder.glob("epoch_*.pt"):
+        path.unlink(missing_ok=True)
+
+
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The state of the latest whole checkpoint; None where there is none.
 

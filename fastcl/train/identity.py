@@ -10,7 +10,7 @@ from typing import Any
 
 from fastcl.errors import FastclError
 from fastcl.train.config import Config
-from fastcl.train.files import write_atomic
+from fastcl.train.files import JsonLines, drop_checkpoints, locked, write_atomic
 
 log = logging.getLogger("fastcl")
 # What changes no number of a run; and the renderer asked for, since the one that ran is compared.
@@ -45,18 +45,26 @@ def same_data(run: dict[str, Any], config: Config) -> bool:
 def claim_folder(out: Path, mine: dict[str, Any]) -> None:
     """Write run.json, or make sure that the folder holds this very run.
 
+    Another run that has not finished an epoch, for example since an image could not be decoded, gives way.
+
     Raises:
-        FastclError: it holds another run (names what differs).
+        FastclError: it holds another run (names what differs), or another process is training in it.
     """
-    theirs = read_run(out)
+    theirs, payload = read_run(out), (json.dumps(mine, indent=1) + "\n").encode()
     if theirs is None:
-        write_atomic(out / "run.json", (json.dumps(mine, indent=1) + "\n").encode())
+        write_atomic(out / "run.json", payload)
         return
     there, here = ({"config": _fixed(r.get("config")), **{k: r.get(k) for k in ("data", "renderer")}}
                    for r in (theirs, mine))  # fmt: skip
     for key in here:
         if there[key] != here[key]:
             difference = _differences(there[key], here[key], "" if key == "config" else key)
+            if not JsonLines(out / "timing.jsonl").length():
+                with locked(out):
+                    drop_checkpoints(out / "checkpoints")
+                    write_atomic(out / "run.json", payload)
+                log.warning("%s held another run, without a finished epoch; it gives way (%s)", out, difference)
+                return
             raise FastclError(
                 f"{out} holds another run, which differs in {difference}; "
                 "choose another --out, or repeat that run's settings to continue it"

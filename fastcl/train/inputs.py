@@ -51,6 +51,7 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
     d, t = config.data, config.train
     before = read_run(out)
     skipped = before.get("skipped") if before and same_data(before, config) else None
+    skipped = {int(key): why for key, why in skipped.items()} if isinstance(skipped, dict) else None
     data = load(
         d.source, classes=d.classes, seed=t.seed, test_fraction=d.test_fraction, root=d.root, download=d.download,
         corrupt=d.corrupt, skipped=skipped,

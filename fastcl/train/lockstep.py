@@ -215,7 +215,7 @@ class Lockstep:
             },
             "device": _device_name(self.device),
             "renderer": self.inputs.renderer,
-            "skipped": list(data.skipped),  # sample ids of images that cannot be decoded (data.corrupt)
+            "skipped": data.skipped,  # images that cannot be decoded (data.corrupt): sample id, which one, why
             "models": [t.name for t in self.twins],
             "reference": self.twins[0].name,
             "parameters": {t.name: sum(p.numel() for p in t.network.parameters()) for t in self.twins},
