@@ -78,6 +78,8 @@ def _add_views(views: argparse.ArgumentParser) -> None:
     views.add_argument("--data", required=True, metavar="SOURCE", help="as data.source of a config, such as digits")
     views.add_argument("--root", metavar="DIR", help="folder of a torchvision data set")
     views.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write, such as grid.png")
+    corrupt = "at an image that cannot be decoded (default: %(default)s); skip: leave all such images out"
+    views.add_argument("--corrupt", choices=("stop", "skip"), default="stop", help=corrupt)
     presets = "cifar, tiny-imagenet, imagenet, simclr or characters (default: by the images)"
     views.add_argument("--preset", metavar="NAME", help=presets)
     views.add_argument("--renderers", default="torchvision,dali,triton", metavar="NAMES", help="default: %(default)s")

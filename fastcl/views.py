@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -24,7 +26,8 @@ from fastcl.data import (
 from fastcl.data.renderers import obstacle
 from fastcl.errors import FastclError, suggest
 
-_GAIN = 16  # of the differences, so that one grey level can be seen
+_SPAN = 8  # grey levels: differences from -8 to 8 go from blue over white to red
+_NAME = 20  # letters of a class name
 _INCHES = 1.3  # of a picture in the sheet
 _REFERENCE = "torchvision"
 
@@ -41,7 +44,7 @@ def contact_sheet(
     device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Draw a row a sample: the image, its two views by torchvision, then for each other renderer that is available its
-    two views and, 16 times enlarged, their differences from torchvision's.
+    two views and, for each pixel, the largest difference of a channel from torchvision's, in colours.
 
     Args:
         data: the first samples of its training images in the epoch's order are drawn.
@@ -57,9 +60,11 @@ def contact_sheet(
         For each renderer (mean, max) of the absolute differences in grey levels, or why it is not available.
 
     Raises:
-        FastclError: an unknown renderer, fewer images than samples, an image that cannot be decoded, a file that cannot
-            be written.
+        FastclError: an unknown renderer or picture format, fewer images than samples, an image that cannot be decoded,
+            a file that cannot be written.
     """
+    if out.suffix.lower().lstrip(".") not in FigureCanvasBase.get_supported_filetypes():
+        raise FastclError(f"--out: {out} must end in .png or another picture format of matplotlib")
     for name in renderers:
         if name not in RENDERERS:
             raise FastclError(f"--renderers: unknown {name!r}{suggest(name, RENDERERS)}")
@@ -83,7 +88,8 @@ def contact_sheet(
         pictures[name] = [_levels(v, spec) for v in views]
         apart = torch.stack([(a - b).abs() for a, b in zip(pictures[name], pictures[_REFERENCE], strict=True)])
         found[name] = (apart.mean().item(), apart.max().item())
-    _draw(few, [data.classes[c] for c in few.labels], pictures, found, out)
+    title = f"{data.name}: views of {spec.size} x {spec.size} pixels, seed {seed}, epoch {epoch}"
+    _draw(few, [_short(data.classes[c]) for c in few.labels], pictures, found, title, out)
     return found
 
 
@@ -97,7 +103,7 @@ def preset_for(data: Dataset) -> str:
 
 def show_views(args: Any) -> None:
     """The command `fastcl views`: args are its parsed arguments. Raises FastclError as `load` and `contact_sheet`."""
-    data = load(args.data, root=args.root)
+    data = load(args.data, root=args.root, corrupt=args.corrupt)
     preset = args.preset or preset_for(data)
     spec = ViewSpec.preset(preset, **({} if args.size is None else {"size": args.size}))
     renderers = tuple(args.renderers.split(","))
@@ -116,47 +122,67 @@ def show_views(args: Any) -> None:
     print(f"picture: {args.out}")
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+
+
 def _levels(views: Tensor, spec: ViewSpec) -> Tensor:
     """(n, S, S, C) grey levels in [0, 255] of normalised views, float32 on the CPU."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
     return ((views.cpu() * std + mean) * 255).permute(0, 2, 3, 1).clamp(0, 255)
 
 
+def _difference(x: Tensor, y: Tensor) -> np.ndarray:
+    """(n, S, S) x - y in the channel that differs most, grey levels."""
+    apart = x - y
+    return apart.gather(3, apart.abs().argmax(3, keepdim=True)).squeeze(3).numpy()
+
+
 def _draw(
-    split: Split, labels: list[str], pictures: dict[str, list[Tensor]], found: dict[str, Any], out: Path
+    split: Split,
+    labels: list[str],
+    pictures: dict[str, list[Tensor]],
+    found: dict[str, Any],
+    title: str,
+    out: Path,
 ) -> None:
     reference = pictures[_REFERENCE]
-    columns: list[tuple[str, list[np.ndarray], list[str]]] = []
+    columns: list[tuple[str, np.ndarray, list[str]]] = [
+        ("source", [split.image(row) for row in range(len(split))], labels)
+    ]
     for name, views in pictures.items():
-        columns += [(f"{name}\nview {v + 1}", list(x.round().byte().numpy()), []) for v, x in enumerate(views)]
+        columns += [(f"{name}\nview {v + 1}", x.round().byte().numpy(), []) for v, x in enumerate(views)]
         if name == _REFERENCE:
             continue
         for v, (x, y) in enumerate(zip(views, reference, strict=True)):
-            apart = (x - y).abs()
-            texts = [f"mean {d.mean():.2f}, max {d.max():.0f}" for d in apart]
-            shown = list((apart * _GAIN).clamp(max=255).byte().numpy())
-            columns.append((f"{name} - torchvision\nview {v + 1}, times {_GAIN}", shown, texts))
+            texts = [f"mean {d.mean():.2f}, max {d.max():.0f}" for d in (x - y).abs()]
+            head = f"{name} - torchvision\nview {v + 1}: blue -{_SPAN}, red +{_SPAN}"
+            columns.append((head, _difference(x, y), texts))
     missing = [f"{name} is not available here: {why}" for name, why in found.items() if isinstance(why, str)]
-    rows, width = len(split), (len(columns) + 1) * _INCHES + 0.4
-    height = rows * (_INCHES + 0.25) + 0.6 + 0.25 * len(missing)
+    rows, width = len(split), max(len(columns) * _INCHES + 0.4, 5.0)
+    height = rows * (_INCHES + 0.25) + 0.85 + 0.25 * len(missing)
     figure = Figure(figsize=(width, height), dpi=120)
-    grid = figure.subplots(rows, len(columns) + 1, squeeze=False)
-    for row, axes in enumerate(grid):
-        cells = [(f"source\n{labels[row]}" if row == 0 else labels[row], split.image(row), "")]
-        cells += [(title if row == 0 else "", images[row], texts[row] if texts else "")
-                  for title, images, texts in columns]  # fmt: skip
-        for axis, (title, image, text) in zip(axes, cells, strict=True):
-            axis.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_title(title, fontsize=6, parse_math=False)
-            axis.set_xlabel(text, fontsize=6)
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for k, (head, images, texts) in enumerate(columns):
+        for row, axis in enumerate(grid[:, k]):
+            _show(axis, images[row])
+            axis.set_title(head if row == 0 else "", fontsize=6)
+            axis.set_xlabel(texts[row] if texts else "", fontsize=6, parse_math=False)
+    figure.text(0.02, 1 - 0.1 / height, title, fontsize=9, va="top", parse_math=False)
     figure.text(0.02, 0.1 / height, "\n".join(missing), fontsize=7, va="bottom", parse_math=False, wrap=True)
-    figure.subplots_adjust(0.02, (0.2 + 0.25 * len(missing)) / height, 0.98, 1 - 0.4 / height, 0.08, 0.25)
+    figure.subplots_adjust(0.02, (0.25 + 0.25 * len(missing)) / height, 0.98, 1 - 0.6 / height, 0.08, 0.25)
     try:
-        if not out.suffix:
-            raise FastclError(f"--out: {out} has no ending; give one of a picture, such as .png")
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise FastclError(f"--out: {out} cannot be written ({error})") from error
+
+
+def _show(axis: Axes, image: np.ndarray) -> None:
+    """Pixels (H, W, C) uint8, or differences (H, W)."""
+    if image.ndim == 2:
+        axis.imshow(image, cmap="bwr", vmin=-_SPAN, vmax=_SPAN)
+    else:
+        axis.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
+    axis.set_xticks([])
+    axis.set_yticks([])

@@ -159,7 +159,17 @@ def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path
     arguments[1] = f"folder:{tmp_path / 'tree'}"
     assert main(["views", *arguments, "--renderers", "triton"]) == 0
     assert "triton       not available: images must be of one size" in capsys.readouterr().out
-    for change, message in ((["--samples", "5"], "4 training images, got 5"), (["--renderers", "dal"], "'dali'")):
+    (tmp_path / "tree" / "a" / "1.png").write_bytes(b"no image")
+    assert main(["views", *arguments, "--renderers", "triton"]) == 1
+    assert "a/1.png" in capsys.readouterr().err
+    arguments[5:6] = ["2", "--corrupt", "skip"]
+    assert main(["views", *arguments, "--renderers", "triton"]) == 0
+    text = capsys.readouterr().out
+    assert "skipped: " in text and "tree: views of 2 training images" in text
+    for change, message in (
+        (["--samples", "5"], "3 training images, got 5"), (["--renderers", "dal"], "'dali'"),
+        (["--out", "grid"], "grid must end in .png"), (["--out", "grid.xyz"], "grid.xyz must end in .png"),
+    ):  # fmt: skip
         assert main(["views", *arguments, *change]) == 1
         assert message in capsys.readouterr().err
 
