@@ -72,3 +72,20 @@ def test_what_is_undefined_is_null():
     assert constant.pair() == {"drift": 0.0, "cka": None, "cka_debiased": None, "rsa": None}
     broken = StepTable(np.zeros((2, 5)), np.full(18, np.nan), 14, 0.0)
     assert broken.pair() == dict.fromkeys(PAIR_VALUES)
+
+
+def test_networks_in_bfloat16_under_losses_in_float32():
+    views = [torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    embeddings = {}
+    for precision in ("fp32", "bf16"):
+        config = tiny_config(train__models=["dcl", "nscl"], train__controls=["identity"], train__precision=precision)
+        twins = make_twins(config, 1, 3, torch.device("cpu"))
+        _steps(twins, 2)
+        states = twins[0].network.state_dict(), twins[-1].network.state_dict()
+        assert all(torch.equal(v, states[1][name]) and v.dtype != torch.bfloat16 for name, v in states[0].items())
+        embeddings[precision] = make_twins(config, 1, 3, torch.device("cpu"))[0].embed(views).detach()
+    whole, lowered = embeddings["fp32"], embeddings["bf16"]
+    assert lowered.dtype == torch.float32 and torch.equal(lowered, lowered.bfloat16().float())
+    assert 1e-4 < (whole - lowered).norm() / whole.norm() < 0.1
+    with pytest.raises(fastcl.FastclError, match="train.precision must be one of fp32, bf16; got 'fp16'"):
+        tiny_config(train__precision="fp16")

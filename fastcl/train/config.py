@@ -19,6 +19,9 @@ else:
     import tomli as tomllib
 
 
+PRECISIONS = ("fp32", "bf16")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where images come from; see `fastcl.data.load`."""
@@ -63,6 +66,7 @@ class TrainConfig:
     models: tuple[str, ...] = ("dcl", "nscl", "supcon", "ce")  # the first is the reference
     controls: tuple[str, ...] = ("identity", "reseeded")  # copies of the reference
     temperature: float = 0.5
+    precision: str = "fp32"  # of the networks in training; or "bf16", by autocast: losses and evaluations stay fp32
     batch_size: int = 256
     epochs: int = 100
     eval_every: int = 1  # epochs; epoch 0 and the last are always measured
@@ -207,5 +211,7 @@ def _check_ranges(config: Config) -> None:
     for key in ("warmup_epochs", "weight_decay", "momentum"):
         if getattr(optim, key) < 0:
             raise FastclError(f"optim.{key} must not be negative, got {getattr(optim, key)}")
+    if train.precision not in PRECISIONS:
+        raise FastclError(f"train.precision must be one of {', '.join(PRECISIONS)}; got {train.precision!r}")
     if not 0 <= train.seed < 1 << 32:
         raise FastclError(f"train.seed must lie in [0, 2**32), got {train.seed}")

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastcl import PairStats, RowStats, TwinStats, twin_stats, two_view_stats
 from fastcl.errors import FastclError
 from fastcl.train.twins import IDENTITY, RESEEDED, Twin
 
+# Spans of a step in a profile by torch.profiler.
+ENCODERS, LOSSES, BACKWARD, OPTIMIZERS = (f"fastcl.{name}" for name in ("encoders", "losses", "backward", "optimizers"))
 PAIR_VALUES = ("drift", "cka", "cka_debiased", "rsa")
 
 
@@ -88,7 +91,8 @@ def step_twins(
             # The reference's operator in the reference's role: any other would round otherwise.
             stats = step.pair_stats(twin.rows(z), z_partner).a
         else:
-            stats = two_view_stats(*twin.rows(z).chunk(2), labels, temperature)
+            with record_function(LOSSES):
+                stats = two_view_stats(*twin.rows(z).chunk(2), labels, temperature)
         found |= step.update({twin: (z, stats)})
     table = torch.stack([found[twin.name] for twin in twins])
     flat = table.flatten() if sums is None else torch.cat([table.flatten(), sums])
@@ -113,22 +117,27 @@ class _Step:
 
     def embed(self, twin: Twin) -> Tensor:
         torch.manual_seed(self.seed)  # dropout: the same numbers for every twin, and nothing to restore on resume
-        return twin.embed(self.reseeded if twin.reseeded else self.views)
+        with record_function(ENCODERS):
+            return twin.embed(self.reseeded if twin.reseeded else self.views)
 
     def pair_stats(self, za: Tensor, zb: Tensor) -> TwinStats:
         sample = torch.arange(len(self.labels), device=za.device).repeat(2)
-        return twin_stats(za, zb, sample, self.labels.repeat(2), temperature=self.temperature)
+        with record_function(LOSSES):
+            return twin_stats(za, zb, sample, self.labels.repeat(2), temperature=self.temperature)
 
     def update(self, found: dict[Twin, tuple[Tensor, RowStats]]) -> dict[str, Tensor]:
         """Update twins from their embeddings and statistics; STEP_VALUES of each."""
-        values = {twin: twin.losses(z, stats, self.labels) for twin, (z, stats) in found.items()}
+        with record_function(LOSSES):
+            values = {twin: twin.losses(z, stats, self.labels) for twin, (z, stats) in found.items()}
         for twin in values:
             twin.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward([value[0] for value in values.values()])  # together: their statistics share a graph
-        for twin in values:
-            for group in twin.optimizer.param_groups:
-                group["lr"] = self.lr
-            twin.optimizer.step()
+        with record_function(BACKWARD):
+            torch.autograd.backward([value[0] for value in values.values()])  # together: their statistics share a graph
+        with record_function(OPTIMIZERS):
+            for twin in values:
+                for group in twin.optimizer.param_groups:
+                    group["lr"] = self.lr
+                twin.optimizer.step()
         return {twin.name: torch.stack(value).detach().double() for twin, value in values.items()}
 
 

@@ -24,7 +24,8 @@ _OPTIMIZERS = ("lars", "sgd", "adamw")
 class Twin:
     """One model of a run.
 
-    `objective` is a name of OBJECTIVES or "ce". `reseeded`: it sees views of another seed (the noise floor).
+    `objective` is a name of OBJECTIVES or "ce". `reseeded`: it sees views of another seed (the noise floor). `lowered`:
+    its network trains in bfloat16, as autocast has it.
     """
 
     name: str
@@ -32,11 +33,15 @@ class Twin:
     network: Network
     optimizer: torch.optim.Optimizer
     reseeded: bool
+    lowered: bool
 
     def embed(self, views: tuple[Tensor, Tensor]) -> Tensor:
-        """Embeddings (2B, projection) of two views (B, C, S, S), the first view's rows first, in training mode."""
+        """Embeddings (2B, projection) float32 of two views (B, C, S, S), the first view's rows first, in training
+        mode."""
         self.network.train()
-        return self.network(torch.cat(views))
+        images = torch.cat(views)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.lowered):
+            return self.network(images).float()
 
     def rows(self, z: Tensor) -> Tensor:
         """Embeddings as row statistics take them: with their graph where these are what the twin minimises."""
@@ -78,7 +83,8 @@ def make_twins(config: Config, channels: int, classes: int, device: torch.device
     for name, objective in objectives.items():
         head = classes if objective == CROSS_ENTROPY else None
         network = copy_network(initial, head, config.train.seed).to(device)
-        twins.append(Twin(name, objective, network, make_optimizer(network, config.optim), name == RESEEDED))
+        optimizer, lowered = make_optimizer(network, config.optim), config.train.precision == "bf16"
+        twins.append(Twin(name, objective, network, optimizer, name == RESEEDED, lowered))
     return twins
 
 
