@@ -23,11 +23,19 @@ ROOT = Path(__file__).resolve().parents[1]
 GRACE = 15  # seconds that a step has to end itself after an interrupt: the benchmarks write what they have
 
 _DESCRIPTION = """\
-Run the GPU tests, then the benchmarks, each step with its own time limit; needs torch, triton, numpy and pytest, and
-uses what else is installed. DIR/gpu.json and DIR/gpu.md list the steps and are rewritten after each; DIR/NAME.log is
-what a step printed, DIR/NAME/ what it measured. A step that fails does not keep the next from running; the exit status
-is 1 if any failed or ran out of time.
+Everything that needs a GPU, in parts that take 8 minutes each at most:
+
+  kernels     the GPU tests, the ceilings of the card, bench.losses
+  statistics  bench.similarity, bench.data, bench.training
+  proofs      the same bits in two runs, compute-sanitizer
+
+Each step has its own time limit; needs torch, triton, numpy and pytest, and uses what else is installed. The real
+images are read from FASTCL_DATA. DIR/gpu.json and DIR/gpu.md list the steps and are rewritten after each; DIR/NAME.log
+is what a step printed, DIR/NAME/ what it measured. A step that fails does not keep the next from running; the exit
+status is 1 if any failed or ran out of time.
 """
+PARTS = ("kernels", "statistics", "proofs")
+PART_MINUTES = 8.0
 
 OURS = ("fastcl fp16", "fastcl fp32")
 SIMILARITY = (
@@ -66,35 +74,43 @@ class Outcome:
     limit: float
 
 
-def plan(out: Path, rehearse: bool) -> list[Step]:
-    """The steps, in order: what later ones rest on comes first, what is slow and least needed last."""
+def plan(out: Path, part: str, rehearse: bool) -> list[Step]:
+    """The steps of a part, in order: what later ones rest on comes first, what is slow and least needed last."""
+    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    cards = (Step(name, (query, "--format=csv"), 10, tool="nvidia-smi") for name in ("card", "card afterwards"))
+    before, after = (replace(step, name=f"{step.name}, {part}") for step in cards)
+    steps = {"kernels": _kernels, "statistics": _statistics, "proofs": _proofs}[part](out, rehearse)
+    # The interpreter is slow.
+    return [before, *(replace(step, limit=5 * step.limit) if rehearse else step for step in steps), after]
+
+
+def _kernels(out: Path, rehearse: bool) -> list[Step]:
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10")
+    # In a rehearsal the tests marked gpu skip themselves, and their tiny doubles run in their place.
+    tests = ("tests/test_gpu.py",) if rehearse else ("-m", "gpu", *gpu_tests())
+    return [
+        Step("ceilings", ("-m", "bench.ceilings", "--out", str(out / "ceilings"), "--repeats", "10"), 40),
+        Step("tests", (*pytest, *tests), 120),
+        *_losses(out, rehearse),
+    ]
+
+
+def _statistics(out: Path, rehearse: bool) -> list[Step]:
+    return [_similarity(out, rehearse), _training(out, rehearse), _data(out, rehearse)]
+
+
+def _proofs(out: Path, rehearse: bool) -> list[Step]:
     scale = "tiny" if rehearse else "small"
+    workload = ("-m", "bench.workload", "--scale", scale)
     # A caching allocator would hide accesses that leave their tensor but not its block.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
-    workload = ("-m", "bench.workload", "--scale")
+    repeat = ("-m", "bench.repeat", "--scale", "tiny" if rehearse else "full", "--out", str(out / "repeat"))
     sanitizers = [
-        Step(tool, ("--tool", tool, "--error-exitcode", "9", sys.executable, *workload, scale), 75, uncached,
+        Step(tool, ("--tool", tool, "--error-exitcode", "9", sys.executable, *workload), 120, uncached,
              tool="compute-sanitizer")
         for tool in ("memcheck", "racecheck")
     ]  # fmt: skip
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10")
-    repeat = ("-m", "bench.repeat", "--scale", "tiny" if rehearse else "full", "--out", str(out / "repeat"))
-    steps = [
-        Step("card", (query, "--format=csv"), 20, tool="nvidia-smi"),
-        Step("ceilings", ("-m", "bench.ceilings", "--out", str(out / "ceilings"), "--repeats", "10"), 60),
-        Step("workload", (*workload, scale), 120),
-        # In a rehearsal the tests marked gpu skip themselves, and their tiny doubles run in their place.
-        Step("tests", (*pytest, *(("tests/test_gpu.py",) if rehearse else ("-m", "gpu", *gpu_tests()))), 180),
-        *_losses(out, rehearse),
-        _similarity(out, rehearse),
-        _data(out, rehearse),
-        Step("repeat", repeat, 90),
-        *sanitizers,
-        Step("card afterwards", (query, "--format=csv"), 20, tool="nvidia-smi"),
-    ]
-    # The interpreter is slow.
-    return [replace(step, limit=5 * step.limit) for step in steps] if rehearse else steps
+    return [Step("workload", workload, 100), Step("repeat", repeat, 90), *sanitizers]
 
 
 def gpu_tests() -> list[str]:
@@ -106,18 +122,18 @@ def gpu_tests() -> list[str]:
 def _losses(out: Path, rehearse: bool) -> list[Step]:
     """The benchmark in parts, so that one that fails leaves the others; sizes by what a few minutes allow."""
     parts = (
-        ("losses", 150, ("ntxent", "clip"), (4096, 16384, 65536), (128,), ()),
-        ("losses-sizes", 60, ("ntxent",), (512, 262144, 1048576), (128,), (*OURS, "chunked bf16", "Inf-CL")),
-        ("losses-widths", 80, ("ntxent",), (16384,), (64, 256, 512, 1024), (*TORCH, "Inf-CL")),
-        ("losses-labels", 60, ("nscl", "supcon"), (16384,), (128,), (*TORCH, "authors' formulation")),
-        ("losses-small", 40, ("ntxent", "nscl"), (512,), (128,), (*TORCH, "lightly", "authors' formulation")),
+        ("losses", 110, ("ntxent", "clip"), (4096, 16384, 65536), (128,), ()),
+        ("losses-sizes", 50, ("ntxent",), (512, 262144, 1048576), (128,), (*OURS, "chunked bf16", "Inf-CL")),
+        ("losses-widths", 60, ("ntxent",), (16384,), (64, 256, 512, 1024), (*TORCH, "Inf-CL")),
+        ("losses-labels", 40, ("nscl", "supcon"), (16384,), (128,), (*TORCH, "authors' formulation")),
+        ("losses-small", 30, ("ntxent", "nscl"), (512,), (128,), (*TORCH, "lightly", "authors' formulation")),
     )
     steps = []
     for name, limit, objectives, rows, widths, providers in parts:
         rows, widths = ((64,), (16,)) if rehearse else (rows, widths)
         command = ["-m", "bench.losses", "--out", str(out / name), "--objectives", *objectives]
         command += ["--n", *map(str, rows), "--d", *map(str, widths)]
-        command += ["--seconds", "60" if rehearse else "2", "--repeats", "3" if rehearse else "30"]
+        command += ["--seconds", "60" if rehearse else "1", "--repeats", "3" if rehearse else "30"]
         command += ["--providers", *providers] if providers else []
         steps.append(Step(name, tuple(command), limit))
     return steps
@@ -131,7 +147,15 @@ def _similarity(out: Path, rehearse: bool) -> Step:
     command += ["--sections", "models", "pair", "stream", "twins"]  # in this order
     command += ["--sizes", "1000x512", "10000x512", "100000x512", "10000x2048", "1000000x128"]
     command += ["--seconds", "2", "--repeats", "5", "--providers", *SIMILARITY]
-    return Step("similarity", tuple(command), 90)
+    return Step("similarity", tuple(command), 120)
+
+
+def _training(out: Path, rehearse: bool) -> Step:
+    """The trainer: what a step is made of, two real runs, bfloat16 against float32."""
+    command = ("-m", "bench.training", "--out", str(out / "training"))
+    if rehearse:
+        return Step("training", (*command, "--tiny", "--repeats", "2"), 60)
+    return Step("training", (*command, "--seconds", "60"), 250)
 
 
 def _data(out: Path, rehearse: bool) -> Step:
@@ -229,8 +253,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.gpu", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of logs and results")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+        help=f"default: {' '.join(PARTS)}")  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="M",
-        help="no step begins after that, and none runs beyond it (default: 8; a rehearsal: 40)")  # fmt: skip
+        help=f"no step begins after that, and none runs beyond it (default: {PART_MINUTES:g} a part; a rehearsal: 40)")
     parser.add_argument("--rehearse", action="store_true",
         help="the same steps, tiny, on the CPU under Triton's interpreter")  # fmt: skip
     args = parser.parse_args(argv)
@@ -243,11 +269,11 @@ def main(argv: list[str] | None = None) -> int:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     else:
         environment.pop("TRITON_INTERPRET", None)
-    minutes = args.minutes or (40 if args.rehearse else 8)
+    minutes = args.minutes or (40 if args.rehearse else PART_MINUTES * len(args.parts))
     facts = machine(torch.device("cpu" if args.rehearse else "cuda"))
     began, outcomes = perf_counter(), []
     try:
-        for step in plan(out, args.rehearse):
+        for step in (step for part in args.parts for step in plan(out, part, args.rehearse)):
             print(f"{step.name} ...", end=" ", flush=True)
             outcomes.append(run_step(step, out, 60 * minutes - (perf_counter() - began), environment))
             last = outcomes[-1]

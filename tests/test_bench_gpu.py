@@ -19,8 +19,8 @@ def code(text: str) -> tuple[str, str]:
 
 
 def run(tmp_path: Path, monkeypatch, *steps: Step, minutes: float = 8) -> tuple[int, list[dict]]:
-    monkeypatch.setattr(gpu, "plan", lambda out, rehearse: list(steps))
-    status = gpu.main(["--out", str(tmp_path), "--rehearse", "--minutes", str(minutes)])
+    monkeypatch.setattr(gpu, "plan", lambda out, part, rehearse: list(steps))
+    status = gpu.main(["--out", str(tmp_path), "--rehearse", "--minutes", str(minutes), "--parts", "kernels"])
     return status, json.loads((tmp_path / "gpu.json").read_text())["steps"]
 
 
@@ -84,8 +84,13 @@ def test_paths_of_the_machine_stay_out_of_the_report(tmp_path, monkeypatch):
     assert str(tmp_path) not in text and str(tmp_path) not in found[0]["command"]
 
 
+def test_a_part_fits_into_its_minutes(tmp_path):
+    for part in gpu.PARTS:
+        assert sum(step.limit for step in gpu.plan(tmp_path, part, False)) <= 60 * gpu.PART_MINUTES, part
+
+
 def test_a_rehearsal_has_the_same_steps_and_every_command_is_known(tmp_path, capsys):
-    real, tiny = gpu.plan(tmp_path, False), gpu.plan(tmp_path, True)
+    real, tiny = ([s for part in gpu.PARTS for s in gpu.plan(tmp_path, part, rehearse)] for rehearse in (False, True))
     assert [s.name for s in real] == [s.name for s in tiny] and len({s.name for s in real}) == len(real)
     assert [s.environment for s in real] == [s.environment for s in tiny]
     assert [s.tool for s in real] == [s.tool for s in tiny]

@@ -1,0 +1,97 @@
+"""The benchmark of the trainer: a tiny run of all of it, and how a profile is read."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from bench import step_profile, training, training_report, training_runs
+from fastcl.train.stepping import BACKWARD, ENCODERS, LOSSES, OPTIMIZERS
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("training")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        assert training.main(["--out", str(out), "--tiny", "--device", "cpu", "--repeats", "2"]) == 0
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    return out, json.loads((out / "training.json").read_text())
+
+
+def test_every_section_is_measured(results):
+    out, found = results
+    assert [(r["section"], r["reason"]) for r in found] == [
+        ("steps", None), ("steps", None), ("runs", None), ("runs", None), ("precision", None)
+    ]  # fmt: skip
+    text = (out / "training.md").read_text()
+    assert "prove that it works" not in text and "measure nothing" in text and "not measured" in text
+    for r in found[:2]:
+        assert len(r["step_seconds"]) == 2 and r["twins"] == 4 and r["peak_bytes"] is None
+        assert all(0 <= w <= s for w, s in zip(r["waiting_seconds"], r["step_seconds"], strict=True))
+        assert sum(r["shares"].values()) == pytest.approx(1) and min(r["shares"].values()) > 0
+    for r in found[2:4]:
+        assert set(r["pairs"]) == {"nscl", "supcon", "ce", "reseeded"} and set(r["ncc"]) == {"dcl", *r["pairs"]}
+        assert all(0 <= r["probe"][model] <= 1 for model in r["ncc"])
+        assert (out / "runs" / f"temperature-{r['temperature']:g}" / "report.html").exists()
+        assert f"| ce |  | {r['pairs']['ce']['cka']:.4f} |" in text
+    r = found[4]
+    assert r["between"]["cka"] != 1 and r["alignment"]["fp32"] != r["alignment"]["bf16"]
+    assert f"| dcl fp32, dcl bf16 | what the precision changes | {r['between']['cka']:.4f} |" in text
+
+
+def test_a_case_that_fails_is_told_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    def measure(config, *_):
+        if config.train.precision == "fp32":
+            raise torch.OutOfMemoryError("tried to allocate 99 GiB")
+        raise ValueError("odd")
+
+    monkeypatch.setattr(step_profile, "measure", measure)
+    assert training.main(["--out", str(tmp_path), "--tiny", "--device", "cpu", "--sections", "steps"]) == 1
+    first, second = json.loads((tmp_path / "training.json").read_text())
+    assert first["reason"].startswith("out of memory") and second["reason"] == "failed: ValueError: odd"
+    assert "error: steps: failed: ValueError: odd" in capsys.readouterr().err
+    assert "| 16 | fp32 | 4 | out of memory" in (tmp_path / "training.md").read_text()
+
+
+def _event(key, time, kind=DeviceType.CPU, note=False):
+    return SimpleNamespace(key=key, device_type=kind, device_time_total=time, self_device_time_total=time,
+                           cpu_time_total=2 * time, is_user_annotation=note)  # fmt: skip
+
+
+def test_shares_of_a_profile():
+    spans = [_event(ENCODERS, 30), _event(LOSSES, 4), _event(OPTIMIZERS, 6)]
+    operators = [_event("fastcl::twin", 3), _event("fastcl::fused_backward", 8), _event("aten::conv", 29)]
+    card = [_event("conv_kernel", 92, DeviceType.CUDA), _event("twin_kernel", 8, DeviceType.CUDA),
+            _event(ENCODERS, 30, DeviceType.CUDA, True)]  # fmt: skip
+    # Of 100 in all 60 are backward: 8 of the losses, 52 of the encoders.
+    shares, twin = step_profile.shares_of([*spans, *operators, *card], True)
+    assert shares == pytest.approx({"encoders": 0.82, "losses": 0.12, "optimisers": 0.06}) and twin == 0.03
+    shares, twin = step_profile.shares_of([*spans, *operators[1:], _event(BACKWARD, 40)], False)
+    assert shares == pytest.approx({"encoders": 62 / 80, "losses": 12 / 80, "optimisers": 6 / 80}) and twin is None
+
+
+def test_the_ridge_probe_separates_what_is_separable():
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > 0).long()
+    x[:, 0] += 4 * labels
+    assert training_runs.ridge_accuracy(x[:40], x[40:], labels[:40], labels[40:]) == 1
+    assert training_runs.ridge_accuracy(x[:40], x[40:], labels[:40], 1 - labels[40:]) == 0
+
+
+def test_pace_decides_the_epochs(tmp_path, monkeypatch):
+    """Four models take 2 s a step of 10 an epoch, five 25 s an epoch, 30 with its evaluation."""
+    values = {"steps_per_epoch": 10, "step_seconds": [2.0, 1.0, 3.0]}
+    monkeypatch.setattr(step_profile, "measure", lambda *_: values)
+    run = training.Run(SimpleNamespace(seconds=95), torch.device("cpu"), {}, "cpu", "digits")
+    assert training.epochs_within(run, tmp_path) == 3
+    run.args.seconds = 1
+    assert training.epochs_within(run, tmp_path) == 2
+
+
+def test_the_report_without_a_case():
+    facts = {"device": "x", "versions": {}, "date": "y"}
+    assert "## Steps" not in training_report.markdown([], facts, "digits", False)
