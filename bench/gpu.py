@@ -121,19 +121,21 @@ def gpu_tests() -> list[str]:
 
 def _losses(out: Path, rehearse: bool) -> list[Step]:
     """The benchmark in parts, so that one that fails leaves the others; sizes by what a few minutes allow."""
-    parts = (
-        ("losses", 110, ("ntxent", "clip"), (4096, 16384, 65536), (128,), ()),
-        ("losses-sizes", 50, ("ntxent",), (512, 262144, 1048576), (128,), (*OURS, "chunked bf16", "Inf-CL")),
-        ("losses-widths", 60, ("ntxent",), (16384,), (64, 256, 512, 1024), (*TORCH, "Inf-CL")),
-        ("losses-labels", 40, ("nscl", "supcon"), (16384,), (128,), (*TORCH, "authors' formulation")),
-        ("losses-small", 30, ("ntxent", "nscl"), (512,), (128,), (*TORCH, "lightly", "authors' formulation")),
+    fewer, together = (*OURS, "chunked bf16", "Inf-CL", "plain PyTorch"), ("nscl", "supcon", "clip", "ntxent+supcon")
+    parts = (  # name, seconds, objectives, rows, widths, providers, seconds a case and provider
+        ("losses", 90, ("ntxent",), (512, 4096, 16384, 65536), (128,), (), 1),
+        ("losses-widths", 60, ("ntxent",), (65536,), (256, 512, 1024), (*TORCH, "flex_attention bf16", "Inf-CL"), 1),
+        ("losses-labels", 50, together, (65536,), (128,), fewer, 1),
+        ("losses-small", 30, ("ntxent", "nscl"), (512,), (64, 256), (*TORCH, "lightly", "authors' formulation"), 1),
+        ("losses-large", 60, ("ntxent",), (262144, 1048576), (512,), ("fastcl fp16",), 15),
     )
     steps = []
-    for name, limit, objectives, rows, widths, providers in parts:
+    for name, limit, objectives, rows, widths, providers, seconds in parts:
         rows, widths = ((64,), (16,)) if rehearse else (rows, widths)
         command = ["-m", "bench.losses", "--out", str(out / name), "--objectives", *objectives]
         command += ["--n", *map(str, rows), "--d", *map(str, widths)]
-        command += ["--seconds", "60" if rehearse else "1", "--repeats", "3" if rehearse else "30"]
+        command += ["--seconds", "60" if rehearse else str(seconds)]
+        command += ["--repeats", "3" if rehearse or len(providers) == 1 else "30"]
         command += ["--providers", *providers] if providers else []
         steps.append(Step(name, tuple(command), limit))
     return steps

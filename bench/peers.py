@@ -29,7 +29,7 @@ def chunk_rows(n: int) -> int:
 def autocast(z: Tensor, labels: Tensor, objective: str) -> Tensor:
     """The plain form under autocast to bfloat16."""
     with torch.autocast(z.device.type, torch.bfloat16):
-        return getattr(plain, objective)(z, labels)
+        return plain.mean_of(objective, z, labels)
 
 
 def compiled(z: Tensor, labels: Tensor, objective: str) -> Tensor:
@@ -39,6 +39,9 @@ def compiled(z: Tensor, labels: Tensor, objective: str) -> Tensor:
 
 def chunked(z: Tensor, labels: Tensor, objective: str) -> Tensor:
     """bfloat16 products chunk by chunk, each recomputed in the backward pass; everything else in float32."""
+    if "+" in objective:
+        values = [chunked(z, labels, name) for name in objective.split("+")]
+        return sum(values) / len(values)
     u = functional.normalize(z)
     if objective == "clip":
         image, text = u.chunk(2)

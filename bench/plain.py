@@ -45,6 +45,12 @@ def clip(z: Tensor, labels: Tensor) -> Tensor:
     return (functional.cross_entropy(logits, pair) + functional.cross_entropy(logits.T, pair)) / 2
 
 
+def mean_of(objectives: str, z: Tensor, labels: Tensor) -> Tensor:
+    """The mean of objectives that are joined by +, each by its own matrix."""
+    values = [globals()[name](z, labels) for name in objectives.split("+")]
+    return sum(values) / len(values)
+
+
 def broadcast_ntxent(z: Tensor, labels: Tensor) -> Tensor:
     """NT-Xent as the code published with arXiv 2510.08852 takes its similarities: over an N x N x D broadcast."""
     logits = _broadcast_logits(z)

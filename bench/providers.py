@@ -18,7 +18,7 @@ from bench import peers, plain
 from bench.ceilings import NARROW
 from fastcl.kernels.contrastive import launch
 
-OBJECTIVES = ("ntxent", "nscl", "supcon", "clip")
+OBJECTIVES = ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon")  # the last: the mean of two, from one pass of ours
 
 # Relative, of the loss and of the gradient's Euclidean norm. float32 leaves about 1e-6, half precision what its
 # products are rounded to; a gradient that is summed up in bfloat16, as some do, is the worst.
@@ -81,7 +81,13 @@ def _fastcl(backend: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:
             return fastcl.clip_loss(*z.chunk(2), 1 / plain.TEMPERATURE)
         sample = torch.arange(len(z) // 2, device=z.device).repeat(2)
         classes = None if objective == "ntxent" else labels.repeat(2)
-        return fastcl.contrastive_loss(z, sample, classes, objective, plain.TEMPERATURE)
+        return _joint(z, sample, classes, objective)
+
+
+def _joint(z: Tensor, sample: Tensor, classes: Tensor | None, objectives: str) -> Tensor:
+    """The mean of objectives that are joined by +, from one set of row statistics."""
+    values = fastcl.contrastive_losses(z, sample, classes, objectives.split("+"), plain.TEMPERATURE).values()
+    return sum(values) / len(values)
 
 
 def fused(half: bool, z: Tensor, labels: Tensor, objective: str) -> Tensor:
@@ -90,11 +96,13 @@ def fused(half: bool, z: Tensor, labels: Tensor, objective: str) -> Tensor:
     classes = () if objective in ("ntxent", "clip") else (labels,)
     scale = 1 / plain.TEMPERATURE if objective == "clip" else plain.TEMPERATURE
     with fastcl.backend("triton"), torch.autocast(z.device.type, torch.float16, enabled=half):
+        if "+" in objective:
+            return _joint(z, torch.arange(len(labels), device=z.device).repeat(2), labels.repeat(2), objective)
         return getattr(fastcl, f"{objective}_loss")(*views, *classes, scale)
 
 
 def _plain(prefix: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    return getattr(plain, prefix + objective)(z, labels)
+    return plain.mean_of(prefix + objective, z, labels)
 
 
 def _counts(views: tuple[float, float], clip: tuple[float, float]) -> Callable[[str, int], tuple[float, float]]:
@@ -109,7 +117,7 @@ def _fused_work(half: bool, objective: str, d: int) -> tuple[float, float]:
     products = 1 if half else 3
     if objective == "clip":
         return 2 * products, 8 * products
-    modes = (("none", "peers") if objective == "supcon" else ("none",)) if half else ("all",)
+    modes = (("none", "peers") if "supcon" in objective else ("none",)) if half else ("all",)
     sm = launch.architecture(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
     one_program = d <= NARROW and all(launch.config("backward", sm, mode, d, 4096) for mode in modes)
     return products, (4 if one_program else 3) * products
