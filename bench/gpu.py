@@ -147,7 +147,7 @@ def _similarity(out: Path, rehearse: bool) -> Step:
     if rehearse:
         return Step("similarity", (*command, "--tiny", "--repeats", "3"), 90)
     command += ["--sections", "models", "pair", "stream", "twins"]  # in this order
-    command += ["--sizes", "1000x512", "10000x512", "100000x512", "10000x2048", "1000000x128"]
+    command += ["--sizes", "1000x512", "10000x512", "50000x512", "100000x512", "10000x2048", "1000000x128"]
     command += ["--seconds", "2", "--repeats", "5", "--providers", *SIMILARITY]
     return Step("similarity", tuple(command), 120)
 

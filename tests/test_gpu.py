@@ -31,7 +31,6 @@ LARGE = [
     ("ntxent", 4096, 1024, "fp16"),
     *((name, 65536, 128, "fp16") for name in ("ntxent", "nscl", "supcon")),
     ("ntxent", 65536, 128, "fp32"),
-    ("ntxent", 262144, 128, "fp16"),
 ]
 
 
