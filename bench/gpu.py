@@ -27,7 +27,7 @@ Everything that needs a GPU, in parts that take 8 minutes each at most:
 
   kernels     the GPU tests, the ceilings of the card, bench.losses
   statistics  bench.similarity, bench.data, bench.training
-  proofs      the same bits in two runs, compute-sanitizer
+  proofs      the same bits in two runs, DALI's decoder against itself, compute-sanitizer
 
 Each step has its own time limit; needs torch, triton, numpy and pytest, and uses what else is installed. The real
 images are read from FASTCL_DATA. DIR/gpu.json and DIR/gpu.md list the steps and are rewritten after each; DIR/NAME.log
@@ -110,7 +110,8 @@ def _proofs(out: Path, rehearse: bool) -> list[Step]:
              tool="compute-sanitizer")
         for tool in ("memcheck", "racecheck")
     ]  # fmt: skip
-    return [Step("workload", workload, 100), Step("repeat", repeat, 90), *sanitizers]
+    decoder = ("-m", "bench.decoder", "--out", str(out / "decoder"), *(("--tiny",) if rehearse else ()))
+    return [Step("workload", workload, 90), Step("repeat", repeat, 80), Step("decoder", decoder, 40), *sanitizers]
 
 
 def gpu_tests() -> list[str]:
@@ -165,8 +166,8 @@ def _data(out: Path, rehearse: bool) -> Step:
     command = ("-m", "bench.data", "--out", str(out / "data"), "--sections", "views")
     if rehearse:
         return Step("data", (*command, "--tiny", "--repeats", "2"), 60)
-    sizes = ("--sizes", "32", "224", "--seconds", "3", "--repeats", "5")
-    return Step("data", (*command, *sizes, "--providers", *DATA), 75)
+    sizes = ("--sizes", "32", "96", "224", "--seconds", "2", "--repeats", "5")
+    return Step("data", (*command, *sizes, "--providers", *DATA), 85)
 
 
 def find_tool(name: str) -> str | None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastcl
-from bench import data, data_peers, data_providers, data_report, photos, waiting
+from bench import data, data_peers, data_providers, data_report, decoder, photos, waiting
 from bench.data_providers import DALI_RENDERER, DECODING, LEVELS, PROVIDERS, TRITON_RENDERER
 from bench.photos import CASES, TINY
 from bench.records import record
@@ -245,3 +245,15 @@ def test_bad_arguments_are_refused(capsys):
         with pytest.raises(SystemExit):
             data.main(["--out", "x", *arguments])
     assert "--seconds: must be positive, got 0" in capsys.readouterr().err
+
+
+def test_dali_again(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install fastcl[dali])")
+    assert decoder.main(["--out", str(tmp_path), "--tiny"]) == 0
+    found = json.loads((tmp_path / "decoder.json").read_text())
+    assert [r["hw_decoder_load"] for r in found] == [0.0] * 5 + [0.65] * 5
+    assert all(r["max"] == 0 for r in found if r["against"] != "torchvision's")
+    assert 0 < found[4]["mean"] < 1.5 and "| 0 | torchvision's |" in (tmp_path / "decoder.md").read_text()
+    monkeypatch.setattr(decoder, "compared", lambda *_: iter([("twice", 0.1, 1.0), ("torchvision's", 0.1, 1.0)]))
+    assert decoder.main(["--out", str(tmp_path), "--tiny"]) == 1
+    assert "error: not the same twice" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from fastcl.data.plan import ViewParams, ViewSpec
 
 CHUNK = 128  # images that one run of a pipeline takes at most: bounds the memory for decoded images
 DEPTH = 3  # runs under way at a time
+HW_DECODER_LOAD = 0.0  # of the GPU's JPEG engine: its pixels differ, and which images it gets depends on the batch
 
 # A decoder may upsample the chroma of a region without looking beyond it. One JPEG block more on each side keeps that
 # out of the crops. CPU decoding of a region equals the same part of a full decoding even without it.
@@ -56,7 +57,7 @@ def build(spec: ViewSpec, views: int, encoded: bool, device: torch.device, threa
                 output_type=types.RGB,
                 adjust_orientation=False,
                 jpeg_fancy_upsampling=True,
-                hw_decoder_load=0.0,  # its pixels differ, and which images it gets depends on the batch
+                hw_decoder_load=HW_DECODER_LOAD,
             )
         else:
             images = fn.external_source(name="images", dtype=types.UINT8, ndim=3, layout="HWC")
