@@ -34,6 +34,8 @@ def check_rows(x: Tensor, name: str) -> None:
         raise FastclError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         raise FastclError(f"{name} must be a non-empty (rows, width) matrix, got {describe(x)}")
+    if x.layout != torch.strided:
+        raise FastclError(f"{name} must be a dense tensor, got {x.layout}")
     if x.dtype not in _DTYPES:
         raise FastclError(f"{name} must be float16, bfloat16, float32 or float64, got {describe(x)}")
 

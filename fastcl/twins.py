@@ -69,7 +69,8 @@ def twin_stats(
         bit on the torch backends, up to the order of sums on the Triton backend, where tiles of both models are formed
         in one program and serve the matrices' sums too. There the matrices are those of the rows as the tiles see them
         (in half precision, or split half precision for "fp32"), with entries summed in float32, and one whose entries
-        vary by less than 2^-21 of their mean, in root mean square, counts as constant. The torch backends form the
+        vary by less than 2^-21 of their mean, in root mean square, counts as constant; one whose entries vary by a
+        share s of it keeps 2^-22 / s of relative error, since the tiles hold the mean too. The torch backends form the
         matrices' sums from moments of the rows: by products in float32 where both models are narrower than float64 and
         of one width (a small drift keeps its digits), else in float64. Both models' statistics share one graph: take
         both gradients in one backward pass. With equal rows za and zb, all correlations are exactly 1 and all drifts

@@ -229,6 +229,20 @@ def test_a_million_samples_far_from_zero():
     assert accumulator.compute()["a", "b"].linear.cka == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_state_is_left_as_it_is_and_the_largest_rounding_counts():
+    x, y = features(1300, 5, 4)
+    accumulator = PairAccumulator(["a", "b"])
+    accumulator.update({"a": x[:600].float(), "b": y[:600].float()})  # a whole chunk in float32
+    state = accumulator.state_dict()
+    results = []
+    for _ in range(2):
+        again = PairAccumulator(["a", "b"])
+        again.load_state_dict(state)
+        again.update({"a": x[600:], "b": y[600:]})
+        results.append(again.compute())
+    assert results[0] == results[1] and results[0]["a", "b"].linear.rounding == NARROW_ROUNDING
+
+
 RANK = """
 import sys
 import torch

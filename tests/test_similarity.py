@@ -73,7 +73,7 @@ def features(n, dx, dy, seed=0, shared=2):
 
 @pytest.mark.parametrize("kernel", ["linear", "cosine", "correlation"])
 @pytest.mark.parametrize("route", ["features", "tiles"])
-@pytest.mark.parametrize(("n", "dx", "dy"), [(40, 5, 9), (12, 30, 17), (64, 64, 64), (4, 4, 3)])
+@pytest.mark.parametrize(("n", "dx", "dy"), [(40, 5, 9), (12, 30, 17), (64, 64, 64), (4, 4, 3), (60, 300, 530)])
 def test_measures_equal_their_definitions(kernel, route, n, dx, dy):
     x, y = features(n, dx, dy)
     check(pair_stats(x, y, kernel, route=route), reference(x, y, kernel), rel=1e-10)
@@ -135,6 +135,16 @@ def test_a_mean_far_from_zero_does_not_cancel(kernel, route, mean):
     assert whole.rsa == pytest.approx(expected["rsa"], rel=1e-9)
     assert whole.drift == pytest.approx(expected["drift"], rel=1e-9)
     assert whole.drift_centered == pytest.approx(expected["drift_centered"], rel=1e-9)
+
+
+def test_rows_that_are_constant_but_for_rounding_have_no_correlation():
+    x, y = features(20, 7, 5)
+    rounded, zero = x.clone(), x.clone()
+    rounded[3], zero[3] = 0.1, 0.0  # the mean of seven times 0.1 is not 0.1
+    assert (rounded[3] - rounded[3].mean()).any()
+    found, expected = (pair_stats(z, y, "correlation") for z in (rounded, zero))
+    for measure in ("rsa", "drift"):
+        assert getattr(found, measure) == pytest.approx(getattr(expected, measure), rel=1e-12), measure
 
 
 def test_an_outlier_as_the_first_sample_costs_no_digits():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastcl
 from fastcl.errors import FastclError
 from fastcl.similarity import GramSums, PairAccumulator, PairStats, linear_cka, pair_stats, rsa
 
@@ -168,3 +169,25 @@ def test_gradients_and_inference_mode_are_of_no_concern():
     accumulator.update({"a": x, "b": x * 2})
     assert accumulator.compute()["a", "b"].linear.cka == pytest.approx(1.0, abs=1e-12)
     assert accumulator.n == 24
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: PairAccumulator("ab"), "names must be a sequence of strings, got 'ab'"),
+    (lambda: PairAccumulator([["a"], ["b"]]), "names must be a sequence of strings"),
+    (lambda: PairAccumulator(["a", "b"], "linear"), "kernels must be a sequence of strings, got 'linear'"),
+    (lambda: PairAccumulator(["a", "b"]).merge("x"), "other must be a PairAccumulator, got str"),
+    (lambda: PairAccumulator(["a", "b"]).load_state_dict(None), "state_dict of a PairAccumulator, got NoneType"),
+])  # fmt: skip
+def test_what_is_no_name_accumulator_or_state(call, message):
+    with pytest.raises(FastclError, match=message):
+        call()
+
+
+def test_rows_that_wait_are_refused_before_anything_is_added():
+    x, y = normal(700, 5), normal(700, 4)
+    accumulator = PairAccumulator(["a", "b"])
+    accumulator.update({"a": x[:100], "b": y[:100]})
+    before = accumulator.compute()
+    with fastcl.backend("triton"), pytest.raises(FastclError, match="computes in float32 at most"):
+        accumulator.update({"a": x[100:].float(), "b": y[100:].float()})
+    assert accumulator.n == 100 and accumulator.compute() == before

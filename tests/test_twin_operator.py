@@ -39,8 +39,8 @@ def test_the_operator_keeps_the_rules_of_torch_library(learnable: bool, labelled
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), k
 
 
-@pytest.mark.parametrize("width", (4, 6))  # of the second model
-def test_compiled_whole_for_any_number_of_rows(width: int) -> None:
+@pytest.mark.parametrize(("width", "rows"), ((4, (10, 16)), (6, (10, 16)), (40, (10, 12, 18))))  # of the second model
+def test_compiled_whole_for_any_number_of_rows(width: int, rows: tuple[int, ...]) -> None:
     counter = CompileCounterWithBackend("aot_eager")
 
     def both(za: Tensor, zb: Tensor, t: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def test_compiled_whole_for_any_number_of_rows(width: int) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(both, fullgraph=True, dynamic=True, backend=counter)
-    for n in (10, 16):
+    for n in rows:
         leaves = [leaf(v) for v in (normal(n, 4).float(), normal(n, width, seed=1).float(), torch.tensor(0.3))]
         sample = (torch.arange(n) % (n // 2)).to(DEVICE)
         results = []

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_NEAR = 16  # models are near whose difference is below a quarter of either, in Euclidean norm
+
 
 class PairSums(NamedTuple):
     """Sums over K - shift_k and L - shift_l without their diagonals, and these; float64."""
@@ -64,31 +66,36 @@ class PairSums(NamedTuple):
         margins = [v @ mean for v, mean in zip((va, vb), means, strict=True)]
         da, db = va.shape[1], vb.shape[1]
         if len(va) * (da + db) < da * da + da * db + db * db:
-            inner = three(*((v @ v.mT).fill_diagonal_(0).view(-1) for v in (va, vb)))
+            inner = three(*(_hollow(v @ v.mT).view(-1) for v in (va, vb)))
         elif narrow:
-            inner = _narrow_moments(va, vb) - three(*squares)
+            inner = _narrow_moments(va, vb, squares) - three(*squares)
         else:
             moments = [(v.mT @ w).square().sum() for v, w in ((va, vb), (va, va), (vb, vb))]
             inner = torch.stack(moments) - three(*squares)
         return cls.of_centred(inner, squares, margins, [mean @ mean for mean in means])
 
 
-def _narrow_moments(v: Tensor, w: Tensor) -> Tensor:
+def _narrow_moments(v: Tensor, w: Tensor, squares: Sequence[Tensor]) -> Tensor:
     """(3,) <vv', ww'>, <vv', vv'>, <ww', ww'> of (n, d) float64 rows, which are overwritten, by products in float32.
 
-    With h = (v + w) / 2 and e = v - w the matrices differ by vv' - ww' = he' + eh'. So moments of h and e give the
-    difference with all of float32's digits, however near the two models are; those of v and w would give rounding.
+    With h = (v + w) / 2 and e = v - w the matrices differ by vv' - ww' = he' + eh'. Where e is small, moments of h and
+    e give the difference with all of float32's digits, however near the models are; those of v and w would leave
+    rounding. Where it is not, h and e would leave rounding of a model with the smaller spread.
+
+    Args:
+        squares: per model (n,) |v_i|^2.
     """
-    e = v.sub_(w)
-    h = w.add_(e, alpha=0.5)
-    h, e = h.float(), e.float()
-    with torch.autocast(h.device.type, enabled=False):
-        hh, he, ee = ((x.mT @ y).double() for x, y in ((h, h), (h, e), (e, e)))
-    drift = 2 * ((hh * ee).sum() + (he * he.mT).sum())
-    symmetric = (he + he.mT) / 2
-    even = hh + ee / 4
-    squares = [(even + sign * symmetric).square().sum() for sign in (1, -1)]
-    return torch.stack([(squares[0] + squares[1] - drift) / 2, *squares])
+    e = v - w
+    largest = torch.linalg.vector_norm(e).square() * _NEAR
+    near = (largest < torch.minimum(*(square.sum() for square in squares))).to(e.dtype)
+    a, b = v.addcmul_(e, near / -2).float(), w.lerp_(e, near).float()  # h and e, else v and w; nothing waits
+    with torch.autocast(a.device.type, enabled=False):
+        aa, ab, bb = ((x.mT @ y).double() for x, y in ((a, a), (a, b), (b, b)))
+    drift = 2 * ((aa * bb).sum() + (ab * ab.mT).sum())
+    even, odd = aa + bb / 4, (ab + ab.mT) / 2
+    first, second = ((even + sign * odd).square().sum() for sign in (1, -1))
+    apart = torch.stack([m.square().sum() for m in (ab, aa, bb)])
+    return torch.where(near > 0, torch.stack([(first + second - drift) / 2, first, second]), apart)
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,12 @@ class Profile:
     def times(self, factor: Tensor) -> Profile:
         """K times a number of 0 dimensions; the shift stays."""
         return Profile(self.shift, self.margins * factor, self.diagonal * factor)
+
+
+def _hollow(matrix: Tensor) -> Tensor:
+    """The matrix, its diagonal now zeros; fill_diagonal_ would compile for one size alone."""
+    matrix.diagonal().zero_()
+    return matrix
 
 
 def three(a: Tensor, b: Tensor) -> Tensor:

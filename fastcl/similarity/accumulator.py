@@ -40,6 +40,10 @@ class PairAccumulator:
     """
 
     def __init__(self, names: Sequence[str], kernels: Sequence[str] = INNER, minibatch: bool = False) -> None:
+        for what, values in (("names", names), ("kernels", kernels)):
+            listed = isinstance(values, Sequence) and not isinstance(values, str)
+            if not listed or not all(isinstance(value, str) for value in values):
+                raise FastclError(f"{what} must be a sequence of strings, got {values!r}")
         self.names, self.kernels = tuple(names), tuple(kernels)
         if len(self.names) < 2 or len(set(self.names)) < len(self.names):
             raise FastclError(f"names must be at least two distinct names of models, got {self.names}")
@@ -73,7 +77,8 @@ class PairAccumulator:
         if missing or unknown:
             raise FastclError(f"features must be given for {self.names}: missing {missing}, unknown {unknown}")
         batch = checked({name: features[name] for name in self.names}, self.n, self._device)
-        on_triton(*batch)  # an error before anything is added, where a backend by name does not take these features
+        # An error before anything is added, where a backend by name does not take these features or those that wait.
+        on_triton(*batch, *(x for piece in self._pending for x in piece))
         widths = {name: x.shape[1] for name, x in zip(self.names, batch, strict=True)}
         if self._widths and widths != self._widths:
             raise FastclError(f"widths of the features changed from {self._widths} to {widths} at sample {self.n}")
@@ -152,8 +157,10 @@ class PairAccumulator:
             other: of the same names, kernels and minibatch, on any device; left as it is.
 
         Raises:
-            FastclError: the two differ in names, kernels, minibatch or widths.
+            FastclError: other is none, or the two differ in names, kernels, minibatch or widths.
         """
+        if not isinstance(other, PairAccumulator):
+            raise FastclError(f"other must be a PairAccumulator, got {type(other).__name__}")
         check_same(self._description(), other._description())
         if other.n == 0:
             return
@@ -213,6 +220,8 @@ class PairAccumulator:
         """
         if self.n:
             raise FastclError(f"a state is loaded into a new PairAccumulator, this one has seen {self.n} samples")
+        if not isinstance(state, Mapping):
+            raise FastclError(f"state must be the state_dict of a PairAccumulator, got {type(state).__name__}")
         absent = {"names", "kernels", "minibatch", "widths", "counts", "pending", "streams"} - set(state)
         if absent:
             raise FastclError(f"state is no state_dict of a PairAccumulator: it lacks {sorted(absent)}")

@@ -71,11 +71,9 @@ class PairStats:
         shifts = (self.n * shift * self.n * shift for shift in (self.shift_k, self.shift_l))
         values = (*astuple(self.full), *astuple(self.hollow), *shifts)
         if not all(map(math.isfinite, values)):
-            broken = any(map(math.isnan, values))
-            reason = "features that are not finite" if broken else "features too large for float64"
             raise FastclError(
-                f"sums of the {self.kernel} Gram matrices are not finite ({reason}?): full={self.full}, "
-                f"hollow={self.hollow}"
+                f"sums of the {self.kernel} Gram matrices are not finite: features that are not, or too large for "
+                f"float64; full={self.full}, hollow={self.hollow}"
             )
 
     def __repr__(self) -> str:
