@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcl.errors import FastclError
 from fastcl.features import read_features, read_layers
-from fastcl.similarity import SpearmanResult, pair_stats, spearman_rsa
+from fastcl.similarity import PairStats, SpearmanResult, pair_stats, spearman_rsa
 from fastcl.similarity.inputs import checked
 
 _PRINTED = 12  # columns of a table of layers that a terminal takes
@@ -97,12 +97,26 @@ def _features(a: Path, b: Path, spearman: bool) -> dict[str, Any]:
             shown = f"{values[name]:10.6f}{note}"
         print(f"  {label:30}{shown}", flush=True)
 
-    stats = {kernel: pair_stats(x, y, kernel) for kernel in ("linear", "cosine", "correlation")}
+    stats = {kernel: _stats(x, y, kernel) for kernel in ("linear", "cosine", "correlation")}
     for name, (label, kernel, measure) in _MEASURES.items():
-        show(name, label, partial(getattr, stats[kernel], measure))
+        show(name, label, partial(_measure, stats[kernel], measure))
     if spearman:
         show("rsa_spearman", "RSA, cosine, Spearman", partial(spearman_rsa, x, y))
     return {"a": str(a), "b": str(b), "samples": len(x), "measures": values, "undefined": undefined}
+
+
+def _stats(x: Tensor, y: Tensor, kernel: str) -> PairStats | FastclError:
+    """The statistics, or why there are none: sums that overflow hide none of the other kernels."""
+    try:
+        return pair_stats(x, y, kernel)
+    except FastclError as error:
+        return error
+
+
+def _measure(stats: PairStats | FastclError, name: str) -> float:
+    if isinstance(stats, FastclError):
+        raise stats
+    return getattr(stats, name)
 
 
 def _layers(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor], out: Path | None) -> dict[str, Any]:
@@ -125,6 +139,8 @@ def _layers(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor],
                 undefined[f"{p}, {q}"] = str(error)
     if len(right) <= _PRINTED:
         _print_table(list(left), list(right), table)
+    elif out is None:
+        print(f"  more than {_PRINTED} columns: --out draws the table, --json writes it")
     for names, reason in list(undefined.items())[:3]:
         print(f"  {names}: {reason}")
     if len(undefined) > 3:
@@ -135,7 +151,9 @@ def _layers(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor],
         from fastcl.report.layers import LayerTable, write_heat_map
 
         values = np.array([[math.nan if value is None else value for value in row] for row in table])
-        print(f"heat map: {write_heat_map(LayerTable(a.name, b.name, tuple(left), tuple(right), values), out)}")
+        drawn = LayerTable(a.name, b.name, tuple(left), tuple(right), values)
+        title = f"{a.name} against {b.name}: debiased linear CKA, {samples:,} samples"
+        print(f"heat map: {write_heat_map(drawn, out, title)}")
     return {
         "a": str(a), "b": str(b), "samples": samples, "layers_a": list(left), "layers_b": list(right),
         "cka_linear_debiased": table, "undefined": undefined,

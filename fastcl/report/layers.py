@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastcl.report.records import Run
 _MAP = "viridis"
 _LABELS = 32  # along an axis; of more layers every second, third, ... is named
 _PRINTED, _CELL = 16, 0.27  # values stand in tables of so many columns at most, in cells of so many inches at least
+_TITLE = 44  # letters of a line of a title
 _VECTOR = 4096  # cells; a larger table is drawn as an image
 
 
@@ -68,12 +70,13 @@ def check_ending(path: Path) -> None:
         raise FastclError(f"{path}: heat maps are written as .svg or .png")
 
 
-def write_heat_map(table: LayerTable, path: Path) -> Path:
+def write_heat_map(table: LayerTable, path: Path, title: str | None = None) -> Path:
     """Draw one table into a file; the same table gives the same bytes of SVG.
 
     Args:
         table: what to draw.
         path: .svg or .png.
+        title: above it; None: the models' names.
 
     Raises:
         FastclError: another ending, or a file that cannot be written.
@@ -85,6 +88,8 @@ def write_heat_map(table: LayerTable, path: Path) -> Path:
     with styled():
         figure = Figure(figsize=(side[0] + 2.6, side[1] + 1.6), layout="constrained")
         _draw(figure, [figure.subplots()], [table], side[0])
+        figure.axes[0].set_title("")
+        figure.suptitle("\n".join(textwrap.wrap(title or f"{table.rows_of} against {table.columns_of}", _TITLE)))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, facecolor="white", dpi=150, metadata=metadata)
@@ -96,7 +101,7 @@ def write_heat_map(table: LayerTable, path: Path) -> Path:
 def layers_of_run(run: Run) -> Figure:
     """One heat map per model: layers of the reference against its own."""
     tables = read_layer_tables(run.path)
-    columns = min(3, len(tables))
+    columns = 2 if len(tables) in (2, 4) else min(3, len(tables))
     rows = math.ceil(len(tables) / columns)
     width = WIDTH / max(columns, 2) - 0.9
     height = max(min(width, 0.34 * len(table.rows)) for table in tables)
