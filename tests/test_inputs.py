@@ -13,11 +13,21 @@ from small_images import noise, png, write_tree
 from tiny_run import results, tiny_config
 
 from fastcl import FastclError
-from fastcl.data import Split, TorchvisionRenderer, ViewSpec, choose_renderer, keep_decoded, load, make_renderer
+from fastcl.data import (
+    Split,
+    TorchvisionRenderer,
+    ViewPlan,
+    ViewSpec,
+    choose_renderer,
+    keep_decoded,
+    load,
+    make_renderer,
+)
 from fastcl.data import renderers as module
 from fastcl.report import write_report
 from fastcl.train import Lockstep
 from fastcl.train.files import locked
+from fastcl.train.identity import same_data, settings
 
 CPU = torch.device("cpu")
 SPEC = ViewSpec.preset("cifar", size=8)
@@ -52,14 +62,14 @@ def test_corrupt_images_stop_or_leave_their_split(tree, tmp_path, caplog):
     ids = {"a/3.jpg": 3, "b/6.jpg": 14}
     for name, i in ids.items():
         (found,) = [(s, k) for s in (whole.train, whole.test) for k in np.flatnonzero(s.ids == i)]
-        with pytest.raises(FastclError, match=f"{name}.*data.corrupt=skip leaves out what cannot be decoded"):
+        with pytest.raises(FastclError, match=f"{name}.*corrupt=skip leaves out what cannot be decoded"):
             found[0].image(int(found[1]))
     (tmp_path / "tree" / "b" / "6.jpg").write_bytes(b"no image")
     with caplog.at_level(logging.WARNING, "fastcl"):
         left = load(tree, corrupt="skip")
     assert list(left.skipped) == [3, 14] and all(name in caplog.text for name in ids)
     assert "a/3.jpg: OSError: image file is truncated" in left.skipped[3] and "b/6.jpg" in left.skipped[14]
-    assert "data.corrupt" not in caplog.text + str(left.skipped)
+    assert "corrupt=" not in caplog.text + str(left.skipped)
     assert "images cannot be decoded and are left out" in caplog.text
     for name in ("train", "test"):
         before, after = getattr(whole, name), getattr(left, name)
@@ -117,6 +127,59 @@ def test_a_run_without_a_finished_epoch_gives_way(tree, tmp_path, trained):
     assert json.loads((out / "run.json").read_text())["seed"] == 1
     Lockstep(config, tmp_path / "fresh").run()
     assert results(out) == results(tmp_path / "fresh")
+
+
+def test_two_runs_in_one_folder_never_mix(tmp_path):
+    """Whoever trains first has the folder, whatever the other one wrote into it meanwhile."""
+    out, tiny = tmp_path / "run", dict(data__classes=2, train__epochs=1, train__models=["dcl"], train__controls=[])
+    first, second = (Lockstep(tiny_config(**tiny, train__seed=seed), out) for seed in (7, 1))
+    first.run()
+    assert json.loads((out / "run.json").read_text())["seed"] == 7
+    with pytest.raises(FastclError, match=r"holds another run, which differs in .*seed \(7 there, 1 here\)"):
+        second.run()
+
+
+def test_other_images_in_the_folder_are_another_run(tmp_path):
+    files = {f"{name}/{k}.png": png(noise(k, 12, 12)) for name in "ab" for k in range(6)}
+    config = tiny_config(data__source=write_tree(tmp_path / "tree", files), data__classes="none", train__batch_size=4,
+                         views__preset="cifar", train__epochs=1, train__models=["dcl"], train__controls=[])  # fmt: skip
+    Lockstep(config, tmp_path / "run").run()
+    write_tree(tmp_path / "tree", {"a/6.png": png(noise(6, 12, 12)), "b/6.png": png(noise(7, 12, 12))})
+    with pytest.raises(FastclError, match=r"another run, which differs in data.t"):
+        Lockstep(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", ({"seed": 1}, {"source": "digits"}))
+def test_what_another_run_skipped_is_no_news(tree, tmp_path, change):
+    other = {"data__source": change["source"]} if "source" in change else {"train__seed": change["seed"]}
+    config = tiny_config(data__source=tree, data__classes="none", views__preset="cifar", train__models=["dcl"])
+    run = {"config": settings(config), "seed": config.train.seed}
+    assert same_data(run, config)
+    assert not same_data(run, tiny_config(**{"data__source": tree, "data__classes": "none"} | other))
+
+
+def test_a_file_cut_after_its_thumbnail_is_named(tmp_path):
+    """The thumbnail in its header has an end of its own."""
+    small, buffer = jpeg(0, 8, 8), BytesIO()
+    exif = b"Exif\0\0" + small
+    Image.fromarray(noise(1, 60, 50)).save(buffer, "JPEG", progressive=True, exif=exif)
+    whole = buffer.getvalue()
+    assert small in whole and whole.count(b"\xff\xd9") == 2
+    half = len(whole) // 2
+    for data, found in ((whole, True), (whole + b"junk", True), (whole[:-40], False), (whole[:half], False)):
+        files = {f"{name}/{k}.jpg": data for name in "ab" for k in range(2)}
+        split = load(write_tree(tmp_path / f"{len(data)}", files)).train
+        assert (split.encoded(0) is not None) == found, len(data)
+
+
+def test_an_image_that_was_replaced_is_named(split):
+    renderer = TorchvisionRenderer(split, SPEC, CPU)
+    params = [ViewPlan(SPEC, 0).draw(0, split.ids[:3], 0, split.sizes[:3])]
+    images = [split.read(k) for k in range(3)]
+    images[1] = images[1][:-1]
+    renderer.split = dataclasses.replace(split, read=lambda i: images[i])
+    with pytest.raises(FastclError, match=r"image of sample id 4 is \(6, 8\), its header said \(7, 8\)"):
+        renderer(np.arange(3), params)
 
 
 def test_small_sets_are_kept_decoded_and_large_ones_stay_files(tmp_path):

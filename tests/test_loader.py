@@ -18,6 +18,7 @@ from tiny_run import ROOT
 
 from fastcl import FastclError
 from fastcl.data import EvalViews, Split, TorchvisionRenderer, ViewLoader, ViewPlan, ViewSpec
+from fastcl.data.prefetch import _interrupt_later
 
 CPU = torch.device("cpu")
 PLAN = ViewPlan(ViewSpec.preset("cifar", size=8, blur=0.3), 2)
@@ -151,8 +152,12 @@ def test_iteration_goes_on_from_any_state(split):
     for bad in ({"epoch": 0, "position": 4}, {"epoch": -1, "position": 0}):
         with pytest.raises(FastclError, match=f"no batch {bad['position']} of epoch {bad['epoch']}: .* 4 batches"):
             again.load_state_dict(bad)
-    for bad in ({"epoch": 0}, {"epoch": 0, "position": 1.5}):
-        with pytest.raises(FastclError, match="whole numbers epoch and position, got {"):
+    for bad, message in (
+        ({"epoch": 0}, "state must hold epoch and position, got {"), (None, "got None"),
+        ({"epoch": 0, "position": 1.5}, "position must be an integer, got 1.5"),
+        ({"epoch": True, "position": 1}, "epoch must be an integer, got True"),
+    ):  # fmt: skip
+        with pytest.raises(FastclError, match=message):
             again.load_state_dict(bad)
     assert again.state_dict() == {"epoch": 0, "position": 2}
 
@@ -166,6 +171,15 @@ def test_batches_that_are_not_there(split):
         with pytest.raises(FastclError, match=f"one of the 4 batches of an epoch, got {step}"):
             loader.batch(0, step)
     assert list(loader.batches(0, 4)) == []
+    loader.batch(1, 0)
+    for epoch, step in ((1.0, 0), (True, 0), (1, 0.5)):
+        with pytest.raises(FastclError, match="must be an integer"):
+            loader.batch(epoch, step)
+    for positions in ([10**7], [0.5], [[0]], []):
+        with pytest.raises(FastclError, match="positions"):
+            loader.views(np.array(positions), 0)
+    with pytest.raises(FastclError, match="positions 0 to 26 of a split of 26 images"):
+        next(EvalViews(split, PLAN).of([np.arange(27)]))
     with pytest.raises(FastclError, match="batch_size must be at least 1, got 0"):
         EvalViews(split, PLAN).batches(0)
     assert repr(split) == "Split(26 images)" and len(repr(loader)) < 2000
@@ -174,6 +188,7 @@ def test_batches_that_are_not_there(split):
 @pytest.mark.parametrize("options, message", [
     ({"world_size": 4}, "batch_size 6 does not divide among 4 ranks"),
     ({"rank": 2, "world_size": 2}, "rank must lie in .*got 2 of 2"),
+    ({"workers": 1.5}, "workers must be an integer, got 1.5"), ({"rank": True}, "rank must be an integer, got True"),
     ({"workers": -1}, "data.workers.*got -1"), ({"depth": 0}, "depth at least 1.*0"),
 ])  # fmt: skip
 def test_options_that_cannot_be(split, options, message):
@@ -201,7 +216,7 @@ def test_processes_end_when_the_iterator_does(split):
         raise FastclError(f"photos/{i}.jpg: truncated")
 
     broken = Split(split.ids, split.labels, split.sizes, fail)
-    with pytest.raises(FastclError, match=r"^photos/\d+.jpg: truncated; data.corrupt=skip"):
+    with pytest.raises(FastclError, match=r"^photos/\d+.jpg: truncated; corrupt=skip"):
         list(ViewLoader(broken, PLAN, 6, workers=2))
     assert children() == before
 
@@ -210,6 +225,14 @@ def test_a_worker_that_dies_is_one_clear_error(split):
     mortal = Split(split.ids, split.labels, split.sizes, lambda i: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(FastclError, match=r"one of the 1 processes that render \(data.workers\) has died"):
         list(ViewLoader(mortal, PLAN, 6, workers=1))
+
+
+def test_an_interrupt_while_processes_are_made_counts_afterwards():
+    before, reached = signal.getsignal(signal.SIGINT), False
+    with pytest.raises(KeyboardInterrupt), _interrupt_later():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached and signal.getsignal(signal.SIGINT) is before
 
 
 SCRIPT = """

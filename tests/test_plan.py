@@ -50,6 +50,7 @@ def test_each_part_of_the_counter_matters(change):
      (dict(view=1 << 16), "view"),
      (dict(seed=1.0), "seed must be an integer, got 1.0"), (dict(epoch=0.5), "epoch must be an integer, got 0.5"),
      (dict(view=True), "view must be an integer, got True"),
+     (dict(index=np.array([True])), "sample ids must be integers, got bool"),
      (dict(index=np.array([0.5])), "sample ids must be integers, got float64"),
      (dict(index=np.array([1 << 32])), "sample ids"), (dict(index=np.array([-1])), "sample ids")],
 )  # fmt: skip
@@ -162,7 +163,8 @@ def test_center_view():
      (dict(ratio=(0.0, 1.0)), "ratio"), (dict(hue=0.6), "hue"), (dict(brightness=-0.1), "brightness"),
      (dict(blur_kernel=4), "blur_kernel"), (dict(blur=0.5, blur_kernel=65), "blur_kernel"), (dict(size=0), "size"),
      (dict(mean=(0.5, 0.5)), "mean"), (dict(std=(0.0,)), "std"),
-     (dict(size=1, blur=0.5), "blur_kernel.*3 for 1 pixels"),
+     (dict(size=2, blur=0.5, blur_kernel=5), "blur_kernel.*5 for 2 pixels"), (dict(size=1), "size must be at least 2"),
+     (dict(size=10**400), "size must be finite"),
      (dict(size=8.0), "size must be an integer, got 8.0"), (dict(size=True), "size must be an integer, got True"),
      (dict(flip="0.5"), "flip must be a number, got '0.5'"), (dict(hue=float("nan")), "hue must be finite, got nan"),
      (dict(scale=0.5), "scale must be a tuple of two numbers, got 0.5"),

@@ -170,8 +170,9 @@ class DaliRenderer:
                 self._outputs(alone)
             except RuntimeError as reason:
                 self.split.image(position)  # a file that its own reader refuses too is named by it
-                last = str(reason).strip().splitlines()[-1]
-                raise FastclError(f"DALI fails on the image of sample id {self.split.ids[position]}: {last}") from error
+                lines = str(reason).strip().splitlines()
+                told = next((line for line in lines if "rror" in line), lines[-1])  # the rest is where it was raised
+                raise FastclError(f"DALI fails on the image of sample id {self.split.ids[position]}: {told}") from error
         raise FastclError(f"DALI fails on a batch, but on none of its images alone: {error}") from error
 
 

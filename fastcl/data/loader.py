@@ -7,21 +7,21 @@ a run was resumed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from operator import index
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcl.data.philox import Stream, keys, permutation
+from fastcl.data.philox import Stream, check_integer, keys, permutation
 from fastcl.data.plan import ViewParams, ViewPlan, center_view
 from fastcl.data.prefetch import in_processes, in_thread
 from fastcl.data.renderers import Renderer, TorchvisionRenderer
+from fastcl.data.requests import check_positions
 from fastcl.data.sources import Split
 from fastcl.errors import FastclError
 
@@ -84,6 +84,8 @@ class ViewLoader:
     depth: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "rank", "world_size"):
+            check_integer(getattr(self, name), name)
         if self.order not in ORDERS:
             raise FastclError(f"data.order must be one of {', '.join(ORDERS)}; got {self.order!r}")
         n = len(self.split.ids)
@@ -118,10 +120,11 @@ class ViewLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to where another loader stood. Raises FastclError where there is no such batch, or the state is none."""
-        try:
-            epoch, position = (index(state[key]) for key in ("epoch", "position"))
-        except (KeyError, TypeError) as error:
-            raise FastclError(f"state must hold whole numbers epoch and position, got {state!r}") from error
+        if not isinstance(state, Mapping) or not {"epoch", "position"} <= set(state):
+            raise FastclError(f"state must hold epoch and position, got {state!r}")
+        epoch, position = state["epoch"], state["position"]
+        check_integer(epoch, "epoch")
+        check_integer(position, "position")
         if epoch < 0 or not 0 <= position < len(self):
             raise FastclError(f"no batch {position} of epoch {epoch}: an epoch has {len(self)} batches")
         self.epoch, self.position = epoch, position
@@ -132,6 +135,7 @@ class ViewLoader:
         Raises:
             FastclError: start outside [0, len(self)], an image that cannot be decoded (named), a worker that has died.
         """
+        check_integer(start, "start")
         if not 0 <= start <= len(self):
             raise FastclError(f"start must lie between 0 and the {len(self)} batches of an epoch, got {start}")
 
@@ -153,6 +157,8 @@ class ViewLoader:
         Raises:
             FastclError: another step.
         """
+        check_integer(step, "step")
+        check_integer(epoch, "epoch")  # here, since the cache of orders takes 1.0 for 1
         if not 0 <= step < len(self):
             raise FastclError(f"step must be that of one of the {len(self)} batches of an epoch, got {step}")
         share = self.batch_size // self.world_size
@@ -168,6 +174,7 @@ class ViewLoader:
         return self.renderer(positions, self._params(positions, epoch))
 
     def _params(self, positions: np.ndarray, epoch: int) -> list[ViewParams]:
+        check_positions(self.split, positions)
         ids, sizes = self.split.ids[positions], self.split.sizes[positions]
         return [plan.draw(epoch, ids, view, sizes) for plan in (self.plan, *self.others) for view in range(_VIEWS)]
 
@@ -207,6 +214,7 @@ class EvalViews:
         Raises:
             FastclError: batch_size below 1.
         """
+        check_integer(batch_size, "batch_size")
         if batch_size < 1:
             raise FastclError(f"batch_size must be at least 1, got {batch_size}")
         n = len(self.split.ids)
@@ -217,6 +225,7 @@ class EvalViews:
         spec = self.plan.spec
 
         def job(step: int) -> tuple[np.ndarray, list[ViewParams]]:
+            check_positions(self.split, batches[step])
             return batches[step], [center_view(spec, self.split.sizes[batches[step]])]
 
         renderer = self.renderer or TorchvisionRenderer(self.split, spec, _CPU)
@@ -225,6 +234,8 @@ class EvalViews:
 
 
 def _check_workers(workers: int, depth: int) -> None:
+    check_integer(workers, "data.workers")
+    check_integer(depth, "depth")
     if workers < 0 or depth < 1:
         raise FastclError(f"data.workers must be at least 0 and depth at least 1, got {workers} and {depth}")
 

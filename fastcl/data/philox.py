@@ -29,6 +29,12 @@ class Stream(IntEnum):
     BATCH = 4
 
 
+def check_integer(value: object, name: str) -> None:
+    """Raise FastclError unless it is an integer; a truth value is none."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise FastclError(f"{name} must be an integer, got {value!r}")
+
+
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Ten rounds of Philox4x32.
 
@@ -68,8 +74,7 @@ def words(count: int, *, seed: int, stream: Stream, index: np.ndarray, epoch: in
     """
     index = np.asarray(index)
     for name, value, bound in (("seed", seed, 64), ("epoch", epoch, 32), ("view", view, 16)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise FastclError(f"{name} must be an integer, got {value!r}")
+        check_integer(value, name)
         if not 0 <= value < 1 << bound:
             raise FastclError(f"{name} must lie in [0, 2**{bound}), got {value}")
     if index.size and index.dtype.kind not in "iu":

@@ -18,6 +18,7 @@ from fastcl.errors import FastclError, suggest
 
 _CIFAR_STATS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 _IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_LARGEST = 1e12  # of a field of ViewSpec
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _CHUNK = 2048  # samples drawn at a time: their random words stay in a core's cache, whatever the number of samples
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.int64)
@@ -75,9 +76,9 @@ class ViewSpec:
                 raise FastclError(f"views.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.hue <= 0.5:
             raise FastclError(f"views.hue must lie in [0, 0.5] turns, got {self.hue}")
-        if self.size < 1 or not 0 < self.eval_crop <= 1 or self.scale[1] > 1:
+        if self.size < 2 or not 0 < self.eval_crop <= 1 or self.scale[1] > 1:
             raise FastclError(
-                f"views.size must be positive, eval_crop in (0, 1] and scale at most 1; "
+                f"views.size must be at least 2, eval_crop in (0, 1] and scale at most 1; "
                 f"got {self.size}, {self.eval_crop} and {self.scale}"
             )
         if self.blur_kernel % 2 == 0 or self.blur_kernel < 1 or (self.blur and self.blur_kernel >= 2 * self.size):
@@ -120,7 +121,7 @@ def _check_type(name: str, value: object, default: object) -> None:
         items = value if isinstance(value, tuple) and (len(value) == 2 if pair else value) else (None,)
     if not all(isinstance(v, kind) and not isinstance(v, bool) for v in items):
         raise FastclError(f"views.{name} must be {form}, got {value!r}")
-    if not np.all(np.isfinite(items)):
+    if not all(-_LARGEST < v < _LARGEST for v in items):  # NaN does not
         raise FastclError(f"views.{name} must be finite, got {value}")
 
 
@@ -188,6 +189,8 @@ class ViewPlan:
             FastclError: a value outside its range.
         """
         samples = np.asarray(samples)
+        if samples.ndim != 1:
+            raise FastclError(f"samples must be (n,) sample ids, got {samples.shape}")
         sizes = None if sizes is None else np.asarray(sizes)
         if sizes is not None and sizes.shape != (len(samples), 2):
             raise FastclError(f"sizes must be ({len(samples)}, 2) for {len(samples)} samples, got {sizes.shape}")

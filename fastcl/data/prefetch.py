@@ -8,9 +8,11 @@ device has threads of its own, and one thread keeps it busy.
 from __future__ import annotations
 
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -44,7 +46,8 @@ def in_processes(job: Callable[[int], T], steps: range, *, workers: int, depth: 
         collate_fn=_as_it_is, worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else it would draw a number from the caller's
     )  # fmt: skip
-    results = iter(loader)
+    with _interrupt_later():
+        results = iter(loader)
     try:
         for result in results:
             if isinstance(result, FastclError):
@@ -92,6 +95,22 @@ class _Jobs(Dataset):
 
 def _as_it_is(result: T) -> T:
     return result
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Ctrl-C counts when the block is left: what it raises while processes are forked, Python swallows."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _ignore_interrupts(worker: int) -> None:

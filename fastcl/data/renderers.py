@@ -68,6 +68,9 @@ class TorchvisionRenderer:
                 images = list(pool.map(self.split.image, where))
         else:
             images = [self.split.image(p) for p in where]
+        for image, size, i in zip(images, self.split.sizes[positions].tolist(), self.split.ids[positions], strict=True):
+            if image.shape[:2] != tuple(size):  # the file has been replaced
+                raise FastclError(f"image of sample id {i} is {image.shape[:2]}, its header said {tuple(size)}")
         return tuple(render_torchvision(images, p, self.spec).to(self.device) for p in params)
 
 

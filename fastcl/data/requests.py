@@ -11,6 +11,14 @@ from fastcl.data.sources import Split
 from fastcl.errors import FastclError
 
 
+def check_positions(split: Split, positions: np.ndarray) -> None:
+    """Raise FastclError unless these are (n,) integers, n >= 1, each the position of an image of the split."""
+    if positions.ndim != 1 or not len(positions) or positions.dtype.kind not in "iu":
+        raise FastclError(f"positions must be (n,) integers, n >= 1, got {positions.shape} {positions.dtype}")
+    if not 0 <= positions.min() <= positions.max() < len(split):
+        raise FastclError(f"positions {positions.min()} to {positions.max()} of a split of {len(split)} images")
+
+
 def check_request(split: Split, spec: ViewSpec, positions: np.ndarray, params: Sequence[ViewParams]) -> None:
     """Check the arguments of a `Renderer`'s call.
 
@@ -22,10 +30,7 @@ def check_request(split: Split, spec: ViewSpec, positions: np.ndarray, params: S
     lengths = [len(p) for p in params]
     if not lengths or not len(positions) or set(lengths) != {len(positions)}:
         raise FastclError(f"{len(positions)} positions need as many parameters for each view, got {lengths}")
-    if positions.dtype.kind not in "iu":
-        raise FastclError(f"positions must be integers, got {positions.dtype}")
-    if not 0 <= positions.min() <= positions.max() < len(split):
-        raise FastclError(f"positions {positions.min()} to {positions.max()} of a split of {len(split)} images")
+    check_positions(split, positions)
     height, width = split.sizes[positions].T
     for p in params:
         top, left, high, wide = p.box.T

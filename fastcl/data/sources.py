@@ -11,7 +11,7 @@ import numpy as np
 
 from fastcl.data.decoded import unreadable
 from fastcl.data.folders import read_folder
-from fastcl.data.philox import Stream, permutation, words
+from fastcl.data.philox import Stream, check_integer, permutation, words
 from fastcl.data.readers import Source, read_cifar10, read_digits, read_omniglot, read_torchvision
 from fastcl.errors import FastclError, suggest
 
@@ -52,12 +52,13 @@ class Split:
         Raises:
             FastclError: i outside [0, n), or a file that cannot be decoded (named).
         """
+        check_integer(i, "the position of an image")
         if not 0 <= i < len(self.ids):
             raise FastclError(f"image {i} of a split of {len(self.ids)}")
         try:
             return self.read(i)
         except FastclError as error:
-            raise FastclError(f"{error}; data.corrupt=skip leaves out what cannot be decoded") from error
+            raise FastclError(f"{error}; corrupt=skip leaves out what cannot be decoded") from error
 
 
 @dataclass(frozen=True, eq=False)

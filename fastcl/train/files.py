@@ -63,6 +63,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / ".lock"
     with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")
     with file:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastcl.errors import FastclError
 from fastcl.train.config import Config
-from fastcl.train.files import JsonLines, drop_checkpoints, locked, write_atomic
+from fastcl.train.files import JsonLines, drop_checkpoints, write_atomic
 
 log = logging.getLogger("fastcl")
 # What changes no number of a run; and the renderer asked for, since the one that ran is compared.
@@ -43,12 +43,12 @@ def same_data(run: dict[str, Any], config: Config) -> bool:
 
 
 def claim_folder(out: Path, mine: dict[str, Any]) -> None:
-    """Write run.json, or make sure that the folder holds this very run.
+    """Write run.json, or make sure that the folder holds this very run; for who holds the folder's lock.
 
     Another run that has not finished an epoch, for example since an image could not be decoded, gives way.
 
     Raises:
-        FastclError: it holds another run (names what differs), or another process is training in it.
+        FastclError: it holds another run (names what differs).
     """
     theirs, payload = read_run(out), (json.dumps(mine, indent=1) + "\n").encode()
     if theirs is None:
@@ -60,18 +60,18 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
         if there[key] != here[key]:
             difference = _differences(there[key], here[key], "" if key == "config" else key)
             if not JsonLines(out / "timing.jsonl").length():
-                with locked(out):
-                    drop_checkpoints(out / "checkpoints")
-                    write_atomic(out / "run.json", payload)
+                drop_checkpoints(out / "checkpoints")
+                write_atomic(out / "run.json", payload)
                 log.warning("%s held another run, without a finished epoch; it gives way (%s)", out, difference)
                 return
             raise FastclError(
                 f"{out} holds another run, which differs in {difference}; "
                 "choose another --out, or repeat that run's settings to continue it"
             )
-    if theirs.get("versions") != mine["versions"] or theirs.get("device") != mine["device"]:
-        log.warning("continuing a run made with %s on %s: the rest will not be bit-identical to it",
-                    theirs.get("versions"), theirs.get("device"))  # fmt: skip
+    there, here = ({key: run.get(key) for key in ("versions", "device")} for run in (theirs, mine))
+    if there != here:
+        log.warning("continuing a run made elsewhere: %s; the rest will not be bit-identical to it",
+                    _differences(there, here))  # fmt: skip
 
 
 def _fixed(config: Any) -> Any:

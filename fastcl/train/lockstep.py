@@ -62,7 +62,8 @@ class Lockstep:
         self.metrics, self.steps = JsonLines(self.out / "metrics.jsonl"), JsonLines(self.out / "steps.jsonl")
         self.pairs, self.timing = JsonLines(self.out / "pairs.jsonl"), JsonLines(self.out / "timing.jsonl")
         self.epoch = 0  # completed epochs
-        claim_folder(self.out, self._describe())
+        with locked(self.out):
+            claim_folder(self.out, self._describe())
 
     def run(self) -> None:
         """Train to the end, from wherever the folder stands.
@@ -76,6 +77,7 @@ class Lockstep:
                 folder that cannot be written. Complete work stays intact.
         """
         with locked(self.out):
+            claim_folder(self.out, self._describe())  # another process may have had the folder since
             self._run()
 
     def _run(self) -> None:
