@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = None
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        more = "; the same command continues from the last checkpoint" if args.run in (_demo, _train) else ""
+        print(f"interrupted{more}", file=sys.stderr)
         return 130
     return 0
 
@@ -178,7 +179,7 @@ losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, dri
 versions."""),
     "views": (_views, "a contact sheet of images and their views", """
 Each row is a training image and its two views: by torchvision, and by every other renderer that this machine and the
-images allow, with the difference from torchvision's (16 times enlarged; mean and maximum in grey levels beside it).
+images allow, with the difference from torchvision's (blue: darker, red: brighter; mean and maximum in grey levels).
 Those that cannot be used are named with the reason. The same seed and epoch give the views that training sees.
 
   fastcl views --data digits --out digits.png

@@ -45,11 +45,11 @@ def examine() -> bool:
 
 def _report(name: str, check: Callable[[], str]) -> bool:
     try:
-        print(f"  {name:26}ok: {check()}")
+        print(f"  {name:28}ok: {check()}")
     except _Skipped as reason:
-        print(f"  {name:26}not run: {reason}")
+        print(f"  {name:28}not run: {reason}")
     except Exception as error:  # whatever is wrong with this machine belongs in the report
-        print(f"  {name:26}FAILED: {type(error).__name__}: {error}")
+        print(f"  {name:28}FAILED: {type(error).__name__}: {error}")
         return False
     return True
 

@@ -74,7 +74,7 @@ def contact_sheet(
     loader = ViewLoader(data.train, ViewPlan(spec, seed), len(data.train))
     chosen = loader.batch(epoch, 0)[:samples]
     split = data.train
-    few = Split(split.ids[chosen], split.labels[chosen], split.sizes[chosen], lambda i: split.image(int(chosen[i])),
+    few = Split(split.ids[chosen], split.labels[chosen], split.sizes[chosen], lambda i: split.read(int(chosen[i])),
                 split.encoded and (lambda i: split.encoded(int(chosen[i]))))  # fmt: skip
     plan, here = loader.plan, np.arange(samples)
     params = [plan.draw(epoch, few.ids, view, few.sizes) for view in (0, 1)]
@@ -106,7 +106,7 @@ def show_views(args: Any) -> None:
     data = load(args.data, root=args.root, corrupt=args.corrupt)
     preset = args.preset or preset_for(data)
     spec = ViewSpec.preset(preset, **({} if args.size is None else {"size": args.size}))
-    renderers = tuple(args.renderers.split(","))
+    renderers = tuple(name.strip() for name in args.renderers.split(","))
     found = contact_sheet(
         data, spec, args.out, renderers=renderers, samples=args.samples, seed=args.seed, epoch=args.epoch
     )
@@ -118,7 +118,7 @@ def show_views(args: Any) -> None:
         elif name == _REFERENCE:
             print(f"  {name:12} the reference")
         else:
-            print(f"  {name:12} differs by {result[0]:.2f} grey levels on average, {result[1]:.0f} at most")
+            print(f"  {name:12} differs by {result[0]:.2f} grey levels on average, {result[1]:.1f} at most")
     print(f"picture: {args.out}")
 
 
@@ -155,8 +155,8 @@ def _draw(
         if name == _REFERENCE:
             continue
         for v, (x, y) in enumerate(zip(views, reference, strict=True)):
-            texts = [f"mean {d.mean():.2f}, max {d.max():.0f}" for d in (x - y).abs()]
-            head = f"{name} - torchvision\nview {v + 1}: blue -{_SPAN}, red +{_SPAN}"
+            texts = [f"mean {d.mean():.2f}, max {d.max():.1f}" for d in (x - y).abs()]
+            head = f"{name} - torchvision, view {v + 1}\nlevels: blue ≤ -{_SPAN}, red ≥ {_SPAN}"
             columns.append((head, _difference(x, y), texts))
     missing = [f"{name} is not available here: {why}" for name, why in found.items() if isinstance(why, str)]
     rows, width = len(split), max(len(columns) * _INCHES + 0.4, 5.0)
@@ -174,7 +174,7 @@ def _draw(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out)
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # some formats need another program
         raise FastclError(f"--out: {out} cannot be written ({error})") from error
 
 

@@ -12,6 +12,7 @@ from tiny_run import run, tiny_toml
 
 from fastcl import pair_stats
 from fastcl.cli import main
+from fastcl.views import _difference
 
 
 @pytest.mark.parametrize("command", ["", "demo", "train", "align", "report", "views", "doctor"])
@@ -172,6 +173,12 @@ def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path
     ):  # fmt: skip
         assert main(["views", *arguments, *change]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_the_difference_in_a_contact_sheet_has_the_sign_of_the_largest_channel():
+    x = torch.tensor([[[[10.0, 20, 30], [5, 5, 5]]]])
+    y = torch.tensor([[[[11.0, 23, 29], [5, 1, 7]]]])
+    assert _difference(x, y).tolist() == [[[-3.0, 4.0]]]
 
 
 def test_errors_are_one_line_and_status_one(tmp_path, capsys):

@@ -39,8 +39,8 @@ def test_every_figure_names_its_axes_and_its_models(six: Path) -> None:
         assert "completed epochs" in drawn[name]
         assert (band in drawn[name]) == (band in wanted)
     axes = ["training steps", "share of the largest drift (log scale)", "alignment (1 = same)"]
-    theorem = "Theorem 1 for similarity descent (no bound on this run)"
-    lines = ["nscl and dcl, measured", theorem, "CKA", "debiased CKA", "RSA"]
+    theorem = "left: Theorem 1 for similarity descent (no bound on this run)"
+    lines = ["left: nscl and dcl, measured", theorem, "right: CKA", "right: debiased CKA", "right: RSA"]
     assert {*axes, *lines} <= set(drawn["drift"])
 
 

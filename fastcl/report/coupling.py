@@ -1,7 +1,6 @@
 """How far the similarities of two models drift apart, beside what arXiv 2510.08852 proves of them."""
 
 import math
-from functools import partial
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -12,7 +11,7 @@ from fastcl.report.records import CERTIFICATE_MEASURES, STEP_MEASURES, Number, R
 from fastcl.theory import CouplingBound, largest_drift, similarity_coupling_bound
 
 THEOREM_PAIR = {"dcl", "nscl"}  # the theorem's CL and NSCL
-STYLES = {"cka": "-", "cka_debiased": (0, (4, 2)), "rsa": (0, (1, 1))}
+STYLES = {"cka": ("#0072b2", "-"), "cka_debiased": ("#d55e00", (0, (4, 2))), "rsa": ("#009e73", (0, (1, 1)))}
 DRAWN = 1000  # points a line, at most
 FAINTEST = 1e-6  # share of the largest drift below which nothing is drawn
 
@@ -59,8 +58,7 @@ def drift(run: Run) -> Figure:
     figure, axes = panels(run, ["drift of the similarities", "alignment of the loss embeddings"], "")
     steps = _thinned(sorted(series))
     colours = look(run, pair[1])
-    line = partial(Line2D, [], [], color=colours["color"])
-    handles = [line(label=f"{pair[1]} and {pair[0]}, measured")]
+    handles = [Line2D([], [], label=f"left: {pair[1]} and {pair[0]}, measured", color=colours["color"])]
     shares = [_share(series[step]["drift"], run) for step in steps]
     axes[0].plot(steps, shares, color=colours["color"])
     shown = [share for share in shares if known(share)]
@@ -68,13 +66,14 @@ def drift(run: Run) -> Figure:
     if bound is not None:
         shares = [_visible(10 ** (bound.log10[step] - bound.log10_largest)) for step in steps]
         axes[0].plot(steps, shares, color=INK, linestyle="--", linewidth=1.2)
-        name = "Theorem 1 for similarity descent (no bound on this run)"
+        name = "left: Theorem 1 for similarity descent (no bound on this run)"
         handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=1.2, label=name))
         shown += [share for share in shares if known(share)]
-    for measure, style in STYLES.items():
+    for measure, (colour, style) in STYLES.items():
         values = [value if known(value := series[step][measure]) else math.nan for step in steps]
-        axes[1].plot(steps, values, color=colours["color"], linestyle=style, linewidth=1.2)
-        handles.append(line(label=STEP_MEASURES[measure], linestyle=style, linewidth=1.2))
+        given = {"color": colour, "linestyle": style, "linewidth": 1.2}
+        axes[1].plot(steps, values, **given)
+        handles.append(Line2D([], [], label=f"right: {STEP_MEASURES[measure]}", **given))
     if shown:
         axes[0].set_ylim(min(shown) / 1.3, 1.5)
         log_axis(axes[0])

@@ -199,7 +199,7 @@ def _key_numbers(run: Run) -> str:
     items |= {"noise floor (CKA)": number(run.noise_floor("cka"))} if RESEEDED in run.models else {}
     items |= {"identity control": identity_control(run).split(":")[0]} if IDENTITY in run.models else {}
     items |= {f"test accuracy of {run.reference}": number(run.model_value(run.reference, "ncc_test"))}
-    items |= {"images / second": f"{rate:,.0f}"} if rate is not None else {}
+    items |= {"images / second": _rate(rate)} if rate is not None else {}
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items.items())
     return f'<dl class="key">{tiles}</dl>'
 
@@ -238,12 +238,16 @@ def _settings(run: Run) -> str:
     throughput = (
         "not recorded"
         if rate is None
-        else f"{rate:,.0f} images per second (median of {len(run.timing)} epochs; {seconds:,.1f} s in all, "
+        else f"{_rate(rate)} images per second (median of {len(run.timing)} epochs; {seconds:,.1f} s in all, "
         "all models together)"
     )
     facts = _table(["fact", "value"], _outline(run.facts | {"throughput": throughput}), "text")
     config = _table(["setting", "value"], _outline(run.config), "text")
     return f"<h3>Run</h3>{facts}\n<h3>Configuration</h3>{config}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _outline(tree: dict[str, Any], depth: int = 0) -> list[list[str]]:
@@ -263,6 +267,8 @@ def _plain(value: Any) -> str:
         return ", ".join(_plain(one) for one in value)
     if value is None:
         return "–"
+    if isinstance(value, float) and len(str(value)) > 8:
+        return f"{value:.6g}"
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
