@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -54,9 +55,11 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
                 waiting.append(ready - began)
         ahead = [next(batches) for _ in range(PROFILED)]
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        with profile(activities=activities) as found:
-            for k, batch in enumerate(ahead):
-                _step(run, k, batch)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # of cycles, of which there is one
+            with profile(activities=activities) as found:
+                for k, batch in enumerate(ahead):
+                    _step(run, k, batch)
     shares, twin = shares_of(found.key_averages(), device.type == "cuda")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
