@@ -19,7 +19,7 @@ from fastcl.report.records import Run
 _MAP = "viridis"
 _LABELS = 32  # along an axis; of more layers every second, third, ... is named
 _PRINTED, _CELL = 16, 0.27  # values stand in tables of so many columns at most, in cells of so many inches at least
-_TITLE = 44  # letters of a line of a title
+_LETTERS = 8  # of a title in an inch
 _VECTOR = 4096  # cells; a larger table is drawn as an image
 
 
@@ -89,7 +89,8 @@ def write_heat_map(table: LayerTable, path: Path, title: str | None = None) -> P
         figure = Figure(figsize=(side[0] + 2.6, side[1] + 1.6), layout="constrained")
         _draw(figure, [figure.subplots()], [table], side[0])
         figure.axes[0].set_title("")
-        figure.suptitle("\n".join(textwrap.wrap(title or f"{table.rows_of} against {table.columns_of}", _TITLE)))
+        letters = round(_LETTERS * figure.get_figwidth())
+        figure.suptitle(textwrap.fill(title or f"{table.rows_of} against {table.columns_of}", letters))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, facecolor="white", dpi=150, metadata=metadata)
