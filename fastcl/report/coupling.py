@@ -11,7 +11,8 @@ from fastcl.report.records import CERTIFICATE_MEASURES, STEP_MEASURES, Number, R
 from fastcl.theory import CouplingBound, largest_drift, similarity_coupling_bound
 
 THEOREM_PAIR = {"dcl", "nscl"}  # the theorem's CL and NSCL
-STYLES = {"cka": ("#0072b2", "-"), "cka_debiased": ("#d55e00", (0, (4, 2))), "rsa": ("#009e73", (0, (1, 1)))}
+# Colours that no model has, light enough for a dark page.
+STYLES = {"cka": ("#7b4fd0", "-"), "cka_debiased": ("#a3742c", (0, (4, 2))), "rsa": ("#8a8f98", (0, (1, 1)))}
 DRAWN = 1000  # points a line, at most
 FAINTEST = 1e-6  # share of the largest drift below which nothing is drawn
 

@@ -234,6 +234,8 @@ def _read_lines(path: Path, optional: bool = False) -> list[tuple[str, dict[str,
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FastclError(f"{path}: there is no such file; is {path.parent} the folder of a run?") from error
     except OSError as error:
         raise FastclError(f"{path}: cannot be read ({error.strerror})") from error
 
