@@ -72,9 +72,9 @@ def twin_stats(
         vary by less than 2^-21 of their mean, in root mean square, counts as constant; one whose entries vary by a
         share s of it keeps 2^-22 / s of relative error, since the tiles hold the mean too. The torch backends form the
         matrices' sums from moments of the rows: by products in float32 where both models are narrower than float64 and
-        of one width (a small drift keeps its digits), else in float64. Both models' statistics share one graph: take
-        both gradients in one backward pass. With equal rows za and zb, all correlations are exactly 1 and all drifts
-        exactly 0.
+        of one width (a drift keeps its digits where the rows themselves are near, else it is resolved as
+        `PairStats.drift` says), else in float64. Both models' statistics share one graph: take both gradients in one
+        backward pass. With equal rows za and zb, all correlations are exactly 1 and all drifts exactly 0.
 
     Raises:
         FastclError: as `fastcl.row_stats`; za and zb differ in their number of rows, dtype or device.
