@@ -61,7 +61,7 @@ examples:
 
 DIR/similarity.json holds every single time, DIR/similarity.md the tables, DIR/similarity.svg the figure where
 matplotlib is installed and a width has two sizes; they are rewritten after each case, so a run that is stopped keeps
-what it has. Everything takes some 15 minutes on two cores. For numbers worth quoting leave the machine to it alone.
+what it has. Everything takes up to half an hour on two cores. For numbers worth quoting leave the machine to it alone.
 """
 
 
