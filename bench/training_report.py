@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 from bench.records import Record, digits, table
@@ -57,17 +57,22 @@ def _step_row(r: Record) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _cases(records: Sequence[Record], heading: str, body: Callable[[Record], str]) -> str:
+    """A part for each record: its heading, and what it measured or why it did not."""
+    heading = f"\n{heading}, {{epochs}} epochs, B = {{batch:,}}\n\n"
+    return "".join(heading.format(**r) + (f"{r['reason']}\n" if r["reason"] else body(r)) for r in records)
+
+
 def _runs(records: Sequence[Record]) -> str:
     text = "\n## Runs\n\nHeld-out images. The reseeded twin is the noise floor: dcl again, on other random views.\n"
-    for r in records:
-        text += f"\n### Temperature {r['temperature']:g}, {r['epochs']} epochs, B = {r['batch']:,}\n\n"
-        if r["reason"]:
-            text += f"{r['reason']}\n"
-            continue
-        text += table(("model", "", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe"), _models(r))
-        peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f} GiB"
-        text += f"\n{r['images_per_second']:,.0f} images/s, all models together; peak memory {peak}.\n"
-    return text
+    return text + _cases(records, "### Temperature {temperature:g}", _run)
+
+
+def _run(r: Record) -> str:
+    head = ("model", "", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe")
+    peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f} GiB"
+    rate = f"{r['images_per_second']:,.0f} images/s, all models together"
+    return f"{table(head, _models(r))}\n{rate}; peak memory {peak}.\n"
 
 
 def _models(r: Record) -> Iterator[tuple[str, ...]]:
@@ -78,17 +83,14 @@ def _models(r: Record) -> Iterator[tuple[str, ...]]:
 
 
 def _precision(records: Sequence[Record]) -> str:
-    text = ""
-    for r in records:
-        text += f"\n## Precision of the networks, {r['epochs']} epochs, B = {r['batch']:,}\n\n"
-        if r["reason"]:
-            text += f"{r['reason']}\n"
-            continue
-        rows = [("dcl fp32, dcl reseeded fp32", "the noise floor", r["floor"]),
-                ("dcl fp32, dcl bf16", "what the precision changes", r["between"])]  # fmt: skip
-        rows += [(f"dcl {p}, nscl {p}", "the alignment of interest", found) for p, found in r["alignment"].items()]
-        text += table(("models", "", *ALIGNMENT), [(a, b, *(_four(v[name]) for name in ALIGNMENT)) for a, b, v in rows])
-    return text
+    return _cases(records, "## Precision of the networks", _compared)
+
+
+def _compared(r: Record) -> str:
+    rows = [("dcl fp32, dcl reseeded fp32", "the noise floor", r["floor"]),
+            ("dcl fp32, dcl bf16", "what the precision changes", r["between"])]  # fmt: skip
+    rows += [(f"dcl {p}, nscl {p}", "the alignment of interest", found) for p, found in r["alignment"].items()]
+    return table(("models", "", *ALIGNMENT), [(a, b, *(_four(v[name]) for name in ALIGNMENT)) for a, b, v in rows])
 
 
 def _four(value: float | None) -> str:
