@@ -27,7 +27,7 @@ Everything that needs a GPU, in parts that take 8 minutes each at most:
 
   kernels     the GPU tests, the ceilings of the card, bench.losses
   statistics  bench.similarity, bench.data, bench.training
-  proofs      the same bits in two runs, DALI's decoder against itself, compute-sanitizer
+  proofs      the same bits in two runs, of DALI's and Triton's views whatever the batch, compute-sanitizer
 
 Each step has its own time limit; needs torch, triton, numpy and pytest, and uses what else is installed. The real
 images are read from FASTCL_DATA. DIR/gpu.json and DIR/gpu.md list the steps and are rewritten after each; DIR/NAME.log
@@ -41,7 +41,8 @@ OURS = ("fastcl fp16", "fastcl fp32")
 SIMILARITY = (
     "fastcl PairAccumulator", "fastcl linear", "fastcl linear (tiles)", "fastcl cosine", "fastcl rbf", "X'Y fp32",
     "X'Y tf32", "dense Gram fp32", "dense Gram fp32 (linear)", "dense Gram fp32 (rbf)", "dense Gram tf32",
-    "dense Gram tf32 (linear)", "dense Gram tf32 (cosine)", "torch-cka", "ckatorch", "drawing the features alone",
+    "dense Gram tf32 (linear)", "dense Gram tf32 (cosine)", "torch-cka", "ckatorch", "rsatoolbox",
+    "authors' formulation", "drawing the features alone",
 )  # fmt: skip
 DATA = (
     "fastcl torchvision", "fastcl dali", "fastcl triton", "torchvision v2, Pillow, workers", "DALI, operator seeds",
@@ -111,7 +112,9 @@ def _proofs(out: Path, rehearse: bool) -> list[Step]:
         for tool in ("memcheck", "racecheck")
     ]  # fmt: skip
     decoder = ("-m", "bench.decoder", "--out", str(out / "decoder"), *(("--tiny",) if rehearse else ()))
-    return [Step("workload", workload, 90), Step("repeat", repeat, 80), Step("decoder", decoder, 40), *sanitizers]
+    views = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_triton_views.py")
+    steps = Step("workload", workload, 70), Step("repeat", repeat, 60), Step("decoder", decoder, 35)
+    return [*steps, Step("views", views, 55), *sanitizers]
 
 
 def gpu_tests() -> list[str]:
