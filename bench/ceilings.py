@@ -48,11 +48,12 @@ class Ceilings:
         pairs = 2 * (n / 2) ** 2 if objective == "clip" else n * n
         products, exponentials = (4, pairs) if d <= NARROW else (3, pairs / 2)
         memory = 4 * n * d
-        forward = self._slowest(pairs * d, pairs / 2, memory)
-        backward = self._slowest(products * pairs * d, exponentials, 2 * memory)
+        forward = self.slowest_ms(pairs * d, pairs / 2, memory)
+        backward = self.slowest_ms(products * pairs * d, exponentials, 2 * memory)
         return {"fwd": forward, "bwd": backward, "both": forward + backward}
 
-    def _slowest(self, flops: float, exponentials: float, size: float) -> float:
+    def slowest_ms(self, flops: float, exponentials: float, size: float) -> float:
+        """ms of the slowest of floating-point operations, exponentials and bytes, each at its ceiling."""
         return 1e3 * max(flops / self.flops, exponentials / self.exponentials, size / self.bytes)
 
     def __str__(self) -> str:
@@ -84,6 +85,20 @@ def measure(device: torch.device, repeats: int = 15) -> tuple[Ceilings, list[tup
     found.append(("exp2", 1.0 * len(x) * rounds, times))
     half, brain, copy, exp2 = (1e3 * work / median(s.gpu or s.wall for s in times) for _, work, times in found)
     return Ceilings(max(half, brain), copy, exp2), found
+
+
+def of_host(tiny: bool) -> Ceilings:
+    """The ceilings of the CPU in float32, by PyTorch's own functions."""
+    device, repeats, size = torch.device("cpu"), 5, 256 if tiny else 2048
+    source = torch.rand(2**16 if tiny else 2**26)
+    target = torch.empty_like(source)
+    near, out = source[: 2**16], target[: 2**16]  # in cache: the bound of the function, not of the memory
+    calls = (
+        (2.0 * size**3, products(torch.float32, size, device, repeats)),
+        (2.0 * source.nbytes, _times(lambda: target.copy_(source), device, repeats)),
+        (1.0 * len(near), _times(lambda: torch.exp(near, out=out), device, repeats)),
+    )
+    return Ceilings(*(1e3 * work / median(s.wall for s in times) for work, times in calls))
 
 
 def products(dtype: torch.dtype, size: int, device: torch.device, repeats: int) -> list[Sample]:

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 import fastcl
-from bench import ceilings, losses_report, peers, providers
+from bench import ceilings, figures, losses_report, peers, providers
 from bench.clocks import PASSES, Peak, first_line, interleave, measure_peak, timer_of
 from bench.providers import CHUNKED, FUSED, OBJECTIVES, PROVIDERS, TOLERANCES, Provider, passes
 from bench.records import (
-    GIB,
+    MEMORY_HELP,
     Record,
     add_arguments,
     agree,
     device_of,
     exit_status,
     machine,
+    memory_limit,
     milliseconds,
     over_memory,
     record,
     shortage,
-    total_memory,
     write,
 )
 
@@ -37,7 +37,6 @@ DENSE = {"fwd": 2, "bwd": 4}  # times N x N x D, for two towers a quarter: one p
 SIZES = {"cpu": (512, 2048, 8192, 16384), "cuda": (512, 4096, 16384, 65536, 262144, 1048576)}
 WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of rounds before those that count: a GPU's clocks rise under load
 OVERHEAD = {"cpu": 0.5, "cuda": 0.01}  # seconds of a call that no larger n makes longer, at most
-MEMORY_GIB = 12
 
 _DESCRIPTION = f"""\
 Time and memory of the contrastive losses, forward and backward, against what a user would write or install otherwise.
@@ -64,8 +63,9 @@ examples:
   python -m bench.losses --out runs/bench                          the whole table
   python -m bench.losses --out runs/try --n 512 --repeats 5        a first look
 
-DIR/losses.json holds every single time, DIR/losses.md the tables; both are rewritten after each objective and size, so
-a run that is stopped keeps what it has. For numbers worth quoting leave the machine to the run alone: other processes
+DIR/losses.json holds every single time, DIR/losses.md the tables, DIR/losses.svg the figure of NT-Xent where matplotlib
+is installed and a width has two sizes; they are rewritten after each objective and size, so a run that is stopped keeps
+what it has. For numbers worth quoting leave the machine to the run alone: other processes
 on the same cores change not only the times but their ratios. Where they cannot be stopped, OMP_NUM_THREADS=1 makes
 the times steadier: with several threads each waits for the slowest.
 """
@@ -243,7 +243,8 @@ def main(argv: list[str] | None = None) -> int:
                 for n in sorted(args.n):
                     case = {"objective": objective, "n": n, "d": d, "dtype": "float32"}
                     found += run_case(case, run)
-                    write(args.out, BENCH, found, conditions + losses_report.tables(found, ours))
+                    text = losses_report.body(found, ours, figures.losses(found, args.out))
+                    write(args.out, BENCH, found, conditions + text)
                     if device.type == "cuda":
                         torch.cuda.empty_cache()  # the pools of the graphs are free now
     except KeyboardInterrupt:
@@ -264,8 +265,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
         help="rows: two views of N / 2 samples, even, at least 8 (default: "
         + "; ".join(f"{kind}: {' '.join(map(str, sizes))}" for kind, sizes in SIZES.items()) + ")")
     parser.add_argument("--d", type=int, nargs="+", default=[128], metavar="D", help="widths of rows (default: 128)")
-    parser.add_argument("--memory", type=float, default=MEMORY_GIB, metavar="GIB",
-        help="skip what would need more, or three quarters of the device's memory (default: %(default)s)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help=MEMORY_HELP)
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES, metavar="NAME",
         help=f"default: all, {' '.join(OBJECTIVES)}")
     parser.add_argument("--providers", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
@@ -273,6 +273,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     args = parser.parse_args(argv)
     device = device_of(args, parser)
     args.n = args.n or list(SIZES[device.type])
+    args.memory = memory_limit(args.memory, device)
     if bad := [n for n in args.n if n < 8 or n % 2]:
         parser.error(f"--n: rows must be even and at least 8, got {bad[0]}")
     for name in ("d", "repeats", "seconds", "memory"):
@@ -280,7 +281,6 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
         for number in value if isinstance(value, list) else [value]:
             if not number > 0:
                 parser.error(f"--{name}: must be positive, got {number}")
-    args.memory = min(args.memory, 0.75 * total_memory(device) / GIB)
     return args, device
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bench.ceilings import Ceilings
+from bench.figures import CAPTION
 from bench.plain import TEMPERATURE
 from bench.providers import TOLERANCES
 from bench.records import Record, digits, milliseconds, table
@@ -56,16 +57,17 @@ def _on_gpu(ceilings: Ceilings) -> str:
 """
 
 
-def tables(records: Sequence[Record], ours: str) -> str:
-    """A Markdown table per objective and width, and below it who could not run at all.
+def body(records: Sequence[Record], ours: str, figure: str | None) -> str:
+    """The figure, then a Markdown table per objective and width, and below it who could not run at all.
 
     Args:
         ours: the provider that the others are compared with.
+        figure: name of the file, or None where there is none.
     """
     gpu = any(r["gpu_ms"] for r in records)
     head = ["n", "provider", "forward + backward", "forward", "backward", *(["wall", "of the bound"] if gpu else [])]
     head += ["TFLOP/s", "dense TFLOP/s", "peak MiB", f"{ours.removeprefix('fastcl ')} is faster by"]
-    text = ""
+    text = f"\n![Time and memory against the number of rows]({figure})\n\n{CAPTION}\n" if figure else ""
     for objective, d in dict.fromkeys((r["objective"], r["d"]) for r in records):
         chosen = [r for r in records if (r["objective"], r["d"]) == (objective, d)]
         absent = _absent(chosen)

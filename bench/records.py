@@ -39,6 +39,8 @@ import fastcl
 from bench.clocks import Sample
 
 GIB = 2**30
+MEMORY_GIB = 12
+MEMORY_HELP = f"skip what would need more, or three quarters of the device's memory (default: {MEMORY_GIB}; CUDA: that)"
 
 Record: TypeAlias = dict[str, Any]
 
@@ -163,6 +165,13 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_limit(asked: float | None, device: torch.device) -> float:
+    """GiB that a benchmark may use: what was asked for, else on a CPU MEMORY_GIB; at most three quarters of all."""
+    most = 0.75 * total_memory(device) / GIB
+    default = most if device.type == "cuda" else MEMORY_GIB
+    return min(most, default if asked is None else asked)
 
 
 def write(folder: Path, bench: str, records: Sequence[Record], markdown: str) -> None:

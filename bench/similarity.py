@@ -7,34 +7,32 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import median
 
 import torch
 
-from bench import ceilings, gram, similarity_figure, similarity_report, twins
+from bench import ceilings, figures, gram, similarity_report, twins
 from bench.clocks import Peak, Sample, first_line, interleave, measure_peak, time_call
 from bench.features import OTHERS, SECTIONS, SIZES, TINY, Case, Features
 from bench.providers import versions
 from bench.records import (
-    GIB,
+    MEMORY_HELP,
     Record,
     add_arguments,
     device_of,
     exit_status,
     machine,
+    memory_limit,
     milliseconds,
     over_memory,
     record,
     shortage,
-    total_memory,
     write,
 )
-from bench.similarity_providers import DRAWN, GATE, PROVIDERS, TOLERANCES, Found, Provider, feature_work
+from bench.similarity_providers import DRAWN, GATE, PROVIDERS, TOLERANCES, Found, Provider, least
 
 BENCH = "similarity"
 WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of rounds before those that count: a GPU's clocks rise under load
 OVERHEAD = {"cpu": 0.2, "cuda": 0.01}  # seconds of a call that no larger case makes longer, at most
-MEMORY_GIB = 12
 
 _DESCRIPTION = f"""\
 Time and memory of the pair statistics of two models or more, forward only, against what a user would write or install
@@ -72,7 +70,7 @@ class Run:
     args: argparse.Namespace
     device: torch.device
     facts: Record
-    rate: float  # floating-point operations a second of a large product
+    ceilings: ceilings.Ceilings
     pace: dict[tuple[str, int], float] = field(default_factory=dict)  # by provider and d: seconds / its operations
     truths: dict[Case, tuple[Features, Found]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
@@ -193,20 +191,9 @@ def _record(
         "measures": list(provider.measures), "dense": provider.dense, "values": values, "difference": difference,
         "error": error if error == error else None,  # JSON has no NaN
     }  # fmt: skip
-    kernels = {gram.MEASURES[name] for name in provider.measures}
-    # Products of features say nothing of a kernel that is no inner product of rows.
-    needed = 0 if "rbf" in kernels else len(kernels) * feature_work(case) * min(1, case.n / case.d)
+    needed, bound = least(case, {gram.MEASURES[name] for name in provider.measures}, run.ceilings)
     return record(BENCH, provider.name, full, run.facts, "fwd", flops=(provider.work(case), needed),
-        peak_bytes=peak.bytes if peak else None, bound_ms=1e3 * needed / run.rate if needed else None,
-        **others)  # fmt: skip
-
-
-def product_rate(device: torch.device, tiny: bool) -> float:
-    """Floating-point operations a second of a large product: half precision on CUDA, float32 on a CPU."""
-    if device.type == "cuda":
-        return ceilings.measure(device)[0].flops
-    size = 256 if tiny else 2048
-    return 2e3 * size**3 / median(s.wall for s in ceilings.products(torch.float32, size, device, 5))
+        peak_bytes=peak.bytes if peak else None, bound_ms=bound, **others)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,13 +201,14 @@ def main(argv: list[str] | None = None) -> int:
     args, device = _arguments(argv)
     facts = machine(device)
     facts["versions"] |= versions(p.package for p in PROVIDERS if p.package)
-    run = Run(args, device, facts, product_rate(device, args.tiny))
-    head = similarity_report.header(facts, args, device, run.rate)
+    bounds = ceilings.measure(device)[0] if device.type == "cuda" else ceilings.of_host(args.tiny)
+    run = Run(args, device, facts, bounds)
+    head = similarity_report.header(facts, args, device, bounds)
     print(f"{facts['device']}; results go to {args.out}", flush=True)
     found: list[Record] = []
 
     def save() -> None:
-        figure = similarity_figure.draw(found, args.out)
+        figure = figures.similarity(found, args.out)
         write(args.out, BENCH, found, head + similarity_report.body(found, figure, device))
 
     try:
@@ -270,15 +258,13 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     parser.add_argument("--sizes", type=_size, nargs="+", metavar="NxD",
         help="rows and width of the section pair, n at least 4 (default: "
         + "; ".join(f"{kind}: {' '.join(f'{n}x{d}' for n, d in sizes)}" for kind, sizes in SIZES.items()) + ")")
-    parser.add_argument("--memory", type=float, metavar="GIB",
-        help=f"skip what would need more, or three quarters of the device's memory (default: {MEMORY_GIB}; CUDA: that)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help=MEMORY_HELP)
     parser.add_argument("--providers", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
     parser.add_argument("--tiny", action="store_true", help="sizes that prove that it works and measure nothing")
     # fmt: on
     args = parser.parse_args(argv)
     device = device_of(args, parser)
-    most = 0.75 * total_memory(device) / GIB
-    args.memory = min(most, args.memory or (MEMORY_GIB if device.type == "cpu" else most))
+    args.memory = memory_limit(args.memory, device)
     for name in ("repeats", "seconds", "memory"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name}: must be positive, got {getattr(args, name)}")

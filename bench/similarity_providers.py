@@ -6,7 +6,7 @@ of each pair of models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastcl
 from bench import gram, similarity_peers
+from bench.ceilings import Ceilings
 from bench.features import Case, Features
 from bench.providers import absence
 from fastcl.similarity.routes import choose_route
@@ -132,6 +133,26 @@ def _published(x: Tensor, y: Tensor) -> dict[str, float]:
 def feature_work(case: Case) -> float:
     """Floating-point operations of one product X'Y for each pair of models, a model with itself included."""
     return 2 * case.n * case.d**2 * (case.pairs + case.models)
+
+
+def least(case: Case, kernels: Collection[str], ceilings: Ceilings) -> tuple[float, float | None]:
+    """What the measures of kernels need at least, for all pairs of a case.
+
+    Kernels that are inner products of rows need X'Y of every pair, a model with itself included, in columns as many as
+    the fewer of n and d. A Gaussian kernel needs half of each model's Gram matrix, its entries' inner products (n n d)
+    and exponentials (n n / 2). The features are read once.
+
+    Returns:
+        Floating-point operations of the products, and ms: the slowest of products, exponentials and memory, which can
+        overlap; None where nothing is measured.
+    """
+    if not kernels:
+        return 0, None
+    gaussian = case.models * ("rbf" in kernels)
+    inner = len(set(kernels) - {"rbf"})
+    products = inner * feature_work(case) * min(1, case.n / case.d) + gaussian * case.n**2 * case.d
+    size = case.models * case.n * case.d * getattr(torch, case.dtype).itemsize
+    return products, ceilings.slowest_ms(products, gaussian * case.n**2 / 2, size)
 
 
 def _dense_work(case: Case) -> float:

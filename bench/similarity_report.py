@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bench import twins
+from bench.ceilings import Ceilings
 from bench.features import MEAN, OWN, SHARED, Case
+from bench.figures import CAPTION
 from bench.records import Record, digits, milliseconds, table
 from bench.similarity_providers import ALL_THREE, DRAWN, GATE, TOLERANCES
 
@@ -26,7 +28,7 @@ CARD_TARGET, CARD, CARD_MS = Case("models", 50_000, 2048, 4, "bfloat16"), "H200"
 _CASE = ("section", "n", "d", "models", "dtype", "chunk")
 
 
-def header(facts: Record, args: argparse.Namespace, device: torch.device, rate: float) -> str:
+def header(facts: Record, args: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> str:
     """The conditions of the run, before its first measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     allowed = ", ".join(f"{tolerance:g} ({name})" for name, tolerance in TOLERANCES.items())
@@ -51,9 +53,10 @@ def header(facts: Record, args: argparse.Namespace, device: torch.device, rate: 
 - Error: largest, absolute, on {GATE} rows of as wide features, against the definitions in float64; over
   {allowed} by the provider's precision it is not timed. Differs: largest difference from the first
   provider of the table that has the measure, at the size of the table.
-- Of the product: the share of its time that X'Y would take for all pairs, a model with itself included, for each kernel
-  that is needed (2 n d min(n, d) operations each) at {rate / 1e12:.3g} TFLOP/s, which large {product} products
-  reached in this run. TFLOP/s: of the products that the provider makes itself.
+- Of the bound: the bound's share of the time. The bound is the slowest of {product} products, exponentials and the
+  reading of the features, at what this run reached: {ceilings}. Products: X'Y for all pairs, a model with itself
+  included, for each kernel that is an inner product of rows (2 n d min(n, d) operations each); for RBF half of each
+  model's Gram matrix (n n d), with n n / 2 exponentials. TFLOP/s: of the products that the provider makes itself.
 - Memory: beyond the features that are at hand: {memory}.
 - Over the limit: more than {args.seconds:g} s in one call, measured or by the time on fewer rows. Nothing is
   extrapolated.
@@ -71,7 +74,7 @@ def body(records: Sequence[Record], figure: str | None, device: torch.device) ->
         figure: name of the file, or None where there is none.
     """
     text = f"\n## Targets\n\n{table(('target', 'where', 'found', 'reached'), _targets(records))}"
-    text += f"\n![Time and memory against the number of rows]({figure})\n" if figure else ""
+    text += f"\n![Time and memory against the number of rows]({figure})\n\n{CAPTION}\n" if figure else ""
     for section, title in TITLES.items():
         chosen = [r for r in records if r["section"] == section]
         if chosen:
@@ -117,7 +120,7 @@ def best_dense(records: Sequence[Record], r: Record | None) -> Record | None:
 
 
 def _cases(records: Sequence[Record]) -> str:
-    head = ("provider", "computes", "ms", "peak MiB", "error", "differs", "TFLOP/s", "of the product", "is faster by")
+    head = ("provider", "computes", "ms", "peak MiB", "error", "differs", "TFLOP/s", "of the bound", "is faster by")
     text = ""
     for case in dict.fromkeys(tuple(r[key] for key in _CASE) for r in records):
         chosen = [r for r in records if tuple(r[key] for key in _CASE) == case]

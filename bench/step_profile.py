@@ -19,11 +19,11 @@ from bench.records import Record
 from fastcl.data import Batch
 from fastcl.train import Lockstep
 from fastcl.train.config import Config, learning_rate
-from fastcl.train.stepping import BACKWARD, ENCODERS, LOSSES, OPTIMIZERS, step_twins
+from fastcl.train.stepping import BACKWARD, ENCODERS, LOSSES, METRICS, OPTIMIZERS, step_twins
 
 WARM_UP, PROFILED = 2, 2  # steps
 TWIN = "fastcl::twin"
-SHARES = ("encoders", "losses", "optimisers")
+SHARES = ("encoders", "losses", "metrics", "optimisers")
 
 
 def measure(config: Config, folder: Path, device: torch.device, repeats: int) -> Record:
@@ -81,7 +81,7 @@ def shares_of(events: Sequence[Any], on_device: bool) -> tuple[dict[str, float],
     """
     hosts = [e for e in events if e.device_type == DeviceType.CPU]
     times = {e.key: e.device_time_total if on_device else e.cpu_time_total for e in hosts}
-    spans = [times[name] for name in (ENCODERS, LOSSES, OPTIMIZERS)]
+    spans = [times[name] for name in (ENCODERS, LOSSES, METRICS, OPTIMIZERS)]
     if on_device:  # each kernel once: a span on the device is an event there too
         kernels = (e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation)
         total = sum(e.self_device_time_total for e in kernels)
@@ -90,7 +90,7 @@ def shares_of(events: Sequence[Any], on_device: bool) -> tuple[dict[str, float],
         backward = times[BACKWARD]
         total = sum(spans) + backward
     backward_of_losses = sum(t for key, t in times.items() if key.startswith("fastcl::") and key.endswith("_backward"))
-    parts = (spans[0] + backward - backward_of_losses, spans[1] + backward_of_losses, spans[2])
+    parts = (spans[0] + backward - backward_of_losses, spans[1] + backward_of_losses, *spans[2:])
     twin = times[TWIN] / total if TWIN in times else None
     return {name: part / total for name, part in zip(SHARES, parts, strict=True)}, twin
 

@@ -28,17 +28,20 @@ CASES = {
     "tiny": ((16, "fp32"), (16, "bf16")),
 }
 FOUR_UP_TO = 4096  # rows of a batch that all four models train on
-BATCH = {"cuda": 1024, "cpu": 64, "tiny": 16}  # of the runs
+# Of the runs. A card trains in bfloat16: more epochs in the time, and the section precision says what that changes.
+BATCH = {"cuda": 1024, "cpu": 64, "tiny": 16}
+PRECISION_OF_RUNS = {"cuda": "bf16", "cpu": "fp32", "tiny": "fp32"}
 _SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}
 
 _DESCRIPTION = """\
 The lockstep trainer on CIFAR-10 (digits where the file is absent): ResNet-18 with the CIFAR stem.
 
 sections, in this order:
-  steps      seconds of a step of all models together, images/s, peak memory, and the shares of views, encoders, losses
-             and optimisers, by torch.profiler; float32 and bfloat16 networks, several batch sizes
-  runs       dcl, nscl, supcon and ce side by side at two temperatures for as many epochs as --seconds allow: alignment
-             with dcl, accuracy by nearest class centre and by a ridge probe; DIR/runs/ keeps each run and its report
+  steps      seconds of a step of all models together, images/s, peak memory, and the shares of views, encoders, losses,
+             metrics and optimisers, by torch.profiler; float32 and bfloat16 networks, several batch sizes
+  runs       dcl, nscl, supcon and ce side by side at two temperatures for as many epochs as --seconds allow, on a card
+             in bfloat16: alignment with dcl, accuracy by nearest class centre and by a ridge probe, seconds of an epoch
+             and of an evaluation; DIR/runs/ keeps the records and the report of each
   precision  two epochs in float32 and in bfloat16: is the difference in alignment larger than the noise floor, that is,
              than what other random views change?
 """
@@ -115,10 +118,11 @@ def measure_steps(run: Run, scratch: Path) -> None:
 def train_runs(run: Run, scratch: Path) -> None:
     """The section of that name."""
     epochs = 2 if run.kind == "tiny" else epochs_within(run, scratch)
+    batch, precision = BATCH[run.kind], PRECISION_OF_RUNS[run.kind]
     for temperature in TEMPERATURES:
-        case = {"section": RUNS, "temperature": temperature, "epochs": epochs, "batch": BATCH[run.kind]}
+        case = {"section": RUNS, "temperature": temperature, "epochs": epochs, "batch": batch, "precision": precision}
         try:
-            asked = config(run, MODELS, batch=BATCH[run.kind], epochs=epochs, temperature=temperature,
+            asked = config(run, MODELS, batch=batch, epochs=epochs, temperature=temperature, precision=precision,
                            controls=("reseeded",))  # fmt: skip
             run.add(case, training_runs.train(asked, run.args.out / "runs" / f"temperature-{temperature:g}"))
         except Exception as problem:
@@ -141,10 +145,11 @@ def compare_precisions(run: Run, scratch: Path) -> None:
 
 def epochs_within(run: Run, scratch: Path) -> int:
     """Epochs of a training run that take about --seconds, by the time of a step of four models; at least 2."""
-    case = {"batch": BATCH[run.kind], "precision": "fp32", "models": len(MODELS), "reason": None}
-    values = next((r for r in run.found if r["section"] == STEPS and case.items() <= r.items()), None)
+    case = {"batch": BATCH[run.kind], "precision": PRECISION_OF_RUNS[run.kind]}
+    wanted = {"section": STEPS, **case, "models": len(MODELS), "reason": None}
+    values = next((r for r in run.found if wanted.items() <= r.items()), None)
     if values is None:
-        asked = config(run, MODELS, batch=BATCH[run.kind], epochs=1)
+        asked = config(run, MODELS, epochs=1, **case)
         values = step_profile.measure(asked, scratch / "pace", run.device, 3)
     epoch = values["steps_per_epoch"] * median(values["step_seconds"]) * (len(MODELS) + 1) / len(MODELS)
     return max(2, int(run.args.seconds / (1.2 * epoch)))  # a fifth for evaluations

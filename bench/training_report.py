@@ -33,24 +33,27 @@ def _steps(records: Sequence[Record]) -> str:
 ## Steps
 
 A step trains all models on one batch: two views of each image. Waiting: the share of its time before its batch is
-there. Encoders, losses and optimisers: shares of the device's time, on a CPU of the wall clock, without the views, by a
-profile of two more steps; "losses" holds the backward pass of fastcl's operators, and twin_stats is its forward pass.
+there. Encoders, losses, metrics and optimisers: shares of the device's time, on a CPU of the wall clock, without the
+views, by a profile of two more steps. "Losses" holds the backward pass of fastcl's operators and the forward pass of
+twin_stats, which is shown by itself too: it returns the pair statistics of a step with the losses of two models.
+"Metrics" is what every model records besides its loss, with the row statistics of the one that trains without them.
 Target on a card: losses and waiting at most {LIMIT:.0%} of a step of four models at B = 1,024.
 
 """
     head = ("B", "precision", "models", "s a step", "images/s", "images/s and model", "waiting", "encoders", "losses",
-            "twin_stats", "optimisers", "peak GiB")  # fmt: skip
+            "twin_stats", "metrics", "optimisers", "peak GiB")  # fmt: skip
     return text + table(head, map(_step_row, records))
 
 
 def _step_row(r: Record) -> tuple[str, ...]:
     start = (f"{r['batch']:,}", r["precision"], str(r["models"]))
     if r["reason"]:
-        return (*start, r["reason"], *[""] * 8)
+        return (*start, r["reason"], *[""] * 9)
     seconds, rate = r["step_seconds"], r["images_per_second"]
     waiting = sum(r["waiting_seconds"]) / sum(seconds)
     peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}"
-    shares = [r["shares"]["encoders"], r["shares"]["losses"], r["twin_share"], r["shares"]["optimisers"]]
+    shares = [r["shares"]["encoders"], r["shares"]["losses"], r["twin_share"]]
+    shares += [r["shares"]["metrics"], r["shares"]["optimisers"]]
     return (
         *start, f"{digits(median(seconds))} ({digits(min(seconds))}-{digits(max(seconds))})", f"{rate:,.0f}",
         f"{rate * r['twins']:,.0f}", f"{waiting:.1%}", *("-" if s is None else f"{s:.1%}" for s in shares), peak,
@@ -65,14 +68,15 @@ def _cases(records: Sequence[Record], heading: str, body: Callable[[Record], str
 
 def _runs(records: Sequence[Record]) -> str:
     text = "\n## Runs\n\nHeld-out images. The reseeded twin is the noise floor: dcl again, on other random views.\n"
-    return text + _cases(records, "### Temperature {temperature:g}", _run)
+    return text + _cases(records, "### Temperature {temperature:g}, {precision}", _run)
 
 
 def _run(r: Record) -> str:
     head = ("model", "", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe")
     peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f} GiB"
     rate = f"{r['images_per_second']:,.0f} images/s, all models together"
-    return f"{table(head, _models(r))}\n{rate}; peak memory {peak}.\n"
+    evaluation = f"an evaluation of all {digits(r['evaluation_seconds'])} s, an epoch {digits(r['epoch_seconds'])} s"
+    return f"{table(head, _models(r))}\n{rate}; {evaluation}; peak memory {peak}.\n"
 
 
 def _models(r: Record) -> Iterator[tuple[str, ...]]:

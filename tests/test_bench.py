@@ -280,7 +280,8 @@ def allocate_on_gpu(device: str, count: int) -> tuple[Callable[[], object], Call
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--n", "64", "7"), "--n: rows must be even and at least 8, got 7"), (("--seconds", "0"), "--seconds: must be")],
+    [(("--n", "64", "7"), "--n: rows must be even and at least 8, got 7"), (("--seconds", "0"), "--seconds: must be"),
+     (("--memory", "0"), "--memory: must be positive, got 0")],
 )
 def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import fastcl
-from bench import similarity, similarity_figure, similarity_report, twins
+from bench import ceilings, figures, similarity, similarity_report, twins
 from bench.clocks import Peak
 from bench.features import TINY, Case
 from bench.records import record
-from bench.similarity_providers import ALL_THREE, DRAWN, PROVIDERS, TOLERANCES, Provider
+from bench.similarity_providers import ALL_THREE, DRAWN, PROVIDERS, TOLERANCES, Provider, least
 
 CPU = torch.device("cpu")
 BY_NAME = {p.name: p for p in PROVIDERS}
@@ -94,7 +94,7 @@ def small(tmp_path, *more: str) -> list[str]:
 @pytest.fixture
 def no_memory(monkeypatch):
     """Without processes of their own and a large product; a call takes as many milliseconds as it has rows."""
-    monkeypatch.setattr(similarity, "product_rate", lambda device, tiny: 1e12)
+    monkeypatch.setattr(ceilings, "of_host", lambda tiny: ceilings.Ceilings(1e12, 1e12, 1e12))
     monkeypatch.setattr(similarity, "peak_of", lambda p, features: Peak(7, 1e-3 * features.case.n))
 
 
@@ -167,17 +167,33 @@ def test_targets_compare_with_the_fastest_dense_form_that_has_the_same_measures(
     assert "| X'Y fp32 | CKA | 1 (1-1) | 0.0 | 0.0e+00 | 0.0e+00 |  | 100 % | 10x |" in text
 
 
+def test_the_bound_is_the_slowest_of_products_exponentials_and_memory():
+    case = Case("pair", 100, 10)
+    # X'Y, X'X and Y'Y: 3 x 2 n d d; half of two Gram matrices: 2 x n n d, of n n / 2 exponentials each.
+    inner, gaussian, size = 3 * 2 * 100 * 10**2, 2 * 100**2 * 10, 2 * 100 * 10 * 4
+    even = ceilings.Ceilings(1e3, 1e12, 1e12)
+    assert least(case, {"linear"}, even) == pytest.approx((inner, inner))
+    assert least(case, {"linear", "cosine", "rbf"}, even) == pytest.approx((2 * inner + gaussian,) * 2)
+    assert least(case, {"rbf"}, ceilings.Ceilings(1e12, 1e12, 1e3))[1] == pytest.approx(100**2)
+    assert least(case, {"cosine"}, ceilings.Ceilings(1e12, 1e3, 1e12))[1] == pytest.approx(size)
+    halves = replace(case, dtype="bfloat16", models=4)
+    assert least(halves, {"linear"}, ceilings.Ceilings(1e12, 1e3, 1e12))[1] == pytest.approx(size)
+    # Fewer samples than columns: as many columns as samples tell the same.
+    assert least(Case("pair", 5, 10), {"linear"}, even)[0] == pytest.approx(3 * 2 * 5 * 10**2 / 2)
+    assert least(case, set(), even) == (0, None)
+
+
 def test_the_figure_shows_the_width_with_most_sizes(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [made(BY_NAME[name], Case("pair", n, d), 1.0 * n, 1000 * n)
             for name in (ALL_THREE, "dense Gram fp32", "fastcl cosine")
             for n, d in ((100, 8), (1000, 8), (100, 4))]  # fmt: skip
-    assert similarity_figure.draw(rows, tmp_path) == "similarity.svg"
+    assert figures.similarity(rows, tmp_path) == "similarity.svg"
     text = (tmp_path / "similarity.svg").read_text()
     assert "d = 8; a CPU" in text and "time (ms)" in text and "fastcl PairAccumulator: CKA, debiased CKA, RSA" in text
     assert "fastcl cosine" not in text
-    assert similarity_figure.draw(rows[:1], tmp_path) is None
-    assert set(similarity_figure.LINES) <= set(BY_NAME)
+    assert figures.similarity(rows[:1], tmp_path) is None
+    assert set(figures.SIMILARITY) <= set(BY_NAME)
 
 
 def test_a_twin_that_disagrees_is_named_and_the_others_are_timed(monkeypatch):

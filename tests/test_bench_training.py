@@ -8,7 +8,8 @@ import torch
 from torch.autograd import DeviceType
 
 from bench import step_profile, training, training_report, training_runs
-from fastcl.train.stepping import BACKWARD, ENCODERS, LOSSES, OPTIMIZERS
+from bench.records import digits
+from fastcl.train.stepping import BACKWARD, ENCODERS, LOSSES, METRICS, OPTIMIZERS
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,9 @@ def test_every_section_is_measured(results):
     for r in found[2:4]:
         assert set(r["pairs"]) == {"nscl", "supcon", "ce", "reseeded"} and set(r["ncc"]) == {"dcl", *r["pairs"]}
         assert all(0 <= r["probe"][model] <= 1 for model in r["ncc"])
-        assert (out / "runs" / f"temperature-{r['temperature']:g}" / "report.html").exists()
+        folder = out / "runs" / f"temperature-{r['temperature']:g}"
+        assert (folder / "report.html").exists() and not list(folder.glob("**/*.safetensors"))
+        assert r["evaluation_seconds"] > 0 and f"an epoch {digits(r['epoch_seconds'])} s" in text
         assert f"| ce |  | {r['pairs']['ce']['cka']:.4f} |" in text
     r = found[4]
     assert r["between"]["cka"] != 1 and r["alignment"]["fp32"] != r["alignment"]["bf16"]
@@ -63,15 +66,17 @@ def _event(key, time, kind=DeviceType.CPU, note=False):
 
 
 def test_shares_of_a_profile():
-    spans = [_event(ENCODERS, 30), _event(LOSSES, 4), _event(OPTIMIZERS, 6)]
+    spans = [_event(ENCODERS, 30), _event(LOSSES, 4), _event(METRICS, 2), _event(OPTIMIZERS, 4)]
     operators = [_event("fastcl::twin", 3), _event("fastcl::fused_backward", 8), _event("aten::conv", 29)]
     card = [_event("conv_kernel", 92, DeviceType.CUDA), _event("twin_kernel", 8, DeviceType.CUDA),
             _event(ENCODERS, 30, DeviceType.CUDA, True)]  # fmt: skip
     # Of 100 in all 60 are backward: 8 of the losses, 52 of the encoders.
     shares, twin = step_profile.shares_of([*spans, *operators, *card], True)
-    assert shares == pytest.approx({"encoders": 0.82, "losses": 0.12, "optimisers": 0.06}) and twin == 0.03
+    assert shares == pytest.approx({"encoders": 0.82, "losses": 0.12, "metrics": 0.02, "optimisers": 0.04})
+    assert twin == 0.03
     shares, twin = step_profile.shares_of([*spans, *operators[1:], _event(BACKWARD, 40)], False)
-    assert shares == pytest.approx({"encoders": 62 / 80, "losses": 12 / 80, "optimisers": 6 / 80}) and twin is None
+    found = {"encoders": 62 / 80, "losses": 12 / 80, "metrics": 2 / 80, "optimisers": 4 / 80}
+    assert shares == pytest.approx(found) and twin is None
 
 
 def test_the_ridge_probe_separates_what_is_separable():

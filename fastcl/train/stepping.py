@@ -12,10 +12,12 @@ from torch.profiler import record_function
 
 from fastcl import PairStats, RowStats, TwinStats, twin_stats, two_view_stats
 from fastcl.errors import FastclError
-from fastcl.train.twins import IDENTITY, RESEEDED, Twin
+from fastcl.train.twins import CROSS_ENTROPY, IDENTITY, RESEEDED, Twin, step_values
 
 # Spans of a step in a profile by torch.profiler.
-ENCODERS, LOSSES, BACKWARD, OPTIMIZERS = (f"fastcl.{name}" for name in ("encoders", "losses", "backward", "optimizers"))
+ENCODERS, LOSSES, METRICS, BACKWARD, OPTIMIZERS = (
+    f"fastcl.{name}" for name in ("encoders", "losses", "metrics", "backward", "optimizers")
+)
 PAIR_VALUES = ("drift", "cka", "cka_debiased", "rsa")
 
 
@@ -91,7 +93,7 @@ def step_twins(
             # The reference's operator in the reference's role: any other would round otherwise.
             stats = step.pair_stats(twin.rows(z), z_partner).a
         else:
-            with record_function(LOSSES):
+            with record_function(METRICS if twin.objective == CROSS_ENTROPY else LOSSES):
                 stats = two_view_stats(*twin.rows(z).chunk(2), labels, temperature)
         found |= step.update({twin: (z, stats)})
     table = torch.stack([found[twin.name] for twin in twins])
@@ -128,17 +130,19 @@ class _Step:
     def update(self, found: dict[Twin, tuple[Tensor, RowStats]]) -> dict[str, Tensor]:
         """Update twins from their embeddings and statistics; STEP_VALUES of each."""
         with record_function(LOSSES):
-            values = {twin: twin.losses(z, stats, self.labels) for twin, (z, stats) in found.items()}
-        for twin in values:
+            losses = {twin: twin.loss(z, stats, self.labels) for twin, (z, stats) in found.items()}
+        with record_function(METRICS):
+            values = {twin.name: step_values(losses[twin], stats) for twin, (_, stats) in found.items()}
+        for twin in losses:
             twin.optimizer.zero_grad(set_to_none=True)
         with record_function(BACKWARD):
-            torch.autograd.backward([value[0] for value in values.values()])  # together: their statistics share a graph
+            torch.autograd.backward(list(losses.values()))  # together: their statistics share a graph
         with record_function(OPTIMIZERS):
-            for twin in values:
+            for twin in losses:
                 for group in twin.optimizer.param_groups:
                     group["lr"] = self.lr
                 twin.optimizer.step()
-        return {twin.name: torch.stack(value).detach().double() for twin, value in values.items()}
+        return values
 
 
 def _or_none(stats: PairStats, measure: str) -> float | None:

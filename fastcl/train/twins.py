@@ -47,23 +47,32 @@ class Twin:
         """Embeddings as row statistics take them: with their graph where these are what the twin minimises."""
         return z.detach() if self.objective == CROSS_ENTROPY else z
 
-    def losses(self, z: Tensor, stats: RowStats, labels: Tensor) -> tuple[Tensor, ...]:
-        """The values of STEP_VALUES, five scalars; the first is to be minimised.
-
-        The CL and NSCL losses, their gap and the same-class softmax mass are taken on this twin's embeddings whatever
-        its own objective is.
+    def loss(self, z: Tensor, stats: RowStats, labels: Tensor) -> Tensor:
+        """What the twin minimises, a scalar.
 
         Args:
             z: as `embed` gives them.
             stats: row statistics of `rows(z)`.
             labels: (B,) int64.
         """
-        dcl, nscl = OBJECTIVES["dcl"](stats).mean(), OBJECTIVES["nscl"](stats).mean()
         if self.objective == CROSS_ENTROPY:
-            loss = cross_entropy(self.network.logits(z), labels.repeat(2))
-        else:
-            loss = OBJECTIVES[self.objective](stats).mean()
-        return loss, dcl, nscl, dcl - nscl, same_class_mass(stats).mean()
+            return cross_entropy(self.network.logits(z), labels.repeat(2))
+        return OBJECTIVES[self.objective](stats).mean()
+
+
+def step_values(loss: Tensor, stats: RowStats) -> Tensor:
+    """STEP_VALUES of a twin, (5,) float64 without a graph.
+
+    The CL and NSCL losses, their gap and the same-class softmax mass are taken on its embeddings whatever its own
+    objective is.
+
+    Args:
+        loss: as `Twin.loss` gives it.
+        stats: row statistics of its embeddings.
+    """
+    with torch.no_grad():
+        dcl, nscl = OBJECTIVES["dcl"](stats).mean(), OBJECTIVES["nscl"](stats).mean()
+        return torch.stack([loss, dcl, nscl, dcl - nscl, same_class_mass(stats).mean()]).double()
 
 
 def make_twins(config: Config, channels: int, classes: int, device: torch.device) -> list[Twin]:
