@@ -41,7 +41,7 @@ def header(facts: Record, args: argparse.Namespace, device: torch.device) -> str
 
 def body(records: Sequence[Record]) -> str:
     """Targets and tables of what has been measured so far."""
-    text = f"\n## Targets\n\n{table(('target', 'where', 'found', 'reached'), _targets(records))}"
+    text = f"\n## Targets\n\n{table(('target', 'where', 'found', 'reached'), targets(records))}"
     views = [r for r in records if r["section"] == "views"]
     for size in dict.fromkeys(r["size"] for r in views):
         text += _views([r for r in views if r["size"] == size])
@@ -54,7 +54,9 @@ def rate(r: Record) -> float:
     return 1e3 * r["images"] / median(r["samples_ms"])
 
 
-def _targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
+def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
+    """Rows: target, where, found, reached."""
+
     def on_card(name: str, size: int) -> float | None:
         found = [r for r in records if r["section"] == "views" and r["provider"] == name and r["size"] == size]
         return next((rate(r) for r in found if r["samples_ms"] and "cuda" in r["versions"]), None)

@@ -184,9 +184,9 @@ def write(folder: Path, bench: str, records: Sequence[Record], markdown: str) ->
         part.replace(folder / name)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first two are numbers and stand to the right."""
-    rule = ["---" if k < 2 else "---:" for k in range(len(head))]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 2) -> str:
+    """A Markdown table; all columns but the first `left` are numbers and stand to the right."""
+    rule = ["---" if k < left else "---:" for k in range(len(head))]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
 
 

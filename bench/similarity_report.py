@@ -73,7 +73,7 @@ def body(records: Sequence[Record], figure: str | None, device: torch.device) ->
     Args:
         figure: name of the file, or None where there is none.
     """
-    text = f"\n## Targets\n\n{table(('target', 'where', 'found', 'reached'), _targets(records))}"
+    text = f"\n## Targets\n\n{table(('target', 'where', 'found', 'reached'), targets(records))}"
     text += f"\n![Time and memory against the number of rows]({figure})\n\n{CAPTION}\n" if figure else ""
     for section, title in TITLES.items():
         chosen = [r for r in records if r["section"] == section]
@@ -85,7 +85,8 @@ def body(records: Sequence[Record], figure: str | None, device: torch.device) ->
     return text
 
 
-def _targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
+def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
+    """Rows: target, where, found, reached."""
     at = {r["provider"]: r for r in records if _is(r, DENSE_TARGET)}
     ours, best = at.get(ALL_THREE), best_dense(at.values(), at.get(ALL_THREE))
     time = memory = None

@@ -40,7 +40,7 @@ def test_every_section_is_measured(results):
         folder = out / "runs" / f"temperature-{r['temperature']:g}"
         assert (folder / "report.html").exists() and not list(folder.glob("**/*.safetensors"))
         assert r["evaluation_seconds"] > 0 and f"an epoch {digits(r['epoch_seconds'])} s" in text
-        assert f"| ce |  | {r['pairs']['ce']['cka']:.4f} |" in text
+        assert f"| ce | {r['pairs']['ce']['cka']:.4f} |" in text
     r = found[4]
     assert r["between"]["cka"] != 1 and r["alignment"]["fp32"] != r["alignment"]["bf16"]
     assert f"| dcl fp32, dcl bf16 | what the precision changes | {r['between']['cka']:.4f} |" in text

@@ -1,0 +1,57 @@
+"""Write the README's tables from the results under bench/results/: no figure there is typed by hand."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from bench.readme_tables import TABLES
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+_BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.DOTALL)
+_DESCRIPTION = f"""\
+Write what stands in README.md between "<!-- table: NAME -->" and "<!-- end -->" anew, from the results under
+bench/results/. Tables: {", ".join(TABLES)}. Results of bench.gpu are expected in bench/results/gpu; what is not there
+is "not measured".
+"""
+
+
+def rendered(text: str, results: Path) -> str:
+    """The README with every table as the results have it.
+
+    Raises:
+        ValueError: a mark without its end, or of a table that nobody makes.
+    """
+    marks, found = len(re.findall("<!-- (?:table: |end)", text)), _BLOCK.findall(text)
+    if marks != 2 * len(found):
+        raise ValueError(f"README.md has {marks} marks, but {len(found)} tables with a beginning and an end")
+    if unknown := {name for _, name, _ in found} - set(TABLES):
+        raise ValueError(f"README.md has tables that nobody makes: {', '.join(sorted(unknown))}")
+    return _BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block['name']](results).strip()}\n\n{block[3]}", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the README, or with --check say whether it would change; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.readme", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a table is old")
+    args = parser.parse_args(argv)
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = rendered(before, RESULTS)
+    if args.check:
+        if before != after:
+            print("README.md is out of date: run python -m bench.readme", file=sys.stderr)
+        return int(before != after)
+    path.write_text(after, encoding="utf-8")
+    print("README.md is as the results have it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
