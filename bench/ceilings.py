@@ -59,7 +59,7 @@ class Ceilings:
     def __str__(self) -> str:
         return (
             f"matrix products {self.flops / 1e12:.4g} TFLOP/s, copies {self.bytes / 1e9:.4g} GB/s, exponentials "
-            f"{self.exponentials / 1e12:.3g}e12/s"
+            f"{self.exponentials:.3g}/s"
         )
 
 

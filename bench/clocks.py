@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import resource
 import sys
@@ -93,6 +94,7 @@ class Graphs:
         Raises:
             Exception: whatever a call that cannot be captured raises; the current stream is as before.
         """
+        gc.collect()  # a graph of autograd that a cycle keeps alive would tie the leaf to the stream that made it
         self.fwd, self.bwd, self.both = (torch.cuda.CUDAGraph() for _ in range(3))
         previous = torch.cuda.current_stream(leaf.device)
         stream, pool = torch.cuda.Stream(leaf.device), torch.cuda.graph_pool_handle()
@@ -105,6 +107,7 @@ class Graphs:
                 self.loss = forward()
             with torch.cuda.graph(self.bwd, pool=pool, stream=stream):
                 (self.grad,) = torch.autograd.grad(self.loss, leaf)
+            self.loss = self.loss.detach()  # as above: eager passes would wait for the stream of the capture
             # Its memory is what the two left free: after it, both must be replayed anew before their results are read.
             with torch.cuda.graph(self.both, pool=pool, stream=stream):
                 torch.autograd.grad(forward(), leaf)
@@ -115,7 +118,7 @@ class Graphs:
         """Replay forward and backward pass: the loss and the gradient."""
         self.fwd.replay()
         self.bwd.replay()
-        return self.loss.detach().clone(), self.grad.clone()
+        return self.loss.clone(), self.grad.clone()
 
     def time(self) -> dict[str, float]:
         """Milliseconds of a replay of each pass."""

@@ -26,9 +26,10 @@ GRACE = 15  # seconds that a step has to end itself after an interrupt: the benc
 _DESCRIPTION = f"""\
 What needs a GPU, planned to take under {PART_MINUTES:g} minutes a part:
 
-  losses  the GPU tests (values and gradients against float64), the card's ceilings, bench.losses with its peers, the
-          same bits in two runs, two processes and a CUDA graph, compute-sanitizer's memcheck and racecheck
-  models  bench.similarity, bench.data, bench.training, DALI's decoder, the views of the Triton renderer
+  losses      the GPU tests (values and gradients against float64), the card's ceilings, bench.losses with its peers,
+              the same bits in two runs, two processes and a CUDA graph, compute-sanitizer's memcheck and racecheck
+  similarity  bench.similarity: four models at once, pairs, streams, other libraries, twin_stats
+  training    bench.data, DALI's decoder, the views of the Triton renderer, bench.training
 
 Every step has its place in a timetable and is interrupted when that is over; what a step leaves of its time goes to the
 next ones. Needs torch, triton, numpy and pytest, and uses what else is installed. The real images are read from
@@ -52,9 +53,9 @@ class Outcome:
 
 
 def find_tool(name: str) -> str | None:
-    """A program on PATH, or in CUDA_HOME's folders for it."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    folders = [os.path.join(home, part) for part in ("bin", "compute-sanitizer")] if home else []
+    """A program on PATH, or in the folders for it of CUDA_HOME, by default /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    folders = [os.path.join(home, part) for part in ("bin", "compute-sanitizer")]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
@@ -148,9 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of logs and results")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:1], metavar="PART",
-        help=f"of {' and '.join(PARTS)}, in the order given (default: {PARTS[0]})")  # fmt: skip
+        help=f"of {', '.join(PARTS)}, in the order given (default: {PARTS[0]})")  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="M",
-        help=f"of a part; its timetable is stretched to it (default: {PART_MINUTES:g}; a rehearsal: "
+        help=f"stretch the timetables by M / {PART_MINUTES:g} (default: {PART_MINUTES:g}; a rehearsal: "
         f"{REHEARSAL_MINUTES:g})")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true",
         help="the same steps, tiny, on the CPU under Triton's interpreter")  # fmt: skip

@@ -14,16 +14,14 @@ from torch import Tensor
 import fastcl
 from bench import ceilings, figures, losses_report, peers, providers
 from bench.clocks import PASSES, Peak, first_line, interleave, measure_peak, timer_of
-from bench.providers import CHUNKED, FUSED, OBJECTIVES, PROVIDERS, TOLERANCES, Provider, passes
+from bench.losses_arguments import parse
+from bench.providers import CHUNKED, FUSED, PROVIDERS, TOLERANCES, Provider, passes
 from bench.records import (
-    MEMORY_HELP,
+    GIB,
     Record,
-    add_arguments,
     agree,
-    device_of,
     exit_status,
     machine,
-    memory_limit,
     milliseconds,
     over_memory,
     record,
@@ -34,41 +32,9 @@ from bench.records import (
 BENCH = "losses"
 WARM_UP_ROWS = 8  # the warm-up of a memory measurement may leave no mark: N x N x D floats are 32 kB then
 DENSE = {"fwd": 2, "bwd": 4}  # times N x N x D, for two towers a quarter: one product forward, two backward
-SIZES = {"cpu": (512, 2048, 8192, 16384), "cuda": (512, 4096, 16384, 65536, 262144, 1048576)}
 WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of rounds before those that count: a GPU's clocks rise under load
+LONG = 0.5  # seconds of a pass that needs no graph and no warming up to be timed on a GPU
 OVERHEAD = {"cpu": 0.5, "cuda": 0.01}  # seconds of a call that no larger n makes longer, at most
-
-_DESCRIPTION = f"""\
-Time and memory of the contrastive losses, forward and backward, against what a user would write or install otherwise.
-
-providers, all in one run and interleaved, so that a drift of the machine hits all alike:
-  fastcl chunked           the torch backend, float32
-  fastcl fp16, fastcl fp32 the Triton backend on float32 rows, its two precisions; CUDA, or a CPU's interpreter
-  fastcl dense             fastcl.backend("dense"): the specification, N x N, not meant to be fast; on a CPU only
-  plain PyTorch            normalise, one matrix product, masks, cross entropy or log-sum-exp; also under autocast to
-                           bfloat16, and that with torch.compile (CUDA only)
-  chunked bf16             PyTorch in chunks of rows, recomputed in the backward pass
-  flex_attention bf16      its log-sum-exp, compiled (CUDA only)
-  Inf-CL, cut-cross-entropy, lightly, pytorch-metric-learning
-                           those installed: pip install 'fastcl[peers]'
-  authors' formulation     similarities over an N x N x D broadcast, as in the code published with arXiv 2510.08852
-
-Before they are timed, all must agree with the first that runs on the loss and its gradient, to
-{", ".join(f"{tolerance:g} ({name})" for name, tolerance in TOLERANCES.items())} by the precision of their products.
-One that does not is not timed, and if it is no other library the exit status is 1. A case that does not fit (--memory,
---seconds) is recorded with the reason instead of times.
-"""
-_EPILOG = """\
-examples:
-  python -m bench.losses --out runs/bench                          the whole table
-  python -m bench.losses --out runs/try --n 512 --repeats 5        a first look
-
-DIR/losses.json holds every single time, DIR/losses.md the tables, DIR/losses.svg the figure of NT-Xent where matplotlib
-is installed and a width has two sizes; they are rewritten after each objective and size, so a run that is stopped keeps
-what it has. For numbers worth quoting leave the machine to the run alone: other processes
-on the same cores change not only the times but their ratios. Where they cannot be stopped, OMP_NUM_THREADS=1 makes
-the times steadier: with several threads each waits for the slowest.
-"""
 
 
 @dataclass
@@ -205,10 +171,15 @@ def _times(
     bounds = run.ceilings.bound_ms(objective, n, d) if run.ceilings else dict.fromkeys(PASSES)
     pairs = n * n / 4 if objective == "clip" else n * n
     timers, timing, found = {}, {}, []
+    # A graph keeps the memory of its passes; the eager ones need theirs beside it.
+    room = run.args.memory * GIB - max(e.peak.bytes for e in entries.values())
     for name, entry in entries.items():
+        capture = entry.provider.capture and entry.peak.seconds <= LONG and entry.peak.bytes <= room
         forward = partial(entry.provider.loss, z, labels, objective)
-        timers[name], timing[name] = timer_of(forward, z, entry.provider.capture)
-    rounds = interleave(timers, run.args.repeats, run.args.seconds, WARM_UP[run.device.type])
+        timers[name], timing[name] = timer_of(forward, z, capture)
+        room -= entry.peak.bytes if timing[name] == "graph" else 0
+    warm = any(e.peak.seconds > LONG for e in entries.values())
+    rounds = interleave(timers, run.args.repeats, run.args.seconds, 0 if warm else WARM_UP[run.device.type])
     for name, samples in rounds.items():
         provider = entries[name].provider
         own = dict(zip(("fwd", "bwd"), provider.work(objective, d), strict=True))
@@ -224,9 +195,18 @@ def _times(
     return found
 
 
+def _run_or_fail(case: Record, run: Run) -> list[Record]:
+    """The records of a case; none, and a failure, where the providers do not fit beside each other."""
+    try:
+        return run_case(case, run)
+    except torch.OutOfMemoryError as error:
+        run.failed.append(f"{case['objective']}, n={case['n']}, d={case['d']}: {first_line(error)}")
+        return []
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status (0 done, 1 a provider failed or disagrees, 130 interrupted)."""
-    args, device = _arguments(argv)
+    args, device = parse(argv)
     facts = machine(device)
     facts["versions"] |= providers.versions()
     run = Run(args, device, facts, None)
@@ -242,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
             for d in args.d:
                 for n in sorted(args.n):
                     case = {"objective": objective, "n": n, "d": d, "dtype": "float32"}
-                    found += run_case(case, run)
+                    found += _run_or_fail(case, run)
                     text = losses_report.body(found, ours, figures.losses(found, args.out))
                     write(args.out, BENCH, found, conditions + text)
                     if device.type == "cuda":
@@ -251,37 +231,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the files hold the objectives and sizes that were finished", file=sys.stderr)
         return 130
     return exit_status(run.failed)
-
-
-def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.losses", description=_DESCRIPTION, epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    names = [p.name for p in PROVIDERS]
-    add_arguments(parser)
-    # fmt: off
-    parser.add_argument("--n", type=int, nargs="+", metavar="N",
-        help="rows: two views of N / 2 samples, even, at least 8 (default: "
-        + "; ".join(f"{kind}: {' '.join(map(str, sizes))}" for kind, sizes in SIZES.items()) + ")")
-    parser.add_argument("--d", type=int, nargs="+", default=[128], metavar="D", help="widths of rows (default: 128)")
-    parser.add_argument("--memory", type=float, metavar="GIB", help=MEMORY_HELP)
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES, metavar="NAME",
-        help=f"default: all, {' '.join(OBJECTIVES)}")
-    parser.add_argument("--providers", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
-    # fmt: on
-    args = parser.parse_args(argv)
-    device = device_of(args, parser)
-    args.n = args.n or list(SIZES[device.type])
-    args.memory = memory_limit(args.memory, device)
-    if bad := [n for n in args.n if n < 8 or n % 2]:
-        parser.error(f"--n: rows must be even and at least 8, got {bad[0]}")
-    for name in ("d", "repeats", "seconds", "memory"):
-        value = getattr(args, name)
-        for number in value if isinstance(value, list) else [value]:
-            if not number > 0:
-                parser.error(f"--{name}: must be positive, got {number}")
-    return args, device
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from fastcl.data.philox import Stream, permutation
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE_UP_CLASSES, QUALITY = 4, 75
-CIFAR_CLASSES = 2  # 10,000 training images, which are decoded beforehand
+CIFAR_CLASS = 5000  # training images of a class; those of two at least are decoded beforehand
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ _FILES = {
 }
 _COUNTS = {  # images and batch by device
     "cpu": {32: (2048, 256), 96: (512, 64), 224: (128, 32)},
-    "cuda": {32: (8192, 2048), 96: (2048, 256), 224: (1024, 256)},
+    "cuda": {32: (32768, 2048), 96: (2048, 128), 224: (1024, 64)},  # 16 batches: a DataLoader's worker makes whole ones
 }
 CASES = {
     kind: tuple(Case(size, *_FILES[size], *counts) for size, counts in chosen.items())
@@ -100,7 +100,7 @@ def read(case: Case, folder: Path, scratch: Path) -> Photos:
     if case.file and real.is_file():
         decoded = real.suffix == ".npz"
         source = f"{'cifar10' if decoded else 'folder'}:{real}"
-        train = load(source, classes=CIFAR_CLASSES if decoded else None).train
+        train = load(source, classes=max(2, -(-case.images // CIFAR_CLASS)) if decoded else None).train
         name = real.stem
     else:
         _make_up(case, scratch)

@@ -47,7 +47,7 @@ def clip(z: Tensor, labels: Tensor) -> Tensor:
 
 def mean_of(objectives: str, z: Tensor, labels: Tensor) -> Tensor:
     """The mean of objectives that are joined by +, each by its own matrix."""
-    values = [globals()[name](z, labels) for name in objectives.split("+")]
+    values = [_FUNCTIONS[name](z, labels) for name in objectives.split("+")]
     return sum(values) / len(values)
 
 
@@ -77,3 +77,6 @@ def _broadcast_logits(z: Tensor) -> Tensor:
 def _partner(z: Tensor) -> Tensor:
     """(N,) row of the other view of each row."""
     return torch.arange(len(z), device=z.device).roll(len(z) // 2)
+
+
+_FUNCTIONS = {f.__name__: f for f in (ntxent, nscl, supcon, clip, broadcast_ntxent, broadcast_nscl)}

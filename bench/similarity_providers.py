@@ -138,9 +138,9 @@ def feature_work(case: Case) -> float:
 def least(case: Case, kernels: Collection[str], ceilings: Ceilings) -> tuple[float, float | None]:
     """What the measures of kernels need at least, for all pairs of a case.
 
-    Kernels that are inner products of rows need X'Y of every pair, a model with itself included, in columns as many as
-    the fewer of n and d. A Gaussian kernel needs half of each model's Gram matrix, its entries' inner products (n n d)
-    and exponentials (n n / 2). The features are read once.
+    Kernels that are inner products of rows need either X'Y of every pair of models and half of each X'X, or half of
+    each Gram matrix, whichever is less; Gaussian ones half of each Gram matrix (n n d) and its exponentials (n n / 2).
+    The features are read once.
 
     Returns:
         Floating-point operations of the products, and ms: the slowest of products, exponentials and memory, which can
@@ -148,11 +148,11 @@ def least(case: Case, kernels: Collection[str], ceilings: Ceilings) -> tuple[flo
     """
     if not kernels:
         return 0, None
-    gaussian = case.models * ("rbf" in kernels)
-    inner = len(set(kernels) - {"rbf"})
-    products = inner * feature_work(case) * min(1, case.n / case.d) + gaussian * case.n**2 * case.d
-    size = case.models * case.n * case.d * getattr(torch, case.dtype).itemsize
-    return products, ceilings.slowest_ms(products, gaussian * case.n**2 / 2, size)
+    n, d, models = case.n, case.d, case.models
+    inner, gaussian = len(set(kernels) - {"rbf"}), "rbf" in kernels
+    products = inner * min(n * d**2 * (2 * case.pairs + models), models * n**2 * d) + gaussian * models * n**2 * d
+    size = models * n * d * getattr(torch, case.dtype).itemsize
+    return products, ceilings.slowest_ms(products, gaussian * models * n**2 / 2, size)
 
 
 def _dense_work(case: Case) -> float:

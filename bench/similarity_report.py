@@ -54,9 +54,10 @@ def header(facts: Record, args: argparse.Namespace, device: torch.device, ceilin
   {allowed} by the provider's precision it is not timed. Differs: largest difference from the first
   provider of the table that has the measure, at the size of the table.
 - Of the bound: the bound's share of the time. The bound is the slowest of {product} products, exponentials and the
-  reading of the features, at what this run reached: {ceilings}. Products: X'Y for all pairs, a model with itself
-  included, for each kernel that is an inner product of rows (2 n d min(n, d) operations each); for RBF half of each
-  model's Gram matrix (n n d), with n n / 2 exponentials. TFLOP/s: of the products that the provider makes itself.
+  reading of the features, at what this run reached: {ceilings}. Products: for each kernel that is an inner product of
+  rows X'Y of all pairs and half of each X'X, or half of each Gram matrix, whichever is less (2 n d d a pair and n d d a
+  model, or n n d a model); for RBF half of each Gram matrix, with n n / 2 exponentials. TFLOP/s: of the products that
+  the provider makes itself.
 - Memory: beyond the features that are at hand: {memory}.
 - Over the limit: more than {args.seconds:g} s in one call, measured or by the time on fewer rows. Nothing is
   extrapolated.

@@ -69,8 +69,8 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
     }  # fmt: skip
 
 
-def shares_of(events: Sequence[Any], on_device: bool) -> tuple[dict[str, float], float | None]:
-    """Shares of a step's parts, and of the forward pass of twin_stats.
+def shares_of(events: Sequence[Any], on_device: bool) -> tuple[dict[str, float | None], float | None]:
+    """Shares of a step's parts, and of the forward pass of twin_stats; None where the profile holds no time.
 
     The backward passes of the losses are told from those of the encoders by fastcl's operators: the autograd thread of
     a GPU works outside the spans of the step.
@@ -91,6 +91,8 @@ def shares_of(events: Sequence[Any], on_device: bool) -> tuple[dict[str, float],
         total = sum(spans) + backward
     backward_of_losses = sum(t for key, t in times.items() if key.startswith("fastcl::") and key.endswith("_backward"))
     parts = (spans[0] + backward - backward_of_losses, spans[1] + backward_of_losses, *spans[2:])
+    if not total:
+        return dict.fromkeys(SHARES), None
     twin = times[TWIN] / total if TWIN in times else None
     return {name: part / total for name, part in zip(SHARES, parts, strict=True)}, twin
 

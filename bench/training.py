@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -12,6 +15,7 @@ from statistics import median
 import torch
 
 from bench import step_profile, training_report, training_runs
+from bench.clocks import first_line
 from bench.photos import data_folder
 from bench.records import Record, add_arguments, device_of, exit_status, machine, record, shortage, write
 from fastcl.train.config import Config, parse_config
@@ -21,13 +25,14 @@ STEPS, RUNS, PRECISION = SECTIONS = ("steps", "runs", "precision")
 CIFAR = "cifar10_jpeg75.npz"
 MODELS = ("dcl", "nscl", "supcon", "ce")
 TEMPERATURES = (0.1, 1.0)
-# Batch and precision of the profiled steps. The largest batches train the two models that twin_stats serves.
+# Batch and precision of the profiled steps. The largest batch trains one model: what two save for their backward passes
+# fits no card.
 CASES = {
     "cuda": ((1024, "fp32"), (1024, "bf16"), (4096, "bf16"), (16384, "bf16")),
     "cpu": ((64, "fp32"), (64, "bf16")),
     "tiny": ((16, "fp32"), (16, "bf16")),
 }
-FOUR_UP_TO = 4096  # rows of a batch that all four models train on
+FOUR_UP_TO = 4096  # images of a batch that all four models train on
 # Of the runs. A card trains in bfloat16: more epochs in the time, and the section precision says what that changes.
 BATCH = {"cuda": 1024, "cpu": 64, "tiny": 16}
 PRECISION_OF_RUNS = {"cuda": "bf16", "cpu": "fp32", "tiny": "fp32"}
@@ -105,7 +110,7 @@ def config(run: Run, models: tuple[str, ...], *, batch: int, epochs: int, temper
 def measure_steps(run: Run, scratch: Path) -> None:
     """The section of that name."""
     for batch, precision in CASES[run.kind]:
-        models = MODELS if batch <= FOUR_UP_TO else MODELS[:2]
+        models = MODELS if batch <= FOUR_UP_TO else MODELS[:1]
         case = {"section": STEPS, "batch": batch, "precision": precision, "models": len(models)}
         try:
             asked = config(run, models, batch=batch, epochs=1, precision=precision)
@@ -117,7 +122,7 @@ def measure_steps(run: Run, scratch: Path) -> None:
 
 def train_runs(run: Run, scratch: Path) -> None:
     """The section of that name."""
-    epochs = 2 if run.kind == "tiny" else epochs_within(run, scratch)
+    epochs = epochs_within(run, scratch)
     batch, precision = BATCH[run.kind], PRECISION_OF_RUNS[run.kind]
     for temperature in TEMPERATURES:
         case = {"section": RUNS, "temperature": temperature, "epochs": epochs, "batch": batch, "precision": precision}
@@ -144,19 +149,21 @@ def compare_precisions(run: Run, scratch: Path) -> None:
 
 
 def epochs_within(run: Run, scratch: Path) -> int:
-    """Epochs of a training run that take about --seconds, by the time of a step of four models; at least 2."""
+    """Epochs of a training run that take about --seconds, by the time of a step of four models; at least 2, which it is
+    where no step could be timed."""
     case = {"batch": BATCH[run.kind], "precision": PRECISION_OF_RUNS[run.kind]}
-    wanted = {"section": STEPS, **case, "models": len(MODELS), "reason": None}
+    wanted = {"section": STEPS, **case, "models": len(MODELS)}
     values = next((r for r in run.found if wanted.items() <= r.items()), None)
+    if run.kind == "tiny" or (values and values["reason"]):
+        return 2
     if values is None:
-        asked = config(run, MODELS, epochs=1, **case)
-        values = step_profile.measure(asked, scratch / "pace", run.device, 3)
+        values = step_profile.measure(config(run, MODELS, epochs=1, **case), scratch / "pace", run.device, 3)
     epoch = values["steps_per_epoch"] * median(values["step_seconds"]) * (len(MODELS) + 1) / len(MODELS)
     return max(2, int(run.args.seconds / (1.2 * epoch)))  # a fifth for evaluations
 
 
 def _failed(run: Run, case: Record, problem: Exception) -> None:
-    reason = shortage(problem) or f"failed: {type(problem).__name__}: {str(problem).splitlines()[0]}"
+    reason = shortage(problem) or f"failed: {first_line(problem)}"
     if not shortage(problem):
         run.failed.append(f"{case['section']}: {reason}")
     run.add(case, {}, reason)
@@ -165,6 +172,17 @@ def _failed(run: Run, case: Record, problem: Exception) -> None:
 
 
 _RUN = {STEPS: measure_steps, RUNS: train_runs, PRECISION: compare_precisions}
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Sources are named without a path there: the records and reports of a run read the same on every machine."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,11 +203,12 @@ def main(argv: list[str] | None = None) -> int:
         if not getattr(args, name) > 0:
             parser.error(f"--{name}: must be positive, got {getattr(args, name)}")
     device, file = device_of(args, parser), data_folder(args.data) / CIFAR
-    source = f"cifar10:{file}" if file.is_file() and not args.tiny else "digits"
+    real = file.is_file() and not args.tiny
+    source, args.out = f"cifar10:{CIFAR}" if real else "digits", args.out.resolve()
     run = Run(args, device, machine(device), "tiny" if args.tiny else device.type, source)
     print(f"{run.facts['device']}, {run.source_name}; results go to {args.out}", flush=True)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, working_in(file.parent if real else Path.cwd()):
             for section in (s for s in SECTIONS if s in args.sections):
                 _RUN[section](run, Path(scratch))
     except KeyboardInterrupt:

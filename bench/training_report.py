@@ -51,7 +51,7 @@ def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
         wanted = {"section": "steps", "batch": BATCH, "precision": precision, "models": 4, "reason": None}
         r = next((r for r in records if wanted.items() <= r.items() and "cuda" in r["versions"]), None)
         outcome = "not measured", ""
-        if r is not None:
+        if r is not None and r["shares"]["losses"] is not None:
             waits = waiting(r)
             share = waits + (1 - waits) * r["shares"]["losses"]
             outcome = f"{share:.1%}", "yes" if share <= LIMIT else "no"

@@ -94,9 +94,9 @@ def test_a_step_without_time_does_not_run(tmp_path):
 def test_by_default_the_losses_alone_run(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(gpu, "plan", lambda out, part, rehearse: asked.append((part, rehearse)) or [])
-    for arguments in ([], ["--parts", "models", "losses", "models"]):
+    for arguments in ([], ["--parts", "training", "losses", "training"]):
         assert gpu.main(["--out", str(tmp_path), "--rehearse", *arguments]) == 0
-    assert asked == [("losses", True), ("models", True), ("losses", True)]
+    assert asked == [("losses", True), ("training", True), ("losses", True)]
 
 
 def test_paths_of_the_machine_stay_out_of_the_report(tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_tool_is_found_below_the_folder_of_cuda(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "empty"))
     assert gpu.find_tool("compute-sanitizer") is None
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert gpu.find_tool("compute-sanitizer") == str(program)

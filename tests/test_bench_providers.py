@@ -128,6 +128,13 @@ def test_cut_cross_entropy_around_its_kernels(monkeypatch):
     assert_agree(passes(peers.cut_cross_entropy, *batch(), "clip"), "clip", "bf16")
 
 
+@pytest.mark.parametrize("objective", providers.OBJECTIVES)
+def test_what_is_compiled_can_be_traced_as_a_whole(objective):
+    traced = torch.compile(peers.autocast, backend="eager", fullgraph=True, dynamic=False)
+    assert_agree(passes(traced, *batch(), objective), objective, "bf16")
+    torch.compiler.reset()
+
+
 def test_what_is_compiled_is_forgotten_before_the_next_size(monkeypatch):
     compiled, forgotten = [], []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
@@ -211,7 +218,7 @@ def test_the_report_of_a_gpu_run_says_how_it_timed_and_what_share_of_the_bound()
             samples = [Sample(9.0 if run == "both" else None, gpu)]
             found.append(record("losses", name, case, {}, run, samples, (1e9, 2e9), 2**20, 0.5, timing))
     found.append(record("losses", "Inf-CL", case, {}, reason="skipped: needs 9 GiB"))
-    head, rule, ours, other, skipped = losses_report.tables(found, "fastcl fp16").strip().splitlines()[2:]
+    head, rule, ours, other, skipped = losses_report.body(found, "fastcl fp16", None).strip().splitlines()[2:]
     assert len({line.count("|") for line in (head, rule, ours, other, skipped)}) == 1
     assert "| 2 (2-2) | 2 (2-2) | 2 (2-2) | 9 | 25 % | 0.5 | 1 | 1.0 |  |" in ours
     assert "| 8 (8-8) e |" in other and other.endswith("| 4x |") and "of the bound" in head

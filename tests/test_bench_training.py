@@ -1,6 +1,7 @@
 """The benchmark of the trainer: a tiny run of all of it, and how a profile is read."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,22 @@ def test_shares_of_a_profile():
     assert shares == pytest.approx(found) and twin is None
 
 
+def test_a_profile_without_times_has_no_shares():
+    spans = [_event(name, 0) for name in (ENCODERS, LOSSES, METRICS, OPTIMIZERS)]
+    assert step_profile.shares_of(spans, True) == (dict.fromkeys(step_profile.SHARES), None)
+    r = {"section": "steps", "batch": 1024, "precision": "fp32", "models": 4, "reason": None, "twins": 4,
+         "versions": {"cuda": "13"}, "shares": dict.fromkeys(step_profile.SHARES), "twin_share": None,
+         "step_seconds": [2.0], "waiting_seconds": [0.1], "images_per_second": 512.0, "peak_bytes": 2**30}  # fmt: skip
+    row = "| 1,024 | fp32 | 4 | 2 (2-2) | 512 | 2,048 | 5.0% | - | - | - | - | - | 1.0 |"
+    assert row in training_report.steps_table([r])
+    assert next(training_report.targets([r]))[2:] == ("not measured", "")
+    r["shares"] = {"encoders": 0.9, "losses": 0.02, "metrics": 0.01, "optimisers": 0.07}
+    assert next(training_report.targets([r]))[2:] == ("6.9%", "no")
+    r["waiting_seconds"] = [0.04]
+    assert next(training_report.targets([r]))[2:] == ("4.0%", "yes")
+    assert next(training_report.targets([r | {"versions": {}}]))[2:] == ("not measured", "")
+
+
 def test_the_ridge_probe_separates_what_is_separable():
     x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     labels = (x[:, 0] > 0).long()
@@ -95,8 +112,31 @@ def test_pace_decides_the_epochs(tmp_path, monkeypatch):
     assert training.epochs_within(run, tmp_path) == 3
     run.args.seconds = 1
     assert training.epochs_within(run, tmp_path) == 2
+    run.args.seconds = 95
+    case = {"section": "steps", "batch": 64, "precision": "fp32", "models": 4}
+    run.found.append({**case, **values, "step_seconds": [1.0], "reason": None})
+    assert training.epochs_within(run, tmp_path) == 6
+    run.found[0] = {**case, "reason": "out of memory"}
+    assert training.epochs_within(run, tmp_path) == 2
 
 
 def test_the_report_without_a_case():
     facts = {"device": "x", "versions": {}, "date": "y"}
     assert "## Steps" not in training_report.markdown([], facts, "digits", False)
+
+
+def test_real_images_are_named_without_their_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / training.CIFAR).touch()
+    seen = []
+
+    def section(run, scratch):
+        seen.append((run.source, Path.cwd(), run.args.out))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_RUN", {"steps": section})
+    arguments = ["--out", "out", "--data", "data", "--device", "cpu", "--sections", "steps"]
+    assert training.main(arguments) == 130
+    assert seen == [(f"cifar10:{training.CIFAR}", folder, tmp_path / "out")] and Path.cwd() == tmp_path

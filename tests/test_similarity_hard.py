@@ -5,8 +5,10 @@ import torch
 from test_similarity import features
 
 import fastcl
+from fastcl.errors import FastclError
 from fastcl.similarity import PairAccumulator, linear_cka, pair_stats
 from fastcl.similarity.moments import CHUNK
+from fastcl.similarity.tiles import median_distance
 
 ROUTES = ("features", "tiles")
 
@@ -87,6 +89,28 @@ def test_the_median_distance_is_that_of_samples_spread_over_all():
     y = x[:, :1].contiguous()
     expected = pair_stats(x[::2].contiguous(), y[::2].contiguous(), "rbf").cka
     assert pair_stats(x, y, "rbf").cka == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("n", [2, 3, 512, 513, 1100])
+@pytest.mark.parametrize("kind", ["plain", "far", "one outlier", "equal rows", "near pairs"])
+def test_the_median_distance_is_that_of_differences(n, kind):
+    x = torch.randn(n, 5, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    most = n - n // 8
+    if kind == "far":
+        x += 1e6
+    if kind == "one outlier":
+        x[0] += 1e7
+    if kind == "equal rows":  # all but a few: the median is 0
+        x[:most] = x[0].clone()
+    if kind == "near pairs":  # most rows within 1e-9 of one another, about a point that is not their mean
+        x[:most] = 1 + 1e-9 * x[:most]
+    expected = float(torch.pdist(x).median())
+    if expected == 0:
+        with pytest.raises(FastclError, match="no scale"):
+            median_distance(x, "x")
+        return
+    # The entries of a row far from the origin are multiples of its last digit.
+    assert median_distance(x, "x") == pytest.approx(expected, rel=1e-6 if kind == "near pairs" else 1e-9)
 
 
 def test_what_is_printed_are_the_measures():

@@ -30,6 +30,7 @@ from fastcl.similarity.rows import INNER, mapped
 
 TILE = 512
 _SAMPLED = 2048  # rows whose distances give the median
+_NEAR = 1e-6  # of the largest |v|^2: smaller squared distances are taken from differences, for 10 digits
 _REACH = 64.0  # largest |v|^2 / (2 sigma^2) up to which float32 leaves exponents with errors of 1e-5
 
 
@@ -65,14 +66,28 @@ def median_distance(x: Tensor, name: str) -> float:
     Raises:
         FastclError: it is 0: half of the pairs or more are of equal rows.
     """
-    step = -(-len(x) // _SAMPLED)
-    distances = torch.pdist(x[::step].double())
-    median = float(distances.median()) if len(distances) else 0.0
+    rows = x[:: -(-len(x) // _SAMPLED)].double()
+    rows = rows - (rows[0] + (rows - rows[0]).mean(0))
+    squares = rows.square().sum(1)
+    found = torch.cat([_squared_distances(rows, squares, i) for i in range(0, len(rows), TILE)])
+    square = float(found.median()) if len(found) else 0.0
+    # Products cannot tell rows from equal ones that lie much nearer to each other than to the origin.
+    near = not square > _NEAR * float(squares.amax())
+    median = float(torch.pdist(rows).median()) if near and len(found) else math.sqrt(square)
     if not median > 0:
         raise FastclError(
             f"the rbf kernel has no scale for {name}: the median distance between its {len(x)} samples is {median:g}"
         )
     return median
+
+
+def _squared_distances(rows: Tensor, squares: Tensor, start: int) -> Tensor:
+    """Those of TILE rows to every row before them, flat: many times faster than their differences."""
+    block = slice(start, start + TILE)
+    before = slice(0, start + len(rows[block]))
+    with torch.autocast(rows.device.type, enabled=False):
+        tile = torch.addmm(squares[before], rows[block], rows[before].mT, alpha=-2).add_(squares[block, None])
+    return tile[torch.ones_like(tile, dtype=torch.bool).tril_(start - 1)]
 
 
 def _largest_square(x: Tensor) -> float:

@@ -55,6 +55,7 @@ class Lockstep:
         # cuBLAS reads this when it is first used; without it deterministic mode refuses to run on a GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it, and filling takes time
         self.inputs = open_inputs(config, self.out, self.device)
         self.data, self.loader = self.inputs.data, self.inputs.loader
         self.twins = make_twins(config, self.data.channels, len(self.data.classes), self.device)

@@ -92,6 +92,8 @@ def make_twins(config: Config, channels: int, classes: int, device: torch.device
     for name, objective in objectives.items():
         head = classes if objective == CROSS_ENTROPY else None
         network = copy_network(initial, head, config.train.seed).to(device)
+        if device.type == "cuda":  # the layout that tensor cores take; images follow the weights
+            network.to(memory_format=torch.channels_last)
         optimizer, lowered = make_optimizer(network, config.optim), config.train.precision == "bf16"
         twins.append(Twin(name, objective, network, optimizer, name == RESEEDED, lowered))
     return twins
