@@ -80,6 +80,20 @@ def losses(records: Sequence[Record], folder: Path) -> str | None:
     return _draw(folder / "losses.svg", title, lines, "peak memory beyond the inputs (MiB)")
 
 
+def alignment(run: Path) -> str:
+    """The report's figure of how the models of a run align with its reference, on white; returns as `similarity`."""
+    from fastcl.report.drawing import svg
+    from fastcl.report.figures import PLATES
+    from fastcl.report.records import load_run
+
+    text = svg(next(plate for plate in PLATES if plate.name == "alignment"), load_run(run))
+    for name, colour in (("var(--ink)", "#24292f"), ("var(--grid)", "#d0d7de")):  # of a page, which there is none of
+        text = text.replace(name, colour)
+    file = run / "alignment.svg"
+    file.write_text(text.replace("<svg ", '<svg style="background:#fff" ', 1), encoding="utf-8")
+    return file.name
+
+
 def _most(records: Sequence[Record]) -> list[Record]:
     """The records of the width that has most sizes; none where no width has two."""
     sizes: dict[int, set[int]] = {}

@@ -107,7 +107,7 @@ def _similarity(out: Path, rehearse: bool) -> Iterator[Step]:
     """bench.similarity in pieces: the target first, then sizes around it, what is slow, and two models in one pass."""
     pair = ("1000x512", "10000x512", "50000x512", "100000x512", "10000x2048")
     pieces = (  # name, share, sections, sizes, providers, seconds a case and provider
-        ("similarity", 60, ("models",), (), ACCUMULATED, 5),
+        ("similarity", 80, ("models",), (), ACCUMULATED, 5),
         ("similarity-pair", 60, ("pair",), pair, (*ACCUMULATED, *PAIRWISE), 2),
         ("similarity-stream", 25, ("stream",), (), ACCUMULATED, 5),
         ("similarity-peers", 35, ("pair",), ("10000x512",), (*ACCUMULATED[:1], *PEERS), 10),

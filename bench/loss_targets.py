@@ -62,7 +62,7 @@ def targets(records: Sequence[Record]) -> Iterator[Row]:
 
 def ours(records: Sequence[Record]) -> str:
     """The provider that stands for fastcl: the kernels where they were timed."""
-    return FUSED if any(r["provider"] == FUSED and r["gpu_ms"] for r in records) else CHUNKED
+    return FUSED if any(r["provider"] == FUSED and r["wall_ms"] for r in records) else CHUNKED
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Write the README's tables from the results under bench/results/: no figure there is typed by hand."""
+"""Make the README's tables and figures from the results under bench/results/: nothing there is typed by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from bench.readme_tables import TABLES
+from bench import figures
+from bench.readme_tables import TABLES, read
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -15,8 +16,8 @@ RESULTS = ROOT / "bench" / "results"
 _BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.DOTALL)
 _DESCRIPTION = f"""\
 Write what stands in README.md between "<!-- table: NAME -->" and "<!-- end -->" anew, from the results under
-bench/results/. Tables: {", ".join(TABLES)}. Results of bench.gpu are expected in bench/results/gpu; what is not there
-is "not measured".
+bench/results/, and draw the figures there. Tables: {", ".join(TABLES)}. Results of bench.gpu are expected in
+bench/results/gpu; what is not there is "not measured".
 """
 
 
@@ -34,8 +35,17 @@ def rendered(text: str, results: Path) -> str:
     return _BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block['name']](results).strip()}\n\n{block[3]}", text)
 
 
+def draw(results: Path) -> None:
+    """Every figure of the results, beside its records."""
+    for name, figure in (("losses", figures.losses), ("similarity", figures.similarity)):
+        for file in sorted(results.rglob(f"{name}.json")):
+            figure(read(file), file.parent)
+    for file in sorted(results.rglob("metrics.jsonl")):
+        figures.alignment(file.parent)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write the README, or with --check say whether it would change; returns the exit status."""
+    """Write the README and the figures, or with --check say whether it would change; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.readme", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             print("README.md is out of date: run python -m bench.readme", file=sys.stderr)
         return int(before != after)
     path.write_text(after, encoding="utf-8")
+    draw(RESULTS)
     print("README.md is as the results have it")
     return 0
 

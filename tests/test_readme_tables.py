@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_runs import make_run
 
 from bench import loss_targets, readme, readme_tables
 from bench.clocks import Sample
@@ -36,10 +37,29 @@ def test_only_what_is_between_the_marks_changes(monkeypatch, tmp_path, capsys):
     (tmp_path / "README.md").write_text(text)
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "RESULTS", Path("R"))
+    drawn = []
+    monkeypatch.setattr(readme, "draw", drawn.append)
     assert readme.main(["--check"]) == 1 and "python -m bench.readme" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == text
-    assert readme.main([]) == 0 == readme.main(["--check"])
+    assert not drawn and readme.main([]) == 0 == readme.main(["--check"]) and drawn == [Path("R")]
     assert (tmp_path / "README.md").read_text() == wanted
+
+
+def test_every_figure_is_drawn_beside_its_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "gpu" / "losses").mkdir(parents=True)
+    rows = [loss(FUSED, n, 64, 1.0, bound=0.5) for n in (512, 4096)] + [loss("Inf-CL", 512, 64, 9.0)]
+    (tmp_path / "gpu" / "losses" / "losses.json").write_text(json.dumps(rows))
+    (tmp_path / "losses.json").write_text(json.dumps(rows[:1]))  # one size: nothing to draw
+    make_run(tmp_path / "run", epochs=2)
+    readme.draw(tmp_path)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.svg")) == [
+        "gpu/losses/losses.svg", "run/alignment.svg"
+    ]  # fmt: skip
+    text = (tmp_path / "gpu" / "losses" / "losses.svg").read_text()
+    assert all(word in text for word in ("NT-Xent", "D = 64; NVIDIA H200", "fastcl fp16", "Inf-CL", "bound"))
+    text = (tmp_path / "run" / "alignment.svg").read_text()
+    assert text.startswith('<svg style="background:#fff" ') and "var(--" not in text and "debiased CKA" in text
 
 
 def loss(provider, n, d, gpu=None, objective="ntxent", wall=None, peak=2**20, bound=None, reason=None, facts=H200):
