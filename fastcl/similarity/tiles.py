@@ -66,7 +66,7 @@ def median_distance(x: Tensor, name: str) -> float:
     Raises:
         FastclError: it is 0: half of the pairs or more are of equal rows.
     """
-    rows = x[:: -(-len(x) // _SAMPLED)].double()
+    rows = mapped(x[:: -(-len(x) // _SAMPLED)], "rbf")
     rows = rows - (rows[0] + (rows - rows[0]).mean(0))
     squares = rows.square().sum(1)
     found = torch.cat([_squared_distances(rows, squares, i) for i in range(0, len(rows), TILE)])
