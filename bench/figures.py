@@ -33,6 +33,7 @@ LOSSES = {
     "chunked bf16": ("#009E73", "v", "--"),
     "flex_attention bf16": ("#5A9E00", "D", "--"),
     "Inf-CL": ("#CC79A7", "P", "--"),
+    "cut-cross-entropy": ("#7B3294", "d", "--"),
     "lightly": ("#808080", "<", "--"),
     "pytorch-metric-learning": ("#8B5A2B", ">", "--"),
     "authors' formulation": ("#000000", "X", "--"),

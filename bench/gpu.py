@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -73,7 +74,7 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
         reason = f"{step.tool} is neither on PATH nor under CUDA_HOME"
         return Outcome(step.name, shown, "not run", reason, None, 0, limit)
     if limit <= 0:
-        return Outcome(step.name, shown, "not run", "the time was spent", None, 0, limit)
+        return Outcome(step.name, shown, "timed out", "no time was left", None, 0, limit)
     began = perf_counter()
     with (out / f"{step.name}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -156,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true",
         help="the same steps, tiny, on the CPU under Triton's interpreter")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
+        parser.error(f"--minutes: must be positive and finite, got {args.minutes}")
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --rehearse runs without one")
     out = args.out.resolve()
@@ -168,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     minutes = args.minutes or (REHEARSAL_MINUTES if args.rehearse else PART_MINUTES)
     facts = machine(torch.device("cpu" if args.rehearse else "cuda"))
     began, outcomes = perf_counter(), []
+    report(outcomes, facts, out)  # an older one must not pass for that of this run
     try:
         for part in dict.fromkeys(args.parts):
             for outcome in _run_part(plan(out, part, args.rehearse), out, minutes, environment):

@@ -84,7 +84,7 @@ def _in_processes() -> tuple[str, ...]:
 
 def _loss_tables(out: Path, rehearse: bool) -> Iterator[Step]:
     """The benchmark in pieces, so that one that fails leaves the others; sizes by what the time allows."""
-    together = ("nscl", "supcon", "clip", "ntxent+supcon")
+    together = ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon")  # targets compare them within one run
     pieces = (  # name, share, objectives, rows, widths, providers, seconds a case and provider
         ("losses", 55, ("ntxent",), (512, 4096, 16384, 65536), (128,), (*TORCH, *LIBRARIES), 1),
         ("losses-widths", 35, ("ntxent",), (65536,), (256, 512, 1024), (*TORCH, "Inf-CL"), 1),

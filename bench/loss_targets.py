@@ -28,36 +28,43 @@ def targets(records: Sequence[Record]) -> Iterator[Row]:
     """Rows of a table: target, where, found, reached. What a run on another device found reaches no target.
 
     Clip's target is 2.1 times NT-Xent's time at equal work; its two towers of n / 2 rows have a quarter of the pairs.
+    Times of one run, which its date names, are compared with each other alone.
     """
-    both = {
-        (r["provider"], r["objective"], r["n"], r["d"]): r
-        for r in records if r["pass"] == "both" and r["gpu_ms"] and CARD in r["device"]
-    }  # fmt: skip
+    timed = [r for r in records if r["pass"] == "both" and r["gpu_ms"] and CARD in r["device"]]
+    fused = [r for r in timed if r["provider"] == FUSED]
 
-    def time(provider: str, n: int, d: int, objective: str = "ntxent") -> float | None:
-        found = both.get((provider, objective, n, d))
-        return found["gpu_ms"] if found else None
+    def first(n: int, d: int) -> Record | None:
+        return next((r for r in fused if _case(r) == ("ntxent", n, d)), None)
+
+    def slower(rivals: Sequence[str], n: int, d: int) -> float | None:
+        """How many times slower the best of the rivals is."""
+        return min((
+            r["gpu_ms"] / ours["gpu_ms"] for r in timed for ours in fused
+            if r["provider"] in rivals and r["date"] == ours["date"] and _case(r) == _case(ours) == ("ntxent", n, d)
+        ), default=None)  # fmt: skip
 
     for (n, d), limit in TIMES_MS.items():
-        yield _most(f"ntxent in {limit:g} ms on the device", n, d, time(FUSED, n, d), limit, " ms")
+        yield _most(f"ntxent in {limit:g} ms on the device", n, d, _value(first(n, d), "gpu_ms"), limit, " ms")
     for (n, d), limit in WALL_MS.items():
-        found = both.get((FUSED, "ntxent", n, d))
-        yield _most(f"ntxent in {limit:g} ms on the wall clock", n, d, found and found["wall_ms"], limit, " ms")
-    large = both.get((FUSED, "ntxent", *LARGE))
-    peak = large["peak_bytes"] / 2**30 if large and large["peak_bytes"] is not None else None
-    yield _most(f"ntxent within {LARGE_GIB} GiB", *LARGE, peak, LARGE_GIB, " GiB")
+        yield _most(f"ntxent in {limit:g} ms on the wall clock", n, d, _value(first(n, d), "wall_ms"), limit, " ms")
+    peak = _value(first(*LARGE), "peak_bytes")
+    yield _most(f"ntxent within {LARGE_GIB} GiB", *LARGE, None if peak is None else peak / 2**30, LARGE_GIB, " GiB")
     for objective, limit in RELATIVE.items():
-        share = _ratio(time(FUSED, ROWS, WIDTH, objective), time(FUSED, ROWS, WIDTH))
+        cases = (objective, ROWS, WIDTH), ("ntxent", ROWS, WIDTH)
+        shares = (
+            r["gpu_ms"] / base["gpu_ms"] for r in fused for base in fused
+            if r["date"] == base["date"] and (_case(r), _case(base)) == cases
+        )  # fmt: skip
+        share = next(shares, None)
         yield _most(f"{objective} in at most {limit:g} times ntxent's time", ROWS, WIDTH, share, limit, "x")
     for n, d in FASTER_AT:
         rivals = {"Inf-CL": ("Inf-CL",), "PyTorch in bf16": HALF}
         for name, limit in FASTER.items():
-            best = min((t for rival in rivals[name] if (t := time(rival, n, d))), default=None)
-            yield _least(f"{limit:g} times as fast as {name}", n, d, _ratio(best, time(FUSED, n, d)), limit)
-    for n, d in sorted({(n, d) for _, objective, n, d in both if objective == "ntxent" and n >= 512}):
-        best = min((t for rival in PLAIN if (t := time(rival, n, d))), default=None)
-        if best is not None:
-            yield _least("as fast as the best PyTorch", n, d, _ratio(best, time(FUSED, n, d)), 1)
+            yield _least(f"{limit:g} times as fast as {name}", n, d, slower(rivals[name], n, d), limit)
+    for n, d in sorted({(r["n"], r["d"]) for r in fused if r["objective"] == "ntxent" and r["n"] >= 512}):
+        ratio = slower(PLAIN, n, d)
+        if ratio is not None:
+            yield _least("as fast as the best PyTorch", n, d, ratio, 1)
 
 
 def ours(records: Sequence[Record]) -> str:
@@ -65,8 +72,12 @@ def ours(records: Sequence[Record]) -> str:
     return FUSED if any(r["provider"] == FUSED and r["wall_ms"] for r in records) else CHUNKED
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
+def _case(r: Record) -> tuple[str, int, int]:
+    return r["objective"], r["n"], r["d"]
+
+
+def _value(r: Record | None, key: str) -> float | None:
+    return None if r is None else r[key]
 
 
 def _most(what: str, n: int, d: int, found: float | None, limit: float, unit: str) -> Row:

@@ -23,7 +23,7 @@ providers, all in one run and interleaved, so that a drift of the machine hits a
   chunked bf16             PyTorch in chunks of rows, recomputed in the backward pass
   flex_attention bf16      its log-sum-exp, compiled (CUDA only)
   Inf-CL, cut-cross-entropy, lightly, pytorch-metric-learning
-                           those installed: pip install 'fastcl[peers]'
+                           those installed: pip install '.[peers]'
   authors' formulation     similarities over an N x N x D broadcast, as in the code published with arXiv 2510.08852
 
 Before they are timed, all must agree with the first that runs on the loss and its gradient, to

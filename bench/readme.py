@@ -16,8 +16,8 @@ RESULTS = ROOT / "bench" / "results"
 _BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.DOTALL)
 _DESCRIPTION = f"""\
 Write what stands in README.md between "<!-- table: NAME -->" and "<!-- end -->" anew, from the results under
-bench/results/, and draw the figures there. Tables: {", ".join(TABLES)}. Results of bench.gpu are expected in
-bench/results/gpu; what is not there is "not measured".
+bench/results/, and draw the figures there. Results of bench.gpu are expected in bench/results/gpu; what is not there is
+"not measured". Tables: {", ".join(TABLES)}.
 """
 
 

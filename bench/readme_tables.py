@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import data_report, loss_targets, similarity_report, training_report, twins, waiting
@@ -16,7 +16,7 @@ NOT_MEASURED = "Not measured."
 # Two models at hand, of all that was measured.
 PAIRS = ((1000, 4096), (10_000, 512), (50_000, 512), (100_000, 512), (10_000, 2048))
 OURS = ("fastcl linear", ALL_THREE, "fastcl rbf")
-LIBRARIES = ("X'Y fp32", "authors' formulation", "torch-cka", "ckatorch", "rsatoolbox")
+LIBRARIES = (ALL_THREE, "fastcl linear", "X'Y fp32", "authors' formulation", "torch-cka", "ckatorch", "rsatoolbox")
 _CASE = ("section", "n", "d", "models", "dtype", "chunk")
 
 
@@ -37,13 +37,15 @@ def reason_word(r: Record) -> str:
     reason = r["reason"]
     if reason is None or reason.startswith(("has no ", "timed on ")) or reason.endswith(" is not installed"):
         return ""
+    if reason.startswith("failed"):
+        return "failed"
     if "needs" in reason or "memory" in reason:
         return "memory"
     return "time" if "limit" in reason else "failed"
 
 
 def losses(records: Sequence[Record]) -> str:
-    """ms of every provider that has a time, a row for each objective, width and number of rows."""
+    """ms of every provider that has a time, a row for each objective, width and number of rows of each run."""
     both = [r for r in records if r["pass"] == "both" or r["reason"]]
     ours = loss_targets.ours(records)
     names = [name for name in LOSSES if any(r["provider"] == name and r["wall_ms"] for r in both)]
@@ -51,8 +53,8 @@ def losses(records: Sequence[Record]) -> str:
     head = ["N", "objective", "D", *names, *(["of the bound"] if bound else []), "faster than the best other",
             "MiB, fastcl", "MiB, least of the others"]  # fmt: skip
     rows = []
-    for key in sorted({(r["objective"], r["d"], r["n"]) for r in both}, key=_in_order(both)):
-        at = {r["provider"]: r for r in both if (r["objective"], r["d"], r["n"]) == key}
+    for key in sorted({_row_key(r) for r in both}, key=_in_order(both)):
+        at = {r["provider"]: r for r in both if _row_key(r) == key}
         mine = at.get(ours)
         others = [r for name, r in at.items() if name in names and not name.startswith("fastcl") and r["wall_ms"]]
         if mine is None or not mine["wall_ms"]:
@@ -60,7 +62,7 @@ def losses(records: Sequence[Record]) -> str:
         best = min(map(_ms, others), default=None)
         small = min((r["peak_bytes"] for r in others if r["peak_bytes"] is not None), default=None)
         share = [f"{100 * mine['bound_ms'] / _ms(mine):.0f} %" if mine["bound_ms"] else ""] if bound else []
-        objective, d, n = key
+        objective, d, n, _ = key
         rows.append([
             f"{n:,}", objective, f"{d:,}", *(_cell(at.get(name)) for name in names), *share,
             "" if best is None else f"{digits(best / _ms(mine))}x", _mib(mine["peak_bytes"]), _mib(small),
@@ -68,7 +70,11 @@ def losses(records: Sequence[Record]) -> str:
     return table(head, rows)
 
 
-def _in_order(records: Sequence[Record]) -> Callable[[tuple[str, int, int]], tuple[int, int, int]]:
+def _row_key(r: Record) -> tuple[str, int, int, str]:
+    return r["objective"], r["d"], r["n"], r["date"]  # a date is that of one run: its times are comparable
+
+
+def _in_order(records: Sequence[Record]) -> Callable[[tuple[str, int, int, str]], tuple[int, int, int, str]]:
     objectives = list(dict.fromkeys(r["objective"] for r in records))
     return lambda key: (objectives.index(key[0]), *key[1:])
 
@@ -91,9 +97,11 @@ def similarity(records: Sequence[Record]) -> str:
     """fastcl beside the best dense Gram form that returns as much, of the cases that the README shows."""
     head = ("what", "measures", "ms", "of the bound", "best dense Gram form", "faster by", "MiB, fastcl", "MiB, dense")
     rows = []
-    for case in dict.fromkeys(tuple(r[key] for key in _CASE) for r in records if r["section"] != "twins"):
-        at = _once(r for r in records if tuple(r.get(key) for key in _CASE) == case)
-        if at[0]["section"] == "pair" and (at[0]["n"], at[0]["d"]) not in PAIRS:
+    keys = (*_CASE, "date")
+    for case in dict.fromkeys(tuple(r[key] for key in keys) for r in records if r["section"] != "twins"):
+        at = [r for r in records if tuple(r.get(key) for key in keys) == case]
+        compared = (at[0]["n"], at[0]["d"]) in PAIRS and any(r["dense"] for r in at)
+        if at[0]["section"] == "pair" and not compared:
             continue
         names = OURS if at[0]["section"] == "pair" else (ALL_THREE,)
         for mine in (r for r in at if r["provider"] in names and r["wall_ms"]):
@@ -102,16 +110,9 @@ def similarity(records: Sequence[Record]) -> str:
             ratio = f"{digits(rival['wall_ms'] / mine['wall_ms'])}x" if rival else ""
             share = "" if mine["bound_ms"] is None else f"{100 * mine['bound_ms'] / mine['wall_ms']:.0f} %"
             memory = [_mib(r["peak_bytes"]) if r else "" for r in (mine, rival)]
-            rows.append([str(Case(*case)), mine["computes"], digits(mine["wall_ms"]), share, dense, ratio, *memory])
+            what = str(Case(*case[:-1])), mine["computes"]
+            rows.append([*what, digits(mine["wall_ms"]), share, dense, ratio, *memory])
     return table(head, rows)
-
-
-def _once(records: Iterable[Record]) -> list[Record]:
-    """The first record of each provider, where several runs have one; those with a time come first."""
-    found: dict[str, Record] = {}
-    for r in sorted(records, key=lambda r: r["wall_ms"] is None):
-        found.setdefault(r["provider"], r)
-    return list(found.values())
 
 
 def _dense_reason(records: Sequence[Record], mine: Record) -> str:
@@ -120,9 +121,13 @@ def _dense_reason(records: Sequence[Record], mine: Record) -> str:
 
 
 def libraries(records: Sequence[Record]) -> str:
-    """Other ways to a measure at n = 10,000, d = 512."""
-    at = _once(r for r in records if r["section"] == "pair" and (r["n"], r["d"]) == (10_000, 512))
-    chosen = (r for r in at if r["provider"] in LIBRARIES)
+    """Other ways to a measure at n = 10,000, d = 512, of the run that has most of them."""
+    at = [
+        r for r in records
+        if r["section"] == "pair" and (r["n"], r["d"]) == (10_000, 512) and r["provider"] in LIBRARIES
+    ]  # fmt: skip
+    runs = [r["date"] for r in at]
+    chosen = (r for r in at if r["date"] == max(runs, key=runs.count))
     rows = [[r["provider"], r["computes"], _cell_with_reason(r), _mib(r["peak_bytes"])] for r in chosen]
     return table(("n = 10,000, d = 512", "measures", "ms", "MiB"), rows)
 
@@ -223,9 +228,9 @@ def gpu(results: Path) -> str:
     return "\n\n".join(part.strip() for part in text)
 
 
-def _of_cpu(make: Callable[[Sequence[Record]], str], file: str) -> Callable[[Path], str]:
+def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[Path], str]:
     def made(results: Path) -> str:
-        records = read(results / "cpu" / file)
+        records = read(*(results / "cpu" / file for file in files))
         return f"{conditions(records)}\n\n{make(records)}" if records else NOT_MEASURED
 
     return made
@@ -234,9 +239,9 @@ def _of_cpu(make: Callable[[Sequence[Record]], str], file: str) -> Callable[[Pat
 TABLES: dict[str, Callable[[Path], str]] = {
     "omniglot": omniglot,
     "losses": _of_cpu(losses, "losses.json"),
-    "similarity": _of_cpu(similarity, "similarity.json"),
-    "libraries": _of_cpu(libraries, "pair/similarity.json"),
-    "twins": _of_cpu(pairs_of_twins, "twins/similarity.json"),
+    "similarity": _of_cpu(similarity, "similarity.json", "stream/similarity.json"),
+    "libraries": _of_cpu(libraries, "similarity.json"),
+    "twins": _of_cpu(pairs_of_twins, "stream/similarity.json"),
     "views": _of_cpu(views, "data.json"),
     "gpu": gpu,
 }

@@ -138,9 +138,9 @@ def feature_work(case: Case) -> float:
 def least(case: Case, kernels: Collection[str], ceilings: Ceilings) -> tuple[float, float | None]:
     """What the measures of kernels need at least, for all pairs of a case.
 
-    Kernels that are inner products of rows need either X'Y of every pair of models and half of each X'X, or half of
-    each Gram matrix, whichever is less; Gaussian ones half of each Gram matrix (n n d) and its exponentials (n n / 2).
-    The features are read once.
+    Kernels that are inner products of rows need X'Y of every pair of models and half of each X'X, each kernel its own,
+    or half of each Gram matrix (n n d), from which every kernel follows; Gaussian ones need that, and n n / 2
+    exponentials. The features are read once.
 
     Returns:
         Floating-point operations of the products, and ms: the slowest of products, exponentials and memory, which can
@@ -149,8 +149,8 @@ def least(case: Case, kernels: Collection[str], ceilings: Ceilings) -> tuple[flo
     if not kernels:
         return 0, None
     n, d, models = case.n, case.d, case.models
-    inner, gaussian = len(set(kernels) - {"rbf"}), "rbf" in kernels
-    products = inner * min(n * d**2 * (2 * case.pairs + models), models * n**2 * d) + gaussian * models * n**2 * d
+    gram, gaussian = models * n**2 * d, "rbf" in kernels
+    products = gram if gaussian else min(gram, len(set(kernels)) * n * d**2 * (2 * case.pairs + models))
     size = models * n * d * getattr(torch, case.dtype).itemsize
     return products, ceilings.slowest_ms(products, gaussian * models * n**2 / 2, size)
 

@@ -54,10 +54,10 @@ def header(facts: Record, args: argparse.Namespace, device: torch.device, ceilin
   {allowed} by the provider's precision it is not timed. Differs: largest difference from the first
   provider of the table that has the measure, at the size of the table.
 - Of the bound: the bound's share of the time. The bound is the slowest of {product} products, exponentials and the
-  reading of the features, at what this run reached: {ceilings}. Products: for each kernel that is an inner product of
-  rows X'Y of all pairs and half of each X'X, or half of each Gram matrix, whichever is less (2 n d d a pair and n d d a
-  model, or n n d a model); for RBF half of each Gram matrix, with n n / 2 exponentials. TFLOP/s: of the products that
-  the provider makes itself.
+  reading of the features, at what this run reached: {ceilings}. Products: X'Y of all pairs and half of each X'X for
+  each kernel (2 n d d a pair and n d d a model), or half of each model's Gram matrix (n n d), from which all kernels
+  follow, whichever is less; RBF needs the latter, and n n / 2 exponentials. TFLOP/s: of the products that the provider
+  makes itself.
 - Memory: beyond the features that are at hand: {memory}.
 - Over the limit: more than {args.seconds:g} s in one call, measured or by the time on fewer rows. Nothing is
   extrapolated.
@@ -88,7 +88,9 @@ def body(records: Sequence[Record], figure: str | None, device: torch.device) ->
 
 def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
     """Rows: target, where, found, reached."""
-    at = {r["provider"]: r for r in records if _is(r, DENSE_TARGET)}
+    found = [r for r in records if _is(r, DENSE_TARGET)]
+    date = next((r["date"] for r in found if r["dense"]), None)  # of the run that has them: times of two do not compare
+    at = {r["provider"]: r for r in found if r["date"] == date}
     ours, best = at.get(ALL_THREE), best_dense(at.values(), at.get(ALL_THREE))
     time = memory = None
     if best and ours["wall_ms"]:

@@ -29,7 +29,7 @@ class FakeCuda:
     def forward(self) -> torch.Tensor:
         self.now += 1
         self.journal.append("forward")
-        loss = torch.tensor(3.0)
+        loss = torch.tensor(3.0, requires_grad=True)
         loss.backward = lambda: self.grad(loss, None)
         return loss
 
@@ -83,6 +83,11 @@ def test_a_captured_call_is_timed_by_replays_and_the_wall_clock_by_an_eager_call
     assert [found[run].wall is None for run in clocks.PASSES] == [True, True, False]
     # The eager call first; then, behind other work, the two passes that share memory, and the graph of both.
     assert cuda.journal == ["forward", "backward", "busy", "fwd", "bwd", "both"]
+
+
+def test_what_is_captured_keeps_no_graph_of_autograd(monkeypatch):
+    graphs = clocks.Graphs(FakeCuda(monkeypatch).forward, LEAF)
+    assert not graphs.loss.requires_grad and graphs.result()[0] is not graphs.loss
 
 
 @pytest.mark.parametrize(("capture", "fail"), [(False, False), (True, True)])

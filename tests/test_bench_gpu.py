@@ -85,10 +85,35 @@ def test_a_step_ends_by_its_place_in_the_timetable(tmp_path, monkeypatch):
     assert limits == {"quick": 50, "slow": 80 - 10, "late": 90 - 105}
 
 
-def test_a_step_without_time_does_not_run(tmp_path):
-    outcome = gpu.run_step(Step("late", code(""), 60), tmp_path, -1.0, {})
-    assert (outcome.status, outcome.reason, outcome.exit_code) == ("not run", "the time was spent", None)
+@pytest.mark.parametrize("limit", [-1.0, 0.0])
+def test_a_step_without_time_does_not_run(tmp_path, limit):
+    outcome = gpu.run_step(Step("late", code(""), 60), tmp_path, limit, {})
+    assert (outcome.status, outcome.reason, outcome.exit_code) == ("timed out", "no time was left", None)
     assert not (tmp_path / "late.log").exists()
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_that_make_no_timetable_are_refused(tmp_path, capsys, minutes):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "x"), "--rehearse", "--minutes", minutes])
+    assert "--minutes: must be positive and finite" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_on_a_card_nothing_is_interpreted_and_an_older_report_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "machine", lambda device: {"device": device.type, "versions": {}, "date": ""})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (tmp_path / "gpu.json").write_text("old")
+    seen = []
+
+    def run_step(step, out, limit, environment):
+        seen.append((json.loads((out / "gpu.json").read_text())["steps"], environment.get("TRITON_INTERPRET")))
+        return gpu.Outcome(step.name, "", "timed out", "no time was left", None, 0, limit)
+
+    monkeypatch.setattr(gpu, "run_step", run_step)
+    monkeypatch.setattr(gpu, "plan", lambda *_: [Step("only", (), 60)])
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert seen == [([], None)]
 
 
 def test_by_default_the_losses_alone_run(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def test_every_section_is_measured(results):
         assert set(r["pairs"]) == {"nscl", "supcon", "ce", "reseeded"} and set(r["ncc"]) == {"dcl", *r["pairs"]}
         assert all(0 <= r["probe"][model] <= 1 for model in r["ncc"])
         folder = out / "runs" / f"temperature-{r['temperature']:g}"
-        assert (folder / "report.html").exists() and not list(folder.glob("**/*.safetensors"))
+        assert (folder / "report.html").exists() and not any(path.is_dir() for path in folder.iterdir())
         assert r["evaluation_seconds"] > 0 and f"an epoch {digits(r['epoch_seconds'])} s" in text
         assert f"| ce | {r['pairs']['ce']['cka']:.4f} |" in text
     r = found[4]
@@ -94,6 +94,17 @@ def test_a_profile_without_times_has_no_shares():
     r["waiting_seconds"] = [0.04]
     assert next(training_report.targets([r]))[2:] == ("4.0%", "yes")
     assert next(training_report.targets([r | {"versions": {}}]))[2:] == ("not measured", "")
+
+
+def test_the_largest_batch_trains_one_model(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(step_profile, "measure", lambda config, *_: asked.append(config.train) or {})
+    monkeypatch.setattr(training.Run, "save", lambda run: None)
+    args = SimpleNamespace(repeats=2, seconds=9)
+    training.measure_steps(training.Run(args, torch.device("cuda"), {}, "cuda", "digits"), tmp_path)
+    assert [(t.batch_size, t.precision, len(t.models)) for t in asked] == [
+        (1024, "fp32", 4), (1024, "bf16", 4), (4096, "bf16", 4), (16384, "bf16", 1)
+    ]  # fmt: skip
 
 
 def test_the_ridge_probe_separates_what_is_separable():

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from small_runs import make_run
 
-from bench import loss_targets, readme, readme_tables
+from bench import figures, loss_targets, readme, readme_tables
 from bench.clocks import Sample
-from bench.providers import FUSED
+from bench.providers import FUSED, PROVIDERS
 from bench.records import record
 from bench.similarity_providers import ALL_THREE
 
@@ -122,12 +122,49 @@ def test_the_table_of_losses_compares_with_the_best_other():
 @pytest.mark.parametrize(("reason", "word"), [
     ("out of memory: tried to", "memory"), ("skipped: needs 12 GiB, the limit is 1 GiB", "memory"),
     ("its process was killed, most likely for want of memory", "memory"), ("has no clip", ""), (None, ""),
+    ("failed: OutOfResources: shared memory, needs 256 KiB", "failed"),
     ("timed on CUDA only", ""), ("kornia is not installed", ""), ("failed: ValueError: odd", "failed"),
     ("over the limit of 10 s by its time on fewer rows", "time"),
     ("skipped: one call takes 9 s, the limit is 1 s", "time"),
 ])  # fmt: skip
 def test_a_reason_is_a_word(reason, word):
     assert readme_tables.reason_word({"reason": reason}) == word
+
+
+def test_times_of_two_runs_do_not_meet_in_a_row():
+    at = "N = 65,536, D = 256"
+    later = H200 | {"date": "2026-11-28T13:00"}
+    rows = [
+        loss(FUSED, 65536, 256, 5.0), loss("plain PyTorch", 65536, 256, 20.0),
+        loss(FUSED, 65536, 256, 9.0, facts=later), loss("flex_attention bf16", 65536, 256, 27.0, facts=later),
+        loss(FUSED, 65536, 128, reason="out of memory: x"), loss(FUSED, 65536, 128, 3.0, facts=later),
+    ]  # fmt: skip
+    found = readme_tables.losses(rows).splitlines()[2:]
+    assert found == [
+        "| 65,536 | ntxent | 128 | 3 |  |  |  | 1 |  |",
+        "| 65,536 | ntxent | 256 | 5 | 20 |  | 4x | 1 | 1 |",
+        "| 65,536 | ntxent | 256 | 9 |  | 27 | 3x | 1 | 1 |",
+    ]
+    assert outcome(rows, "ntxent in 10.5 ms on the device", at) == ("5 ms", "yes")
+    assert outcome(rows, "2 times as fast as PyTorch in bf16", at) == ("3x", "yes")
+    assert outcome(rows, "as fast as the best PyTorch", at) == ("3x", "yes")
+    rows += [loss(FUSED, 65536, 128, 3.1, "nscl"), loss(FUSED, 65536, 128, 3.25, "supcon", facts=later)]
+    narrow = "N = 65,536, D = 128"
+    assert outcome(rows, "nscl in at most 1.1 times ntxent's time", narrow) == ("not measured", "")
+    assert outcome(rows, "supcon in at most 1.1 times ntxent's time", narrow) == ("1.08x", "yes")
+
+
+def test_every_provider_of_losses_but_the_specification_has_a_line():
+    assert {p.name for p in PROVIDERS} - set(figures.LOSSES) == {"fastcl dense"}
+
+
+def test_figures_show_the_time_on_the_device_and_mib(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "_draw", lambda file, title, lines, memory: drawn.extend(lines))
+    figures.losses([loss(FUSED, n, 64, 1.0, wall=7.0, peak=5, bound=0.5) for n in (512, 4096)], tmp_path)
+    assert [(line.label, line.points) for line in drawn] == [
+        (FUSED, {512: (1.0, 5), 4096: (1.0, 5)}), ("bound", {512: (0.5, None), 4096: (0.5, None)})
+    ]  # fmt: skip
 
 
 def statistic(provider, n, measures, ms, dense=False, section="pair", bound=None, reason=None):
@@ -154,7 +191,9 @@ def test_the_table_of_similarities_compares_with_what_returns_as_much():
         "| n = 100,000, d = 512, float32 | CKA, RSA | 40 |  | memory |  | 1 |  |",
     ]
     rows.append(statistic("ckatorch", 10_000, cka, None, reason="over the limit of 10 s: one call takes 16 s"))
-    assert readme_tables.libraries(rows).splitlines()[2:] == [
+    other = statistic("ckatorch", 10_000, cka, 8.0) | {"date": "2027"}
+    assert readme_tables.libraries([other, *rows]).splitlines()[2:] == [
+        f"| {ALL_THREE} | CKA, RSA | 4 | 1 |", "| fastcl linear | CKA | 2 | 1 |",
         "| X'Y fp32 | CKA | 1 | 1 |", "| ckatorch | CKA | one call takes 16 s | 1 |"
     ]  # fmt: skip
 

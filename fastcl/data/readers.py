@@ -159,7 +159,7 @@ def read_torchvision(name: str, root: str | None, download: bool) -> Source:
 def _arrays(path: Path, *names: str) -> list[np.ndarray]:
     """The named arrays of an .npz archive."""
     if not path.is_file():
-        raise FastclError(f"no such file: {path}")
+        raise FastclError(f"{path} is a folder, not an .npz archive" if path.is_dir() else f"no such file: {path}")
     what = f"cannot read {path} as an .npz archive"
     with naming(what), open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
         missing = [name for name in names if name not in archive.files]

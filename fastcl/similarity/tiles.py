@@ -66,14 +66,14 @@ def median_distance(x: Tensor, name: str) -> float:
     Raises:
         FastclError: it is 0: half of the pairs or more are of equal rows.
     """
-    rows = mapped(x[:: -(-len(x) // _SAMPLED)], "rbf")
-    rows = rows - (rows[0] + (rows - rows[0]).mean(0))
+    sampled = mapped(x[:: -(-len(x) // _SAMPLED)], "rbf")
+    rows = sampled - (sampled[0] + (sampled - sampled[0]).mean(0))
     squares = rows.square().sum(1)
     found = torch.cat([_squared_distances(rows, squares, i) for i in range(0, len(rows), TILE)])
     square = float(found.median()) if len(found) else 0.0
     # Products cannot tell rows from equal ones that lie much nearer to each other than to the origin.
     near = not square > _NEAR * float(squares.amax())
-    median = float(torch.pdist(rows).median()) if near and len(found) else math.sqrt(square)
+    median = float(torch.pdist(sampled).median()) if near and len(found) else math.sqrt(square)
     if not median > 0:
         raise FastclError(
             f"the rbf kernel has no scale for {name}: the median distance between its {len(x)} samples is {median:g}"

@@ -37,7 +37,7 @@ log = logging.getLogger("fastcl")
 
 
 class Lockstep:
-    """One run: its data, its twins, its folder.
+    """One run: its data, its twins, its folder. Switches PyTorch to deterministic algorithms for the whole process.
 
     Args:
         config: the run.
