@@ -21,7 +21,18 @@ from bench.clocks import Sample, first_line, interleave
 from bench.data_providers import LEVELS, PROVIDERS, Batch, Feed, Provider, reference
 from bench.photos import CASES, TINY, Case, Photos
 from bench.providers import versions
-from bench.records import Record, add_arguments, device_of, exit_status, machine, milliseconds, record, shortage, write
+from bench.records import (
+    Record,
+    add_arguments,
+    device_of,
+    exit_status,
+    machine,
+    milliseconds,
+    record,
+    require_positive,
+    shortage,
+    write,
+)
 
 BENCH = "data"
 SECTIONS = ("views", waiting.SECTION)
@@ -252,9 +263,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     parser.add_argument("--tiny", action="store_true", help="sizes that prove that it works and measure nothing")
     # fmt: on
     args = parser.parse_args(argv)
-    for name in ("repeats", "seconds"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name}: must be positive, got {getattr(args, name)}")
+    require_positive(parser, args, "repeats", "seconds")
     return args, device_of(args, parser)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class Case:
         models = "" if self.models == 2 else f", {self.models} models"
         chunk = f", in chunks of {self.chunk:,} rows" if self.chunk else ""
         return f"n = {self.n:,}, d = {self.d:,}{models}, {self.dtype}{chunk}"
+
+
+KEYS = tuple(field.name for field in fields(Case))  # of a record: its case
 
 
 class Features:

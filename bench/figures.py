@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.records import Record
+from bench.records import Record, duration
 
 CAPTION = "A line ends where the next size did not fit the limits of the run."
 # By provider: colour (Okabe and Ito, and more), marker, dashed where it is another formulation's or library's.
@@ -71,7 +71,7 @@ def losses(records: Sequence[Record], folder: Path) -> str | None:
     ])  # fmt: skip
     lines = []
     for name, style in LOSSES.items():
-        points = {r["n"]: (r["gpu_ms"] or r["wall_ms"], r["peak_bytes"]) for r in chosen if r["provider"] == name}
+        points = {r["n"]: (duration(r), r["peak_bytes"]) for r in chosen if r["provider"] == name}
         if points:
             lines.append(Line(name, style, points))
     bounds = {r["n"]: (r["bound_ms"], None) for r in chosen if r["bound_ms"]}
@@ -81,8 +81,8 @@ def losses(records: Sequence[Record], folder: Path) -> str | None:
     return _draw(folder / "losses.svg", title, lines, "peak memory beyond the inputs (MiB)")
 
 
-def alignment(run: Path) -> str:
-    """The report's figure of how the models of a run align with its reference, on white; returns as `similarity`."""
+def alignment(run: Path) -> None:
+    """Write the report's figure of how the models of a run align with its reference, on white."""
     from fastcl.report.drawing import svg
     from fastcl.report.figures import PLATES
     from fastcl.report.records import load_run
@@ -90,9 +90,8 @@ def alignment(run: Path) -> str:
     text = svg(next(plate for plate in PLATES if plate.name == "alignment"), load_run(run))
     for name, colour in (("var(--ink)", "#24292f"), ("var(--grid)", "#d0d7de")):  # of a page, which there is none of
         text = text.replace(name, colour)
-    file = run / "alignment.svg"
-    file.write_text(text.replace("<svg ", '<svg style="background:#fff" ', 1), encoding="utf-8")
-    return file.name
+    text = text.replace("<svg ", '<svg style="background:#fff" ', 1)
+    (run / "alignment.svg").write_text(text, encoding="utf-8")
 
 
 def _most(records: Sequence[Record]) -> list[Record]:

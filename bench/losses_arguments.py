@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from bench.providers import OBJECTIVES, PROVIDERS, TOLERANCES
-from bench.records import MEMORY_HELP, add_arguments, device_of, memory_limit
+from bench.records import MEMORY_HELP, add_arguments, device_of, memory_limit, require_positive
 
 SIZES = {"cpu": (512, 2048, 8192, 16384), "cuda": (512, 4096, 16384, 65536, 262144, 1048576)}
 
@@ -68,9 +68,5 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     args.memory = memory_limit(args.memory, device)
     if bad := [n for n in args.n if n < 8 or n % 2]:
         parser.error(f"--n: rows must be even and at least 8, got {bad[0]}")
-    for name in ("d", "repeats", "seconds", "memory"):
-        value = getattr(args, name)
-        for number in value if isinstance(value, list) else [value]:
-            if not number > 0:
-                parser.error(f"--{name}: must be positive, got {number}")
+    require_positive(parser, args, "d", "repeats", "seconds", "memory")
     return args, device

@@ -12,7 +12,7 @@ from bench.ceilings import Ceilings
 from bench.figures import CAPTION
 from bench.plain import TEMPERATURE
 from bench.providers import TOLERANCES
-from bench.records import Record, digits, milliseconds, table
+from bench.records import Record, digits, duration, milliseconds, table
 
 
 def header(facts: Record, args: argparse.Namespace, ceilings: Ceilings | None, warm_up_rows: int) -> str:
@@ -105,13 +105,10 @@ def _rows(records: Sequence[Record], ours: str, gpu: bool) -> Iterator[list[str]
         mark = " e" if both["timing"] == "events" else ""
         times = [milliseconds(by_key[n, name, which]["samples_ms"]) + mark for which in ("both", "fwd", "bwd")]
         if gpu:
-            share = "" if both["bound_ms"] is None else f"{100 * both['bound_ms'] / _time(both):.3g} %"
+            share = "" if both["bound_ms"] is None else f"{100 * both['bound_ms'] / duration(both):.3g} %"
             times += [digits(both["wall_ms"]), share]
         rates = [f"{both[key]:.3g}" for key in ("tflops", "tflops_dense")]
         fastest = by_key.get((n, ours, "both"))
-        ratio = f"{digits(_time(both) / _time(fastest))}x" if name != ours and fastest and not fastest["reason"] else ""
+        other = name != ours and fastest and not fastest["reason"]
+        ratio = f"{digits(duration(both) / duration(fastest))}x" if other else ""
         yield [str(n), name, *times, *rates, peak, ratio]
-
-
-def _time(r: Record) -> float:
-    return r["gpu_ms"] or r["wall_ms"]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import data_report, loss_targets, similarity_report, training_report, twins, waiting
-from bench.features import Case
+from bench.features import KEYS, Case
 from bench.figures import LOSSES
-from bench.records import Record, digits, table
+from bench.records import Record, digits, duration, table
 from bench.similarity_providers import ALL_THREE
 
 NOT_MEASURED = "Not measured."
@@ -17,7 +17,6 @@ NOT_MEASURED = "Not measured."
 PAIRS = ((1000, 4096), (10_000, 512), (50_000, 512), (100_000, 512), (10_000, 2048))
 OURS = ("fastcl linear", ALL_THREE, "fastcl rbf")
 LIBRARIES = (ALL_THREE, "fastcl linear", "X'Y fp32", "authors' formulation", "torch-cka", "ckatorch", "rsatoolbox")
-_CASE = ("section", "n", "d", "models", "dtype", "chunk")
 
 
 def read(*files: Path) -> list[Record]:
@@ -59,13 +58,13 @@ def losses(records: Sequence[Record]) -> str:
         others = [r for name, r in at.items() if name in names and not name.startswith("fastcl") and r["wall_ms"]]
         if mine is None or not mine["wall_ms"]:
             continue
-        best = min(map(_ms, others), default=None)
+        best = min(map(duration, others), default=None)
         small = min((r["peak_bytes"] for r in others if r["peak_bytes"] is not None), default=None)
-        share = [f"{100 * mine['bound_ms'] / _ms(mine):.0f} %" if mine["bound_ms"] else ""] if bound else []
+        share = [f"{100 * mine['bound_ms'] / duration(mine):.0f} %" if mine["bound_ms"] else ""] if bound else []
         objective, d, n, _ = key
         rows.append([
             f"{n:,}", objective, f"{d:,}", *(_cell(at.get(name)) for name in names), *share,
-            "" if best is None else f"{digits(best / _ms(mine))}x", _mib(mine["peak_bytes"]), _mib(small),
+            "" if best is None else f"{digits(best / duration(mine))}x", _mib(mine["peak_bytes"]), _mib(small),
         ])  # fmt: skip
     return table(head, rows)
 
@@ -79,14 +78,10 @@ def _in_order(records: Sequence[Record]) -> Callable[[tuple[str, int, int, str]]
     return lambda key: (objectives.index(key[0]), *key[1:])
 
 
-def _ms(r: Record) -> float:
-    return r["gpu_ms"] or r["wall_ms"]
-
-
 def _cell(r: Record | None) -> str:
     if r is None:
         return ""
-    return digits(_ms(r)) if r["wall_ms"] else reason_word(r)
+    return digits(duration(r)) if r["wall_ms"] else reason_word(r)
 
 
 def _mib(size: int | None) -> str:
@@ -97,7 +92,7 @@ def similarity(records: Sequence[Record]) -> str:
     """fastcl beside the best dense Gram form that returns as much, of the cases that the README shows."""
     head = ("what", "measures", "ms", "of the bound", "best dense Gram form", "faster by", "MiB, fastcl", "MiB, dense")
     rows = []
-    keys = (*_CASE, "date")
+    keys = (*KEYS, "date")
     for case in dict.fromkeys(tuple(r[key] for key in keys) for r in records if r["section"] != "twins"):
         at = [r for r in records if tuple(r.get(key) for key in keys) == case]
         compared = (at[0]["n"], at[0]["d"]) in PAIRS and any(r["dense"] for r in at)

@@ -64,6 +64,15 @@ def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torc
     return torch.device("cuda" if found and args.device != "cpu" else "cpu")
 
 
+def require_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """End the program with a message where an argument, or one of its numbers, is not positive."""
+    for name in names:
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if not number > 0:
+                parser.error(f"--{name}: must be positive, got {number}")
+
+
 def machine(device: torch.device) -> Record:
     """The fields device, versions and date of all records of a run."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "fastcl": fastcl.__version__}
@@ -193,6 +202,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 2) -> 
 def milliseconds(times: Sequence[float]) -> str:
     """Median and range, as "12.3 (11.9-14)"."""
     return f"{digits(median(times))} ({digits(min(times))}-{digits(max(times))})"
+
+
+def duration(r: Record) -> float | None:
+    """ms of a record: on the device where that was timed, else on the wall clock; None where nothing was."""
+    return r["gpu_ms"] or r["wall_ms"]
 
 
 def digits(value: float) -> str:

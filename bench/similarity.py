@@ -25,6 +25,7 @@ from bench.records import (
     milliseconds,
     over_memory,
     record,
+    require_positive,
     shortage,
     write,
 )
@@ -267,9 +268,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     args = parser.parse_args(argv)
     device = device_of(args, parser)
     args.memory = memory_limit(args.memory, device)
-    for name in ("repeats", "seconds", "memory"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name}: must be positive, got {getattr(args, name)}")
+    require_positive(parser, args, "repeats", "seconds", "memory")
     return args, device
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bench import twins
 from bench.ceilings import Ceilings
-from bench.features import MEAN, OWN, SHARED, Case
+from bench.features import KEYS, MEAN, OWN, SHARED, Case
 from bench.figures import CAPTION
 from bench.records import Record, digits, milliseconds, table
 from bench.similarity_providers import ALL_THREE, DRAWN, GATE, TOLERANCES
@@ -25,7 +25,6 @@ NOT_HERE = {"models": "not measured: timed on CUDA only"}
 DENSE_TARGET = Case("pair", 10_000, 512)
 FASTER, SMALLER = 5, 0.05  # against the best dense form: times as fast at least, of its memory at most
 CARD_TARGET, CARD, CARD_MS = Case("models", 50_000, 2048, 4, "bfloat16"), "H200", 60
-_CASE = ("section", "n", "d", "models", "dtype", "chunk")
 
 
 def header(facts: Record, args: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> str:
@@ -112,7 +111,7 @@ def _outcome(value: float | None, found: str, reached: bool) -> tuple[str, str]:
 
 
 def _is(r: Record, case: Case) -> bool:
-    return all(r.get(key) == getattr(case, key) for key in _CASE)
+    return all(r.get(key) == getattr(case, key) for key in KEYS)
 
 
 def best_dense(records: Sequence[Record], r: Record | None) -> Record | None:
@@ -126,8 +125,8 @@ def best_dense(records: Sequence[Record], r: Record | None) -> Record | None:
 def _cases(records: Sequence[Record]) -> str:
     head = ("provider", "computes", "ms", "peak MiB", "error", "differs", "TFLOP/s", "of the bound", "is faster by")
     text = ""
-    for case in dict.fromkeys(tuple(r[key] for key in _CASE) for r in records):
-        chosen = [r for r in records if tuple(r[key] for key in _CASE) == case]
+    for case in dict.fromkeys(tuple(r[key] for key in KEYS) for r in records):
+        chosen = [r for r in records if tuple(r[key] for key in KEYS) == case]
         never = {r["provider"]: r["reason"] for r in chosen if _absent(r)}
         rows = [_row(r, chosen) for r in chosen if r["provider"] not in never]
         text += f"\n### {Case(*case)}\n\n{table(head, rows)}"

@@ -17,7 +17,17 @@ import torch
 from bench import step_profile, training_report, training_runs
 from bench.clocks import first_line
 from bench.photos import data_folder
-from bench.records import Record, add_arguments, device_of, exit_status, machine, record, shortage, write
+from bench.records import (
+    Record,
+    add_arguments,
+    device_of,
+    exit_status,
+    machine,
+    record,
+    require_positive,
+    shortage,
+    write,
+)
 from fastcl.train.config import Config, parse_config
 
 BENCH = "training"
@@ -199,9 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         help=f"folder of {CIFAR} (default: $FASTCL_DATA, else ../shared/data)")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="sizes that prove that it works and measure nothing")
     args = parser.parse_args(argv)
-    for name in ("repeats", "seconds"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name}: must be positive, got {getattr(args, name)}")
+    require_positive(parser, args, "repeats", "seconds")
     device, file = device_of(args, parser), data_folder(args.data) / CIFAR
     real = file.is_file() and not args.tiny
     source, args.out = f"cifar10:{CIFAR}" if real else "digits", args.out.resolve()

@@ -179,6 +179,17 @@ def test_images_of_a_pass_are_whole_batches_of_real_or_named_made_up_ones(data_p
     assert made_up.split.sizes.tolist() == [[100, 100]] * 8
 
 
+def test_images_of_several_sizes_are_those_of_the_commonest(data_path, tmp_path):
+    case = replace(CASES["cpu"][2], images=20, batch=10)
+    found = photos.read(case, data_path(case.file).parent, tmp_path)
+    assert len(found.split) == 20 and found.equally_sized
+    whole = fastcl.data.load(found.source).train
+    sizes, counts = np.unique(whole.sizes, axis=0, return_counts=True)
+    assert len(sizes) > 1 and found.split.sizes[0].tolist() == sizes[counts.argmax()].tolist()
+    i = int(np.flatnonzero(whole.ids == found.split.ids[3])[0])
+    assert np.array_equal(found.split.image(3), whole.image(i))
+
+
 def made(name: str, size: int, rate: float, **versions: str) -> dict:
     full = {"section": "views", "size": size, "images": 1000, "source": "x", "preset": "y", "batch": 10, "views": 2,
             "cores_ms": [100.0], "difference_mean": 0.25, "difference_max": 2.0, "versions": versions}  # fmt: skip
