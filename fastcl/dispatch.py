@@ -64,9 +64,9 @@ def backend(name: str) -> Iterator[None]:
     """Use one backend inside a `with` block, in this thread and this context (asyncio task) alone.
 
     A thread that is started inside the block begins with "auto". Gradients are computed by the backend of the forward
-    pass wherever `backward` is called. Activation checkpointing runs a function once more: give it the function with
-    its backend, `checkpoint(fastcl.backend("dense")(function), x)`, rather than a call inside a block that has ended by
-    then.
+    pass wherever `backward` is called, and `torch.utils.checkpoint` repeats that pass on the same backend. Where it
+    cannot know it, with use_reentrant=True and around a compiled function, it takes the one asked for where `backward`
+    is called: give it the function with its backend then, `checkpoint(fastcl.backend("dense")(function), x)`.
 
     Args:
         name: "triton" (fused kernels, differentiable once), "chunked" (torch, O(N x tile) memory, differentiable

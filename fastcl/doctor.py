@@ -67,9 +67,10 @@ def _version(package: str) -> str:
 
 def _check_losses(device: torch.device, backend: str) -> str:
     """Every objective on a backend against the dense backend in float64, values and gradients."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(300, 48, generator=generator)
-    sample, labels = torch.arange(300) // 2, torch.arange(300) // 2 % 7
+    generator = torch.Generator("cpu").manual_seed(0)
+    z = torch.randn(300, 48, generator=generator, dtype=torch.float32, device="cpu")
+    sample = torch.arange(300, dtype=torch.int64, device="cpu") // 2
+    labels = sample % 7
 
     def run(rows: Tensor, backend: str, where: torch.device) -> tuple[Tensor, Tensor]:
         rows = rows.detach().to(where).requires_grad_()
@@ -92,12 +93,12 @@ def _check_losses(device: torch.device, backend: str) -> str:
 
 def _check_pairs(device: torch.device, backend: str) -> str:
     """Measures of both routes on a backend against their definitions on n x n matrices in float64."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(150, 20, generator=generator) + 10
-    y = x[:, :12].square() / 10 + torch.randn(150, 12, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(150, 20, generator=generator, dtype=torch.float32, device="cpu") + 10
+    y = x[:, :12].square() / 10 + torch.randn(150, 12, generator=generator, dtype=torch.float32, device="cpu")
     grams = [v.double() @ v.double().T for v in (x, y)]
-    h = torch.eye(150, dtype=torch.float64) - 1 / 150
-    off = ~torch.eye(150, dtype=torch.bool)
+    h = torch.eye(150, dtype=torch.float64, device="cpu") - 1 / 150
+    off = ~torch.eye(150, dtype=torch.bool, device="cpu")
     kc, lc = (h @ gram @ h for gram in grams)
     cka = ((kc * lc).sum() / (kc.norm() * lc.norm())).item()
     rsa = torch.corrcoef(torch.stack([gram[off] for gram in grams]))[0, 1].item()

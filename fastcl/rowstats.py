@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from fastcl import operators  # noqa: F401  (registers torch.ops.fastcl)
 from fastcl.backends import dense
 from fastcl.batch import Batch
-from fastcl.checks import check_positive
+from fastcl.checks import check_positive, is_inside
 from fastcl.dispatch import choose, wants_float32
 from fastcl.errors import FastclError
 
@@ -144,7 +144,7 @@ def operator_arguments(
     """Temperature as a tensor, as a number (one of the two), and precision of a Triton operator's call on rows x."""
     is_tensor = isinstance(temperature, Tensor)
     given = temperature.to(x.device) if is_tensor else None
-    _check_no_tangent("triton", x, *others, given)
+    _check_transforms("triton", x, *others, given)
     _check_precision(precision)
     return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
 
@@ -154,7 +154,7 @@ def _on_torch(batch: Batch, chosen: str) -> RowStats:
     if chosen == "dense":
         mean_view, spread_view, mean_peer, *rest = dense.row_stats(*arguments)
     else:
-        _check_no_tangent(chosen, batch.x, batch.y)
+        _check_transforms(chosen, batch.x, batch.y)
         mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(*arguments)
     lse_peer, lse_other, *counts = rest
     return unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
@@ -200,13 +200,19 @@ def normalize_rows(x: Tensor) -> Tensor:
     return u / u.square().sum(1, keepdim=True).masked_fill(is_zero, 1).sqrt()
 
 
-def _check_no_tangent(chosen: str, *rows: Tensor | None) -> None:
-    """The operator has no forward-mode derivative, and PyTorch would take it for zero without a word."""
+def _check_transforms(chosen: str, *tensors: Tensor | None) -> None:
+    """The operators have no forward-mode derivative, which PyTorch would silently take for zero, and none for
+    torch.func's grad."""
     if torch.compiler.is_compiling():
         return
-    if any(v is not None and forward_ad.unpack_dual(v).tangent is not None for v in rows):
+    given = [v for v in tensors if v is not None]
+    instead = "use `with fastcl.backend('dense')`"
+    if any(forward_ad.unpack_dual(v).tangent is not None for v in given):
+        raise FastclError(f"the {chosen} backend has no forward-mode derivative; {instead} for jvp and jacfwd")
+    if any(is_inside(v, "grad") for v in given):
         raise FastclError(
-            f"the {chosen} backend has no forward-mode derivative; use `with fastcl.backend('dense')` for jvp"
+            f"the {chosen} backend is differentiable by backward() and torch.autograd.grad alone; {instead} for "
+            "torch.func.grad, vjp, jacrev and hessian"
         )
 
 

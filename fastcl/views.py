@@ -128,7 +128,7 @@ def _short(name: str) -> str:
 
 def _levels(views: Tensor, spec: ViewSpec) -> Tensor:
     """(n, S, S, C) grey levels in [0, 255] of normalised views, float32 on the CPU."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu")[:, None, None] for v in (spec.mean, spec.std))
     return ((views.cpu() * std + mean) * 255).permute(0, 2, 3, 1).clamp(0, 255)
 
 

@@ -72,9 +72,10 @@ def proxy_stream(
         loader = DataLoader(
             server, _Files(split, server.proxy), num_workers=workers, multiprocessing_context="fork",
             batch_sampler=_work(split, spec, chain([first], batches), most, waiting),
-            generator=torch.Generator(),  # else it would draw a number from the caller's
+            generator=torch.Generator("cpu"),  # else it would draw a number from the caller's
         )  # fmt: skip
-        results = iter(loader)
+        with torch.device("cpu"):  # the loader draws a seed on the default device
+            results = iter(loader)
         while True:
             try:
                 outputs = next(results, None)

@@ -47,8 +47,8 @@ class TritonRenderer:
         if len(spec.mean) not in (1, channels):
             raise FastclError(f"views.mean has {len(spec.mean)} values for images of {channels} channels")
         self._images = torch.from_numpy(_read(split, channels, threads)).to(device)
-        self._statistics = torch.tensor([spec.mean, spec.std]).expand(2, 3 if len(spec.mean) == 1 else -1)
-        self._statistics = self._statistics.contiguous().to(device)
+        self._statistics = torch.tensor([spec.mean, spec.std], dtype=torch.float32, device=device)
+        self._statistics = self._statistics.expand(2, 3 if len(spec.mean) == 1 else -1).contiguous()
 
     def __call__(self, positions: np.ndarray, params: Sequence[ViewParams]) -> tuple[Tensor, ...]:
         """Views of the samples.

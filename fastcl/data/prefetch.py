@@ -44,9 +44,9 @@ def in_processes(job: Callable[[int], T], steps: range, *, workers: int, depth: 
         _Jobs(job), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=depth, pin_memory=pin,
         multiprocessing_context="fork",  # shares the images in memory
         collate_fn=_as_it_is, worker_init_fn=_ignore_interrupts,
-        generator=torch.Generator(),  # else it would draw a number from the caller's
+        generator=torch.Generator("cpu"),  # else it would draw a number from the caller's
     )  # fmt: skip
-    with _interrupt_later():
+    with _interrupt_later(), torch.device("cpu"):  # the loader draws a seed on the default device
         results = iter(loader)
     try:
         for result in results:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl import dispatch
+from fastcl.checks import check_not_meta, is_inside
 from fastcl.errors import FastclError
 
 # Of products of features narrower than float64, in split half precision (22 bits) or float32, and their float32 sums.
@@ -27,6 +28,9 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
             raise FastclError(f"features of {name!r} must be a dense float16 to float64 tensor, got {kind}")
         if x.ndim != 2 or x.shape[1] == 0:
             raise FastclError(f"features of {name!r} must have shape (b, d) with d >= 1, got {tuple(x.shape)}")
+        check_not_meta(x, f"features of {name!r}")
+        if is_inside(x, "vmap"):
+            raise FastclError(f"features of {name!r} are of torch.func.vmap: similarities are numbers, take one by one")
     rows = {name: len(x) for name, x in features.items()}
     if len(set(rows.values())) > 1:
         raise FastclError(f"all models need features of the same samples, got numbers of rows {rows}")

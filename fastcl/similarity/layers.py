@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcl.checks import check_not_meta
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, suggest
 
@@ -240,6 +241,7 @@ class _Recorder:
             if name not in self.matrices:
                 raise FastclError(f"layer {name!r} gave no float tensor of shape ({self.rows}, ...) on batch {batch}")
         stack = torch.stack([self.matrices[name] for name in names]).flatten(1)
+        check_not_meta(stack, f"outputs of layer {names[0]!r}")
         finite = stack.isfinite().all(dim=1)
         if not finite.all():
             name = names[int(finite.logical_not().nonzero()[0])]

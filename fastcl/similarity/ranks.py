@@ -124,7 +124,7 @@ class _Matrix:
         for start in range(0, n - 1, step):
             block = self.rows[start : start + step] @ self.rows[start:].mT
             height = len(block)
-            i, j = torch.triu_indices(height, height, 1, device=block.device)
+            i, j = torch.triu_indices(height, height, 1, dtype=torch.int64, device=block.device)
             entries = torch.cat([block[i, j], block[:, height:].reshape(-1)])
             yield entries.div_(self.grid).round_().mul_(self.grid)
 

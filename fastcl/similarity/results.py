@@ -77,7 +77,7 @@ class AllPairs:
         known = [f"{kernel}.{name}" for kernel in INNER for name in ("cka", "cka_debiased", "rsa")] + ["cka_minibatch"]
         if measure not in known:
             raise FastclError(f"measure must be one of {', '.join(known)}; got {measure!r}")
-        table = torch.eye(len(self.names), dtype=torch.float64)
+        table = torch.eye(len(self.names), dtype=torch.float64, device="cpu")
         for (a, b), result in self.pairs.items():
             i, j = self.names.index(a), self.names.index(b)
             try:

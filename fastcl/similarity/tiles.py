@@ -137,7 +137,7 @@ def _over_tiles(
     models: Sequence[Callable[[slice, slice], Tensor]], n: int, row_sums: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """(3,) <K, L>, <K, K>, <L, L>, and the row sums of K and L where they are wanted."""
-    inner, sums = torch.zeros(3, dtype=torch.float64), []
+    inner, sums = torch.zeros(3, dtype=torch.float64, device="cpu"), []
     for top in range(0, n, TILE):
         i = slice(top, min(top + TILE, n))
         for left in range(top, n, TILE):

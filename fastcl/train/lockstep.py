@@ -30,6 +30,7 @@ from fastcl.train.files import JsonLines, load_checkpoint, locked, save_checkpoi
 from fastcl.train.identity import claim_folder, settings
 from fastcl.train.inputs import open_inputs
 from fastcl.train.layers import check_layers, write_layers
+from fastcl.train.models import plain_defaults
 from fastcl.train.stepping import StepTable, partner_of, step_twins
 from fastcl.train.twins import STEP_VALUES, make_twins
 
@@ -49,6 +50,7 @@ class Lockstep:
             written.
     """
 
+    @plain_defaults()
     def __init__(self, config: Config, out: Path) -> None:
         self.config, self.out = config, Path(out)
         self.device = _device(config.train.device)
@@ -66,6 +68,7 @@ class Lockstep:
         with locked(self.out):
             claim_folder(self.out, self._describe())
 
+    @plain_defaults()
     def run(self) -> None:
         """Train to the end, from wherever the folder stands.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import timm
 import torch
@@ -11,6 +13,20 @@ from torch import Tensor, nn
 from fastcl import normalize_rows
 from fastcl.errors import FastclError
 from fastcl.train.config import ModelConfig
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """float32 and the CPU, whatever the process's default dtype and device are: timm's and PyTorch's own modules and
+    optimizers make their tensors by them."""
+    dtype = torch.get_default_dtype()
+    on_cpu = torch.get_default_device().type == "cpu"
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if on_cpu else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class Network(nn.Module):
@@ -43,6 +59,7 @@ class Network(nn.Module):
         return self.head(normalize_rows(z))
 
 
+@plain_defaults()
 def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> Network:
     """A network with seeded weights.
 
@@ -66,6 +83,7 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
         return Network(encoder, _width(encoder, config.name, channels, size), config.hidden, config.projection)
 
 
+@plain_defaults()
 def copy_network(network: Network, head_classes: int | None, seed: int) -> Network:
     """A copy of the weights; with `head_classes` it also gets a head of so many logits, the same for one seed."""
     twin = copy.deepcopy(network)
@@ -80,7 +98,7 @@ def _width(encoder: nn.Module, name: str, channels: int, size: int) -> int:
     """Width of the encoder's output, by trying: timm's num_features is not that of every model."""
     try:
         with torch.no_grad():
-            h = encoder.eval()(torch.zeros(1, channels, size, size))
+            h = encoder.eval()(torch.zeros(1, channels, size, size, dtype=torch.float32, device="cpu"))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise FastclError(f"model {name!r} cannot take images of {size} x {size} pixels: {error}") from error
     encoder.train()

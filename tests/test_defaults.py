@@ -1,0 +1,50 @@
+"""Process-wide defaults of PyTorch, a dtype and a device, reach nothing that fastcl computes.
+
+The lint keeps factory calls explicit; the runs find what no lint sees: integers that are divided, library calls.
+"""
+
+import ast
+from pathlib import Path
+
+from test_structure import complaints
+
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand",
+    "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+}  # fmt: skip
+
+
+def implicit(text: str, path: Path) -> list[str]:
+    """Factories of torch that are called without a dtype and a device, or handed on without."""
+    tree, explicit, found = ast.parse(text), set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and {"dtype", "device"} <= {keyword.arg for keyword in node.keywords}:
+            called = node.args[0] if ast.unparse(node.func) == "partial" else node.func
+            both = (called.body, called.orelse) if isinstance(called, ast.IfExp) else (called,)
+            explicit.update(map(id, both))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch" and id(node) not in explicit:
+            if node.attr in FACTORIES:
+                found.append(f"{path}:{node.lineno}: torch.{node.attr} without dtype= and device=")
+        elif isinstance(node, ast.Call) and ast.unparse(node) == "torch.Generator()":
+            found.append(f"{path}:{node.lineno}: torch.Generator without a device")
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            names = FACTORIES.intersection(alias.name for alias in node.names)
+            found += [f"{path}:{node.lineno}: {name} must be called as torch.{name}" for name in sorted(names)]
+    return found
+
+
+def test_factories_name_their_dtype_and_device():
+    path = Path("fastcl/x.py")
+    for source in (
+        "torch.empty(3, device=d)", "torch.zeros(3, dtype=t)", "torch.tensor(1.0)", "f(torch.arange)",
+        "(torch.empty if a else torch.zeros)(3, device=d)", "partial(torch.empty, dtype=t)", "torch.Generator()",
+        "from torch import zeros", "f(torch.ones(2), dtype=t, device=d)", "torch.full(2, torch.rand(1), dtype=t, device=d)",
+    ):  # fmt: skip
+        assert implicit(source, path), source
+    for source in (
+        "torch.empty(3, dtype=t, device=d)", "partial(torch.empty, dtype=t, device=d)", "x.new_zeros(3)",
+        "(torch.empty if a else torch.zeros)(3, dtype=t, device=d)", "torch.ones_like(x)", 'torch.Generator("cpu")',
+    ):  # fmt: skip
+        assert not implicit(source, path), source
+    assert not (found := complaints(implicit, "fastcl", "kernels")), found
