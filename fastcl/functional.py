@@ -171,7 +171,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     batch = Batch.pairs(image, text, "image", "text")
     check_positive(logit_scale, "logit_scale")
     if isinstance(logit_scale, Tensor) and logit_scale.dtype != torch.float64:
-        logit_scale = logit_scale.float()
+        logit_scale = logit_scale.to(torch.float64 if image.dtype == torch.float64 else torch.float32)
     sides = _row_losses(batch, [resolve("ntxent")], 1 / logit_scale, normalize, columns=True)
     return sum(rows[0].mean() for rows in sides) / 2
 

@@ -113,7 +113,7 @@ def statistics(
         stats, counts, _, stats_y, counts_y, _ = fused(batch, temperature, normalize, columns, precision, ())
         return tuple(unpack(*found) for found in ((stats, counts), (stats_y, counts_y))[: 1 + columns])
     batch = batch.spelled_out()
-    root = _square_root(temperature)
+    root = _square_root(temperature, batch.x.dtype)
     with torch.autocast(batch.x.device.type, enabled=False):
         # Rows divided by sqrt(temperature) make the logits inner products, and autograd brings the temperature's
         # gradient for free. In the rectangular case both operands take their share too.
@@ -216,13 +216,18 @@ def _check_transforms(chosen: str, *tensors: Tensor | None) -> None:
         )
 
 
-def _square_root(temperature: float | Tensor) -> float | Tensor:
+def _square_root(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """The root in float32, or float64 where rows or temperature are: a float32 number is exact in float64, its root in
+    float32 is not."""
     if not isinstance(temperature, Tensor):
         return math.sqrt(temperature)
-    return (temperature if temperature.dtype == torch.float64 else temperature.float()).reshape(()).sqrt()
+    wide = torch.float64 in (temperature.dtype, dtype)
+    return temperature.to(torch.float64 if wide else torch.float32).reshape(()).sqrt()
 
 
 def _prepare(x: Tensor, normalize: bool) -> Tensor:
     if normalize:
         return normalize_rows(x)
-    return x if x.dtype == torch.float64 else x.float()
+    # An infinity becomes NaN, as where rows are normalised: of its products some would be finite, some infinite.
+    x = x if x.dtype == torch.float64 else x.float()
+    return x * x.new_ones(()).where(~x.isinf(), torch.nan)

@@ -32,18 +32,11 @@ class GramSums:
     total_l: float
 
 
-def _correlation(kl: float, kk: float, ll: float) -> float:
+def ratio(kl: float, kk: float, ll: float) -> float:
+    """kl / sqrt(kk ll) of positive kk and ll."""
     # Two ratios, not sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 where kl == kk == ll.
     # Cauchy and Schwarz allow no more than 1; rounding does.
     return math.copysign(min(1.0, math.sqrt((kl / kk) * (kl / ll))), kl)
-
-
-def correlation(kl: float, kk: float, ll: float, measure: str) -> float:
-    """kl / sqrt(kk ll). Raises FastclError where kk or ll is not positive."""
-    for value in (kk, ll):
-        if not value > 0:
-            raise FastclError(f"{measure} is undefined: a self-term is not positive, {value:.3g}")
-    return _correlation(kl, kk, ll)
 
 
 class Form(NamedTuple):
@@ -59,13 +52,18 @@ class Form(NamedTuple):
         """B(K, K) ("first") or B(L, L) ("second"), refused with `reason` where it holds nothing but rounding."""
         value, floor = (self.kk, self.floor_k) if which == "first" else (self.ll, self.floor_l)
         if not value > floor:
-            raise FastclError(
-                f"{measure} is undefined: {reason.format(which=which)} "
-                f"(self-term {value:.3g} is not above its rounding error {floor:.3g})"
-            )
+            raise FastclError(f"{measure} is undefined: {reason.format(which=which)} ({not_above(value, floor)})")
         return value
+
+    def self_terms(self, measure: str, reason: str) -> tuple[float, float]:
+        """B(K, K) and B(L, L), neither of which may hold nothing but rounding."""
+        return self.self_term("first", measure, reason), self.self_term("second", measure, reason)
 
     def correlation(self, measure: str, reason: str) -> float:
         """B(K, L) / sqrt(B(K, K) B(L, L))."""
-        kk, ll = (self.self_term(which, measure, reason) for which in ("first", "second"))
-        return _correlation(self.kl, kk, ll)
+        return ratio(self.kl, *self.self_terms(measure, reason))
+
+
+def not_above(value: float, floor: float) -> str:
+    """Why a self-term is refused, in the words of every measure."""
+    return f"self-term {value:.3g} is not above its rounding error {floor:.3g}"

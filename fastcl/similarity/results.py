@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError
-from fastcl.similarity.forms import correlation
+from fastcl.similarity.forms import ratio
 from fastcl.similarity.rows import INNER
 from fastcl.similarity.stats import PairStats
 
@@ -20,13 +20,14 @@ class PairResult:
     """The statistics of one pair of models: a `PairStats` per kernel, None for a kernel that was not asked for.
 
     `hsic1` holds the means over the batches of HSIC_1(K, L), HSIC_1(K, K) and HSIC_1(L, L); None where they were not
-    asked for.
+    asked for. `undefined` says on which batch, the first one, and why `cka_minibatch` is undefined; None where it is not.
     """
 
     linear: PairStats | None = None
     cosine: PairStats | None = None
     correlation: PairStats | None = None
     hsic1: tuple[float, float, float] | None = None
+    undefined: str | None = None
 
     @property
     def cka_minibatch(self) -> float:
@@ -36,11 +37,13 @@ class PairResult:
         cka_debiased` is the same estimate from all samples at once.
 
         Raises:
-            FastclError: the accumulator was not made with minibatch=True, or a mean self-term is not positive.
+            FastclError: the accumulator was not made with minibatch=True, or `cka_debiased` of a batch is undefined.
         """
         if self.hsic1 is None:
             raise FastclError("minibatch CKA was not accumulated: make the PairAccumulator with minibatch=True")
-        return correlation(*self.hsic1, "minibatch CKA")
+        if self.undefined is not None:
+            raise FastclError(self.undefined)
+        return ratio(*self.hsic1)
 
 
 @dataclass(frozen=True)
