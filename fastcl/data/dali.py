@@ -7,7 +7,8 @@ here: every parameter of every sample is an input of the pipeline, so a view doe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -66,9 +67,10 @@ class DaliRenderer:
         Raises:
             FastclError: as `check_request`, or an image that cannot be decoded (named).
         """
-        return next(self.stream([(positions, params)]))
+        with closing(self.stream([(positions, params)])) as results:
+            return next(results)
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
+    def stream(self, batches: Iterable[Batch]) -> Generator[tuple[Tensor, ...], None, None]:
         """The views of many batches, in their order, while DALI already works on those that follow.
 
         Args:
@@ -98,7 +100,7 @@ class DaliRenderer:
         result = _Result(params, len(positions), [])
         for start in range(0, len(positions), CHUNK):
             chunk = positions[start : start + CHUNK]
-            files = [split.encoded(int(p)) if split.encoded else None for p in chunk]
+            files = [split.file(int(p)) for p in chunk]
             for encoded in (True, False):
                 (of_kind,) = np.nonzero([(file is not None) == encoded for file in files])
                 if not len(of_kind):

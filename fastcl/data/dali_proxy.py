@@ -96,7 +96,7 @@ class _Files(Dataset):
     def __getitem__(self, item: Item) -> Any:
         position, inputs = item
         try:
-            file = self.split.encoded(position) if self.split.encoded else None
+            file = self.split.file(position)
         except FastclError:
             file = None
         # Without a file DALI fails, and the calling process says why: an error raised here would arrive as a traceback.
@@ -125,7 +125,7 @@ def _blame(split: Split, waiting: deque[Batch], error: RuntimeError) -> NoReturn
     for positions, _ in waiting:
         for position in positions.tolist():
             split.image(position)
-            if split.encoded is None or split.encoded(position) is None:
+            if split.file(position) is None:
                 what = f"sample id {split.ids[position]} is none"
                 raise FastclError(f"DALI's proxy takes JPEG files only; {what}") from error
     raise FastclError(f"DALI's proxy fails: {str(error).strip().splitlines()[-1]}") from error

@@ -152,4 +152,4 @@ def _suits(name: str, split: Split, spec: ViewSpec, device: torch.device) -> boo
 def _mostly_encoded(split: Split) -> bool:
     """Whether most of some images from all over the split are files for a decoder."""
     some = np.unique(np.linspace(0, len(split) - 1, _LOOKED_AT).astype(int)).tolist()
-    return split.encoded is not None and 2 * sum(split.encoded(i) is not None for i in some) > len(some)
+    return split.encoded is not None and 2 * sum(split.file(i) is not None for i in some) > len(some)
