@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastcl.data.colour import colour_stage
 from fastcl.data.dali_graph import CHUNK, DEPTH, build, crop_inputs, region_inputs
+from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.requests import check_request
 from fastcl.data.sources import Split
@@ -45,6 +46,7 @@ class DaliRenderer:
 
     def __init__(self, split: Split, spec: ViewSpec, device: torch.device | str, *, threads: int = 0) -> None:
         device = torch.device(device)
+        check_workers(threads, "threads")
         reason = obstacle(split, spec, device)
         if reason:
             raise FastclError(f"data.renderer 'dali': {reason}")

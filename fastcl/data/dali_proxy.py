@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from fastcl.data.colour import colour_stage
 from fastcl.data.dali import Batch, DaliRenderer
 from fastcl.data.dali_graph import build, crop_inputs, region_inputs
+from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewSpec
 from fastcl.data.sources import Split
 from fastcl.errors import FastclError
@@ -57,6 +58,7 @@ def proxy_stream(
             f"DALI's proxy needs at least 1 worker, got {workers}, and a PyTorch built with CUDA (it calls NVTX), "
             f"got {torch.__version__}"
         )
+    check_workers(workers, "workers")
     renderer = DaliRenderer(split, spec, device, threads=threads)  # also checks that DALI can be used
     batches = iter(batches)
     first = next(batches, None)

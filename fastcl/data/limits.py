@@ -50,7 +50,7 @@ def check_depth(depth: int) -> None:
 def check_max_pixels(max_pixels: int) -> None:
     """Raise FastclError unless this is a positive integer up to which Pillow opens images."""
     check_integer(max_pixels, "data.max_pixels")
-    # Pillow has a limit of its own, for the whole process: it warns above MAX_IMAGE_PIXELS and refuses above twice that.
+    # Pillow's own limit, for the whole process: it warns above MAX_IMAGE_PIXELS and refuses above twice that.
     most = max_pixels if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
     if not 1 <= max_pixels <= most:
         raise FastclError(

@@ -67,9 +67,9 @@ class Processes(Iterator[T]):
             for _ in range(depth * len(self._crew)):
                 self._ask()
         except OSError as error:
-            started = len(self._crew)
+            number = len(self._crew) + 1
             self.close()
-            raise FastclError(f"data.workers: process {started + 1} of {workers} cannot be started ({error})") from error
+            raise FastclError(f"data.workers: process {number} of {workers} cannot be started ({error})") from error
         except BaseException:
             self.close()
             raise
