@@ -140,10 +140,13 @@ def _check_apart(source: str, root: str | None, out: Path) -> None:
     kind, _, where = source.partition(":")
     for place in (where if kind in ("folder", "omniglot", "cifar10") else None, root):
         try:
-            inside = place and out.exists() and (
-                os.path.samefile(place, out) or Path(place).resolve() in out.resolve().parents
+            place = place and Path(place).expanduser()
+            inside = (
+                place
+                and out.exists()
+                and (os.path.samefile(place, out) or place.resolve() in out.resolve().parents)
             )
-        except OSError:  # whoever opens it says what is wrong
+        except (OSError, RuntimeError):  # whoever opens it says what is wrong
             continue
         if inside:
             raise FastclError(f"--out: {out} is a file of the data, {place}: it would be lost")

@@ -29,9 +29,7 @@ _CPU = torch.device("cpu")
 _END: Any = object()
 
 
-def rendered(
-    renderer: Renderer, job: Job, steps: range, workers: int, depth: int
-) -> Generator[Rendered, None, None]:
+def rendered(renderer: Renderer, job: Job, steps: range, workers: int, depth: int) -> Generator[Rendered, None, None]:
     """The positions of each step, and their views on the renderer's device.
 
     Args:
