@@ -1,4 +1,4 @@
-"""The one exception family of the package."""
+"""The one exception family of the package, and names as they can be shown."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +7,25 @@ from collections.abc import Iterable
 class FastclError(ValueError):
     """Bad input, a broken file or a run that cannot go on.
 
-    The message names the argument (or file) at fault and repeats its value, shape or numbers.
+    The message names the argument (or file) at fault and repeats its value, shape or numbers. What no terminal, file
+    or picture can show (bytes of a file name that are not UTF-8, control characters) stands escaped in it.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("\n".join(printable(line) for line in str(message).split("\n")))
+
+
+def printable(name: str) -> str:
+    """A name with everything escaped that is no printable character: control characters, and the bytes that Python
+    keeps as surrogates where a file name is not UTF-8 (b"caf\\xe9" is shown as caf\\xe9)."""
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else _escaped(c) for c in name)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ascii(character)[1:-1]
 
 
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from fastcl.data.colour import colour_stage
 from fastcl.data.dali import Batch, DaliRenderer
 from fastcl.data.dali_graph import build, crop_inputs, region_inputs
+from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewSpec
 from fastcl.data.sources import Split
 from fastcl.errors import FastclError
@@ -57,6 +58,7 @@ def proxy_stream(
             f"DALI's proxy needs at least 1 worker, got {workers}, and a PyTorch built with CUDA (it calls NVTX), "
             f"got {torch.__version__}"
         )
+    check_workers(workers, "workers")
     renderer = DaliRenderer(split, spec, device, threads=threads)  # also checks that DALI can be used
     batches = iter(batches)
     first = next(batches, None)
@@ -97,7 +99,7 @@ class _Files(Dataset):
     def __getitem__(self, item: Item) -> Any:
         position, inputs = item
         try:
-            file = self.split.encoded(position) if self.split.encoded else None
+            file = self.split.file(position)
         except FastclError:
             file = None
         # Without a file DALI fails, and the calling process says why: an error raised here would arrive as a traceback.
@@ -126,7 +128,7 @@ def _blame(split: Split, waiting: deque[Batch], error: RuntimeError) -> NoReturn
     for positions, _ in waiting:
         for position in positions.tolist():
             split.image(position)
-            if split.encoded is None or split.encoded(position) is None:
+            if split.file(position) is None:
                 what = f"sample id {split.ids[position]} is none"
                 raise FastclError(f"DALI's proxy takes JPEG files only; {what}") from error
     raise FastclError(f"DALI's proxy fails: {str(error).strip().splitlines()[-1]}") from error

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.requests import check_request
 from fastcl.data.sources import Split
@@ -38,6 +39,7 @@ class TritonRenderer:
     """
 
     def __init__(self, split: Split, spec: ViewSpec, device: torch.device | str, *, threads: int = 0) -> None:
+        check_workers(threads, "threads")
         device = torch.device(device)
         reason = obstacle(split, spec, device)
         if reason:

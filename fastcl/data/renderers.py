@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.render import render_torchvision
 from fastcl.data.requests import check_request
@@ -56,6 +57,7 @@ class TorchvisionRenderer:
     """
 
     def __init__(self, split: Split, spec: ViewSpec, device: torch.device, *, threads: int = 0) -> None:
+        check_workers(threads, "threads")
         self.split, self.spec, self.device, self.threads = split, spec, torch.device(device), threads
 
     def __call__(self, positions: np.ndarray, params: Sequence[ViewParams]) -> tuple[Tensor, ...]:
@@ -152,4 +154,4 @@ def _suits(name: str, split: Split, spec: ViewSpec, device: torch.device) -> boo
 def _mostly_encoded(split: Split) -> bool:
     """Whether most of some images from all over the split are files for a decoder."""
     some = np.unique(np.linspace(0, len(split) - 1, _LOOKED_AT).astype(int)).tolist()
-    return split.encoded is not None and 2 * sum(split.encoded(i) is not None for i in some) > len(some)
+    return split.encoded is not None and 2 * sum(split.file(i) is not None for i in some) > len(some)

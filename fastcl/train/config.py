@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastcl.data.limits import MAX_PIXELS
 from fastcl.data.plan import ViewSpec
 from fastcl.errors import FastclError, suggest
 
@@ -33,6 +34,7 @@ class DataConfig:
     test_fraction: float = 0.2  # of each class, where the source has no split of its own
     order: str = "shuffled"  # or "balanced"
     corrupt: str = "stop"  # at an image that cannot be decoded; or "skip": all are checked first, the bad ones left out
+    max_pixels: int = MAX_PIXELS  # of an image; one with more counts as one that cannot be decoded
     renderer: str = "auto"  # torchvision | dali | triton; auto: the fastest that device and images allow
     workers: int | None = None  # that render ahead, see `ViewLoader`; none: 0 on a CPU, else the cores less one
 

@@ -13,8 +13,9 @@ from fastcl.train.config import Config
 from fastcl.train.files import JsonLines, drop_checkpoints, write_atomic
 
 log = logging.getLogger("fastcl")
-# What changes no number of a run; and the renderer asked for, since the one that ran is compared.
-_FREE = ("workers", "renderer")
+# What changes no number of a run (the images that max_pixels leaves out are in `skipped`); and the renderer asked for,
+# since the one that ran is compared.
+_FREE = ("workers", "renderer", "max_pixels")
 
 
 def settings(config: Config) -> dict[str, Any]:

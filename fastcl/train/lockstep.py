@@ -222,6 +222,7 @@ class Lockstep:
             "device": _device_name(self.device),
             "renderer": self.inputs.renderer,
             "skipped": data.skipped,  # images that cannot be decoded (data.corrupt): sample id, which one, why
+            "left_out": data.left_out,  # what else was found and not taken, in words
             "models": [t.name for t in self.twins],
             "reference": self.twins[0].name,
             "parameters": {t.name: sum(p.numel() for p in t.network.parameters()) for t in self.twins},
