@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
+from fastcl.errors import FastclError, brief
+from fastcl.files import shown
 from fastcl.train.config import Config
 from fastcl.train.identity import read_run, same_data
 from fastcl.train.twins import RESEEDED
@@ -51,7 +53,9 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
     d, t = config.data, config.train
     before = read_run(out)
     skipped = before.get("skipped") if before and same_data(before, config) else None
-    skipped = {int(key): why for key, why in skipped.items()} if isinstance(skipped, dict) else None
+    if skipped is not None and not _are_reasons(skipped):
+        raise FastclError(f"{shown(out / 'run.json')}: 'skipped' must give a reason for each id, got {brief(skipped)}")
+    skipped = {int(key): why for key, why in skipped.items()} if skipped is not None else None
     data = load(
         d.source, classes=d.classes, seed=t.seed, test_fraction=d.test_fraction, root=d.root, download=d.download,
         corrupt=d.corrupt, skipped=skipped,
@@ -72,6 +76,19 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
         train=EvalViews(data.train, plan, train, options["workers"]),
         test=EvalViews(data.test, plan, test, options["workers"]),
     )
+
+
+def data_paths(config: Config) -> list[Path]:
+    """Files and folders that a config names as its data."""
+    kind, _, where = config.data.source.partition(":")
+    found = [where if kind != "torchvision" else "", config.data.root or ""]
+    return [Path(path) for path in found if path]
+
+
+def _are_reasons(skipped: object) -> bool:
+    if not isinstance(skipped, dict):
+        return False
+    return all(key.isascii() and key.isdigit() and isinstance(why, str) for key, why in skipped.items())
 
 
 def _workers(given: int | None, device: torch.device) -> int:
