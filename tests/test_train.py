@@ -230,8 +230,8 @@ def test_twins_share_their_weights_and_only_ce_has_a_head():
 BAD = [
     (("train", "epcohs", 3), r"unknown key 'train.epcohs'; did you mean 'train.epochs'"),
     (("views", "szie", 3), r"views.szie.*did you mean '(views\.)?size'"),
-    (("train", "epochs", "three"), "train.epochs must be int, got 'three'"),
-    (("train", "epochs", True), "train.epochs must be int, got True"),
+    (("train", "epochs", "three"), "train.epochs must be an integer, got 'three'"),
+    (("train", "epochs", True), "train.epochs must be an integer, got True"),
     (("train", "epochs", 0), "train.epochs is too small: 0"),
     (("train", "batch_size", 1), "train.batch_size is too small: 1"),
     (("train", "temperature", 0.0), "train.temperature is too small: 0.0"),
