@@ -16,7 +16,8 @@ import torch
 from fastcl.errors import FastclError, brief
 from fastcl.files import reason, shown
 from fastcl.jsontext import parse_json
-from fastcl.train.files import RECORDS, JsonLines, write_atomic
+from fastcl.run_folder import RECORDS
+from fastcl.train.files import JsonLines, write_atomic
 from fastcl.train.twins import Twin
 
 log = logging.getLogger("fastcl")

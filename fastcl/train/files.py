@@ -18,10 +18,8 @@ from typing import Any
 
 from fastcl import files, outputs
 from fastcl.errors import FastclError
+from fastcl.run_folder import FILES, FOLDERS, REPORT
 
-RECORDS = ("metrics", "steps", "pairs", "timing")  # NAME.jsonl
-FOLDERS = ("checkpoints", "tensorboard", "weights", "features")
-_PLAIN = (".lock", "run.json", "layers.json", "report.html", *(f"{name}.jsonl" for name in RECORDS))
 _CHUNK = 1 << 20
 _locks: set[int] = set()  # descriptors of held locks
 
@@ -66,7 +64,7 @@ def check_run_folder(out: Path, inputs: Iterable[Path] = ()) -> None:
             another name too, or is no file; one of the inputs is the folder itself or what the run writes there.
     """
     outputs.check_folder(out, "--out", inputs)
-    for name in (*FOLDERS, *_PLAIN):
+    for name in (*FOLDERS, *FILES, REPORT):
         path = out / name
         try:
             found = path.lstat()

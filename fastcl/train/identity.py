@@ -13,9 +13,10 @@ from typing import Any
 from fastcl.errors import FastclError, brief
 from fastcl.files import reason, shown
 from fastcl.jsontext import parse_json
+from fastcl.run_folder import RECORDS
 from fastcl.train.checkpoints import drop_checkpoints, last_epoch, load_checkpoint
 from fastcl.train.config import Config
-from fastcl.train.files import RECORDS, JsonLines, remove_leftovers, write_atomic
+from fastcl.train.files import JsonLines, remove_leftovers, write_atomic
 
 log = logging.getLogger("fastcl")
 # What changes no number of a run; and the renderer asked for, since the one that ran is compared.

@@ -24,11 +24,12 @@ import fastcl
 from fastcl.data import Batch
 from fastcl.errors import FastclError
 from fastcl.files import shown
+from fastcl.run_folder import RECORDS
 from fastcl.train.board import Board
 from fastcl.train.checkpoints import save_checkpoint
 from fastcl.train.config import Config, learning_rate
 from fastcl.train.evaluate import encode, evaluate
-from fastcl.train.files import RECORDS, JsonLines, check_run_folder, locked, write_atomic
+from fastcl.train.files import JsonLines, check_run_folder, locked, write_atomic
 from fastcl.train.identity import claim_folder, escaped, identity, settings
 from fastcl.train.inputs import data_paths, open_inputs
 from fastcl.train.layers import check_layers, write_layers

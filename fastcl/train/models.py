@@ -81,9 +81,8 @@ def _refusal(config: ModelConfig, error: Exception) -> str:
     asked, why = f"{config.name!r} with options {brief(config.options)}", _first_line(error)
     if config.options.get("pretrained") or config.name.startswith("hf-hub:") or "checkpoint_path" in config.options:
         return (
-            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why}. Without a network, take "
-            "a model by its plain name, and weights from a file: "
-            'model.options = { checkpoint_path = "FILE" }, or none'
+            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why}. Without a network, "
+            'take a model by its plain name, and weights from a file by model.options = { checkpoint_path = "FILE" }'
         )
     return f"timm cannot make {asked}: {why}"
 
