@@ -28,7 +28,8 @@ from bench.records import (
     shortage,
     write,
 )
-from fastcl.train.config import Config, parse_config
+from fastcl.train.config import Config
+from fastcl.train.tables import parse_config
 
 BENCH = "training"
 STEPS, RUNS, PRECISION = SECTIONS = ("steps", "runs", "precision")

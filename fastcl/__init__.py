@@ -1,5 +1,8 @@
 """Fused contrastive losses, shared augmentations, and how self-supervised models align with supervised ones."""
 
+from fastcl import interrupts  # noqa: F401  first: loading torch takes a second, in which Ctrl-C is pressed too
+
+# isort: split
 from fastcl.dispatch import backend, last_backend
 from fastcl.errors import FastclError
 from fastcl.functional import (

@@ -1,4 +1,4 @@
-"""The one exception family of the package, and names as they can be shown."""
+"""The one exception family of the package, and the words that its messages share."""
 
 import difflib
 from collections.abc import Iterable
@@ -33,3 +33,17 @@ def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(known)}"
+
+
+def brief(value: object, letters: int = 200) -> str:
+    """A value as messages repeat it: its repr, cut where it is long, or its type where it has none that can be made."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes; deep nesting
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= letters else f"{text[:letters]}…"
+
+
+def install_hint(extra: str) -> str:
+    """How to get an optional part. fastcl is on no package index: it comes from a checkout or as a wheel."""
+    return f"in a checkout: pip install '.[{extra}]'; from a wheel: pip install 'FILE.whl[{extra}]'"

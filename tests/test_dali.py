@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from fastcl.data import ViewSpec, center_view, load
 from fastcl.data.dali import DaliRenderer
 
-pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install fastcl[dali])")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install '.[dali]')")
 
 STAGE_MAX = 3.0  # grey levels
 CHAIN_MEAN = 1.5

@@ -15,7 +15,7 @@ from fastcl.data import Split, ViewSpec, load, render_torchvision
 from fastcl.data.dali import DaliRenderer, obstacle
 from fastcl.data.dali_proxy import proxy_stream
 
-pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install fastcl[dali])")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install '.[dali]')")
 
 CHAIN_MEAN = 1.5  # grey levels
 
@@ -114,7 +114,7 @@ def test_obstacles(monkeypatch):
     if not torch.cuda.is_available():
         assert "no CUDA device" in obstacle(split, spec, "cuda")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    assert "pip install fastcl[dali]" in obstacle(split, spec, "cpu")
+    assert "pip install '.[dali]'" in obstacle(split, spec, "cpu")
 
 
 @pytest.fixture

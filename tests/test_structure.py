@@ -16,6 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each layer may import beside itself, and with it whatever those may import. "fastcl" is fastcl/__init__.py.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "interrupts": set(),
+    "files": {"errors", "interrupts"},
+    "outputs": {"files"},
+    "jsontext": {"errors"},
+    "run_folder": set(),
     "kernels": set(),
     "checks": {"errors"},
     "theory": {"errors"},
@@ -33,9 +38,9 @@ LAYERS: dict[str, set[str]] = {
     "twins": {"functional", "similarity"},
     "distributed": {"functional", "similarity"},
     "losses": {"functional", "distributed"},
-    "fastcl": {"losses", "twins"},
+    "fastcl": {"losses", "twins", "interrupts"},
     "adapters": {"fastcl"},
-    "train": {"fastcl", "data", "metrics", "theory"},
+    "train": {"fastcl", "data", "metrics", "theory", "outputs", "jsontext", "run_folder"},
     "report": {"train", "adapters", "features"},
     "doctor": {"report"},
     "align": {"report"},
@@ -45,7 +50,8 @@ LAYERS: dict[str, set[str]] = {
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.
 BARE = {"fastcl", "losses", "similarity", "twins"}
-BARE |= {"errors", "checks", "batch", "dispatch", "backends", "operators", "rowstats", "objectives", "functional"}
+BARE |= {"errors", "interrupts", "checks", "batch", "dispatch", "backends", "operators", "rowstats", "objectives"}
+BARE |= {"functional"}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
 

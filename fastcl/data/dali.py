@@ -22,7 +22,7 @@ from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.requests import check_request
 from fastcl.data.sources import Split
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, install_hint
 
 Batch = tuple[np.ndarray, Sequence[ViewParams]]
 _Kind = tuple[bool, int]  # of pipeline: for JPEG files, or for pixels; how many views
@@ -190,7 +190,7 @@ def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | 
     try:
         import nvidia.dali  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a library that DALI links to is missing
-        return f"DALI cannot be imported ({error}); pip install fastcl[dali]"
+        return f"DALI cannot be imported ({error}); {install_hint('dali')}"
     return None
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastcl.data.limits import MAX_PIXELS, check_pixels
 from fastcl.data.listing import check_file
-from fastcl.errors import FastclError, suggest
+from fastcl.errors import FastclError, install_hint, suggest
 
 OMNIGLOT_SIDE = 105
 CIFAR_SIDE = 32
@@ -125,7 +125,7 @@ def read_digits() -> Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise FastclError("source 'digits' needs scikit-learn (pip install fastcl[train])") from error
+        raise FastclError(f"source 'digits' needs scikit-learn ({install_hint('train')})") from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     names = tuple(str(name) for name in digits.target_names)
@@ -187,7 +187,7 @@ def read_torchvision(name: str, root: str | None, download: bool, max_pixels: in
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise FastclError(f"source 'torchvision:{name}' needs torchvision (pip install fastcl[train])") from error
+        raise FastclError(f"source 'torchvision:{name}' needs torchvision ({install_hint('train')})") from error
     known = {key: value for key, value in vars(datasets).items() if isinstance(value, type)}
     if name not in known:
         raise FastclError(f"torchvision.datasets has no {name!r}{suggest(name, known)}")

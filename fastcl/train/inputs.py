@@ -12,7 +12,8 @@ import torch
 
 from fastcl import OBJECTIVES
 from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, brief
+from fastcl.files import shown
 from fastcl.train.config import Config
 from fastcl.train.identity import read_run, same_data
 from fastcl.train.twins import CROSS_ENTROPY, RESEEDED
@@ -54,7 +55,9 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
     d, t = config.data, config.train
     before = read_run(out)
     skipped = before.get("skipped") if before and same_data(before, config) else None
-    skipped = {int(key): why for key, why in skipped.items()} if isinstance(skipped, dict) else None
+    if skipped is not None and not _are_reasons(skipped):
+        raise FastclError(f"{shown(out / 'run.json')}: 'skipped' must give a reason for each id, got {brief(skipped)}")
+    skipped = {int(key): why for key, why in skipped.items()} if skipped is not None else None
     data = load(
         d.source, classes=d.classes, seed=t.seed, test_fraction=d.test_fraction, root=d.root, download=d.download,
         corrupt=d.corrupt, skipped=skipped, max_pixels=d.max_pixels,
@@ -86,6 +89,19 @@ def _check_classes(data: Dataset, models: Sequence[str]) -> None:
             f"classes must be at least 2 for the models {', '.join(using)}, which learn from them; "
             f"{data.name} has {len(data.classes)}, {data.classes[0]!r}"
         )
+
+
+def data_paths(config: Config) -> list[Path]:
+    """Files and folders that a config names as its data."""
+    kind, _, where = config.data.source.partition(":")
+    found = [where if kind != "torchvision" else "", config.data.root or ""]
+    return [Path(path) for path in found if path]
+
+
+def _are_reasons(skipped: object) -> bool:
+    if not isinstance(skipped, dict):
+        return False
+    return all(key.isascii() and key.isdigit() and isinstance(why, str) for key, why in skipped.items())
 
 
 def _workers(given: int | None, device: torch.device) -> int:
