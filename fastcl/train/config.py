@@ -100,7 +100,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
             the wrong type or out of range.
     """
     try:
-        tables = tomllib.loads(Path(path).read_text())
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise FastclError(f"cannot read config {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

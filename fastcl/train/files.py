@@ -64,7 +64,7 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / ".lock"
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
+        file = open(path, "w", encoding="utf-8")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

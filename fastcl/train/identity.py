@@ -28,7 +28,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        run = json.loads(path.read_text())
+        run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FastclError(f"{path} cannot be read: {error}") from None
     if not isinstance(run, dict):
