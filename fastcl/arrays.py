@@ -6,6 +6,7 @@ import math
 import os
 import stat
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
@@ -191,7 +192,7 @@ def _header(file: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dtype
             raise FastclError(f"{where} must hold a float matrix (samples, width), got a table of named fields")
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file)
-    except (FastclError, OSError):
+    except (FastclError, OSError, zipfile.BadZipFile, zlib.error):
         raise
     except Exception as error:  # a damaged header fails in many ways, and NumPy's advice is to unpickle it
         raise FastclError(f"{where} cannot be read: its header is not that of a NumPy array") from error
