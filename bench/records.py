@@ -39,7 +39,7 @@ from torch import Tensor
 import fastcl
 from bench.clocks import Sample
 from fastcl.errors import FastclError
-from fastcl.files import write_atomic
+from fastcl.files import reason, shown, write_atomic
 from fastcl.outputs import check_folder, named_path
 
 GIB = 2**30
@@ -62,14 +62,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_out(args: argparse.Namespace, parser: argparse.ArgumentParser, *inputs: Path) -> None:
-    """End the program with a message where --out is no folder for results, or one of the folders that are read; names
-    that the terminal cannot show are printed escaped from here on."""
+    """End the program with a message where --out is no folder for results or one of the folders that are read (for
+    --data; they may be absent), or these cannot be read; names that the terminal cannot show are printed escaped from
+    here on."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         check_folder(args.out, "--out", inputs)
     except FastclError as error:
         parser.error(str(error))
+    for folder in inputs:
+        try:
+            os.scandir(folder).close()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            parser.error(f"--data: {shown(folder)} cannot be read ({reason(error)})")
 
 
 def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:

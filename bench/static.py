@@ -104,7 +104,7 @@ def newest(folder: Path) -> str:
     Raises:
         StaticError: it cannot be made.
     """
-    python = folder.resolve() / "bin" / "python"
+    python = Path(os.path.abspath(folder)) / "bin" / "python"
     print(f"The newest Triton goes to {folder}.", file=sys.stderr)
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", "triton"]
     try:
