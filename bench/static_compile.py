@@ -167,7 +167,10 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
             [knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name],
         )
-        done = [subprocess.run(command, capture_output=True, text=True) for command in commands]
+        done = [
+            subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+            for command in commands
+        ]
     for one in done:
         if one.returncode:
             raise RuntimeError(f"{Path(one.args[0]).name} failed: {one.stderr.strip() or one.stdout.strip()}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl.files import shown
 
 _PACKAGES = (
     "torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "tensorboard", "safetensors", "scikit-learn",
@@ -28,19 +29,26 @@ def examine() -> bool:
         print(f"  {name:22}{_version(name)}")
     devices = [torch.device("cpu")]
     print(f"  {'CPU':22}{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch")
+    print(f"  {'GPU':22}{_gpu()}")
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        memory = properties.total_memory / 2**30
-        print(f"  {'GPU':22}{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
         devices.append(torch.device("cuda"))
-    else:
-        print(f"  {'GPU':22}none that torch can use")
     print("self-test, float32 against float64")
     checks = [(f"losses, {d}", partial(_check_losses, d, "chunked")) for d in devices]
     checks.append(("losses, Triton kernels", partial(_on_triton, _check_losses)))
     checks += [(f"similarity, {d}", partial(_check_pairs, d, "chunked")) for d in devices]
     checks.append(("similarity, Triton kernels", partial(_on_triton, _check_pairs)))
     return all([_report(name, check) for name, check in checks])
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    try:
+        properties = torch.cuda.get_device_properties(0)
+    except RuntimeError as error:  # a driver in trouble; the checks below fail and say so
+        return f"cannot be asked: {shown(error)}"
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
 
 
 def _report(name: str, check: Callable[[], str]) -> bool:
@@ -60,9 +68,11 @@ class _Skipped(Exception):
 
 def _version(package: str) -> str:
     try:
-        return metadata.version(package)
+        return metadata.version(package) or "unknown"  # None where its description is damaged
     except metadata.PackageNotFoundError:
         return "not installed"
+    except Exception as error:  # its folder cannot be read, say
+        return f"cannot be told: {type(error).__name__}: {shown(error)}"
 
 
 def _check_losses(device: torch.device, backend: str) -> str:

@@ -11,8 +11,8 @@ from fastcl import interrupts
 from fastcl.errors import FastclError
 
 
-def shown(name: str | Path) -> str:
-    """A name with everything unprintable escaped: bytes that are not UTF-8, line breaks, control characters."""
+def shown(name: object) -> str:
+    """A text on one line, with everything unprintable escaped: bytes that are not UTF-8, line breaks, controls."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from fastcl.data import (
     make_renderer,
 )
 from fastcl.data.renderers import obstacle
-from fastcl.errors import FastclError, printable, suggest
+from fastcl.errors import FastclError, suggest
+from fastcl.files import shown, write_atomic
+from fastcl.outputs import check_output
 
 _SPAN = 8  # grey levels: differences from -8 to 8 go from blue over white to red
 _NAME = 20  # letters of a class name
@@ -64,9 +66,7 @@ def contact_sheet(
         FastclError: an unknown renderer or picture format, fewer images than samples, an image that cannot be decoded,
             a file that cannot be written.
     """
-    if out.suffix.lower().lstrip(".") not in FigureCanvasBase.get_supported_filetypes():
-        raise FastclError(f"--out: {out} must end in .png or another picture format of matplotlib")
-    _check_place(out)
+    _check_picture(out, [])
     for name in renderers:
         if name not in RENDERERS:
             raise FastclError(f"--renderers: unknown {name!r}{suggest(name, RENDERERS)}")
@@ -90,7 +90,7 @@ def contact_sheet(
         pictures[name] = [_levels(v, spec) for v in views]
         apart = torch.stack([(a - b).abs() for a, b in zip(pictures[name], pictures[_REFERENCE], strict=True)])
         found[name] = (apart.mean().item(), apart.max().item())
-    title = f"{printable(data.name)}: views of {spec.size} x {spec.size} pixels, seed {seed}, epoch {epoch}"
+    title = f"{shown(data.name)}: views of {spec.size} x {spec.size} pixels, seed {seed}, epoch {epoch}"
     _draw(few, [_short(data.classes[c]) for c in few.labels], pictures, found, title, out)
     return found
 
@@ -104,8 +104,9 @@ def preset_for(data: Dataset) -> str:
 
 
 def show_views(args: Any) -> None:
-    """The command `fastcl views`: args are its parsed arguments. Raises FastclError as `load` and `contact_sheet`."""
-    _check_apart(args.data, args.root, args.out)
+    """The command `fastcl views`: args are its parsed arguments. Raises FastclError as `load` and `contact_sheet`, and
+    before the work where the picture would be written over or among the images."""
+    _check_picture(args.out, _sources(args))
     data = load(args.data, root=args.root, corrupt=args.corrupt)
     preset = args.preset or preset_for(data)
     spec = ViewSpec.preset(preset, **({} if args.size is None else {"size": args.size}))
@@ -113,7 +114,7 @@ def show_views(args: Any) -> None:
     found = contact_sheet(
         data, spec, args.out, renderers=renderers, samples=args.samples, seed=args.seed, epoch=args.epoch
     )
-    print(f"{data.name}: views of {args.samples} training images, preset {preset} at {spec.size} pixels, "
+    print(f"{shown(data.name)}: views of {args.samples} training images, preset {preset} at {spec.size} pixels, "
           f"seed {args.seed}, epoch {args.epoch}")  # fmt: skip
     for name, result in found.items():
         if isinstance(result, str):
@@ -122,38 +123,29 @@ def show_views(args: Any) -> None:
             print(f"  {name:12} the reference")
         else:
             print(f"  {name:12} differs by {result[0]:.2f} grey levels on average, {result[1]:.1f} at most")
-    print(f"picture: {printable(str(args.out))}")
+    print(f"picture: {shown(args.out)}")
 
 
-def _check_place(out: Path) -> None:
-    """Make the folder of a picture; refuse a place where it cannot be written, before the work."""
+def _check_picture(out: Path, inputs: list[Path]) -> None:
+    """Raise FastclError unless matplotlib draws pictures with this ending and the file can be written."""
+    if out.suffix.lower().lstrip(".") not in FigureCanvasBase.get_supported_filetypes():
+        raise FastclError(f"--out: {shown(out)} must end in .png or another picture format of matplotlib")
+    check_output(out, "--out", inputs)
+
+
+def _sources(args: Any) -> list[Path]:
+    """Files and folders of the images; torchvision's root may hold anything else, so there it is the folders in it."""
+    kind, _, place = args.data.partition(":")
+    if kind != "torchvision":
+        return [Path(place)] if place else []
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
-            raise PermissionError(0, "it is a folder" if out.is_dir() else "no right to write there")
-    except (OSError, ValueError) as error:  # ValueError: a zero byte
-        raise FastclError(f"--out: {out} cannot be written ({getattr(error, 'strerror', None) or error})") from error
-
-
-def _check_apart(source: str, root: str | None, out: Path) -> None:
-    """Refuse a picture that would take the place of a file of the data."""
-    kind, _, where = source.partition(":")
-    for place in (where if kind in ("folder", "omniglot", "cifar10") else None, root):
-        try:
-            place = place and Path(place).expanduser()
-            inside = (
-                place
-                and out.exists()
-                and (os.path.samefile(place, out) or place.resolve() in out.resolve().parents)
-            )
-        except (OSError, RuntimeError):  # whoever opens it says what is wrong
-            continue
-        if inside:
-            raise FastclError(f"--out: {out} is a file of the data, {place}: it would be lost")
+        return [path for path in Path(args.root).iterdir() if path.is_dir()] if args.root else []
+    except (OSError, ValueError):  # loading says what is wrong with the folder
+        return []
 
 
 def _short(name: str) -> str:
-    name = printable(name)
+    name = shown(name)
     return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
 
 
@@ -202,10 +194,12 @@ def _draw(
     figure.text(0.02, 1 - 0.1 / height, title, fontsize=9, va="top", parse_math=False)
     figure.text(0.02, 0.1 / height, "\n".join(missing), fontsize=7, va="bottom", parse_math=False, wrap=True)
     figure.subplots_adjust(0.02, (0.25 + 0.25 * len(missing)) / height, 0.98, 1 - 0.6 / height, 0.08, 0.25)
+    picture = io.BytesIO()
     try:
-        figure.savefig(out)
+        figure.savefig(picture, format=out.suffix.lower()[1:])
     except (OSError, RuntimeError, ValueError) as error:  # some formats need another program
-        raise FastclError(f"--out: {out} cannot be written ({error})") from error
+        raise FastclError(f"--out: {shown(out)} cannot be drawn ({error})") from error
+    write_atomic(out, picture.getvalue())
 
 
 def _show(axis: Axes, image: np.ndarray) -> None:
