@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, check_rows
+from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.objectives import Objective, ObjectiveLike, resolve
-from fastcl.rowstats import RowStats, choose_backend, fused, statistics
+from fastcl.rowstats import RowStats, fused, statistics
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -204,7 +205,7 @@ def _row_losses(
     On the Triton backend rows of the table are evaluated inside the operator; a callable of the caller's own is
     evaluated by torch on the statistics, there as elsewhere.
     """
-    if losses and choose_backend(batch.x) == "triton" and all(isinstance(loss, Objective) for loss in losses):
+    if losses and choose(batch.x) == "triton" and all(isinstance(loss, Objective) for loss in losses):
         check_positive(temperature, "temperature")
         codes = [loss.code for loss in losses]
         _, _, rows, _, _, rows_y = fused(batch, temperature, normalize, columns, precision, codes)

@@ -8,9 +8,7 @@ mean of s_ij. The losses are lines of plain PyTorch on these (N,)-vectors; see `
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +18,11 @@ from torch.autograd import forward_ad
 from fastcl import operators  # noqa: F401  (registers torch.ops.fastcl)
 from fastcl.backends import dense
 from fastcl.batch import Batch
-from fastcl.checks import check_positive, describe
+from fastcl.checks import check_positive
+from fastcl.dispatch import choose, wants_float32
 from fastcl.errors import FastclError
 
-BACKENDS = ("auto", "triton", "chunked", "dense")
 PRECISIONS = ("fp16", "bf16", "fp32")
-MAX_WIDTH = 4096  # of rows on the Triton backend
-
-# A plain module global: a ContextVar breaks torch.compile(fullgraph=True).
-_backend = "auto"
-_last = "none"
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,8 @@ def statistics(
     """RowStats of the anchors and, with columns, of the candidates; arguments as `row_stats`."""
     check_positive(temperature, "temperature")
     _check_precision(precision)
-    if choose_backend(batch.x) == "triton":
+    chosen = choose(batch.x)
+    if chosen == "triton":
         if columns and batch.labels is not None:
             batches = batch, batch.transposed()
             return tuple(statistics(b, temperature, normalize, False, precision)[0] for b in batches)
@@ -125,7 +119,7 @@ def statistics(
         # gradient for free. In the rectangular case both operands take their share too.
         rows = [None if v is None else _prepare(v, normalize) / root for v in (batch.x, batch.y)]
         batch = Batch(rows[0], None, rows[1], batch.sample, batch.labels, batch.sample_y, batch.labels_y)
-        return tuple(_on_torch(b) for b in ((batch, batch.transposed()) if columns else (batch,)))
+        return tuple(_on_torch(b, chosen) for b in ((batch, batch.transposed()) if columns else (batch,)))
 
 
 def fused(
@@ -150,17 +144,17 @@ def operator_arguments(
     """Temperature as a tensor, as a number (one of the two), and precision of a Triton operator's call on rows x."""
     is_tensor = isinstance(temperature, Tensor)
     given = temperature.to(x.device) if is_tensor else None
-    _check_no_tangent(x, *others, given)
+    _check_no_tangent("triton", x, *others, given)
     _check_precision(precision)
     return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
 
 
-def _on_torch(batch: Batch) -> RowStats:
+def _on_torch(batch: Batch, chosen: str) -> RowStats:
     arguments = batch.x, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y
-    if _last == "dense":
+    if chosen == "dense":
         mean_view, spread_view, mean_peer, *rest = dense.row_stats(*arguments)
     else:
-        _check_no_tangent(batch.x, batch.y)
+        _check_no_tangent(chosen, batch.x, batch.y)
         mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(*arguments)
     lse_peer, lse_other, *counts = rest
     return unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
@@ -174,40 +168,6 @@ def unpack(stats: Sequence[Tensor], counts: Sequence[Tensor]) -> RowStats:
     return RowStats(lse_view, spread_view, mean_view, lse_peer, mean_peer, lse_other, n_view, n_peer, n_other)
 
 
-def choose_backend(x: Tensor) -> str:
-    """The backend for rows like x; `last_backend` tells it from then on.
-
-    Raises:
-        FastclError: the Triton backend was asked for by name, and does not take these rows.
-    """
-    global _last
-    obstacle = _obstacle(x) if _backend in ("auto", "triton") else None
-    if _backend == "triton" and obstacle:
-        raise FastclError(f"the triton backend {obstacle}; got {describe(x)}")
-    chosen = _backend
-    if _backend == "auto":
-        chosen = "triton" if x.device.type == "cuda" and not obstacle else "chunked"
-    _last = chosen
-    return chosen
-
-
-def _obstacle(x: Tensor) -> str | None:
-    """Why the Triton backend does not take these rows."""
-    if x.dtype == torch.float64:
-        return "computes in float32 at most"
-    if x.shape[1] > MAX_WIDTH:
-        return f"takes rows of at most {MAX_WIDTH} columns"
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs CUDA tensors; on a CPU it runs slowly, if TRITON_INTERPRET=1 was set before Python started"
-    return None
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
-def wants_float32() -> bool:
-    """Whether `torch.get_float32_matmul_precision()` asks for whole float32."""
-    return torch.get_float32_matmul_precision() == "highest"
-
-
 def _precision(precision: str | None, x: Tensor) -> str:
     if precision is None:
         full = wants_float32() and not torch.is_autocast_enabled(x.device.type)
@@ -218,38 +178,6 @@ def _precision(precision: str | None, x: Tensor) -> str:
 def _check_precision(precision: str | None) -> None:
     if precision is not None and precision not in PRECISIONS:
         raise FastclError(f"precision must be one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Use one backend inside a `with` block.
-
-    Args:
-        name: "triton" (fused kernels, differentiable once), "chunked" (torch, O(N x tile) memory, differentiable
-            once), "dense" (the specification, N x N, differentiable twice) or "auto" (triton for CUDA tensors, chunked
-            elsewhere and for what the kernels do not take: float64 and more than 4096 columns).
-
-    Raises:
-        FastclError: an unknown name.
-    """
-    global _backend
-    if name not in BACKENDS:
-        raise FastclError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    previous, _backend = _backend, name
-    try:
-        yield
-    finally:
-        _backend = previous
-
-
-def current_backend() -> str:
-    """The name that the surrounding `with backend(...)` was given; "auto" outside."""
-    return _backend
-
-
-def last_backend() -> str:
-    """The backend that the most recent `row_stats` call ran on; "none" before the first."""
-    return _last
 
 
 def normalize_rows(x: Tensor) -> Tensor:
@@ -272,13 +200,13 @@ def normalize_rows(x: Tensor) -> Tensor:
     return u / u.square().sum(1, keepdim=True).masked_fill(is_zero, 1).sqrt()
 
 
-def _check_no_tangent(*rows: Tensor | None) -> None:
+def _check_no_tangent(chosen: str, *rows: Tensor | None) -> None:
     """The operator has no forward-mode derivative, and PyTorch would take it for zero without a word."""
     if torch.compiler.is_compiling():
         return
     if any(v is not None and forward_ad.unpack_dual(v).tangent is not None for v in rows):
         raise FastclError(
-            f"the {_last} backend has no forward-mode derivative; use `with fastcl.backend('dense')` for jvp"
+            f"the {chosen} backend has no forward-mode derivative; use `with fastcl.backend('dense')` for jvp"
         )
 
 

@@ -19,14 +19,15 @@ LAYERS: dict[str, set[str]] = {
     "kernels": set(),
     "checks": {"errors"},
     "theory": {"errors"},
-    "similarity": {"rowstats"},
+    "dispatch": {"checks"},
+    "similarity": {"backends", "dispatch"},
     "metrics": {"errors"},
     "data": {"errors", "kernels"},
     "features": {"errors"},
     "backends": {"errors", "kernels"},
     "operators": {"backends"},
     "batch": {"checks"},
-    "rowstats": {"operators", "batch"},
+    "rowstats": {"operators", "batch", "dispatch"},
     "objectives": {"rowstats"},
     "functional": {"objectives"},
     "twins": {"functional", "similarity"},
@@ -44,7 +45,7 @@ LAYERS: dict[str, set[str]] = {
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.
 BARE = {"fastcl", "losses", "similarity", "twins"}
-BARE |= {"errors", "checks", "batch", "backends", "operators", "rowstats", "objectives", "functional"}
+BARE |= {"errors", "checks", "batch", "dispatch", "backends", "operators", "rowstats", "objectives", "functional"}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastcl.dispatch import on_triton
 from fastcl.errors import FastclError
-from fastcl.similarity.inputs import checked, on_triton
+from fastcl.similarity.inputs import checked
 from fastcl.similarity.moments import Moments, chunk_rows
 from fastcl.similarity.reduce import Ranks, check_same, has_ranks
 from fastcl.similarity.results import AllPairs, PairResult

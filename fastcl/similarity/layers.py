@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, suggest
 
 _COLUMNS = 1 << 16  # of a layer's outputs that are in float64 at a time
@@ -122,6 +123,7 @@ def _measure(recorders: list[_Recorder], wanted: list[list[str]], loader: Iterab
             batches, samples = batches + 1, samples + len(images)
     if sums is None:
         raise FastclError("loader gave no batch")
+    choose_torch()
     matrix = _ratio(*(value.cpu() for value in sums), *names)
     left_out = [name for asked, kept in zip(wanted, names, strict=True) for name in asked if name not in kept]
     return LayerCKA(*map(tuple, names), matrix, batches, samples, tuple(dict.fromkeys(left_out)))

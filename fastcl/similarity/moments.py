@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.similarity.inputs import NARROW_ROUNDING, multiplied_narrow, on_triton
+from fastcl.dispatch import on_triton
+from fastcl.similarity.inputs import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.rows import mapped
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError
 from fastcl.similarity.inputs import checked
 from fastcl.similarity.rows import INNER, Kernel, mapped
@@ -91,6 +92,7 @@ def spearman_rsa(x: Tensor, y: Tensor, kernel: Kernel = "cosine", bins: int | No
     if bins is not None and (isinstance(bins, bool) or not isinstance(bins, int) or bins < 2):
         raise FastclError(f"bins must be a whole number >= 2 or None, got {bins!r}")
     x, y = checked({"x": x, "y": y})
+    choose_torch()
     n = len(x)
     if n < 3:
         raise FastclError(f"Spearman RSA needs n >= 3 samples (more than one pair), got n={n}")

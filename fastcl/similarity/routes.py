@@ -45,5 +45,6 @@ def statistics(x: Tensor, y: Tensor, kernel: str, bandwidth: float = 1.0, route:
             stream.add([v[start : start + step] for v in (x, y)])
         ((_, values),) = stream.pair_sums()
         return PairStats.unpacked(len(x), kernel, values, stream.rounding)
+    rounding = rounding_of(x, y)
     values = tile_sums(x, y, kernel, bandwidth).packed().tolist()
-    return PairStats.unpacked(len(x), kernel, values, rounding_of(x, y))
+    return PairStats.unpacked(len(x), kernel, values, rounding)

@@ -15,7 +15,6 @@ from fastcl.kernels.contrastive.numerics import SAFE_INVERSE_T
 from fastcl.kernels.contrastive.prepare import prepare_kernel
 
 ALIGN = 128  # rows of a working copy come in blocks of this many; every tile size divides it
-MAX_WIDTH = 4096
 NARROW = 256  # wider rows are taken piece by piece
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 
