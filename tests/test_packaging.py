@@ -70,7 +70,8 @@ def environment(folder: Path) -> Path:
     borrowed.mkdir()
     # pip does not install beside a fastcl of the same version, and an editable one is found after it: each package is
     # linked by itself. Lines of a .pth file are searched last, and .pth files that they lead to are not read.
-    for origin in {Path(importlib.util.find_spec(name).origin).parents[1] for name in ("torch", "triton", "setuptools")}:
+    origins = {Path(importlib.util.find_spec(name).origin).parents[1] for name in ("torch", "triton", "setuptools")}
+    for origin in origins:
         for path in origin.iterdir():
             if "fastcl" not in path.name and not (borrowed / path.name).exists():
                 (borrowed / path.name).symlink_to(path)

@@ -18,8 +18,9 @@ LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "kernels": set(),
     "checks": {"errors"},
+    "choices": set(),
     "theory": {"errors"},
-    "dispatch": {"checks"},
+    "dispatch": {"checks", "choices"},
     "similarity": {"backends", "dispatch"},
     "metrics": {"errors"},
     "data": {"errors", "kernels"},
@@ -44,8 +45,8 @@ LAYERS: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.
-BARE = {"fastcl", "losses", "similarity", "twins"}
-BARE |= {"errors", "checks", "batch", "dispatch", "backends", "operators", "rowstats", "objectives", "functional"}
+BARE = {"fastcl", "losses", "functional", "similarity", "twins"}
+BARE |= {"errors", "checks", "choices", "batch", "dispatch", "backends", "operators", "rowstats", "objectives"}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -84,7 +85,7 @@ def load(
     test_fraction: float = 0.2,
     root: str | None = None,
     download: bool = False,
-    corrupt: str = "stop",
+    corrupt: Literal["stop", "skip"] = "stop",
     skipped: Mapping[int, str] | None = None,
 ) -> Dataset:
     """Loads a data set.

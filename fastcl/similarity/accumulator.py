@@ -16,7 +16,7 @@ from fastcl.similarity.moments import Moments, chunk_rows
 from fastcl.similarity.reduce import Ranks, check_same, has_ranks
 from fastcl.similarity.results import AllPairs, PairResult
 from fastcl.similarity.routes import statistics
-from fastcl.similarity.rows import INNER
+from fastcl.similarity.rows import INNER, Inner
 from fastcl.similarity.stats import PairStats
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class PairAccumulator:
         FastclError: for fewer than two names, a name that is repeated, or an unknown or repeated kernel.
     """
 
-    def __init__(self, names: Sequence[str], kernels: Sequence[str] = INNER, minibatch: bool = False) -> None:
+    def __init__(self, names: Sequence[str], kernels: Sequence[Inner] = INNER, minibatch: bool = False) -> None:
         for what, values in (("names", names), ("kernels", kernels)):
             listed = isinstance(values, Sequence) and not isinstance(values, str)
             if not listed or not all(isinstance(value, str) for value in values):
@@ -141,14 +141,13 @@ class PairAccumulator:
         """
         if self.n == 0:
             raise FastclError(f"no features of {self.names} were added: n=0")
-        fields: dict[tuple[str, str], dict[str, Any]] = {pair: {} for pair in combinations(self.names, 2)}
+        found: dict[tuple[str, str], dict[Inner, PairStats]] = {pair: {} for pair in combinations(self.names, 2)}
         for stream in self._whole():
             for (i, j), values in stream.pair_sums():
                 stats = PairStats.unpacked(self.n, stream.kernel, values, stream.rounding)
-                fields[self.names[i], self.names[j]][stream.kernel] = stats
-        for pair, sums in self._hsic1.items():
-            fields[pair]["hsic1"] = tuple(value / self._batches for value in sums)
-        return AllPairs(self.names, self.n, {pair: PairResult(**values) for pair, values in fields.items()})
+                found[self.names[i], self.names[j]][stream.kernel] = stats
+        means = {pair: tuple(value / self._batches for value in sums) for pair, sums in self._hsic1.items()}
+        return AllPairs(self.names, self.n, {pair: PairResult(stats, means.get(pair)) for pair, stats in found.items()})
 
     @torch.inference_mode()
     def merge(self, other: PairAccumulator) -> None:
