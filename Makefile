@@ -57,5 +57,5 @@ bench: $(STAMP)
 
 clean:
 	@echo 'Removing $(VENV), build output and caches; $(OUT)/ stays.'
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,8 +38,8 @@ from torch import Tensor
 
 import fastcl
 from bench.clocks import Sample
-from fastcl.errors import FastclError
-from fastcl.files import reason, shown, write_atomic
+from fastcl.errors import FastclError, shown
+from fastcl.files import reason, write_atomic
 from fastcl.outputs import check_folder, named_path
 
 GIB = 2**30

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from bench import static_report
 from bench.records import write_file
+from bench.static_compile import obstacle
 from bench.static_jobs import StaticError, compile_all, unique
 from fastcl.errors import FastclError
 from fastcl.kernels.contrastive.launch import ARCHITECTURES, Launch
@@ -36,8 +37,9 @@ per element of a tile, WGMMA that wait for each other, registers that are writte
 _EPILOG = f"""\
 findings, each of which makes the exit status 1:
 {"".join(f"  {name:<15}{meaning}{chr(10)}" for name, meaning in static_report.FINDINGS.items())}
-The launches are recorded here, with this interpreter's Triton; another one compiles them with --triton-python or
---newest. Compiled kernels are kept in Triton's cache (TRITON_CACHE_DIR), so a second run is short.
+Triton 3.5 or newer is needed. The launches are recorded here, with this interpreter's Triton; another one compiles them
+with --triton-python or --newest. Compiled kernels are kept in Triton's cache (TRITON_CACHE_DIR), so a second run is
+short.
 """
 
 
@@ -73,7 +75,12 @@ def check(
 
     Returns:
         A record per launch, and the version of the workers' Triton.
+
+    Raises:
+        StaticError: Triton is too old, here or there, no case has a launch, or a worker does not start.
     """
+    if reason := obstacle():
+        raise StaticError(reason)
     jobs = []
     for arch in architectures:
         wanted = (case for case in cases(arch) if only.search(case[0]))

@@ -29,7 +29,7 @@ from bench.records import (
     shortage,
     write,
 )
-from fastcl.files import shown
+from fastcl.errors import shown
 from fastcl.outputs import named_path, same
 from fastcl.train.config import Config
 from fastcl.train.tables import parse_config

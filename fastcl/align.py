@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from fastcl.arrays import ENDINGS
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, shown
 from fastcl.features import feature_files, read_features, read_layers
-from fastcl.files import shown, write_atomic
+from fastcl.files import write_atomic
 from fastcl.outputs import check_output
 from fastcl.similarity import PairStats, SpearmanResult, pair_stats, spearman_rsa
 from fastcl.similarity.inputs import checked

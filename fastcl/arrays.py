@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError
-from fastcl.files import reason, shown
+from fastcl.errors import FastclError, shown
+from fastcl.files import reason
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from fastcl import __version__, interrupts
-from fastcl.errors import FastclError, install_hint
-from fastcl.files import reason, shown
+from fastcl.errors import FastclError, install_hint, shown
+from fastcl.files import reason
 from fastcl.outputs import named_path
 
 _DESCRIPTION = """\

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fastcl.checks import describe
+from fastcl.choices import BACKENDS, Backend, UsedBackend
 from fastcl.errors import FastclError
 
-BACKENDS = ("auto", "triton", "chunked", "dense")
 MAX_WIDTH = 4096  # of rows on the Triton backend
 
 _COMPILER_READS_CONTEXT = torch.__version__ >= (2, 14)
@@ -36,8 +36,8 @@ class _Compiled:
     """What compiled code has set and not taken back; None: nothing."""
 
     def __init__(self) -> None:
-        self.backend: str | None = None
-        self.last: str | None = None
+        self.backend: Backend | None = None
+        self.last: UsedBackend | None = None
 
 
 class _Thread(threading.local):
@@ -48,9 +48,9 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_blocks: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("fastcl.blocks", default=())
-_backend: ContextVar[str] = ContextVar("fastcl.backend", default="auto")
-_last: ContextVar[str] = ContextVar("fastcl.last", default="none")
+_blocks: ContextVar[tuple[tuple[object, Backend], ...]] = ContextVar("fastcl.blocks", default=())
+_backend: ContextVar[Backend] = ContextVar("fastcl.backend", default="auto")
+_last: ContextVar[UsedBackend] = ContextVar("fastcl.last", default="none")
 
 
 def constant_while_compiling(function: _Function) -> _Function:
@@ -60,7 +60,7 @@ def constant_while_compiling(function: _Function) -> _Function:
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: Backend) -> Iterator[None]:
     """Use one backend inside a `with` block, in this thread and this context (asyncio task) alone.
 
     A thread that is started inside the block begins with "auto". Gradients are computed by the backend of the forward
@@ -96,14 +96,14 @@ def backend(name: str) -> Iterator[None]:
         _set_blocks(tuple(other for other in _blocks.get() if other is not block))
 
 
-def _set_blocks(blocks: tuple[tuple[object, str], ...]) -> None:
+def _set_blocks(blocks: tuple[tuple[object, Backend], ...]) -> None:
     _blocks.set(blocks)
     _backend.set(blocks[-1][1] if blocks else "auto")
     if not _COMPILER_READS_CONTEXT:
         _thread.compiled.backend = _backend.get()
 
 
-def current_backend() -> str:
+def current_backend() -> Backend:
     """The name that the surrounding `with backend(...)` was given; "auto" outside."""
     if not torch.compiler.is_compiling():
         return _backend.get()
@@ -113,13 +113,13 @@ def current_backend() -> str:
     return inside
 
 
-def last_backend() -> str:
+def last_backend() -> UsedBackend:
     """The backend that the most recent loss, statistic or similarity of this thread and context ran on; "none" before
     the first. The torch code of the similarities counts as "chunked", or "dense" inside `backend("dense")`."""
     return _thread.compiled.last or _last.get()
 
 
-def ran_on(name: str) -> str:
+def ran_on(name: UsedBackend) -> UsedBackend:
     """Remember, for `last_backend`, what an operation runs on; returns it."""
     if torch.compiler.is_compiling():
         _thread.compiled.last = name
@@ -129,7 +129,7 @@ def ran_on(name: str) -> str:
     return name
 
 
-def choose(*rows: Tensor, widest: int | None = MAX_WIDTH) -> str:
+def choose(*rows: Tensor, widest: int | None = MAX_WIDTH) -> UsedBackend:
     """The backend for tensors (n, d) on one device; `last_backend` tells it from then on.
 
     Args:
@@ -153,7 +153,7 @@ def on_triton(*features: Tensor) -> bool:
     return choose(*features, widest=None) == "triton"
 
 
-def choose_torch() -> str:
+def choose_torch() -> UsedBackend:
     """The backend of an operation that has no Triton kernels."""
     return ran_on("dense" if _wanted() == "dense" else "chunked")
 
@@ -162,14 +162,14 @@ class _Calls:
     """What operations inside one activation checkpoint were asked to run on, in their order."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.names: list[Backend] = []
         self.repeated: Counter[Any] = Counter()  # per backward pass
 
 
 _checkpoints: WeakKeyDictionary[Any, _Calls] = WeakKeyDictionary()
 
 
-def _wanted() -> str:
+def _wanted() -> Backend:
     """The backend asked for now, or, where `torch.utils.checkpoint` repeats a forward pass, by the same call then.
 
     The saved tensors' hooks are all that the two have in common: PyTorch's own, whose closures hold the checkpoint.

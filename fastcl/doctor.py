@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastcl
-from fastcl.files import shown
+from fastcl.errors import shown
 
 _PACKAGES = (
     "torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "tensorboard", "safetensors", "scikit-learn",

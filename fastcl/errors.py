@@ -12,15 +12,13 @@ class FastclError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__("\n".join(printable(line) for line in str(message).split("\n")))
+        super().__init__("\n".join(shown(line) for line in str(message).split("\n")))
 
 
-def printable(name: str) -> str:
-    """A name with everything escaped that is no printable character: control characters, and the bytes that Python
-    keeps as surrogates where a file name is not UTF-8 (b"caf\\xe9" is shown as caf\\xe9)."""
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else _escaped(c) for c in name)
+def shown(name: object) -> str:
+    """A name on one line, with everything escaped that is no printable character: line breaks, control characters, and
+    the bytes that Python keeps as surrogates where a file name is not UTF-8 (b"caf\\xe9" is shown as caf\\xe9)."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
 
 
 def _escaped(character: str) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fastcl.arrays import ENDINGS, file_status, listed, read_arrays
-from fastcl.errors import FastclError
-from fastcl.files import reason, shown
+from fastcl.errors import FastclError, shown
+from fastcl.files import reason
 
 log = logging.getLogger("fastcl")
 

@@ -1,4 +1,4 @@
-"""Files that are written whole, and names as any terminal, page and picture can show them."""
+"""Files that are written whole."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastcl import interrupts
-from fastcl.errors import FastclError
-
-
-def shown(name: object) -> str:
-    """A text on one line, with everything unprintable escaped: bytes that are not UTF-8, line breaks, controls."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
+from fastcl.errors import FastclError, shown
 
 
 def reason(error: OSError | ValueError) -> str:

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, check_rows
+from fastcl.choices import REDUCTIONS, ObjectiveName, Precision, Reduction
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.objectives import Objective, ObjectiveLike, resolve
 from fastcl.rowstats import RowStats, fused, statistics
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def contrastive_loss(
@@ -23,9 +22,9 @@ def contrastive_loss(
     labels: Tensor | None = None,
     objective: ObjectiveLike = "ntxent",
     temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """Any objective of the table, or your own, over any number of views.
 
@@ -58,11 +57,11 @@ def contrastive_losses(
     z: Tensor,
     sample: Tensor,
     labels: Tensor | None = None,
-    objectives: Iterable[str] = ("dcl", "nscl"),
+    objectives: Iterable[ObjectiveName] = ("dcl", "nscl"),
     temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> dict[str, Tensor]:
     """Several objectives from one pass over the similarities.
 
@@ -86,7 +85,7 @@ def contrastive_losses(
 
 
 def ntxent_loss(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: str = "mean", normalize: bool = True
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
 ) -> Tensor:
     """NT-Xent (SimCLR, Chen et al. 2020): the other view against every other row, the positive in the denominator.
 
@@ -104,7 +103,7 @@ def ntxent_loss(
 
 
 def dcl_loss(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: str = "mean", normalize: bool = True
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
 ) -> Tensor:
     """Decoupled contrastive loss (Yeh et al. 2022), the CL of arXiv 2510.08852: NT-Xent without the positive in the
     denominator. Arguments, result and errors as `ntxent_loss`."""
@@ -117,7 +116,7 @@ def nscl_loss(
     labels: Tensor,
     temperature: float | Tensor = 0.5,
     positive_in_denominator: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
 ) -> Tensor:
     """Negatives-only supervised contrastive loss (arXiv 2510.08852): the other view against other classes only.
@@ -142,7 +141,7 @@ def supcon_loss(
     z2: Tensor,
     labels: Tensor,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
 ) -> Tensor:
     """Supervised contrastive loss L_out (Khosla et al. 2020, eq. 2), without the factor temperature / base_temperature.

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastcl.choices import RELATIONS, ObjectiveName, Relation
 from fastcl.errors import FastclError, suggest
 from fastcl.rowstats import RowStats
-
-RELATIONS = ("view", "peer", "other")
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Objective:
         FastclError: an unknown or repeated relation, or an empty set.
     """
 
-    denominator: tuple[str, ...]
-    positives: tuple[str, ...]
+    denominator: tuple[Relation, ...]
+    positives: tuple[Relation, ...]
     inside: bool = False
 
     def __post_init__(self) -> None:
@@ -52,7 +51,7 @@ class Objective:
                 raise FastclError(f"{name} must be distinct relations out of {allowed}, got {value!r}")
 
     @property
-    def negatives(self) -> tuple[str, ...]:
+    def negatives(self) -> tuple[Relation, ...]:
         """Relations that are only repelled."""
         return tuple(r for r in self.denominator if r not in self.positives)
 
@@ -111,7 +110,7 @@ class Objective:
         return (_filled(own_s, has_s) * share_s + _filled(own_a, has_a) * share_a).where(valid, 0)
 
 
-ObjectiveLike: TypeAlias = str | Objective | Callable[[RowStats], Tensor]
+ObjectiveLike: TypeAlias = ObjectiveName | Objective | Callable[[RowStats], Tensor]
 
 _ALL = RELATIONS
 OBJECTIVES: dict[str, Objective] = {

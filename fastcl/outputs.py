@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastcl.errors import FastclError
-from fastcl.files import reason, shown, temporary
+from fastcl.errors import FastclError, shown
+from fastcl.files import reason, temporary
 
 _LONGEST = 255  # bytes of a name on every common file system
 

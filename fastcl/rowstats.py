@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,10 +20,9 @@ from fastcl import operators  # noqa: F401  (registers torch.ops.fastcl)
 from fastcl.backends import dense
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, is_inside
+from fastcl.choices import PRECISIONS, Precision
 from fastcl.dispatch import choose, wants_float32
 from fastcl.errors import FastclError
-
-PRECISIONS = ("fp16", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,24 @@ class RowStats:
         return (self.n_view > 0) & (self.n_other > 0)
 
 
+@overload
+def row_stats(
+    x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
+    sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
+    normalize: bool = True, columns: Literal[False] = False, precision: Precision | None = None,
+) -> RowStats: ...  # fmt: skip
+@overload
+def row_stats(
+    x: Tensor, y: Tensor, *, sample: Tensor, labels: Tensor | None = None, sample_y: Tensor,
+    labels_y: Tensor | None = None, temperature: float | Tensor, normalize: bool = True, columns: Literal[True],
+    precision: Precision | None = None,
+) -> tuple[RowStats, RowStats]: ...  # fmt: skip
+@overload
+def row_stats(
+    x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
+    sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
+    normalize: bool = True, columns: bool, precision: Precision | None = None,
+) -> RowStats | tuple[RowStats, RowStats]: ...  # fmt: skip
 def row_stats(
     x: Tensor,
     y: Tensor | None = None,
@@ -59,7 +77,7 @@ def row_stats(
     temperature: float | Tensor,
     normalize: bool = True,
     columns: bool = False,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> RowStats | tuple[RowStats, RowStats]:
     """Row statistics of anchors x against candidates y, differentiable in x, y and the temperature.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastcl.backends.pairs import PairSums
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, check_rows, describe
+from fastcl.choices import Precision
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.rowstats import RowStats, operator_arguments, statistics, unpack
@@ -52,7 +53,7 @@ def twin_stats(
     labels: Tensor | None = None,
     *,
     temperature: float | Tensor,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> TwinStats:
     """Row statistics of two models' embeddings of the same rows, and the statistics of their cosine Gram matrices.
 

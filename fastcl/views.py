@@ -25,8 +25,8 @@ from fastcl.data import (
     make_renderer,
 )
 from fastcl.data.renderers import obstacle
-from fastcl.errors import FastclError, suggest
-from fastcl.files import shown, write_atomic
+from fastcl.errors import FastclError, shown, suggest
+from fastcl.files import write_atomic
 from fastcl.outputs import check_output
 
 _SPAN = 8  # grey levels: differences from -8 to 8 go from blue over white to red

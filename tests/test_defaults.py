@@ -39,7 +39,8 @@ def test_factories_name_their_dtype_and_device():
     for source in (
         "torch.empty(3, device=d)", "torch.zeros(3, dtype=t)", "torch.tensor(1.0)", "f(torch.arange)",
         "(torch.empty if a else torch.zeros)(3, device=d)", "partial(torch.empty, dtype=t)", "torch.Generator()",
-        "from torch import zeros", "f(torch.ones(2), dtype=t, device=d)", "torch.full(2, torch.rand(1), dtype=t, device=d)",
+        "from torch import zeros", "f(torch.ones(2), dtype=t, device=d)",
+        "torch.full(2, torch.rand(1), dtype=t, device=d)",
     ):  # fmt: skip
         assert implicit(source, path), source
     for source in (

@@ -16,7 +16,8 @@ from small_images import write_tree
 
 from fastcl import FastclError
 from fastcl.cli import main
-from fastcl.files import shown, write_atomic
+from fastcl.errors import shown
+from fastcl.files import write_atomic
 from fastcl.outputs import check_folder, check_output
 
 LATIN = os.fsdecode(b"caf\xe9")  # a name that is not UTF-8

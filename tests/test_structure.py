@@ -23,8 +23,9 @@ LAYERS: dict[str, set[str]] = {
     "run_folder": set(),
     "kernels": set(),
     "checks": {"errors"},
+    "choices": set(),
     "theory": {"errors"},
-    "dispatch": {"checks"},
+    "dispatch": {"checks", "choices"},
     "similarity": {"backends", "dispatch"},
     "metrics": {"errors"},
     "data": {"errors", "kernels"},
@@ -50,9 +51,8 @@ LAYERS: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.
-BARE = {"fastcl", "losses", "similarity", "twins"}
-BARE |= {"errors", "interrupts", "checks", "batch", "dispatch", "backends", "operators", "rowstats", "objectives"}
-BARE |= {"functional"}
+BARE = {"fastcl", "losses", "functional", "similarity", "twins", "interrupts"}
+BARE |= {"errors", "checks", "choices", "batch", "dispatch", "backends", "operators", "rowstats", "objectives"}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, features
 
-from fastcl.errors import FastclError, printable
+from fastcl.errors import FastclError, shown
 
 # Taken where this Pillow decodes them, by itself or by a plugin (pillow-heif) that has been imported.
 _PHOTOS = tuple(
@@ -45,7 +45,7 @@ class LeftOut:
 
     def _line(self, reason: str, names: list[str]) -> str:
         more = ", ..." if len(names) > _SHOWN else ""
-        return f"{len(names)} {reason} ({', '.join(printable(name) for name in names[:_SHOWN])}{more})"
+        return f"{len(names)} {reason} ({', '.join(shown(name) for name in names[:_SHOWN])}{more})"
 
 
 def hidden(name: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from fastcl.data.requests import check_positions
 from fastcl.data.sources import Split
 from fastcl.errors import FastclError
 
-ORDERS = ("shuffled", "balanced")
+Order: TypeAlias = Literal["shuffled", "balanced"]
+ORDERS = get_args(Order)
 _VIEWS = 2
 _CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ class ViewLoader:
         batch_size: samples per batch, over all ranks; the last incomplete batch of an epoch is left out.
         order: "shuffled": a permutation of the samples each epoch. "balanced": each batch drawn by itself, without
             replacement, with probabilities inverse to the class sizes (the paper's main runs).
-        renderer: of the same split and spec; None: torchvision's, to the CPU.
+        renderer: of the same split and spec; left out: torchvision's, to the CPU.
         others: further plans, of other seeds, whose views of the same samples a batch also holds.
         rank, world_size: this process and how many share each batch: rank r has the r-th of world_size equal parts, so
             that the ranks' parts, one after the other, are the batch of a single process.
@@ -75,9 +76,9 @@ class ViewLoader:
     split: Split
     plan: ViewPlan
     batch_size: int
-    order: str = "shuffled"
+    order: Order = "shuffled"
     _: KW_ONLY
-    renderer: Renderer | None = None
+    renderer: Renderer = cast(Renderer, None)
     others: Sequence[ViewPlan] = ()
     rank: int = 0
     world_size: int = 1
@@ -206,7 +207,8 @@ class EvalViews:
     Args:
         split: the images.
         plan: its spec is used; nothing is drawn.
-        renderer, workers, depth: as `ViewLoader` takes them.
+        renderer: of the same split and spec; None: torchvision's, to the CPU.
+        workers, depth: as `ViewLoader` takes them.
     """
 
     split: Split

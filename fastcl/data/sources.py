@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from fastcl.data.folders import read_folder
 from fastcl.data.limits import MAX_PIXELS, check_max_pixels
 from fastcl.data.philox import Stream, check_integer, permutation, words
 from fastcl.data.readers import Source, read_cifar10, read_digits, read_omniglot, read_torchvision
-from fastcl.errors import FastclError, printable, suggest
+from fastcl.errors import FastclError, shown, suggest
 
 log = logging.getLogger("fastcl")
 KINDS = ("digits", "omniglot", "cifar10", "folder", "torchvision")
@@ -108,7 +109,7 @@ def load(
     test_fraction: float = 0.2,
     root: str | None = None,
     download: bool = False,
-    corrupt: str = "stop",
+    corrupt: Literal["stop", "skip"] = "stop",
     skipped: Mapping[int, str] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
@@ -155,9 +156,9 @@ def load(
     if not len(found.labels):
         raise FastclError(f"{source} holds no images")
     for line, loud in found.left_out.items():
-        log.log(logging.WARNING if loud else logging.INFO, "%s: left out %s", printable(found.name), line)
+        log.log(logging.WARNING if loud else logging.INFO, "%s: left out %s", shown(found.name), line)
     chosen = _choose(found, classes, seed)
-    names = tuple(printable(found.classes[c]) for c in chosen)
+    names = tuple(shown(found.classes[c]) for c in chosen)
     label_of = np.full(len(found.classes) + 1, -1)  # the last entry serves the images of no split, labelled -1
     label_of[chosen] = np.arange(len(chosen))
     labels = label_of[found.labels]
@@ -169,7 +170,7 @@ def load(
         splits = _open(found, members, labels, names, left_out)
     for split in splits.values():
         _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # raises what is wrong with a header
-    name = printable(found.name)
+    name = shown(found.name)
     return Dataset(name, names, found.channels, *splits.values(), left_out, tuple(found.left_out))
 
 

@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastcl.errors import FastclError
-from fastcl.files import shown, write_atomic
+from fastcl.errors import FastclError, shown
+from fastcl.files import write_atomic
 from fastcl.outputs import check_output
 from fastcl.report.coupling import CERTIFICATES, certificates
 from fastcl.report.drawing import svg

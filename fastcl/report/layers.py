@@ -13,8 +13,8 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from fastcl.errors import FastclError
-from fastcl.files import reason, shown, write_atomic
+from fastcl.errors import FastclError, shown
+from fastcl.files import reason, write_atomic
 from fastcl.jsontext import parse_json
 from fastcl.report.drawing import WIDTH, Plate, styled
 from fastcl.report.records import Run

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastcl.errors import FastclError, brief
-from fastcl.files import reason, shown
+from fastcl.errors import FastclError, brief, shown
+from fastcl.files import reason
 from fastcl.jsontext import parse_json
 
 IDENTITY = "identity"

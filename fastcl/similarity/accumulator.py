@@ -18,7 +18,7 @@ from fastcl.similarity.moments import Moments, chunk_rows
 from fastcl.similarity.reduce import Ranks, Undefined, check_same, has_ranks, note
 from fastcl.similarity.results import AllPairs, PairResult
 from fastcl.similarity.routes import statistics
-from fastcl.similarity.rows import INNER
+from fastcl.similarity.rows import INNER, Inner
 from fastcl.similarity.stats import Overflown, PairStats
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class PairAccumulator:
         FastclError: for fewer than two names, a name that is repeated, or an unknown or repeated kernel.
     """
 
-    def __init__(self, names: Sequence[str], kernels: Sequence[str] = INNER, minibatch: bool = False) -> None:
+    def __init__(self, names: Sequence[str], kernels: Sequence[Inner] = INNER, minibatch: bool = False) -> None:
         for what, values in (("names", names), ("kernels", kernels)):
             listed = isinstance(values, Sequence) and not isinstance(values, str)
             if not listed or not all(isinstance(value, str) for value in values):
@@ -146,18 +146,20 @@ class PairAccumulator:
         """
         if self.n == 0:
             raise FastclError(f"no features of {self.names} were added: n=0")
-        fields: dict[tuple[str, str], dict[str, Any]] = {pair: {} for pair in combinations(self.names, 2)}
+        found: dict[tuple[str, str], dict[Inner, PairStats]] = {pair: {} for pair in combinations(self.names, 2)}
         for stream in self._whole():
             for (i, j), values, rounding in stream.pair_sums():
                 kind = PairStats if all(map(math.isfinite, values)) else Overflown
                 stats = kind.unpacked(self.n, stream.kernel, values, rounding)
-                fields[self.names[i], self.names[j]][stream.kernel] = stats
-        for pair, sums in self._hsic1.items():
-            fields[pair]["hsic1"] = tuple(value / self._batches for value in sums)
-            if pair in self._undefined:
-                batch, reason = self._undefined[pair]
-                fields[pair]["undefined"] = f"batch {batch} of {self._batches}: {reason}"
-        return AllPairs(self.names, self.n, {pair: PairResult(**values) for pair, values in fields.items()})
+                found[self.names[i], self.names[j]][stream.kernel] = stats
+        return AllPairs(self.names, self.n, {pair: self._result(pair, stats) for pair, stats in found.items()})
+
+    def _result(self, pair: tuple[str, str], stats: dict[Inner, PairStats]) -> PairResult:
+        if pair not in self._hsic1:
+            return PairResult(stats)
+        a, b, c = (value / self._batches for value in self._hsic1[pair])
+        batch, reason = self._undefined.get(pair, (0, ""))
+        return PairResult(stats, (a, b, c), f"batch {batch} of {self._batches}: {reason}" if reason else None)
 
     @torch.inference_mode()
     def merge(self, other: PairAccumulator) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError
 from fastcl.similarity.inputs import checked
-from fastcl.similarity.rows import INNER, Kernel, mapped
+from fastcl.similarity.rows import INNER, Inner, mapped
 
 _EXACT_PAIRS = 1 << 25
 _BINS = 1 << 20
@@ -65,7 +65,7 @@ class SpearmanResult:
 
 
 @torch.inference_mode()
-def spearman_rsa(x: Tensor, y: Tensor, kernel: Kernel = "cosine", bins: int | None = None) -> SpearmanResult:
+def spearman_rsa(x: Tensor, y: Tensor, kernel: Inner = "cosine", bins: int | None = None) -> SpearmanResult:
     """Spearman rank correlation of the similarities K_ij and L_ij over all pairs i < j (ties take average ranks).
 
     That of the dissimilarities 1 - K_ij is the same (Kriegeskorte et al. 2008, who advise ranks where no linear match

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fastcl.errors import FastclError, brief
-from fastcl.files import reason, shown
+from fastcl.errors import FastclError, brief, shown
+from fastcl.files import reason
 from fastcl.jsontext import parse_json
 from fastcl.run_folder import RECORDS
 from fastcl.train.files import JsonLines, write_atomic

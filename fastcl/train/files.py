@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcl import files, outputs
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, shown
 from fastcl.run_folder import FILES, FOLDERS, REPORT
 
 _CHUNK = 1 << 20
@@ -36,7 +36,7 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             why = "it is a link, and a run writes only what lies in its own folder"
         raise FastclError(
-            f"cannot write {files.shown(path)}: {why}. What was complete before is intact; "
+            f"cannot write {shown(path)}: {why}. What was complete before is intact; "
             "the same command continues from the last checkpoint"
         ) from error
 
@@ -71,21 +71,21 @@ def check_run_folder(out: Path, inputs: Iterable[Path] = ()) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise FastclError(f"--out: {files.shown(path)} cannot be read ({files.reason(error)})") from error
+            raise FastclError(f"--out: {shown(path)} cannot be read ({files.reason(error)})") from error
         wanted, form = (stat.S_ISDIR, "folder") if name in FOLDERS else (stat.S_ISREG, "file")
         wrong = f"is no plain {form}" if not wanted(found.st_mode) else ""
         if stat.S_ISLNK(found.st_mode):
-            wrong = f"is a link to {files.shown(os.readlink(path))}"
+            wrong = f"is a link to {shown(os.readlink(path))}"
         elif path.suffix == ".jsonl" and found.st_nlink > 1:  # appended to in place
             wrong = "is a file with another name too (a hard link)"
         if wrong:
             raise FastclError(
-                f"--out: {files.shown(path)} {wrong}; a run writes only what lies in its own folder. "
+                f"--out: {shown(path)} {wrong}; a run writes only what lies in its own folder. "
                 "Remove it, or choose another folder"
             )
         for given in inputs:
             if any(outputs.same(place, path) for place in (given, *Path(os.path.abspath(given)).parents)):
-                raise FastclError(f"--out: the run would write over {files.shown(given)}, which it reads")
+                raise FastclError(f"--out: the run would write over {shown(given)}, which it reads")
 
 
 @contextmanager
@@ -104,9 +104,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FastclError(f"another process is training in {files.shown(folder)}") from None
+            raise FastclError(f"another process is training in {shown(folder)}") from None
         except OSError as error:  # some network file systems have no locks
-            raise FastclError(f"{files.shown(path)} cannot be locked ({files.reason(error)})") from error
+            raise FastclError(f"{shown(path)} cannot be locked ({files.reason(error)})") from error
         yield
     finally:
         _locks.discard(lock)

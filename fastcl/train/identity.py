@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcl.errors import FastclError, brief
-from fastcl.files import reason, shown
+from fastcl.errors import FastclError, brief, shown
+from fastcl.files import reason
 from fastcl.jsontext import parse_json
 from fastcl.run_folder import RECORDS
 from fastcl.train.checkpoints import drop_checkpoints, last_epoch, load_checkpoint

@@ -12,8 +12,7 @@ import torch
 
 from fastcl import OBJECTIVES
 from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
-from fastcl.errors import FastclError, brief
-from fastcl.files import shown
+from fastcl.errors import FastclError, brief, shown
 from fastcl.train.config import Config
 from fastcl.train.identity import read_run, same_data
 from fastcl.train.twins import CROSS_ENTROPY, RESEEDED

@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 import fastcl
 from fastcl.data import Batch
-from fastcl.errors import FastclError
-from fastcl.files import shown
+from fastcl.errors import FastclError, shown
 from fastcl.run_folder import RECORDS
 from fastcl.train.board import Board
 from fastcl.train.checkpoints import save_checkpoint

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcl.errors import FastclError
-from fastcl.files import shown
+from fastcl.errors import FastclError, shown
 from fastcl.train.checkpoints import Checkpoint, load_checkpoint
 from fastcl.train.files import JsonLines
 from fastcl.train.identity import differences, is_complete, traces

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcl.data.plan import ViewSpec
-from fastcl.errors import FastclError, brief, suggest
-from fastcl.files import reason, shown
+from fastcl.errors import FastclError, brief, shown, suggest
+from fastcl.files import reason
 from fastcl.train.config import PRECISIONS, Config
 
 if sys.version_info >= (3, 11):
