@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
 from fastcl.errors import FastclError
 
 # A form is a difference of sums; below this fraction of them it holds rounding errors and no information. So does a
@@ -37,6 +39,11 @@ def ratio(kl: float, kk: float, ll: float) -> float:
     # Two ratios, not sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 where kl == kk == ll.
     # Cauchy and Schwarz allow no more than 1; rounding does.
     return math.copysign(min(1.0, math.sqrt((kl / kk) * (kl / ll))), kl)
+
+
+def ratio_table(cross: Tensor, self_a: Tensor, self_b: Tensor) -> Tensor:
+    """`ratio` of (n, m) against (n,) and (m,) terms."""
+    return ((cross / self_a[:, None]) * (cross / self_b)).sqrt().clamp_max(1.0).copysign(cross)
 
 
 class Form(NamedTuple):

@@ -28,7 +28,8 @@ def write_layers(path: Path, twins: Sequence[Twin], views: EvalViews, layers: Se
     """Write layers.json: minibatch CKA (see `fastcl.layer_cka`) of the first twin's layers with those of the others.
 
     The reseeded twin is among them, as the noise floor; the identity twin is left out, and, with a warning, a model
-    whose CKA is undefined. Nothing is written where no model is left. The same weights give the same bytes.
+    whose layers cannot be measured. Nothing is written where no model is left. A layer whose CKA is undefined is null,
+    with a warning. The same weights give the same bytes.
 
     Args:
         path: of the file: {"reference", "samples", "batches", "models": {name: {"layers": rows (of the reference),
@@ -46,7 +47,11 @@ def write_layers(path: Path, twins: Sequence[Twin], views: EvalViews, layers: Se
         except FastclError as error:
             log.warning("layers of %s, %s: %s", reference.name, other.name, error)
             continue
-        rows = {"layers": found.names_a, "other_layers": found.names_b, "cka": found.matrix.tolist()}
+        for model, undefined in ((reference, found.undefined_a), (other, found.undefined_b)):
+            for name, reason in undefined.items():
+                log.warning("layers of %s, %s: %s of %s: %s", reference.name, other.name, name, model.name, reason)
+        cka = [[None if math.isnan(value) else value for value in row] for row in found.matrix.tolist()]
+        rows = {"layers": found.names_a, "other_layers": found.names_b, "cka": cka}
         models[other.name] = rows
         table = {"reference": reference.name, "samples": found.samples, "batches": found.batches, "models": models}
     if models:
