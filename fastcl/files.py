@@ -15,7 +15,7 @@ def shown(name: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
 
 
-def reason(error: OSError | ValueError) -> str:
+def cause(error: OSError | ValueError) -> str:
     """Why the system refused a path: its words for the error, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
@@ -48,7 +48,7 @@ def write_atomic(path: Path, payload: bytes) -> None:
                 part.unlink()
             raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise FastclError(f"{shown(path)} cannot be written ({reason(error)})") from error
+        raise FastclError(f"{shown(path)} cannot be written ({cause(error)})") from error
     with suppress(OSError):  # the file is there; not every system syncs, or lets us open, its folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
