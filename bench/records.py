@@ -39,7 +39,7 @@ from torch import Tensor
 import fastcl
 from bench.clocks import Sample
 from fastcl.errors import FastclError, shown
-from fastcl.files import reason, write_atomic
+from fastcl.files import cause, write_atomic
 from fastcl.outputs import check_folder, named_path
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def check_out(args: argparse.Namespace, parser: argparse.ArgumentParser, *inputs
         except FileNotFoundError:
             pass
         except OSError as error:
-            parser.error(f"--data: {shown(folder)} cannot be read ({reason(error)})")
+            parser.error(f"--data: {shown(folder)} cannot be read ({cause(error)})")
 
 
 def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:

@@ -9,13 +9,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError, shown
-from fastcl.files import reason
+from fastcl.files import cause
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ _CHUNK = 1 << 24  # bytes read at a time
 # Features hardly shrink when they are packed; a file of zeros shrinks to a thousandth. Small files are let through.
 _RATIO, _SMALL = 100, 1 << 28
 
-Choose = Callable[[Sequence[str]], Sequence[str]]
+Choose: TypeAlias = Callable[[Sequence[str]], Sequence[str]]
 
 
 def file_status(path: Path) -> os.stat_result:
@@ -39,7 +39,7 @@ def file_status(path: Path) -> os.stat_result:
     except FileNotFoundError:
         raise FastclError(f"{shown(path)} does not exist") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte
-        raise FastclError(f"{shown(path)} cannot be read ({reason(error)})") from error
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
 
 
 def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, T
     except (FastclError, ModuleNotFoundError):
         raise
     except OSError as error:
-        raise FastclError(f"{shown(path)} cannot be read ({reason(error)})") from error
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
     except MemoryError:
         raise FastclError(f"{shown(path)} cannot be read: it does not fit into memory") from None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcl.arrays import ENDINGS, file_status, listed, read_arrays
 from fastcl.errors import FastclError, shown
-from fastcl.files import reason
+from fastcl.files import cause
 
 log = logging.getLogger("fastcl")
 
@@ -89,7 +89,7 @@ def _folder(path: Path) -> tuple[list[Path], list[Path]]:
     try:
         found = [file for file in path.iterdir() if not file.name.startswith(".")]
     except OSError as error:
-        raise FastclError(f"{shown(path)} cannot be read ({reason(error)})") from error
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
     found.sort(key=lambda file: _natural(file.stem))
     files = [file for file in found if file.suffix.lower() in ENDINGS]
     if not files:
