@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastcl.train import Config, parse_config
@@ -62,8 +63,10 @@ def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
-def results(out: Path) -> dict[str, bytes]:
+def results(
+    out: Path, records: Sequence[str] = ("metrics.jsonl", "steps.jsonl", "pairs.jsonl", "layers.json")
+) -> dict[str, bytes]:
     """The bytes that must repeat: records, final weights and features."""
-    names = ["metrics.jsonl", "steps.jsonl", "pairs.jsonl", "layers.json"]
+    names = list(records)
     names += sorted(str(p.relative_to(out)) for folder in ("weights", "features") for p in (out / folder).iterdir())
     return {name: (out / name).read_bytes() for name in names}
