@@ -11,12 +11,12 @@ from fastcl import interrupts
 from fastcl.errors import FastclError
 
 
-def shown(name: str | Path) -> str:
-    """A name with everything unprintable escaped: bytes that are not UTF-8, line breaks, control characters."""
+def shown(name: object) -> str:
+    """A text on one line, with everything unprintable escaped: bytes that are not UTF-8, line breaks, controls."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
 
 
-def reason(error: OSError | ValueError) -> str:
+def cause(error: OSError | ValueError) -> str:
     """Why the system refused a path: its words for the error, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
@@ -49,7 +49,7 @@ def write_atomic(path: Path, payload: bytes) -> None:
                 part.unlink()
             raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise FastclError(f"{shown(path)} cannot be written ({reason(error)})") from error
+        raise FastclError(f"{shown(path)} cannot be written ({cause(error)})") from error
     with suppress(OSError):  # the file is there; not every system syncs, or lets us open, its folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastcl.errors import FastclError
-from fastcl.files import reason, shown, temporary
+from fastcl.files import cause, shown, temporary
 
 _LONGEST = 255  # bytes of a name on every common file system
 
@@ -95,7 +95,7 @@ def _naming(path: Path, option: str) -> Iterator[None]:
     except FastclError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte
-        raise FastclError(f"{option}: {shown(path)} cannot be written ({reason(error)})") from error
+        raise FastclError(f"{option}: {shown(path)} cannot be written ({cause(error)})") from error
 
 
 def _lstat(path: Path) -> os.stat_result | None:

@@ -1,5 +1,6 @@
 """Heat maps of the CKA between all layers of two models: of a run in its report, of any table in a file."""
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fastcl.errors import FastclError
-from fastcl.files import reason, shown
+from fastcl.files import cause, shown, write_atomic
 from fastcl.jsontext import parse_json
 from fastcl.report.drawing import WIDTH, Plate, styled
 from fastcl.report.records import Run
@@ -50,7 +51,7 @@ def read_layer_tables(run_dir: Path) -> list[LayerTable]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise FastclError(f"{name}: cannot be read ({reason(error)})") from error
+        raise FastclError(f"{name}: cannot be read ({cause(error)})") from error
     try:
         tree = parse_json(text, name)
         tables = [
@@ -103,11 +104,9 @@ def write_heat_map(table: LayerTable, path: Path, title: str | None = None) -> P
         figure.axes[0].set_title("")
         letters = round(_LETTERS * figure.get_figwidth())
         figure.suptitle(textwrap.fill(title or f"{table.rows_of} against {table.columns_of}", letters))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, facecolor="white", dpi=150, metadata=metadata)
-        except OSError as error:
-            raise FastclError(f"{path} cannot be written ({error.strerror})") from error
+        picture = io.BytesIO()
+        figure.savefig(picture, format=path.suffix[1:], facecolor="white", dpi=150, metadata=metadata)
+    write_atomic(path, picture.getvalue())
     return path
 
 
