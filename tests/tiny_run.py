@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from fastcl.train import Config, parse_config
 
@@ -47,12 +48,12 @@ def tiny_toml(path: Path) -> Path:
     return path
 
 
-def start(*arguments: str | Path, **options) -> subprocess.Popen:
+def start(*arguments: str | Path, output: int | IO = subprocess.PIPE, **options) -> subprocess.Popen:
     """The command line in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastcl", *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, **options
     )
 
 
