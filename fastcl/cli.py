@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastcl import __version__, interrupts
 from fastcl.errors import FastclError, install_hint, shown
-from fastcl.files import reason
+from fastcl.files import cause
 from fastcl.outputs import named_path
 
 _DESCRIPTION = """\
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a file that is not ours (of Python, of a library), or standard output on a full disk
         sys.stdout = None if error.filename is None else sys.stdout
         where = "" if error.filename is None else f" {shown(str(error.filename))}"
-        return _fail(f"the system refused{where}: {reason(error)}")
+        return _fail(f"the system refused{where}: {cause(error)}")
     except KeyboardInterrupt:
         print(interrupts.line("interrupted", sys.argv[1:] if argv is None else argv), end="", file=sys.stderr)
         return 130

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fastcl.errors import FastclError, shown
-from fastcl.files import reason, write_atomic
+from fastcl.files import cause, write_atomic
 from fastcl.jsontext import parse_json
 from fastcl.report.drawing import WIDTH, Plate, styled
 from fastcl.report.records import Run
@@ -51,7 +51,7 @@ def read_layer_tables(run_dir: Path) -> list[LayerTable]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise FastclError(f"{name}: cannot be read ({reason(error)})") from error
+        raise FastclError(f"{name}: cannot be read ({cause(error)})") from error
     try:
         tree = parse_json(text, name)
         tables = [

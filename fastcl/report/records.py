@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from fastcl.errors import FastclError, brief, shown
-from fastcl.files import reason
+from fastcl.files import cause
 from fastcl.jsontext import parse_json
 
 IDENTITY = "identity"
@@ -243,7 +243,7 @@ def _read(path: Path) -> bytes:
         folder = shown(path.parent)
         raise FastclError(f"{shown(path)}: there is no such file; is {folder} the folder of a run?") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise FastclError(f"{shown(path)}: cannot be read ({reason(error)})") from error
+        raise FastclError(f"{shown(path)}: cannot be read ({cause(error)})") from error
 
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:

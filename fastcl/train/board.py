@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -53,7 +54,7 @@ class Board:
             if kind is None:
                 self.flush()
         finally:
-            with writing(self.folder):
+            with suppress(OSError):  # nothing is left to write, or what could not be written was reported
                 self._file.close()
 
     def scalar(self, tag: str, value: float, step: int) -> None:

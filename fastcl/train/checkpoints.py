@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastcl.errors import FastclError, brief, shown
-from fastcl.files import reason
+from fastcl.files import cause
 from fastcl.jsontext import parse_json
 from fastcl.run_folder import RECORDS
 from fastcl.train.files import JsonLines, write_atomic
@@ -113,7 +113,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         try:
             payload = path.read_bytes()
         except OSError as error:
-            raise FastclError(f"checkpoint {shown(path)} cannot be read ({reason(error)})") from error
+            raise FastclError(f"checkpoint {shown(path)} cannot be read ({cause(error)})") from error
         if _digest(payload) == path.stem.partition("-")[2]:
             return _parsed(path, payload)
         log.warning(

@@ -32,7 +32,7 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         if isinstance(error, FastclError):
             raise
-        why = files.reason(error)
+        why = files.cause(error)
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             why = "it is a link, and a run writes only what lies in its own folder"
         raise FastclError(
@@ -71,7 +71,7 @@ def check_run_folder(out: Path, inputs: Iterable[Path] = ()) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise FastclError(f"--out: {shown(path)} cannot be read ({files.reason(error)})") from error
+            raise FastclError(f"--out: {shown(path)} cannot be read ({files.cause(error)})") from error
         wanted, form = (stat.S_ISDIR, "folder") if name in FOLDERS else (stat.S_ISREG, "file")
         wrong = f"is no plain {form}" if not wanted(found.st_mode) else ""
         if stat.S_ISLNK(found.st_mode):
@@ -106,7 +106,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise FastclError(f"another process is training in {shown(folder)}") from None
         except OSError as error:  # some network file systems have no locks
-            raise FastclError(f"{shown(path)} cannot be locked ({files.reason(error)})") from error
+            raise FastclError(f"{shown(path)} cannot be locked ({files.cause(error)})") from error
         yield
     finally:
         _locks.discard(lock)

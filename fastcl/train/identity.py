@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcl.errors import FastclError, brief, shown
-from fastcl.files import reason
+from fastcl.files import cause
 from fastcl.jsontext import parse_json
 from fastcl.run_folder import RECORDS
 from fastcl.train.checkpoints import drop_checkpoints, last_epoch, load_checkpoint
@@ -52,7 +52,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise FastclError(f"{shown(path)} cannot be read: {reason(error)}") from error
+        raise FastclError(f"{shown(path)} cannot be read: {cause(error)}") from error
     run = parse_json(text, shown(path))
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
         raise FastclError(f"{shown(path)} holds no description of a run")
@@ -148,7 +148,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise FastclError(f"{shown(path)} cannot be read ({reason(error)})") from error
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
     rows = [parse_json(line, f"{shown(path)}, line {n}") for n, line in enumerate(lines, 1)]
     if not all(isinstance(row, dict) for row in rows):
         raise FastclError(f"{shown(path)} does not hold one JSON object a line")

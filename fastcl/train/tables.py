@@ -11,7 +11,7 @@ from typing import Any
 
 from fastcl.data.plan import ViewSpec
 from fastcl.errors import FastclError, brief, shown, suggest
-from fastcl.files import reason
+from fastcl.files import cause
 from fastcl.train.config import PRECISIONS, Config
 
 if sys.version_info >= (3, 11):
@@ -41,7 +41,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         tables = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        raise FastclError(f"cannot read config {shown(path)}: {reason(error)}") from None
+        raise FastclError(f"cannot read config {shown(path)}: {cause(error)}") from None
     except UnicodeDecodeError as error:
         raise FastclError(f"config {shown(path)} is not UTF-8, as TOML must be: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python reads
