@@ -147,9 +147,9 @@ class PairAccumulator:
             raise FastclError(f"no features of {self.names} were added: n=0")
         fields: dict[tuple[str, str], dict[str, Any]] = {pair: {} for pair in combinations(self.names, 2)}
         for stream in self._whole():
-            for (i, j), values, rounding in stream.pair_sums():
+            for (i, j), values, strains in stream.pair_sums():
                 kind = PairStats if all(map(math.isfinite, values)) else Overflown
-                stats = kind.unpacked(self.n, stream.kernel, values, rounding)
+                stats = kind.unpacked(self.n, stream.kernel, values, stream.rounding, strains)
                 fields[self.names[i], self.names[j]][stream.kernel] = stats
         for pair, sums in self._hsic1.items():
             fields[pair]["hsic1"] = tuple(value / self._batches for value in sums)

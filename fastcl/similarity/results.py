@@ -20,7 +20,8 @@ class PairResult:
     """The statistics of one pair of models: a `PairStats` per kernel, None for a kernel that was not asked for.
 
     `hsic1` holds the means over the batches of HSIC_1(K, L), HSIC_1(K, K) and HSIC_1(L, L); None where they were not
-    asked for. `undefined` says on which batch, the first one, and why `cka_minibatch` is undefined; None where it is not.
+    asked for. `undefined` says on which batch, the first one, and why `cka_minibatch` is undefined; None where it has a
+    value.
     """
 
     linear: PairStats | None = None
