@@ -148,9 +148,9 @@ class PairAccumulator:
             raise FastclError(f"no features of {self.names} were added: n=0")
         found: dict[tuple[str, str], dict[Inner, PairStats]] = {pair: {} for pair in combinations(self.names, 2)}
         for stream in self._whole():
-            for (i, j), values, rounding in stream.pair_sums():
+            for (i, j), values, strains in stream.pair_sums():
                 kind = PairStats if all(map(math.isfinite, values)) else Overflown
-                stats = kind.unpacked(self.n, stream.kernel, values, rounding)
+                stats = kind.unpacked(self.n, stream.kernel, values, stream.rounding, strains)
                 found[self.names[i], self.names[j]][stream.kernel] = stats
         return AllPairs(self.names, self.n, {pair: self._result(pair, stats) for pair, stats in found.items()})
 

@@ -61,7 +61,9 @@ def sums_of(moments: Tensor, x: Model, y: Model) -> Tensor:
 def strain(model: Model, sums: Tensor, n: Tensor) -> Tensor:
     """() how many times the rounding of products merges may have brought into a matrix K, relative to ||HKH||^2.
 
-    `sums` are those of `sums_of` for K and K.
+    Args:
+        sums: those of `sums_of` for K and K.
+        n: () rows.
     """
     centred = sums[0] - 2 / n * sums[1]
     return torch.where((centred > 0) & (model.noise > 0), model.noise / centred, 0)

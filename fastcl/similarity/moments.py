@@ -174,8 +174,8 @@ class Moments:
             stream.load(i, j, moments.to(device))
         return stream
 
-    def pair_sums(self) -> Iterator[tuple[tuple[int, int], list[float], float]]:
-        """For each pair i < j the 18 numbers and the rounding of `PairStats.unpacked`, all read from the device at
+    def pair_sums(self) -> Iterator[tuple[tuple[int, int], list[float], tuple[float, float]]]:
+        """For each pair i < j the 18 numbers and the strains of `PairStats.unpacked`, all read from the device at
         once."""
         count = len(self.pilots)
         found = {}
@@ -191,7 +191,7 @@ class Moments:
             (full, full_rows, hollow, hollow_rows) = zip(found[i, j], found[i, i], found[j, j], strict=True)
             (shift_k, trace_k, strain_k), (shift_l, trace_l, strain_l) = scalars[i], scalars[j]
             values = [*full, *full_rows, 0.0, 0.0, *hollow, *hollow_rows, -trace_k, -trace_l, shift_k, shift_l]
-            yield (i, j), values, self.rounding * max(1.0, strain_k, strain_l)
+            yield (i, j), values, (max(1.0, strain_k), max(1.0, strain_l))
 
 
 def _pilots(rows: Sequence[Tensor]) -> list[Tensor]:

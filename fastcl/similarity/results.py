@@ -22,7 +22,8 @@ class PairResult:
     Attributes:
         kernels: a `PairStats` for each kernel that was accumulated.
         minibatch: means over the batches of HSIC_1(K, L), HSIC_1(K, K) and HSIC_1(L, L), where they were accumulated.
-        undefined: on which batch, the first one, and why `cka_minibatch` is undefined; None where it is not.
+        undefined: on which batch, the first one, and why `cka_minibatch` is undefined; None where it has a
+            value.
     """
 
     kernels: Mapping[Inner, PairStats]

@@ -46,6 +46,8 @@ class PairStats:
         shift_k: constant that was subtracted from each entry of K.
         shift_l: the same of L.
         rounding: relative rounding error of the products that the sums are made of, where they are not float64's.
+        strains: for K and for L, how many times that error the sums may have, 1 at least; more where they were put
+            together from parts with means of their own.
 
     Raises:
         FastclError: on n < 1 or sums that are not finite (features too large for float64).
@@ -58,11 +60,15 @@ class PairStats:
     shift_k: float = 0.0
     shift_l: float = 0.0
     rounding: float = 0.0
+    strains: tuple[float, float] = (1.0, 1.0)
 
     @classmethod
-    def unpacked(cls, n: int, kernel: str, values: Sequence[float], rounding: float = 0.0) -> PairStats:
+    def unpacked(
+        cls, n: int, kernel: str, values: Sequence[float], rounding: float = 0.0,
+        strains: tuple[float, float] = (1.0, 1.0),
+    ) -> PairStats:  # fmt: skip
         """From 18 numbers: the sums of `full`, those of `hollow`, both in the order of GramSums, and the two shifts."""
-        return cls(n, kernel, GramSums(*values[:8]), GramSums(*values[8:16]), *values[16:18], rounding)
+        return cls(n, kernel, GramSums(*values[:8]), GramSums(*values[8:16]), *values[16:18], rounding, strains)
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -234,7 +240,8 @@ class PairStats:
                 centred = full - 2 / self.n * full_rows + (full_total / self.n) ** 2
                 margins, diagonal = full_rows / self.n**2, full - hollow
                 mixed = (diagonal - hollow_rows - (4 - (self.n - 2) ** 2) * margins) / (2 * self.n)
-                products = self.rounding * (centred + max(0.0, diagonal - 4 * mixed - 4 * margins))
+                strain = self.strains[which == "l"]
+                products = strain * self.rounding * (centred + max(0.0, diagonal - 4 * mixed - 4 * margins))
             return ROUNDING * sums + entries * entries + products
 
         return Form(
