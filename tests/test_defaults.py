@@ -4,8 +4,14 @@ The lint keeps factory calls explicit; the runs find what no lint sees: integers
 """
 
 import ast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 
+import pytest
+import torch
+from default_runs import flattened, kernels, launches, losses, measures, sheet, similarities, views
 from test_structure import complaints
 
 FACTORIES = {
@@ -39,7 +45,8 @@ def test_factories_name_their_dtype_and_device():
     for source in (
         "torch.empty(3, device=d)", "torch.zeros(3, dtype=t)", "torch.tensor(1.0)", "f(torch.arange)",
         "(torch.empty if a else torch.zeros)(3, device=d)", "partial(torch.empty, dtype=t)", "torch.Generator()",
-        "from torch import zeros", "f(torch.ones(2), dtype=t, device=d)", "torch.full(2, torch.rand(1), dtype=t, device=d)",
+        "from torch import zeros", "f(torch.ones(2), dtype=t, device=d)",
+        "torch.full(2, torch.rand(1), dtype=t, device=d)",
     ):  # fmt: skip
         assert implicit(source, path), source
     for source in (
@@ -48,3 +55,49 @@ def test_factories_name_their_dtype_and_device():
     ):  # fmt: skip
         assert not implicit(source, path), source
     assert not (found := complaints(implicit, "fastcl", "kernels")), found
+
+
+RUNS = {
+    "dense": partial(losses, "dense"),
+    "chunked": partial(losses, "chunked"),
+    "similarities": similarities,
+    "kernels": kernels,
+    "launches": launches,
+    "torchvision": partial(views, "torchvision"),
+    "dali": partial(views, "dali"),
+    "measures": measures,
+    "sheet": sheet,
+}
+DEFAULTS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64, "meta": "meta"}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Callable[[str], list]:
+    """Function from the name of a run to what it computes under PyTorch's own defaults."""
+    return lru_cache(lambda name: result(name, tmp_path_factory.mktemp("plain")))
+
+
+def result(name: str, folder: Path) -> list:
+    run = RUNS[name]
+    return flattened(run(folder) if run in (measures, sheet) else run())
+
+
+@contextmanager
+def process_wide(default: torch.dtype | str) -> Iterator[None]:
+    try:
+        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("name", RUNS)
+def test_defaults_change_no_bit(name, default, plain, tmp_path):
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install fastcl[dali])")
+    expected = plain(name)
+    with process_wide(DEFAULTS[default]):
+        found = result(name, tmp_path)
+    assert found == expected
