@@ -13,6 +13,9 @@ import pytest
 import torch
 from default_runs import flattened, kernels, launches, losses, measures, sheet, similarities, views
 from test_structure import complaints
+from tiny_run import results, tiny_config
+
+from fastcl.train import Lockstep
 
 FACTORIES = {
     "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand",
@@ -101,3 +104,13 @@ def test_defaults_change_no_bit(name, default, plain, tmp_path):
     with process_wide(DEFAULTS[default]):
         found = result(name, tmp_path)
     assert found == expected
+
+
+def test_a_run_trains_under_plain_defaults(tmp_path):
+    config = tiny_config(train__epochs=1, train__models=["dcl", "ce"], model__cifar_stem=True)
+    Lockstep(config, tmp_path / "plain").run()
+    with process_wide(torch.bfloat16), process_wide("meta"):
+        Lockstep(config, tmp_path / "other").run()
+        assert torch.get_default_device().type == "meta"
+        assert torch.get_default_dtype() == torch.bfloat16
+    assert results(tmp_path / "other") == results(tmp_path / "plain")
