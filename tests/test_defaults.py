@@ -4,9 +4,18 @@ The lint keeps factory calls explicit; the runs find what no lint sees: integers
 """
 
 import ast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 
+import pytest
+import torch
+from default_runs import flattened, kernels, launches, losses, measures, sheet, similarities, views
 from test_structure import complaints
+from tiny_run import results, tiny_config
+
+from fastcl.train import Lockstep
 
 FACTORIES = {
     "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand",
@@ -49,3 +58,59 @@ def test_factories_name_their_dtype_and_device():
     ):  # fmt: skip
         assert not implicit(source, path), source
     assert not (found := complaints(implicit, "fastcl", "kernels")), found
+
+
+RUNS = {
+    "dense": partial(losses, "dense"),
+    "chunked": partial(losses, "chunked"),
+    "similarities": similarities,
+    "kernels": kernels,
+    "launches": launches,
+    "torchvision": partial(views, "torchvision"),
+    "dali": partial(views, "dali"),
+    "measures": measures,
+    "sheet": sheet,
+}
+DEFAULTS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64, "meta": "meta"}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Callable[[str], list]:
+    """Function from the name of a run to what it computes under PyTorch's own defaults."""
+    return lru_cache(lambda name: result(name, tmp_path_factory.mktemp("plain")))
+
+
+def result(name: str, folder: Path) -> list:
+    run = RUNS[name]
+    return flattened(run(folder) if run in (measures, sheet) else run())
+
+
+@contextmanager
+def process_wide(default: torch.dtype | str) -> Iterator[None]:
+    try:
+        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("name", RUNS)
+def test_defaults_change_no_bit(name, default, plain, tmp_path):
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install fastcl[dali])")
+    expected = plain(name)
+    with process_wide(DEFAULTS[default]):
+        found = result(name, tmp_path)
+    assert found == expected
+
+
+def test_a_run_trains_under_plain_defaults(tmp_path):
+    config = tiny_config(train__epochs=1, train__models=["dcl", "ce"], model__cifar_stem=True)
+    Lockstep(config, tmp_path / "plain").run()
+    with process_wide(torch.bfloat16), process_wide("meta"):
+        Lockstep(config, tmp_path / "other").run()
+        assert torch.get_default_device().type == "meta"
+        assert torch.get_default_dtype() == torch.bfloat16
+    assert results(tmp_path / "other") == results(tmp_path / "plain")
