@@ -19,12 +19,12 @@ help:
 	@echo 'make clean   remove .venv, .matrix, build output and caches; results in $(OUT)/ stay'
 	@echo
 	@echo 'The first of demo, test, lint and bench installs everything into .venv: a few minutes and about 6 GB.'
-	@echo 'Another interpreter: make PYTHON=python3.12 demo (3.10 or newer).'
+	@echo 'Another interpreter: make PYTHON=python3.12 demo (3.11 or newer).'
 
 # The stamp is taken away before an update and comes back after the last step only, so an interrupted install is never taken
 # for a whole one: without a stamp the next run starts from an empty .venv, with an old one it updates what is there.
 $(STAMP): pyproject.toml setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; $(PYTHON) is " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0])'
 	@if [ -e $@ ]; then \
 	    echo 'Updating $(VENV): the list of dependencies has changed.'; rm $@; \
 	else \
