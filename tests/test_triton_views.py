@@ -76,7 +76,7 @@ def rendered(images: np.ndarray, p: ViewParams, spec: ViewSpec, device: torch.de
 
 
 def rounds_between_passes() -> bool:
-    """Whether PyTorch resizes uint8 as such here, not in float32 as some versions do on some processors (2.6: AVX-512)."""
+    """Whether PyTorch resizes uint8 as such here; on some processors some versions do in float32 (2.6, AVX-512)."""
     x = torch.arange(3 * 90 * 70, dtype=torch.int32).mul(37).remainder(251).to(torch.uint8).reshape(3, 90, 70)
     return not torch.equal(F.resize(x, [40, 40]), F.resize(x.float(), [40, 40]).round().to(torch.uint8))
 
