@@ -177,7 +177,8 @@ def _wanted() -> Backend:
     name = current_backend()
     if torch.compiler.is_compiling():
         return name
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 has none
+    hooks = None if top is None else top(False)
     pack = None if hooks is None else inspect.unwrap(hooks[0])
     if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
         return name

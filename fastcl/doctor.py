@@ -16,7 +16,7 @@ from fastcl.errors import shown
 
 _PACKAGES = (
     "torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "tensorboard", "safetensors", "scikit-learn",
-    "pillow", "nvidia-dali-cuda130",
+    "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
 )  # fmt: skip
 _LOSS_TOLERANCE, _GRADIENT_TOLERANCE = 1e-6, 1e-5  # float32 against float64, relative
 _PAIR_TOLERANCE = 1e-5  # of CKA and RSA, absolute

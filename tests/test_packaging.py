@@ -115,7 +115,7 @@ def sdist(tree, tmp_path_factory) -> Path:
 
 def test_the_sdist_holds_every_file_and_builds_the_same_wheel(sdist, wheel, source_files, tmp_path):
     held = {path.relative_to(sdist) for path in sdist.rglob("*") if path.is_file()}
-    assert {path for path in source_files if not path.parts[0].startswith(".")} <= held
+    assert set(source_files) - {Path(".gitignore")} <= held
     pip(sys.executable, "wheel", sdist, "--wheel-dir", tmp_path, cwd=tmp_path)
     (rebuilt,) = tmp_path.glob("*.whl")
     assert names(rebuilt) == names(wheel)
@@ -179,3 +179,18 @@ def test_a_plain_checkout_needs_no_install(tree, tmp_path):
     report = json.loads(run(python, "-c", REPORT, cwd=tmp_path, PYTHONPATH=str(tree)))
     assert report["errors"] == str(tree / "fastcl" / "errors.py")
     assert report["kernel"] == str(tree / "kernels" / KERNEL)
+
+
+def test_the_oldest_versions_of_the_matrix_are_those_that_are_allowed():
+    project, matrix = ((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", ".ci/matrix"))
+    (floor,) = re.findall(r"^check floor (\S+) torch==(\S+)\.0 triton==(\S+)\.0 ", matrix, re.MULTILINE)
+    assert [f'requires-python = ">={floor[0]}"', f'"torch>={floor[1]}",', f'"triton>={floor[2]};'] == re.findall(
+        r'requires-python = "[^"]*"|"torch>=[^"]*",|"triton>=[^;]*;', project
+    )
+
+
+def test_versions_without_their_python_are_said_to_be_skipped(tmp_path):
+    bash = shutil.which("bash")
+    done = subprocess.run([bash, ROOT / ".ci" / "matrix"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" not in done.stdout
+    assert "gpu: SKIPPED, no python3.12 (set PYTHON312)" in done.stdout and "floor: SKIPPED" in done.stdout
