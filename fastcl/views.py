@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,11 @@ def _check_place(out: Path) -> None:
     """Make the folder of a picture; refuse a place where it cannot be written, before the work."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.stat(out)  # a name too long, a zero byte
         if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
             raise PermissionError(0, "it is a folder" if out.is_dir() else "no right to write there")
-    except (OSError, ValueError) as error:  # ValueError: a zero byte
+    except (OSError, ValueError) as error:
         raise FastclError(f"--out: {out} cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
