@@ -148,9 +148,7 @@ def _check_apart(source: str, root: str | None, out: Path) -> None:
         try:
             place = place and Path(place).expanduser()
             inside = (
-                place
-                and out.exists()
-                and (os.path.samefile(place, out) or place.resolve() in out.resolve().parents)
+                place and out.exists() and (os.path.samefile(place, out) or place.resolve() in out.resolve().parents)
             )
         except (OSError, RuntimeError):  # whoever opens it says what is wrong
             continue
