@@ -75,9 +75,7 @@ def contact_sheet(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = ViewLoader(data.train, ViewPlan(spec, seed), len(data.train))
     chosen = loader.batch(epoch, 0)[:samples]
-    split = data.train
-    few = Split(split.ids[chosen], split.labels[chosen], split.sizes[chosen], lambda i: split.read(int(chosen[i])),
-                split.encoded and (lambda i: split.encoded(int(chosen[i]))))  # fmt: skip
+    few = _some(data.train, chosen)
     plan, here = loader.plan, np.arange(samples)
     params = [plan.draw(epoch, few.ids, view, few.sizes) for view in (0, 1)]
     found: dict[str, Any] = {}
@@ -142,6 +140,11 @@ def _sources(args: Any) -> list[Path]:
         return [path for path in Path(args.root).iterdir() if path.is_dir()] if args.root else []
     except (OSError, ValueError):  # loading says what is wrong with the folder
         return []
+
+
+def _some(split: Split, chosen: np.ndarray) -> Split:
+    return Split(split.ids[chosen], split.labels[chosen], split.sizes[chosen], lambda i: split.read(int(chosen[i])),
+                 split.encoded and (lambda i: split.encoded(int(chosen[i]))))  # fmt: skip
 
 
 def _short(name: str) -> str:

@@ -18,7 +18,7 @@ from tiny_run import ROOT
 
 from fastcl import FastclError
 from fastcl.data import EvalViews, Split, TorchvisionRenderer, ViewLoader, ViewPlan, ViewSpec
-from fastcl.data.interrupts import held
+from fastcl.data.deferred import held
 
 CPU = torch.device("cpu")
 PLAN = ViewPlan(ViewSpec.preset("cifar", size=8, blur=0.3), 2)

@@ -61,8 +61,7 @@ def proxy_stream(
     check_workers(workers, "workers")
     renderer = DaliRenderer(split, spec, device, threads=threads)  # also checks that DALI can be used
     batches = iter(batches)
-    first = next(batches, None)
-    if first is None:
+    if (first := next(batches, None)) is None:
         return
     from nvidia.dali.plugin.pytorch.experimental.proxy import DALIServer, DataLoader
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from fastcl.data.interrupts import held
+from fastcl.data.deferred import held
 from fastcl.errors import FastclError
 
 if TYPE_CHECKING:

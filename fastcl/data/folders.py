@@ -13,7 +13,8 @@ from PIL import Image
 from fastcl.data.archives import Zip
 from fastcl.data.limits import check_pixels
 from fastcl.data.listing import extensions, mode_of
-from fastcl.data.readers import Encoded, Read, Source, decode, naming
+from fastcl.data.pixels import decode
+from fastcl.data.readers import Encoded, Read, Source, naming
 from fastcl.data.trees import Tree
 from fastcl.errors import FastclError
 

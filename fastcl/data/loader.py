@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcl.data.interrupts import Closing
+from fastcl.data.deferred import Closing
 from fastcl.data.limits import check_depth, check_workers
 from fastcl.data.philox import Stream, check_integer, keys, permutation
 from fastcl.data.plan import ViewParams, ViewPlan, center_view

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcl.data.interrupts import held
+from fastcl.data.deferred import held
 from fastcl.data.plan import ViewParams
 from fastcl.data.processes import Processes
 from fastcl.data.renderers import Renderer, TorchvisionRenderer

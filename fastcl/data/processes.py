@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastcl.data.interrupts import close_in_finaliser, held
+from fastcl.data.deferred import close_in_finaliser, held
 from fastcl.errors import FastclError
 
 T = TypeVar("T")

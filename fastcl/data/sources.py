@@ -142,21 +142,9 @@ def load(
             than 2), a class without enough images, test_fraction outside (0, 1), an unknown `corrupt`, or a value of
             another type.
     """
-    for key, value in {"source": source, "root": root}.items():
-        if not isinstance(value, str | os.PathLike) and (key, value) != ("root", None):
-            raise FastclError(f"data.{key} must be a text, got {value!r} ({type(value).__name__})")
-    if isinstance(test_fraction, bool) or not isinstance(test_fraction, Real):
-        raise FastclError(f"test_fraction must be a number, got {test_fraction!r}")
-    check_max_pixels(max_pixels)
-    if corrupt not in ("stop", "skip"):
-        raise FastclError(f"data.corrupt must be stop or skip; got {corrupt!r}")
-    if not 0 < test_fraction < 1:
-        raise FastclError(f"test_fraction must lie in (0, 1), got {test_fraction}")
+    _check_arguments(source, root, test_fraction, corrupt, max_pixels)
     found = _find(os.fspath(source), root, download, max_pixels)
-    if not len(found.labels):
-        raise FastclError(f"{source} holds no images")
-    for line, loud in found.left_out.items():
-        log.log(logging.WARNING if loud else logging.INFO, "%s: left out %s", shown(found.name), line)
+    _tell(source, found)
     chosen = _choose(found, classes, seed)
     names = tuple(shown(found.classes[c]) for c in chosen)
     label_of = np.full(len(found.classes) + 1, -1)  # the last entry serves the images of no split, labelled -1
@@ -172,6 +160,27 @@ def load(
         _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # raises what is wrong with a header
     name = shown(found.name)
     return Dataset(name, names, found.channels, *splits.values(), left_out, tuple(found.left_out))
+
+
+def _tell(source: str, found: Source) -> None:
+    """Log what a source leaves out. Raises FastclError where nothing is left."""
+    for line, loud in found.left_out.items():
+        log.log(logging.WARNING if loud else logging.INFO, "%s: left out %s", shown(found.name), line)
+    if not len(found.labels):
+        raise FastclError(f"{source} holds no images")
+
+
+def _check_arguments(source: object, root: object, test_fraction: object, corrupt: object, max_pixels: int) -> None:
+    for key, value in {"source": source, "root": root}.items():
+        if not isinstance(value, str | os.PathLike) and (key, value) != ("root", None):
+            raise FastclError(f"data.{key} must be a text, got {value!r} ({type(value).__name__})")
+    if isinstance(test_fraction, bool) or not isinstance(test_fraction, Real):
+        raise FastclError(f"test_fraction must be a number, got {test_fraction!r}")
+    check_max_pixels(max_pixels)
+    if corrupt not in ("stop", "skip"):
+        raise FastclError(f"data.corrupt must be stop or skip; got {corrupt!r}")
+    if not 0 < test_fraction < 1:
+        raise FastclError(f"test_fraction must lie in (0, 1), got {test_fraction}")
 
 
 def _open(

@@ -27,7 +27,7 @@ def held() -> Iterator[None]:
         with _recording(caught):
             yield
     finally:
-        for number in caught:
+        for number in dict.fromkeys(caught):  # pressed twice, it is one request
             signal.raise_signal(number)
 
 
@@ -78,7 +78,7 @@ def _recording(caught: list[int]) -> Iterator[None]:
 def _send_again(thread: int, finaliser: CodeType, caught: list[int]) -> None:
     while _runs(sys._current_frames().get(thread), finaliser):
         time.sleep(1e-3)
-    for number in caught:
+    for number in dict.fromkeys(caught):
         signal.pthread_kill(thread, number)
 
 
