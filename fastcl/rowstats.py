@@ -98,8 +98,8 @@ def row_stats(
             checked on the CPU only: elsewhere a check would wait for the device.
 
     Source: the relations generalise arXiv 2510.08852, section 3; NaN or an infinity in a row shows as NaN in every row
-    that meets it. In float32 a logit of size L is known to 2^-24 L: gradients have relative errors up to 1e-5 + 2^-24 L,
-    those of `spread_view` up to 1e-5 + 2^-24 / f where the logits of views differ by a fraction f of L.
+    that meets it. In float32 a logit of size L is known to 2^-24 L: gradients have relative errors of 1e-5 + 2^-24 L,
+    those of `spread_view` of 1e-5 + 2^-24 / f at most, where the logits of views differ by a fraction f of L.
     """
     batch = Batch.of(x, y, sample, labels, sample_y, labels_y)
     if columns and y is None:
