@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -148,8 +147,11 @@ class PairAccumulator:
         fields: dict[tuple[str, str], dict[str, Any]] = {pair: {} for pair in combinations(self.names, 2)}
         for stream in self._whole():
             for (i, j), values, strains in stream.pair_sums():
-                kind = PairStats if all(map(math.isfinite, values)) else Overflown
-                stats = kind.unpacked(self.n, stream.kernel, values, stream.rounding, strains)
+                found = self.n, stream.kernel, values, stream.rounding, strains
+                try:
+                    stats = PairStats.unpacked(*found)
+                except FastclError:
+                    stats = Overflown.unpacked(*found)
                 fields[self.names[i], self.names[j]][stream.kernel] = stats
         for pair, sums in self._hsic1.items():
             fields[pair]["hsic1"] = tuple(value / self._batches for value in sums)
