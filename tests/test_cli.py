@@ -62,10 +62,13 @@ def test_align_says_what_is_undefined_and_shows_the_rest(tmp_path, capsys):
     names = [str(tmp_path / name) for name in ("a.npy", "dead.npy", "o.json")]
     assert main(["align", *names[:2], "--spearman", "--json", names[2]]) == 0
     text = capsys.readouterr().out
-    assert text.count("is undefined") == 7 and "drift |K - L|, cosine" in text
+    assert text.count("is undefined") == 13 and "drift |K - L|, cosine" in text
     written = json.loads((tmp_path / "o.json").read_text())
     assert written["measures"]["cka_linear"] is None is written["measures"]["rsa_spearman_error"]
     assert written["measures"]["drift"] > 0 and "all similarities" in written["undefined"]["rsa_spearman"]
+    for measure in ("rho", "cka_bound", "cka_bound_tight", "r", "rsa_bound", "rsa_bound_tight"):
+        assert written["measures"][measure] is None
+        assert "second representation" in written["undefined"][measure]
 
 
 def test_align_of_layers_from_files_and_folders(tmp_path, capsys):

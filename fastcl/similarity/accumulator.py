@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -149,8 +148,11 @@ class PairAccumulator:
         found: dict[tuple[str, str], dict[Inner, PairStats]] = {pair: {} for pair in combinations(self.names, 2)}
         for stream in self._whole():
             for (i, j), values, strains in stream.pair_sums():
-                kind = PairStats if all(map(math.isfinite, values)) else Overflown
-                stats = kind.unpacked(self.n, stream.kernel, values, stream.rounding, strains)
+                given = self.n, stream.kernel, values, stream.rounding, strains
+                try:
+                    stats = PairStats.unpacked(*given)
+                except FastclError:
+                    stats = Overflown.unpacked(*given)
                 found[self.names[i], self.names[j]][stream.kernel] = stats
         return AllPairs(self.names, self.n, {pair: self._result(pair, stats) for pair, stats in found.items()})
 

@@ -59,7 +59,10 @@ class Form(NamedTuple):
         """B(K, K) ("first") or B(L, L) ("second"), refused with `reason` where it holds nothing but rounding."""
         value, floor = (self.kk, self.floor_k) if which == "first" else (self.ll, self.floor_l)
         if not value > floor:
-            raise FastclError(f"{measure} is undefined: {reason.format(which=which)} ({not_above(value, floor)})")
+            raise FastclError(
+                f"{measure} is undefined: {reason.format(which=which)} "
+                f"(self-term {value:.3g} is not above its rounding error {floor:.3g})"
+            )
         return value
 
     def self_terms(self, measure: str, reason: str) -> tuple[float, float]:
@@ -69,8 +72,3 @@ class Form(NamedTuple):
     def correlation(self, measure: str, reason: str) -> float:
         """B(K, L) / sqrt(B(K, K) B(L, L))."""
         return ratio(self.kl, *self.self_terms(measure, reason))
-
-
-def not_above(value: float, floor: float) -> str:
-    """Why a self-term is refused, in the words of every measure."""
-    return f"self-term {value:.3g} is not above its rounding error {floor:.3g}"
