@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCHES ?= losses similarity data
 OUT ?= runs
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint matrix bench clean
@@ -47,8 +48,8 @@ lint: $(STAMP)
 	@$(BIN)/python -m ruff check .
 
 test: lint
-	@echo 'Running the tests; the ten slowest are listed at the end.'
-	@$(BIN)/python -m pytest --durations=10
+	@echo 'Running the tests in $(WORKERS) processes; the ten slowest are listed at the end.'
+	@$(BIN)/python -m pytest --durations=10 -n $(WORKERS) --dist loadfile
 
 matrix:
 	@.ci/matrix
