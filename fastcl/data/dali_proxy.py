@@ -76,16 +76,17 @@ def proxy_stream(
         )  # fmt: skip
         with torch.device("cpu"):  # the loader draws a seed on the default device
             results = iter(loader)
-        while True:
-            try:
-                outputs = next(results, None)
-            except RuntimeError as error:
-                _blame(split, waiting, error)
-            if outputs is None:
-                return
+        while (outputs := _next(results, split, waiting)) is not None:
             _, params = waiting.popleft()
             pixels = (x.permute(0, 3, 1, 2).contiguous() for x in outputs)
             yield tuple(colour_stage(x, p, spec) for x, p in zip(pixels, params, strict=True))
+
+
+def _next(results: Iterator[Any], split: Split, waiting: deque[Batch]) -> Any:
+    try:
+        return next(results, None)
+    except RuntimeError as error:
+        _blame(split, waiting, error)
 
 
 class _Files(Dataset):
