@@ -46,7 +46,7 @@ def check_not_meta(x: Tensor, name: str) -> None:
     """Raise FastclError if x is a tensor of the meta device."""
     if x.device.type == "meta":
         raise FastclError(
-            f"{name} must hold values, got {describe(x)}: move it to the CPU or a GPU (FakeTensorMode tells shapes "
+            f"{name} must hold values, got {describe(x)}: move it to cpu or cuda (FakeTensorMode tells shapes "
             "without values)"
         )
 
