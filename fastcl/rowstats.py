@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastcl import operators  # noqa: F401  (registers torch.ops.fastcl)
+from fastcl import operators, small  # noqa: F401  (registers torch.ops.fastcl)
 from fastcl.backends import dense
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, describe
@@ -112,12 +112,15 @@ def statistics(
     """RowStats of the anchors and, with columns, of the candidates; arguments as `row_stats`."""
     check_positive(temperature, "temperature")
     _check_precision(precision)
-    if choose_backend(batch.x) == "triton":
+    chosen = choose_backend(batch.x)
+    if chosen == "triton":
         if columns and batch.labels is not None:
             batches = batch, batch.transposed()
             return tuple(statistics(b, temperature, normalize, False, precision)[0] for b in batches)
         stats, counts, _, stats_y, counts_y, _ = fused(batch, temperature, normalize, columns, precision, ())
         return tuple(unpack(*found) for found in ((stats, counts), (stats_y, counts_y))[: 1 + columns])
+    if chosen == "chunked" and not columns and (few := small.row_stats(batch, temperature, normalize)) is not None:
+        return (unpack(*few),)
     batch = batch.spelled_out()
     root = _square_root(temperature)
     with torch.autocast(batch.x.device.type, enabled=False):

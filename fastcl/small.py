@@ -10,17 +10,21 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fastcl.backends import chunked
+from fastcl.backends.closed import has_slopes
 from fastcl.batch import Batch
 from fastcl.operators import whole
 from fastcl.operators.whole import Pairs
 
-ENTRIES = 1 << 22  # of the matrix at most: 16 MiB in float32, kept for the backward pass
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def losses(
     batch: Batch, objectives: Sequence[Any], temperature: float | Tensor, normalize: bool, reduction: str
 ) -> Sequence[Tensor] | None:
     """Reduced row losses of each objective, of anchors and candidates together; None where tiles have to do."""
+    if not all(map(has_slopes, objectives)):
+        return None
     found: dict[int, Tensor] = {}
     for labelled in (False, True):
         chosen = [k for k, o in enumerate(objectives) if o.needs_labels == labelled]
@@ -50,13 +54,15 @@ def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
     if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.device.type != "cpu" or _watched():
         return None
     n = len(x) if x2 is None else 2 * len(x)
-    if n * n > ENTRIES or n < 4 or (y is not None and n < 2):
+    if n * n > chunked.WHOLE or n < (4 if y is None else 2):
         return None
     labels = batch.labels if needs_labels else None
     if x2 is not None:
         return Pairs(x, x2, None, labels, False)
     if y is not None:
         return Pairs(x, y, None, None, True) if batch.sample is None else None
+    if batch.stacked:
+        return Pairs(x, None, None, None if labels is None else labels[: n // 2], False)
     return _sorted_pairs(x, batch.sample, labels)
 
 
@@ -68,17 +74,11 @@ def _watched() -> bool:
     )  # fmt: skip
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def _sorted_pairs(x: Tensor, sample: Tensor, labels: Tensor | None) -> Pairs | None:
     """Rows by sample, if each sample has two."""
     half = len(sample) // 2
     if len(sample) % 2:
         return None
-    first, second = sample[:half], sample[half:]
-    if torch.equal(first, second) and (half == 1 or bool((first[1:] > first[:-1]).all())):
-        return Pairs(x, None, None, None if labels is None else labels[:half], False)
     ids, order = sample.sort(stable=True)
     if not torch.equal(ids[::2], ids[1::2]) or bool((ids[2::2] == ids[1:-1:2]).any()):
         return None

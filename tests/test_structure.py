@@ -26,7 +26,8 @@ LAYERS: dict[str, set[str]] = {
     "backends": {"errors", "kernels"},
     "operators": {"backends"},
     "batch": {"checks"},
-    "rowstats": {"operators", "batch"},
+    "small": {"operators", "batch"},
+    "rowstats": {"small"},
     "objectives": {"rowstats"},
     "functional": {"objectives"},
     "twins": {"functional", "similarity"},
@@ -44,7 +45,7 @@ LAYERS: dict[str, set[str]] = {
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.
 BARE = {"fastcl", "losses", "similarity", "twins"}
-BARE |= {"errors", "checks", "batch", "backends", "operators", "rowstats", "objectives", "functional"}
+BARE |= {"errors", "checks", "batch", "backends", "operators", "small", "rowstats", "objectives", "functional"}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
 

@@ -1,23 +1,22 @@
 """Row losses of an objective together with their derivatives: what autograd makes of its closed form, in fewer steps.
 
-With L_R the log-sum-exp over a set R of relations, S what both positives P and denominator D hold, Q the rest of D and
-O the rest of P, the loss of a row is L_D - L_P plus, for a mean over positives outside the log, the spread of the
-positives, L_P less their mean logit; for a mean inside, the logarithm of their number. Where S is not empty,
-
-    L_D - L_P = softplus(L_Q - L_S) - softplus(L_O - L_S)
-
-keeps all digits of a small loss, as `fastcl.objectives` has it.
+With L_R the log-sum-exp over a set R of relations and Q what the denominator D holds beside the positives P, the loss
+of a row is L_D - L_P plus, for a mean over positives outside the log, the spread of the positives, L_P less their mean
+logit; for a mean inside, the logarithm of their number. Where D holds all of P, L_D - L_P = softplus(L_Q - L_P) keeps
+all digits of a small loss, as `fastcl.objectives` has it; where it holds none of P, no digits are at stake.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus as torch_softplus
 
-Slopes = dict[str, "Tensor | float"]  # by "view" (its mean logit), "peer", "other" (log-sum-exps), "sum_peer"
+# By "view" (its mean logit), "peer", "other" (log-sum-exps) and "sum_peer": (N,), or 1 or -1 for all rows.
+Slopes: TypeAlias = dict[str, Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -38,33 +37,37 @@ class Sides:
     n: dict[str, Tensor | int]  # (N,) or the same for all; of views 1
 
 
+def has_slopes(form: Form) -> bool:
+    """Whether `rows_and_slopes` takes the objective: its denominator holds all of the positives, or none."""
+    return len(set(form.positives) - set(form.denominator)) in (0, len(form.positives))
+
+
 def rows_and_slopes(form: Form, s: Sides) -> tuple[Tensor, Slopes]:
     """(N,) row losses and their derivatives; a relation without influence has none. Rows that lack a positive, a
     denominator or, where the objective has any, a negative: 0."""
     positives, denominator = ([r for r in s.lse if r in group] for group in (form.positives, form.denominator))
-    shared = [r for r in positives if r in denominator]
-    repelled, only = ([r for r in group if r not in shared] for group in (denominator, positives))
+    softens = form.positives[0] in form.denominator
+    repelled = [r for r in denominator if r not in positives]
     needed = [positives, denominator, *([repelled] if set(form.denominator) - set(form.positives) else [])]
     uncertain = [g for g in needed if not any(isinstance(s.n[r], int) and s.n[r] for r in g)]
     if any(all(isinstance(s.n[r], int) for r in group) for group in uncertain):
         return torch.zeros_like(s.lse["view"]), {}
     slopes: Slopes = {}
-    attraction = _log_sum(s, positives) if shared or form.inside else None
-    loss = _spread(form.inside, bool(shared), s, positives, attraction, slopes)
-    if not shared:
+    attraction = _log_sum(s, positives) if softens or form.inside else None
+    loss = _spread(form.inside, softens, s, positives, attraction, slopes)
+    if not softens:
         top, shares = _log_sum(s, denominator)
         loss = top + loss
         _add(slopes, shares)
-    for group, sign in ((repelled, 1.0), (only, -1.0)) if shared else ():
-        if group:
-            base, base_shares = attraction if shared == positives else _log_sum(s, shared)
-            lse, shares = _log_sum(s, group)
-            gap = lse - base
-            force = torch.sigmoid(gap)
-            _add(slopes, shares, force, sign)
-            _add(slopes, base_shares, force, -sign)
-            loss = torch.add(softplus(gap), loss) if sign > 0 else loss - softplus(gap)
-    loss = loss if isinstance(loss, Tensor) else torch.zeros_like(s.lse["view"])
+    elif repelled:
+        lse, shares = _log_sum(s, repelled)
+        gap = lse - attraction[0]
+        force = torch.sigmoid(gap)
+        _add(slopes, shares, force)
+        _add(slopes, attraction[1], force, -1.0)
+        loss = torch.add(softplus(gap), loss)
+    elif not isinstance(loss, Tensor):
+        loss = torch.zeros_like(s.lse["view"])
     if not uncertain:
         return loss, slopes
     valid = torch.stack([sum(s.n[r] for r in group) > 0 for group in uncertain]).all(0)

@@ -8,7 +8,7 @@ Same-class sums of logits come from sums of rows, so that no pass over the matri
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ _HALF = (torch.float16, torch.bfloat16)
 NORMS = (1e-12, 1e12)  # between them squares neither overflow nor vanish; other rows take more care than this
 
 
-Pull = Union[Tensor, float, None]
+Pull: TypeAlias = Tensor | float | None
 PULLS = ("view", "other", "peer", "sum_peer")  # what a gradient of the statistics is made of
 
 
@@ -119,7 +119,7 @@ def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer
         view, other, peer, sum_peer: gradients of mean_view, lse_other, lse_peer, sum_peer, (N,) or one for all; None
             for zero.
     """
-    v, n, b = kept.v, len(kept.v), len(kept.v) // 2
+    v, b = kept.v, len(kept.v) // 2
     if other is None:
         pull = torch.zeros_like(kept.e_other)
     else:

@@ -6,6 +6,7 @@ Compiled code keeps to `torch.ops.fastcl.row_stats`: what is taken here depends 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def losses(
     inputs = pairs.x, pairs.x2, temperature if isinstance(temperature, Tensor) else None
     alone = len(forms) == 1 and reduction != "none"
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    with torch.no_grad():
+    with torch.no_grad(), _in_full():
         if (found := _forward(pairs, temperature, normalize, peers)) is None:
             return None
         way, stats, kept = found
@@ -61,6 +62,11 @@ def losses(
     return rows if reduction == "none" else [getattr(v, reduction)() for v in rows]
 
 
+def _in_full() -> AbstractContextManager:
+    """Without autocast; entering it costs as much as a sum over few rows, so only where it is on."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+
+
 def _sides(stats: whole.Stats) -> Sides:
     lse = {"view": stats.mean_view, "other": stats.lse_other}
     n = {"view": 1, "other": stats.n_other}
@@ -74,7 +80,7 @@ def row_stats(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
     """mean_view, spread_view, mean_peer, lse_peer, lse_other and three counts of N rows; None as `row_losses`."""
     given = temperature if isinstance(temperature, Tensor) else None
-    with torch.no_grad():
+    with torch.no_grad(), _in_full():
         if (found := _forward(pairs, temperature, normalize, peers)) is None:
             return None
         way, stats, kept = found
@@ -86,7 +92,7 @@ def row_stats(
             inverse = 1 / stats.n_peer.clamp(min=1)
             peer = stats.sum_peer * inverse, stats.lse_peer
         else:
-            n_peer, peer = n_view - 1, zero.clone(), torch.full_like(zero, -torch.inf)
+            n_peer, peer = n_view - 1, (zero.clone(), torch.full_like(zero, -torch.inf))
         statistics = stats.mean_view, zero, *peer, stats.lse_other
         n_other = n - 2 - n_peer
         counts = tuple(_restored(v, pairs.order) for v in (n_view, n_peer, n_other))
@@ -139,7 +145,7 @@ class _Attached(Function):
     @staticmethod
     def backward(ctx, *grads):
         x, x2, temperature, order, *rest = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), _in_full():
             kept, tensors = Kept(*rest[: len(Kept._fields)]), iter(rest[len(Kept._fields) :])
             slopes = [{r: next(tensors) if v is None else v for r, v in s.items()} for s in ctx.slopes]
             scale, pulls = _pulls(slopes, grads, order)
