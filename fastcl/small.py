@@ -43,19 +43,20 @@ def losses(
 
 def row_stats(batch: Batch, temperature: float | Tensor, normalize: bool):
     """The five statistics and three counts of each row; None where tiles have to do."""
-    pairs = _pairs(batch, True)
-    if pairs is None or pairs.towers:
+    if batch.y is not None:
         return None
-    return whole.row_stats(pairs, temperature, normalize, pairs.labels is not None)
+    if (pairs := _pairs(batch, True)) is not None:
+        return whole.row_stats(pairs, temperature, normalize, pairs.labels is not None)
+    if batch.sample is None or len(batch.x) ** 2 > chunked.WHOLE // 4 or not _is_small(batch):
+        return None
+    return whole.any_row_stats(batch.x, batch.sample, batch.labels, temperature, normalize)
 
 
 def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
+    if not _is_small(batch):
+        return None
     x, x2, y = batch.x, batch.x2, batch.y
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.device.type != "cpu" or _watched():
-        return None
     n = len(x) if x2 is None else 2 * len(x)
-    if n * n > chunked.WHOLE or n < (4 if y is None else 2):
-        return None
     labels = batch.labels if needs_labels else None
     if x2 is not None:
         return Pairs(x, x2, None, labels, False)
@@ -64,6 +65,14 @@ def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
     if batch.stacked:
         return Pairs(x, None, None, None if labels is None else labels[: n // 2], False)
     return _sorted_pairs(x, batch.sample, labels)
+
+
+def _is_small(batch: Batch) -> bool:
+    x = batch.x
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.device.type != "cpu" or _watched():
+        return False
+    n = len(x) if batch.x2 is None else 2 * len(x)
+    return (4 if batch.y is None else 2) <= n and n * n <= chunked.WHOLE
 
 
 def _watched() -> bool:

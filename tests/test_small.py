@@ -21,7 +21,7 @@ from reference import (
     small_tiles,
     solve,
 )
-from test_objectives import OWN, check, simplex
+from test_objectives import OWN, check, simplex, uneven_batch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -195,6 +195,33 @@ def test_statistics(field: str, dtype: torch.dtype, tiled: list[int], monkeypatc
     assert not tiled
 
 
+@every_objective
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_views(name: str, dtype: torch.dtype, tiled: list[int]) -> None:
+    sample, labels = uneven_batch()
+    for temperature in (0.05, 0.5, 10.0):
+        check("chunked", name, normal(41, 24).to(dtype), sample, labels, temperature, tile=None)
+    check("chunked", name, (normal(41, 24) * 0.3).to(dtype), sample, labels, 0.5, normalize=False, tile=None)
+    assert not tiled
+    check("chunked", name, normal(41, 3).to(dtype), sample, labels, 0.01, tile=None)
+    zero = normal(41, 24).to(dtype).masked_fill_(torch.arange(41)[:, None] == 5, 0)
+    check("chunked", name, zero, sample, labels, 0.5, tile=None)
+    assert tiled == [41, 41]
+
+
+@pytest.mark.parametrize("field", test_rowstats.FIELDS)
+def test_statistics_of_any_number_of_views(field: str, tiled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, labels = uneven_batch()
+    monkeypatch.setattr(test_rowstats, "small_tiles", lambda *_: pytest.MonkeyPatch.context())
+    for ids in ({"sample": sample}, {"sample": sample, "labels": labels}):
+        for dtype in DTYPES:
+            test_rowstats.check("chunked", (field,), normal(41, 9).to(dtype), None, ids, 0.2)
+    x = normal(41, 9).float().requires_grad_()
+    stats = fastcl.row_stats(x, sample=torch.arange(41) % 21, temperature=0.07)
+    (grad,) = torch.autograd.grad(stats.spread_view.sum(), x)
+    assert not stats.spread_view.any() and not grad.any() and not tiled
+
+
 def test_objectives_of_ones_own(tiled: list[int]) -> None:
     sample = torch.arange(24).repeat(2)
     for formula, own in OWN:
@@ -204,6 +231,9 @@ def test_objectives_of_ones_own(tiled: list[int]) -> None:
 
 def test_differentiable_once() -> None:
     z = normal(18, 4).requires_grad_()
+    (grad,) = torch.autograd.grad(fastcl.contrastive_loss(z, SAMPLE // 2), z, create_graph=True)  # four views
+    with pytest.raises(FastclError, match="chunked .* differentiable once.*'dense'"):
+        grad.sum().backward()
     for reduction in ("mean", "none"):
         loss = fastcl.contrastive_loss(z, SAMPLE, reduction=reduction).sum()
         (grad,) = torch.autograd.grad(loss, z, create_graph=True)

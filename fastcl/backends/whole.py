@@ -67,19 +67,14 @@ def forward(
     """
     if x2 is not None:
         x = torch.cat([x, x2])
-    if x.dtype in _HALF:
-        x = x.float()
-    n, d = x.shape
-    b = n // 2
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    low, high = norm.aminmax()
-    if not (NORMS[0] <= low.item() and high.item() <= NORMS[1]):  # NaN neither
+    n, b = len(x), len(x) // 2
+    if (rows := unit_rows(x, way)) is None:
         return None
-    v = x / norm if way.normalize else x
+    v, norm, high = rows
     one, two = (v[:b], v[b:]) if way.towers else (v, v)
     s = torch.addmm(norm.new_empty(1), one, two.t(), beta=0, alpha=1 / way.temperature)
     mean_view = s.diagonal().repeat(2) if way.towers else _partners(s).reshape(n)
-    if (1 if way.normalize else high.item() ** 2) > EXP_LIMIT * way.temperature:
+    if high * high > EXP_LIMIT * way.temperature:
         _hide(s, way.towers)
         low, high = s.aminmax()
         if not (-EXP_LIMIT <= low.item() and high.item() <= EXP_LIMIT):
@@ -112,6 +107,19 @@ def forward(
     return stats, Kept(v, norm, e_other, other, e, peer, same)
 
 
+def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
+    """Rows in working precision, normalised where asked for, their norms (N, 1) before, the largest norm after; None
+    where squares are out of range."""
+    if x.dtype in _HALF:
+        x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    low, high = norm.aminmax()
+    low, high = low.item(), high.item()
+    if not (NORMS[0] <= low and high <= NORMS[1]):  # NaN neither
+        return None
+    return (x / norm, norm, 1.0) if way.normalize else (x, norm, high)
+
+
 def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer: Pull) -> Tensor:
     """(N, D) gradients of `Kept.v`, times the temperature.
 
@@ -123,11 +131,11 @@ def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer
     if other is None:
         pull = torch.zeros_like(kept.e_other)
     else:
-        pull = _weights(other / kept.other, way.towers).mul_(kept.e_other)
+        pull = weights(other / kept.other, way.towers).mul_(kept.e_other)
     if peer is not None:
-        pull.addcmul_(_weights(peer / kept.peer, way.towers), kept.e_peer)
+        pull.addcmul_(weights(peer / kept.peer, way.towers), kept.e_peer)
     if sum_peer is not None:
-        each = _weights(sum_peer, way.towers)
+        each = weights(sum_peer, way.towers)
         pull.view(2, b, 2, b).addcmul_(each.view(2, b, 2, b), kept.same[:, None])
         pull.diagonal().zero_()
     pair = view.view(2, b).sum(0) if isinstance(view, Tensor) else 2 * (view or 0.0)
@@ -136,16 +144,16 @@ def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer
     return torch.cat([torch.mm(pull, v[b:]), torch.mm(pull.t(), v[:b])]) if way.towers else torch.mm(pull, v)
 
 
-def to_inputs(kept: Kept, way: Way, dv: Tensor, need_temperature: bool) -> tuple[Tensor, Tensor | None]:
+def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of the rows that v was made of and of the temperature, times the temperature, from those of v, which
     are overwritten."""
-    radial = (dv * kept.v).sum(1, keepdim=True) if way.normalize or need_temperature else None
+    radial = (dv * v).sum(1, keepdim=True) if way.normalize or need_temperature else None
     if way.normalize:
-        dv.addcmul_(kept.v, radial, value=-1).div_(kept.norm)
+        dv.addcmul_(v, radial, value=-1).div_(norm)
     return dv, radial.sum() * (-0.5 / way.temperature) if need_temperature else None
 
 
-def _weights(w: Tensor, towers: bool) -> Tensor:
+def weights(w: Tensor, towers: bool) -> Tensor:
     """What the matrix is multiplied by: each entry serves its row and its column."""
     if towers:
         b = len(w) // 2

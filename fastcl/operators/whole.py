@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastcl.backends import whole
+from fastcl.backends import masked, whole
 from fastcl.backends.closed import Form, Sides, Slopes, rows_and_slopes
 from fastcl.backends.whole import Kept
 from fastcl.operators.registration import differentiable_once
@@ -53,7 +53,7 @@ def losses(
         if alone and wanted:
             # Here and now: N x D numbers are kept for the backward pass instead of N x N.
             dv = whole.backward(kept, way, *map(slopes[0].get, whole.PULLS))
-            dx, dt = whole.to_inputs(kept, way, dv, inputs[2] is not None)
+            dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, inputs[2] is not None)
             factor = 1 / (way.temperature * (len(rows[0]) if reduction == "mean" else 1))
             dx = _restored(dx, pairs.order)
     if alone:
@@ -98,6 +98,19 @@ def row_stats(
         counts = tuple(_restored(v, pairs.order) for v in (n_view, n_peer, n_other))
     slopes = [{"view": 1.0}, {}, {"sum_peer": inverse} if peers else {}, {"peer": 1.0} if peers else {}, {"other": 1.0}]
     return _Attached.apply(statistics, slopes, way, kept, pairs.order, pairs.x, pairs.x2, given), counts
+
+
+def any_row_stats(
+    x: Tensor, sample: Tensor, labels: Tensor | None, temperature: float | Tensor, normalize: bool
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """As `row_stats`, of rows (N, D) with any number of views."""
+    given = temperature if isinstance(temperature, Tensor) else None
+    way = whole.Way(temperature.item() if given is not None else temperature, normalize, False)
+    with torch.no_grad(), _in_full():
+        if (found := masked.forward(x, sample, labels, way)) is None:
+            return None
+        statistics, counts, kept = found
+    return _Masked.apply(statistics, way, kept, x, given), counts
 
 
 def _forward(pairs: Pairs, temperature: float | Tensor, normalize: bool, peers: bool):
@@ -150,9 +163,30 @@ class _Attached(Function):
             slopes = [{r: next(tensors) if v is None else v for r, v in s.items()} for s in ctx.slopes]
             scale, pulls = _pulls(slopes, grads, order)
             dv = whole.backward(kept, ctx.way, *pulls).mul_(scale / ctx.way.temperature)
-            dx, dt = whole.to_inputs(kept, ctx.way, dv, ctx.needs_input_grad[7])
+            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[7])
             found = _of_inputs(_restored(dx, order), dt, x, x2, temperature)
         return None, None, None, None, None, *_once(found, x, x2, temperature, *grads)
+
+
+class _Masked(Function):
+    """The five statistics of rows with any number of views, computed without autograd."""
+
+    @staticmethod
+    def forward(ctx, statistics, way, kept, *inputs):
+        ctx.way = way
+        ctx.save_for_backward(*inputs, *kept)
+        return statistics
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, temperature, *rest = ctx.saved_tensors
+        with torch.no_grad(), _in_full():
+            kept = masked.Kept(*rest)
+            scale = torch.stack(grads).abs().amax().item() or 1.0
+            dv = masked.backward(kept, ctx.way, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
+            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[4])
+            dx, _, dt = _of_inputs(dx, dt, x, None, temperature)
+        return None, None, None, *_once((dx, dt), x, temperature, *grads)
 
 
 def _of_inputs(
