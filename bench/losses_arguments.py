@@ -9,13 +9,17 @@ import torch
 from bench.providers import OBJECTIVES, PROVIDERS, TOLERANCES
 from bench.records import MEMORY_HELP, add_arguments, check_out, device_of, memory_limit, require_positive
 
-SIZES = {"cpu": (512, 2048, 8192, 16384), "cuda": (512, 4096, 16384, 65536, 262144, 1048576)}
+SIZES = {
+    "cpu": (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+    "cuda": (512, 4096, 16384, 65536, 262144, 1048576),
+}
 
 _DESCRIPTION = f"""\
 Time and memory of the contrastive losses, forward and backward, against what a user would write or install otherwise.
 
 providers, all in one run and interleaved, so that a drift of the machine hits all alike:
-  fastcl chunked           the torch backend, float32
+  fastcl chunked           the torch backend, float32: the functions of two views; of few rows the gradient comes with
+                           the forward pass
   fastcl fp16, fastcl fp32 the Triton backend on float32 rows, its two precisions; CUDA, or a CPU's interpreter
   fastcl dense             fastcl.backend("dense"): the specification, N x N, not meant to be fast; on a CPU only
   plain PyTorch            normalise, one matrix product, masks, cross entropy or log-sum-exp; also under autocast to
@@ -35,6 +39,8 @@ _EPILOG = """\
 examples:
   python -m bench.losses --out runs/bench                          the whole table
   python -m bench.losses --out runs/try --n 512 --repeats 5        a first look
+  python -m bench.losses --out runs/try --providers "fastcl chunked" "plain PyTorch" --repeats 25 --seconds 10
+                                                                   the two on all sizes, some 7 minutes on a CPU
 
 DIR/losses.json holds every single time, DIR/losses.md the tables, DIR/losses.svg the figure of NT-Xent where matplotlib
 is installed and a width has two sizes; they are rewritten after each objective and size, so a run that is stopped keeps

@@ -77,11 +77,16 @@ class Provider:
 
 def _fastcl(backend: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:
     with fastcl.backend(backend):
-        if objective == "clip":
-            return fastcl.clip_loss(*z.chunk(2), 1 / plain.TEMPERATURE)
-        sample = torch.arange(len(z) // 2, device=z.device).repeat(2)
-        classes = None if objective == "ntxent" else labels.repeat(2)
-        return _joint(z, sample, classes, objective)
+        return _direct(z.chunk(2), z, labels, objective)
+
+
+def _direct(views: Sequence[Tensor], z: Tensor, labels: Tensor, objective: str) -> Tensor:
+    """The function of two views, whose order is known; several objectives from one set of row statistics."""
+    if "+" in objective:
+        return _joint(z, torch.arange(len(labels), device=z.device).repeat(2), labels.repeat(2), objective)
+    classes = () if objective in ("ntxent", "clip") else (labels,)
+    scale = 1 / plain.TEMPERATURE if objective == "clip" else plain.TEMPERATURE
+    return getattr(fastcl, f"{objective}_loss")(*views, *classes, scale)
 
 
 def _joint(z: Tensor, sample: Tensor, classes: Tensor | None, objectives: str) -> Tensor:
@@ -93,12 +98,8 @@ def _joint(z: Tensor, sample: Tensor, classes: Tensor | None, objectives: str) -
 def fused(half: bool, z: Tensor, labels: Tensor, objective: str) -> Tensor:
     """The Triton backend's direct way for two views: "fp16" under autocast, "fp32" else; arguments as a provider's."""
     views = z.view(2, -1, z.shape[1]).unbind()
-    classes = () if objective in ("ntxent", "clip") else (labels,)
-    scale = 1 / plain.TEMPERATURE if objective == "clip" else plain.TEMPERATURE
     with fastcl.backend("triton"), torch.autocast(z.device.type, torch.float16, enabled=half):
-        if "+" in objective:
-            return _joint(z, torch.arange(len(labels), device=z.device).repeat(2), labels.repeat(2), objective)
-        return getattr(fastcl, f"{objective}_loss")(*views, *classes, scale)
+        return _direct(views, z, labels, objective)
 
 
 def _plain(prefix: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_all_ids, check_ids, check_rows, describe
+from fastcl.checks import check_all_ids, check_ids, check_rows, describe, is_stacked
 from fastcl.errors import FastclError
 
 
@@ -25,6 +25,7 @@ class Batch:
     labels: Tensor | None = None
     sample_y: Tensor | None = None
     labels_y: Tensor | None = None
+    stacked: bool = False  # `sample` is known to be that of two views, in the order of `two_views`
 
     @classmethod
     def of(
@@ -38,7 +39,7 @@ class Batch:
             if (y.shape[1], y.dtype, y.device) != (x.shape[1], x.dtype, x.device):
                 raise FastclError(f"y must match x in width, dtype and device: x is {describe(x)}, y is {describe(y)}")
         ids = check_all_ids(x, y, sample, labels, sample_y, labels_y)
-        return cls(x, None, y, *ids)
+        return cls(x, None, y, *ids, y is None and is_stacked(sample, None))
 
     @classmethod
     def two_views(cls, z1: Tensor, z2: Tensor, labels: Tensor | None) -> Batch:

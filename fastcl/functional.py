@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fastcl import small
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, check_rows
-from fastcl.choices import REDUCTIONS, ObjectiveName, Precision, Reduction
+from fastcl.choices import PRECISIONS, REDUCTIONS, ObjectiveName, Precision, Reduction
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.objectives import Objective, ObjectiveLike, resolve
@@ -49,8 +50,7 @@ def contrastive_loss(
     check_rows(z, "z")
     loss = _labelled(objective, labels)
     batch = Batch.of(z, None, sample, labels, None, None)
-    ((rows,),) = _row_losses(batch, [loss], temperature, normalize, precision=precision)
-    return _reduce(rows, reduction)
+    return _losses(batch, [loss], temperature, normalize, reduction, precision=precision)[0]
 
 
 def contrastive_losses(
@@ -80,8 +80,8 @@ def contrastive_losses(
         raise FastclError(f"objectives must be several names, got the one string {objectives!r}")
     losses = {name: _labelled(name, labels) for name in objectives}
     batch = Batch.of(z, None, sample, labels, None, None)
-    (rows,) = _row_losses(batch, list(losses.values()), temperature, normalize, precision=precision)
-    return {name: _reduce(row, reduction) for name, row in zip(losses, rows, strict=True)}
+    found = _losses(batch, list(losses.values()), temperature, normalize, reduction, precision=precision)
+    return dict(zip(losses, found, strict=True))
 
 
 def ntxent_loss(
@@ -171,8 +171,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     check_positive(logit_scale, "logit_scale")
     if isinstance(logit_scale, Tensor) and logit_scale.dtype != torch.float64:
         logit_scale = logit_scale.to(torch.float64 if image.dtype == torch.float64 else torch.float32)
-    sides = _row_losses(batch, [resolve("ntxent")], 1 / logit_scale, normalize, columns=True)
-    return sum(rows[0].mean() for rows in sides) / 2
+    return _losses(batch, [resolve("ntxent")], 1 / logit_scale, normalize, "mean", columns=True)[0]
 
 
 def two_view_stats(
@@ -191,26 +190,35 @@ def _two_view_loss(
 ) -> Tensor:  # fmt: skip
     _check_reduction(reduction)
     loss = _labelled(objective, labels)
-    ((rows,),) = _row_losses(Batch.two_views(z1, z2, labels), [loss], temperature, normalize)
-    return _reduce(rows, reduction)
+    return _losses(Batch.two_views(z1, z2, labels), [loss], temperature, normalize, reduction)[0]
 
 
-def _row_losses(
+def _losses(
     batch: Batch, losses: Sequence[Callable[[RowStats], Tensor]], temperature: float | Tensor, normalize: bool,
-    columns: bool = False, precision: str | None = None,
-) -> list[list[Tensor]]:  # fmt: skip
-    """Row losses, (N,) each, of the anchors and, with columns, of the candidates.
+    reduction: str, columns: bool = False, precision: str | None = None,
+) -> Sequence[Tensor]:  # fmt: skip
+    """Reduced row losses of the anchors; with columns their mean with those of the candidates.
 
-    On the Triton backend rows of the table are evaluated inside the operator; a callable of the caller's own is
-    evaluated by torch on the statistics, there as elsewhere.
+    On the Triton backend, and for few rows on a CPU, rows of the table are evaluated inside the operator; a callable of
+    the caller's own is evaluated by torch on the statistics, there as elsewhere.
     """
-    if losses and choose(batch.x) == "triton" and all(isinstance(loss, Objective) for loss in losses):
+    table = all(isinstance(loss, Objective) for loss in losses)
+    chosen = choose(batch.x) if losses and table else None
+    if chosen == "chunked" and precision in (None, *PRECISIONS):
+        check_positive(temperature, "temperature")
+        found = small.losses(batch, losses, temperature, normalize, reduction)
+        if found is not None:
+            return found
+    if chosen == "triton":
         check_positive(temperature, "temperature")
         codes = [loss.code for loss in losses]
         _, _, rows, _, _, rows_y = fused(batch, temperature, normalize, columns, precision, codes)
-        return [list(side.unbind()) for side in ((rows, rows_y) if columns else (rows,))]
-    found = statistics(batch, temperature, normalize, columns, precision)
-    return [[loss(stats) for loss in losses] for stats in found]
+        sides = [list(side.unbind()) for side in ((rows, rows_y) if columns else (rows,))]
+    else:
+        stats = statistics(batch, temperature, normalize, columns, precision)
+        sides = [[loss(found) for loss in losses] for found in stats]
+    reduced = [[_reduce(rows, reduction) for rows in side] for side in sides]
+    return [sum(values) / 2 for values in zip(*reduced, strict=True)] if columns else reduced[0]
 
 
 def _labelled(objective: ObjectiveLike, labels: Tensor | None):

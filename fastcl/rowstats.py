@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastcl import operators  # noqa: F401  (registers torch.ops.fastcl)
+from fastcl import operators, small  # noqa: F401  (registers torch.ops.fastcl)
 from fastcl.backends import dense
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, is_inside
@@ -132,6 +132,8 @@ def statistics(
             return tuple(statistics(b, temperature, normalize, False, precision)[0] for b in batches)
         stats, counts, _, stats_y, counts_y, _ = fused(batch, temperature, normalize, columns, precision, ())
         return tuple(unpack(*found) for found in ((stats, counts), (stats_y, counts_y))[: 1 + columns])
+    if chosen == "chunked" and not columns and (few := small.row_stats(batch, temperature, normalize)) is not None:
+        return (unpack(*few),)
     batch = batch.spelled_out()
     root = _square_root(temperature, batch.x.dtype)
     with torch.autocast(batch.x.device.type, enabled=False):

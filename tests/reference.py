@@ -270,8 +270,8 @@ def assert_temperature(got: Tensor, truth: Truth, dtype: torch.dtype | str) -> N
 
 @contextmanager
 def small_tiles(chunked: ModuleType, rows: int, columns: int) -> Iterator[list[bool]]:
-    """Inside, the chunked backend (its module is passed) works in tiles of this size. Yields the list to which each
-    pass appends whether it took the bounded path."""
+    """Inside, the chunked backend (its module is passed) works in tiles of this size, few rows too. Yields the list
+    to which each pass appends whether it took the bounded path."""
     paths: list[bool] = []
     is_bounded = chunked._is_bounded
 
@@ -282,5 +282,6 @@ def small_tiles(chunked: ModuleType, rows: int, columns: int) -> Iterator[list[b
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "TILE", {"cpu": (rows, columns)})
         patch.setattr(chunked, "VIEW_ELEMENTS", 64 * rows)
+        patch.setattr(chunked, "WHOLE", 0)
         patch.setattr(chunked, "_is_bounded", recorded)
         yield paths

@@ -1,6 +1,7 @@
 """Every objective of the table against its paper's formula in float64: values, gradients, invariances, bounds."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -43,16 +44,19 @@ def check(
     labels: Tensor,
     temperature: float,
     normalize: bool = True,
-    tile: tuple[int, int] = (8, 12),
+    tile: tuple[int, int] | None = (8, 12),
     objective: ObjectiveLike | None = None,
 ) -> list[bool]:
-    """One objective against its formula, each row with a weight of its own. Returns the paths of the chunked passes."""
+    """One objective against its formula, each row with a weight of its own. Returns the paths of the chunked passes.
+
+    Without a tile few rows take the way that they take outside of tests.
+    """
     wide = z.dtype if z.dtype == torch.float64 else torch.float32
     z, t = z.detach().requires_grad_(), torch.tensor(temperature, dtype=wide, requires_grad=True)
     weights = (torch.rand(len(z), generator=torch.Generator().manual_seed(5)) + 0.5).to(wide) / len(z)
     formula = row_losses(name, masks(sample, labels))
     truth = solve(formula, z, t.item(), weights=weights, normalize=normalize, subtracts=name == "supcon")
-    with fastcl.backend(backend), small_tiles(chunked, *tile) as paths:
+    with fastcl.backend(backend), nullcontext([]) if tile is None else small_tiles(chunked, *tile) as paths:
         rows = fastcl.contrastive_loss(z, sample, labels, objective or name, t, "none", normalize)
         loss = (rows * weights).sum()
         grads = torch.autograd.grad(loss, (z, t))

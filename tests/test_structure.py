@@ -34,7 +34,8 @@ LAYERS: dict[str, set[str]] = {
     "backends": {"errors", "kernels"},
     "operators": {"backends"},
     "batch": {"checks"},
-    "rowstats": {"operators", "batch", "dispatch"},
+    "small": {"operators", "batch"},
+    "rowstats": {"small", "dispatch"},
     "objectives": {"rowstats"},
     "functional": {"objectives"},
     "twins": {"functional", "similarity"},
@@ -52,7 +53,7 @@ LAYERS: dict[str, set[str]] = {
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.
 BARE = {"fastcl", "losses", "functional", "similarity", "twins", "interrupts"}
-BARE |= {"errors", "checks", "choices", "batch", "dispatch", "backends", "operators", "rowstats", "objectives"}
+BARE |= {"errors", "checks", "choices", "batch", "dispatch", "backends", "operators", "small", "rowstats", "objectives"}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
 

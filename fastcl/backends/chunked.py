@@ -24,6 +24,7 @@ from fastcl.backends.layout import Layout, Side
 TILE = {"cpu": (256, 2048)}
 TILE_ELSEWHERE = (2048, 8192)
 VIEW_ELEMENTS = 1 << 20  # of gathered candidates at a time
+WHOLE = 1 << 22  # entries of a matrix that `fastcl.small` computes at once on a CPU: 16 MiB of float32
 EXP_LIMIT = 60.0  # |logit| up to which N exponentials can be summed in float32 without overflow or underflow
 
 
