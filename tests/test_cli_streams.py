@@ -93,9 +93,9 @@ def failing(monkeypatch, error):
     (ImportError("libx.so: cannot open shared object file"), "a module cannot be loaded (libx.so: cannot open"),
     (ImportError("libjpeg.so: cannot open", name="PIL._imaging"), "module PIL._imaging cannot be loaded (libjpeg.so"),
     (PermissionError(13, "Permission denied", "/x/caf\udce9.py"),
-     "the system refused /x/caf\\udce9.py: Permission denied"),
+     "the system refused /x/caf\\xe9.py: Permission denied"),
     (OSError(24, "Too many open files"), "the system refused: Too many open files"),
-    (FastclError("bad \udce9"), "bad \\udce9"),
+    (FastclError("bad \udce9"), "bad \\xe9"),
 ))  # fmt: skip
 def test_what_fails_around_a_command_is_one_line(error, message, capsys, monkeypatch):
     failing(monkeypatch, error)
