@@ -28,6 +28,7 @@ from fastcl.errors import FastclError
 MAX_WIDTH = 4096  # of rows on the Triton backend
 
 _COMPILER_READS_CONTEXT = torch.__version__ >= (2, 14)
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 lacks it
 
 _Function = TypeVar("_Function", bound=Callable)
 
@@ -65,8 +66,9 @@ def backend(name: Backend) -> Iterator[None]:
 
     A thread that is started inside the block begins with "auto". Gradients are computed by the backend of the forward
     pass wherever `backward` is called, and `torch.utils.checkpoint` repeats that pass on the same backend. Where it
-    cannot know it, with use_reentrant=True and around a compiled function, it takes the one asked for where `backward`
-    is called: give it the function with its backend then, `checkpoint(fastcl.backend("dense")(function), x)`.
+    cannot know it, with use_reentrant=True, around a compiled function and on PyTorch 2.6, it takes the one asked for
+    where `backward` is called, and a saved tensor may not fit (CheckpointError): give it the function with its backend
+    then, `checkpoint(fastcl.backend("dense")(function), x)`.
 
     Args:
         name: "triton" (fused kernels, differentiable once), "chunked" (torch, O(N x tile) memory, differentiable
@@ -175,10 +177,9 @@ def _wanted() -> Backend:
     The saved tensors' hooks are all that the two have in common: PyTorch's own, whose closures hold the checkpoint.
     """
     name = current_backend()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _saved_tensors_hooks is None:
         return name
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 has none
-    hooks = None if top is None else top(False)
+    hooks = _saved_tensors_hooks(False)
     pack = None if hooks is None else inspect.unwrap(hooks[0])
     if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
         return name

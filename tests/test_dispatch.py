@@ -122,6 +122,9 @@ def test_compiled_code_follows_the_block_around_it_and_blocks_inside(engine):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["dense", "chunked", "triton"])
 def test_a_checkpoint_repeats_its_forward_pass_on_the_same_backend(name, reentrant):
+    if not reentrant and dispatch._saved_tensors_hooks is None:
+        pytest.skip("this PyTorch does not tell which checkpoint a forward pass belongs to")
+
     def nested(z: torch.Tensor) -> torch.Tensor:
         with fastcl.backend("dense"):
             value = loss(z)
