@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 
 from bench.clocks import Sample, time_call
-from bench.records import Record, add_arguments, device_of, machine, record, table, write
+from bench.records import Record, add_arguments, check_out, device_of, machine, record, table, write
 
 BENCH = "ceilings"
 NARROW = 256  # rows up to this width fit one program, whose backward pass makes every product once for each row
@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
+    check_out(args, parser)
     device = device_of(args, parser)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("on a CPU the kernel of the exponentials needs TRITON_INTERPRET=1")

@@ -24,6 +24,7 @@ from bench.providers import versions
 from bench.records import (
     Record,
     add_arguments,
+    check_out,
     device_of,
     exit_status,
     machine,
@@ -33,6 +34,7 @@ from bench.records import (
     shortage,
     write,
 )
+from fastcl.outputs import named_path
 
 BENCH = "data"
 SECTIONS = ("views", waiting.SECTION)
@@ -133,9 +135,10 @@ def core_seconds() -> float | None:
     total = process_time() + ended.children_user + ended.children_system
     for child in multiprocessing.active_children():
         try:
-            fields = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            text = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:  # no such folder, or a worker that has just ended
             return None
+        fields = text.rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / tick
     return total
 
@@ -257,12 +260,13 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
         "(default: both)")
     parser.add_argument("--sizes", type=int, nargs="+", choices=sizes, default=sizes, metavar="PIXELS",
         help=f"sides of the views (default: {' '.join(map(str, sizes))})")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the real images: "
+    parser.add_argument("--data", type=named_path, metavar="FOLDER", help="folder of the real images: "
         f"{', '.join(c.file for c in CASES['cpu'])} (default: $FASTCL_DATA, else ../shared/data); made up where absent")
     parser.add_argument("--providers", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
     parser.add_argument("--tiny", action="store_true", help="sizes that prove that it works and measure nothing")
     # fmt: on
     args = parser.parse_args(argv)
+    check_out(args, parser, photos.data_folder(args.data))
     require_positive(parser, args, "repeats", "seconds")
     return args, device_of(args, parser)
 

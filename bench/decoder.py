@@ -18,9 +18,10 @@ from torch import Tensor
 
 from bench import photos
 from bench.clocks import first_line
-from bench.records import exit_status, machine, table, write
+from bench.records import check_out, exit_status, machine, table, write
 from fastcl.data import Split, ViewParams, ViewPlan, ViewSpec, make_renderer
 from fastcl.data.renderers import obstacle
+from fastcl.outputs import named_path
 
 LOADS = (0.0, 0.65)  # of the JPEG engine: fastcl's, and DALI's default
 CASE = photos.Case(224, "clothing10.zip", ((400, 533), (533, 400)), "simclr", 64, 64)
@@ -67,11 +68,12 @@ def _of(params: Sequence[ViewParams], chosen: np.ndarray) -> list[ViewParams]:
 def main(argv: list[str] | None = None) -> int:
     """Compare and write; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.decoder", description=_DESCRIPTION)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument("--data", type=Path, metavar="FOLDER",
+    parser.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--data", type=named_path, metavar="FOLDER",
         help=f"folder of {CASE.file} (default: $FASTCL_DATA, else ../shared/data); made up where absent")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="sizes that prove that it works")
     args = parser.parse_args(argv)
+    check_out(args, parser, photos.data_folder(args.data))
     device, case = torch.device("cuda" if torch.cuda.is_available() else "cpu"), TINY if args.tiny else CASE
     found, failed, facts = [], [], machine(device)
     with tempfile.TemporaryDirectory() as scratch:

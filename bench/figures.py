@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.records import Record, duration
+from bench.records import Record, duration, write_file
 
 CAPTION = "A line ends where the next size did not fit the limits of the run."
 # By provider: colour (Okabe and Ito, and more), marker, dashed where it is another formulation's or library's.
@@ -91,7 +92,7 @@ def alignment(run: Path) -> None:
     for name, colour in (("var(--ink)", "#24292f"), ("var(--grid)", "#d0d7de")):  # of a page, which there is none of
         text = text.replace(name, colour)
     text = text.replace("<svg ", '<svg style="background:#fff" ', 1)
-    (run / "alignment.svg").write_text(text, encoding="utf-8")
+    write_file(run / "alignment.svg", text)
 
 
 def _most(records: Sequence[Record]) -> list[Record]:
@@ -121,10 +122,9 @@ def _draw(file: Path, title: str, lines: Sequence[Line], memory: str) -> str | N
             _panel(ax, which, unit, name, lines)
         figure.suptitle(title, fontsize=9.5)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.part")
-        figure.savefig(part, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-        part.replace(file)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    write_file(file, text.getvalue())
     return file.name
 
 

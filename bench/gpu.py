@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
+from typing import TextIO
 
 import torch
 
 from bench.gpu_plan import PART_MINUTES, PARTS, REHEARSAL_MINUTES, ROOT, Step, plan
-from bench.records import machine, table
+from bench.records import check_out, machine, table, write_file
+from fastcl.outputs import named_path
 
 GRACE = 15  # seconds that a step has to end itself after an interrupt: the benchmarks write what they have
 
@@ -42,7 +44,7 @@ failed or ran out of time. `python -m bench.readme` makes the README's tables fr
 
 @dataclass
 class Outcome:
-    """What became of a step: "ok", "failed", "timed out" or "not run"."""
+    """What became of a step: "ok", "failed", "timed out", "interrupted" or "not run"."""
 
     step: str
     command: str
@@ -76,7 +78,7 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
     if limit <= 0:
         return Outcome(step.name, shown, "timed out", "no time was left", None, 0, limit)
     began = perf_counter()
-    with (out / f"{step.name}.log").open("w", encoding="utf-8") as log:
+    with _new_log(out / f"{step.name}.log") as log:
         process = subprocess.Popen(
             (tool, *step.command), cwd=ROOT, env=environment | step.environment, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -86,15 +88,23 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
         except subprocess.TimeoutExpired:
             code, status, reason = _stop(process), "timed out", f"more than {limit:.0f} s"
         except KeyboardInterrupt:
-            _stop(process)
-            raise
+            code, status, reason = _stop(process), "interrupted", None
     if status == "ok" and code != 0:
         status, reason = "failed", f"exit status {code}"
     return Outcome(step.name, shown, status, reason, code, round(perf_counter() - began, 1), limit)
 
 
+def _new_log(path: Path) -> TextIO:
+    """An empty file: an older one goes, and a link of that name must not lead what is printed elsewhere."""
+    try:
+        path.unlink(missing_ok=True)
+        return path.open("x", encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(f"error: {path} cannot be written ({error.strerror})") from error
+
+
 def _stop(process: subprocess.Popen) -> int:
-    """Interrupt a step with all that it started, and kill what is left after the grace."""
+    """Interrupt a step with all that it started, and kill what is left after the grace or at a second interrupt."""
     for sign in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
@@ -102,7 +112,7 @@ def _stop(process: subprocess.Popen) -> int:
             break
         try:
             return process.wait(GRACE)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             continue
     return process.wait()
 
@@ -115,14 +125,12 @@ def report(outcomes: Sequence[Outcome], facts: dict, out: Path) -> None:
     text += table(("step", "status", "seconds", "reason", "command"), rows)
     for o in outcomes:
         log = out / f"{o.step}.log"
-        if o.status in ("failed", "timed out") and log.exists():
+        if o.status in ("failed", "timed out", "interrupted") and log.exists():
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
             text += f"\n## {o.step}\n\n```\n" + _without_paths("\n".join(tail), out) + "\n```\n"
     steps = json.dumps({**facts, "steps": [asdict(o) for o in outcomes]}, indent=1)
-    for name, content in (("gpu.json", steps), ("gpu.md", text)):
-        part = out / f"{name}.part"
-        part.write_text(content + "\n", encoding="utf-8")
-        part.replace(out / name)
+    write_file(out / "gpu.json", steps + "\n")
+    write_file(out / "gpu.md", text + "\n")
 
 
 def _without_paths(text: str, out: Path) -> str:
@@ -148,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of logs and results")
+    parser.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of logs and results")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:1], metavar="PART",
         help=f"of {', '.join(PARTS)}, in the order given (default: {PARTS[0]})")  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="M",
@@ -161,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--minutes: must be positive and finite, got {args.minutes}")
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --rehearse runs without one")
+    check_out(args, parser)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
@@ -176,13 +185,18 @@ def main(argv: list[str] | None = None) -> int:
         for part in dict.fromkeys(args.parts):
             for outcome in _run_part(plan(out, part, args.rehearse), out, minutes, environment):
                 outcomes.append(outcome)
+                if outcome.status == "interrupted":
+                    raise KeyboardInterrupt
                 report(outcomes, facts, out)
     except KeyboardInterrupt:
-        print("interrupted; the files hold the steps that were finished", file=sys.stderr)
+        report(outcomes, facts, out)
+        print("interrupted; the files hold the steps up to this one", file=sys.stderr)
         return 130
     print(f"{perf_counter() - began:.0f} s; results are in {args.out}")
     return int(any(o.status in ("failed", "timed out") for o in outcomes))
 
 
 if __name__ == "__main__":
+    for sign in (signal.SIGTERM, signal.SIGHUP):  # a step is in a session of its own: it would go on alone
+        signal.signal(sign, signal.default_int_handler)
     sys.exit(main())

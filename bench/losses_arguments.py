@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from bench.providers import OBJECTIVES, PROVIDERS, TOLERANCES
-from bench.records import MEMORY_HELP, add_arguments, device_of, memory_limit, require_positive
+from bench.records import MEMORY_HELP, add_arguments, check_out, device_of, memory_limit, require_positive
 
 SIZES = {
     "cpu": (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
@@ -74,5 +74,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     args.memory = memory_limit(args.memory, device)
     if bad := [n for n in args.n if n < 8 or n % 2]:
         parser.error(f"--n: rows must be even and at least 8, got {bad[0]}")
+    check_out(args, parser)
     require_positive(parser, args, "d", "repeats", "seconds", "memory")
     return args, device

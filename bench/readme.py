@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench import figures
 from bench.readme_tables import TABLES, read
+from bench.records import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         if before != after:
             print("README.md is out of date: run python -m bench.readme", file=sys.stderr)
         return int(before != after)
-    path.write_text(after, encoding="utf-8")
+    write_file(path, after)
     draw(RESULTS)
     print("README.md is as the results have it")
     return 0

@@ -21,6 +21,7 @@ A record is one flat dictionary, a line of DIR/<bench>.json:
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -37,6 +38,9 @@ from torch import Tensor
 
 import fastcl
 from bench.clocks import Sample
+from fastcl.errors import FastclError, shown
+from fastcl.files import cause, write_atomic
+from fastcl.outputs import check_folder, named_path
 
 GIB = 2**30
 MEMORY_GIB = 12
@@ -48,12 +52,32 @@ Record: TypeAlias = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that every benchmark takes."""
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results; older ones in it are replaced")
+    add("--out", type=named_path, required=True, metavar="DIR",
+        help="folder of the results; older ones in it are replaced")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (the default)")
     add("--repeats", type=int, default=15, metavar="R", help="rounds per case at most (default: %(default)s)")
     add("--seconds", type=float, default=60, metavar="S",
         help="per case and provider: no round begins after it, and a provider is skipped where one call takes longer "
         "(default: %(default)s)")  # fmt: skip
+
+
+def check_out(args: argparse.Namespace, parser: argparse.ArgumentParser, *inputs: Path) -> None:
+    """End the program with a message where --out is no folder for results or one of the folders that are read (for
+    --data; they may be absent), or these cannot be read; names that the terminal cannot show are printed escaped from
+    here on."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        check_folder(args.out, "--out", inputs)
+    except FastclError as error:
+        parser.error(str(error))
+    for folder in inputs:
+        try:
+            os.scandir(folder).close()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            parser.error(f"--data: {shown(folder)} cannot be read ({cause(error)})")
 
 
 def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
@@ -144,7 +168,7 @@ def agree(results: dict[str, dict[str, Tensor]], tolerance: float) -> None:
         for what, want in wanted.items():
             size, distance = want.norm().item(), (found[what] - want).norm().item()
             if not distance <= tolerance * size:  # NaN is not
-                raise fastcl.FastclError(
+                raise FastclError(
                     f"{name} disagrees with {reference} on the {what}: a difference of norm {distance:.3g} against "
                     f"{size:.3g}, allowed is a relative {tolerance:g}"
                 )
@@ -184,13 +208,18 @@ def memory_limit(asked: float | None, device: torch.device) -> float:
 
 
 def write(folder: Path, bench: str, records: Sequence[Record], markdown: str) -> None:
-    """Write <bench>.json, a record a line, and <bench>.md. A reader never sees half a file."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write <bench>.json, a record a line, and <bench>.md."""
     lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
-    for name, text in ((f"{bench}.json", f"[\n{lines}\n]\n"), (f"{bench}.md", markdown)):
-        part = folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+    write_file(folder / f"{bench}.json", f"[\n{lines}\n]\n")
+    write_file(folder / f"{bench}.md", markdown)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file whole, a reader never sees half of it; ends the program with a message where that fails."""
+    try:
+        write_atomic(path, text.encode())
+    except FastclError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 2) -> str:

@@ -8,14 +8,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench.clocks import Graphs, first_line
-from bench.records import table, write
+from bench.records import check_out, table, write
 from bench.workload import SCALES, Case, cases
+from fastcl.outputs import named_path
 
 TOLERANCE = 1e-6  # relative, of what torch.compile may change: it sums the row losses in another order
 
@@ -77,15 +77,17 @@ def _compiled(case: Case, first: tuple[Tensor, Tensor]) -> tuple[bool, str]:
 def main(argv: list[str] | None = None) -> int:
     """Run all checks and write them; returns 1 where one fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.repeat", description=_DESCRIPTION)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; none: print digests alone")
+    parser.add_argument("--out", type=named_path, metavar="DIR",
+        help="folder of the results; none: print digests alone")  # fmt: skip
     parser.add_argument("--scale", choices=SCALES, required=True, help="sizes; tiny is for the interpreter")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.out is None:
         print(json.dumps({case.name: digest(case.run()) for case in cases(args.scale, device)}))
         return 0
+    check_out(args, parser)
     command = [sys.executable, "-m", "bench.repeat", "--scale", args.scale]
-    other = subprocess.run(command, capture_output=True, text=True)
+    other = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if other.returncode:
         print(other.stderr, file=sys.stderr)
     expected = {} if other.returncode else json.loads(other.stdout.splitlines()[-1])

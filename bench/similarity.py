@@ -18,6 +18,7 @@ from bench.records import (
     MEMORY_HELP,
     Record,
     add_arguments,
+    check_out,
     device_of,
     exit_status,
     machine,
@@ -268,6 +269,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     args = parser.parse_args(argv)
     device = device_of(args, parser)
     args.memory = memory_limit(args.memory, device)
+    check_out(args, parser)
     require_positive(parser, args, "repeats", "seconds", "memory")
     return args, device
 

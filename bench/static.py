@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from bench import static_report
+from bench.records import write_file
+from bench.static_compile import obstacle
 from bench.static_jobs import StaticError, compile_all, unique
+from fastcl.errors import FastclError
 from fastcl.kernels.contrastive.launch import ARCHITECTURES, Launch
+from fastcl.outputs import check_folder, check_output, named_path
 
 CASES = "bench.static_cases:cases"
 
@@ -33,8 +37,9 @@ per element of a tile, WGMMA that wait for each other, registers that are writte
 _EPILOG = f"""\
 findings, each of which makes the exit status 1:
 {"".join(f"  {name:<15}{meaning}{chr(10)}" for name, meaning in static_report.FINDINGS.items())}
-The launches are recorded here, with this interpreter's Triton; another one compiles them with --triton-python or
---newest. Compiled kernels are kept in Triton's cache (TRITON_CACHE_DIR), so a second run is short.
+Triton 3.5 or newer is needed. The launches are recorded here, with this interpreter's Triton; another one compiles them
+with --triton-python or --newest. Compiled kernels are kept in Triton's cache (TRITON_CACHE_DIR), so a second run is
+short.
 """
 
 
@@ -51,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; kernels compiled so far are in Triton's cache", file=sys.stderr)
         return 130
     text = static_report.report(records, triton, args.only.pattern)
-    print(text, end="")
     if args.json:
-        write(args.json, json.dumps(records, indent=1) + "\n")
+        write_file(args.json, json.dumps(records, indent=1) + "\n")
     if args.out:
-        write(args.out / f"{triton}.md", text)
+        write_file(args.out / f"{triton}.md", text)
+    print(text, end="")
     return 1 if any(r["findings"] for r in records) else 0
 
 
@@ -70,7 +75,12 @@ def check(
 
     Returns:
         A record per launch, and the version of the workers' Triton.
+
+    Raises:
+        StaticError: Triton is too old, here or there, no case has a launch, or a worker does not start.
     """
+    if reason := obstacle():
+        raise StaticError(reason)
     jobs = []
     for arch in architectures:
         wanted = (case for case in cases(arch) if only.search(case[0]))
@@ -101,7 +111,7 @@ def newest(folder: Path) -> str:
     Raises:
         StaticError: it cannot be made.
     """
-    python = folder.resolve() / "bin" / "python"
+    python = Path(os.path.abspath(folder)) / "bin" / "python"
     print(f"The newest Triton goes to {folder}.", file=sys.stderr)
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", "triton"]
     try:
@@ -115,14 +125,6 @@ def newest(folder: Path) -> str:
     return str(python)
 
 
-def write(file: Path, text: str) -> None:
-    """Write a file as a whole; a reader never sees half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-
-
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.static", description=_DESCRIPTION, epilog=_EPILOG,
@@ -132,17 +134,24 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--arch", nargs="+", choices=names, default=names, metavar="SM", help=f"of {' '.join(names)} (default: all)")
     add("--only", default="", metavar="REGEX", help="only the cases in whose names this is found")
-    add("--json", type=Path, metavar="FILE", help="write the records, one per compiled launch")
-    add("--out", type=Path, metavar="DIR", help="write the report to DIR/<version of Triton>.md")
+    add("--json", type=named_path, metavar="FILE", help="write the records, one per compiled launch")
+    add("--out", type=named_path, metavar="DIR", help="write the report to DIR/<version of Triton>.md")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--triton-python", default=sys.executable, metavar="PATH",
         help="compile with the Triton of another interpreter, which needs nothing else")  # fmt: skip
-    where.add_argument("--newest", type=Path, metavar="DIR",
+    where.add_argument("--newest", type=named_path, metavar="DIR",
         help="compile with the newest Triton, installed by pip into a virtual environment in DIR")  # fmt: skip
     add("--workers", type=int, default=2, metavar="N", help="processes that compile (default: %(default)s)")
     add("--cases", default=CASES, metavar="MODULE:FUNCTION",
         help="what lists the launches of an architecture (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
+    try:
+        if args.json:
+            check_output(args.json, "--json")
+        if args.out:
+            check_folder(args.out, "--out")
+    except FastclError as error:
+        parser.error(str(error))
     try:
         args.only = re.compile(args.only)
     except re.error as error:

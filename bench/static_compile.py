@@ -83,6 +83,19 @@ class Facts:
     exponentials: int | None
 
 
+def obstacle() -> str | None:
+    """Why the installed Triton cannot serve the gate; None where it can."""
+    import triton
+
+    try:
+        from triton import knobs
+
+        knobs.nvidia.dump_ptxas_log  # noqa: B018
+    except (ImportError, AttributeError):
+        return f"Triton 3.5 or newer is needed, the first that tells what ptxas said; this is {triton.__version__}"
+    return None
+
+
 def build(job: Job) -> Facts:
     """Compile a job and look at the machine code; a kernel from Triton's cache is as good as a new one."""
     from triton.backends.compiler import GPUTarget
@@ -167,7 +180,10 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
             [knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name],
         )
-        done = [subprocess.run(command, capture_output=True, text=True) for command in commands]
+        done = [
+            subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+            for command in commands
+        ]
     for one in done:
         if one.returncode:
             raise RuntimeError(f"{Path(one.args[0]).name} failed: {one.stderr.strip() or one.stdout.strip()}")
@@ -180,6 +196,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import triton
+
+    if reason := obstacle():
+        sys.exit(reason)
 
     def answer(value: dict[str, Any]) -> None:
         print(json.dumps(value), file=answers, flush=True)

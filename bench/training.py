@@ -20,6 +20,7 @@ from bench.photos import data_folder
 from bench.records import (
     Record,
     add_arguments,
+    check_out,
     device_of,
     exit_status,
     machine,
@@ -28,7 +29,10 @@ from bench.records import (
     shortage,
     write,
 )
-from fastcl.train.config import Config, parse_config
+from fastcl.errors import shown
+from fastcl.outputs import named_path, same
+from fastcl.train.config import Config
+from fastcl.train.tables import parse_config
 
 BENCH = "training"
 STEPS, RUNS, PRECISION = SECTIONS = ("steps", "runs", "precision")
@@ -205,12 +209,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(repeats=10, seconds=120)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="NAME",
         help="default: steps runs precision")  # fmt: skip
-    parser.add_argument("--data", type=Path, metavar="FOLDER",
+    parser.add_argument("--data", type=named_path, metavar="FOLDER",
         help=f"folder of {CIFAR} (default: $FASTCL_DATA, else ../shared/data)")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="sizes that prove that it works and measure nothing")
     args = parser.parse_args(argv)
     require_positive(parser, args, "repeats", "seconds")
     device, file = device_of(args, parser), data_folder(args.data) / CIFAR
+    check_out(args, parser, file.parent)
+    if any(same(args.out / "runs", folder) for folder in file.parents):
+        parser.error(f"--out: what is in {shown(args.out / 'runs')} is replaced, but --data lies there")
     real = file.is_file() and not args.tiny
     source, args.out = f"cifar10:{CIFAR}" if real else "digits", args.out.resolve()
     run = Run(args, device, machine(device), "tiny" if args.tiny else device.type, source)

@@ -19,8 +19,10 @@ import torch
 
 from bench.clocks import Timer, first_line, interleave, timer_of
 from bench.providers import TOLERANCES, fused, passes
-from bench.records import agree, digits
+from bench.records import agree, digits, write_file
+from fastcl.errors import FastclError
 from fastcl.kernels.contrastive import launch
+from fastcl.outputs import check_output, named_path
 
 Row: TypeAlias = dict[str, Any]
 
@@ -125,10 +127,8 @@ def tune(row: Row, plan: Plan) -> Row:
 
 
 def write(table: list[Row], path: Path) -> None:
-    """The table, a row a line; a reader never sees half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n", encoding="utf-8")
-    part.replace(path)
+    """The table, a row a line."""
+    write_file(path, "[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,10 +136,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.tune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the table goes (default: where it is)")
+    parser.add_argument("--out", type=named_path, metavar="FILE", help="where the table goes (default: where it is)")
     parser.add_argument("--rehearse", action="store_true",
         help="two rows and a candidate for each, tiny, on the CPU under Triton's interpreter; needs --out")  # fmt: skip
     args = parser.parse_args(argv)
+    try:
+        check_output(args.out or launch.TABLE, "--out")
+    except FastclError as error:
+        parser.error(str(error))
     if args.rehearse:
         if args.out is None:
             parser.error("--rehearse: its times mean nothing and must not replace the table; give --out")

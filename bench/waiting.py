@@ -102,7 +102,9 @@ def _train(text: str, folder: Path) -> tuple[dict[str, float], str | None]:
     path.write_text(text, encoding="utf-8")
     command: Sequence[str] = (sys.executable, "-m", "fastcl", "train", str(path), "--out", str(folder))
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=LIMIT
+        )
     except subprocess.TimeoutExpired:
         return {}, f"over the limit of {LIMIT} s"
     if done.returncode:

@@ -1,5 +1,9 @@
 """Fused contrastive losses, shared augmentations, and how self-supervised models align with supervised ones."""
 
+from fastcl import interrupts  # noqa: F401  first: loading torch takes a second, in which Ctrl-C is pressed too
+
+# isort: split
+from fastcl.dispatch import backend, last_backend
 from fastcl.errors import FastclError
 from fastcl.functional import (
     clip_loss,
@@ -13,7 +17,7 @@ from fastcl.functional import (
 )
 from fastcl.losses import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
 from fastcl.objectives import OBJECTIVES, Objective, same_class_mass
-from fastcl.rowstats import RowStats, backend, last_backend, normalize_rows, row_stats
+from fastcl.rowstats import RowStats, normalize_rows, row_stats
 from fastcl.similarity import (
     LayerCKA,
     PairAccumulator,

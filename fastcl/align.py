@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastcl.errors import FastclError
-from fastcl.features import read_features, read_layers
+from fastcl.arrays import ENDINGS
+from fastcl.errors import FastclError, shown
+from fastcl.features import feature_files, read_features, read_layers
+from fastcl.files import write_atomic
+from fastcl.outputs import check_output
 from fastcl.similarity import PairStats, SpearmanResult, pair_stats, spearman_rsa
 from fastcl.similarity.inputs import checked
 
@@ -48,38 +51,60 @@ def align(
         out: .svg or .png, for the heat map of the layers.
         spearman: rank all pairs of samples too, O(n^2 d + n^2 log n): half a minute at 8,192 samples on a CPU.
 
+    The files are written before anything is printed.
+
     Raises:
         FastclError: files that cannot be read, hold values that are not finite or not the same number of samples, one
-            matrix against layers, `out` or `spearman` for what it does not fit, or a file that cannot be written.
+            matrix against layers, `out` or `spearman` for what it does not fit, or a file that cannot be written or
+            would replace what is read; the last before anything is computed.
     """
+    _check_outputs(a, b, json_file, out)
+    layers_a, layers_b = read_layers(a), read_layers(b)
+    heat_map = None
+    if layers_a is not None and layers_b is not None:
+        if spearman:
+            raise FastclError("--spearman ranks the pairs of samples of two matrices, not of layers")
+        record, lines = _layers(a, b, layers_a, layers_b, out)
+        heat_map = out
+    elif layers_a is not None or layers_b is not None:
+        several, one = (a, b) if layers_a is not None else (b, a)
+        raise FastclError(
+            f"{shown(several)} holds layers, {shown(one)} one matrix; name the matrix to compare 'features'"
+        )
+    elif out is not None:
+        raise FastclError(
+            f"--out draws the layers of two models, but {shown(a)} and {shown(b)} hold one matrix each"
+        )
+    else:
+        record, lines = _features(a, b, spearman)
+    try:
+        if json_file is not None:
+            write_atomic(json_file, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+        if heat_map is not None:
+            lines.append(f"heat map: {shown(_draw(a, b, record, heat_map))}")
+    finally:  # a disk that is full does not take the numbers with it
+        print("\n".join(lines))
+
+
+def _check_outputs(a: Path, b: Path, json_file: Path | None, out: Path | None) -> None:
     if out is not None:
         from fastcl.report.layers import check_ending
 
         check_ending(out)
-    layers_a, layers_b = read_layers(a), read_layers(b)
-    if layers_a is not None and layers_b is not None:
-        if spearman:
-            raise FastclError("--spearman ranks the pairs of samples of two matrices, not of layers")
-        record = _layers(a, b, layers_a, layers_b, out)
-    elif layers_a is not None or layers_b is not None:
-        several, one = (a, b) if layers_a is not None else (b, a)
-        raise FastclError(f"{several} holds layers, {one} one matrix; name the matrix to compare 'features'")
-    elif out is not None:
-        raise FastclError(f"--out draws the layers of two models, but {a} and {b} hold one matrix each")
-    else:
-        record = _features(a, b, spearman)
+    inputs = [*feature_files(a), *feature_files(b)]
     if json_file is not None:
-        try:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise FastclError(f"{json_file} cannot be written ({error.strerror})") from error
+        check_output(json_file, "--json", inputs)
+        if json_file.suffix.lower() in ENDINGS:
+            raise FastclError(f"--json: {shown(json_file)} would be taken for a feature file; name it .json")
+    if out is not None:
+        check_output(out, "--out", [*inputs, *([json_file] if json_file else [])])
 
 
-def _features(a: Path, b: Path, spearman: bool) -> dict[str, Any]:
+def _features(a: Path, b: Path, spearman: bool) -> tuple[dict[str, Any], list[str]]:
+    """What the file holds, and the lines to print."""
     x, y = read_features(a), read_features(b)
     _check_rows(a, b, x, y)
-    print(f"{a} {tuple(x.shape)} against {b} {tuple(y.shape)}")
+    lines = [f"{shown(a)} {tuple(x.shape)} against {shown(b)} {tuple(y.shape)}"]
     names = [*_MEASURES, *(["rsa_spearman", "rsa_spearman_error"] if spearman else [])]
     values: dict[str, float | None] = dict.fromkeys(names)
     undefined: dict[str, str] = {}
@@ -88,21 +113,21 @@ def _features(a: Path, b: Path, spearman: bool) -> dict[str, Any]:
         try:
             value, note = measure(), ""
         except FastclError as error:  # one undefined measure hides none of the others
-            undefined[name], shown = str(error), f" {error}"
+            undefined[name], text = str(error), f" {error}"
         else:
             if isinstance(value, SpearmanResult):
                 values[f"{name}_error"] = value.error
                 note = " (exact)" if value.bins is None else f" (within {value.error:.1e}: {value.bins:,} bins)"
             values[name] = float(value)
-            shown = f"{values[name]:10.6f}{note}"
-        print(f"  {label:30}{shown}", flush=True)
+            text = f"{values[name]:10.6f}{note}"
+        lines.append(f"  {label:30}{text}")
 
     stats = {kernel: _stats(x, y, kernel) for kernel in ("linear", "cosine", "correlation")}
     for name, (label, kernel, measure) in _MEASURES.items():
         show(name, label, partial(_measure, stats[kernel], measure))
     if spearman:
         show("rsa_spearman", "RSA, cosine, Spearman", partial(spearman_rsa, x, y))
-    return {"a": str(a), "b": str(b), "samples": len(x), "measures": values, "undefined": undefined}
+    return {"a": shown(a), "b": shown(b), "samples": len(x), "measures": values, "undefined": undefined}, lines
 
 
 def _stats(x: Tensor, y: Tensor, kernel: str) -> PairStats | FastclError:
@@ -119,14 +144,18 @@ def _measure(stats: PairStats | FastclError, name: str) -> float:
     return getattr(stats, name)
 
 
-def _layers(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor], out: Path | None) -> dict[str, Any]:
+def _layers(
+    a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor], out: Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """What the file holds, and the lines to print."""
     for name, x in left.items():
-        checked({f"{a}: {name}": x})
+        checked({f"{shown(a)}: {name}": x})
     for name, y in right.items():
-        checked({f"{b}: {name}": y})
+        checked({f"{shown(b)}: {name}": y})
     _check_rows(a, b, next(iter(left.values())), next(iter(right.values())))
     samples = len(next(iter(left.values())))
-    print(f"debiased linear CKA of {samples} samples: {len(left)} layers of {a} against {len(right)} of {b}")
+    counts = f"{len(left)} layers of {shown(a)} against {len(right)} of {shown(b)}"
+    lines = [f"debiased linear CKA of {samples} samples: {counts}"]
     table: list[list[float | None]] = []
     undefined: dict[str, str] = {}
     for p, x in left.items():
@@ -138,39 +167,45 @@ def _layers(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor],
                 table[-1].append(None)
                 undefined[f"{p}, {q}"] = str(error)
     if len(right) <= _PRINTED:
-        _print_table(list(left), list(right), table)
+        lines += _table(list(left), list(right), table)
     elif out is None:
-        print(f"  more than {_PRINTED} columns: --out draws the table, --json writes it")
-    for names, reason in list(undefined.items())[:3]:
-        print(f"  {names}: {reason}")
+        lines.append(f"  more than {_PRINTED} columns: --out draws the table, --json writes it")
+    lines += [f"  {names}: {reason}" for names, reason in list(undefined.items())[:3]]
     if len(undefined) > 3:
-        print(f"  and {len(undefined) - 3} more that are undefined")
-    if out is not None:
-        import numpy as np
-
-        from fastcl.report.layers import LayerTable, write_heat_map
-
-        values = np.array([[math.nan if value is None else value for value in row] for row in table])
-        drawn = LayerTable(a.name, b.name, tuple(left), tuple(right), values)
-        title = f"{a.name} against {b.name}: debiased linear CKA, {samples:,} samples"
-        print(f"heat map: {write_heat_map(drawn, out, title)}")
+        lines.append(f"  and {len(undefined) - 3} more that are undefined")
     return {
-        "a": str(a), "b": str(b), "samples": samples, "layers_a": list(left), "layers_b": list(right),
+        "a": shown(a), "b": shown(b), "samples": samples, "layers_a": list(left), "layers_b": list(right),
         "cka_linear_debiased": table, "undefined": undefined,
-    }  # fmt: skip
+    }, lines  # fmt: skip
 
 
-def _print_table(rows: list[str], columns: list[str], table: list[list[float | None]]) -> None:
+def _draw(a: Path, b: Path, record: dict[str, Any], out: Path) -> Path:
+    import numpy as np
+
+    from fastcl.report.layers import LayerTable, write_heat_map
+
+    rows = [[math.nan if value is None else value for value in row] for row in record["cka_linear_debiased"]]
+    names = shown(a.name), shown(b.name)
+    drawn = LayerTable(*names, tuple(record["layers_a"]), tuple(record["layers_b"]), np.array(rows))
+    title = f"{names[0]} against {names[1]}: debiased linear CKA, {record['samples']:,} samples"
+    return write_heat_map(drawn, out, title)
+
+
+def _table(rows: list[str], columns: list[str], table: list[list[float | None]]) -> list[str]:
     widths = [max(7, len(name)) for name in columns]
     first = max(map(len, rows))
-    print(f"  {'':{first}}  " + "  ".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)))
+    lines = [f"  {'':{first}}  " + "  ".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))]
     for name, values in zip(rows, table, strict=True):
-        cells = ["–" if value is None else f"{value:.4f}" for value in values]
-        print(f"  {name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        shown_cells = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"  {name:{first}}  {shown_cells}")
+    return lines
 
 
 def _check_rows(a: Path, b: Path, x: Tensor, y: Tensor) -> None:
-    checked({str(a): x})
-    checked({str(b): y})
+    checked({shown(a): x})
+    checked({shown(b): y})
     if len(x) != len(y):
-        raise FastclError(f"row k of both files must be one sample: {a} has {len(x)} rows, {b} has {len(y)}")
+        raise FastclError(
+            f"row k of both files must be one sample: {shown(a)} has {len(x)} rows, {shown(b)} has {len(y)}"
+        )

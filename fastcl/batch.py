@@ -60,7 +60,7 @@ class Batch:
         """The same with all rows in one tensor and an id for each."""
         if self.sample is not None:
             return self
-        sample = torch.arange(len(self.x), device=self.x.device)
+        sample = torch.arange(len(self.x), dtype=torch.int64, device=self.x.device)
         if self.x2 is None:
             return Batch(self.x, y=self.y, sample=sample, sample_y=sample)
         labels = None if self.labels is None else self.labels.repeat(2)

@@ -16,12 +16,13 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_positive(value: float | Tensor, name: str) -> None:
     """Raise FastclError unless the value is positive and finite: a number, or one float in a tensor.
 
-    The value of a tensor is looked at on the CPU only, and not while compiling.
+    The value of a tensor is looked at on the CPU only, and not while compiling or within torch.func.vmap.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise FastclError(f"{name} must be a number or one float in a tensor, got {describe(value)}")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        check_not_meta(value, name)
+        if not _readable(value):
             return
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _SMALLEST <= value <= 1 / _SMALLEST:
@@ -38,6 +39,32 @@ def check_rows(x: Tensor, name: str) -> None:
         raise FastclError(f"{name} must be a dense tensor, got {x.layout}")
     if x.dtype not in _DTYPES:
         raise FastclError(f"{name} must be float16, bfloat16, float32 or float64, got {describe(x)}")
+    check_not_meta(x, name)
+
+
+def check_not_meta(x: Tensor, name: str) -> None:
+    """Raise FastclError if x is a tensor of the meta device."""
+    if x.device.type == "meta":
+        raise FastclError(
+            f"{name} must hold values, got {describe(x)}: move it to cpu or cuda (FakeTensorMode tells shapes "
+            "without values)"
+        )
+
+
+def is_inside(x: Tensor, transform: str) -> bool:
+    """Whether x is a tensor of torch.func.vmap ("vmap"), or of torch.func.grad and its like ("grad"), at any depth."""
+    functorch = torch._C._functorch
+    test = {"vmap": functorch.is_batchedtensor, "grad": functorch.is_gradtrackingtensor}[transform]
+    while functorch.is_functorch_wrapped_tensor(x):
+        if test(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether a check may read values: elsewhere it would wait for the device, or cannot."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_inside(x, "vmap")
 
 
 def check_all_ids(
@@ -59,7 +86,7 @@ def check_all_ids(
         if rows is None or (name == "labels_y" and labels is None):
             raise FastclError(f"{name} was given without {'y' if rows is None else 'labels'}")
         check_ids(ids, rows, name)
-    if not torch.compiler.is_compiling():
+    if all(v is None or _readable(v) for v in (sample, labels, sample_y, labels_y)):
         _check_views_agree(sample, labels, sample_y, labels_y)
     return tuple(None if v is None else v.long() for v in (sample, labels, sample_y, labels_y))
 
@@ -77,7 +104,7 @@ def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:
 def _check_views_agree(
     sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
 ) -> None:
-    if labels is None or labels.device.type != "cpu" or (sample_y is None and is_stacked(sample, labels)):
+    if labels is None or (sample_y is None and is_stacked(sample, labels)):
         return
     samples = sample if sample_y is None else torch.cat([sample, sample_y])
     classes = labels if labels_y is None else torch.cat([labels, labels_y])
@@ -96,7 +123,7 @@ def is_stacked(sample: Tensor, labels: Tensor | None) -> bool:
     """Whether ids on a CPU are those of first views and then of second views, samples ascending, with equal labels;
     False where that is not looked at. Sorting few ids costs more than a loss of them."""
     half = len(sample) // 2
-    if sample.device.type != "cpu" or len(sample) != 2 * half or torch.compiler.is_compiling():
+    if type(sample) is not Tensor or not _readable(sample) or len(sample) != 2 * half:  # a FakeTensor has no values
         return False
     return all(torch.equal(v[:half], v[half:]) for v in (sample, labels) if v is not None) and bool(
         (sample[1:half] > sample[: half - 1]).all()

@@ -6,10 +6,13 @@ import argparse
 import logging
 import sys
 from importlib import resources
+from io import TextIOWrapper
 from pathlib import Path
 
-from fastcl import __version__
-from fastcl.errors import FastclError
+from fastcl import __version__, interrupts
+from fastcl.errors import FastclError, install_hint, shown
+from fastcl.files import cause
+from fastcl.outputs import named_path
 
 _DESCRIPTION = """\
 Train self-supervised and supervised contrastive models side by side on the same views, and measure how they align.
@@ -23,29 +26,60 @@ Train self-supervised and supervised contrastive models side by side on the same
 """
 
 
+# What training, reports and data import beyond the bare package.
+_TRAIN = {"PIL", "matplotlib", "numpy", "safetensors", "sklearn", "tensorboard", "timm", "tomli", "torchvision", "tqdm"}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status (0 done, 1 a clear error, 130 interrupted)."""
+    """Run a command.
+
+    Args:
+        argv: its arguments. None: those of this process, which is then the command's own: SIGINT, SIGTERM and SIGHUP
+            end it with one line and the status 130, 143 or 129.
+
+    Returns:
+        The exit status: 0 done, 1 a clear error, 130 interrupted.
+    """
+    if argv is None:
+        interrupts.install()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal's encoding may lack a letter; a file must not wait for more
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.raiseExceptions = False  # a closed pipe must not fill the screen with tracebacks while a run goes on
     try:
         args.run(args)
     except FastclError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "fastcl":
-            raise
-        print(f"error: no module {error.name}; in a checkout: pip install '.[train]'", file=sys.stderr)
-        return 1
+        return _fail(str(error))
+    except ImportError as error:
+        return _fail(_why_not_imported(error))
     except BrokenPipeError:  # the reader of our output has gone; what a run writes to its folder is complete
         sys.stdout = None
         return 1
+    except OSError as error:  # a file that is not ours (of Python, of a library), or standard output on a full disk
+        sys.stdout = None if error.filename is None else sys.stdout
+        where = "" if error.filename is None else f" {shown(str(error.filename))}"
+        return _fail(f"the system refused{where}: {cause(error)}")
     except KeyboardInterrupt:
-        more = "; the same command continues from the last checkpoint" if args.run in (_demo, _train) else ""
-        print(f"interrupted{more}", file=sys.stderr)
+        print(interrupts.line("interrupted", sys.argv[1:] if argv is None else argv), end="", file=sys.stderr)
         return 130
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _why_not_imported(error: ImportError) -> str:
+    """A module that is not installed is worth another message than one that is there and cannot be loaded."""
+    root = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and root in _TRAIN:
+        return f"no module {error.name}; {install_hint('train')}"
+    owner = {"fastcl": "fastcl itself", "": "a module"}.get(root, f"module {error.name}")
+    owner = f"Python's own module {error.name}" if root in sys.stdlib_module_names else owner
+    return f"{owner} cannot be loaded ({error}); is its installation complete, and may you read it?"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,20 +91,22 @@ def _parser() -> argparse.ArgumentParser:
     for name, (run, text, details) in _COMMANDS.items():
         subs[name] = commands.add_parser(name, help=text, description=f"{text}\n{details}", formatter_class=raw)
         subs[name].set_defaults(run=run)
-    subs["train"].add_argument("config", type=Path, metavar="CONFIG.toml")
+    subs["train"].add_argument("config", type=named_path, metavar="CONFIG.toml")
     for name in ("demo", "train"):
-        subs[name].add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+        subs[name].add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the run")
         subs[name].add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
             help="override a value of the config, such as train.epochs=3; repeatable; TOML or a bare string",
         )  # fmt: skip
     for name in ("a", "b"):
-        subs["align"].add_argument(name, type=Path, metavar=name.upper(), help="feature file, or folder of layers")
-    subs["align"].add_argument("--json", type=Path, metavar="FILE", help="write the numbers at full precision")
+        text = "feature file, or folder of layers"
+        subs["align"].add_argument(name, type=named_path, metavar=name.upper(), help=text)
+    subs["align"].add_argument("--json", type=named_path, metavar="FILE", help="write the numbers at full precision")
     subs["align"].add_argument("--spearman", action="store_true", help="RSA by ranks too: some 20 s for 8,192 samples")
-    subs["align"].add_argument("--out", type=Path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
-    subs["report"].add_argument("dir", type=Path, metavar="DIR", help="folder of the run")
-    subs["report"].add_argument("--out", type=Path, metavar="FILE", help="page to write (default: DIR/report.html)")
+    subs["align"].add_argument("--out", type=named_path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
+    subs["report"].add_argument("dir", type=named_path, metavar="DIR", help="folder of the run")
+    text = "page to write (default: DIR/report.html)"
+    subs["report"].add_argument("--out", type=named_path, metavar="FILE", help=text)
     _add_views(subs["views"])
     return parser
 
@@ -78,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_views(views: argparse.ArgumentParser) -> None:
     views.add_argument("--data", required=True, metavar="SOURCE", help="as data.source of a config, such as digits")
     views.add_argument("--root", metavar="DIR", help="folder of a torchvision data set")
-    views.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write, such as grid.png")
+    text = "picture to write, such as grid.png"
+    views.add_argument("--out", type=named_path, required=True, metavar="FILE", help=text)
     corrupt = "at an image that cannot be decoded (default: %(default)s); skip: leave all such images out"
     views.add_argument("--corrupt", choices=("stop", "skip"), default="stop", help=corrupt)
     presets = "cifar, tiny-imagenet, imagenet, simclr or characters (default: by the images)"
@@ -107,7 +144,7 @@ def _run(config: Path, args: argparse.Namespace) -> None:
     from fastcl.report import write_report
     from fastcl.train import Lockstep, load_config
 
-    run = Lockstep(load_config(config, args.overrides), args.out)
+    run = Lockstep(load_config(config, args.overrides), args.out, inputs=(config,))
     data, twins = run.data, run.twins
     print(
         f"{data.name}: {len(data.train)} training and {len(data.test)} held-out images of {len(data.classes)} classes; "
@@ -116,13 +153,13 @@ def _run(config: Path, args: argparse.Namespace) -> None:
     )
     with logging_redirect_tqdm():
         run.run()
-    print(f"report: {write_report(args.out)}")
+    print(f"report: {shown(write_report(args.out))}")
 
 
 def _report(args: argparse.Namespace) -> None:
     from fastcl.report import write_report
 
-    print(f"report: {write_report(args.dir, args.out)}")
+    print(f"report: {shown(write_report(args.dir, args.out))}")
 
 
 def _align(args: argparse.Namespace) -> None:

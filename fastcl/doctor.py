@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl.errors import shown
 
 _PACKAGES = (
     "torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "tensorboard", "safetensors", "scikit-learn",
-    "pillow", "nvidia-dali-cuda130",
+    "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
 )  # fmt: skip
 _LOSS_TOLERANCE, _GRADIENT_TOLERANCE = 1e-6, 1e-5  # float32 against float64, relative
 _PAIR_TOLERANCE = 1e-5  # of CKA and RSA, absolute
@@ -28,19 +29,26 @@ def examine() -> bool:
         print(f"  {name:22}{_version(name)}")
     devices = [torch.device("cpu")]
     print(f"  {'CPU':22}{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch")
+    print(f"  {'GPU':22}{_gpu()}")
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        memory = properties.total_memory / 2**30
-        print(f"  {'GPU':22}{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
         devices.append(torch.device("cuda"))
-    else:
-        print(f"  {'GPU':22}none that torch can use")
     print("self-test, float32 against float64")
     checks = [(f"losses, {d}", partial(_check_losses, d, "chunked")) for d in devices]
     checks.append(("losses, Triton kernels", partial(_on_triton, _check_losses)))
     checks += [(f"similarity, {d}", partial(_check_pairs, d, "chunked")) for d in devices]
     checks.append(("similarity, Triton kernels", partial(_on_triton, _check_pairs)))
     return all([_report(name, check) for name, check in checks])
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    try:
+        properties = torch.cuda.get_device_properties(0)
+    except RuntimeError as error:  # a driver in trouble; the checks below fail and say so
+        return f"cannot be asked: {shown(error)}"
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
 
 
 def _report(name: str, check: Callable[[], str]) -> bool:
@@ -60,16 +68,19 @@ class _Skipped(Exception):
 
 def _version(package: str) -> str:
     try:
-        return metadata.version(package)
+        return metadata.version(package) or "unknown"  # None where its description is damaged
     except metadata.PackageNotFoundError:
         return "not installed"
+    except Exception as error:  # its folder cannot be read, say
+        return f"cannot be told: {type(error).__name__}: {shown(error)}"
 
 
 def _check_losses(device: torch.device, backend: str) -> str:
     """Every objective on a backend against the dense backend in float64, values and gradients."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(300, 48, generator=generator)
-    sample, labels = torch.arange(300) // 2, torch.arange(300) // 2 % 7
+    generator = torch.Generator("cpu").manual_seed(0)
+    z = torch.randn(300, 48, generator=generator, dtype=torch.float32, device="cpu")
+    sample = torch.arange(300, dtype=torch.int64, device="cpu") // 2
+    labels = sample % 7
 
     def run(rows: Tensor, backend: str, where: torch.device) -> tuple[Tensor, Tensor]:
         rows = rows.detach().to(where).requires_grad_()
@@ -92,12 +103,12 @@ def _check_losses(device: torch.device, backend: str) -> str:
 
 def _check_pairs(device: torch.device, backend: str) -> str:
     """Measures of both routes on a backend against their definitions on n x n matrices in float64."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(150, 20, generator=generator) + 10
-    y = x[:, :12].square() / 10 + torch.randn(150, 12, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(150, 20, generator=generator, dtype=torch.float32, device="cpu") + 10
+    y = x[:, :12].square() / 10 + torch.randn(150, 12, generator=generator, dtype=torch.float32, device="cpu")
     grams = [v.double() @ v.double().T for v in (x, y)]
-    h = torch.eye(150, dtype=torch.float64) - 1 / 150
-    off = ~torch.eye(150, dtype=torch.bool)
+    h = torch.eye(150, dtype=torch.float64, device="cpu") - 1 / 150
+    off = ~torch.eye(150, dtype=torch.bool, device="cpu")
     kc, lc = (h @ gram @ h for gram in grams)
     cka = ((kc * lc).sum() / (kc.norm() * lc.norm())).item()
     rsa = torch.corrcoef(torch.stack([gram[off] for gram in grams]))[0, 1].item()

@@ -1,4 +1,4 @@
-"""The one exception family of the package."""
+"""The one exception family of the package, and the words that its messages share."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +7,23 @@ from collections.abc import Iterable
 class FastclError(ValueError):
     """Bad input, a broken file or a run that cannot go on.
 
-    The message names the argument (or file) at fault and repeats its value, shape or numbers.
+    The message names the argument (or file) at fault and repeats its value, shape or numbers. What no terminal, file
+    or picture can show (bytes of a file name that are not UTF-8, control characters) stands escaped in it.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("\n".join(shown(line) for line in str(message).split("\n")))
+
+
+def shown(name: object) -> str:
+    """A name on one line, with everything escaped that is no printable character: line breaks, control characters, and
+    the bytes that Python keeps as surrogates where a file name is not UTF-8 (b"caf\\xe9" is shown as caf\\xe9)."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ascii(character)[1:-1]
 
 
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -16,3 +31,17 @@ def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(known)}"
+
+
+def brief(value: object, letters: int = 200) -> str:
+    """A value as messages repeat it: its repr, cut where it is long, or its type where it has none that can be made."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes; deep nesting
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= letters else f"{text[:letters]}…"
+
+
+def install_hint(extra: str) -> str:
+    """How to get an optional part. fastcl is on no package index: it comes from a checkout or as a wheel."""
+    return f"in a checkout: pip install '.[{extra}]'; from a wheel: pip install 'FILE.whl[{extra}]'"

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError
+from fastcl.arrays import ENDINGS, file_status, listed, read_arrays
+from fastcl.errors import FastclError, shown
+from fastcl.files import cause
+
+log = logging.getLogger("fastcl")
 
 
 def read_features(path: Path) -> Tensor:
     """Read a feature matrix.
 
     Args:
-        path: .npy, or .npz / .safetensors with a single array or one named "features".
+        path: .npy, or .npz / .safetensors with a single array or one named "features"; what else is in the file is not
+            read. The content tells the format, so a wrong one of these endings does no harm.
 
     Returns:
-        (samples, width) floating point, on the CPU.
+        (samples, width) float16, bfloat16, float32 or float64 on the CPU, whatever the byte order of the file.
 
     Raises:
         FastclError: a missing or damaged file, an unknown ending, several arrays, or an array that is no float matrix.
     """
-    path = Path(path)
-    return _matrix(_array(path), str(path))
+    return _one(Path(path))
 
 
 def read_layers(path: Path) -> dict[str, Tensor] | None:
@@ -38,91 +43,80 @@ def read_layers(path: Path) -> dict[str, Tensor] | None:
     Returns:
         Per layer (samples, width) floating point on the CPU, outputs of more dimensions flattened; in the order of the
         file, or by name with numbers in their order (blocks.2 before blocks.10) for a folder and for .safetensors.
-        None for a path that holds one matrix, for `read_features`.
+        Names are escaped where they cannot be printed. None for a path that holds one matrix, for `read_features`.
 
     Raises:
         FastclError: a missing or damaged file, a folder without feature files, an array that is no float array of
             samples, or layers with different numbers of samples.
     """
     path = Path(path)
-    if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix in _READERS]
-        if not files:
-            raise FastclError(f"{path} holds no feature file ({', '.join(_READERS)})")
-        arrays = {file.stem: _array(file) for file in sorted(files, key=lambda file: _natural(file.stem))}
-        if len(arrays) < len(files):
-            raise FastclError(f"{path} holds two files of one name: {_shown(sorted(file.name for file in files))}")
-    elif path.suffix == ".npy":
-        return None
+    if _is_folder(path):
+        files, others = _folder(path)
+        if others:
+            names = listed(shown(file.name) for file in others)
+            log.warning("%s: left out %d that are no feature files: %s", shown(path), len(others), names)
+        layers = {shown(file.stem): _one(file, layers=True) for file in files}
+        if len(layers) < len(files):
+            raise FastclError(f"{shown(path)} holds two files of one name: {listed(shown(f.name) for f in files)}")
     else:
-        arrays = _read(path)
-        if len(arrays) == 1 or "features" in arrays:
+        layers = read_arrays(path, _several, layers=True)
+        if not layers:
             return None
-        if path.suffix == ".safetensors":  # which keeps no order
-            arrays = {name: arrays[name] for name in sorted(arrays, key=_natural)}
-    layers = {k: _matrix(x.flatten(1) if x.ndim > 2 else x, f"{path}: {k!r}") for k, x in arrays.items()}
+        if path.suffix.lower() == ".safetensors":  # which keeps no order
+            layers = {name: layers[name] for name in sorted(layers, key=_natural)}
     rows = {name: len(x) for name, x in layers.items()}
     if len(set(rows.values())) > 1:
-        raise FastclError(f"{path}: row k of every layer must be one sample, got numbers of rows {rows}")
+        raise FastclError(f"{shown(path)}: row k of every layer must be one sample, got numbers of rows {rows}")
     return layers
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise FastclError(f"{path} does not exist")
-    if path.suffix not in _READERS:
-        raise FastclError(f"{path}: features are read from {', '.join(_READERS)}")
+def feature_files(path: Path) -> list[Path]:
+    """The files that `read_features` or `read_layers` read: the path itself, or the feature files of a folder by name.
+
+    Raises:
+        FastclError: nothing is there, it cannot be reached, or a folder without feature files.
+    """
+    path = Path(path)
+    return _folder(path)[0] if _is_folder(path) else [path]
+
+
+def _is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(file_status(path).st_mode)
+
+
+def _folder(path: Path) -> tuple[list[Path], list[Path]]:
+    """Feature files and what else there is; not what is hidden, such as the files that macOS leaves beside others."""
     try:
-        arrays = _READERS[path.suffix](path)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # each format fails in its own way
-        raise FastclError(f"{path} cannot be read: {error}") from error
-    if not arrays:
-        raise FastclError(f"{path} holds no array")
-    return arrays
+        found = [file for file in path.iterdir() if not file.name.startswith(".")]
+    except OSError as error:
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
+    found.sort(key=lambda file: _natural(file.stem))
+    files = [file for file in found if file.suffix.lower() in ENDINGS]
+    if not files:
+        raise FastclError(f"{shown(path)} holds no feature file ({', '.join(ENDINGS)})")
+    return files, [file for file in found if file.suffix.lower() not in ENDINGS]
 
 
-def _array(path: Path) -> Tensor:
-    arrays = _read(path)
-    if len(arrays) > 1 and "features" not in arrays:
-        raise FastclError(f"{path} holds {len(arrays)} arrays ({_shown(arrays)}); name the one to read 'features'")
-    return arrays.get("features", next(iter(arrays.values())))
+def _one(path: Path, layers: bool = False) -> Tensor:
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        if "features" in names:
+            return ["features"]
+        if len(names) > 1:
+            raise FastclError(
+                f"{shown(path)} holds {len(names)} arrays ({listed(names)}); name the one to read 'features'"
+            )
+        return names
+
+    (array,) = read_arrays(path, choose, layers).values()
+    return array
 
 
-def _matrix(x: Tensor, where: str) -> Tensor:
-    if x.ndim != 2 or not x.is_floating_point():
-        raise FastclError(f"{where} must hold a float matrix (samples, width), got {tuple(x.shape)} {x.dtype}")
-    return x
-
-
-def _shown(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def _several(names: Sequence[str]) -> Sequence[str]:
+    return [] if len(names) == 1 or "features" in names else names
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts digits by their number."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _read_npy(path: Path) -> dict[str, Tensor]:
-    import numpy as np
-
-    return {"features": torch.from_numpy(np.load(path, allow_pickle=False))}
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-_READERS = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors}
+    """Sorts digits by their number: without leading zeros, the longer one is the larger."""
+    parts = re.split(r"(\d+)", name)  # digits at the odd places
+    digits = [part.lstrip("0") for part in parts]
+    return [(len(digits[k]), digits[k]) if k % 2 else (-1, part) for k, part in enumerate(parts)]

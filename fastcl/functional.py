@@ -10,11 +10,11 @@ from torch import Tensor
 from fastcl import small
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, check_rows
+from fastcl.choices import PRECISIONS, REDUCTIONS, ObjectiveName, Precision, Reduction
+from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.objectives import Objective, ObjectiveLike, resolve
-from fastcl.rowstats import PRECISIONS, RowStats, choose_backend, fused, statistics
-
-REDUCTIONS = ("mean", "sum", "none")
+from fastcl.rowstats import RowStats, fused, statistics
 
 
 def contrastive_loss(
@@ -23,9 +23,9 @@ def contrastive_loss(
     labels: Tensor | None = None,
     objective: ObjectiveLike = "ntxent",
     temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """Any objective of the table, or your own, over any number of views.
 
@@ -57,11 +57,11 @@ def contrastive_losses(
     z: Tensor,
     sample: Tensor,
     labels: Tensor | None = None,
-    objectives: Iterable[str] = ("dcl", "nscl"),
+    objectives: Iterable[ObjectiveName] = ("dcl", "nscl"),
     temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> dict[str, Tensor]:
     """Several objectives from one pass over the similarities.
 
@@ -85,7 +85,7 @@ def contrastive_losses(
 
 
 def ntxent_loss(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: str = "mean", normalize: bool = True
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
 ) -> Tensor:
     """NT-Xent (SimCLR, Chen et al. 2020): the other view against every other row, the positive in the denominator.
 
@@ -103,7 +103,7 @@ def ntxent_loss(
 
 
 def dcl_loss(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: str = "mean", normalize: bool = True
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
 ) -> Tensor:
     """Decoupled contrastive loss (Yeh et al. 2022), the CL of arXiv 2510.08852: NT-Xent without the positive in the
     denominator. Arguments, result and errors as `ntxent_loss`."""
@@ -116,7 +116,7 @@ def nscl_loss(
     labels: Tensor,
     temperature: float | Tensor = 0.5,
     positive_in_denominator: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
 ) -> Tensor:
     """Negatives-only supervised contrastive loss (arXiv 2510.08852): the other view against other classes only.
@@ -141,7 +141,7 @@ def supcon_loss(
     z2: Tensor,
     labels: Tensor,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
 ) -> Tensor:
     """Supervised contrastive loss L_out (Khosla et al. 2020, eq. 2), without the factor temperature / base_temperature.
@@ -170,7 +170,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     batch = Batch.pairs(image, text, "image", "text")
     check_positive(logit_scale, "logit_scale")
     if isinstance(logit_scale, Tensor) and logit_scale.dtype != torch.float64:
-        logit_scale = logit_scale.float()
+        logit_scale = logit_scale.to(torch.float64 if image.dtype == torch.float64 else torch.float32)
     return _losses(batch, [resolve("ntxent")], 1 / logit_scale, normalize, "mean", columns=True)[0]
 
 
@@ -203,7 +203,7 @@ def _losses(
     the caller's own is evaluated by torch on the statistics, there as elsewhere.
     """
     table = all(isinstance(loss, Objective) for loss in losses)
-    chosen = choose_backend(batch.x) if losses and table else None
+    chosen = choose(batch.x) if losses and table else None
     if chosen == "chunked" and precision in (None, *PRECISIONS):
         check_positive(temperature, "temperature")
         found = small.losses(batch, losses, temperature, normalize, reduction)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 
 from fastcl import functional as F
+from fastcl.choices import Reduction
 
 
 class _TwoViewLoss(nn.Module):
-    """Holds what the two-view losses share.
+    """Holds what the two-view losses share."""
 
-    Args:
-        temperature: positive number, or an `nn.Parameter` with one element.
-        reduction: "mean", "sum" or "none".
-        normalize: divide rows by their norms first.
-    """
-
-    def __init__(self, temperature: float | Tensor = 0.5, reduction: str = "mean", normalize: bool = True) -> None:
+    def __init__(
+        self, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize
 
-    def _options(self) -> dict:
+    def _options(self) -> dict[str, Any]:
         return {"temperature": self.temperature, "reduction": self.reduction, "normalize": self.normalize}
 
     def extra_repr(self) -> str:
@@ -31,62 +30,117 @@ class _TwoViewLoss(nn.Module):
 
 
 class NTXentLoss(_TwoViewLoss):
-    """`fastcl.ntxent_loss` as a module."""
+    """NT-Xent (SimCLR, Chen et al. 2020): `fastcl.ntxent_loss` as a module.
+
+    Args:
+        temperature: positive number, or an `nn.Parameter` with one element, which is learned with the rest.
+        reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
+        normalize: divide rows by their norms first (cosine similarities).
+
+    Raises:
+        FastclError: when it is called, as `fastcl.ntxent_loss`.
+    """
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Loss of two views, (B, D) each."""
+        """Loss of two views, (B, D) each: a scalar, or (2B,) with reduction "none", z1's rows first."""
         return F.ntxent_loss(z1, z2, **self._options())
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, z1: Tensor, z2: Tensor) -> Tensor: ...
 
 
 class DCLLoss(_TwoViewLoss):
-    """`fastcl.dcl_loss` as a module."""
+    """Decoupled contrastive loss (Yeh et al. 2022), the CL of arXiv 2510.08852: `fastcl.dcl_loss` as a module.
+
+    Args:
+        temperature: positive number, or an `nn.Parameter` with one element, which is learned with the rest.
+        reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
+        normalize: divide rows by their norms first (cosine similarities).
+
+    Raises:
+        FastclError: when it is called, as `fastcl.dcl_loss`.
+    """
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Loss of two views, (B, D) each."""
+        """Loss of two views, (B, D) each: a scalar, or (2B,) with reduction "none", z1's rows first."""
         return F.dcl_loss(z1, z2, **self._options())
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, z1: Tensor, z2: Tensor) -> Tensor: ...
 
 
 class NSCLLoss(_TwoViewLoss):
-    """`fastcl.nscl_loss` as a module.
+    """Negatives-only supervised contrastive loss (arXiv 2510.08852): `fastcl.nscl_loss` as a module.
 
     Args:
-        positive_in_denominator: the form of the paper's published code. The others as for every two-view loss.
+        temperature: positive number, or an `nn.Parameter` with one element, which is learned with the rest.
+        positive_in_denominator: add the positive to the denominator, as the paper's published code does.
+        reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
+        normalize: divide rows by their norms first (cosine similarities).
+
+    Raises:
+        FastclError: when it is called, as `fastcl.nscl_loss`.
     """
 
     def __init__(
         self,
         temperature: float | Tensor = 0.5,
         positive_in_denominator: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
     ) -> None:
         super().__init__(temperature, reduction, normalize)
         self.positive_in_denominator = positive_in_denominator
 
-    def _options(self) -> dict:
+    def _options(self) -> dict[str, Any]:
         return super()._options() | {"positive_in_denominator": self.positive_in_denominator}
 
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor:
-        """Loss of two views, (B, D) each, with (B,) labels."""
+        """Loss of two views, (B, D) each, of samples with (B,) integer labels (-1: unlabelled): a scalar, or (2B,)."""
         return F.nscl_loss(z1, z2, labels, **self._options())
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor: ...
 
 
 class SupConLoss(_TwoViewLoss):
-    """`fastcl.supcon_loss` as a module; the temperature's default is 0.1."""
+    """Supervised contrastive loss L_out (Khosla et al. 2020, eq. 2): `fastcl.supcon_loss` as a module.
 
-    def __init__(self, temperature: float | Tensor = 0.1, reduction: str = "mean", normalize: bool = True) -> None:
+    Args:
+        temperature: positive number (its default is 0.1 here), or an `nn.Parameter` with one element, which is learned
+            with the rest.
+        reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
+        normalize: divide rows by their norms first (cosine similarities).
+
+    Raises:
+        FastclError: when it is called, as `fastcl.supcon_loss`.
+    """
+
+    def __init__(
+        self, temperature: float | Tensor = 0.1, reduction: Reduction = "mean", normalize: bool = True
+    ) -> None:
         super().__init__(temperature, reduction, normalize)
 
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor:
-        """Loss of two views, (B, D) each, with (B,) labels."""
+        """Loss of two views, (B, D) each, of samples with (B,) integer labels (-1: unlabelled): a scalar, or (2B,)."""
         return F.supcon_loss(z1, z2, labels, **self._options())
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor: ...
 
 
 class CLIPLoss(nn.Module):
-    """`fastcl.clip_loss` as a module.
+    """CLIP's symmetric InfoNCE (Radford et al. 2021): `fastcl.clip_loss` as a module.
 
     Args:
-        normalize: divide rows by their norms first.
+        normalize: divide rows by their norms first (cosine similarities).
+
+    Raises:
+        FastclError: when it is called, as `fastcl.clip_loss`.
     """
 
     def __init__(self, normalize: bool = True) -> None:
@@ -94,5 +148,9 @@ class CLIPLoss(nn.Module):
         self.normalize = normalize
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
-        """Loss of (B, D) image and text embeddings."""
+        """Loss, a scalar, of (B, D) image and text embeddings; logit_scale: positive number or one-element tensor."""
         return F.clip_loss(image, text, logit_scale, self.normalize)
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor: ...

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastcl.choices import RELATIONS, ObjectiveName, Relation
 from fastcl.errors import FastclError, suggest
 from fastcl.rowstats import RowStats
-
-RELATIONS = ("view", "peer", "other")
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Objective:
         FastclError: an unknown or repeated relation, or an empty set.
     """
 
-    denominator: tuple[str, ...]
-    positives: tuple[str, ...]
+    denominator: tuple[Relation, ...]
+    positives: tuple[Relation, ...]
     inside: bool = False
 
     def __post_init__(self) -> None:
@@ -52,7 +51,7 @@ class Objective:
                 raise FastclError(f"{name} must be distinct relations out of {allowed}, got {value!r}")
 
     @property
-    def negatives(self) -> tuple[str, ...]:
+    def negatives(self) -> tuple[Relation, ...]:
         """Relations that are only repelled."""
         return tuple(r for r in self.denominator if r not in self.positives)
 
@@ -63,7 +62,7 @@ class Objective:
 
     @property
     def code(self) -> int:
-        """The objective as the kernels read it: see kernels/contrastive/finish.py."""
+        """The objective as the kernels read it: see kernels/contrastive/objective.py."""
         denominator = sum(1 << RELATIONS.index(r) for r in self.denominator)
         return denominator | sum(8 << RELATIONS.index(r) for r in self.positives) | (32 if self.inside else 0)
 
@@ -74,18 +73,44 @@ class Objective:
             valid = valid & (_count(stats, self.negatives) > 0)
         lse = {r: getattr(stats, f"lse_{r}") for r in RELATIONS}
         n = _count(stats, self.positives).clamp(min=1)
+        shared = set(self.positives) & set(self.denominator)
+        if shared and shared != set(self.positives):
+            return self._partly_shared(stats, n, valid)
         lse_positives = _logsumexp([lse[r] for r in self.positives], valid)
         spread = n.to(lse_positives.dtype).log() if self.inside else _spread(stats, self.positives, n)
-        if set(self.positives) <= set(self.denominator):
+        if shared:
             if not self.negatives:
-                return spread.where(valid, 0)
+                # A mean inside the log leaves a constant, which has a gradient of zero and is NaN where the rows are.
+                return (spread + 0 * lse_positives if self.inside else spread).where(valid, 0)
             # log(P + Q) - log(P) as a softplus: exact at any distance (F.softplus returns its argument above 20).
             gap = lse_positives - _logsumexp([lse[r] for r in self.negatives], valid)
             return (spread - logsigmoid(gap)).where(valid, 0)
         return (_logsumexp([lse[r] for r in self.denominator], valid) - lse_positives + spread).where(valid, 0)
 
+    def _partly_shared(self, stats: RowStats, n: Tensor, valid: Tensor) -> Tensor:
+        """Row losses where one attracted relation, s, is in the denominator and the other, a, is not.
 
-ObjectiveLike: TypeAlias = str | Objective | Callable[[RowStats], Tensor]
+        Where others (none, if the denominator lacks them) and a are small or absent the loss is small: log s cancels
+        against itself, and only softplus terms of what is beside s are left.
+        """
+        s, a = sorted(self.positives, key=lambda r: r not in self.denominator)
+        has_s, has_a = ((_count(stats, (r,)) > 0) & valid for r in (s, a))
+        lse_s, lse_a = (_filled(getattr(stats, f"lse_{r}"), has) for r, has in ((s, has_s), (a, has_a)))
+        denominator, over = lse_s, torch.zeros_like(lse_s)
+        if self.negatives:
+            others = _filled(stats.lse_other, valid)
+            over = -logsigmoid(_filled(lse_s - others, has_s))
+            denominator = torch.where(has_s, lse_s + over, others)
+        if self.inside:
+            above = logsigmoid(_filled(lse_s - lse_a, has_s & has_a))
+            found = torch.where(has_s, over + _filled(above, has_a), denominator - lse_a)
+            return (n.to(found.dtype).log() + found).where(valid, 0)
+        share_s, share_a = (_count(stats, (r,)).to(over.dtype) / n for r in (s, a))
+        own_s, own_a = _own_spread(stats, s) + over, _own_spread(stats, a) + (denominator - lse_a)
+        return (_filled(own_s, has_s) * share_s + _filled(own_a, has_a) * share_a).where(valid, 0)
+
+
+ObjectiveLike: TypeAlias = ObjectiveName | Objective | Callable[[RowStats], Tensor]
 
 _ALL = RELATIONS
 OBJECTIVES: dict[str, Objective] = {
@@ -139,12 +164,28 @@ def _spread(stats: RowStats, positives: tuple[str, ...], n: Tensor) -> Tensor:
     for r in positives:
         lse, count = getattr(stats, f"lse_{r}"), getattr(stats, f"n_{r}")
         absent = count == 0
-        term = stats.spread_view if r == "view" else (lse - stats.mean_peer).masked_fill(absent, 0)
+        term = _own_spread(stats, r)
         for q in positives:
             if q != r:
                 term = term - logsigmoid((lse - getattr(stats, f"lse_{q}")).masked_fill(absent, 0))
         total = total + term.masked_fill(absent, 0) * (count.to(term.dtype) / n)
     return total
+
+
+def _own_spread(stats: RowStats, relation: str) -> Tensor:
+    """Log-sum-exp of a relation less its mean.
+
+    A single peer's are one number: its mean takes no part then, or a gradient p - 1 would come as p through the one and
+    as -1 through the other, with float32's error of 1.
+    """
+    if relation == "view":
+        return stats.spread_view
+    return (stats.lse_peer - stats.mean_peer).masked_fill(stats.n_peer <= 1, 0)
+
+
+def _filled(values: Tensor, known: Tensor) -> Tensor:
+    """The values, 0 without a gradient where they are not known."""
+    return values.masked_fill(~known, 0)
 
 
 def _logsumexp(terms: list[Tensor], valid: Tensor) -> Tensor:

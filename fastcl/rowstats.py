@@ -8,10 +8,9 @@ mean of s_ij. The losses are lines of plain PyTorch on these (N,)-vectors; see `
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,16 +19,10 @@ from torch.autograd import forward_ad
 from fastcl import operators, small  # noqa: F401  (registers torch.ops.fastcl)
 from fastcl.backends import dense
 from fastcl.batch import Batch
-from fastcl.checks import check_positive, describe
+from fastcl.checks import check_positive, is_inside
+from fastcl.choices import PRECISIONS, Precision
+from fastcl.dispatch import choose, wants_float32
 from fastcl.errors import FastclError
-
-BACKENDS = ("auto", "triton", "chunked", "dense")
-PRECISIONS = ("fp16", "bf16", "fp32")
-MAX_WIDTH = 4096  # of rows on the Triton backend
-
-# A plain module global: a ContextVar breaks torch.compile(fullgraph=True).
-_backend = "auto"
-_last = "none"
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,24 @@ class RowStats:
         return (self.n_view > 0) & (self.n_other > 0)
 
 
+@overload
+def row_stats(
+    x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
+    sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
+    normalize: bool = True, columns: Literal[False] = False, precision: Precision | None = None,
+) -> RowStats: ...  # fmt: skip
+@overload
+def row_stats(
+    x: Tensor, y: Tensor, *, sample: Tensor, labels: Tensor | None = None, sample_y: Tensor,
+    labels_y: Tensor | None = None, temperature: float | Tensor, normalize: bool = True, columns: Literal[True],
+    precision: Precision | None = None,
+) -> tuple[RowStats, RowStats]: ...  # fmt: skip
+@overload
+def row_stats(
+    x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
+    sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
+    normalize: bool = True, columns: bool, precision: Precision | None = None,
+) -> RowStats | tuple[RowStats, RowStats]: ...  # fmt: skip
 def row_stats(
     x: Tensor,
     y: Tensor | None = None,
@@ -66,7 +77,7 @@ def row_stats(
     temperature: float | Tensor,
     normalize: bool = True,
     columns: bool = False,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> RowStats | tuple[RowStats, RowStats]:
     """Row statistics of anchors x against candidates y, differentiable in x, y and the temperature.
 
@@ -97,7 +108,9 @@ def row_stats(
             precision; what the Triton backend does not take where it was asked for by name. Values of tensors are
             checked on the CPU only: elsewhere a check would wait for the device.
 
-    Source: the relations generalise arXiv 2510.08852, section 3; NaN in a row shows in every row that meets it.
+    Source: the relations generalise arXiv 2510.08852, section 3; NaN or an infinity in a row shows as NaN in every row
+    that meets it. In float32 a logit of size L is known to 2^-24 L: gradients have relative errors up to
+    1e-5 + 2^-24 L, those of `spread_view` up to 1e-5 + 2^-24 / f where the logits of views differ by a fraction f of L.
     """
     batch = Batch.of(x, y, sample, labels, sample_y, labels_y)
     if columns and y is None:
@@ -112,7 +125,7 @@ def statistics(
     """RowStats of the anchors and, with columns, of the candidates; arguments as `row_stats`."""
     check_positive(temperature, "temperature")
     _check_precision(precision)
-    chosen = choose_backend(batch.x)
+    chosen = choose(batch.x)
     if chosen == "triton":
         if columns and batch.labels is not None:
             batches = batch, batch.transposed()
@@ -122,13 +135,13 @@ def statistics(
     if chosen == "chunked" and not columns and (few := small.row_stats(batch, temperature, normalize)) is not None:
         return (unpack(*few),)
     batch = batch.spelled_out()
-    root = _square_root(temperature)
+    root = _square_root(temperature, batch.x.dtype)
     with torch.autocast(batch.x.device.type, enabled=False):
         # Rows divided by sqrt(temperature) make the logits inner products, and autograd brings the temperature's
         # gradient for free. In the rectangular case both operands take their share too.
         rows = [None if v is None else _prepare(v, normalize) / root for v in (batch.x, batch.y)]
         batch = Batch(rows[0], None, rows[1], batch.sample, batch.labels, batch.sample_y, batch.labels_y)
-        return tuple(_on_torch(b) for b in ((batch, batch.transposed()) if columns else (batch,)))
+        return tuple(_on_torch(b, chosen) for b in ((batch, batch.transposed()) if columns else (batch,)))
 
 
 def fused(
@@ -153,17 +166,17 @@ def operator_arguments(
     """Temperature as a tensor, as a number (one of the two), and precision of a Triton operator's call on rows x."""
     is_tensor = isinstance(temperature, Tensor)
     given = temperature.to(x.device) if is_tensor else None
-    _check_no_tangent(x, *others, given)
+    _check_transforms("triton", x, *others, given)
     _check_precision(precision)
     return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
 
 
-def _on_torch(batch: Batch) -> RowStats:
+def _on_torch(batch: Batch, chosen: str) -> RowStats:
     arguments = batch.x, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y
-    if _last == "dense":
+    if chosen == "dense":
         mean_view, spread_view, mean_peer, *rest = dense.row_stats(*arguments)
     else:
-        _check_no_tangent(batch.x, batch.y)
+        _check_transforms(chosen, batch.x, batch.y)
         mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(*arguments)
     lse_peer, lse_other, *counts = rest
     return unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
@@ -177,40 +190,6 @@ def unpack(stats: Sequence[Tensor], counts: Sequence[Tensor]) -> RowStats:
     return RowStats(lse_view, spread_view, mean_view, lse_peer, mean_peer, lse_other, n_view, n_peer, n_other)
 
 
-def choose_backend(x: Tensor) -> str:
-    """The backend for rows like x; `last_backend` tells it from then on.
-
-    Raises:
-        FastclError: the Triton backend was asked for by name, and does not take these rows.
-    """
-    global _last
-    obstacle = _obstacle(x) if _backend in ("auto", "triton") else None
-    if _backend == "triton" and obstacle:
-        raise FastclError(f"the triton backend {obstacle}; got {describe(x)}")
-    chosen = _backend
-    if _backend == "auto":
-        chosen = "triton" if x.device.type == "cuda" and not obstacle else "chunked"
-    _last = chosen
-    return chosen
-
-
-def _obstacle(x: Tensor) -> str | None:
-    """Why the Triton backend does not take these rows."""
-    if x.dtype == torch.float64:
-        return "computes in float32 at most"
-    if x.shape[1] > MAX_WIDTH:
-        return f"takes rows of at most {MAX_WIDTH} columns"
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs CUDA tensors; on a CPU it runs slowly, if TRITON_INTERPRET=1 was set before Python started"
-    return None
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
-def wants_float32() -> bool:
-    """Whether `torch.get_float32_matmul_precision()` asks for whole float32."""
-    return torch.get_float32_matmul_precision() == "highest"
-
-
 def _precision(precision: str | None, x: Tensor) -> str:
     if precision is None:
         full = wants_float32() and not torch.is_autocast_enabled(x.device.type)
@@ -221,38 +200,6 @@ def _precision(precision: str | None, x: Tensor) -> str:
 def _check_precision(precision: str | None) -> None:
     if precision is not None and precision not in PRECISIONS:
         raise FastclError(f"precision must be one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Use one backend inside a `with` block.
-
-    Args:
-        name: "triton" (fused kernels, differentiable once), "chunked" (torch, O(N x tile) memory, differentiable
-            once), "dense" (the specification, N x N, differentiable twice) or "auto" (triton for CUDA tensors, chunked
-            elsewhere and for what the kernels do not take: float64 and more than 4096 columns).
-
-    Raises:
-        FastclError: an unknown name.
-    """
-    global _backend
-    if name not in BACKENDS:
-        raise FastclError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    previous, _backend = _backend, name
-    try:
-        yield
-    finally:
-        _backend = previous
-
-
-def current_backend() -> str:
-    """The name that the surrounding `with backend(...)` was given; "auto" outside."""
-    return _backend
-
-
-def last_backend() -> str:
-    """The backend that the most recent `row_stats` call ran on; "none" before the first."""
-    return _last
 
 
 def normalize_rows(x: Tensor) -> Tensor:
@@ -275,23 +222,32 @@ def normalize_rows(x: Tensor) -> Tensor:
     return u / u.square().sum(1, keepdim=True).masked_fill(is_zero, 1).sqrt()
 
 
-def _check_no_tangent(*rows: Tensor | None) -> None:
-    """The operator has no forward-mode derivative, and PyTorch would take it for zero without a word."""
+def _check_transforms(chosen: str, *tensors: Tensor | None) -> None:
+    """The operators have no forward-mode derivative, which PyTorch would silently take for zero, and none for
+    torch.func's grad."""
     if torch.compiler.is_compiling():
         return
-    if any(v is not None and forward_ad.unpack_dual(v).tangent is not None for v in rows):
+    given = [v for v in tensors if v is not None]
+    instead = "use `with fastcl.backend('dense')`"
+    if any(forward_ad.unpack_dual(v).tangent is not None for v in given):
+        raise FastclError(f"the {chosen} backend has no forward-mode derivative; {instead} for jvp and jacfwd")
+    if any(is_inside(v, "grad") for v in given):
         raise FastclError(
-            f"the {_last} backend has no forward-mode derivative; use `with fastcl.backend('dense')` for jvp"
+            f"the {chosen} backend is differentiable by backward() and torch.autograd.grad alone; {instead} for "
+            "torch.func.grad, vjp, jacrev and hessian"
         )
 
 
-def _square_root(temperature: float | Tensor) -> float | Tensor:
+def _square_root(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """In float64 where rows or temperature are: a float32 number is exact there, its root in float32 is not."""
     if not isinstance(temperature, Tensor):
         return math.sqrt(temperature)
-    return (temperature if temperature.dtype == torch.float64 else temperature.float()).reshape(()).sqrt()
+    wide = torch.float64 in (temperature.dtype, dtype)
+    return temperature.to(torch.float64 if wide else torch.float32).reshape(()).sqrt()
 
 
 def _prepare(x: Tensor, normalize: bool) -> Tensor:
     if normalize:
         return normalize_rows(x)
-    return x if x.dtype == torch.float64 else x.float()
+    x = x if x.dtype == torch.float64 else x.float()
+    return x * x.new_ones(()).where(~x.isinf(), torch.nan)  # an infinity is NaN, as it is where rows are normalised

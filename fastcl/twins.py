@@ -10,8 +10,10 @@ from torch import Tensor
 from fastcl.backends.pairs import PairSums
 from fastcl.batch import Batch
 from fastcl.checks import check_positive, check_rows, describe
+from fastcl.choices import Precision
+from fastcl.dispatch import choose
 from fastcl.errors import FastclError
-from fastcl.rowstats import RowStats, choose_backend, operator_arguments, statistics, unpack
+from fastcl.rowstats import RowStats, operator_arguments, statistics, unpack
 from fastcl.similarity import PairStats
 from fastcl.similarity.inputs import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.rows import mapped
@@ -51,7 +53,7 @@ def twin_stats(
     labels: Tensor | None = None,
     *,
     temperature: float | Tensor,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> TwinStats:
     """Row statistics of two models' embeddings of the same rows, and the statistics of their cosine Gram matrices.
 
@@ -89,7 +91,7 @@ def twin_stats(
         )
     batch = Batch.of(za, None, sample, labels, None, None)
     check_positive(temperature, "temperature")
-    if choose_backend(za if za.shape[1] >= zb.shape[1] else zb) == "triton":
+    if choose(za, zb) == "triton":
         arguments = operator_arguments(temperature, precision, za, zb)
         stats_a, stats_b, counts, sums, *_ = torch.ops.fastcl.twin(za, zb, batch.sample, batch.labels, *arguments)
         return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), NARROW_ROUNDING)

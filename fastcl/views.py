@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from fastcl.data import (
     make_renderer,
 )
 from fastcl.data.renderers import obstacle
-from fastcl.errors import FastclError, suggest
+from fastcl.errors import FastclError, shown, suggest
+from fastcl.files import write_atomic
+from fastcl.outputs import check_output
 
 _SPAN = 8  # grey levels: differences from -8 to 8 go from blue over white to red
 _NAME = 20  # letters of a class name
@@ -63,8 +66,7 @@ def contact_sheet(
         FastclError: an unknown renderer or picture format, fewer images than samples, an image that cannot be decoded,
             a file that cannot be written.
     """
-    if out.suffix.lower().lstrip(".") not in FigureCanvasBase.get_supported_filetypes():
-        raise FastclError(f"--out: {out} must end in .png or another picture format of matplotlib")
+    _check_picture(out, [])
     for name in renderers:
         if name not in RENDERERS:
             raise FastclError(f"--renderers: unknown {name!r}{suggest(name, RENDERERS)}")
@@ -73,9 +75,7 @@ def contact_sheet(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = ViewLoader(data.train, ViewPlan(spec, seed), len(data.train))
     chosen = loader.batch(epoch, 0)[:samples]
-    split = data.train
-    few = Split(split.ids[chosen], split.labels[chosen], split.sizes[chosen], lambda i: split.read(int(chosen[i])),
-                split.encoded and (lambda i: split.encoded(int(chosen[i]))))  # fmt: skip
+    few = _some(data.train, chosen)
     plan, here = loader.plan, np.arange(samples)
     params = [plan.draw(epoch, few.ids, view, few.sizes) for view in (0, 1)]
     found: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def contact_sheet(
         pictures[name] = [_levels(v, spec) for v in views]
         apart = torch.stack([(a - b).abs() for a, b in zip(pictures[name], pictures[_REFERENCE], strict=True)])
         found[name] = (apart.mean().item(), apart.max().item())
-    title = f"{data.name}: views of {spec.size} x {spec.size} pixels, seed {seed}, epoch {epoch}"
+    title = f"{shown(data.name)}: views of {spec.size} x {spec.size} pixels, seed {seed}, epoch {epoch}"
     _draw(few, [_short(data.classes[c]) for c in few.labels], pictures, found, title, out)
     return found
 
@@ -102,7 +102,9 @@ def preset_for(data: Dataset) -> str:
 
 
 def show_views(args: Any) -> None:
-    """The command `fastcl views`: args are its parsed arguments. Raises FastclError as `load` and `contact_sheet`."""
+    """The command `fastcl views`: args are its parsed arguments. Raises FastclError as `load` and `contact_sheet`, and
+    before the work where the picture would be written over or among the images."""
+    _check_picture(args.out, _sources(args))
     data = load(args.data, root=args.root, corrupt=args.corrupt)
     preset = args.preset or preset_for(data)
     spec = ViewSpec.preset(preset, **({} if args.size is None else {"size": args.size}))
@@ -110,7 +112,7 @@ def show_views(args: Any) -> None:
     found = contact_sheet(
         data, spec, args.out, renderers=renderers, samples=args.samples, seed=args.seed, epoch=args.epoch
     )
-    print(f"{data.name}: views of {args.samples} training images, preset {preset} at {spec.size} pixels, "
+    print(f"{shown(data.name)}: views of {args.samples} training images, preset {preset} at {spec.size} pixels, "
           f"seed {args.seed}, epoch {args.epoch}")  # fmt: skip
     for name, result in found.items():
         if isinstance(result, str):
@@ -119,16 +121,40 @@ def show_views(args: Any) -> None:
             print(f"  {name:12} the reference")
         else:
             print(f"  {name:12} differs by {result[0]:.2f} grey levels on average, {result[1]:.1f} at most")
-    print(f"picture: {args.out}")
+    print(f"picture: {shown(args.out)}")
+
+
+def _check_picture(out: Path, inputs: list[Path]) -> None:
+    """Raise FastclError unless matplotlib draws pictures with this ending and the file can be written."""
+    if out.suffix.lower().lstrip(".") not in FigureCanvasBase.get_supported_filetypes():
+        raise FastclError(f"--out: {shown(out)} must end in .png or another picture format of matplotlib")
+    check_output(out, "--out", inputs)
+
+
+def _sources(args: Any) -> list[Path]:
+    """Files and folders of the images; torchvision's root may hold anything else, so there it is the folders in it."""
+    kind, _, place = args.data.partition(":")
+    if kind != "torchvision":
+        return [Path(place)] if place else []
+    try:
+        return [path for path in Path(args.root).iterdir() if path.is_dir()] if args.root else []
+    except (OSError, ValueError):  # loading says what is wrong with the folder
+        return []
+
+
+def _some(split: Split, chosen: np.ndarray) -> Split:
+    return Split(split.ids[chosen], split.labels[chosen], split.sizes[chosen], lambda i: split.read(int(chosen[i])),
+                 split.encoded and (lambda i: split.encoded(int(chosen[i]))))  # fmt: skip
 
 
 def _short(name: str) -> str:
+    name = shown(name)
     return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
 
 
 def _levels(views: Tensor, spec: ViewSpec) -> Tensor:
     """(n, S, S, C) grey levels in [0, 255] of normalised views, float32 on the CPU."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu")[:, None, None] for v in (spec.mean, spec.std))
     return ((views.cpu() * std + mean) * 255).permute(0, 2, 3, 1).clamp(0, 255)
 
 
@@ -171,11 +197,12 @@ def _draw(
     figure.text(0.02, 1 - 0.1 / height, title, fontsize=9, va="top", parse_math=False)
     figure.text(0.02, 0.1 / height, "\n".join(missing), fontsize=7, va="bottom", parse_math=False, wrap=True)
     figure.subplots_adjust(0.02, (0.25 + 0.25 * len(missing)) / height, 0.98, 1 - 0.6 / height, 0.08, 0.25)
+    picture = io.BytesIO()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
+        figure.savefig(picture, format=out.suffix.lower()[1:])
     except (OSError, RuntimeError, ValueError) as error:  # some formats need another program
-        raise FastclError(f"--out: {out} cannot be written ({error})") from error
+        raise FastclError(f"--out: {shown(out)} cannot be drawn ({error})") from error
+    write_atomic(out, picture.getvalue())
 
 
 def _show(axis: Axes, image: np.ndarray) -> None:

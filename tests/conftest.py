@@ -15,6 +15,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Processes that the tests start import this checkout, wherever they run and whatever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
 # Triton reads this when a kernel is decorated, its own library included, so it is set before any test module imports
 # triton. On a machine with a GPU the same tests run the compiled kernels.
 if not torch.cuda.is_available():

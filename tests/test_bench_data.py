@@ -259,7 +259,7 @@ def test_bad_arguments_are_refused(capsys):
 
 
 def test_dali_again(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install fastcl[dali])")
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install '.[dali]')")
     assert decoder.main(["--out", str(tmp_path), "--tiny"]) == 0
     found = json.loads((tmp_path / "decoder.json").read_text())
     assert [r["hw_decoder_load"] for r in found] == [0.0] * 5 + [0.65] * 5

@@ -69,6 +69,35 @@ def test_a_step_that_ignores_the_interrupt_is_killed(tmp_path, monkeypatch):
     assert (tmp_path / "slow.log").read_text() == "1\n"
 
 
+def test_an_interrupted_step_is_recorded(tmp_path, monkeypatch, capsys):
+    pressed = "import os, signal, time; print(1, flush=True); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+    status, found = run(tmp_path, monkeypatch, Step("a", code(""), 60), Step("b", code(pressed), 60), Step("c", (), 60))
+    assert status == 130 and [(s["step"], s["status"]) for s in found] == [("a", "ok"), ("b", "interrupted")]
+    assert found[1]["exit_code"] != 0 and found[1]["seconds"] < 30
+    assert "| b | interrupted |" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().err == "interrupted; the files hold the steps up to this one\n"
+
+
+def test_a_second_interrupt_kills_the_step(tmp_path, monkeypatch):
+    twice = """if True:
+        import os, signal, time
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getppid(), signal.SIGINT))
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+        time.sleep(60)
+    """
+    status, found = run(tmp_path, monkeypatch, Step("stubborn", code(twice), 60))
+    assert status == 130 and found[0]["status"] == "interrupted" and found[0]["exit_code"] == -9
+    assert found[0]["seconds"] < gpu.GRACE
+
+
+def test_a_log_follows_no_link(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "a.log").symlink_to(tmp_path / "mine")
+    assert run(tmp_path, monkeypatch, Step("a", code("print(1)"), 60))[0] == 0
+    assert (tmp_path / "mine").read_text() == "precious" and (tmp_path / "a.log").read_text() == "1\n"
+
+
 def test_a_step_ends_by_its_place_in_the_timetable(tmp_path, monkeypatch):
     clock, takes, limits = 0.0, {"quick": 10, "slow": 95, "late": 0}, {}
 

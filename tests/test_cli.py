@@ -62,10 +62,13 @@ def test_align_says_what_is_undefined_and_shows_the_rest(tmp_path, capsys):
     names = [str(tmp_path / name) for name in ("a.npy", "dead.npy", "o.json")]
     assert main(["align", *names[:2], "--spearman", "--json", names[2]]) == 0
     text = capsys.readouterr().out
-    assert text.count("is undefined") == 7 and "drift |K - L|, cosine" in text
+    assert text.count("is undefined") == 13 and "drift |K - L|, cosine" in text
     written = json.loads((tmp_path / "o.json").read_text())
     assert written["measures"]["cka_linear"] is None is written["measures"]["rsa_spearman_error"]
     assert written["measures"]["drift"] > 0 and "all similarities" in written["undefined"]["rsa_spearman"]
+    for measure in ("rho", "cka_bound", "cka_bound_tight", "r", "rsa_bound", "rsa_bound_tight"):
+        assert written["measures"][measure] is None
+        assert "second representation" in written["undefined"][measure]
 
 
 def test_align_of_layers_from_files_and_folders(tmp_path, capsys):
@@ -84,9 +87,10 @@ def test_align_of_layers_from_files_and_folders(tmp_path, capsys):
         more = ["--json", str(tmp_path / "o.json"), "--out", str(tmp_path / "maps" / "heat.svg")]
         assert main(["align", *arguments, *more]) == 0
         lines = capsys.readouterr().out.splitlines()
+        assert other != "b" or lines.pop(0).endswith("/b: left out 1 that are no feature files: notes.txt")
         assert "30 samples: 4 layers of" in lines[0] and lines[1].split() == list(maps)  # 2 before 10
         assert lines[2].split() == ["blocks.0", *(f"{stats.cka_debiased:.4f}" for stats in wanted.values())]
-        assert lines[5].split() == ["dead", "–", "–", "–"] and "dead, blocks.0: debiased CKA" in lines[6]
+        assert lines[5].split() == ["dead", "-", "-", "-"] and "dead, blocks.0: debiased CKA" in lines[6]
         written = json.loads((tmp_path / "o.json").read_text())
         assert written["layers_a"] == [*maps, "dead"] and written["layers_b"] == list(maps)
         assert written["cka_linear_debiased"][3] == [None] * 3 and len(written["undefined"]) == 3
@@ -101,7 +105,7 @@ def test_align_errors_name_the_file(tmp_path, capsys):
     (tmp_path / "broken.npy").write_bytes(b"no array")
     (tmp_path / "x.txt").write_text("")
     for name, message in (
-        ("short.npy", "4 rows"), ("ints.npy", "float matrix (samples, width), got (4, 2) torch.int64"),
+        ("short.npy", "4 rows"), ("ints.npy", "float matrix (samples, width), got (4, 2) int64"),
         ("two.npz", "holds layers, "), ("broken.npy", "cannot be read"), ("x.txt", ".npy, .npz, .safetensors"),
         ("absent.npy", "does not exist"),
     ):  # fmt: skip

@@ -11,10 +11,11 @@ from PIL import Image
 from small_images import noise, png, write_tree, write_zip
 from torchvision.transforms.v2 import functional as F
 
+from fastcl import FastclError
 from fastcl.data import ViewSpec, center_view, load
 from fastcl.data.dali import DaliRenderer
 
-pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install fastcl[dali])")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install '.[dali]')")
 
 STAGE_MAX = 3.0  # grey levels
 CHAIN_MEAN = 1.5
@@ -143,6 +144,16 @@ def test_mixed_formats_and_sizes(tmp_path, mixed, zipped):
     spec, positions = ViewSpec(size=24, **PLAIN), np.arange(len(split))
     greatest, _ = against_torchvision(split, positions, drawn(split, positions, spec), spec)
     assert greatest <= STAGE_MAX
+
+
+def test_a_file_that_is_removed_is_named_with_the_way_out(tmp_path):
+    split = load(write_tree(tmp_path, {f"{c}/{i}.jpg": jpeg(photo(i)) for c in "ab" for i in range(2)})).train
+    spec, positions = ViewSpec(size=8, **PLAIN), np.arange(2)
+    renderer = DaliRenderer(split, spec, "cpu")
+    for file in tmp_path.glob("*/*.jpg"):
+        file.unlink()
+    with pytest.raises(FastclError, match=r"/[ab]/\d.jpg: FileNotFoundError: .*corrupt=skip leaves out"):
+        renderer(positions, drawn(split, positions, spec))
 
 
 def test_images_that_are_views_of_other_arrays():

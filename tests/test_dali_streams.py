@@ -1,4 +1,4 @@
-"""DALI against itself: nothing but the plan counts, streams keep apart, errors name the image, the proxy agrees."""
+"""DALI against itself: nothing but the plan counts, streams keep apart, errors name the image."""
 
 import sys
 from dataclasses import replace
@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from dali_views import REAL, array_split, drawn, file_split, jpeg, levels, photo, real_split, take
-from small_images import noise, png, write_tree, write_zip
+from small_images import noise, write_tree, write_zip
 
 from fastcl import FastclError
 from fastcl.data import Split, ViewSpec, load, render_torchvision
 from fastcl.data.dali import DaliRenderer, obstacle
-from fastcl.data.dali_proxy import proxy_stream
 
-pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install fastcl[dali])")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install '.[dali]')")
 
 CHAIN_MEAN = 1.5  # grey levels
 
@@ -114,55 +113,4 @@ def test_obstacles(monkeypatch):
     if not torch.cuda.is_available():
         assert "no CUDA device" in obstacle(split, spec, "cuda")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    assert "pip install fastcl[dali]" in obstacle(split, spec, "cpu")
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """DALI's server looks every 5 seconds whether it is still wanted; here more often."""
-    from nvidia.dali.plugin.pytorch.experimental.proxy import DALIServer
-
-    patient = DALIServer._get_input_batches
-    monkeypatch.setattr(
-        DALIServer, "_get_input_batches", lambda self, n, timeout=None: patient(self, n, timeout and 0.1)
-    )
-
-
-@pytest.mark.usefixtures("impatient")
-class TestProxy:
-    def test_equals_the_plain_pipeline(self, real):
-        split, spec = real("fruits65.zip"), ViewSpec.preset("cifar", rotation=5.0)
-        positions = take(split, 60)
-        cuts = [positions[k : k + 16] for k in range(0, 60, 16)]
-        work = [(cut, drawn(split, cut, spec)) for cut in cuts]
-        expected = list(DaliRenderer(split, spec, "cpu").stream(work))
-        got = list(proxy_stream(split, spec, "cpu", work, workers=2))
-        assert len(got) == len(expected) == 4
-        for views, others in zip(got, expected, strict=True):
-            assert len(views) == 2 and all(torch.equal(a, b) for a, b in zip(views, others, strict=True))
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda data: data[: len(data) * 3 // 4], r"b/3\.jpg.*truncated"),
-            (lambda data: png(photo(0)), "JPEG files only; sample id 7 is none"),
-        ],
-    )
-    def test_bad_file_is_named(self, tmp_path, change, message):
-        files = {f"{c}/{i}.jpg": jpeg(photo(i, 200, 160)) for c in "ab" for i in range(4)}
-        files["b/3.jpg"] = change(files["b/3.jpg"])
-        data, spec = load(write_tree(tmp_path, files), test_fraction=0.25), ViewSpec(size=8)
-        split = data.train if 7 in data.train.ids else data.test
-        state, work = torch.get_rng_state(), [(k, drawn(split, k, spec)) for k in np.arange(len(split))[:, None]]
-        with pytest.raises(FastclError, match=message):
-            list(proxy_stream(split, spec, "cpu", work))
-        assert torch.equal(torch.get_rng_state(), state)
-
-    def test_refusals(self):
-        split, spec = file_split([jpeg(photo(0))] * 2), ViewSpec(size=8)
-        with pytest.raises(FastclError, match="at least 1 worker, got 0"):
-            next(proxy_stream(split, spec, "cpu", [], workers=0))
-        assert list(proxy_stream(split, spec, "cpu", [])) == []
-        work = [(k, drawn(split, k, spec)) for k in (np.arange(1), np.arange(2))]
-        with pytest.raises(FastclError, match="larger than the first one, 1; got 2"):
-            list(proxy_stream(split, spec, "cpu", work))
+    assert "pip install '.[dali]'" in obstacle(split, spec, "cpu")

@@ -104,6 +104,28 @@ def test_a_run_leaves_out_what_it_left_out_when_it_began(tree, tmp_path, monkeyp
     assert list(Lockstep(config, tmp_path / "run").data.skipped) == [3, 14]
 
 
+def test_one_class_is_too_few_for_models_that_use_classes(tmp_path):
+    source = write_tree(tmp_path / "tree", {f"all/{k}.png": png(noise(k)) for k in range(16)})
+    tiny = dict(data__source=source, data__classes="none", views__preset="cifar", train__batch_size=4, train__epochs=1)
+    for models, using in ((["dcl", "nscl", "ce"], "nscl, ce"), (["supcon"], "supcon")):
+        with pytest.raises(FastclError, match=f"at least 2 for the models {using}, which .*; tree has 1, 'all'"):
+            Lockstep(tiny_config(**tiny, train__models=models, train__controls=[]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    Lockstep(tiny_config(**tiny, train__models=["dcl"], train__controls=[]), tmp_path / "run")
+
+
+def test_what_a_run_did_not_take_is_in_its_description(tmp_path):
+    files = {f"{c}/{k}.png": png(noise(k)) for c in "ab" for k in range(8)} | {"a/notes.txt": b"x"}
+    tiny = dict(data__source=write_tree(tmp_path / "tree", files), data__classes="none", views__preset="cifar",
+                train__batch_size=4, train__epochs=1, train__models=["dcl"], train__controls=[])  # fmt: skip
+    run = Lockstep(tiny_config(**tiny), tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["left_out"] == list(run.data.left_out) == ["1 files that are no images (a/notes.txt)"]
+    with pytest.raises(FastclError, match="allows 29"):
+        Lockstep(tiny_config(**tiny, data__max_pixels=29), tmp_path / "other")
+    Lockstep(tiny_config(**tiny, data__max_pixels=31), tmp_path / "run")  # a bound is no other run
+
+
 @pytest.mark.parametrize("trained", (False, True))
 def test_a_run_without_a_finished_epoch_gives_way(tree, tmp_path, trained):
     """As one does that stopped at an image; a run that has trained anything does not."""

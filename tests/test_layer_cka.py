@@ -187,15 +187,10 @@ def test_patterns_stay_within_a_level(pattern, names):
 def test_errors_name_the_layer_and_the_numbers():
     a, b = network(0), network(1)
 
-    class Constant(nn.Module):
-        def forward(self, x):
-            return x * 0 + math.pi
-
     class Broken(nn.Module):
         def forward(self, x):
             return x / 0 * 0
 
-    flat = nn.Sequential(nn.Conv2d(3, 3, 1), Constant())
     nan = nn.Sequential(nn.Conv2d(3, 3, 1), Broken())
     few = "batch 1 of loader has 3 samples; HSIC_1 needs at least 4 (drop_last=True"
     for arguments, message in (
@@ -204,12 +199,57 @@ def test_errors_name_the_layer_and_the_numbers():
         ((a, b, [images(5)], "*", "1.0.konv1"), "layers_b: '1.0.konv1' matches none of 17 modules; did you mean '1.0."),
         ((a, b, [images(5)], ["*", "9"]), "layers_a: '9' matches none"), ((a, b, [images(5)], []), "names no layer"),
         ((a, b, [images(5)], "1.*.spare"), "layers_a: none of 2 matched modules (1.0.spare, 1.1.spare) is called"),
-        ((a, flat, [images(5)], "0", "*"), "undefined for layer '1' of model_b: its HSIC_1 with itself is 0;"),
         ((nan, b, [images(5)], "*"), "outputs of layer '1' are not finite"),
     ):  # fmt: skip
         with pytest.raises(FastclError) as error:
             layer_cka(*arguments)
         assert message in str(error.value), error.value
+
+
+def test_an_undefined_layer_leaves_the_others_alone():
+    """Constant, or constant to rounding as the measures over all samples have it: NaN with the reason."""
+
+    class Layer(nn.Module):
+        def __init__(self, of):
+            super().__init__()
+            self.of = of
+
+        def forward(self, x):
+            return self.of(x)
+
+    kinds = {
+        "constant": lambda x: x * 0 + math.pi, "collapsed": lambda x: 1 + 1e-8 * x, "zero": lambda x: 0 * x,
+        "far": lambda x: (100 + 1e-5 * x).float(), "one of two batches": lambda x: x if x[0, 0] > 0 else x * 0,
+    }  # fmt: skip
+
+    class Model(nn.Module):
+        def __init__(self, *of):
+            super().__init__()
+            self.layers = nn.ModuleList(map(Layer, of))
+
+        def forward(self, x):
+            return [layer(x) for layer in self.layers]
+
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(20, 5, generator=g, dtype=torch.float64) for _ in range(2)]
+    batches[0][0, 0], batches[1][0, 0] = 1, -1
+    good = [lambda x: x, torch.tanh]
+    wanted = layer_cka(Model(*good), Model(*good), batches, "layers.*").matrix
+    for kind, of in kinds.items():
+        found = layer_cka(Model(*good, of), Model(of, *good), batches, "layers.*")
+        assert torch.equal(found.matrix[:2, 1:], wanted), kind
+        assert found.matrix[2].isnan().all() and found.matrix[:, 0].isnan().all()
+        assert list(found.undefined_a) == ["layers.2"] and list(found.undefined_b) == ["layers.0"]
+        at = int(kind == "one of two batches")
+        reason = found.undefined_a["layers.2"]
+        start = f"batch {at}: CKA of layer 'layers.2' is undefined: HSIC_1 of the first representation with itself"
+        assert reason.startswith(start) and "is not above its rounding error" in reason
+        with pytest.raises(FastclError, match="HSIC_1 of the first representation with itself vanishes"):
+            _ = pair_stats(of(batches[at]), batches[at]).cka_debiased
+    for kind in (lambda x: 1 + 1e-5 * x, lambda x: 100 + 1e-2 * x):  # what is above the threshold has its value
+        found = layer_cka(Model(*good, kind), Model(*good), batches[:1], "layers.*").matrix[2]
+        wanted = [pair_stats(kind(batches[0]), other(batches[0])).cka_debiased for other in good]
+        assert found.tolist() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_progress_needs_tqdm_alone_and_is_silent_without_a_terminal(capsys, monkeypatch):

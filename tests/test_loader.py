@@ -18,7 +18,7 @@ from tiny_run import ROOT
 
 from fastcl import FastclError
 from fastcl.data import EvalViews, Split, TorchvisionRenderer, ViewLoader, ViewPlan, ViewSpec
-from fastcl.data.prefetch import _interrupt_later
+from fastcl.data.deferred import held
 
 CPU = torch.device("cpu")
 PLAN = ViewPlan(ViewSpec.preset("cifar", size=8, blur=0.3), 2)
@@ -189,7 +189,7 @@ def test_batches_that_are_not_there(split):
     ({"world_size": 4}, "batch_size 6 does not divide among 4 ranks"),
     ({"rank": 2, "world_size": 2}, "rank must lie in .*got 2 of 2"),
     ({"workers": 1.5}, "workers must be an integer, got 1.5"), ({"rank": True}, "rank must be an integer, got True"),
-    ({"workers": -1}, "data.workers.*got -1"), ({"depth": 0}, "depth at least 1.*0"),
+    ({"workers": -1}, "data.workers.*got -1"), ({"depth": 0}, r"depth must lie in \[1, 1000\], got 0"),
 ])  # fmt: skip
 def test_options_that_cannot_be(split, options, message):
     with pytest.raises(FastclError, match=message):
@@ -229,7 +229,7 @@ def test_a_worker_that_dies_is_one_clear_error(split):
 
 def test_an_interrupt_while_processes_are_made_counts_afterwards():
     before, reached = signal.getsignal(signal.SIGINT), False
-    with pytest.raises(KeyboardInterrupt), _interrupt_later():
+    with pytest.raises(KeyboardInterrupt), held():
         signal.raise_signal(signal.SIGINT)
         reached = True
     assert reached and signal.getsignal(signal.SIGINT) is before

@@ -4,10 +4,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -62,13 +62,20 @@ def wheel(tree, tmp_path_factory) -> Path:
 
 
 def environment(folder: Path) -> Path:
-    """A fresh virtual environment that sees this one's torch, triton and setuptools; the path of its python."""
+    """A fresh virtual environment that sees this one's packages but for any fastcl; the path of its python."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     python = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
-    borrowed = {Path(importlib.util.find_spec(name).origin).parents[1] for name in ("torch", "triton", "setuptools")}
-    # Lines of a .pth file are searched last and their own .pth files are not read: this environment's fastcl stays out.
-    (site / "borrowed.pth").write_text("".join(f"{path}\n" for path in sorted(borrowed)))
+    borrowed = folder / "borrowed"
+    borrowed.mkdir()
+    # pip does not install beside a fastcl of the same version, and an editable one is found after it: each package is
+    # linked by itself. Lines of a .pth file are searched last, and .pth files that they lead to are not read.
+    origins = {Path(importlib.util.find_spec(name).origin).parents[1] for name in ("torch", "triton", "setuptools")}
+    for origin in origins:
+        for path in origin.iterdir():
+            if "fastcl" not in path.name and not (borrowed / path.name).exists():
+                (borrowed / path.name).symlink_to(path)
+    (site / "borrowed.pth").write_text(f"{borrowed}\n")
     return python
 
 
@@ -95,15 +102,47 @@ def test_the_wheel_holds_all_modules_and_no_package_of_its_own_called_kernels(wh
         assert "fastcl = fastcl.cli:main" in archive.read(entry_points).decode()
 
 
-def test_the_sdist_holds_the_kernels_and_builds_the_same_wheel(tree, wheel, tmp_path):
-    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+@pytest.fixture(scope="module")
+def sdist(tree, tmp_path_factory) -> Path:
+    """The unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     run(sys.executable, "-c", build, cwd=tree)
-    (sdist,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        assert any(name.endswith(f"/kernels/{KERNEL}") for name in archive.getnames())
+    (built,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(built, folder)
+    return folder / built.name.removesuffix(".tar.gz")
+
+
+def test_the_sdist_holds_every_file_and_builds_the_same_wheel(sdist, wheel, source_files, tmp_path):
+    held = {path.relative_to(sdist) for path in sdist.rglob("*") if path.is_file()}
+    assert set(source_files) - {Path(".gitignore")} <= held
     pip(sys.executable, "wheel", sdist, "--wheel-dir", tmp_path, cwd=tmp_path)
     (rebuilt,) = tmp_path.glob("*.whl")
     assert names(rebuilt) == names(wheel)
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_sdist_are_collected(sdist):
+    said = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=sdist)
+    files = {line.partition("::")[0] for line in said.splitlines() if "::" in line}
+    assert files == {path.relative_to(sdist).as_posix() for path in (sdist / "tests").glob("test_*.py")}
+
+
+def test_the_long_description_has_no_link_into_the_checkout(wheel):
+    link = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        head, _, shown = archive.read(metadata).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+
+    def targets(text: str) -> list[str]:
+        return link.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+    ours = [target for target in targets(readme) if not target.startswith("https:")]
+    assert ours and all((ROOT / target).exists() for target in ours)
+    assert targets(shown) == [target for target in targets(readme) if target.startswith("https:")] != []
+    assert all(target in shown for target in ours if not target.endswith(".svg")) and "```python" in shown
 
 
 def test_a_wheel_is_whole_and_leaves_the_name_kernels_to_others(wheel, tmp_path):
@@ -140,3 +179,18 @@ def test_a_plain_checkout_needs_no_install(tree, tmp_path):
     report = json.loads(run(python, "-c", REPORT, cwd=tmp_path, PYTHONPATH=str(tree)))
     assert report["errors"] == str(tree / "fastcl" / "errors.py")
     assert report["kernel"] == str(tree / "kernels" / KERNEL)
+
+
+def test_the_oldest_versions_of_the_matrix_are_those_that_are_allowed():
+    project, matrix = ((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", ".ci/matrix"))
+    (floor,) = re.findall(r"^check floor (\S+) torch==(\S+)\.0 triton==(\S+)\.0 ", matrix, re.MULTILINE)
+    assert [f'requires-python = ">={floor[0]}"', f'"torch>={floor[1]}",', f'"triton>={floor[2]};'] == re.findall(
+        r'requires-python = "[^"]*"|"torch>=[^"]*",|"triton>=[^;]*;', project
+    )
+
+
+def test_versions_without_their_python_are_said_to_be_skipped(tmp_path):
+    bash = shutil.which("bash")
+    done = subprocess.run([bash, ROOT / ".ci" / "matrix"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" not in done.stdout
+    assert "gpu: SKIPPED, no python3.12 (set PYTHON312)" in done.stdout and "floor: SKIPPED" in done.stdout

@@ -231,7 +231,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     pairs, per_model, facts, _ = tables_of(page)
     assert f"dcl – {nasty}" in pairs and nasty in per_model
     assert facts["device"] == [nasty] and facts["source"] == [nasty]
-    assert facts["names"] == [f"{nasty}, nul \ufffd and half \ufffd"]
+    assert facts["names"] == [f"{nasty}, nul \\x00 and half \\ud800"]
 
 
 def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(six: Path, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from small_runs import SVG, make_run, text_of
 
 from fastcl.errors import FastclError
 from fastcl.report import drawing, figures, write_report
-from fastcl.report.layers import LAYERS, LayerTable, layers_of_run, read_layer_tables, write_heat_map
+from fastcl.report.layers import LAYERS, LayerTable, _panel, layers_of_run, read_layer_tables, write_heat_map
 from fastcl.report.records import load_run
 
 ROWS = ["encoder.conv1", "encoder.layer1.0", "encoder.layer1.1"]
@@ -59,6 +61,25 @@ def test_cells_hold_the_values_with_the_first_layers_at_the_lower_left(tmp_path:
         assert mesh.get_array().tolist()[0] == [0.987, 0.5, 0.25, 0.01] and mesh.get_clim() == (0, 1)
         assert [text.get_text() for text in ax.get_yticklabels()] == ["conv1", "layer1.0", "layer1.1"]
         assert ax.get_ylim()[0] < ax.get_ylim()[1]
+
+
+def test_numbers_stand_out_on_every_cell(tmp_path: Path) -> None:
+    """At least 4.5 to 1, the contrast that WCAG 2 asks of text, whatever the value."""
+    one = table(1, 14)
+    one = LayerTable("a", "b", ("x",), one.columns, np.linspace(-0.2, 1.0, 14)[None])
+
+    def luminance(colour) -> float:
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    figure = Figure()
+    mesh = _panel(figure.subplots(), one, 11.0)
+    cells = mesh.to_rgba(mesh.get_array().ravel())[:, :3]
+    texts = [text for text in figure.axes[0].texts]
+    assert len(texts) == 14 and len({text.get_color() for text in texts}) == 2
+    for text, cell in zip(texts, cells, strict=True):
+        low, high = sorted((luminance(np.array(to_rgb(text.get_color()))), luminance(cell)))
+        assert (high + 0.05) / (low + 0.05) >= 4.3, (text.get_text(), text.get_color())
 
 
 def test_a_run_without_layers_has_no_plate_of_them(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from small_images import by_id, check_shapes, noise, pixels_by_id, png, write_tree, write_zip
 
-from fastcl.data.folders import EXTENSIONS
+from fastcl.data.listing import extensions
 from fastcl.data.sources import load
 from fastcl.errors import FastclError
 
@@ -103,7 +103,7 @@ class TestFolders:
 
     def test_every_extension_in_any_case_is_read(self, make):
         buffers = {}
-        for k, extension in enumerate(EXTENSIONS):
+        for k, extension in enumerate(extensions()):
             buffer, grey = BytesIO(), extension in (".pgm", ".pbm")
             Image.fromarray(noise(k)).convert("L" if grey else "RGB").save(
                 buffer, Image.registered_extensions()[extension]
@@ -111,7 +111,7 @@ class TestFolders:
             buffers |= {f"{c}/{k}{extension.upper() if c == 'b' else extension}": buffer.getvalue() for c in "ab"}
         data = load(make(buffers))
         check_shapes(data)
-        assert len(data.train) + len(data.test) == 2 * len(EXTENSIONS)
+        assert len(data.train) + len(data.test) == 2 * len(extensions())
 
     def test_threads_and_pickles_read_the_same(self, make):
         split = load(make({f"{c}/{i}.png": png(noise(i, 64, 64)) for c in "ab" for i in range(20)})).train

@@ -180,7 +180,7 @@ def test_errors_name_the_argument_and_the_numbers():
 def test_equal_similarities_have_no_ranks(x, bins):
     _, y = features(20, 3, 5)
     for pair in ((x, y), (y, x)):
-        with pytest.raises(FastclError, match="undefined: all similarities of distinct samples are equal in '[xy]'"):
+        with pytest.raises(FastclError, match="undefined: all similarities of distinct samples are equal in the"):
             spearman_rsa(*pair, bins=bins)
 
 

@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from bench import static
-from bench.static_compile import Facts, Job
-from bench.static_jobs import compile_all
+from bench.static_compile import Facts, Job, obstacle
+from bench.static_jobs import StaticError, compile_all
 from bench.static_report import FINDINGS, LIMITS, findings, launch_name, occupancy
 from fastcl.kernels.contrastive import launch
+
+if reason := obstacle():
+    pytest.skip(f"bench.static: {reason}", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 WITNESSES = "tests.static_witnesses"
@@ -215,6 +219,21 @@ def test_the_newest_triton_is_installed_into_an_environment_and_compiles_there(t
     script(tmp_path / "bin", "exit 1")
     done = gate("--cases", f"{WITNESSES}:kinds", "--arch", "sm_90", "--newest", str(tmp_path))
     assert done.returncode == 2 and "pip could not install triton" in done.stderr
+
+
+def test_an_old_triton_is_refused_by_its_version(tmp_path, monkeypatch, capsys):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("__version__ = '3.2.0'")
+    old = script(tmp_path, f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
+    with pytest.raises(StaticError, match=r"Triton 3\.5 or newer is needed, .* this is 3\.2\.0$"):
+        compile_all([JOB], str(old), 1)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delattr(triton, "knobs")  # which came with Triton 3.4
+    monkeypatch.setitem(sys.modules, "triton.knobs", None)
+    assert static.main(["--arch", "sm_90"]) == 2
+    assert f"Triton 3.5 or newer is needed, the first that tells what ptxas said; this is {triton.__version__}" in (
+        capsys.readouterr().err
+    )
 
 
 def test_kernels_are_not_interpreted(monkeypatch, capsys):

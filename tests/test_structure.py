@@ -16,36 +16,44 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each layer may import beside itself, and with it whatever those may import. "fastcl" is fastcl/__init__.py.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "interrupts": set(),
+    "files": {"errors", "interrupts"},
+    "outputs": {"files"},
+    "jsontext": {"errors"},
+    "run_folder": set(),
     "kernels": set(),
     "checks": {"errors"},
+    "choices": set(),
     "theory": {"errors"},
-    "similarity": {"rowstats"},
+    "dispatch": {"checks", "choices"},
+    "similarity": {"backends", "dispatch"},
     "metrics": {"errors"},
     "data": {"errors", "kernels"},
-    "features": {"errors"},
+    "arrays": {"files"},
+    "features": {"arrays"},
     "backends": {"errors", "kernels"},
     "operators": {"backends"},
     "batch": {"checks"},
     "small": {"operators", "batch"},
-    "rowstats": {"small"},
+    "rowstats": {"small", "dispatch"},
     "objectives": {"rowstats"},
     "functional": {"objectives"},
     "twins": {"functional", "similarity"},
     "distributed": {"functional", "similarity"},
     "losses": {"functional", "distributed"},
-    "fastcl": {"losses", "twins"},
+    "fastcl": {"losses", "twins", "interrupts"},
     "adapters": {"fastcl"},
-    "train": {"fastcl", "data", "metrics", "theory"},
-    "report": {"train", "adapters", "features"},
+    "train": {"fastcl", "data", "metrics", "theory", "outputs", "jsontext", "run_folder"},
+    "report": {"train", "adapters", "features", "outputs"},
     "doctor": {"report"},
     "align": {"report"},
-    "views": {"data"},
+    "views": {"data", "outputs"},
     "cli": {"doctor", "align", "views"},
     "__main__": {"cli"},
 }
 # What `import fastcl` may load: torch and the standard library are enough for it.
-BARE = {"fastcl", "losses", "similarity", "twins"}
-BARE |= {"errors", "checks", "batch", "backends", "operators", "small", "rowstats", "objectives", "functional"}
+BARE = {"fastcl", "losses", "functional", "similarity", "twins", "interrupts"}
+BARE |= {"errors", "checks", "choices", "batch", "dispatch", "backends", "operators", "small", "rowstats", "objectives"}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torchvision.transforms.v2 import functional as F
 from triton_runs import poisoned
 
 from fastcl import FastclError
@@ -74,6 +75,12 @@ def rendered(images: np.ndarray, p: ViewParams, spec: ViewSpec, device: torch.de
     return view.cpu()
 
 
+def rounds_between_passes() -> bool:
+    """Whether PyTorch resizes uint8 as such here; on some processors some versions do in float32 (2.6, AVX-512)."""
+    x = torch.arange(3 * 90 * 70, dtype=torch.int32).mul(37).remainder(251).to(torch.uint8).reshape(3, 90, 70)
+    return not torch.equal(F.resize(x, [40, 40]), F.resize(x.float(), [40, 40]).round().to(torch.uint8))
+
+
 def errors(images: np.ndarray, p: ViewParams, spec: ViewSpec, device: torch.device) -> torch.Tensor:
     """Distances from the reference in grey levels; spec does not normalise."""
     return (rendered(images, p, spec, device) - render_torchvision(list(images), p, spec)).abs() * 255
@@ -94,7 +101,8 @@ def test_crop_resize_flip_and_rotation(shape, size, turn, route, device):
     p = draw(images, spec)
     p = replace(p, flip=np.arange(len(images)) % 2 == 0)
     error = errors(images, p, spec, device)
-    assert error.max() <= GEOMETRY and error.mean() <= 0.1
+    # The kernels round between the passes over rows and columns; where the reference does not, more pixels differ.
+    assert error.max() <= GEOMETRY and error.mean() <= (0.1 if rounds_between_passes() else 0.25)
     levels = rendered(images, p, spec, device) * 255
     assert (levels - levels.round()).abs().max() < 1e-4, "rounded to uint8 before colours, as the reference is"
 

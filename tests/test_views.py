@@ -1,12 +1,15 @@
 """Rendering and batches: torchvision's numbers, and nothing that depends on the batch around a view."""
 
+import argparse
+import os
+
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from fastcl import FastclError
-from fastcl.data import EvalViews, Split, ViewLoader, ViewPlan, ViewSpec, center_view, render_torchvision
+from fastcl import FastclError, views
+from fastcl.data import Dataset, EvalViews, Split, ViewLoader, ViewPlan, ViewSpec, center_view, render_torchvision
 from fastcl.data.colour import colour_stage
 
 GREY_LEVEL = 1 / 255
@@ -168,3 +171,25 @@ def test_batch_sizes_that_cannot_be(batch_size):
 def test_unknown_order():
     with pytest.raises(FastclError, match="data.order.*shuffled, balanced.*'sorted'"):
         ViewLoader(_split(), ViewPlan(ViewSpec(), 0), 5, "sorted")
+
+
+def test_a_picture_never_takes_the_place_of_the_data_nor_fails_after_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(views, "load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(b"data")
+    os.link(tmp_path / "a" / "0.png", tmp_path / "x.png")
+    for data, root, out in (
+        (f"folder:{tmp_path}", None, "a/0.png"), (f"folder:{tmp_path / 'x.png'}", None, "a/0.png"),
+        ("torchvision:ImageFolder", str(tmp_path), "a/0.png"),
+    ):  # fmt: skip
+        args = argparse.Namespace(data=data, root=root, out=tmp_path / out, corrupt="stop")
+        with pytest.raises(FastclError, match="0.png is a file of the data"):
+            views.show_views(args)
+    data = Dataset("caf\udce9", ("a\udce9",) * 5, 3, _split(), _split())
+    monkeypatch.setattr(views, "ViewLoader", lambda *_: pytest.fail("worked"))
+    for out in (f"{'n' * 300}.png", "x.png/y.png", "a/b\0.png"):
+        with pytest.raises(FastclError, match="--out: .* cannot be written"):
+            views.contact_sheet(data, ViewSpec(size=8), tmp_path / out)
+    monkeypatch.undo()
+    views.contact_sheet(data, ViewSpec(size=8), tmp_path / "new" / "sheet.png", renderers=(), samples=1)
+    assert (tmp_path / "new" / "sheet.png").stat().st_size > 1000 and (tmp_path / "x.png").read_bytes() == b"data"

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from fastcl.train import Config, parse_config
 
@@ -46,12 +48,12 @@ def tiny_toml(path: Path) -> Path:
     return path
 
 
-def start(*arguments: str | Path, **options) -> subprocess.Popen:
+def start(*arguments: str | Path, output: int | IO = subprocess.PIPE, **options) -> subprocess.Popen:
     """The command line in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastcl", *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, **options
     )
 
 
@@ -62,8 +64,10 @@ def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
-def results(out: Path) -> dict[str, bytes]:
+def results(
+    out: Path, records: Sequence[str] = ("metrics.jsonl", "steps.jsonl", "pairs.jsonl", "layers.json")
+) -> dict[str, bytes]:
     """The bytes that must repeat: records, final weights and features."""
-    names = ["metrics.jsonl", "steps.jsonl", "pairs.jsonl", "layers.json"]
+    names = list(records)
     names += sorted(str(p.relative_to(out)) for folder in ("weights", "features") for p in (out / folder).iterdir())
     return {name: (out / name).read_bytes() for name in names}

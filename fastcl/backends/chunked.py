@@ -234,7 +234,7 @@ def _view_block(i: Tensor, j: Tensor, x: Tensor, y: Tensor, symmetric: bool, pad
 def _padded(rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     """Positions start .. stop - 1 of each sample, padded with len(rows), and those rows."""
     width = max(1, int((stop - start).amax()))
-    index = start[:, None] + torch.arange(width, device=start.device)
+    index = start[:, None] + torch.arange(width, dtype=start.dtype, device=start.device)
     index = index.masked_fill(index >= stop[:, None], len(rows))
     return index, rows[index.clamp(max=len(rows) - 1)]
 

@@ -43,7 +43,7 @@ def colour_stage(images: Tensor, params: ViewParams, spec: ViewSpec) -> Tensor:
     _update(x, params.grayscale, lambda v, _: gray(v).expand_as(v))
     _update(x, params.blur_sigma > 0, lambda v, sigma: blur(v, sigma, spec.blur_kernel), params.blur_sigma)
     _update(x, params.solarize, lambda v, _: torch.where(v >= _SOLARIZE_THRESHOLD, 1 - v, v))
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (spec.mean, spec.std))
+    mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in (spec.mean, spec.std))
     return (x - mean) / std
 
 
@@ -58,7 +58,7 @@ def gray(x: Tensor) -> Tensor:
 def blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     """Gaussian blur with one sigma per image, reflected at the border: shifted copies added up, rows then columns."""
     half = kernel // 2
-    offsets = torch.arange(-half, half + 1, device=x.device)
+    offsets = torch.arange(-half, half + 1, dtype=x.dtype, device=x.device)
     weights = torch.exp(-0.5 * (offsets / sigma.reshape(-1, 1)) ** 2)
     weights = weights / weights.sum(1, keepdim=True)
     for dim, margins in ((3, (half, half, 0, 0)), (2, (0, 0, half, half))):
@@ -109,7 +109,8 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(x[:, 0] == high, blue - green, torch.where(x[:, 1] == high, 2 + red - blue, 4 + green - red))
     hue = (hue / 6 + 1 + shift[:, 0]) % 1
     # Channel n of HSV -> RGB: v - v s max(0, min(k, 4 - k, 1)) with k = (n + 6 h) mod 6, n = 5, 3, 1.
-    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None] + 6 * hue[:, None]) % 6
+    n = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype, device=x.device)
+    k = (n[:, None, None] + 6 * hue[:, None]) % 6
     return (high * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1).transpose(0, 1))).transpose(0, 1)
 
 

@@ -7,7 +7,8 @@ here: every parameter of every sample is an input of the pipeline, so a view doe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from fastcl.data.colour import colour_stage
 from fastcl.data.dali_graph import CHUNK, DEPTH, build, crop_inputs, region_inputs
+from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.requests import check_request
 from fastcl.data.sources import Split
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, install_hint
 
 Batch = tuple[np.ndarray, Sequence[ViewParams]]
 _Kind = tuple[bool, int]  # of pipeline: for JPEG files, or for pixels; how many views
@@ -44,6 +46,7 @@ class DaliRenderer:
 
     def __init__(self, split: Split, spec: ViewSpec, device: torch.device | str, *, threads: int = 0) -> None:
         device = torch.device(device)
+        check_workers(threads, "threads")
         reason = obstacle(split, spec, device)
         if reason:
             raise FastclError(f"data.renderer 'dali': {reason}")
@@ -66,9 +69,10 @@ class DaliRenderer:
         Raises:
             FastclError: as `check_request`, or an image that cannot be decoded (named).
         """
-        return next(self.stream([(positions, params)]))
+        with closing(self.stream([(positions, params)])) as results:
+            return next(results)
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
+    def stream(self, batches: Iterable[Batch]) -> Generator[tuple[Tensor, ...], None, None]:
         """The views of many batches, in their order, while DALI already works on those that follow.
 
         Args:
@@ -98,7 +102,7 @@ class DaliRenderer:
         result = _Result(params, len(positions), [])
         for start in range(0, len(positions), CHUNK):
             chunk = positions[start : start + CHUNK]
-            files = [split.encoded(int(p)) if split.encoded else None for p in chunk]
+            files = [split.file(int(p)) for p in chunk]
             for encoded in (True, False):
                 (of_kind,) = np.nonzero([(file is not None) == encoded for file in files])
                 if not len(of_kind):
@@ -186,7 +190,7 @@ def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | 
     try:
         import nvidia.dali  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a library that DALI links to is missing
-        return f"DALI cannot be imported ({error}); pip install fastcl[dali]"
+        return f"DALI cannot be imported ({error}); {install_hint('dali')}"
     return None
 
 

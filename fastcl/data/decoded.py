@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
+from fastcl.data.deferred import held
 from fastcl.errors import FastclError
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ def unreadable(split: Split, what: str) -> dict[int, str]:
             return str(error)
         return None
 
-    return {i: error for i, error in enumerate(_each(len(split), check, f"checking {what} images")) if error}
+    with closing(_each(len(split), check, f"checking {what} images")) as errors:
+        return {i: error for i, error in enumerate(errors) if error}
 
 
 def keep_decoded(split: Split, channels: int, limit: int = DECODED_LIMIT) -> Split:
@@ -61,12 +64,13 @@ def keep_decoded(split: Split, channels: int, limit: int = DECODED_LIMIT) -> Spl
             raise FastclError(f"image of sample id {split.ids[i]} is {image.shape}, its header says {shape}")
         pixels[starts[i] : ends[i]] = image.ravel()
 
-    for _ in _each(len(split), store, "decoding images"):
-        pass
+    with closing(_each(len(split), store, "decoding images")) as stored:
+        for _ in stored:
+            pass
     return dataclasses.replace(split, read=partial(_stored, pixels, starts, split.sizes, channels))
 
 
-def _each(count: int, job: Callable[[int], object], what: str) -> Iterator[object]:
+def _each(count: int, job: Callable[[int], object], what: str) -> Generator[object, None, None]:
     """job(i) of each i below count, in order; shows progress on a terminal where it takes more than a second."""
     cores = len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(cores)
@@ -80,7 +84,8 @@ def _each(count: int, job: Callable[[int], object], what: str) -> Iterator[objec
                 yield from results
                 bar.update(len(results))
     finally:
-        pool.shutdown(cancel_futures=True)
+        with held():
+            pool.shutdown(cancel_futures=True)
 
 
 def _stored(pixels: np.ndarray, starts: np.ndarray, sizes: np.ndarray, channels: int, i: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.requests import check_request
 from fastcl.data.sources import Split
@@ -38,6 +39,7 @@ class TritonRenderer:
     """
 
     def __init__(self, split: Split, spec: ViewSpec, device: torch.device | str, *, threads: int = 0) -> None:
+        check_workers(threads, "threads")
         device = torch.device(device)
         reason = obstacle(split, spec, device)
         if reason:
@@ -47,8 +49,8 @@ class TritonRenderer:
         if len(spec.mean) not in (1, channels):
             raise FastclError(f"views.mean has {len(spec.mean)} values for images of {channels} channels")
         self._images = torch.from_numpy(_read(split, channels, threads)).to(device)
-        self._statistics = torch.tensor([spec.mean, spec.std]).expand(2, 3 if len(spec.mean) == 1 else -1)
-        self._statistics = self._statistics.contiguous().to(device)
+        self._statistics = torch.tensor([spec.mean, spec.std], dtype=torch.float32, device=device)
+        self._statistics = self._statistics.expand(2, 3 if len(spec.mean) == 1 else -1).contiguous()
 
     def __call__(self, positions: np.ndarray, params: Sequence[ViewParams]) -> tuple[Tensor, ...]:
         """Views of the samples.

@@ -25,9 +25,10 @@ def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
         (64, 64, 3, True, 3),
         (256, 224, 3, True, 23),
     ):
-        images = torch.empty(2, source, source, channels, dtype=torch.uint8)
-        table = torch.empty(_VIEWS, COLUMNS.value, dtype=torch.int32)
-        blurred = torch.empty(_VIEWS, dtype=torch.int32)
+        images = torch.empty(2, source, source, channels, dtype=torch.uint8, device="cpu")
+        table = torch.empty(_VIEWS, COLUMNS.value, dtype=torch.int32, device="cpu")
+        blurred = torch.empty(_VIEWS, dtype=torch.int32, device="cpu")
+        statistics = torch.empty(2, 3, dtype=torch.float32, device="cpu")
         with on_architecture(sm), recording() as launches:
-            render(images, table, torch.empty(2, 3), blurred, size, turns, kernel)
+            render(images, table, statistics, blurred, size, turns, kernel)
         yield f"views {size} pixels C={channels}{', turned' if turns else ''}", launches

@@ -6,29 +6,30 @@ a run was resumed.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastcl.data.deferred import Closing
+from fastcl.data.limits import check_depth, check_workers
 from fastcl.data.philox import Stream, check_integer, keys, permutation
 from fastcl.data.plan import ViewParams, ViewPlan, center_view
-from fastcl.data.prefetch import in_processes, in_thread
+from fastcl.data.prefetch import rendered
 from fastcl.data.renderers import Renderer, TorchvisionRenderer
 from fastcl.data.requests import check_positions
 from fastcl.data.sources import Split
 from fastcl.errors import FastclError
 
-ORDERS = ("shuffled", "balanced")
+Order: TypeAlias = Literal["shuffled", "balanced"]
+ORDERS = get_args(Order)
 _VIEWS = 2
 _CPU = torch.device("cpu")
-Job: TypeAlias = Callable[[int], tuple[np.ndarray, list[ViewParams]]]  # step -> positions, parameters of each view
 
 
 class Batch(NamedTuple):
@@ -58,13 +59,14 @@ class ViewLoader:
         batch_size: samples per batch, over all ranks; the last incomplete batch of an epoch is left out.
         order: "shuffled": a permutation of the samples each epoch. "balanced": each batch drawn by itself, without
             replacement, with probabilities inverse to the class sizes (the paper's main runs).
-        renderer: of the same split and spec; None: torchvision's, to the CPU.
+        renderer: of the same split and spec; left out: torchvision's, to the CPU.
         others: further plans, of other seeds, whose views of the same samples a batch also holds.
         rank, world_size: this process and how many share each batch: rank r has the r-th of world_size equal parts, so
             that the ranks' parts, one after the other, are the batch of a single process.
         workers: 0 renders a batch when it is asked for. Else torchvision's renderer works ahead in so many processes,
-            and any other in one thread.
-        depth: batches that each worker may be ahead.
+            and any other in one thread. More than this rank's share of the cores is warned of, more than 16 times the
+            cores refused.
+        depth: batches that each worker may be ahead, at most 1,000.
 
     Raises:
         FastclError: an unknown order, a batch larger than the split or not divisible among the ranks, a rank, number
@@ -74,9 +76,9 @@ class ViewLoader:
     split: Split
     plan: ViewPlan
     batch_size: int
-    order: str = "shuffled"
+    order: Order = "shuffled"
     _: KW_ONLY
-    renderer: Renderer | None = None
+    renderer: Renderer = cast(Renderer, None)
     others: Sequence[ViewPlan] = ()
     rank: int = 0
     world_size: int = 1
@@ -95,7 +97,8 @@ class ViewLoader:
             raise FastclError(f"rank must lie in [0, world_size), got {self.rank} of {self.world_size}")
         if self.batch_size % self.world_size:
             raise FastclError(f"train.batch_size {self.batch_size} does not divide among {self.world_size} ranks")
-        _check_workers(self.workers, self.depth)
+        check_workers(self.workers, ranks=self.world_size)
+        check_depth(self.depth)
         self.renderer = self.renderer or TorchvisionRenderer(self.split, self.plan.spec, _CPU)
         if any(spec != self.plan.spec for spec in (self.renderer.spec, *(plan.spec for plan in self.others))):
             raise FastclError("the renderer and all further plans must have the spec of the loader's plan")
@@ -108,7 +111,9 @@ class ViewLoader:
         return len(self.split.ids) // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, start = self.epoch, self.position
+        return Closing(self._rest(self.epoch, self.position))
+
+    def _rest(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         with closing(self.batches(epoch, start)) as batches:
             for done, batch in enumerate(batches, start + 1):
                 self.epoch, self.position = (epoch, done) if done < len(self) else (epoch + 1, 0)
@@ -129,12 +134,16 @@ class ViewLoader:
             raise FastclError(f"no batch {position} of epoch {epoch}: an epoch has {len(self)} batches")
         self.epoch, self.position = epoch, position
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Closing[Batch]:
         """The batches of an epoch from the start-th on, whatever the loader's own state; close it to end its workers.
 
         Raises:
-            FastclError: start outside [0, len(self)], an image that cannot be decoded (named), a worker that has died.
+            FastclError: start outside [0, len(self)], an image that cannot be decoded (named), workers that cannot be
+                started, a worker that has died.
         """
+        return Closing(self._batches(epoch, start))
+
+    def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         check_integer(start, "start")
         if not 0 <= start <= len(self):
             raise FastclError(f"start must lie between 0 and the {len(self)} batches of an epoch, got {start}")
@@ -143,9 +152,11 @@ class ViewLoader:
             positions = self.batch(epoch, step)
             return positions, self._params(positions, epoch)
 
-        for positions, views in _rendered(self.renderer, job, range(start, len(self)), self.workers, self.depth):
-            facts = (torch.from_numpy(a[positions]) for a in (self.split.labels, self.split.ids))
-            yield Batch(views, *(fact.to(views[0].device, non_blocking=True) for fact in facts))
+        steps = range(start, len(self))
+        with closing(rendered(self.renderer, job, steps, self.workers, self.depth)) as results:
+            for positions, views in results:
+                facts = (torch.from_numpy(a[positions]) for a in (self.split.labels, self.split.ids))
+                yield Batch(views, *(fact.to(views[0].device, non_blocking=True) for fact in facts))
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """(batch_size / world_size,) positions in the split of this rank's samples of one batch.
@@ -196,7 +207,8 @@ class EvalViews:
     Args:
         split: the images.
         plan: its spec is used; nothing is drawn.
-        renderer, workers, depth: as `ViewLoader` takes them.
+        renderer: of the same split and spec; None: torchvision's, to the CPU.
+        workers, depth: as `ViewLoader` takes them.
     """
 
     split: Split
@@ -206,9 +218,10 @@ class EvalViews:
     depth: int = 2
 
     def __post_init__(self) -> None:
-        _check_workers(self.workers, self.depth)
+        check_workers(self.workers)
+        check_depth(self.depth)
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, batch_size: int) -> Closing[Tensor]:
         """The whole split in order, (b, C, size, size) float32 a batch, on the renderer's device.
 
         Raises:
@@ -220,8 +233,11 @@ class EvalViews:
         n = len(self.split.ids)
         return self.of([np.arange(k, min(k + batch_size, n)) for k in range(0, n, batch_size)])
 
-    def of(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    def of(self, batches: Sequence[np.ndarray]) -> Closing[Tensor]:
         """The views of given batches of positions, (b, C, size, size) float32 each."""
+        return Closing(self._of(batches))
+
+    def _of(self, batches: Sequence[np.ndarray]) -> Generator[Tensor, None, None]:
         spec = self.plan.spec
 
         def job(step: int) -> tuple[np.ndarray, list[ViewParams]]:
@@ -229,58 +245,10 @@ class EvalViews:
             return batches[step], [center_view(spec, self.split.sizes[batches[step]])]
 
         renderer = self.renderer or TorchvisionRenderer(self.split, spec, _CPU)
-        for _, (views,) in _rendered(renderer, job, range(len(batches)), self.workers, self.depth):
-            yield views
-
-
-def _check_workers(workers: int, depth: int) -> None:
-    check_integer(workers, "data.workers")
-    check_integer(depth, "depth")
-    if workers < 0 or depth < 1:
-        raise FastclError(f"data.workers must be at least 0 and depth at least 1, got {workers} and {depth}")
-
-
-def _rendered(
-    renderer: Renderer, job: Job, steps: range, workers: int, depth: int
-) -> Iterator[tuple[np.ndarray, tuple[Tensor, ...]]]:
-    """(positions, views) of each step."""
-    on_host = workers and isinstance(renderer, TorchvisionRenderer)
-    device = renderer.device if on_host else None
-    if on_host:
-        renderer = TorchvisionRenderer(renderer.split, renderer.spec, _CPU)
-
-    def render(step: int) -> tuple[np.ndarray, tuple[Tensor, ...]]:
-        positions, params = job(step)
-        return positions, renderer(positions, params)
-
-    if not workers:
-        yield from map(render, steps)
-    elif on_host:
-        pin = device.type == "cuda"
-        with closing(in_processes(render, steps, workers=workers, depth=depth, pin=pin)) as results:
-            for positions, views in results:
-                yield positions, tuple(view.to(device, non_blocking=True) for view in views)
-    else:
-        with closing(in_thread(_streamed(renderer, job, steps), depth=depth)) as results:
-            yield from results
-
-
-def _streamed(renderer: Renderer, job: Job, steps: range) -> Iterator[tuple[np.ndarray, tuple[Tensor, ...]]]:
-    """As `_rendered`; a renderer that works on several batches at once (`stream`) is asked that way."""
-    if not hasattr(renderer, "stream"):
-        for positions, params in map(job, steps):
-            yield positions, renderer(positions, params)
-        return
-    taken: deque[np.ndarray] = deque()
-
-    def feed() -> Iterator[tuple[np.ndarray, list[ViewParams]]]:
-        for positions, params in map(job, steps):
-            taken.append(positions)
-            yield positions, params
-
-    with closing(renderer.stream(feed())) as results:
-        for views in results:
-            yield taken.popleft(), views
+        steps = range(len(batches))
+        with closing(rendered(renderer, job, steps, self.workers, self.depth)) as results:
+            for _, (views,) in results:
+                yield views
 
 
 @lru_cache(maxsize=1)

@@ -7,61 +7,51 @@ device has threads of its own, and one thread keeps it busy.
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import closing
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
-from fastcl.errors import FastclError
+from fastcl.data.deferred import held
+from fastcl.data.plan import ViewParams
+from fastcl.data.processes import Processes
+from fastcl.data.renderers import Renderer, TorchvisionRenderer
 
 T = TypeVar("T")
+Job: TypeAlias = Callable[[int], tuple[np.ndarray, list[ViewParams]]]  # step -> positions, parameters of each view
+Rendered: TypeAlias = tuple[np.ndarray, tuple[Tensor, ...]]  # positions, views
+_CPU = torch.device("cpu")
 _END: Any = object()
 
 
-def in_processes(job: Callable[[int], T], steps: range, *, workers: int, depth: int, pin: bool) -> Iterator[T]:
-    """job(step) of each step, in order, from forked worker processes (torch's DataLoader).
-
-    The processes end with the iterator: when it is exhausted, closed or fails, with the parent's interrupt, and, within
-    seconds, with a parent that was killed.
+def rendered(renderer: Renderer, job: Job, steps: range, workers: int, depth: int) -> Generator[Rendered, None, None]:
+    """The positions of each step, and their views on the renderer's device.
 
     Args:
-        job: must not touch a CUDA device; returns tensors and tuples of them.
-        steps: what to ask it for.
-        workers: processes, at least 1.
-        depth: results each process may be ahead.
-        pin: hand the tensors over in pinned memory, from which a CUDA device copies while others compute.
-
-    Raises:
-        FastclError: the job's own, or a process that has died (out of memory, say).
+        renderer: torchvision's works ahead in so many worker processes, any other in one thread.
+        job: what each step wants.
+        steps: in this order.
+        workers: 0 renders a step when it is asked for.
+        depth: steps that each worker may be ahead.
     """
-    loader = DataLoader(
-        _Jobs(job), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=depth, pin_memory=pin,
-        multiprocessing_context="fork",  # shares the images in memory
-        collate_fn=_as_it_is, worker_init_fn=_ignore_interrupts,
-        generator=torch.Generator(),  # else it would draw a number from the caller's
-    )  # fmt: skip
-    with _interrupt_later():
-        results = iter(loader)
-    try:
-        for result in results:
-            if isinstance(result, FastclError):
-                raise result
-            yield result
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise FastclError(f"one of the {workers} processes that render (data.workers) has died: {error}") from error
-    finally:
-        results._shutdown_workers()  # torch has no public way; its own, __del__, waits for the last traceback to go
+    if not workers:
+        for positions, params in map(job, steps):
+            yield positions, renderer(positions, params)
+        return
+    if isinstance(renderer, TorchvisionRenderer):
+        results = _in_processes(renderer, job, steps, workers, depth)
+    else:
+        results = in_thread(_streamed(renderer, job, steps), depth=depth)
+    with closing(results):
+        yield from results
 
 
-def in_thread(results: Iterator[T], *, depth: int) -> Iterator[T]:
+def in_thread(results: Generator[T, None, None], *, depth: int) -> Generator[T, None, None]:
     """The results of an iterator, which one background thread asks for at most depth of them ahead.
 
     The thread ends with the returned iterator, after the result that it is at, and closes the given one.
@@ -70,48 +60,56 @@ def in_thread(results: Iterator[T], *, depth: int) -> Iterator[T]:
         Exception: whatever the iterator raises.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="fastcl-render")
-    waiting = deque(pool.submit(next, results, _END) for _ in range(depth))
     try:
+        with held():  # a pool that is interrupted as it starts its thread does not wait for it
+            waiting = deque(pool.submit(next, results, _END) for _ in range(depth))
         while (result := waiting.popleft().result()) is not _END:
             waiting.append(pool.submit(next, results, _END))
             yield result
     finally:
-        pool.shutdown(cancel_futures=True)
-        results.close()
+        with held():
+            pool.shutdown(cancel_futures=True)
+            results.close()
 
 
-class _Jobs(Dataset):
-    """A job as what DataLoader indexes; a FastclError comes back as a value, since torch would bury its message."""
+def _in_processes(
+    renderer: TorchvisionRenderer, job: Job, steps: range, workers: int, depth: int
+) -> Generator[Rendered, None, None]:
+    device = renderer.device
+    on_host = TorchvisionRenderer(renderer.split, renderer.spec, _CPU)  # without threads: the processes share the work
 
-    def __init__(self, job: Callable[[int], Any]) -> None:
-        self.job = job
+    def render(step: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        positions, params = job(step)
+        return positions, [view.numpy() for view in on_host(positions, params)]
 
-    def __getitem__(self, step: int) -> Any:
-        try:
-            return self.job(step)
-        except FastclError as error:
-            return FastclError(str(error))
+    with closing(Processes(render, steps, workers=workers, depth=depth)) as arrays:
+        results = _as_tensors(arrays, pin=device.type == "cuda")
+        if device.type == "cuda":  # copying into pinned memory is worth a thread: the device copies from it alone
+            results = in_thread(results, depth=1)
+        with closing(results):
+            for positions, views in results:
+                yield positions, tuple(view.to(device, non_blocking=True) for view in views)
 
 
-def _as_it_is(result: T) -> T:
-    return result
+def _as_tensors(arrays: Iterator[tuple[np.ndarray, list[np.ndarray]]], pin: bool) -> Generator[Rendered, None, None]:
+    for positions, views in arrays:
+        tensors = (torch.from_numpy(view) for view in views)
+        yield positions, tuple(view.pin_memory() if pin else view for view in tensors)
 
 
-@contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Ctrl-C counts when the block is left: what it raises while processes are forked, Python swallows."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+def _streamed(renderer: Renderer, job: Job, steps: range) -> Generator[Rendered, None, None]:
+    """A renderer that works on several batches at once (`stream`) is asked that way."""
+    if not hasattr(renderer, "stream"):
+        for positions, params in map(job, steps):
+            yield positions, renderer(positions, params)
         return
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        signal.raise_signal(signal.SIGINT)
+    taken: deque[np.ndarray] = deque()
 
+    def feed() -> Iterator[tuple[np.ndarray, list[ViewParams]]]:
+        for positions, params in map(job, steps):
+            taken.append(positions)
+            yield positions, params
 
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers itself
+    with closing(renderer.stream(feed())) as results:
+        for views in results:
+            yield taken.popleft(), views

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastcl.errors import FastclError, suggest
+from fastcl.data.limits import check_pixels
+from fastcl.data.listing import check_file
+from fastcl.data.pixels import decode
+from fastcl.errors import FastclError, install_hint, suggest
 
 OMNIGLOT_SIDE = 105
 CIFAR_SIDE = 32
-_GREY_MODES = {"1", "L", "I;16"}
+_GREY_MODES = {"1", "L", "I;16", "I;16B"}
+_NAME_BYTES = 4096  # of a class name in an archive
 _TEST_SPLITS = ("test", "val", "valid")
 
 Read = Callable[[int], np.ndarray]
@@ -41,6 +45,7 @@ class Source:
         test: (n,) bool, the official test images; None where the source has no split of its own.
         open: (m,) int64 sample ids -> their (m, 2) int64 heights and widths, what reads the i-th of them, and where
             there are files what gives the i-th as JPEG bytes (None if it is no JPEG).
+        left_out: what was found and is no image of the collection, in words; True where a warning is due.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Source:
     labels: np.ndarray
     test: np.ndarray | None
     open: Callable[[np.ndarray], tuple[np.ndarray, Read] | tuple[np.ndarray, Read, Encoded]]
+    left_out: Mapping[str, bool] = field(default_factory=dict)
 
 
 @contextmanager
@@ -61,32 +67,12 @@ def naming(what: str) -> Iterator[None]:
         raise FastclError(f"{what}: {reason}") from error
 
 
-def decode(picture: Image.Image, channels: int) -> np.ndarray:
-    """(H, W, channels) uint8 pixels of a picture in any mode.
-
-    Transparent pixels show white (what lies under them is arbitrary); 16-bit greyscale keeps its high byte (Pillow's
-    own conversion clips at 255); the orientation tag is not applied, as in torchvision.
-
-    Raises:
-        FastclError: 32-bit pixels, whose range no file states.
-    """
-    if picture.mode in ("I", "F"):
-        raise FastclError(f"mode {picture.mode}: 32-bit pixels have no agreed range; save the image in 8 or 16 bits")
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
-
-
 def read_digits() -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8, rescaled from 0..16 to 0..255. No official split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise FastclError("source 'digits' needs scikit-learn (pip install fastcl[train])") from error
+        raise FastclError(f"source 'digits' needs scikit-learn ({install_hint('train')})") from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     names = tuple(str(name) for name in digits.target_names)
@@ -99,10 +85,15 @@ def read_omniglot(path: Path) -> Source:
     Images stay packed (1.5 kB each) and are unpacked at access: ink 255 on 0, so that padding with zeros is
     background. The archive's background/evaluation division separates classes, not images: it is no split here.
     """
-    bits, label, names = _arrays(path, "ink_bits", "label", "class_names")
-    if bits.shape[1:] != (OMNIGLOT_SIDE, -(-OMNIGLOT_SIDE // 8)) or bits.dtype != np.uint8:
-        raise FastclError(f"{path}: ink_bits must be (n, 105, 14) uint8, got {bits.shape} {bits.dtype}")
-    labels = _checked(path, "label", label, len(bits), len(names))
+
+    def check(bits: _Header, label: _Header, names: _Header) -> None:
+        if bits.shape[1:] != (OMNIGLOT_SIDE, -(-OMNIGLOT_SIDE // 8)) or bits.dtype != np.uint8:
+            raise FastclError(f"{path}: ink_bits must be (n, 105, 14) uint8, got {bits}")
+        _check_integers(path, "label", label, bits.shape[0])
+        _check_names(path, names)
+
+    bits, label, names = _arrays(path, check, "ink_bits", "label", "class_names")
+    labels = _checked(path, "label", label, len(names))
     return Source("omniglot", tuple(map(str, names)), 1, labels, None, partial(_open_ink, bits))
 
 
@@ -111,21 +102,29 @@ def read_cifar10(path: Path) -> Source:
 
     All images are 32 x 32. Those of the chosen classes are decoded when a split is opened and stay in memory as uint8.
     """
-    jpeg, offset, label, split, names = _arrays(path, "jpeg", "offset", "label", "split", "class_names")
-    if jpeg.ndim != 1 or jpeg.dtype != np.uint8:
-        raise FastclError(f"{path}: jpeg must be (bytes,) uint8, got {jpeg.shape} {jpeg.dtype}")
-    offset = _checked(path, "offset", offset, len(label) + 1, len(jpeg) + 1)
+
+    def check(jpeg: _Header, offset: _Header, label: _Header, split: _Header, names: _Header) -> None:
+        if len(jpeg.shape) != 1 or jpeg.dtype != np.uint8:
+            raise FastclError(f"{path}: jpeg must be (bytes,) uint8, got {jpeg}")
+        if label.shape[0] > jpeg.shape[0]:
+            raise FastclError(f"{path}: {label.shape[0]} labels of images in {jpeg.shape[0]} bytes")
+        for name, header, more in (("offset", offset, 1), ("label", label, 0), ("split", split, 0)):
+            _check_integers(path, name, header, label.shape[0] + more)
+        _check_names(path, names)
+
+    jpeg, offset, label, split, names = _arrays(path, check, "jpeg", "offset", "label", "split", "class_names")
+    offset = _checked(path, "offset", offset, len(jpeg) + 1)
     if len(label) and (offset[0] != 0 or offset[-1] != len(jpeg) or np.diff(offset).min() < 1):
         raise FastclError(
             f"{path}: offset must rise from 0 to the {len(jpeg)} bytes of jpeg, "
             f"got {offset[0]} to {offset[-1]}, smallest step {np.diff(offset).min()}"
         )
-    labels = _checked(path, "label", label, len(label), len(names))
-    test = _checked(path, "split", split, len(label), 2) == 1
+    labels = _checked(path, "label", label, len(names))
+    test = _checked(path, "split", split, 2) == 1
     return Source("cifar10", tuple(map(str, names)), 3, labels, test, partial(_open_jpegs, path, jpeg, offset))
 
 
-def read_torchvision(name: str, root: str | None, download: bool) -> Source:
+def read_torchvision(name: str, root: str | None, download: bool, max_pixels: int) -> Source:
     """A torchvision data set by class name. Items must be (PIL image, int); each is visited once for label and size.
 
     The official split is the class's own `train=` or `split=` argument (train against test, else val); sample ids
@@ -135,7 +134,7 @@ def read_torchvision(name: str, root: str | None, download: bool) -> Source:
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise FastclError(f"source 'torchvision:{name}' needs torchvision (pip install fastcl[train])") from error
+        raise FastclError(f"source 'torchvision:{name}' needs torchvision ({install_hint('train')})") from error
     known = {key: value for key, value in vars(datasets).items() if isinstance(value, type)}
     if name not in known:
         raise FastclError(f"torchvision.datasets has no {name!r}{suggest(name, known)}")
@@ -146,33 +145,63 @@ def read_torchvision(name: str, root: str | None, download: bool) -> Source:
     options = {key: value for key, value in offered.items() if key in parameters}
     with naming(f"torchvision:{name}"):
         parts = _torchvision_parts(known[name], parameters, options)
-    labels, sizes, channels = _visit(name, parts)
+    labels, sizes, channels = _visit(name, parts, max_pixels)
     first, count = len(parts[0]), int(labels.max(initial=-1)) + 1
     given = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None) or ()
     names = tuple(", ".join(c) if isinstance(c, tuple) else str(c) for c in given)
     if len(names) < count:
         names = tuple(str(c) for c in range(count))
     test = np.arange(len(labels)) >= first if len(parts) == 2 else None
-    return Source(name, names, channels, labels, test, partial(_open_items, name, parts, sizes, channels))
+    return Source(name, names, channels, labels, test, partial(_open_items, name, parts, sizes, channels, max_pixels))
 
 
-def _arrays(path: Path, *names: str) -> list[np.ndarray]:
-    """The named arrays of an .npz archive."""
-    if not path.is_file():
-        raise FastclError(f"{path} is a folder, not an .npz archive" if path.is_dir() else f"no such file: {path}")
-    what = f"cannot read {path} as an .npz archive"
-    with naming(what), open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+def _arrays(path: Path, check: Callable[..., None], *names: str) -> list[np.ndarray]:
+    """The named arrays of an .npz archive; `check` is asked about their shapes and dtypes before they are read."""
+    check_file(path, "an .npz archive")
+    with naming(f"cannot read {path} as an .npz archive"), open(path, "rb") as file, np.load(file) as archive:
         missing = [name for name in names if name not in archive.files]
         if missing:
             raise FastclError(f"it lacks the arrays {missing}; it has {sorted(archive.files)}")
+        headers = [_npy_header(archive, name) for name in names]
+    check(*headers)
+    with naming(f"cannot read {path} as an .npz archive"), open(path, "rb") as file, np.load(file) as archive:
         return [np.atleast_1d(archive[name]) for name in names]
 
 
-def _checked(path: Path, name: str, values: np.ndarray, count: int, bound: int) -> np.ndarray:
-    """(count,) int64 of an archive's integers in [0, bound)."""
-    if values.dtype.kind not in "iu" or values.shape != (count,):
-        raise FastclError(f"{path}: {name} must be ({count},) integers, got {values.shape} {values.dtype}")
-    if count and not (0 <= values.min() and values.max() < bound):
+@dataclass(frozen=True)
+class _Header:
+    """What an array in an archive says of itself."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
+
+def _npy_header(archive: Any, name: str) -> _Header:
+    with archive.zip.open(f"{name}.npy" if f"{name}.npy" in archive.zip.namelist() else name) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise FastclError(f"{name} holds Python objects, which are never loaded")
+    return _Header(shape or (1,), dtype)
+
+
+def _check_integers(path: Path, name: str, header: _Header, count: int) -> None:
+    if header.dtype.kind not in "iu" or header.shape != (count,):
+        raise FastclError(f"{path}: {name} must be ({count},) integers, got {header}")
+
+
+def _check_names(path: Path, header: _Header) -> None:
+    if len(header.shape) != 1 or header.dtype.kind not in "US" or header.dtype.itemsize > _NAME_BYTES:
+        raise FastclError(f"{path}: class_names must be a list of names, got {header}")
+
+
+def _checked(path: Path, name: str, values: np.ndarray, bound: int) -> np.ndarray:
+    """(n,) int64 of an archive's integers in [0, bound)."""
+    if len(values) and not (0 <= values.min() and values.max() < bound):
         raise FastclError(f"{path}: {name} must lie in [0, {bound}), got {values.min()} to {values.max()}")
     return values.astype(np.int64)
 
@@ -225,7 +254,7 @@ def _torchvision_parts(kind: type, parameters: Any, options: dict[str, Any]) -> 
     raise FastclError(f"none of its possible test splits could be opened ({'; '.join(reasons)})")
 
 
-def _visit(name: str, parts: list[Any]) -> tuple[np.ndarray, np.ndarray, int]:
+def _visit(name: str, parts: list[Any], max_pixels: int) -> tuple[np.ndarray, np.ndarray, int]:
     """(n,) labels, (n, 2) sizes and the channel count of all items of all parts."""
     labels, sizes, modes = [], [], set()
     for i in range(sum(map(len, parts))):
@@ -233,6 +262,7 @@ def _visit(name: str, parts: list[Any]) -> tuple[np.ndarray, np.ndarray, int]:
             picture, label = _item(parts, i)
             if not isinstance(picture, Image.Image) or not isinstance(label, (int, np.integer)) or label < 0:
                 raise FastclError(f"must be (PIL image, integer label >= 0), got ({type(picture).__name__}, {label!r})")
+            check_pixels(picture, max_pixels)
             with picture:
                 sizes.append((picture.height, picture.width))
                 modes.add(picture.mode)
@@ -247,11 +277,11 @@ def _item(parts: list[Any], i: int) -> Any:
 
 
 def _open_items(
-    name: str, parts: list[Any], sizes: np.ndarray, channels: int, ids: np.ndarray
+    name: str, parts: list[Any], sizes: np.ndarray, channels: int, max_pixels: int, ids: np.ndarray
 ) -> tuple[np.ndarray, Read]:
-    return sizes[ids], partial(_item_pixels, name, parts, channels, ids)
+    return sizes[ids], partial(_item_pixels, name, parts, channels, max_pixels, ids)
 
 
-def _item_pixels(name: str, parts: list[Any], channels: int, ids: np.ndarray, i: int) -> np.ndarray:
+def _item_pixels(name: str, parts: list[Any], channels: int, max_pixels: int, ids: np.ndarray, i: int) -> np.ndarray:
     with naming(f"torchvision:{name} item {ids[i]}"), _item(parts, int(ids[i]))[0] as picture:
-        return decode(picture, channels)
+        return decode(picture, channels, max_pixels)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.render import render_torchvision
 from fastcl.data.requests import check_request
@@ -17,7 +18,8 @@ from fastcl.data.sources import Split
 from fastcl.errors import FastclError, suggest
 
 _LOOKED_AT = 16  # images, for the choice of a renderer
-RENDERERS = ("triton", "dali", "torchvision")  # "auto" takes the first that a CUDA device allows
+RendererName: TypeAlias = Literal["auto", "triton", "dali", "torchvision"]
+RENDERERS = get_args(RendererName)[1:]  # "auto" takes the first that a CUDA device allows
 
 
 class Renderer(Protocol):
@@ -55,7 +57,8 @@ class TorchvisionRenderer:
         FastclError: when it is called: as `check_request`, or an image that cannot be decoded (named).
     """
 
-    def __init__(self, split: Split, spec: ViewSpec, device: torch.device, *, threads: int = 0) -> None:
+    def __init__(self, split: Split, spec: ViewSpec, device: torch.device | str, *, threads: int = 0) -> None:
+        check_workers(threads, "threads")
         self.split, self.spec, self.device, self.threads = split, spec, torch.device(device), threads
 
     def __call__(self, positions: np.ndarray, params: Sequence[ViewParams]) -> tuple[Tensor, ...]:
@@ -74,7 +77,7 @@ class TorchvisionRenderer:
         return tuple(render_torchvision(images, p, self.spec).to(self.device) for p in params)
 
 
-def choose_renderer(name: str, splits: Sequence[Split], spec: ViewSpec, device: torch.device) -> str:
+def choose_renderer(name: str, splits: Sequence[Split], spec: ViewSpec, device: torch.device | str) -> str:
     """The name of the renderer to use for all of some splits, so that they get the same pixels from the same image.
 
     Args:
@@ -100,7 +103,9 @@ def choose_renderer(name: str, splits: Sequence[Split], spec: ViewSpec, device: 
     return name
 
 
-def make_renderer(name: str, split: Split, spec: ViewSpec, device: torch.device, threads: int = 0) -> Renderer:
+def make_renderer(
+    name: RendererName, split: Split, spec: ViewSpec, device: torch.device | str, threads: int = 0
+) -> Renderer:
     """A renderer of a split.
 
     Args:
@@ -116,7 +121,7 @@ def make_renderer(name: str, split: Split, spec: ViewSpec, device: torch.device,
     return _kind(choose_renderer(name, [split], spec, device))(split, spec, torch.device(device), threads=threads)
 
 
-def obstacle(name: str, split: Split, spec: ViewSpec, device: torch.device) -> str | None:
+def obstacle(name: str, split: Split, spec: ViewSpec, device: torch.device | str) -> str | None:
     """Why one of RENDERERS cannot render these views of this split on this device; None where it can."""
     try:
         if name == "triton":
@@ -143,7 +148,7 @@ def _kind(name: str) -> type[Renderer]:
     return TorchvisionRenderer
 
 
-def _suits(name: str, split: Split, spec: ViewSpec, device: torch.device) -> bool:
+def _suits(name: str, split: Split, spec: ViewSpec, device: torch.device | str) -> bool:
     if name == "dali" and not _mostly_encoded(split):
         return False  # little for it to decode: images come from the split's own reader, through the host
     return obstacle(name, split, spec, device) is None
@@ -152,4 +157,4 @@ def _suits(name: str, split: Split, spec: ViewSpec, device: torch.device) -> boo
 def _mostly_encoded(split: Split) -> bool:
     """Whether most of some images from all over the split are files for a decoder."""
     some = np.unique(np.linspace(0, len(split) - 1, _LOOKED_AT).astype(int)).tolist()
-    return split.encoded is not None and 2 * sum(split.encoded(i) is not None for i in some) > len(some)
+    return split.encoded is not None and 2 * sum(split.file(i) is not None for i in some) > len(some)

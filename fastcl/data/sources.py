@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from fastcl.data.decoded import unreadable
 from fastcl.data.folders import read_folder
+from fastcl.data.limits import MAX_PIXELS, check_max_pixels
 from fastcl.data.philox import Stream, check_integer, permutation, words
 from fastcl.data.readers import Source, read_cifar10, read_digits, read_omniglot, read_torchvision
-from fastcl.errors import FastclError, suggest
+from fastcl.errors import FastclError, shown, suggest
 
 log = logging.getLogger("fastcl")
 KINDS = ("digits", "omniglot", "cifar10", "folder", "torchvision")
@@ -55,17 +60,36 @@ class Split:
         check_integer(i, "the position of an image")
         if not 0 <= i < len(self.ids):
             raise FastclError(f"image {i} of a split of {len(self.ids)}")
-        try:
+        with _hinting():
             return self.read(i)
-        except FastclError as error:
-            raise FastclError(f"{error}; corrupt=skip leaves out what cannot be decoded") from error
+
+    def file(self, i: int) -> bytes | None:
+        """The bytes of the i-th image's JPEG file; None where it is none, or the source keeps no files.
+
+        Raises:
+            FastclError: a file that cannot be read (named).
+        """
+        if self.encoded is None:
+            return None
+        with _hinting():
+            return self.encoded(i)
+
+
+@contextmanager
+def _hinting() -> Iterator[None]:
+    try:
+        yield
+    except FastclError as error:
+        raise FastclError(f"{error}; corrupt=skip leaves out what cannot be decoded") from error
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A training and a test split over the same classes; `labels` are positions in `classes`.
 
-    `skipped` holds the images that left their split since they cannot be decoded: sample id -> which one, and why.
+    Names are printable: what cannot be shown of a folder's or file's name stands escaped. `skipped` holds the images
+    that left their split since they cannot be decoded: sample id -> which one, and why. `left_out` says what else was
+    found and not taken, in words with counts.
     """
 
     name: str
@@ -74,6 +98,7 @@ class Dataset:
     train: Split
     test: Split
     skipped: Mapping[int, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def load(
@@ -84,8 +109,9 @@ def load(
     test_fraction: float = 0.2,
     root: str | None = None,
     download: bool = False,
-    corrupt: str = "stop",
+    corrupt: Literal["stop", "skip"] = "stop",
     skipped: Mapping[int, str] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
     """Loads a data set.
 
@@ -109,20 +135,18 @@ def load(
             warning; the others keep their split, sample ids and so their views. What is not a file of a folder or
             zip and whose size cannot be told stops either way.
         skipped: what an earlier check found (`Dataset.skipped`): these leave their splits, and none is checked anew.
+        max_pixels: of an image; one with more cannot be decoded, and is not unpacked.
 
     Raises:
         FastclError: an unknown source, a missing, truncated or malformed file, more classes than there are (or fewer
-            than 2), a class without enough images, test_fraction outside (0, 1), or an unknown `corrupt`.
+            than 2), a class without enough images, test_fraction outside (0, 1), an unknown `corrupt`, or a value of
+            another type.
     """
-    if corrupt not in ("stop", "skip"):
-        raise FastclError(f"data.corrupt must be stop or skip; got {corrupt!r}")
-    if not 0 < test_fraction < 1:
-        raise FastclError(f"test_fraction must lie in (0, 1), got {test_fraction}")
-    found = _find(source, root, download)
-    if not len(found.labels):
-        raise FastclError(f"{source} holds no images")
+    _check_arguments(source, root, test_fraction, corrupt, max_pixels)
+    found = _find(os.fspath(source), root, download, max_pixels)
+    _tell(source, found)
     chosen = _choose(found, classes, seed)
-    names = tuple(found.classes[c] for c in chosen)
+    names = tuple(shown(found.classes[c]) for c in chosen)
     label_of = np.full(len(found.classes) + 1, -1)  # the last entry serves the images of no split, labelled -1
     label_of[chosen] = np.arange(len(chosen))
     labels = label_of[found.labels]
@@ -134,7 +158,29 @@ def load(
         splits = _open(found, members, labels, names, left_out)
     for split in splits.values():
         _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # raises what is wrong with a header
-    return Dataset(found.name, names, found.channels, *splits.values(), left_out)
+    name = shown(found.name)
+    return Dataset(name, names, found.channels, *splits.values(), left_out, tuple(found.left_out))
+
+
+def _tell(source: str, found: Source) -> None:
+    """Log what a source leaves out. Raises FastclError where nothing is left."""
+    for line, loud in found.left_out.items():
+        log.log(logging.WARNING if loud else logging.INFO, "%s: left out %s", shown(found.name), line)
+    if not len(found.labels):
+        raise FastclError(f"{source} holds no images")
+
+
+def _check_arguments(source: object, root: object, test_fraction: object, corrupt: object, max_pixels: int) -> None:
+    for key, value in {"source": source, "root": root}.items():
+        if not isinstance(value, str | os.PathLike) and (key, value) != ("root", None):
+            raise FastclError(f"data.{key} must be a text, got {value!r} ({type(value).__name__})")
+    if isinstance(test_fraction, bool) or not isinstance(test_fraction, Real):
+        raise FastclError(f"test_fraction must be a number, got {test_fraction!r}")
+    check_max_pixels(max_pixels)
+    if corrupt not in ("stop", "skip"):
+        raise FastclError(f"data.corrupt must be stop or skip; got {corrupt!r}")
+    if not 0 < test_fraction < 1:
+        raise FastclError(f"test_fraction must lie in (0, 1), got {test_fraction}")
 
 
 def _open(
@@ -167,7 +213,7 @@ def _unreadable(splits: dict[str, Split]) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def _find(source: str, root: str | None, download: bool) -> Source:
+def _find(source: str, root: str | None, download: bool, max_pixels: int) -> Source:
     kind, _, where = source.partition(":")
     if kind not in KINDS:
         raise FastclError(f"unknown source {source!r}{suggest(kind, KINDS)}")
@@ -178,9 +224,14 @@ def _find(source: str, root: str | None, download: bool) -> Source:
     if not where:
         raise FastclError(f"source {source!r} needs a {'name' if kind == 'torchvision' else 'path'}: '{kind}:...'")
     if kind == "torchvision":
-        return read_torchvision(where, root, download)
-    read = {"omniglot": read_omniglot, "cifar10": read_cifar10, "folder": read_folder}[kind]
-    return read(Path(where).expanduser())
+        return read_torchvision(where, None if root is None else os.fspath(root), download, max_pixels)
+    try:
+        path = Path(where).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise FastclError(f"source {source!r}: {error}") from None
+    if kind == "folder":
+        return read_folder(path, max_pixels)
+    return read_omniglot(path) if kind == "omniglot" else read_cifar10(path)
 
 
 def _choose(found: Source, classes: int | None, seed: int) -> np.ndarray:

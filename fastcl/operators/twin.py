@@ -23,8 +23,7 @@ def _forward(za, zb, sample, labels, temperature, value, precision):
     from fastcl.backends.triton import operand, twin
 
     call = _call(temperature, value, precision, labels is not None)
-    new_flag = {"dtype": torch.int32, "device": za.device}
-    flags = [torch.empty(1, **new_flag) if call.may_overflow else None for _ in range(2)]
+    flags = [za.new_empty(1, dtype=torch.int32) if call.may_overflow else None for _ in range(2)]
     with torch.cuda.device_of(za):
         order, _ = operand.sorted_orders(Layout.of(sample, labels, None, None))
         a, b = (operand.prepare(z, None, order, call, flag) for z, flag in zip((za, zb), flags, strict=True))

@@ -1,13 +1,13 @@
 """The report itself: findings, tables, figures and settings of a run in one HTML file that loads nothing."""
 
-import os
 import re
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, shown
+from fastcl.files import write_atomic
+from fastcl.outputs import check_output
 from fastcl.report.coupling import CERTIFICATES, certificates
 from fastcl.report.drawing import svg
 from fastcl.report.figures import PLATES
@@ -23,6 +23,7 @@ from fastcl.report.records import (
     load_run,
 )
 from fastcl.report.style import STYLE
+from fastcl.run_folder import FILES, FOLDERS, REPORT
 
 UNWRITABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
@@ -41,19 +42,18 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         The path of the written file.
 
     Raises:
-        FastclError: a file of the run is missing or invalid, or ``out`` cannot be written.
+        FastclError: a file of the run is missing or invalid, or ``out`` cannot be written, is a link or one of the
+            run's other files; that is found out before the work.
     """
-    out = Path(run_dir) / "report.html" if out is None else Path(out)
-    page = _page(load_run(run_dir))
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    run_dir = Path(run_dir)
+    out = run_dir / REPORT if out is None else Path(out)
+    run = load_run(run_dir)
+    check_output(out, "out", [run_dir / name for name in (*FILES, *FOLDERS)])
+    page = _page(run).encode()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(part, out)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise FastclError(f"out: {out} cannot be written ({error.strerror})") from error
+        write_atomic(out, page)
+    except FastclError as error:
+        raise FastclError(f"out: {error}") from error
     return out
 
 
@@ -127,7 +127,7 @@ def identity_control(run: Run) -> str:
 
 
 def _page(run: Run) -> str:
-    title = f"fastcl report: {run.data.get('source', run.path.name)}, {run.reference} and its twins"
+    title = f"fastcl report: {run.data.get('source', shown(run.path.name))}, {run.reference} and its twins"
     points = "".join(f"<li>{escape(line)}</li>" for line in findings(run))
     points = points.replace("<li>Identity control BROKEN", '<li class="warning">Identity control BROKEN')
     warning = f'<p class="warning">{escape(_progress(run))}</p>' if not run.finished else ""
@@ -158,7 +158,7 @@ def _page(run: Run) -> str:
 {_settings(run)}
 </body></html>
 """
-    return UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", page)
+    return UNWRITABLE.sub(lambda letter: shown(letter[0]), page)
 
 
 def _progress(run: Run) -> str:

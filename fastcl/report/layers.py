@@ -1,6 +1,6 @@
 """Heat maps of the CKA between all layers of two models: of a run in its report, of any table in a file."""
 
-import json
+import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -10,18 +10,21 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, shown
+from fastcl.files import cause, write_atomic
+from fastcl.jsontext import parse_json
 from fastcl.report.drawing import WIDTH, Plate, styled
 from fastcl.report.records import Run
 
 _MAP = "viridis"
+_DARK = "#111111"
 _LABELS = 32  # along an axis; of more layers every second, third, ... is named
 _PRINTED, _CELL = 16, 0.27  # values stand in tables of so many columns at most, in cells of so many inches at least
 _LETTERS = 8  # of a title in an inch
 _VECTOR = 4096  # cells; a larger table is drawn as an image
-
 
 
 @dataclass(frozen=True)
@@ -42,26 +45,36 @@ def read_layer_tables(run_dir: Path) -> list[LayerTable]:
         FastclError: the file cannot be read or is not what it should be.
     """
     path = Path(run_dir) / "layers.json"
-    if not path.exists():
-        return []
+    name = shown(path)
     try:
-        tree = json.loads(path.read_text())
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise FastclError(f"{name}: cannot be read ({cause(error)})") from error
+    try:
+        tree = parse_json(text, name)
         tables = [
             LayerTable(
-                str(tree["reference"]), name, tuple(map(str, one["layers"])), tuple(map(str, one["other_layers"])),
-                np.array(one["cka"], dtype=float),
+                _printable(tree["reference"]), _printable(model), tuple(map(_printable, one["layers"])),
+                tuple(map(_printable, one["other_layers"])), np.array(one["cka"], dtype=float),
             )
-            for name, one in tree["models"].items()
+            for model, one in tree["models"].items()
         ]  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FastclError(f"{path}: not a table of layers ({type(error).__name__}: {error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FastclError(f"{name}: not a table of layers ({type(error).__name__}: {error})") from error
     for table in tables:
         if table.values.shape != (len(table.rows), len(table.columns)) or not table.values.size:
             raise FastclError(
-                f"{path}: the table of {table.columns_of!r} has shape {table.values.shape} for {len(table.rows)} and "
+                f"{name}: the table of {table.columns_of!r} has shape {table.values.shape} for {len(table.rows)} and "
                 f"{len(table.columns)} layers"
             )
     return tables
+
+
+def _printable(name: object) -> str:
+    """matplotlib draws no half of a surrogate pair, and a table's label has one line."""
+    return shown(str(name))
 
 
 def check_ending(path: Path) -> None:
@@ -91,11 +104,9 @@ def write_heat_map(table: LayerTable, path: Path, title: str | None = None) -> P
         figure.axes[0].set_title("")
         letters = round(_LETTERS * figure.get_figwidth())
         figure.suptitle(textwrap.fill(title or f"{table.rows_of} against {table.columns_of}", letters))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, facecolor="white", dpi=150, metadata=metadata)
-        except OSError as error:
-            raise FastclError(f"{path} cannot be written ({error.strerror})") from error
+        picture = io.BytesIO()
+        figure.savefig(picture, format=path.suffix[1:], facecolor="white", dpi=150, metadata=metadata)
+    write_atomic(path, picture.getvalue())
     return path
 
 
@@ -142,11 +153,27 @@ def _panel(ax: Axes, table: LayerTable, width: float) -> QuadMesh:
         axis.set_label_text(f"layers of {of}" + (f", in {prefix}" if prefix else ""))
     if len(table.columns) <= _PRINTED and width / len(table.columns) >= _CELL:
         for (i, j), value in np.ndenumerate(values):
-            # dark ink on the light half of the map, not the page's ink: the cell stays as it is in a dark page
-            colour = "#111111" if value > 0.45 else "#ffffff"
             text = f"{value:.2f}".replace("0.", ".") if math.isfinite(value) else ""
+            colour = legible_on(mesh.to_rgba(value)[:3])
             ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7, color=colour)
     return mesh
+
+
+def legible_on(colour: Sequence[float]) -> str:
+    """The ink, dark or white, that stands out more on a cell, by the contrast ratio of WCAG 2.
+
+    Not the page's ink: a cell stays as it is on a dark page.
+
+    Args:
+        colour: red, green and blue in [0, 1], sRGB.
+    """
+    luminance, dark = _luminance(colour), _luminance(to_rgb(_DARK))
+    return _DARK if (luminance + 0.05) / (dark + 0.05) > 1.05 / (luminance + 0.05) else "#ffffff"
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def _shortened(names: Sequence[str]) -> tuple[str, list[str]]:

@@ -1,7 +1,7 @@
 """A run directory as one checked record: run.json, metrics.jsonl, pairs.jsonl and timing.jsonl."""
 
-import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, brief, shown
+from fastcl.files import cause
+from fastcl.jsontext import parse_json
 
 IDENTITY = "identity"
 RESEEDED = "reseeded"
@@ -144,23 +146,25 @@ def load_run(run_dir: Path) -> Run:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    head = _parse(_read(path), str(path))
+    head, name = _parse(_read(path), shown(path)), shown(path)
     kinds = {
         "config": dict, "seed": int, "versions": dict, "device": str, "models": list, "reference": str, "data": dict
     }  # fmt: skip
-    for name, kind in kinds.items():
-        if not isinstance(head.get(name), kind):
-            raise FastclError(f"{path}: '{name}' must be {kind.__name__}, got {head.get(name)!r}")
+    for key, kind in kinds.items():
+        if not isinstance(head.get(key), kind):
+            raise FastclError(f"{name}: '{key}' must be {kind.__name__}, got {brief(head.get(key))}")
     models = head["models"]
     if not all(isinstance(m, str) and m and m.isprintable() for m in models) or len(set(models)) != len(models):
-        raise FastclError(f"{path}: 'models' must be distinct printable names, got {models!r}")
+        raise FastclError(f"{name}: 'models' must be distinct printable names, got {brief(models)}")
     if head["reference"] not in models or head["reference"] in CONTROLS:
-        raise FastclError(f"{path}: 'reference' {head['reference']!r} is not one of the trained models {models!r}")
+        raise FastclError(
+            f"{name}: 'reference' {head['reference']!r} is not one of the trained models {brief(models)}"
+        )
     config = head.pop("config")
     train = config.get("train")
     epochs = train.get("epochs") if isinstance(train, dict) else None
     if type(epochs) is not int or epochs < 0:
-        raise FastclError(f"{path}: config.train.epochs must be a whole number, got {epochs!r}")
+        raise FastclError(f"{name}: config.train.epochs must be a whole number, got {brief(epochs)}")
     own = {"models": tuple(models), "reference": head["reference"], "data": head["data"]}
     return {"config": config, "facts": head, "planned_epochs": epochs, **own}
 
@@ -176,7 +180,7 @@ def _read_metrics(models: tuple[str, ...], path: Path) -> tuple[dict[tuple[str, 
             measures = _numbers(row, PAIR_MEASURES | CERTIFICATE_MEASURES, where)
             pairs.setdefault(_key(models, *names), {})[epoch] = measures
     if not pairs and not per_model:
-        raise FastclError(f"{path}: no evaluation has been written yet")
+        raise FastclError(f"{shown(path)}: no evaluation has been written yet")
     return pairs, per_model
 
 
@@ -191,7 +195,7 @@ def _read_steps(models: tuple[str, ...], path: Path) -> dict[tuple[str, str], Se
 def _whole(row: dict[str, Any], name: str, where: str) -> int:
     value = row.get(name)
     if type(value) is not int or value < 0:
-        raise FastclError(f"{where}: '{name}' must be a whole number, got {value!r}")
+        raise FastclError(f"{where}: '{name}' must be a whole number, got {brief(value)}")
     return value
 
 
@@ -200,7 +204,7 @@ def _names(row: dict[str, Any], models: tuple[str, ...], where: str) -> list[str
     wanted = 2 if "pair" in row else 1
     names = row["pair"] if wanted == 2 else [row.get("model")]
     if not isinstance(names, list) or len(names) != wanted or not all(name in models for name in names):
-        raise FastclError(f"{where}: {names!r} does not name {wanted} of the models {list(models)}")
+        raise FastclError(f"{where}: {brief(names)} does not name {wanted} of the models {list(models)}")
     if wanted == 2 and names[0] == names[1]:
         raise FastclError(f"{where}: the pair {names!r} is one model twice")
     return names
@@ -214,17 +218,18 @@ def _numbers(row: dict[str, Any], names: Iterable[str], where: str) -> dict[str,
     for name in names:
         value = row.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise FastclError(f"{where}: '{name}' must be a number or null, got {value!r}")
+            raise FastclError(f"{where}: '{name}' must be a number or null, got {brief(value)}")
     return {name: row.get(name) for name in names}
 
 
 def _read_lines(path: Path, optional: bool = False) -> list[tuple[str, dict[str, Any]]]:
-    if optional and not path.exists():
+    if optional and not os.path.lexists(path):  # asks no rights of the folders above, as exists() does
         return []
     *lines, tail = _read(path).split(b"\n")
-    rows = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    name = shown(path)
+    rows = [(f"{name}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     records = [(where, _parse(line, where)) for where, line in rows]
-    where = f"{path}, line {len(lines) + 1}"
+    where = f"{name}, line {len(lines) + 1}"
     try:
         return [*records, (where, _parse(tail, where))]
     except FastclError:  # no newline: whoever wrote it was stopped in the middle of the line (or the file ends well)
@@ -235,16 +240,14 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise FastclError(f"{path}: there is no such file; is {path.parent} the folder of a run?") from error
-    except OSError as error:
-        raise FastclError(f"{path}: cannot be read ({error.strerror})") from error
+        folder = shown(path.parent)
+        raise FastclError(f"{shown(path)}: there is no such file; is {folder} the folder of a run?") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise FastclError(f"{shown(path)}: cannot be read ({cause(error)})") from error
 
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise FastclError(f"{where}: not valid JSON ({error})") from error
+    value = parse_json(text, where)
     if not isinstance(value, dict):
         raise FastclError(f"{where}: must hold a JSON object, got {type(value).__name__}")
     return value

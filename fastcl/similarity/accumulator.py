@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastcl.dispatch import on_triton
 from fastcl.errors import FastclError
-from fastcl.similarity.inputs import checked, on_triton
+from fastcl.similarity.forms import ADDITIVE
+from fastcl.similarity.inputs import checked
 from fastcl.similarity.moments import Moments, chunk_rows
-from fastcl.similarity.reduce import Ranks, check_same, has_ranks
+from fastcl.similarity.reduce import Ranks, Undefined, check_same, has_ranks, note
 from fastcl.similarity.results import AllPairs, PairResult
 from fastcl.similarity.routes import statistics
-from fastcl.similarity.rows import INNER
-from fastcl.similarity.stats import PairStats
+from fastcl.similarity.rows import INNER, Inner
+from fastcl.similarity.stats import Overflown, PairStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,7 +41,7 @@ class PairAccumulator:
         FastclError: for fewer than two names, a name that is repeated, or an unknown or repeated kernel.
     """
 
-    def __init__(self, names: Sequence[str], kernels: Sequence[str] = INNER, minibatch: bool = False) -> None:
+    def __init__(self, names: Sequence[str], kernels: Sequence[Inner] = INNER, minibatch: bool = False) -> None:
         for what, values in (("names", names), ("kernels", kernels)):
             listed = isinstance(values, Sequence) and not isinstance(values, str)
             if not listed or not all(isinstance(value, str) for value in values):
@@ -86,7 +88,7 @@ class PairAccumulator:
         if rows == 0:
             return
         if self._minibatch:
-            self._hsic1 = self._with_minibatch(batch)
+            self._add_minibatch(batch)
             self._batches += 1
         self._widths, self._device = widths, batch[0].device
         self._take(batch)
@@ -121,33 +123,45 @@ class PairAccumulator:
         for stream in self._streams:
             yield stream.with_rows(self._joined()) if self._pending else stream
 
-    def _with_minibatch(self, batch: list[Tensor]) -> dict[tuple[str, str], tuple[float, float, float]]:
+    def _add_minibatch(self, batch: list[Tensor]) -> None:
         rows = len(batch[0])
         if rows < 4:
             raise FastclError(f"minibatch CKA needs batches of at least 4 samples, got {rows} at sample {self.n}")
-        sums = dict(self._hsic1)
         for (a, x), (b, y) in combinations(zip(self.names, batch, strict=True), 2):
-            found = statistics(x, y, "linear").hsic1()
-            sums[a, b] = tuple(old + new for old, new in zip(sums[a, b], found, strict=True))
-        return sums
+            try:
+                found = statistics(x, y, "linear").hsic1_form()
+                found.self_terms("minibatch CKA", ADDITIVE)
+            except FastclError as error:  # one pair of models ends none of the others
+                self._undefined.setdefault((a, b), (self._batches, str(error)))
+            else:
+                self._hsic1[a, b] = tuple(old + new for old, new in zip(self._hsic1[a, b], found, strict=False))
 
     @torch.inference_mode()
     def compute(self) -> AllPairs:
         """The statistics of all samples so far; more batches may follow.
 
         Raises:
-            FastclError: if no sample was added, or sums overflow float64.
+            FastclError: if no sample was added. Where the sums of a pair overflow float64 its measures raise.
         """
         if self.n == 0:
             raise FastclError(f"no features of {self.names} were added: n=0")
-        fields: dict[tuple[str, str], dict[str, Any]] = {pair: {} for pair in combinations(self.names, 2)}
+        found: dict[tuple[str, str], dict[Inner, PairStats]] = {pair: {} for pair in combinations(self.names, 2)}
         for stream in self._whole():
-            for (i, j), values in stream.pair_sums():
-                stats = PairStats.unpacked(self.n, stream.kernel, values, stream.rounding)
-                fields[self.names[i], self.names[j]][stream.kernel] = stats
-        for pair, sums in self._hsic1.items():
-            fields[pair]["hsic1"] = tuple(value / self._batches for value in sums)
-        return AllPairs(self.names, self.n, {pair: PairResult(**values) for pair, values in fields.items()})
+            for (i, j), values, strains in stream.pair_sums():
+                given = self.n, stream.kernel, values, stream.rounding, strains
+                try:
+                    stats = PairStats.unpacked(*given)
+                except FastclError:
+                    stats = Overflown.unpacked(*given)
+                found[self.names[i], self.names[j]][stream.kernel] = stats
+        return AllPairs(self.names, self.n, {pair: self._result(pair, stats) for pair, stats in found.items()})
+
+    def _result(self, pair: tuple[str, str], stats: dict[Inner, PairStats]) -> PairResult:
+        if pair not in self._hsic1:
+            return PairResult(stats)
+        a, b, c = (value / self._batches for value in self._hsic1[pair])
+        batch, reason = self._undefined.get(pair, (0, ""))
+        return PairResult(stats, (a, b, c), f"batch {batch} of {self._batches}: {reason}" if reason else None)
 
     @torch.inference_mode()
     def merge(self, other: PairAccumulator) -> None:
@@ -169,6 +183,7 @@ class PairAccumulator:
             self._flush()
         for own, stream in zip(self._streams, other._whole(), strict=True):
             own.merge(stream.to(self._device))
+        note(self._undefined, other._undefined, self._batches)
         self._add_counts(other._counts())
 
     @torch.inference_mode()
@@ -189,7 +204,7 @@ class PairAccumulator:
             return
         whole = list(self._whole())
         roundings = [stream.rounding for stream in whole]
-        ranks = Ranks(group, self._description(), self.n, roundings, self._device)
+        ranks = Ranks(group, self._description(), self.n, roundings, self._device, self._batches, self._undefined)
         if ranks.source is None:
             return
         streams = []
@@ -203,13 +218,16 @@ class PairAccumulator:
         self._streams, self._pending = streams, []
         self._widths, self._device = ranks.widths, ranks.device
         self._reset_counts()
+        self._undefined = ranks.undefined
         self._add_counts(ranks.add_up(streams, counts))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, for `torch.save` (and `torch.load` with weights_only=True)."""
         pending = self._joined() if self._pending else []
         streams = [stream.state() for stream in self._streams]
-        return {**self._description(), "counts": self._counts(), "pending": pending, "streams": streams}
+        undefined = [[*pair, *noted] for pair, noted in self._undefined.items()]
+        found = {"counts": self._counts(), "pending": pending, "streams": streams, "undefined": undefined}
+        return {**self._description(), **found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, on a CPU with the bits of a run without the interruption.
@@ -232,6 +250,7 @@ class PairAccumulator:
         held = [t for s in self._streams for t in s.pilots] + list(state["pending"])
         self._device = held[0].device if held else None
         self._add_counts(state["counts"])
+        self._undefined = {(a, b): (batch, reason) for a, b, batch, reason in state.get("undefined", ())}
 
     def _description(self) -> dict[str, Any]:
         """What two accumulators must share; no widths before the first sample."""
@@ -246,6 +265,7 @@ class PairAccumulator:
 
     def _reset_counts(self) -> None:
         self.n = self._batches = 0
+        self._undefined: Undefined = {}
         pairs = combinations(self.names, 2) if self._minibatch else ()
         self._hsic1: dict[tuple[str, str], tuple[float, float, float]] = dict.fromkeys(pairs, (0.0, 0.0, 0.0))
 

@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
 from fastcl.errors import FastclError
 
 # A form is a difference of sums; below this fraction of them it holds rounding errors and no information. So does a
@@ -32,18 +34,16 @@ class GramSums:
     total_l: float
 
 
-def _correlation(kl: float, kk: float, ll: float) -> float:
+def ratio(kl: float, kk: float, ll: float) -> float:
+    """kl / sqrt(kk ll) of positive kk and ll."""
     # Two ratios, not sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 where kl == kk == ll.
     # Cauchy and Schwarz allow no more than 1; rounding does.
     return math.copysign(min(1.0, math.sqrt((kl / kk) * (kl / ll))), kl)
 
 
-def correlation(kl: float, kk: float, ll: float, measure: str) -> float:
-    """kl / sqrt(kk ll). Raises FastclError where kk or ll is not positive."""
-    for value in (kk, ll):
-        if not value > 0:
-            raise FastclError(f"{measure} is undefined: a self-term is not positive, {value:.3g}")
-    return _correlation(kl, kk, ll)
+def ratio_table(cross: Tensor, self_a: Tensor, self_b: Tensor) -> Tensor:
+    """`ratio` of (n, m) against (n,) and (m,) terms."""
+    return ((cross / self_a[:, None]) * (cross / self_b)).sqrt().clamp_max(1.0).copysign(cross)
 
 
 class Form(NamedTuple):
@@ -65,7 +65,10 @@ class Form(NamedTuple):
             )
         return value
 
+    def self_terms(self, measure: str, reason: str) -> tuple[float, float]:
+        """B(K, K) and B(L, L), neither of which may hold nothing but rounding."""
+        return self.self_term("first", measure, reason), self.self_term("second", measure, reason)
+
     def correlation(self, measure: str, reason: str) -> float:
         """B(K, L) / sqrt(B(K, K) B(L, L))."""
-        kk, ll = (self.self_term(which, measure, reason) for which in ("first", "second"))
-        return _correlation(self.kl, kk, ll)
+        return ratio(self.kl, *self.self_terms(measure, reason))

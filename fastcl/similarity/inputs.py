@@ -1,15 +1,14 @@
-"""What every pair statistic asks of its features, and whether the Triton kernels take them."""
+"""What every pair statistic asks of its features, and in which precision they are multiplied."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fastcl import rowstats
-from fastcl.checks import describe
+from fastcl import dispatch
+from fastcl.checks import check_not_meta, is_inside
 from fastcl.errors import FastclError
 
 # Of products of features narrower than float64, in split half precision (22 bits) or float32, and their float32 sums.
@@ -29,6 +28,9 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
             raise FastclError(f"features of {name!r} must be a dense float16 to float64 tensor, got {kind}")
         if x.ndim != 2 or x.shape[1] == 0:
             raise FastclError(f"features of {name!r} must have shape (b, d) with d >= 1, got {tuple(x.shape)}")
+        check_not_meta(x, f"features of {name!r}")
+        if is_inside(x, "vmap"):
+            raise FastclError(f"features of {name!r} are of torch.func.vmap: similarities are numbers, take one by one")
     rows = {name: len(x) for name, x in features.items()}
     if len(set(rows.values())) > 1:
         raise FastclError(f"all models need features of the same samples, got numbers of rows {rows}")
@@ -53,28 +55,9 @@ def multiplied_narrow(*features: Tensor) -> bool:
     A GPU may take TF32 for it, and a CPU half precision where float32's precision was lowered.
     """
     on_cpu = features[0].device.type == "cpu"
-    return on_cpu and rowstats.wants_float32() and all(x.dtype != torch.float64 for x in features)
+    return on_cpu and dispatch.wants_float32() and all(x.dtype != torch.float64 for x in features)
 
 
 def rounding_of(*features: Tensor) -> float:
     """Relative rounding error of products of features, where they are not float64's."""
-    return NARROW_ROUNDING if on_triton(*features) or multiplied_narrow(*features) else 0.0
-
-
-def on_triton(*features: Tensor) -> bool:
-    """Whether the Triton kernels form the sums: for CUDA features narrower than float64, or where asked for by name.
-
-    Raises:
-        FastclError: asked for by name, and they do not take these features.
-    """
-    wanted = rowstats.current_backend()
-    if wanted in ("chunked", "dense"):
-        return False
-    obstacle = None
-    if any(x.dtype == torch.float64 for x in features):
-        obstacle = "computes in float32 at most"
-    elif features[0].device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        obstacle = "needs CUDA tensors; on a CPU it runs slowly, if TRITON_INTERPRET=1 was set before Python started"
-    if wanted == "triton" and obstacle:
-        raise FastclError(f"the triton backend {obstacle}; got {', '.join(map(describe, features))}")
-    return wanted == "triton" or (features[0].device.type == "cuda" and not obstacle)
+    return NARROW_ROUNDING if dispatch.on_triton(*features) or multiplied_narrow(*features) else 0.0

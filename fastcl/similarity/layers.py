@@ -16,9 +16,9 @@ its Gram matrix: memory is 8 b^2 bytes a layer, whatever the layers' sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
@@ -27,10 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcl.backends.pairs import PairSums
+from fastcl.checks import check_not_meta
+from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, suggest
+from fastcl.similarity.forms import ADDITIVE, ratio_table
+from fastcl.similarity.stats import PairStats
 
 _COLUMNS = 1 << 16  # of a layer's outputs that are in float64 at a time
-_ROUNDING = 256 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ class LayerCKA:
         names_a: names of the layers of the first model, in the order in which its forward pass leaves them.
         names_b: the same of the second model.
         matrix: (len(names_a), len(names_b)) float64 on the CPU, entries at most 1 (and a little below 0 for layers
-            that have nothing in common: the estimator is unbiased).
+            that have nothing in common: the estimator is unbiased); NaN where one of the two layers is undefined.
         batches: number of batches.
         samples: number of samples in all batches.
         left_out: modules that matched but gave no (b, ...) tensor in the first forward pass, or were not called.
+        undefined_a: layers of the first model on which CKA is undefined, each with the first batch where it is and why.
+        undefined_b: the same of the second model.
     """
 
     names_a: tuple[str, ...]
@@ -53,6 +59,8 @@ class LayerCKA:
     batches: int
     samples: int
     left_out: tuple[str, ...] = ()
+    undefined_a: Mapping[str, str] = field(default_factory=dict)
+    undefined_b: Mapping[str, str] = field(default_factory=dict)
 
 
 def layer_cka(
@@ -85,13 +93,14 @@ def layer_cka(
         progress: show a tqdm bar, where standard error is a terminal.
 
     Returns:
-        The table with the names of its rows and columns.
+        The table with the names of its rows and columns. A layer whose outputs are constant over a batch, or whose
+        pairs of samples are all equally similar, up to rounding, is undefined, as `PairStats.cka_debiased` is; the
+        others keep their values.
 
     Raises:
         FastclError: a pattern that matches no module (with the nearest name), no matched module gives a (b, ...)
             tensor, a batch that is no tensor or has fewer than 4 samples, an empty loader, layers that give another
-            number of rows than the batch or values that are not finite, and a layer whose HSIC_1 with itself vanishes
-            (constant outputs), since CKA is undefined there.
+            number of rows than the batch or values that are not finite.
     """
     patterns_a = (layers_a,) if isinstance(layers_a, str) else tuple(layers_a)
     patterns_b = patterns_a if layers_b is None else (layers_b,) if isinstance(layers_b, str) else tuple(layers_b)
@@ -122,9 +131,14 @@ def _measure(recorders: list[_Recorder], wanted: list[list[str]], loader: Iterab
             batches, samples = batches + 1, samples + len(images)
     if sums is None:
         raise FastclError("loader gave no batch")
-    matrix = _ratio(*(value.cpu() for value in sums), *names)
+    choose_torch()
+    matrix = ratio_table(*(value.cpu() for value in sums))
     left_out = [name for asked, kept in zip(wanted, names, strict=True) for name in asked if name not in kept]
-    return LayerCKA(*map(tuple, names), matrix, batches, samples, tuple(dict.fromkeys(left_out)))
+    undefined = [
+        {name: recorder.undefined[name] for name in kept if name in recorder.undefined}
+        for recorder, kept in zip(recorders, names, strict=True)
+    ]
+    return LayerCKA(*map(tuple, names), matrix, batches, samples, tuple(dict.fromkeys(left_out)), *undefined)
 
 
 def match_layers(model: nn.Module, patterns: Sequence[str], argument: str) -> list[str]:
@@ -192,6 +206,8 @@ class _Recorder:
         place = next(chain(model.parameters(), model.buffers()), None)
         self.device = None if place is None else place.device
         self.matrices: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.undefined: dict[str, str] = {}
         self.rows = 0
 
     @contextmanager
@@ -219,7 +235,7 @@ class _Recorder:
         x = _first_tensor(output)
         self.matrices.pop(name, None)
         if x is not None and x.ndim >= 2 and len(x) == self.rows and x.is_floating_point() and x.numel():
-            self.matrices[name] = _u_centred_gram(x.flatten(1))
+            self.matrices[name], self.sums[name] = _u_centred_gram(x.flatten(1))
 
     def given(self, names: list[str], argument: str) -> list[str]:
         """Those of the names that gave a matrix, in the order of the forward pass."""
@@ -238,31 +254,42 @@ class _Recorder:
             if name not in self.matrices:
                 raise FastclError(f"layer {name!r} gave no float tensor of shape ({self.rows}, ...) on batch {batch}")
         stack = torch.stack([self.matrices[name] for name in names]).flatten(1)
-        finite = stack.isfinite().all(dim=1)
+        check_not_meta(stack, f"outputs of layer {names[0]!r}")
+        sums = torch.stack([self.sums[name] for name in names])
+        finite = stack.isfinite().all(dim=1) & sums.isfinite().all(dim=1)
         if not finite.all():
             name = names[int(finite.logical_not().nonzero()[0])]
             raise FastclError(f"outputs of layer {name!r} are not finite (or too large for float64) on batch {batch}")
+        for k, (name, values) in enumerate(zip(names, sums.tolist(), strict=True)):
+            try:
+                form = PairStats.unpacked(self.rows, "linear", values).hsic1_form()
+                form.self_term("first", f"CKA of layer {name!r}", ADDITIVE)
+            except FastclError as error:
+                self.undefined.setdefault(name, f"batch {batch}: {error}")
+                stack[k] = torch.nan
         return stack
 
 
-def _u_centred_gram(x: Tensor) -> Tensor:
-    """U(K), (b, b) float64, of (b, d) outputs; exactly zero where it holds nothing but rounding."""
+def _u_centred_gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """U(K), (b, b) float64, of (b, d) outputs; and the (18,) numbers of `PairStats.unpacked` for K and K."""
     b = len(x)
     gram = x.new_zeros(b, b, dtype=torch.float64)
-    lengths = gram.new_zeros(b)
+    margins, shift = gram.new_zeros(b), gram.new_zeros(())
     for columns in x.split(_COLUMNS, dim=1):
         columns = columns.double()
-        lengths += columns.square().sum(dim=1)
-        columns = columns - columns.mean(dim=0)  # changes no U, and spares the digits that a large mean would take
+        mean = columns.mean(dim=0)
+        columns = columns - mean  # changes no U, and spares the digits that a large mean would take
         gram.addmm_(columns, columns.mT)
-    # What rounding can leave in an entry: of the products, and of the means.
-    noise = _ROUNDING * gram.diagonal().max() + _ROUNDING**2 * lengths.max()
+        margins += columns @ mean
+        shift += mean @ mean
+    squares = gram.diagonal().clone()
     gram.fill_diagonal_(0)
+    inner = gram.square().sum().expand(3)
+    sums = PairSums.of_centred(inner, (squares,) * 2, (margins,) * 2, (shift,) * 2).packed()
     rows = gram.sum(dim=1)
     shift = rows / (b - 2) - rows.sum() / (2 * (b - 1) * (b - 2))
     gram -= shift[:, None] + shift
-    gram.fill_diagonal_(0)
-    return gram.masked_fill_(gram.abs().max() <= noise, 0.0)
+    return gram.fill_diagonal_(0), sums
 
 
 def _table(a: Tensor, b: Tensor, n: int) -> list[Tensor]:
@@ -270,15 +297,3 @@ def _table(a: Tensor, b: Tensor, n: int) -> list[Tensor]:
     b = b.to(a.device)
     # Products of whole stacks for the self-terms too: models with equal layers take equal arithmetic in all three.
     return [v / (n * (n - 3)) for v in (a @ b.mT, (a @ a.mT).diagonal(), (b @ b.mT).diagonal())]
-
-
-def _ratio(cross: Tensor, self_a: Tensor, self_b: Tensor, names_a: list[str], names_b: list[str]) -> Tensor:
-    for which, values, names in (("model_a", self_a, names_a), ("model_b", self_b, names_b)):
-        for name, value in zip(names, values.tolist(), strict=True):
-            if not value > 0:
-                raise FastclError(
-                    f"CKA is undefined for layer {name!r} of {which}: its HSIC_1 with itself is {value:.3g}; its "
-                    "outputs are the same for all samples of a batch, or all pairs of samples are equally similar"
-                )
-    # Two ratios, not sqrt(self_a * self_b): exactly 1 where all three are equal.
-    return ((cross / self_a[:, None]) * (cross / self_b)).sqrt().clamp_max(1.0).copysign(cross)

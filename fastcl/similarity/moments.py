@@ -21,12 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, combinations_with_replacement, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastcl.similarity.inputs import NARROW_ROUNDING, multiplied_narrow, on_triton
+from fastcl.dispatch import on_triton
+from fastcl.similarity.extended import extended, model_of, strain, sums_of, translation
+from fastcl.similarity.inputs import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.rows import mapped
 
 if TYPE_CHECKING:
@@ -45,46 +47,6 @@ def chunk_rows(x: Tensor) -> int:
     return CHUNK.get(x.device.type, CHUNK_ELSEWHERE)
 
 
-class _Model(NamedTuple):
-    """Functionals of the extended row x+ of one model about its exact mean mu."""
-
-    offset: Tensor  # (d,) mu - pilot
-    margin: Tensor  # (d + 3,): margin . x+ = mu . (row - mu) = mean of K's row i, less the mean of K
-    diagonal: Tensor  # (d + 3,): diagonal . x+ = K_ii, less the mean of K
-    shift: Tensor  # () |mu|^2, the mean of K
-    trace: Tensor  # () sum of diagonal . x+
-
-
-def _model(pilot: Tensor, moments: Tensor) -> _Model:
-    sums = moments[:, -1]
-    offset = sums[:-3] / sums[-1]
-    mean = pilot + offset
-    one = torch.ones_like(offset[:1])
-    # mu . v is <p, v> plus what is left of mu, as far as mu points along p: where the mean is far from zero p is nearly
-    # mu and <p, v> has the digits; where it is zero p is but noise.
-    along = mean @ pilot / torch.where(pilot.any(), pilot @ pilot, 1.0)
-    margin = torch.cat([mean - along * pilot, 0 * one, along * one, -(mean @ offset) * one])
-    diagonal = torch.cat([0 * offset, one, 2 * one, -((pilot + mean) @ offset) * one])
-    return _Model(offset, margin, diagonal, mean @ mean, diagonal @ sums)
-
-
-def _sums(moments: Tensor, x: _Model, y: _Model) -> Tensor:
-    """Sums over K - mean(K) and L - mean(L) as a (4,) tensor: <K, L>, <k, l>, then both without the diagonals.
-
-    With a_i, b_i the margins, K_ij - mean(K) = (HKH)_ij + a_i + a_j, where HKH is the Gram matrix of the centred rows,
-    has zero row sums, and sum a_i = 0. So <K, L> = ||C||^2 + 2n<a, b> and the row sums are n a_i.
-    """
-    n = moments[-1, -1]
-    centred = torch.addr(moments[:-3, :-3], -n * x.offset, y.offset)
-    margins = x.margin @ (moments @ y.margin)
-    full = centred.square_().sum() + 2 * n * margins
-    full_rows = n * n * margins
-    along_diagonal = moments @ y.diagonal
-    diagonals = x.diagonal @ along_diagonal
-    mixed = x.margin @ along_diagonal + x.diagonal @ (moments @ y.margin)
-    return torch.stack([full, full_rows, full - diagonals, full_rows - n * mixed + diagonals])
-
-
 class Moments:
     """Streaming moments of all pairs of models under one kernel that is an inner product of rows.
 
@@ -92,11 +54,15 @@ class Moments:
         kernel: a member of rows.INNER.
         pilots: per model, (d_i,) float64; empty before the first chunk.
         rounding: relative rounding error of products, where they are not float64's.
+        swept: per model, () float64: over the streams that were merged into this one, the sum of their |v|^2 times the
+            squared distance of their pilot from this one's. Times `rounding` it bounds what came with them into
+            <p, v>, which alone is free of it in a stream that saw all its rows itself.
     """
 
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.pilots: list[Tensor] = []
+        self.swept: list[Tensor] = []
         self.rounding = 0.0
         # Of torch; for i <= j, since K and L are symmetric, and for i = j the blocks on and right of the diagonal.
         self._sums: dict[tuple[int, int], Tensor] = {}
@@ -105,6 +71,7 @@ class Moments:
     def start(self, pilots: Sequence[Tensor]) -> None:
         """Set the pilots of a stream without rows: per model (d_i,) float64."""
         self.pilots = list(pilots)
+        self.swept = [pilot.new_zeros(()) for pilot in pilots]
 
     def add(self, batch: Sequence[Tensor]) -> None:
         """Add one (b, d_i) batch per model, 1 <= b <= chunk_rows(batch[0]), any floating dtype."""
@@ -114,7 +81,7 @@ class Moments:
         rows = [mapped(x, self.kernel) for x in batch]
         if not self.pilots:
             self.start(_pilots(rows))
-        rows = [_extended(x, pilot) for x, pilot in zip(rows, self.pilots, strict=True)]
+        rows = [extended(x, pilot) for x, pilot in zip(rows, self.pilots, strict=True)]
         narrow = multiplied_narrow(*batch) and _fit_float32(rows)
         self.rounding = max(self.rounding, NARROW_ROUNDING * narrow)
         parts = [x[:, :-3].float() if narrow else x[:, :-3] for x in rows]
@@ -161,9 +128,13 @@ class Moments:
             self.start(other.pilots)
         self.rounding = max(self.rounding, other.rounding)
         same = all(torch.equal(a, b) for a, b in zip(self.pilots, other.pilots, strict=True))
-        shifts = [] if same else [_translation(a, b) for a, b in zip(other.pilots, self.pilots, strict=True)]
+        shifts = [] if same else [translation(a, b) for a, b in zip(other.pilots, self.pilots, strict=True)]
         for i, j in combinations_with_replacement(range(len(self.pilots)), 2):
             moments = other.moments(i, j)
+            if i == j:
+                way = torch.linalg.vector_norm(other.pilots[i] - self.pilots[i])
+                swept = other.swept[i].sqrt() + moments[-3, -1].clamp_min(0).sqrt() * way
+                self.swept[i] = self.swept[i] + swept.square()
             self.load(i, j, moments if same else shifts[i] @ moments @ shifts[j].mT)
 
     def load(self, i: int, j: int, moments: Tensor) -> None:
@@ -176,16 +147,19 @@ class Moments:
     def clear(self) -> None:
         """Forget all rows but keep the pilots."""
         self._sums, self._stack = {}, None
+        self.swept = [pilot.new_zeros(()) for pilot in self.pilots]
 
     def to(self, device: torch.device) -> Moments:
         """The same stream on a device."""
         return Moments.of_state(self.kernel, self.state(), device)
 
     def state(self) -> dict[str, Any]:
-        """Pilots, moments and rounding, for `of_state`."""
+        """Pilots, moments, rounding and what was swept, for `of_state`."""
         pairs = combinations_with_replacement(range(len(self.pilots)), 2)
         moments = [self.moments(i, j) for i, j in pairs]
-        return {"pilots": list(self.pilots), "moments": moments, "rounding": self.rounding}
+        return {
+            "pilots": list(self.pilots), "moments": moments, "rounding": self.rounding, "swept": list(self.swept)
+        }  # fmt: skip
 
     @classmethod
     def of_state(cls, kernel: str, state: Mapping[str, Any], device: torch.device | None = None) -> Moments:
@@ -193,35 +167,31 @@ class Moments:
         stream = cls(kernel)
         stream.rounding = state["rounding"]
         stream.start([pilot.to(device) for pilot in state["pilots"]])
+        # States of versions that did not record it are taken for streams that saw all their rows themselves.
+        stream.swept = [swept.to(device) for swept in state.get("swept", stream.swept)]
         pairs = combinations_with_replacement(range(len(stream.pilots)), 2)
         for (i, j), moments in zip(pairs, state["moments"], strict=True):
             stream.load(i, j, moments.to(device))
         return stream
 
-    def pair_sums(self) -> Iterator[tuple[tuple[int, int], list[float]]]:
-        """For each pair i < j the 18 numbers of `PairStats.unpacked`, all read from the device at once."""
+    def pair_sums(self) -> Iterator[tuple[tuple[int, int], list[float], tuple[float, float]]]:
+        """For each pair i < j the 18 numbers and the strains of `PairStats.unpacked`, all read from the device at
+        once."""
         count = len(self.pilots)
         found = {}
-        models = [_model(pilot, self.moments(i, i)) for i, pilot in enumerate(self.pilots)]
+        blocks = [self.moments(i, i) for i in range(count)]
+        models = [model_of(*one) for one in zip(self.pilots, blocks, self.swept, strict=True)]
         for i, j in combinations_with_replacement(range(count), 2):
-            found[i, j] = _sums(self.moments(i, j), models[i], models[j])
-        scalars = torch.stack([torch.stack([m.shift, m.trace]) for m in models]).tolist()
+            found[i, j] = sums_of(blocks[i] if i == j else self.moments(i, j), models[i], models[j])
+        strains = [strain(m, found[i, i], blocks[i][-1, -1]) for i, m in enumerate(models)]
+        scalars = torch.stack([torch.stack([m.shift, m.trace, s]) for m, s in zip(models, strains, strict=True)])
+        scalars = scalars.tolist()
         found = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
         for i, j in combinations(range(count), 2):
             (full, full_rows, hollow, hollow_rows) = zip(found[i, j], found[i, i], found[j, j], strict=True)
-            (shift_k, trace_k), (shift_l, trace_l) = scalars[i], scalars[j]
+            (shift_k, trace_k, strain_k), (shift_l, trace_l, strain_l) = scalars[i], scalars[j]
             values = [*full, *full_rows, 0.0, 0.0, *hollow, *hollow_rows, -trace_k, -trace_l, shift_k, shift_l]
-            yield (i, j), values
-
-
-def _extended(x: Tensor, pilot: Tensor) -> Tensor:
-    """(b, d + 3) extended rows of (b, d) rows, which are overwritten."""
-    rows = x.new_empty(len(x), x.shape[1] + 3)
-    v = torch.sub(x, pilot, out=rows[:, :-3])
-    torch.mv(v, pilot, out=rows[:, -2])
-    torch.sum(torch.mul(v, v, out=x), 1, out=rows[:, -3])
-    rows[:, -1] = 1
-    return rows
+            yield (i, j), values, (max(1.0, strain_k), max(1.0, strain_l))
 
 
 def _pilots(rows: Sequence[Tensor]) -> list[Tensor]:
@@ -268,13 +238,3 @@ def _mirror(sums: Tensor) -> None:
     """Fill the blocks below the diagonal, in place."""
     for block in _blocks(len(sums)):
         sums[block.stop :, block] = sums[block, block.stop :].mT
-
-
-def _translation(old: Tensor, new: Tensor) -> Tensor:
-    """T that turns extended rows about one pilot into those about another."""
-    delta, d = old - new, len(old)
-    t = torch.eye(d + 3, dtype=delta.dtype, device=delta.device)
-    t[:d, -1] = delta
-    t[d, :d], t[d, -1] = 2 * delta, delta @ delta
-    t[d + 1, :d], t[d + 1, -1] = -delta, new @ delta  # <new, v + delta>
-    return t

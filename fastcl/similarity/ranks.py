@@ -25,15 +25,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError
+from fastcl.similarity.forms import EQUAL, ROUNDING
 from fastcl.similarity.inputs import checked
-from fastcl.similarity.rows import INNER, Kernel, mapped
+from fastcl.similarity.rows import INNER, Inner, mapped
 
 _EXACT_PAIRS = 1 << 25
 _BINS = 1 << 20
 _BLOCK = 1 << 20  # entries of one block of rows of a Gram matrix
 _GRID = 44  # entries are rounded to 2^-44 of the median |row|^2; rounding of their products is about 2^-52
-_SPREAD = 2.0**-43  # below this fraction of the largest |row|^2 a spread of the entries is rounding
+_SPREAD = 2 * ROUNDING  # of the largest |row|^2: a spread of the entries that is rounding, twice the deviation
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class SpearmanResult:
 
 
 @torch.inference_mode()
-def spearman_rsa(x: Tensor, y: Tensor, kernel: Kernel = "cosine", bins: int | None = None) -> SpearmanResult:
+def spearman_rsa(x: Tensor, y: Tensor, kernel: Inner = "cosine", bins: int | None = None) -> SpearmanResult:
     """Spearman rank correlation of the similarities K_ij and L_ij over all pairs i < j (ties take average ranks).
 
     That of the dissimilarities 1 - K_ij is the same (Kriegeskorte et al. 2008, who advise ranks where no linear match
@@ -91,10 +93,11 @@ def spearman_rsa(x: Tensor, y: Tensor, kernel: Kernel = "cosine", bins: int | No
     if bins is not None and (isinstance(bins, bool) or not isinstance(bins, int) or bins < 2):
         raise FastclError(f"bins must be a whole number >= 2 or None, got {bins!r}")
     x, y = checked({"x": x, "y": y})
+    choose_torch()
     n = len(x)
     if n < 3:
         raise FastclError(f"Spearman RSA needs n >= 3 samples (more than one pair), got n={n}")
-    matrices = [_Matrix(x, kernel, "x"), _Matrix(y, kernel, "y")]
+    matrices = [_Matrix(x, kernel, "x", "first"), _Matrix(y, kernel, "y", "second")]
     pairs = n * (n - 1) // 2
     if bins is None and pairs <= _EXACT_PAIRS:
         r, s = (_exact_ranks(matrix, pairs) for matrix in matrices)
@@ -106,8 +109,8 @@ def spearman_rsa(x: Tensor, y: Tensor, kernel: Kernel = "cosine", bins: int | No
 class _Matrix:
     """One Gram matrix, never formed as a whole."""
 
-    def __init__(self, x: Tensor, kernel: str, name: str) -> None:
-        self.rows, self.kernel, self.name = mapped(x, kernel), kernel, name
+    def __init__(self, x: Tensor, kernel: str, name: str, which: str) -> None:
+        self.rows, self.kernel, self.which = mapped(x, kernel), kernel, which
         squares = self.rows.square().sum(dim=1)
         self.limit = squares.max().item()  # of |K_ij|, by Cauchy-Schwarz
         if not math.isfinite(self.limit * self.limit):
@@ -122,16 +125,17 @@ class _Matrix:
         for start in range(0, n - 1, step):
             block = self.rows[start : start + step] @ self.rows[start:].mT
             height = len(block)
-            i, j = torch.triu_indices(height, height, 1, device=block.device)
+            i, j = torch.triu_indices(height, height, 1, dtype=torch.int64, device=block.device)
             entries = torch.cat([block[i, j], block[:, height:].reshape(-1)])
             yield entries.div_(self.grid).round_().mul_(self.grid)
 
     def check_spread(self, smallest: Tensor, largest: Tensor) -> None:
         spread = (largest - smallest).item()
-        if not spread > _SPREAD * self.limit:
+        floor = _SPREAD * self.limit
+        if not spread > floor:
             raise FastclError(
-                f"Spearman RSA ({self.kernel} kernel, n={len(self.rows)}) is undefined: all similarities of distinct "
-                f"samples are equal in {self.name!r} (spread {spread:.3g} of entries up to {self.limit:.3g})"
+                f"Spearman RSA ({self.kernel} kernel, n={len(self.rows)}) is undefined: "
+                f"{EQUAL.format(which=self.which)} (spread {spread:.3g} is not above its rounding error {floor:.3g})"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import distributed as dist
 from fastcl.errors import FastclError
 from fastcl.similarity.moments import Moments
 
+# For pairs of models the first batch, of those so far, on which their minibatch CKA is undefined, and why.
+Undefined: TypeAlias = dict[tuple[str, str], tuple[int, str]]
+
 
 def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Raise FastclError unless two accumulators have the same names, kernels and minibatch, and widths if both have."""
@@ -20,6 +23,12 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         a, b = mine[key], theirs[key]
         if a != b and not (key == "widths" and not (a and b)):
             raise FastclError(f"accumulators must have the same {key}, got {a} and {b}")
+
+
+def note(undefined: Undefined, more: Undefined, before: int) -> None:
+    """Add notes on batches that follow `before` others; of a pair the first one stays."""
+    for pair, (batch, reason) in more.items():
+        undefined.setdefault(pair, (before + batch, reason))
 
 
 def has_ranks() -> bool:
@@ -34,22 +43,28 @@ class Ranks:
         source: the first rank, within the group, that has seen samples; None where none has.
         widths: of its features.
         roundings: per kernel, the largest of any rank.
+        undefined: what all ranks' accumulators note on pairs of models, their batches counted from the first rank's on.
         device: where this rank's sums travel from.
     """
 
     def __init__(
         self, group: dist.ProcessGroup | None, description: Mapping[str, Any], n: int, roundings: Sequence[float],
-        device: torch.device | None,
+        device: torch.device | None, batches: int, undefined: Undefined,
     ) -> None:  # fmt: skip
         self._group = group
         facts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(facts, (dict(description), n, list(roundings)), group)
-        seen = [rank for rank, (_, count, _) in enumerate(facts) if count]
+        dist.all_gather_object(facts, (dict(description), n, list(roundings), batches, undefined), group)
+        seen = [rank for rank, (_, count, *_) in enumerate(facts) if count]
         self.source = seen[0] if seen else None
         self.widths = facts[seen[0]][0]["widths"] if seen else {}
-        for theirs, _, _ in facts:  # the same comparison, with the same outcome, on every rank
+        for theirs, *_ in facts:  # the same comparison, with the same outcome, on every rank
             check_same(facts[seen[0] if seen else 0][0], theirs)
         self.roundings = [max(values) for values in zip(*(fact[2] for fact in facts), strict=True)]
+        self.undefined: Undefined = {}
+        before = 0
+        for *_, count, notes in facts:
+            note(self.undefined, notes, before)
+            before += count
         on_gpu = "nccl" in str(dist.get_backend(group))
         # A rank without samples has no device of its own; NCCL moves what lies on the current GPU.
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else device or torch.device("cpu")
@@ -70,6 +85,7 @@ class Ranks:
         keys = list(combinations_with_replacement(range(len(sizes)), 2))
         parts = [torch.tensor(counts, dtype=torch.float64, device=self.device)]
         for stream in streams:
+            parts.append(torch.stack(stream.swept).to(self.device))
             for i, j in keys:
                 own = stream.moments(i, j) if counts[0] else parts[0].new_zeros(sizes[i], sizes[j])
                 parts.append(own.to(self.device).flatten())
@@ -78,6 +94,7 @@ class Ranks:
         found, *rest = total.split([len(part) for part in parts])
         for stream in streams:
             stream.clear()
+            stream.swept = list(rest.pop(0).unbind())
             for i, j in keys:
                 stream.load(i, j, rest.pop(0).view(sizes[i], sizes[j]))
         return found.tolist()

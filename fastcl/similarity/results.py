@@ -10,23 +10,57 @@ import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError
-from fastcl.similarity.forms import correlation
-from fastcl.similarity.rows import INNER
+from fastcl.similarity.forms import ratio
+from fastcl.similarity.rows import INNER, Inner
 from fastcl.similarity.stats import PairStats
 
 
 @dataclass(frozen=True)
 class PairResult:
-    """The statistics of one pair of models: a `PairStats` per kernel, None for a kernel that was not asked for.
+    """The statistics of one pair of models.
 
-    `hsic1` holds the means over the batches of HSIC_1(K, L), HSIC_1(K, K) and HSIC_1(L, L); None where they were not
-    asked for.
+    Attributes:
+        kernels: a `PairStats` for each kernel that was accumulated.
+        minibatch: means over the batches of HSIC_1(K, L), HSIC_1(K, K) and HSIC_1(L, L), where they were accumulated.
+        undefined: on which batch, the first one, and why `cka_minibatch` is undefined; None where it has a
+            value.
     """
 
-    linear: PairStats | None = None
-    cosine: PairStats | None = None
-    correlation: PairStats | None = None
-    hsic1: tuple[float, float, float] | None = None
+    kernels: Mapping[Inner, PairStats]
+    minibatch: tuple[float, float, float] | None = None
+    undefined: str | None = None
+
+    @property
+    def linear(self) -> PairStats:
+        """Statistics of the linear kernel. Raises FastclError where it was not accumulated, as the other two."""
+        return self._of("linear")
+
+    @property
+    def cosine(self) -> PairStats:
+        """Statistics of the cosine kernel."""
+        return self._of("cosine")
+
+    @property
+    def correlation(self) -> PairStats:
+        """Statistics of the correlation kernel."""
+        return self._of("correlation")
+
+    def _of(self, kernel: Inner) -> PairStats:
+        if kernel not in self.kernels:
+            had = ", ".join(self.kernels)
+            raise FastclError(f"the {kernel} kernel was not accumulated: the PairAccumulator was made with {had}")
+        return self.kernels[kernel]
+
+    @property
+    def hsic1(self) -> tuple[float, float, float]:
+        """Means over the batches of HSIC_1(K, L), HSIC_1(K, K) and HSIC_1(L, L).
+
+        Raises:
+            FastclError: the accumulator was not made with minibatch=True.
+        """
+        if self.minibatch is None:
+            raise FastclError("minibatch CKA was not accumulated: make the PairAccumulator with minibatch=True")
+        return self.minibatch
 
     @property
     def cka_minibatch(self) -> float:
@@ -36,11 +70,12 @@ class PairResult:
         cka_debiased` is the same estimate from all samples at once.
 
         Raises:
-            FastclError: the accumulator was not made with minibatch=True, or a mean self-term is not positive.
+            FastclError: the accumulator was not made with minibatch=True, or `cka_debiased` of a batch is undefined.
         """
-        if self.hsic1 is None:
-            raise FastclError("minibatch CKA was not accumulated: make the PairAccumulator with minibatch=True")
-        return correlation(*self.hsic1, "minibatch CKA")
+        sums = self.hsic1
+        if self.undefined is not None:
+            raise FastclError(self.undefined)
+        return ratio(*sums)
 
 
 @dataclass(frozen=True)
@@ -77,11 +112,8 @@ class AllPairs:
         known = [f"{kernel}.{name}" for kernel in INNER for name in ("cka", "cka_debiased", "rsa")] + ["cka_minibatch"]
         if measure not in known:
             raise FastclError(f"measure must be one of {', '.join(known)}; got {measure!r}")
-        table = torch.eye(len(self.names), dtype=torch.float64)
+        table = torch.eye(len(self.names), dtype=torch.float64, device="cpu")
         for (a, b), result in self.pairs.items():
             i, j = self.names.index(a), self.names.index(b)
-            try:
-                table[i, j] = table[j, i] = attrgetter(measure)(result)
-            except AttributeError:
-                raise FastclError(f"measure {measure!r} of {a!r} and {b!r} was not accumulated") from None
+            table[i, j] = table[j, i] = attrgetter(measure)(result)
         return table

@@ -43,7 +43,8 @@ def statistics(x: Tensor, y: Tensor, kernel: str, bandwidth: float = 1.0, route:
         stream, step = Moments(kernel), chunk_rows(x)
         for start in range(0, len(x), step):
             stream.add([v[start : start + step] for v in (x, y)])
-        ((_, values),) = stream.pair_sums()
-        return PairStats.unpacked(len(x), kernel, values, stream.rounding)
+        ((_, values, strains),) = stream.pair_sums()
+        return PairStats.unpacked(len(x), kernel, values, stream.rounding, strains)
+    rounding = rounding_of(x, y)
     values = tile_sums(x, y, kernel, bandwidth).packed().tolist()
-    return PairStats.unpacked(len(x), kernel, values, rounding_of(x, y))
+    return PairStats.unpacked(len(x), kernel, values, rounding)

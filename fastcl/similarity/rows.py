@@ -11,13 +11,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 Kernel: TypeAlias = Literal["linear", "cosine", "correlation", "rbf"]
-INNER = ("linear", "cosine", "correlation")  # kernels that are inner products of rows: they can be streamed
+# Kernels that are inner products of rows: they can be streamed.
+Inner: TypeAlias = Literal["linear", "cosine", "correlation"]
+INNER: tuple[Inner, ...] = get_args(Inner)
 
 # A row whose entries agree up to this fraction of the largest is constant: what its mean leaves is rounding.
 _CONSTANT = 64 * torch.finfo(torch.float64).eps

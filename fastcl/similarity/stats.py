@@ -46,6 +46,8 @@ class PairStats:
         shift_k: constant that was subtracted from each entry of K.
         shift_l: the same of L.
         rounding: relative rounding error of the products that the sums are made of, where they are not float64's.
+        strains: for K and for L, how many times that error the sums may have, 1 at least; more where they were put
+            together from parts with means of their own.
 
     Raises:
         FastclError: on n < 1 or sums that are not finite (features too large for float64).
@@ -58,15 +60,22 @@ class PairStats:
     shift_k: float = 0.0
     shift_l: float = 0.0
     rounding: float = 0.0
+    strains: tuple[float, float] = (1.0, 1.0)
 
     @classmethod
-    def unpacked(cls, n: int, kernel: str, values: Sequence[float], rounding: float = 0.0) -> PairStats:
+    def unpacked(
+        cls, n: int, kernel: str, values: Sequence[float], rounding: float = 0.0,
+        strains: tuple[float, float] = (1.0, 1.0),
+    ) -> PairStats:  # fmt: skip
         """From 18 numbers: the sums of `full`, those of `hollow`, both in the order of GramSums, and the two shifts."""
-        return cls(n, kernel, GramSums(*values[:8]), GramSums(*values[8:16]), *values[16:18], rounding)
+        return cls(n, kernel, GramSums(*values[:8]), GramSums(*values[8:16]), *values[16:18], rounding, strains)
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise FastclError(f"pair statistics need n >= 1 samples, got n={self.n}")
+        self._check_sums()
+
+    def _check_sums(self) -> None:
         # The unshifted sums must be finite too: they make up the drift.
         shifts = (self.n * shift * self.n * shift for shift in (self.shift_k, self.shift_l))
         values = (*astuple(self.full), *astuple(self.hollow), *shifts)
@@ -106,9 +115,12 @@ class PairStats:
 
     def hsic1(self) -> tuple[float, float, float]:
         """Unbiased HSIC_1 of (K, L), (K, K) and (L, L) (Song et al. 2012). Raises FastclError for n < 4."""
-        form = self._hsic1()
-        count = self.n * (self.n - 3)
-        return form.kl / count, form.kk / count, form.ll / count
+        return self.hsic1_form()[:3]
+
+    def hsic1_form(self) -> Form:
+        """`hsic1` with the values of (K, K) and (L, L) that rounding alone explains. Raises FastclError for n < 4."""
+        form, count = self._hsic1(), self.n * (self.n - 3)
+        return Form(*(value / count for value in form))
 
     @property
     def rsa(self) -> float:
@@ -141,10 +153,10 @@ class PairStats:
         """||HKH - HLH||_F / ||HKH||_F, so that cka >= (1 - rho) / (1 + rho) (Corollary 1, arXiv 2510.08852).
 
         Raises:
-            FastclError: where K is constant over the samples (HKH = 0).
+            FastclError: where `cka` does: what certifies it is defined where it is.
         """
-        self_term = self._hsic0().self_term("first", self._measure("rho"), CONSTANT)
-        return self.drift_centered / math.sqrt(self_term)
+        first, _ = self._hsic0().self_terms(self._measure("rho"), CONSTANT)
+        return self.drift_centered / math.sqrt(first)
 
     @property
     def r(self) -> float:
@@ -153,10 +165,10 @@ class PairStats:
         With it rsa >= (1 - r) / (1 + r) (Corollary 2, arXiv 2510.08852, with both norms over the same set of pairs).
 
         Raises:
-            FastclError: for n < 3, or where all off-diagonal entries of K are equal.
+            FastclError: where `rsa` does: what certifies it is defined where it is.
         """
-        self_term = self._covariance().self_term("first", self._measure("r"), EQUAL)
-        return math.sqrt(self._squared_distance(self.hollow, self.n * (self.n - 1)) / self_term)
+        first, _ = self._covariance().self_terms(self._measure("r"), EQUAL)
+        return math.sqrt(self._squared_distance(self.hollow, self.n * (self.n - 1)) / first)
 
     @property
     def cka_bound(self) -> float:
@@ -228,7 +240,8 @@ class PairStats:
                 centred = full - 2 / self.n * full_rows + (full_total / self.n) ** 2
                 margins, diagonal = full_rows / self.n**2, full - hollow
                 mixed = (diagonal - hollow_rows - (4 - (self.n - 2) ** 2) * margins) / (2 * self.n)
-                products = self.rounding * (centred + max(0.0, diagonal - 4 * mixed - 4 * margins))
+                strain = self.strains[which == "l"]
+                products = strain * self.rounding * (centred + max(0.0, diagonal - 4 * mixed - 4 * margins))
             return ROUNDING * sums + entries * entries + products
 
         return Form(
@@ -251,3 +264,20 @@ class PairStats:
         shift = self.shift_k - self.shift_l
         unshifted = (s.kk - s.kl) + (s.ll - s.kl) + 2 * shift * (s.total_k - s.total_l) + entries * shift * shift
         return max(0.0, unshifted)
+
+
+@dataclass(frozen=True, repr=False)
+class Overflown(PairStats):
+    """Statistics whose sums are not finite: the measures raise the reason, and not the pass that made them, so that
+    one pair of several models ends none of the others."""
+
+    def __post_init__(self) -> None:
+        """Nothing is checked before a measure is asked for."""
+
+    def _form(self, s: GramSums, alpha: float, beta: float) -> Form:
+        self._check_sums()
+        return super()._form(s, alpha, beta)
+
+    def _squared_distance(self, s: GramSums, entries: int) -> float:
+        self._check_sums()
+        return super()._squared_distance(s, entries)

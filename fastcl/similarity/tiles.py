@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from fastcl.backends.pairs import PairSums, three
+from fastcl.dispatch import on_triton, ran_on
 from fastcl.errors import FastclError
-from fastcl.similarity.inputs import multiplied_narrow, on_triton
+from fastcl.similarity.inputs import multiplied_narrow
 from fastcl.similarity.rows import INNER, mapped
 
 TILE = 512
@@ -53,6 +54,8 @@ def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
     if fused and reach < _REACH:
         inner, rows = gram.rbf_sums(x, y, scales, shift)
     else:
+        if fused:
+            ran_on("chunked")
         models = [_Rows.of(mapped(v, kernel), narrow and reach < _REACH) for v in (x, y)]
         tiles = [partial(model.exponentials, scale, shift) for model, scale in zip(models, scales, strict=True)]
         inner, rows = _over_tiles(tiles, len(x), row_sums=True)
@@ -134,7 +137,7 @@ def _over_tiles(
     models: Sequence[Callable[[slice, slice], Tensor]], n: int, row_sums: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """(3,) <K, L>, <K, K>, <L, L>, and the row sums of K and L where they are wanted."""
-    inner, sums = torch.zeros(3, dtype=torch.float64), []
+    inner, sums = torch.zeros(3, dtype=torch.float64, device="cpu"), []
     for top in range(0, n, TILE):
         i = slice(top, min(top + TILE, n))
         for left in range(top, n, TILE):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fastcl import OBJECTIVES
 from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
+from fastcl.errors import FastclError, brief, shown
 from fastcl.train.config import Config
 from fastcl.train.identity import read_run, same_data
-from fastcl.train.twins import RESEEDED
+from fastcl.train.twins import CROSS_ENTROPY, RESEEDED
 
 _RESEED = 0x5EED_0000_0000_0000  # xor-ed into the seed of the reseeded twin's views
 _STREAMED = ("folder", "torchvision")  # sources whose images are decoded at each access
@@ -51,11 +54,14 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
     d, t = config.data, config.train
     before = read_run(out)
     skipped = before.get("skipped") if before and same_data(before, config) else None
-    skipped = {int(key): why for key, why in skipped.items()} if isinstance(skipped, dict) else None
+    if skipped is not None and not _are_reasons(skipped):
+        raise FastclError(f"{shown(out / 'run.json')}: 'skipped' must give a reason for each id, got {brief(skipped)}")
+    skipped = {int(key): why for key, why in skipped.items()} if skipped is not None else None
     data = load(
         d.source, classes=d.classes, seed=t.seed, test_fraction=d.test_fraction, root=d.root, download=d.download,
-        corrupt=d.corrupt, skipped=skipped,
+        corrupt=d.corrupt, skipped=skipped, max_pixels=d.max_pixels,
     )  # fmt: skip
+    _check_classes(data, t.models)
     name = choose_renderer(d.renderer, (data.train, data.test), config.views, device)
     plan, other = (ViewPlan(config.views, seed) for seed in (t.seed, t.seed ^ _RESEED))
     options = {"others": (other,) if RESEEDED in t.controls else (), "workers": _workers(d.workers, device)}
@@ -72,6 +78,29 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
         train=EvalViews(data.train, plan, train, options["workers"]),
         test=EvalViews(data.test, plan, test, options["workers"]),
     )
+
+
+def _check_classes(data: Dataset, models: Sequence[str]) -> None:
+    """Of one class, objectives that use classes have nothing to learn."""
+    using = [name for name in models if name == CROSS_ENTROPY or (name in OBJECTIVES and OBJECTIVES[name].needs_labels)]
+    if len(data.classes) < 2 and using:
+        raise FastclError(
+            f"classes must be at least 2 for the models {', '.join(using)}, which learn from them; "
+            f"{data.name} has {len(data.classes)}, {data.classes[0]!r}"
+        )
+
+
+def data_paths(config: Config) -> list[Path]:
+    """Files and folders that a config names as its data."""
+    kind, _, where = config.data.source.partition(":")
+    found = [where if kind != "torchvision" else "", config.data.root or ""]
+    return [Path(path) for path in found if path]
+
+
+def _are_reasons(skipped: object) -> bool:
+    if not isinstance(skipped, dict):
+        return False
+    return all(key.isascii() and key.isdigit() and isinstance(why, str) for key, why in skipped.items())
 
 
 def _workers(given: int | None, device: torch.device) -> int:

@@ -28,7 +28,8 @@ def write_layers(path: Path, twins: Sequence[Twin], views: EvalViews, layers: Se
     """Write layers.json: minibatch CKA (see `fastcl.layer_cka`) of the first twin's layers with those of the others.
 
     The reseeded twin is among them, as the noise floor; the identity twin is left out, and, with a warning, a model
-    whose CKA is undefined. Nothing is written where no model is left. The same weights give the same bytes.
+    whose CKA is undefined for all layers. Nothing is written where no model is left. A layer whose CKA is undefined
+    has nulls, with a warning. The same weights give the same bytes.
 
     Args:
         path: of the file: {"reference", "samples", "batches", "models": {name: {"layers": rows (of the reference),
@@ -46,7 +47,15 @@ def write_layers(path: Path, twins: Sequence[Twin], views: EvalViews, layers: Se
         except FastclError as error:
             log.warning("layers of %s, %s: %s", reference.name, other.name, error)
             continue
-        rows = {"layers": found.names_a, "other_layers": found.names_b, "cka": found.matrix.tolist()}
+        for model, undefined in ((reference, found.undefined_a), (other, found.undefined_b)):
+            if undefined:
+                more = f" (and of {len(undefined) - 1} more layers)" if len(undefined) > 1 else ""
+                reason = next(iter(undefined.values()))
+                log.warning("layers of %s, %s: of %s %s%s", reference.name, other.name, model.name, reason, more)
+        if found.matrix.isnan().all():
+            continue
+        cka = [[None if math.isnan(value) else value for value in row] for row in found.matrix.tolist()]
+        rows = {"layers": found.names_a, "other_layers": found.names_b, "cka": cka}
         models[other.name] = rows
         table = {"reference": reference.name, "samples": found.samples, "batches": found.batches, "models": models}
     if models:

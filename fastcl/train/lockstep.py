@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,22 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import fastcl
 from fastcl.data import Batch
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, shown
+from fastcl.run_folder import RECORDS
+from fastcl.train.board import Board
+from fastcl.train.checkpoints import save_checkpoint
 from fastcl.train.config import Config, learning_rate
 from fastcl.train.evaluate import encode, evaluate
-from fastcl.train.files import JsonLines, load_checkpoint, locked, save_checkpoint, write_atomic, writing
-from fastcl.train.identity import claim_folder, settings
-from fastcl.train.inputs import open_inputs
+from fastcl.train.files import JsonLines, check_run_folder, locked, write_atomic
+from fastcl.train.identity import claim_folder, escaped, identity, settings
+from fastcl.train.inputs import data_paths, open_inputs
 from fastcl.train.layers import check_layers, write_layers
+from fastcl.train.models import plain_defaults
+from fastcl.train.resume import NOT_BEGUN, resume
 from fastcl.train.stepping import StepTable, partner_of, step_twins
 from fastcl.train.twins import STEP_VALUES, make_twins
 
@@ -43,14 +47,17 @@ class Lockstep:
         config: the run.
         out: its folder; made if absent. A folder that holds the same run is continued from its last checkpoint, and
             the result equals that of an unbroken run bit for bit.
+        inputs: files beside the data that the run was read from, such as its config; it never writes over them.
 
     Raises:
         FastclError: bad values of the config, data that cannot be read, a folder that holds another run or cannot be
             written.
     """
 
-    def __init__(self, config: Config, out: Path) -> None:
+    @plain_defaults()
+    def __init__(self, config: Config, out: Path, inputs: Iterable[Path] = ()) -> None:
         self.config, self.out = config, Path(out)
+        check_run_folder(self.out, [*inputs, *data_paths(config)])
         self.device = _device(config.train.device)
         # cuBLAS reads this when it is first used; without it deterministic mode refuses to run on a GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -60,12 +67,12 @@ class Lockstep:
         self.data, self.loader = self.inputs.data, self.inputs.loader
         self.twins = make_twins(config, self.data.channels, len(self.data.classes), self.device)
         check_layers(self.twins[0], config.train.layers)
-        self.metrics, self.steps = JsonLines(self.out / "metrics.jsonl"), JsonLines(self.out / "steps.jsonl")
-        self.pairs, self.timing = JsonLines(self.out / "pairs.jsonl"), JsonLines(self.out / "timing.jsonl")
+        self.records = {name: JsonLines(self.out / f"{name}.jsonl") for name in RECORDS}
         self.epoch = 0  # completed epochs
         with locked(self.out):
             claim_folder(self.out, self._describe())
 
+    @plain_defaults()
     def run(self) -> None:
         """Train to the end, from wherever the folder stands.
 
@@ -83,11 +90,15 @@ class Lockstep:
 
     def _run(self) -> None:
         epochs, total = self.config.train.epochs, len(self.loader)
-        if not self._restore():
+        done = resume(self.out, identity(self._describe()), epochs, self.records, self.twins)
+        if done is None:
+            log.info("done before: %d epochs in %s, whose checkpoints are gone", epochs, shown(self.out))
+            return
+        if done == NOT_BEGUN:
             self._measure({})
             self._checkpoint()
-        with writing(self.out / "tensorboard"):
-            board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch * total)
+        self.epoch = max(done, 0)
+        board = Board(self.out / "tensorboard", self.epoch * total)
         images = self.loader.batch_size * total
         columns = shutil.get_terminal_size().columns  # tqdm's own guess is 0 where the terminal does not tell
         done = images * self.epoch
@@ -100,12 +111,13 @@ class Lockstep:
                 last = self.epoch == epochs
                 if last or self.epoch % self.config.train.eval_every == 0:
                     self._measure(means, board)
+                board.flush()
                 if last or self.epoch % self.config.train.checkpoint_every == 0:
                     self._checkpoint()
         self._finish()
 
     def _train_epoch(
-        self, epoch: int, batches: Iterator[Batch], board: SummaryWriter, bar: tqdm
+        self, epoch: int, batches: Iterator[Batch], board: Board, bar: tqdm
     ) -> dict[str, list[float]]:
         """One epoch; returns each twin's means of STEP_VALUES."""
         total, started, waiting = len(self.loader), time.perf_counter(), 0.0
@@ -124,20 +136,20 @@ class Lockstep:
             for twin, row in zip(self.twins, table.values.tolist(), strict=True):
                 named = dict(zip(STEP_VALUES, row, strict=True))
                 records.append({"step": step, "epoch": epoch, "model": twin.name, **named, "lr": lr})
-                board.add_scalar(f"loss/{twin.name}", named["loss"], step)
+                board.scalar(f"loss/{twin.name}", named["loss"], step)
             if partner is not None:
                 names, apart = [self.twins[0].name, partner.name], table.pair()
                 pairs.append({"step": step, "epoch": epoch, "pair": names, **apart, "lr": lr})
                 for name in (name for name, value in apart.items() if value is not None):
-                    board.add_scalar(f"batch_{name}/{'-'.join(names)}", apart[name], step)
+                    board.scalar(f"batch_{name}/{'-'.join(names)}", apart[name], step)
             bar.set_postfix_str(f"epoch {epoch + 1}, {self.twins[0].name} loss {table.values[0, 0]:.4f}", refresh=False)
             bar.update(self.loader.batch_size)
-        self.steps.append(records)
+        self.records["steps"].append(records)
         if partner is not None:
-            self.pairs.append(pairs)
+            self.records["pairs"].append(pairs)
         seconds = time.perf_counter() - started
         rate = total * self.loader.batch_size / seconds
-        self.timing.append([
+        self.records["timing"].append([
             {"epoch": epoch + 1, "seconds": seconds, "images_per_second": rate, "rendering_seconds": waiting}
         ])
         return {t.name: row.tolist() for t, row in zip(self.twins, sums / total, strict=True)}
@@ -154,48 +166,26 @@ class Lockstep:
                 if not math.isfinite(value):
                     raise FastclError(
                         f"{name} of model {twin.name!r} is {value} at step {step} (epoch {step // len(self.loader)}, "
-                        f"lr {lr:.4g}); epochs up to {self.epoch} are complete in {self.out}"
+                        f"lr {lr:.4g}); epochs up to {self.epoch} are complete in {shown(self.out)}"
                     )
         return table
 
-    def _measure(self, means: dict[str, list[float]], board: SummaryWriter | None = None) -> None:
+    def _measure(self, means: dict[str, list[float]], board: Board | None = None) -> None:
         records = evaluate(self.epoch, self.twins, self.inputs.train, self.inputs.test, means)
-        self.metrics.append(records)
+        self.records["metrics"].append(records)
         for r in records:
             name = "-".join(r["pair"]) if "pair" in r else r["model"]
             for key, value in r.items():
                 if board is not None and key not in ("epoch", "pair", "model") and value is not None:
-                    board.add_scalar(f"{key}/{name}", value, self.epoch * len(self.loader))
+                    board.scalar(f"{key}/{name}", value, self.epoch * len(self.loader))
         reference = self.twins[0].name
         pairs = [r for r in records if r.get("pair", [""])[0] == reference]
         shown = ", ".join(f"{r['pair'][1]} {_show(r['cka_debiased'])}" for r in pairs)
         log.info("epoch %d: debiased CKA with %s: %s", self.epoch, reference, shown or "no other model")
 
     def _checkpoint(self) -> None:
-        state = {
-            "epoch": self.epoch,
-            "lengths": {name: lines.length() for name, lines in self._records().items()},
-            "twins": {
-                t.name: {"network": t.network.state_dict(), "optimizer": t.optimizer.state_dict()} for t in self.twins
-            },
-        }
-        save_checkpoint(self.out / "checkpoints", self.epoch, state)
-
-    def _records(self) -> dict[str, JsonLines]:
-        return {"metrics": self.metrics, "steps": self.steps, "pairs": self.pairs, "timing": self.timing}
-
-    def _restore(self) -> bool:
-        """Continue from the last whole checkpoint; False where there is none."""
-        state = load_checkpoint(self.out / "checkpoints")
-        for name, lines in self._records().items():
-            lines.cut(state["lengths"][name] if state else 0)
-        if state is None:
-            return False
-        self.epoch = state["epoch"]
-        for twin in self.twins:
-            twin.network.load_state_dict(state["twins"][twin.name]["network"])
-            twin.optimizer.load_state_dict(state["twins"][twin.name]["optimizer"])
-        return True
+        run = identity(self._describe())
+        save_checkpoint(self.out / "checkpoints", self.epoch, run, self.records, self.twins)
 
     def _finish(self) -> None:
         features = encode(self.twins, self.inputs.test)
@@ -205,11 +195,11 @@ class Lockstep:
             h = {"features": features[twin.name].contiguous().cpu()}
             write_atomic(self.out / "features" / f"{twin.name}.safetensors", safetensors.torch.save(h))
         write_layers(self.out / "layers.json", self.twins, self.inputs.test, self.config.train.layers)
-        log.info("done: %d epochs in %s", self.epoch, self.out)
+        log.info("done: %d epochs in %s", self.epoch, shown(self.out))
 
     def _describe(self) -> dict[str, Any]:
         data = self.data
-        return {
+        return escaped({
             "config": settings(self.config),
             "seed": self.config.train.seed,
             "versions": {
@@ -219,6 +209,7 @@ class Lockstep:
             "device": _device_name(self.device),
             "renderer": self.inputs.renderer,
             "skipped": data.skipped,  # images that cannot be decoded (data.corrupt): sample id, which one, why
+            "left_out": data.left_out,  # what else was found and not taken, in words
             "models": [t.name for t in self.twins],
             "reference": self.twins[0].name,
             "parameters": {t.name: sum(p.numel() for p in t.network.parameters()) for t in self.twins},
@@ -227,7 +218,7 @@ class Lockstep:
                 "channels": data.channels, "size": self.config.views.size,
                 "largest_class": int(np.bincount(data.train.labels).max()) / len(data.train),
             },
-        }  # fmt: skip
+        })  # fmt: skip
 
 
 def _device(name: str) -> torch.device:

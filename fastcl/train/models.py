@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from fastcl import normalize_rows
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, brief
 from fastcl.train.config import ModelConfig
+
+_OURS = ("in_chans", "num_classes", "model_name")  # arguments of timm.create_model that no config gives
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """float32 and the CPU, whatever the process's default dtype and device are: timm's and PyTorch's own modules and
+    optimizers make their tensors by them."""
+    dtype = torch.get_default_dtype()
+    on_cpu = torch.get_default_device().type == "cpu"
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if on_cpu else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class Network(nn.Module):
@@ -43,6 +61,7 @@ class Network(nn.Module):
         return self.head(normalize_rows(z))
 
 
+@plain_defaults()
 def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> Network:
     """A network with seeded weights.
 
@@ -55,17 +74,41 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
         FastclError: timm does not know the model or an option, the CIFAR stem does not fit it, or the encoder does not
             turn images of that size into one vector each.
     """
+    for option in _OURS:
+        if option in config.options:
+            raise FastclError(f"model.options.{option} follows from the data and the projector; leave it out")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
-        except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
-            raise FastclError(f"timm cannot make {config.name!r} with options {config.options}: {error}") from error
+        except Exception as error:  # of timm, of the hub that it asks for weights, or of a model's own code
+            raise FastclError(_refusal(config, error)) from error
         if config.cifar_stem:
             _use_cifar_stem(encoder, config.name, channels)
-        return Network(encoder, _width(encoder, config.name, channels, size), config.hidden, config.projection)
+        width = _width(encoder, config.name, channels, size)
+        try:
+            return Network(encoder, width, config.hidden, config.projection)
+        except (RuntimeError, MemoryError) as error:
+            raise FastclError(
+                f"there is no memory for model.hidden = {config.hidden} and model.projection = {config.projection}"
+            ) from error
 
 
+def _refusal(config: ModelConfig, error: Exception) -> str:
+    asked, why = f"{config.name!r} with options {brief(config.options)}", _first_line(error)
+    if config.options.get("pretrained") or config.name.startswith("hf-hub:") or "checkpoint_path" in config.options:
+        return (
+            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why}. Without a network, "
+            'take a model by its plain name, and weights from a file by model.options = { checkpoint_path = "FILE" }'
+        )
+    return f"timm cannot make {asked}: {why}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+
+
+@plain_defaults()
 def copy_network(network: Network, head_classes: int | None, seed: int) -> Network:
     """A copy of the weights; with `head_classes` it also gets a head of so many logits, the same for one seed."""
     twin = copy.deepcopy(network)
@@ -80,12 +123,14 @@ def _width(encoder: nn.Module, name: str, channels: int, size: int) -> int:
     """Width of the encoder's output, by trying: timm's num_features is not that of every model."""
     try:
         with torch.no_grad():
-            h = encoder.eval()(torch.zeros(1, channels, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise FastclError(f"model {name!r} cannot take images of {size} x {size} pixels: {error}") from error
+            h = encoder.eval()(torch.zeros(1, channels, size, size, dtype=torch.float32, device="cpu"))
+    except Exception as error:  # a model's own code may raise anything
+        why = _first_line(error)
+        raise FastclError(f"model {name!r} cannot take images of {size} x {size} pixels: {why}") from error
     encoder.train()
-    if h.ndim != 2:
-        raise FastclError(f"model {name!r} must give one vector per image, it gives {tuple(h.shape[1:])}")
+    if not isinstance(h, Tensor) or h.ndim != 2 or not h.shape[1]:
+        gives = f"{tuple(h.shape[1:])}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
+        raise FastclError(f"model {name!r} must give one vector per image, it gives {gives}")
     return h.shape[1]
 
 

@@ -123,7 +123,7 @@ class _Step:
             return twin.embed(self.reseeded if twin.reseeded else self.views)
 
     def pair_stats(self, za: Tensor, zb: Tensor) -> TwinStats:
-        sample = torch.arange(len(self.labels), device=za.device).repeat(2)
+        sample = torch.arange(len(self.labels), dtype=torch.int64, device=za.device).repeat(2)
         with record_function(LOSSES):
             return twin_stats(za, zb, sample, self.labels.repeat(2), temperature=self.temperature)
 

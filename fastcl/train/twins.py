@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastcl import OBJECTIVES, RowStats, same_class_mass
-from fastcl.errors import FastclError, suggest
+from fastcl.errors import FastclError, brief, suggest
 from fastcl.train.config import Config, OptimConfig
 from fastcl.train.models import Network, build_network, copy_network
 
@@ -100,17 +100,26 @@ def make_twins(config: Config, channels: int, classes: int, device: torch.device
 
 
 def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimiser of that name; weight decay leaves biases and norms out, as timm does."""
+    """timm's optimiser of that name; weight decay leaves biases and norms out, as timm does.
+
+    Raises:
+        FastclError: another name, or values that it cannot take.
+    """
     if config.name not in _OPTIMIZERS:
         raise FastclError(f"optim.name must be one of {', '.join(_OPTIMIZERS)}; got {config.name!r}")
-    return create_optimizer_v2(
-        network, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
-    )
+    # timm's sgd is Nesterov's, which needs a momentum; without one both are plain gradient descent
+    name = "momentum" if config.name == "sgd" and not config.momentum else config.name
+    try:
+        return create_optimizer_v2(
+            network, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise FastclError(f"optim: {config.name} cannot take these values: {error}; got {config}") from error
 
 
 def _check_names(names: tuple[str, ...], known: tuple[str, ...], key: str) -> None:
     for name in names:
         if name not in known:
-            raise FastclError(f"{key} holds {name!r}, which is unknown{suggest(name, known)}")
+            raise FastclError(f"{key} holds {brief(name)}, which is unknown{suggest(name, known)}")
     if len(set(names)) != len(names):
         raise FastclError(f"{key} repeats a name: {', '.join(names)}")

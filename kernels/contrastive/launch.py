@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,14 +42,14 @@ class Launch:
     arguments: dict[str, Any]
 
 
-_recorded: list[Launch] | None = None
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)  # another thread's launches start
 _architecture: int | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
     """Start a kernel on the current device; arguments by the names of its parameters, in their order."""
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, warps, stages, arguments))
+    if (recorded := _recorded.get()) is not None:
+        recorded.append(Launch(kernel, grid, warps, stages, arguments))
         return
     # Fused multiply-add asked for by name: from Triton 3.10 on it is off unless asked for.
     kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
@@ -57,12 +58,12 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Launches within the block are listed and not started; what they would have written is left undefined."""
-    global _recorded
-    previous, _recorded = _recorded, []
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
     try:
-        yield _recorded
+        yield launches
     finally:
-        _recorded = previous
+        _recorded.reset(token)
 
 
 @contextmanager

@@ -70,10 +70,15 @@ def power_of_two_scale(b_max):
 
 @triton.jit
 def unit_rows(b_x, b_inv, NORMALIZE: tl.constexpr):
-    """Rows (R, D) divided by their norms; b_inv (R,) as `prepare_kernel` writes it."""
+    """Rows (R, D) divided by their norms; b_inv (R,) as `prepare_kernel` writes it.
+
+    Not normalised an infinity becomes NaN: of its products in split half precision some would be finite.
+    """
     if NORMALIZE:
         b_power = tl.where(b_inv < 0, 8.507059173023462e37, 1.0)  # 2^126
         b_x = b_x * b_power[:, None] * tl.abs(b_inv)[:, None]
+    else:
+        b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, float("nan"))
     return b_x
 
 

@@ -13,7 +13,16 @@ and the unit row is (s x) / sqrt(q).
 import triton
 import triton.language as tl
 
-from .numerics import FLOAT_MAX, LAST_INVERSE_T, SCALE, inverse_temperature, load_rows, power_of_two_scale, split_half
+from .numerics import (
+    FLOAT_MAX,
+    LAST_INVERSE_T,
+    SCALE,
+    inverse_temperature,
+    load_rows,
+    power_of_two_scale,
+    split_half,
+    unit_rows,
+)
 
 
 @triton.jit
@@ -58,7 +67,7 @@ def prepare_kernel(
         tl.store(inv_N + o_n, b_inv, mask=m_n)
         b_z = b_u * b_r[:, None] * SCALE
     else:
-        b_z = b_x * tl.load(scale)
+        b_z = unit_rows(b_x, b_src, NORMALIZE) * tl.load(scale)
     b_high, b_low = split_half(b_z, z.dtype.element_ty)
     p_z = z + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
     m_z = (o_n[:, None] < rows) & (o_d[None, :] < D)

@@ -7,8 +7,9 @@ gradients, and weights scaled by those would vanish in half precision.
 import triton
 import triton.language as tl
 
-from .finish import _counts, _load_stats, objective_rows
+from .finish import _counts, _load_stats
 from .numerics import LOG2E, WEIGHT_SCALE, inverse_temperature, shift_log2
+from .objective import objective_rows
 
 _SMALLEST = tl.constexpr(1e-30)  # of the scale: its inverse times WEIGHT_SCALE stays in float32's range
 

@@ -67,14 +67,14 @@ def _sides(
     operands: list[Operand], call: Call, flag: Tensor | None, upstreams: tuple[Upstream, Upstream | None]
 ) -> list[_Side]:
     """Each side with its weights. The tiles add weights of both: they have one scale."""
-    device = operands[0].z.device
+    z = operands[0].z
     blocks = [r.rows // ALIGN for r in operands]
-    maxima = torch.zeros(sum(blocks), device=device)
-    bound = torch.empty(1, device=device)
+    maxima = z.new_zeros(sum(blocks), dtype=torch.float32)
+    bound = z.new_empty(1, dtype=torch.float32)
     found = []
     for r, upstream, part in zip(operands, upstreams, maxima.split(blocks), strict=False):
         # A side without upstream gradients is only attracted or repelled by the other.
-        weights = (torch.empty if upstream.any else torch.zeros)(5, r.rows, device=device)
+        weights = (z.new_empty if upstream.any else z.new_zeros)(5, r.rows, dtype=torch.float32)
         found.append(_Side(r, upstream, weights, bound))
         if upstream.any:
             other = operands[len(operands) - len(found)]
@@ -156,7 +156,7 @@ def _finalize(
     r: _Side, s: _Side, call: Call, acc: Tensor, dx: Tensor, dot: Tensor | None, first: int, in_order: bool
 ) -> None:
     x, y = r.operand, s.operand
-    block_n, block_d, warps = row_block(x.width, 1024 if x.width <= NARROW else 512)  # wider: registers spill
+    block_n, block_d, warps = row_block(x.width, 512)  # more spill registers, by some versions of ptxas
     rows = min(acc.shape[1], x.n - first)
     launch(
         finalize_kernel, (triton.cdiv(rows, block_n),), warps, 1,

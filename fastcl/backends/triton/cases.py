@@ -63,13 +63,14 @@ def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
 
 
 def _run(case: _Case) -> None:
-    temperature = torch.ones(()) if case.learnable else None
+    temperature = torch.ones((), dtype=torch.float32, device="cpu") if case.learnable else None
     code = _SUPCON if case.name.startswith("supcon") else _NTXENT
     call = Call(temperature, 0.5, case.normalize, case.precision, (code,), case.split, case.split != "none")
-    flag = torch.empty(1, dtype=torch.int32) if call.may_overflow else None
-    x, y = torch.empty(2, (_ROWS if case.d <= NARROW else _ROWS_WIDE) // 2, case.d, dtype=case.dtype)
+    flag = torch.empty(1, dtype=torch.int32, device="cpu") if call.may_overflow else None
+    n = (_ROWS if case.d <= NARROW else _ROWS_WIDE) // 2
+    x, y = torch.empty(2, n, case.d, dtype=case.dtype, device="cpu")
     views = case.pair == "views"
-    labels = torch.arange(len(x)) if call.peers else None
+    labels = torch.arange(len(x), dtype=torch.int64, device="cpu") if call.peers else None
     order = known_order(len(x), 2 if views else 1, labels if views else None, x.device)
     a = prepare(x, y if views else None, order, call, flag)
     b = None if views else prepare(y, None, order, call, flag)
@@ -77,15 +78,15 @@ def _run(case: _Case) -> None:
     found = statistics(a, b, call, flag, columns)
     upstreams = [Upstream(stats, None, torch.empty_like(losses)) for stats, _, losses in found]
     if not columns:
-        upstreams.append(Upstream(torch.empty(5, 0), None, None) if b is not None else None)
+        upstreams.append(Upstream(found[0][0][:, :0], None, None) if b is not None else None)
     gradients(a, b, call, flag, tuple(upstreams[:2]), (True, columns, case.learnable))
 
 
 def _run_twins(case: _Case) -> None:
-    temperature = torch.ones(()) if case.learnable else None
-    labels = torch.arange(_ROWS) if case.split != "none" else None
+    temperature = torch.ones((), dtype=torch.float32, device="cpu") if case.learnable else None
+    labels = torch.arange(_ROWS, dtype=torch.int64, device="cpu") if case.split != "none" else None
     call = Call(temperature, 0.5, True, case.precision, (), case.split, labels is not None)
-    flags = tuple(torch.empty(1, dtype=torch.int32) if call.may_overflow else None for _ in range(2))
+    flags = tuple(torch.empty(1, dtype=torch.int32, device="cpu") if call.may_overflow else None for _ in range(2))
     order = known_order(_ROWS, 1, labels, torch.device("cpu"))
-    rows = (torch.empty(_ROWS, width, dtype=case.dtype) for width in (case.d, case.second))
+    rows = (torch.empty(_ROWS, width, dtype=case.dtype, device="cpu") for width in (case.d, case.second))
     twin.statistics(*(prepare(x, None, order, call, flag) for x, flag in zip(rows, flags, strict=True)), call, flags)

@@ -64,7 +64,8 @@ class _Measured:
 def _scale(peaks: Tensor) -> Tensor:
     """Powers of two that bring the peaks to between 128 and 256."""
     exponent = torch.frexp(peaks)[1]
-    return torch.ldexp(torch.ones_like(peaks), 8 - exponent)
+    # Of integers ldexp would form 2^x in PyTorch's default dtype.
+    return torch.ldexp(torch.ones_like(peaks), (8 - exponent).to(peaks.dtype))
 
 
 def _first_row(x: Tensor, kernel: str) -> Tensor:
@@ -143,7 +144,7 @@ class StackedMoments:
         extra, one = self._firsts[-1], self._firsts[-1] + 2 * len(self.pilots)
         of_i, of_j = ([extra + 2 * k, extra + 2 * k + 1, one] for k in (i, j))
         v, w = (self._sums[first : first + d] for first, d in ((self._firsts[i], d_i), (self._firsts[j], d_j)))
-        corner = self._sums[torch.tensor(of_i)[:, None], torch.tensor(of_j)]
+        corner = self._sums[of_i][:, of_j]
         upper, lower = [self._block(i, j), v[:, of_j]], [w[:, of_i].mT, corner]
         return torch.cat([torch.cat(upper, 1), torch.cat(lower, 1)])
 

@@ -15,7 +15,6 @@ from fastcl.kernels.contrastive.numerics import SAFE_INVERSE_T
 from fastcl.kernels.contrastive.prepare import prepare_kernel
 
 ALIGN = 128  # rows of a working copy come in blocks of this many; every tile size divides it
-MAX_WIDTH = 4096
 NARROW = 256  # wider rows are taken piece by piece
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 
@@ -141,7 +140,8 @@ def _scale(*rows: Tensor | None) -> Tensor:
     peaks = torch.cat(peaks)
     peak = peaks.masked_fill(~peaks.isfinite(), 0).amax().reshape(1)
     exponent = torch.frexp(peak.masked_fill(peak == 0, 1))[1]
-    return torch.ldexp(torch.ones_like(peak), (8 - exponent).clamp(-126, 126))
+    # Of integers ldexp would form 2^x in PyTorch's default dtype.
+    return torch.ldexp(torch.ones_like(peak), (8 - exponent).clamp(-126, 126).to(peak.dtype))
 
 
 def known_order(samples: int, views: int, labels: Tensor | None, device: torch.device) -> Tensor:

@@ -1,0 +1,19 @@
+"""What arguments may be that are words: their types, and the same words for checks and messages."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+Backend: TypeAlias = Literal["auto", "triton", "chunked", "dense"]
+UsedBackend: TypeAlias = Literal["triton", "chunked", "dense", "none"]  # "none": nothing has run yet
+Precision: TypeAlias = Literal["fp16", "bf16", "fp32"]
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+Relation: TypeAlias = Literal["view", "peer", "other"]
+ObjectiveName: TypeAlias = Literal[
+    "ntxent", "dcl", "nscl", "nscl_with_positive", "supcon", "supcon_in", "supcon_negatives"
+]
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+RELATIONS: tuple[Relation, ...] = get_args(Relation)

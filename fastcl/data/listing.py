@@ -1,0 +1,102 @@
+"""Which files of a folder or zip are images, and what is left out: every file is one or the other, and counted."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, features
+
+from fastcl.errors import FastclError, shown
+
+# Taken where this Pillow decodes them, by itself or by a plugin (pillow-heif) that has been imported.
+_PHOTOS = tuple(
+    ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .j2k .avif "
+    ".heic .heif .jxl .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
+)
+_FEATURES = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # a plugin may stand without its library
+_SHOWN = 3
+HIDDEN, OTHER = "hidden files or folders", "files that are no images"
+UNREAD = "images that this Pillow cannot decode"
+_QUIET = (HIDDEN, OTHER)
+
+
+def extensions() -> tuple[str, ...]:
+    """Endings of the files that are taken for images, in lower case."""
+    known = Image.registered_extensions()
+    return tuple(e for e in _PHOTOS if known.get(e) in Image.OPEN and features.check(_FEATURES.get(known[e], "pil")))
+
+
+class LeftOut:
+    """What is not taken, by reason."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        """Count a file or folder."""
+        self._names.setdefault(reason, []).append(name)
+
+    def lines(self) -> dict[str, bool]:
+        """Each reason with its count and the first names; True where a warning is due."""
+        return {self._line(reason, sorted(names)): reason not in _QUIET for reason, names in self._names.items()}
+
+    def _line(self, reason: str, names: list[str]) -> str:
+        more = ", ..." if len(names) > _SHOWN else ""
+        return f"{len(names)} {reason} ({', '.join(shown(name) for name in names[:_SHOWN])}{more})"
+
+
+def hidden(name: str) -> bool:
+    """Whether a path or a part of it is hidden; macOS's resource forks (._name) are."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def images(names: Iterable[str], left_out: LeftOut, what: str) -> list[str]:
+    """The image files among visible names, sorted; counts the others.
+
+    Raises:
+        FastclError: a folder whose only images are of formats that this Pillow does not decode: its class would be
+            missing.
+    """
+    taken, lost, known = [], [], extensions()
+    for name in sorted(names):
+        ending = PurePosixPath(name).suffix.lower()
+        if ending in known:
+            taken.append(name)
+        elif ending in _PHOTOS:
+            lost.append(name)
+            left_out.add(UNREAD, name)
+        else:
+            left_out.add(OTHER, name)
+    folders = {name.rpartition("/")[0] for name in taken}
+    gone = [name for name in lost if name.rpartition("/")[0] not in folders]
+    if gone:
+        endings = ", ".join(sorted({PurePosixPath(name).suffix for name in gone}))
+        raise FastclError(
+            f"{what}: all images of {gone[0].rpartition('/')[0]!r} are {endings}, which this Pillow "
+            f"cannot decode ({len(gone)} such images): convert them to .jpg or .png"
+        )
+    return taken
+
+
+def mode_of(path: Path, wanted: str = "file") -> int:
+    """What kind of file a path names (`stat.st_mode`), where some kind of file is wanted.
+
+    Raises:
+        FastclError: there is none, or it may not be looked at.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FastclError(f"no such {wanted}: {path}") from None
+    except (OSError, ValueError) as error:  # no right to look into a folder on the way, a name too long, a zero byte
+        raise FastclError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_file(path: Path, wanted: str) -> None:
+    """Raise FastclError unless a path names a regular file: others (pipes) could block whoever opens them."""
+    mode = mode_of(path)
+    if not stat.S_ISREG(mode):
+        raise FastclError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'a special file'}, not {wanted}")

@@ -1,0 +1,66 @@
+"""The pixels of a picture in whatever mode its file has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastcl.data.limits import MAX_PIXELS, check_pixels
+from fastcl.errors import FastclError
+
+_BAND = 1 << 20  # pixels that are converted at a time
+_QUARTER = 1 << 14  # of a 16-bit range
+
+
+def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """(H, W, channels) uint8 pixels of an opened picture in any mode.
+
+    Transparent pixels show white (what lies under them is arbitrary); 16-bit pixels keep their high byte, and a .pgm's
+    are scaled by the greatest value that it states; the orientation tag is not applied, as in torchvision.
+
+    Raises:
+        FastclError: more pixels than allowed, 32-bit pixels, whose range no file states, or 16-bit pixels that reach
+            only a quarter of their range (10- or 12-bit data, say), of which few grey levels would be left.
+    """
+    check_pixels(picture, max_pixels)
+    stored = [tile[3] for tile in getattr(picture, "tile", ())]  # how the pixels lie in the file
+    # Pillow opens a .pgm of more than 8 bits in mode I, scaled to 16 bits.
+    grey = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG"))
+    if picture.mode in ("I", "F") and not grey:
+        raise FastclError(f"mode {picture.mode}: 32-bit pixels have no agreed range; save the image in 8 or 16 bits")
+    twelve = "I;12" in str(stored)  # a TIFF that says so
+    colour = picture.mode in ("RGB", "RGBA") and any(map(_deep, stored))
+    pixels = np.empty((picture.height, picture.width, channels), np.uint8)
+    rows, peak = max(1, _BAND // picture.width), 0
+    for top in range(0, picture.height, rows):  # in bands, since conversions take many bytes a pixel
+        band = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        if grey:
+            values = np.asarray(band)
+            peak = max(peak, int(values.max()))
+            band = Image.fromarray((values >> (4 if twelve else 8)).astype(np.uint8))
+        elif colour:
+            peak = max(peak, int(np.asarray(band)[..., :3].max()) << 8)
+        pixels[top : top + rows] = _converted(band, channels)
+    if 0 < peak < _QUARTER and not twelve:
+        raise FastclError(
+            f"16-bit pixels that reach only {peak:,} of 65,535 (10- or 12-bit data?), which leaves {(peak >> 8) + 1} "
+            "of 256 levels: scale them to the full range, or save 8 bits"
+        )
+    return pixels
+
+
+def _deep(stored: Any) -> bool:
+    """Whether Pillow's words for how pixels lie in a file are those of 16-bit colours."""
+    if isinstance(stored, tuple) and len(stored) == 2 and isinstance(stored[1], int):
+        return stored[1] > 255  # a .ppm's greatest value
+    return ";16" in str(stored)
+
+
+def _converted(picture: Image.Image, channels: int) -> np.ndarray:
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)

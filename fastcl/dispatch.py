@@ -1,0 +1,217 @@
+"""Which backend computes: the one asked for by `with backend(...)`, or the fastest that takes the tensors at hand.
+
+The state belongs to a context (`contextvars`: a thread, an asyncio task, a `Context.run`), so none of them switches
+another. What torch.compile traces is kept apart, in an object per thread: it follows attributes and puts guards on
+them, and reads a ContextVar from PyTorch 2.14 on, but sets none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import describe
+from fastcl.choices import BACKENDS, Backend, UsedBackend
+from fastcl.errors import FastclError
+
+MAX_WIDTH = 4096  # of rows on the Triton backend
+
+_COMPILER_READS_CONTEXT = torch.__version__ >= (2, 14)
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+class _Compiled:
+    """What compiled code has set and not taken back; None: nothing."""
+
+    def __init__(self) -> None:
+        self.backend: Backend | None = None
+        self.last: UsedBackend | None = None
+
+
+class _Thread(threading.local):
+    """The compiler loses what is set on a threading.local itself, and keeps what is set on an object that one holds."""
+
+    def __init__(self) -> None:
+        self.compiled = _Compiled()
+
+
+_thread = _Thread()
+_blocks: ContextVar[tuple[tuple[object, Backend], ...]] = ContextVar("fastcl.blocks", default=())
+_backend: ContextVar[Backend] = ContextVar("fastcl.backend", default="auto")
+_last: ContextVar[UsedBackend] = ContextVar("fastcl.last", default="none")
+
+
+def constant_while_compiling(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo here and now."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Use one backend inside a `with` block, in this thread and this context (asyncio task) alone.
+
+    A thread that is started inside the block begins with "auto". Gradients are computed by the backend of the forward
+    pass wherever `backward` is called, and `torch.utils.checkpoint` repeats that pass on the same backend. Where it
+    cannot know it, with use_reentrant=True and around a compiled function, it takes the one asked for where `backward`
+    is called: give it the function with its backend then, `checkpoint(fastcl.backend("dense")(function), x)`.
+
+    Args:
+        name: "triton" (fused kernels, differentiable once), "chunked" (torch, O(N x tile) memory, differentiable
+            once), "dense" (the specification, N x N, differentiable twice) or "auto" (triton for CUDA tensors, chunked
+            elsewhere, without an installed Triton, and for what the kernels do not take: float64 and more than 4096
+            columns).
+
+    Raises:
+        FastclError: an unknown name.
+    """
+    if name not in BACKENDS:
+        raise FastclError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if torch.compiler.is_compiling():
+        compiled = _thread.compiled
+        previous, compiled.backend = compiled.backend, name
+        try:
+            yield
+        finally:
+            compiled.backend = previous
+        return
+    block = (object(), name)
+    _set_blocks((*_blocks.get(), block))
+    try:
+        yield
+    finally:
+        # Blocks of generators may end in any order, and in another context than they began in.
+        _set_blocks(tuple(other for other in _blocks.get() if other is not block))
+
+
+def _set_blocks(blocks: tuple[tuple[object, Backend], ...]) -> None:
+    _blocks.set(blocks)
+    _backend.set(blocks[-1][1] if blocks else "auto")
+    if not _COMPILER_READS_CONTEXT:
+        _thread.compiled.backend = _backend.get()
+
+
+def current_backend() -> Backend:
+    """The name that the surrounding `with backend(...)` was given; "auto" outside."""
+    if not torch.compiler.is_compiling():
+        return _backend.get()
+    inside = _thread.compiled.backend
+    if inside is None:
+        return _backend.get() if _COMPILER_READS_CONTEXT else "auto"
+    return inside
+
+
+def last_backend() -> UsedBackend:
+    """The backend that the most recent loss, statistic or similarity of this thread and context ran on; "none" before
+    the first. The torch code of the similarities counts as "chunked", or "dense" inside `backend("dense")`."""
+    return _thread.compiled.last or _last.get()
+
+
+def ran_on(name: UsedBackend) -> UsedBackend:
+    """Remember, for `last_backend`, what an operation runs on; returns it."""
+    if torch.compiler.is_compiling():
+        _thread.compiled.last = name
+    else:
+        _thread.compiled.last = None
+        _last.set(name)
+    return name
+
+
+def choose(*rows: Tensor, widest: int | None = MAX_WIDTH) -> UsedBackend:
+    """The backend for tensors (n, d) on one device; `last_backend` tells it from then on.
+
+    Args:
+        widest: most columns that the Triton kernels of the operation take; None: any.
+
+    Raises:
+        FastclError: the Triton backend was asked for by name, and does not take these rows.
+    """
+    wanted = _wanted()
+    if wanted in ("chunked", "dense"):
+        return ran_on(wanted)
+    on_gpu = rows[0].device.type == "cuda"
+    obstacle = _obstacle(rows, widest) if on_gpu or wanted == "triton" else None
+    if wanted == "triton" and obstacle:
+        raise FastclError(f"the triton backend {obstacle}; got {', '.join(map(describe, rows))}")
+    return ran_on("triton" if wanted == "triton" or (on_gpu and not obstacle) else "chunked")
+
+
+def on_triton(*features: Tensor) -> bool:
+    """Whether the Triton kernels form the sums of the similarities, which take features of any width; as `choose`."""
+    return choose(*features, widest=None) == "triton"
+
+
+def choose_torch() -> UsedBackend:
+    """The backend of an operation that has no Triton kernels."""
+    return ran_on("dense" if _wanted() == "dense" else "chunked")
+
+
+class _Calls:
+    """What operations inside one activation checkpoint were asked to run on, in their order."""
+
+    def __init__(self) -> None:
+        self.names: list[Backend] = []
+        self.repeated: Counter[Any] = Counter()  # per backward pass
+
+
+_checkpoints: WeakKeyDictionary[Any, _Calls] = WeakKeyDictionary()
+
+
+def _wanted() -> Backend:
+    """The backend asked for now, or, where `torch.utils.checkpoint` repeats a forward pass, by the same call then.
+
+    The saved tensors' hooks are all that the two have in common: PyTorch's own, whose closures hold the checkpoint.
+    """
+    name = current_backend()
+    if torch.compiler.is_compiling():
+        return name
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 has none
+    hooks = None if top is None else top(False)
+    pack = None if hooks is None else inspect.unwrap(hooks[0])
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return name
+    cells = (cell.cell_contents for cell in pack.__closure__ or ())
+    held = dict(zip(pack.__code__.co_freevars, cells, strict=True))
+    if "frame" in held:  # the forward pass
+        _checkpoints.setdefault(held["frame"], _Calls()).names.append(name)
+    elif "target_frame_ref" in held and held["target_frame_ref"]() in _checkpoints:
+        calls, backward = _checkpoints[held["target_frame_ref"]()], held["gid"]
+        calls.repeated[backward] += 1
+        return calls.names[min(calls.repeated[backward], len(calls.names)) - 1]
+    return name
+
+
+def _obstacle(rows: tuple[Tensor, ...], widest: int | None) -> str | None:
+    """Why the Triton backend does not take these rows."""
+    if not _has_triton():
+        return "needs Triton, which is not installed here (pip install triton, on Linux)"
+    if any(x.dtype == torch.float64 for x in rows):
+        return "computes in float32 at most"
+    if widest is not None and any(x.shape[1] > widest for x in rows):
+        return f"takes rows of at most {widest} columns"
+    if rows[0].device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs CUDA tensors; on a CPU it runs slowly, if TRITON_INTERPRET=1 was set before Python started"
+    return None
+
+
+@constant_while_compiling
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@constant_while_compiling
+def wants_float32() -> bool:
+    """Whether `torch.get_float32_matmul_precision()` asks for whole float32."""
+    return torch.get_float32_matmul_precision() == "highest"

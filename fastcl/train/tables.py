@@ -1,0 +1,210 @@
+"""A config from TOML tables: every value is checked for its type and range before any work begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from fastcl.data.plan import ViewSpec
+from fastcl.errors import FastclError, brief, shown, suggest
+from fastcl.files import cause
+from fastcl.train.config import PRECISIONS, Config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_LARGEST = 2**63 - 1  # of an integer, as TOML has it
+_DEEPEST = 8  # levels of model.options
+_WIDEST = 1 << 20  # of a layer
+_TEMPERATURES = (1e-30, 1e30)  # as the losses take them
+_FORMS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file.
+
+    Args:
+        path: the file, UTF-8 whatever the locale, with or without a byte order mark. Its tables are data, views (with
+            `preset = NAME` to start from a known recipe), model, optim and train.
+        overrides: "table.key=value" items, which win; the value is TOML, or a bare string.
+
+    Raises:
+        FastclError: a file that cannot be read or parsed, an unknown key (the nearest known one is named), a value of
+            the wrong type or out of range.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise FastclError(f"cannot read config {shown(path)}: {cause(error)}") from None
+    except UnicodeDecodeError as error:
+        raise FastclError(f"config {shown(path)} is not UTF-8, as TOML must be: {error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python reads
+        raise FastclError(f"config {shown(path)} is not valid TOML: {_toml_fault(error)}") from None
+    for item in overrides or []:
+        _override(tables, item)
+    return parse_config(tables)
+
+
+def parse_config(tables: dict[str, Any]) -> Config:
+    """A Config from nested tables. Raises FastclError as `load_config`."""
+    sections = _sections()
+    _check_known(tables, sections, "")
+    parts: dict[str, Any] = {}
+    for name, kind in sections.items():
+        table = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise FastclError(f"{name} must be a table, got {brief(table)}")
+        table = dict(table)
+        preset = table.pop("preset", None) if kind is ViewSpec else None
+        if not isinstance(preset, str | None):
+            raise FastclError(f"views.preset must be a name, got {brief(preset)}")
+        hints = typing.get_type_hints(kind)
+        _check_known(table, hints, f"{name}.")
+        values = {key: _convert(value, hints[key], f"{name}.{key}") for key, value in table.items()}
+        parts[name] = kind(**values) if preset is None else ViewSpec.preset(preset, **values)
+    config = Config(**parts)
+    _check_ranges(config)
+    return config
+
+
+def _sections() -> dict[str, Any]:
+    return {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
+
+
+def _toml_fault(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error) if isinstance(error, tomllib.TOMLDecodeError) else "an integer has too many digits"
+
+
+def _override(tables: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise FastclError(f"--set takes table.key=value, got {brief(item)}")
+    table = tables
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise FastclError(f"--set {shown(item)}: {part!r} is not a table")
+    table[parts[-1]] = _override_value(parts, text.strip(), item)
+
+
+def _override_value(parts: list[str], text: str, item: str) -> Any:
+    """TOML, or a bare string where it is none, or where the key takes a string and the text only looks like a number,
+    a date or the like."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        found = {"value": text}
+        if "\n" in text or "\r" in text:
+            raise FastclError(f"--set takes one table.key=value and no line break, got {brief(item)}") from None
+    except (ValueError, RecursionError) as error:
+        raise FastclError(f"--set {brief(item)}: {_toml_fault(error)}") from None
+    if len(found) > 1:  # further lines
+        raise FastclError(f"--set takes one table.key=value, got {brief(item)}; repeat --set for each key")
+    kind = _sections().get(parts[0])
+    hints = typing.get_type_hints(kind) if kind is not None and len(parts) == 2 else {}
+    named = parts[1] == "preset" or hints.get(parts[1]) in (str, str | None)
+    return text if named and not isinstance(found["value"], str | list | dict) else found["value"]
+
+
+def _check_known(table: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
+    for key in table:
+        if key not in known:
+            shown_key = shown(f"{prefix}{key}")
+            raise FastclError(f"unknown key '{shown_key}'{suggest(key, known, prefix)}")
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """A TOML value as the field's type; numbers are not taken for booleans nor strings for numbers."""
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (tuple, dict) else ()
+    base = next((o for o in options if o is not type(None)), hint)
+    if value == "none" and type(None) in options:
+        return None
+    plain = typing.get_origin(base) or base
+    if plain is tuple:
+        return _convert_list(value, base, name)
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) <= _LARGEST else math.inf
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        none = " or \"none\"" if type(None) in options else ""
+        raise FastclError(f"{name} must be {_FORMS[plain]}{none}, got {_described(value)}")
+    if plain is dict:
+        _check_plain(value, name, 0)
+    if plain is int and abs(value) > _LARGEST:
+        raise FastclError(f"{name} must lie within 64 bits, got an integer of {value.bit_length()} bits")
+    if plain is float and not math.isfinite(value):
+        raise FastclError(f"{name} must be finite, got {value}")
+    return value
+
+
+def _convert_list(value: Any, base: Any, name: str) -> tuple[Any, ...]:
+    kinds = [kind for kind in typing.get_args(base) if kind is not Ellipsis]
+    fixed = Ellipsis not in typing.get_args(base)
+    example = '["first", "second"]' if kinds[0] is str else "[0.5, 1.0]"
+    if not isinstance(value, list) or (fixed and len(value) != len(kinds)):
+        count = f" of {len(kinds)}" if fixed else ""
+        raise FastclError(f"{name} must be a list{count}, such as {example}; got {_described(value)}")
+    kinds = kinds if fixed else kinds * len(value)
+    return tuple(_convert(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+
+
+def _described(value: Any) -> str:
+    """A value as a message repeats it; what TOML alone knows, as TOML writes it."""
+    kind = type(value).__name__
+    if kind in ("date", "time", "datetime"):
+        return f"the {kind} {value.isoformat()} (a string stands in quotes)"
+    return brief(value)
+
+
+def _check_plain(value: Any, name: str, depth: int) -> None:
+    """What run.json can hold: no dates, nothing that is not finite, no deep nesting."""
+    if depth > _DEEPEST:
+        raise FastclError(f"{name[:60]}... is nested more than {_DEEPEST} levels deep")
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in pairs:
+            _check_plain(inner, f"{name}.{key}", depth + 1)
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise FastclError(f"{name} must lie within 64 bits, got an integer of {value.bit_length()} bits")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise FastclError(f"{name} must be finite, got {value}")
+    elif not isinstance(value, str | int | float):
+        raise FastclError(f"{name} must be a string, a number, true, false, a list or a table, got {_described(value)}")
+
+
+def _check_ranges(config: Config) -> None:
+    train, optim, model = config.train, config.optim, config.model
+    positive = {
+        "train.batch_size": train.batch_size - 1,  # one sample has no negatives
+        "train.epochs": train.epochs,
+        "train.eval_every": train.eval_every,
+        "train.checkpoint_every": train.checkpoint_every,
+        "train.temperature": train.temperature,
+        "optim.lr": optim.lr,
+        "model.hidden": model.hidden,
+        "model.projection": model.projection,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            table, key = name.split(".")
+            raise FastclError(f"{name} is too small: {getattr(getattr(config, table), key)}")
+    for name, value in (("hidden", model.hidden), ("projection", model.projection)):
+        if value > _WIDEST:
+            raise FastclError(f"model.{name} must be at most {_WIDEST}, got {value}")
+    if not _TEMPERATURES[0] <= train.temperature <= _TEMPERATURES[1]:
+        raise FastclError(f"train.temperature must lie between 1e-30 and 1e30, got {train.temperature}")
+    for key in ("warmup_epochs", "weight_decay", "momentum"):
+        if getattr(optim, key) < 0:
+            raise FastclError(f"optim.{key} must not be negative, got {getattr(optim, key)}")
+    if train.precision not in PRECISIONS:
+        raise FastclError(f"train.precision must be one of {', '.join(PRECISIONS)}; got {train.precision!r}")
+    if not 0 <= train.seed < 1 << 32:
+        raise FastclError(f"train.seed must lie in [0, 2**32), got {train.seed}")
