@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The tensors here are small: on a shared machine, threads that wait for each other cost more than they give. numpy,
@@ -11,6 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,3 +63,19 @@ def source_files() -> list[Path]:
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"the list of source files comes from git: {error}")
     return [Path(name) for name in sorted(set(listed.split("\0")) - {""}) if (ROOT / name).is_file()]
+
+
+@pytest.fixture
+def tiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The numbers of rows that were computed in tiles."""
+    from fastcl.backends import chunked
+
+    seen: list[int] = []
+    forward = chunked.forward
+
+    def counted(x: Tensor, *rest) -> tuple[Tensor, ...]:
+        seen.append(len(x))
+        return forward(x, *rest)
+
+    monkeypatch.setattr(chunked, "forward", counted)
+    yield seen

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import test_rowstats
@@ -21,7 +20,7 @@ from reference import (
     small_tiles,
     solve,
 )
-from test_objectives import OWN, check, simplex, uneven_batch
+from test_objectives import OWN, check, simplex
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -32,20 +31,6 @@ from fastcl.backends import chunked
 every_objective = pytest.mark.parametrize("name", FORMULAS)
 SAMPLE = torch.arange(9).repeat(2)
 CLASS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 3, -1]).repeat(2)
-
-
-@pytest.fixture
-def tiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The numbers of rows that were computed in tiles."""
-    seen: list[int] = []
-    forward = chunked.forward
-
-    def counted(x: Tensor, *rest) -> tuple[Tensor, ...]:
-        seen.append(len(x))
-        return forward(x, *rest)
-
-    monkeypatch.setattr(chunked, "forward", counted)
-    yield seen
 
 
 def pairs(samples: int, shuffled: bool) -> tuple[Tensor, Tensor]:
@@ -195,33 +180,6 @@ def test_statistics(field: str, dtype: torch.dtype, tiled: list[int], monkeypatc
     assert not tiled
 
 
-@every_objective
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_number_of_views(name: str, dtype: torch.dtype, tiled: list[int]) -> None:
-    sample, labels = uneven_batch()
-    for temperature in (0.05, 0.5, 10.0):
-        check("chunked", name, normal(41, 24).to(dtype), sample, labels, temperature, tile=None)
-    check("chunked", name, (normal(41, 24) * 0.3).to(dtype), sample, labels, 0.5, normalize=False, tile=None)
-    assert not tiled
-    check("chunked", name, normal(41, 3).to(dtype), sample, labels, 0.01, tile=None)
-    zero = normal(41, 24).to(dtype).masked_fill_(torch.arange(41)[:, None] == 5, 0)
-    check("chunked", name, zero, sample, labels, 0.5, tile=None)
-    assert tiled == [41, 41]
-
-
-@pytest.mark.parametrize("field", test_rowstats.FIELDS)
-def test_statistics_of_any_number_of_views(field: str, tiled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    sample, labels = uneven_batch()
-    monkeypatch.setattr(test_rowstats, "small_tiles", lambda *_: pytest.MonkeyPatch.context())
-    for ids in ({"sample": sample}, {"sample": sample, "labels": labels}):
-        for dtype in DTYPES:
-            test_rowstats.check("chunked", (field,), normal(41, 9).to(dtype), None, ids, 0.2)
-    x = normal(41, 9).float().requires_grad_()
-    stats = fastcl.row_stats(x, sample=torch.arange(41) % 21, temperature=0.07)
-    (grad,) = torch.autograd.grad(stats.spread_view.sum(), x)
-    assert not stats.spread_view.any() and not grad.any() and not tiled
-
-
 def test_objectives_of_ones_own(tiled: list[int]) -> None:
     sample = torch.arange(24).repeat(2)
     for formula, own in OWN:
@@ -250,27 +208,6 @@ def test_nothing_that_needs_no_gradient_has_one() -> None:
         assert not fastcl.contrastive_loss(z, SAMPLE, temperature=t).requires_grad
     fastcl.ntxent_loss(z[:9].requires_grad_(), z[9:].detach(), t).backward()
     assert t.grad is not None
-
-
-def kept(reduction: str, n: int) -> list[int]:
-    """Bytes of the tensors that are kept for the backward pass of n rows."""
-    x, sample, sizes = normal(n, 16).float().requires_grad_(), torch.arange(n // 2).repeat(2), {}
-
-    def pack(v: Tensor) -> Tensor:
-        sizes[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
-        return v
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
-        fastcl.contrastive_loss(x, sample, sample % 10, "supcon", 0.1, reduction)
-    return list(sizes.values())
-
-
-def test_memory_kept_for_backward(tiled: list[int]) -> None:
-    assert sum(kept("mean", 1024)) < 3 * 4 * 1024 * 16
-    assert not tiled
-    assert 4 * chunked.WHOLE / 4 < sum(kept("none", 1024)) < 3 * 4 * chunked.WHOLE
-    side = math.isqrt(chunked.WHOLE)
-    assert max(kept("none", side + 2)) < 4 * chunked.WHOLE / 8 and tiled == [side + 2]
 
 
 def test_the_same_twice_and_under_autocast_and_deterministic_algorithms() -> None:
