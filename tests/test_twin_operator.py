@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import normal
+from reference import normal, small_tiles
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,6 +11,7 @@ from triton_runs import DEVICE, few_programs, launches, leaf  # noqa: F401
 
 import fastcl
 from fastcl import FastclError
+from fastcl.backends import chunked
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 
@@ -53,7 +54,7 @@ def test_compiled_whole_for_any_number_of_rows(width: int, rows: tuple[int, ...]
         leaves = [leaf(v) for v in (normal(n, 4).float(), normal(n, width, seed=1).float(), torch.tensor(0.3))]
         sample = (torch.arange(n) % (n // 2)).to(DEVICE)
         results = []
-        with fastcl.backend("chunked"):
+        with fastcl.backend("chunked"), small_tiles(chunked, 256, 2048):  # as compiled code, which takes no other way
             for f in (compiled, both):
                 loss, sums = f(*leaves, sample)
                 results.append((loss, sums, *torch.autograd.grad(loss, leaves)))
