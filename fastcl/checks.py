@@ -24,6 +24,7 @@ def check_positive(value: float | Tensor, name: str) -> None:
         check_not_meta(value, name)
         if not _readable(value):
             return
+    if hasattr(value, "item"):  # a tensor's or numpy's number, which may be too narrow for the bounds
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _SMALLEST <= value <= 1 / _SMALLEST:
         raise FastclError(f"{name} must be a positive finite number, at least {_SMALLEST:g}, got {value!r}")
@@ -64,7 +65,9 @@ def is_inside(x: Tensor, transform: str) -> bool:
 
 def _readable(x: Tensor) -> bool:
     """Whether a check may read values: elsewhere it would wait for the device, or cannot."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_inside(x, "vmap")
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or hasattr(x, "fake_mode"):  # of a FakeTensor
+        return False
+    return not is_inside(x, "vmap")
 
 
 def check_all_ids(
@@ -123,7 +126,7 @@ def is_stacked(sample: Tensor, labels: Tensor | None) -> bool:
     """Whether ids on a CPU are those of first views and then of second views, samples ascending, with equal labels;
     False where that is not looked at. Sorting few ids costs more than a loss of them."""
     half = len(sample) // 2
-    if type(sample) is not Tensor or not _readable(sample) or len(sample) != 2 * half:  # a FakeTensor has no values
+    if type(sample) is not Tensor or not _readable(sample) or len(sample) != 2 * half:
         return False
     return all(torch.equal(v[:half], v[half:]) for v in (sample, labels) if v is not None) and bool(
         (sample[1:half] > sample[: half - 1]).all()

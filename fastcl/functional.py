@@ -171,6 +171,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     check_positive(logit_scale, "logit_scale")
     if isinstance(logit_scale, Tensor) and logit_scale.dtype != torch.float64:
         logit_scale = logit_scale.to(torch.float64 if image.dtype == torch.float64 else torch.float32)
+    logit_scale = logit_scale if isinstance(logit_scale, Tensor) else float(logit_scale)
     return _losses(batch, [resolve("ntxent")], 1 / logit_scale, normalize, "mean", columns=True)[0]
 
 
@@ -202,7 +203,7 @@ def _losses(
     On the Triton backend, and for few rows on a CPU, rows of the table are evaluated inside the operator; a callable of
     the caller's own is evaluated by torch on the statistics, there as elsewhere.
     """
-    table = all(isinstance(loss, Objective) for loss in losses)
+    table = all(type(loss) is Objective for loss in losses)  # a subclass may compute something else
     chosen = choose(batch.x) if losses and table else None
     if chosen == "chunked" and precision in (None, *PRECISIONS):
         check_positive(temperature, "temperature")

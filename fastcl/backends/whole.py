@@ -117,7 +117,7 @@ def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
     low, high = low.item(), high.item()
     if not (NORMS[0] <= low and high <= NORMS[1]):  # NaN neither
         return None
-    return (x / norm, norm, 1.0) if way.normalize else (x, norm, high)
+    return (x / norm, norm, 1.0) if way.normalize else (x.clone(), norm, high)
 
 
 def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer: Pull) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcl.backends import chunked
 from fastcl.backends.layout import Layout
-from fastcl.operators.registration import differentiable_once, register
+from fastcl.operators.registration import differentiable_once, refuse_batched, register
 
 _library = torch.library.Library("fastcl", "DEF")
 _IDS = "Tensor sample, Tensor? labels, Tensor? sample_y, Tensor? labels_y"
@@ -42,6 +42,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_batched("chunked", *grads)
     x, y, *ids, lse_peer, lse_other = ctx.saved_tensors
     dx, dy = torch.ops.fastcl.row_stats_backward(x, y, *ids, [lse_peer, lse_other], [g.contiguous() for g in grads[:5]])
     return dx, None if y is None else dy, None, None, None, None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcl.backends.layout import Layout
-from fastcl.operators.registration import differentiable_once, register
+from fastcl.operators.registration import differentiable_once, refuse_batched, register
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _ROWS = "Tensor x, Tensor? x2, Tensor? y"
@@ -126,6 +126,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_batched("triton", *grads)
     x, x2, y, temperature, *saved = ctx.saved_tensors
     grads = [None if g is None or g.numel() == 0 else g for g in (grads[0], grads[2], grads[3], grads[5])]
     # The kernels read the losses' gradients as they come, a mean's expanded number too.

@@ -19,6 +19,17 @@ def register(
     torch.library.register_autograd(f"fastcl::{name}", autograd, setup_context=setup_context, lib=library)
 
 
+def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
+    """Raise FastclError for several gradients at once, as torch.autograd.grad(is_grads_batched=True) gives them."""
+    functorch = torch._C._functorch
+    tests = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor  # of torch.func, of torch.autograd
+    if any(g is not None and any(test(g) for test in tests) for g in grads):
+        raise FastclError(
+            f"the {backend} backend takes one gradient at a time; for batched ones (is_grads_batched, vectorize) run "
+            "the forward pass inside `with fastcl.backend('dense')`"
+        )
+
+
 def differentiable_once(backend: str) -> Callable:
     """The derivative of a backend's backward pass: the error that there is none."""
 

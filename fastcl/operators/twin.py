@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcl.backends.layout import Layout
 from fastcl.operators.fused import call_of
-from fastcl.operators.registration import register
+from fastcl.operators.registration import refuse_batched, register
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _IDS = "Tensor sample, Tensor? labels"
@@ -60,6 +60,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Each model's gradient by the backward pass of `fused`."""
+    refuse_batched("triton", grad_a, grad_b)
     za, zb, temperature, stats_a, stats_b, order, z_a, inv_a, z_b, inv_b, flag_a, flag_b = ctx.saved_tensors
     need_t = ctx.needs_input_grad[4]
     rows, total = [None, None], None

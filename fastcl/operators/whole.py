@@ -16,7 +16,7 @@ from torch.autograd import Function
 from fastcl.backends import masked, whole
 from fastcl.backends.closed import Form, Sides, Slopes, rows_and_slopes
 from fastcl.backends.whole import Kept
-from fastcl.operators.registration import differentiable_once
+from fastcl.operators.registration import differentiable_once, refuse_batched
 
 _refuse = differentiable_once("chunked")
 
@@ -105,7 +105,7 @@ def any_row_stats(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
     """As `row_stats`, of rows (N, D) with any number of views."""
     given = temperature if isinstance(temperature, Tensor) else None
-    way = whole.Way(temperature.item() if given is not None else temperature, normalize, False)
+    way = whole.Way(_number(temperature), normalize, False)
     with torch.no_grad(), _in_full():
         if (found := masked.forward(x, sample, labels, way)) is None:
             return None
@@ -114,7 +114,7 @@ def any_row_stats(
 
 
 def _forward(pairs: Pairs, temperature: float | Tensor, normalize: bool, peers: bool):
-    value = temperature.item() if isinstance(temperature, Tensor) else temperature
+    value = _number(temperature)
     x = pairs.x if pairs.order is None else pairs.x[pairs.order]
     way = whole.Way(value, normalize, pairs.towers)
     found = whole.forward(x, pairs.x2, pairs.labels, peers, way)
@@ -125,23 +125,51 @@ def _restored(values: Tensor, order: Tensor | None) -> Tensor:
     return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
 
 
+def _number(temperature: float | Tensor) -> float:
+    """As Python's float: another kind of number would bring its own rounding into the logits."""
+    return temperature.item() if isinstance(temperature, Tensor) else float(temperature)
+
+
+class _Given(NamedTuple):
+    """What gradients are shaped like. The inputs themselves are not kept: who changes them changes no gradient."""
+
+    dtype: torch.dtype  # of the rows
+    two: bool  # in two tensors
+    temperature: tuple[torch.Size, torch.dtype] | None
+
+    @classmethod
+    def of(cls, x: Tensor, x2: Tensor | None, temperature: Tensor | None) -> _Given:
+        return cls(x.dtype, x2 is not None, None if temperature is None else (temperature.shape, temperature.dtype))
+
+    def gradients(self, dx: Tensor, dt: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of the rows, of the second rows and of the temperature, from those in working precision."""
+        if dx.dtype != self.dtype:
+            dx = dx.to(self.dtype)
+        rows = dx.chunk(2) if self.two else (dx, None)
+        if dt is not None:
+            shape, dtype = self.temperature
+            dt = dt.reshape(shape).to(dtype)
+        return *rows, dt
+
+
 class _Ready(Function):
     """A loss whose gradients are there already, but for a factor: of the rows, and of the temperature."""
 
     @staticmethod
     def forward(ctx, boxed, dx, dt, factor, x, x2, temperature):
-        ctx.factor = factor
-        ctx.save_for_backward(dx, dt, x, x2, temperature)
+        ctx.factor, ctx.given = factor, _Given.of(x, x2, temperature)
+        ctx.save_for_backward(dx, dt)
         return boxed[0]
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dt, *inputs = ctx.saved_tensors
+        refuse_batched("chunked", grad)
+        dx, dt = ctx.saved_tensors
         with torch.no_grad():
             scale = grad.item() * ctx.factor
             dt = dt * scale if ctx.needs_input_grad[6] else None
-            found = _of_inputs(dx * scale, dt, *inputs)
-        return None, None, None, None, *_once(found, *inputs, grad)
+            found = ctx.given.gradients(dx * scale, dt)
+        return None, None, None, None, *_once(found)
 
 
 class _Attached(Function):
@@ -150,53 +178,45 @@ class _Attached(Function):
     @staticmethod
     def forward(ctx, results, slopes, way, kept, order, *inputs):
         ctx.way, ctx.slopes = way, [{r: v if isinstance(v, float) else None for r, v in s.items()} for s in slopes]
+        ctx.given = _Given.of(*inputs)
         tensors = [v for s in slopes for v in s.values() if not isinstance(v, float)]
-        ctx.save_for_backward(*inputs, order, *kept, *tensors)
+        ctx.save_for_backward(order, *kept, *tensors)
         ctx.set_materialize_grads(False)
         return tuple(_restored(v, order) for v in results)
 
     @staticmethod
     def backward(ctx, *grads):
-        x, x2, temperature, order, *rest = ctx.saved_tensors
+        refuse_batched("chunked", *grads)
+        order, *rest = ctx.saved_tensors
         with torch.no_grad(), _in_full():
             kept, tensors = Kept(*rest[: len(Kept._fields)]), iter(rest[len(Kept._fields) :])
             slopes = [{r: next(tensors) if v is None else v for r, v in s.items()} for s in ctx.slopes]
             scale, pulls = _pulls(slopes, grads, order)
             dv = whole.backward(kept, ctx.way, *pulls).mul_(scale / ctx.way.temperature)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[7])
-            found = _of_inputs(_restored(dx, order), dt, x, x2, temperature)
-        return None, None, None, None, None, *_once(found, x, x2, temperature, *grads)
+            found = ctx.given.gradients(_restored(dx, order), dt)
+        return None, None, None, None, None, *_once(found)
 
 
 class _Masked(Function):
     """The five statistics of rows with any number of views, computed without autograd."""
 
     @staticmethod
-    def forward(ctx, statistics, way, kept, *inputs):
-        ctx.way = way
-        ctx.save_for_backward(*inputs, *kept)
+    def forward(ctx, statistics, way, kept, x, temperature):
+        ctx.way, ctx.given = way, _Given.of(x, None, temperature)
+        ctx.save_for_backward(*kept)
         return statistics
 
     @staticmethod
     def backward(ctx, *grads):
-        x, temperature, *rest = ctx.saved_tensors
+        refuse_batched("chunked", *grads)
         with torch.no_grad(), _in_full():
-            kept = masked.Kept(*rest)
+            kept = masked.Kept(*ctx.saved_tensors)
             scale = torch.stack(grads).abs().amax().item() or 1.0
             dv = masked.backward(kept, ctx.way, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[4])
-            dx, _, dt = _of_inputs(dx, dt, x, None, temperature)
-        return None, None, None, *_once((dx, dt), x, temperature, *grads)
-
-
-def _of_inputs(
-    dx: Tensor, dt: Tensor | None, x: Tensor, x2: Tensor | None, temperature: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs, in their dtypes and shapes."""
-    if dx.dtype != x.dtype:
-        dx = dx.to(x.dtype)
-    rows = (dx, None) if x2 is None else dx.chunk(2)
-    return *rows, None if dt is None else dt.reshape(temperature.shape).to(temperature.dtype)
+            dx, _, dt = ctx.given.gradients(dx, dt)
+        return None, None, None, *_once((dx, dt))
 
 
 def _pulls(
@@ -214,16 +234,16 @@ def _pulls(
     return scale, [totals.get(r) for r in whole.PULLS]
 
 
-def _once(found: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+def _once(found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The gradients, which refuse to be differentiated where their graph is made (create_graph)."""
     if not torch.is_grad_enabled():
         return found
-    return tuple(None if v is None else _Once.apply(v, *inputs) for v in found)
+    return tuple(None if v is None else _Once.apply(v.detach().requires_grad_()) for v in found)
 
 
 class _Once(Function):
     @staticmethod
-    def forward(ctx, grad, *inputs):
+    def forward(ctx, grad):
         return grad.clone()
 
     @staticmethod
