@@ -24,7 +24,8 @@ def check_positive(value: float | Tensor, name: str) -> None:
         check_not_meta(value, name)
         if not _readable(value):
             return
-    if hasattr(value, "item"):  # a tensor's or numpy's number, which may be too narrow for the bounds
+        value = value.item()
+    elif isinstance(value, numbers.Real) and hasattr(value, "item"):  # numpy's, maybe too narrow for the bounds
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _SMALLEST <= value <= 1 / _SMALLEST:
         raise FastclError(f"{name} must be a positive finite number, at least {_SMALLEST:g}, got {value!r}")
