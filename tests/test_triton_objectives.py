@@ -24,7 +24,7 @@ from triton_runs import (  # noqa: F401
 import fastcl
 from fastcl import Objective
 from fastcl.batch import Batch
-from fastcl.functional import _row_losses
+from fastcl.functional import _losses
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -161,7 +161,7 @@ def test_every_objective_at_once_where_relations_are_empty(labels: Tensor) -> No
     with launches() as ran:
         x = leaf(z)
         batch = Batch.of(x, None, MIXED.to(DEVICE), labels.to(DEVICE), None, None)
-        (rows,) = _row_losses(batch, [Objective(*s) for s in sets], 0.3, True)
+        rows = _losses(batch, [Objective(*s) for s in sets], 0.3, True, "none")
         total = sum(rows)
         formulas = [row_losses(of_sets(*s), masks(MIXED, labels)) for s in sets]
         truth = solve(lambda s: sum(f(s) for f in formulas), z, 0.3, weights=weights, subtracts=True)
