@@ -101,14 +101,14 @@ def _check_classes(path: str, folders: _Folders, depth: int, kinds: list[str], t
         if kind in classes:
             tops[kind].add(folder[depth - 1])
             classes[kind].add("/".join(folder[depth:]))
-    if "" in classes["train"] | classes[test] or classes["train"] & classes[test]:
+    if not classes[test] or "" in classes["train"] | classes[test] or classes["train"] & classes[test]:
         return  # images in no class folder are named by whoever asked
     sides = [f"{_names(tops[kind])} (class folders {_names(classes[kind])})" for kind in classes]
     flat = [_names(tops[kind]) for kind in classes if len(classes[kind]) == 1]
     hint = f"{' and '.join(flat)} is flat, all images in one folder: " if flat else ""
     raise FastclError(
-        f"{shown(path)}: {' and '.join(sides)} share no class; {hint}expected is SPLIT/CLASS/image with the same classes "
-        "in every split"
+        f"{shown(path)}: {' and '.join(sides)} share no class; {hint}expected is SPLIT/CLASS/image with the same "
+        "classes in every split"
     )
 
 
