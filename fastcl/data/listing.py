@@ -96,8 +96,9 @@ def images(names: Iterable[str], left_out: LeftOut, what: str) -> list[str]:
     gone = [name for name in lost if name.rpartition("/")[0] not in folders]
     if gone:
         endings = ", ".join(sorted({PurePosixPath(name).suffix for name in gone}))
+        classes = ", ".join(f"'{shown(folder)}'" for folder in sorted({name.rpartition("/")[0] for name in gone}))
         raise FastclError(
-            f"{shown(what)}: all images of {gone[0].rpartition('/')[0]!r} are {endings}, which this Pillow "
+            f"{shown(what)}: all images of {classes} are {endings}, which this Pillow "
             f"cannot decode ({len(gone)} such images): convert them to .jpg or .png"
         )
     return taken
