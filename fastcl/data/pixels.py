@@ -19,7 +19,8 @@ def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) ->
     """(H, W, channels) uint8 pixels of an opened picture in any mode.
 
     Transparent pixels show white (what lies under them is arbitrary); 16-bit pixels keep their high byte, and a .pgm's
-    are scaled by the greatest value that it states; a TIFF whose zero is white is turned round; the orientation tag is not applied, as in torchvision.
+    are scaled by the greatest value that it states; a TIFF whose zero is white is turned round; the orientation tag is
+    not applied, as in torchvision.
 
     Raises:
         FastclError: more pixels than allowed, 32-bit pixels, whose range no file states, or 16-bit pixels that reach
