@@ -237,7 +237,7 @@ class TestTorchvision:
         [
             ("CIFAR1O", None, "no 'CIFAR1O'; did you mean 'CIFAR10'"),
             ("CIFAR10", None, "torchvision:CIFAR10 needs data.root"),
-            ("ByTrain", "x", "torchvision:ByTrain: RuntimeError: .*download=True"),
+            ("ByTrain", "x", "torchvision:ByTrain: the files are not in data.root.*data.download = true"),
             ("OnlyTrain", "x", "torchvision:OnlyTrain: none of its possible test splits.*no such split"),
             ("Boxes", None, r"torchvision:Boxes item 4: .*integer label.*\(Image, \{'box'"),
             ("Broken", None, "torchvision:Broken item 2: OSError: image file is truncated"),

@@ -74,7 +74,7 @@ class TestSixteenBits:
         got = read(tmp_path, encode(self.full), extension)
         np.testing.assert_array_equal(got, np.repeat((self.full // 256)[..., None], 3, 2))
         for bits, few in ((10, 1023), (12, 4095), (14, 16383)):
-            with pytest.raises(FastclError, match=r"a/\d.*16-bit pixels that reach only .* of 65,535 .*full range"):
+            with pytest.raises(FastclError, match=r"a/\d.*16-bit pixels that reach only .* of 65,535, .*full range"):
                 read(tmp_path, encode(self.full >> 16 - bits), extension)
             assert self.full.max() >> 16 - bits == few
         assert (read(tmp_path, encode(0 * self.full), extension) == 0).all(), "a black image is one"

@@ -88,8 +88,8 @@ class TestFilesThatAreNotTaken:
         ]
 
     def test_a_class_that_cannot_be_decoded_does_not_vanish(self, make):
-        files = {**TWO, "c/0.HEIC": b"x", "c/1.heif": b"x"}
-        with pytest.raises(FastclError, match=r"all images of 'c' are .HEIC, .heif, which .*\(2 such images\)"):
+        files = {**TWO, "c/0.HEIC": b"x", "c/1.heif": b"x", "d/0.heif": b"x"}
+        with pytest.raises(FastclError, match=r"all images of 'c', 'd' are .HEIC, .heif, which .*\(3 such images\)"):
             load(make(files))
 
     @pytest.mark.parametrize("extension", ["jfif", "jpe", "avif", "jp2", "tga", "pnm", "dib"])

@@ -15,8 +15,8 @@ import numpy as np
 
 from fastcl.data.limits import most_bytes
 from fastcl.data.listing import HIDDEN, LeftOut, hidden, images
-from fastcl.data.readers import naming
-from fastcl.errors import FastclError
+from fastcl.data.opening import check_zip, naming
+from fastcl.errors import FastclError, shown
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _AT_ONCE = 1 << 16  # packed bytes
@@ -43,13 +43,20 @@ class Zip:
 
     def __init__(self, path: Path, max_pixels: int) -> None:
         self.path, self.left_out = path, LeftOut()
-        with naming(f"cannot read {path} as a zip"), zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
+        with naming(f"cannot read {path} as a zip"), open(path, "rb") as file:
+            check_zip(file)
+            with zipfile.ZipFile(file) as archive:
+                infos = archive.infolist()
         entries: dict[str, zipfile.ZipInfo] = {}
+        folders: set[str] = set()
         for info in infos:
             name = _plain(info.filename)
             kind = stat.S_IFMT(info.external_attr >> 16)
-            if info.is_dir() or info.filename.endswith("\\"):
+            directory = info.is_dir() or info.filename.endswith("\\")
+            folder = name if directory else name.rpartition("/")[0]
+            if not hidden(folder):
+                folders.add(folder)
+            if directory:
                 continue
             if hidden(name):
                 self.left_out.add(HIDDEN, name)
@@ -60,9 +67,10 @@ class Zip:
                     self.left_out.add(_DOUBLE, name)
                 entries[name] = info
         self.names = images(entries, self.left_out, str(path))
+        self.left_out.add_lost(folders, self.names)
         chosen = [entries[name] for name in self.names]
         for name, info in zip(self.names, chosen, strict=True):
-            _check(f"{path}!{name}", info, most_bytes(max_pixels))
+            _check(shown(f"{path}!{name}"), info, most_bytes(max_pixels))
         _check_apart(path, infos)
         self._offset = np.array([info.header_offset for info in chosen], np.int64)
         self._packed = np.array([info.compress_size for info in chosen], np.int64)
@@ -72,7 +80,7 @@ class Zip:
 
     def label(self, i: int) -> str:
         """What an error message calls image i."""
-        return f"{self.path}!{self.names[i]}"
+        return shown(f"{self.path}!{self.names[i]}")
 
     def open(self, i: int) -> BinaryIO:
         """Image i as a file that is unpacked as far as it is read."""
@@ -185,4 +193,4 @@ def _check_apart(path: Path, infos: list[zipfile.ZipInfo]) -> None:
     infos = sorted(infos, key=lambda info: info.header_offset)
     for a, b in zip(infos, infos[1:], strict=False):
         if a.header_offset + _LOCAL_HEADER.size + a.compress_size > b.header_offset:
-            raise FastclError(f"{path}: the entries {a.filename!r} and {b.filename!r} share bytes of the file")
+            raise FastclError(f"{shown(path)}: the entries {a.filename!r} and {b.filename!r} share bytes of the file")

@@ -8,23 +8,17 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastcl.data.archives import Zip
+from fastcl.data.layouts import LEFT_OUT, official_splits
 from fastcl.data.limits import check_pixels
 from fastcl.data.listing import extensions, mode_of
+from fastcl.data.opening import naming, open_image
 from fastcl.data.pixels import decode
-from fastcl.data.readers import Encoded, Read, Source, naming
+from fastcl.data.readers import Encoded, Read, Source
 from fastcl.data.trees import Tree
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, shown
 
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "validation"),
-    **dict.fromkeys(("unlabeled", "unlabelled", "unsupervised"), "unlabeled"),
-}
-_LEFT_OUT = "left out"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 
 
@@ -37,23 +31,33 @@ def read_folder(path: Path, max_pixels: int) -> Source:
     images are left out, and with a test split the validation images.
     Sample ids count all images, those of a left-out split too, in the order of their sorted paths. Hidden files and
     folders and macOS's resource forks are passed over, and so is everything that this Pillow does not decode. What is
-    left out is counted (`Source.left_out`).
+    left out is counted (`Source.left_out`), and folders without any image that is taken are all named.
+
+    Folders that look like splits in another layout are refused, not taken for classes. A name looks like a split that
+    is one of the words above, alone or followed by `-`, `_`, `.` or a digit (train_images, test-a, val2017); so
+    `trainer`, `valley` and `train station` do not. Refused are, at the top or below one wrapping folder:
+        - two or more folders that all look like splits, but are not the layout above (no train, or train1, train2);
+        - folders of two kinds (train and test, say) beside others, where a name is more than the word alone or both
+          hold class folders; a folder of one kind that holds class folders of the names beside it; unlabeled
+          beside classes;
+        - folders that hold train and test or validation folders themselves (images/train, images/test, labels/train).
+    What is left are classes: `bus`, `train` and `test` with images directly in them.
 
     Raises:
         FastclError: no folder or zip, no images, an image in no class folder, a class whose images cannot be decoded
-            here, train and test folders with the same classes beside folders that are no split.
+            here, splits in another layout, or a training and a test split without a common class.
     """
     mode = mode_of(path, "folder or zip")
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-        raise FastclError(f"{path} is a special file, neither a folder nor a zip")
+        raise FastclError(f"{shown(path)} is a special file, neither a folder nor a zip")
     store = Tree(path, max_pixels) if stat.S_ISDIR(mode) else Zip(path, max_pixels)
     if not store.names:
         seen = "; it holds " + ", ".join(store.left_out.lines()) if store.left_out.lines() else ""
-        raise FastclError(f"{path} holds no image files ({' '.join(extensions())}){seen}")
+        raise FastclError(f"{shown(path)} holds no image files ({' '.join(extensions())}){seen}")
     folders = [name.split("/")[:-1] for name in store.names]
-    depth, split = _official_splits(str(path), folders)
+    depth, split = official_splits(str(path), folders)
     _count_left_out(store, folders, depth, split)
-    used = [kind != _LEFT_OUT for kind in split]
+    used = [kind != LEFT_OUT for kind in split]
     bare = [i for i, folder in enumerate(folders) if used[i] and len(folder) <= depth]
     if bare:
         tops = ", ".join(sorted({folder[depth - 1] for folder in folders})) if depth else ""
@@ -69,41 +73,9 @@ def read_folder(path: Path, max_pixels: int) -> Source:
     return Source(title, tuple(names), 3, labels, test, opened, store.left_out.lines())
 
 
-def _official_splits(path: str, folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
-    """How many leading folders are not part of the class (0: no official split), and each image's split."""
-    wrapped = len({folder[0] for folder in folders if folder}) == 1 and all(len(folder) > 1 for folder in folders)
-    for depth in (1, 2) if wrapped else (1,):
-        kinds = [_SPLITS.get(folder[depth - 1].lower(), "") if len(folder) >= depth else "" for folder in folders]
-        found = set(kinds)
-        if "train" not in found or len(found) == 1:
-            continue
-        if "" in found:
-            _check_classes(path, folders, depth, kinds)
-            continue
-        test = "test" if "test" in found else "validation"
-        return depth, [{"train": "train", test: "test"}.get(kind, _LEFT_OUT) for kind in kinds]
-    return 0, ["train"] * len(folders)
-
-
-def _check_classes(path: str, folders: Sequence[Sequence[str]], depth: int, kinds: list[str]) -> None:
-    """Refuse train and test folders that hold the same classes, so are splits, beside others that are none."""
-    below = [
-        {tuple(folder[depth:]) for folder, kind in zip(folders, kinds, strict=True) if kind in of and folder[depth:]}
-        for of in (("train",), ("test", "validation"))
-    ]
-    if not below[0] & below[1]:
-        return
-    others = ["/".join(folder[:depth]) for folder, kind in zip(folders, kinds, strict=True) if not kind]
-    shown = ", ".join(repr(name or ".") for name in sorted(set(others)))
-    raise FastclError(
-        f"{path}: train and test folders hold the same classes, so they look like splits; but beside them there are "
-        f"{len(others)} images in {shown}: move those away, or name the folder unlabeled to leave them out"
-    )
-
-
 def _count_left_out(store: Tree | Zip, folders: Sequence[Sequence[str]], depth: int, split: list[str]) -> None:
     for name, folder, kind in zip(store.names, folders, split, strict=True):
-        if kind == _LEFT_OUT:
+        if kind == LEFT_OUT:
             store.left_out.add(f"images of {folder[depth - 1]}/", name)
 
 
@@ -118,7 +90,7 @@ def _header(store: Tree | Zip, max_pixels: int, i: int) -> tuple[tuple[int, int]
     """(height, width), and whether it is a grey or RGB JPEG; (0, 0) for a file whose header cannot be read, or has more
     pixels than allowed: reading the image will say so."""
     try:
-        with naming(store.label(i)), store.open(i) as file, Image.open(file) as picture:
+        with naming(store.label(i)), store.open(i) as file, open_image(file) as picture:
             check_pixels(picture, max_pixels)
             return (picture.height, picture.width), picture.format == "JPEG" and picture.mode in ("L", "RGB")
     except FastclError:
@@ -129,9 +101,9 @@ def _file_pixels(store: Tree | Zip, max_pixels: int, ids: np.ndarray, sizes: np.
     image = int(ids[i])
     with naming(store.label(image)):
         if not sizes[i].all():  # what is wrong with its header is said before the rest is unpacked
-            with store.open(image) as file, Image.open(file) as picture:
+            with store.open(image) as file, open_image(file) as picture:
                 check_pixels(picture, max_pixels)
-        with store.whole(image) as file, Image.open(file) as picture:
+        with store.whole(image) as file, open_image(file) as picture:
             return decode(picture, 3, max_pixels)
 
 

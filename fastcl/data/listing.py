@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, features
@@ -20,6 +20,7 @@ _FEATURES = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # a plugin
 _SHOWN = 3
 HIDDEN, OTHER = "hidden files or folders", "files that are no images"
 UNREAD = "images that this Pillow cannot decode"
+_LOST = "folders without any image that is taken, so no classes"
 _QUIET = (HIDDEN, OTHER)
 
 
@@ -27,6 +28,13 @@ def extensions() -> tuple[str, ...]:
     """Endings of the files that are taken for images, in lower case."""
     known = Image.registered_extensions()
     return tuple(e for e in _PHOTOS if known.get(e) in Image.OPEN and features.check(_FEATURES.get(known[e], "pil")))
+
+
+def formats() -> list[str]:
+    """The formats of those files, as Pillow names them, in the order in which it tries them."""
+    known = Image.registered_extensions()
+    wanted = {known.get(e) for e in _PHOTOS}
+    return [name for name in Image.ID if name in wanted]
 
 
 class LeftOut:
@@ -39,18 +47,32 @@ class LeftOut:
         """Count a file or folder."""
         self._names.setdefault(reason, []).append(name)
 
+    def add_lost(self, folders: Iterable[str], taken: Iterable[str]) -> None:
+        """Count the innermost of all visible folders that hold none of the images taken."""
+        folders = set(folders) - {""}
+        inner = folders - {parent for name in folders for parent in _parents(name)}
+        for name in inner - {parent for image in taken for parent in _parents(image)}:
+            self.add(_LOST, name)
+
     def lines(self) -> dict[str, bool]:
         """Each reason with its count and the first names; True where a warning is due."""
         return {self._line(reason, sorted(names)): reason not in _QUIET for reason, names in self._names.items()}
 
     def _line(self, reason: str, names: list[str]) -> str:
-        more = ", ..." if len(names) > _SHOWN else ""
-        return f"{len(names)} {reason} ({', '.join(shown(name) for name in names[:_SHOWN])}{more})"
+        most = len(names) if reason == _LOST else _SHOWN  # each may be a class that somebody misses
+        more = ", ..." if len(names) > most else ""
+        return f"{len(names)} {reason} ({', '.join(shown(name) for name in names[:most])}{more})"
 
 
 def hidden(name: str) -> bool:
-    """Whether a path or a part of it is hidden; macOS's resource forks (._name) are."""
-    return any(part.startswith(".") for part in name.split("/"))
+    """Whether a path or a part of it is hidden; macOS's resource forks (._name, below __MACOSX in zips) are."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The folders that a path lies in, from the inside."""
+    while name := name.rpartition("/")[0]:
+        yield name
 
 
 def images(names: Iterable[str], left_out: LeftOut, what: str) -> list[str]:
@@ -74,8 +96,9 @@ def images(names: Iterable[str], left_out: LeftOut, what: str) -> list[str]:
     gone = [name for name in lost if name.rpartition("/")[0] not in folders]
     if gone:
         endings = ", ".join(sorted({PurePosixPath(name).suffix for name in gone}))
+        classes = ", ".join(f"'{shown(folder)}'" for folder in sorted({name.rpartition("/")[0] for name in gone}))
         raise FastclError(
-            f"{what}: all images of {gone[0].rpartition('/')[0]!r} are {endings}, which this Pillow "
+            f"{shown(what)}: all images of {classes} are {endings}, which this Pillow "
             f"cannot decode ({len(gone)} such images): convert them to .jpg or .png"
         )
     return taken
@@ -90,13 +113,13 @@ def mode_of(path: Path, wanted: str = "file") -> int:
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FastclError(f"no such {wanted}: {path}") from None
+        raise FastclError(f"no such {wanted}: {shown(path)}") from None
     except (OSError, ValueError) as error:  # no right to look into a folder on the way, a name too long, a zero byte
-        raise FastclError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise FastclError(f"cannot open {shown(path)}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check_file(path: Path, wanted: str) -> None:
     """Raise FastclError unless a path names a regular file: others (pipes) could block whoever opens them."""
     mode = mode_of(path)
     if not stat.S_ISREG(mode):
-        raise FastclError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'a special file'}, not {wanted}")
+        raise FastclError(f"{shown(path)} is {'a folder' if stat.S_ISDIR(mode) else 'a special file'}, not {wanted}")

@@ -12,13 +12,15 @@ from fastcl.errors import FastclError
 
 _BAND = 1 << 20  # pixels that are converted at a time
 _QUARTER = 1 << 14  # of a 16-bit range
+_PHOTOMETRIC = 262
 
 
 def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """(H, W, channels) uint8 pixels of an opened picture in any mode.
 
     Transparent pixels show white (what lies under them is arbitrary); 16-bit pixels keep their high byte, and a .pgm's
-    are scaled by the greatest value that it states; the orientation tag is not applied, as in torchvision.
+    are scaled by the greatest value that it states; a TIFF whose zero is white is turned round; the orientation tag is
+    not applied, as in torchvision.
 
     Raises:
         FastclError: more pixels than allowed, 32-bit pixels, whose range no file states, or 16-bit pixels that reach
@@ -31,6 +33,8 @@ def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) ->
     if picture.mode in ("I", "F") and not grey:
         raise FastclError(f"mode {picture.mode}: 32-bit pixels have no agreed range; save the image in 8 or 16 bits")
     twelve = "I;12" in str(stored)  # a TIFF that says so
+    # Pillow turns a TIFF whose zero is white (tag 262) round in 8 bits, but not in 16.
+    negative = picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC) == 0
     colour = picture.mode in ("RGB", "RGBA") and any(map(_deep, stored))
     pixels = np.empty((picture.height, picture.width, channels), np.uint8)
     rows, peak = max(1, _BAND // picture.width), 0
@@ -39,14 +43,15 @@ def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) ->
         if grey:
             values = np.asarray(band)
             peak = max(peak, int(values.max()))
+            values = (4095 if twelve else 65535) - values if negative else values
             band = Image.fromarray((values >> (4 if twelve else 8)).astype(np.uint8))
         elif colour:
             peak = max(peak, int(np.asarray(band)[..., :3].max()) << 8)
         pixels[top : top + rows] = _converted(band, channels)
     if 0 < peak < _QUARTER and not twelve:
         raise FastclError(
-            f"16-bit pixels that reach only {peak:,} of 65,535 (10- or 12-bit data?), which leaves {(peak >> 8) + 1} "
-            "of 256 levels: scale them to the full range, or save 8 bits"
+            f"16-bit pixels that reach only {peak:,} of 65,535, which leaves {(peak >> 8) + 1} of 256 levels: if "
+            "they are 10- or 12-bit data, scale them to the full range; if the image is only dark, save it in 8 bits"
         )
     return pixels
 

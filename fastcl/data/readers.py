@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,9 @@ from PIL import Image
 
 from fastcl.data.limits import check_pixels
 from fastcl.data.listing import check_file
+from fastcl.data.opening import check_zip, naming, open_image
 from fastcl.data.pixels import decode
-from fastcl.errors import FastclError, install_hint, suggest
+from fastcl.errors import FastclError, install_hint, shown, suggest
 
 OMNIGLOT_SIDE = 105
 CIFAR_SIDE = 32
@@ -57,16 +57,6 @@ class Source:
     left_out: Mapping[str, bool] = field(default_factory=dict)
 
 
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Turns whatever a decoder or another library raises into one error that says which file or item it was."""
-    try:
-        yield
-    except Exception as error:
-        reason = error if isinstance(error, FastclError) else f"{type(error).__name__}: {error}"
-        raise FastclError(f"{what}: {reason}") from error
-
-
 def read_digits() -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8, rescaled from 0..16 to 0..255. No official split."""
     try:
@@ -88,7 +78,7 @@ def read_omniglot(path: Path) -> Source:
 
     def check(bits: _Header, label: _Header, names: _Header) -> None:
         if bits.shape[1:] != (OMNIGLOT_SIDE, -(-OMNIGLOT_SIDE // 8)) or bits.dtype != np.uint8:
-            raise FastclError(f"{path}: ink_bits must be (n, 105, 14) uint8, got {bits}")
+            raise FastclError(f"{shown(path)}: ink_bits must be (n, 105, 14) uint8, got {bits}")
         _check_integers(path, "label", label, bits.shape[0])
         _check_names(path, names)
 
@@ -105,9 +95,9 @@ def read_cifar10(path: Path) -> Source:
 
     def check(jpeg: _Header, offset: _Header, label: _Header, split: _Header, names: _Header) -> None:
         if len(jpeg.shape) != 1 or jpeg.dtype != np.uint8:
-            raise FastclError(f"{path}: jpeg must be (bytes,) uint8, got {jpeg}")
+            raise FastclError(f"{shown(path)}: jpeg must be (bytes,) uint8, got {jpeg}")
         if label.shape[0] > jpeg.shape[0]:
-            raise FastclError(f"{path}: {label.shape[0]} labels of images in {jpeg.shape[0]} bytes")
+            raise FastclError(f"{shown(path)}: {label.shape[0]} labels of images in {jpeg.shape[0]} bytes")
         for name, header, more in (("offset", offset, 1), ("label", label, 0), ("split", split, 0)):
             _check_integers(path, name, header, label.shape[0] + more)
         _check_names(path, names)
@@ -116,7 +106,7 @@ def read_cifar10(path: Path) -> Source:
     offset = _checked(path, "offset", offset, len(jpeg) + 1)
     if len(label) and (offset[0] != 0 or offset[-1] != len(jpeg) or np.diff(offset).min() < 1):
         raise FastclError(
-            f"{path}: offset must rise from 0 to the {len(jpeg)} bytes of jpeg, "
+            f"{shown(path)}: offset must rise from 0 to the {len(jpeg)} bytes of jpeg, "
             f"got {offset[0]} to {offset[-1]}, smallest step {np.diff(offset).min()}"
         )
     labels = _checked(path, "label", label, len(names))
@@ -141,8 +131,15 @@ def read_torchvision(name: str, root: str | None, download: bool, max_pixels: in
     parameters = inspect.signature(known[name]).parameters
     if "root" in parameters and root is None:
         raise FastclError(f"torchvision:{name} needs data.root, the folder of the data (data.download fetches them)")
-    offered = {"root": root, "download": download, "loader": Image.open}
+    offered = {"root": root, "download": download, "loader": open_image}
     options = {key: value for key, value in offered.items() if key in parameters}
+    needed = [
+        key
+        for key, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if unknown := [key for key in needed if key not in (*options, "train", "split")]:
+        raise FastclError(f"torchvision:{name} needs arguments that a config cannot give: {', '.join(unknown)}")
     with naming(f"torchvision:{name}"):
         parts = _torchvision_parts(known[name], parameters, options)
     labels, sizes, channels = _visit(name, parts, max_pixels)
@@ -158,11 +155,13 @@ def read_torchvision(name: str, root: str | None, download: bool, max_pixels: in
 def _arrays(path: Path, check: Callable[..., None], *names: str) -> list[np.ndarray]:
     """The named arrays of an .npz archive; `check` is asked about their shapes and dtypes before they are read."""
     check_file(path, "an .npz archive")
-    with naming(f"cannot read {path} as an .npz archive"), open(path, "rb") as file, np.load(file) as archive:
-        missing = [name for name in names if name not in archive.files]
-        if missing:
-            raise FastclError(f"it lacks the arrays {missing}; it has {sorted(archive.files)}")
-        headers = [_npy_header(archive, name) for name in names]
+    with naming(f"cannot read {path} as an .npz archive"), open(path, "rb") as file:
+        check_zip(file)
+        with np.load(file) as archive:
+            missing = [name for name in names if name not in archive.files]
+            if missing:
+                raise FastclError(f"it lacks the arrays {missing}; it has {sorted(archive.files)}")
+            headers = [_npy_header(archive, name) for name in names]
     check(*headers)
     with naming(f"cannot read {path} as an .npz archive"), open(path, "rb") as file, np.load(file) as archive:
         return [np.atleast_1d(archive[name]) for name in names]
@@ -191,18 +190,18 @@ def _npy_header(archive: Any, name: str) -> _Header:
 
 def _check_integers(path: Path, name: str, header: _Header, count: int) -> None:
     if header.dtype.kind not in "iu" or header.shape != (count,):
-        raise FastclError(f"{path}: {name} must be ({count},) integers, got {header}")
+        raise FastclError(f"{shown(path)}: {name} must be ({count},) integers, got {header}")
 
 
 def _check_names(path: Path, header: _Header) -> None:
     if len(header.shape) != 1 or header.dtype.kind not in "US" or header.dtype.itemsize > _NAME_BYTES:
-        raise FastclError(f"{path}: class_names must be a list of names, got {header}")
+        raise FastclError(f"{shown(path)}: class_names must be a list of names, got {header}")
 
 
 def _checked(path: Path, name: str, values: np.ndarray, bound: int) -> np.ndarray:
     """(n,) int64 of an archive's integers in [0, bound)."""
     if len(values) and not (0 <= values.min() and values.max() < bound):
-        raise FastclError(f"{path}: {name} must lie in [0, {bound}), got {values.min()} to {values.max()}")
+        raise FastclError(f"{shown(path)}: {name} must lie in [0, {bound}), got {values.min()} to {values.max()}")
     return values.astype(np.int64)
 
 
@@ -217,7 +216,7 @@ def _open_ink(bits: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Read]:
 def _open_jpegs(path: Path, jpeg: np.ndarray, offset: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Read]:
     pixels = np.empty((len(ids), CIFAR_SIDE, CIFAR_SIDE, 3), np.uint8)
     for row, i in zip(pixels, ids.tolist(), strict=True):
-        with naming(f"{path.name} image {i}"), Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]])) as picture:
+        with naming(f"{path.name} image {i}"), open_image(io.BytesIO(jpeg[offset[i] : offset[i + 1]])) as picture:
             if picture.size != (CIFAR_SIDE, CIFAR_SIDE):
                 raise FastclError(f"must be {CIFAR_SIDE} x {CIFAR_SIDE}, got {picture.height} x {picture.width}")
             row[:] = decode(picture, 3)

@@ -18,7 +18,7 @@ from fastcl.data.folders import read_folder
 from fastcl.data.limits import MAX_PIXELS, check_max_pixels
 from fastcl.data.philox import Stream, check_integer, permutation, words
 from fastcl.data.readers import Source, read_cifar10, read_digits, read_omniglot, read_torchvision
-from fastcl.errors import FastclError, shown, suggest
+from fastcl.errors import FastclError, brief, shown, suggest
 
 log = logging.getLogger("fastcl")
 KINDS = ("digits", "omniglot", "cifar10", "folder", "torchvision")
@@ -142,7 +142,7 @@ def load(
             than 2), a class without enough images, test_fraction outside (0, 1), an unknown `corrupt`, or a value of
             another type.
     """
-    _check_arguments(source, root, test_fraction, corrupt, max_pixels)
+    _check_arguments(source, root, test_fraction, corrupt, max_pixels, download, skipped)
     found = _find(os.fspath(source), root, download, max_pixels)
     _tell(source, found)
     chosen = _choose(found, classes, seed)
@@ -167,20 +167,39 @@ def _tell(source: str, found: Source) -> None:
     for line, loud in found.left_out.items():
         log.log(logging.WARNING if loud else logging.INFO, "%s: left out %s", shown(found.name), line)
     if not len(found.labels):
-        raise FastclError(f"{source} holds no images")
+        raise FastclError(f"{shown(source)} holds no images")
 
 
-def _check_arguments(source: object, root: object, test_fraction: object, corrupt: object, max_pixels: int) -> None:
+def _check_arguments(
+    source: object,
+    root: object,
+    test_fraction: object,
+    corrupt: object,
+    max_pixels: int,
+    download: object,
+    skipped: object,
+) -> None:
     for key, value in {"source": source, "root": root}.items():
         if not isinstance(value, str | os.PathLike) and (key, value) != ("root", None):
             raise FastclError(f"data.{key} must be a text, got {value!r} ({type(value).__name__})")
     if isinstance(test_fraction, bool) or not isinstance(test_fraction, Real):
         raise FastclError(f"test_fraction must be a number, got {test_fraction!r}")
+    if not isinstance(download, bool):
+        raise FastclError(f"data.download must be true or false, got {brief(download)}")
+    if skipped is not None:
+        _check_skipped(skipped)
     check_max_pixels(max_pixels)
     if corrupt not in ("stop", "skip"):
         raise FastclError(f"data.corrupt must be stop or skip; got {corrupt!r}")
     if not 0 < test_fraction < 1:
         raise FastclError(f"test_fraction must lie in (0, 1), got {test_fraction}")
+
+
+def _check_skipped(skipped: object) -> None:
+    if not isinstance(skipped, Mapping):
+        raise FastclError(f"skipped must map sample ids to reasons, as Dataset.skipped does; got {brief(skipped)}")
+    for i in skipped:
+        check_integer(i, "a sample id of skipped")
 
 
 def _open(
@@ -194,7 +213,8 @@ def _open(
         if len(empty):
             readable = "readable " if left_out else ""
             raise FastclError(
-                f"{found.name}: class {names[empty[0]]!r} has no {readable}{what} images ({len(empty)} such classes)"
+                f"{shown(found.name)}: class {names[empty[0]]!r} has no {readable}{what} images "
+                f"({len(empty)} such classes)"
             )
         splits[what] = Split(ids, labels[ids], *found.open(ids))
     return splits
@@ -228,7 +248,7 @@ def _find(source: str, root: str | None, download: bool, max_pixels: int) -> Sou
     try:
         path = Path(where).expanduser()
     except RuntimeError as error:  # ~somebody
-        raise FastclError(f"source {source!r}: {error}") from None
+        raise FastclError(f"source {source!r}: {shown(error)}") from None
     if kind == "folder":
         return read_folder(path, max_pixels)
     return read_omniglot(path) if kind == "omniglot" else read_cifar10(path)
@@ -240,7 +260,9 @@ def _choose(found: Source, classes: int | None, seed: int) -> np.ndarray:
     if classes is None:
         return np.arange(total)
     if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or not 2 <= classes <= total:
-        raise FastclError(f"classes must be an integer in [2, {total}] ({found.name} has {total}), got {classes!r}")
+        raise FastclError(
+            f"classes must be an integer in [2, {total}] ({shown(found.name)} has {total}), got {classes!r}"
+        )
     return permutation(total, seed=seed, stream=Stream.CLASSES)[:classes]
 
 

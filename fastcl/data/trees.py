@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastcl.data.limits import most_bytes
-from fastcl.data.listing import HIDDEN, LeftOut, images
-from fastcl.errors import FastclError
+from fastcl.data.listing import HIDDEN, LeftOut, hidden, images
+from fastcl.errors import FastclError, shown
 
 _TWICE = "links to files or folders that are taken already"
 _SPECIAL = "special files (pipes, sockets, devices)"
@@ -43,10 +43,11 @@ class Tree:
                     continue
                 seen.add(key)
             self.names.append(name)
+        self.left_out.add_lost(walk.folders, self.names)
 
     def label(self, i: int) -> str:
         """What an error message calls image i."""
-        return str(self.root / self.names[i])
+        return shown(self.root / self.names[i])
 
     def open(self, i: int) -> BinaryIO:
         """Image i as a file."""
@@ -75,12 +76,14 @@ class _Walk:
 
     Attributes:
         files: real files.
+        folders: real ones, and links to folders that no other path leads to.
         links: links to files; a link that leads nowhere has no key: who reads it will hear of it.
     """
 
     def __init__(self, root: str, left_out: LeftOut) -> None:
         self.files: dict[str, _Key] = {}
         self.links: dict[str, _Key | None] = {}
+        self.folders: list[str] = []
         self._root, self._left_out = root, left_out
         folders, linked, seen = [""], [], set()
         while folders or linked:
@@ -93,14 +96,15 @@ class _Walk:
                     left_out.add(_TWICE, base)
                     continue
                 seen.add((here.st_dev, here.st_ino))
+                self.folders.append(base)
                 with os.scandir(os.path.join(root, base)) as entries:
                     for entry in entries:
                         self._sort(entry, f"{base}/{entry.name}" if base else entry.name, here.st_dev, folders, linked)
             except OSError as error:
-                raise FastclError(f"cannot list {error.filename or root}: {error.strerror}") from error
+                raise FastclError(f"cannot list {shown(error.filename or root)}: {error.strerror}") from error
 
     def _sort(self, entry: os.DirEntry[str], name: str, device: int, folders: list[str], linked: list[str]) -> None:
-        if entry.name.startswith("."):
+        if hidden(entry.name):
             self._left_out.add(HIDDEN, name)
         elif entry.is_dir(follow_symlinks=False):
             folders.append(name)
