@@ -83,7 +83,7 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
         torch.manual_seed(seed)
         try:
             if _asks_hub(config):
-                log.info("asking the Hugging Face hub for %s; where there is no network this takes a minute", config.name)
+                log.info("asking the hub for %s; where there is no network this takes a minute", config.name)
             with _quiet_hub():
                 encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
         except Exception as error:  # of timm, of the hub that it asks for weights, or of a model's own code
