@@ -196,7 +196,7 @@ def _header(file: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dtype
         raise
     except Exception as error:  # a damaged header fails in many ways, and NumPy's advice is to unpickle it
         raise FastclError(f"{where} cannot be read: its header is not that of a NumPy array") from error
-    if not all(0 <= length < 1 << 63 for length in shape) or len(shape) > 32:
+    if not all(type(length) is int and 0 <= length < 1 << 63 for length in shape) or len(shape) > 32:
         raise FastclError(f"{where} cannot be read: its header gives an impossible shape")
     return shape, fortran, dtype
 

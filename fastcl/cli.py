@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from importlib import resources
@@ -29,6 +30,8 @@ Train self-supervised and supervised contrastive models side by side on the same
 # What training, reports and data import beyond the bare package.
 _TRAIN = {"PIL", "matplotlib", "numpy", "safetensors", "sklearn", "tensorboard", "timm", "tomli", "torchvision", "tqdm"}
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
@@ -45,6 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal's encoding may lack a letter; a file must not wait for more
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        return _command(argv)
+    finally:
+        if argv is None:
+            interrupts.finish()
+
+
+def _command(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.raiseExceptions = False  # a closed pipe must not fill the screen with tracebacks while a run goes on
@@ -59,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:  # a file that is not ours (of Python, of a library), or standard output on a full disk
         sys.stdout = None if error.filename is None else sys.stdout
-        where = "" if error.filename is None else f" {shown(str(error.filename))}"
+        where = " standard output" if error.errno in _FULL else ""
+        where = where if error.filename is None else f" {shown(str(error.filename))}"
         return _fail(f"the system refused{where}: {cause(error)}")
     except KeyboardInterrupt:
         print(interrupts.line("interrupted", sys.argv[1:] if argv is None else argv), end="", file=sys.stderr)

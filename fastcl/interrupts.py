@@ -38,6 +38,13 @@ def install() -> None:
             signal.signal(number, _end)
 
 
+def finish() -> None:
+    """The command is done: a signal while the interpreter is taken apart must not change its exit status."""
+    for number in _WORDS:
+        if signal.getsignal(number) == _end:
+            signal.signal(number, signal.SIG_IGN)
+
+
 class removing:
     """A block in which a signal that ends the process removes a file, one that is not complete yet."""
 

@@ -95,6 +95,7 @@ def failing(monkeypatch, error):
     (PermissionError(13, "Permission denied", "/x/caf\udce9.py"),
      "the system refused /x/caf\\xe9.py: Permission denied"),
     (OSError(24, "Too many open files"), "the system refused: Too many open files"),
+    (OSError(28, "No space left on device"), "the system refused standard output: No space left on device"),
     (FastclError("bad \udce9"), "bad \\xe9"),
 ))  # fmt: skip
 def test_what_fails_around_a_command_is_one_line(error, message, capsys, monkeypatch):

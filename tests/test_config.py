@@ -1,5 +1,6 @@
 """Configs as files and on the command line: encodings, hostile values, values of every wrong type for every key."""
 
+import logging
 import dataclasses
 import datetime
 import math
@@ -123,6 +124,7 @@ class _Offline(FileNotFoundError):
 @pytest.mark.parametrize("changes, error, message", (
     (dict(options={"pretrained": True}), _Offline("no connection\nat all"), "fetch or read: no connection. Without"),
     (dict(name="hf-hub:timm/resnet18", options={}), _Offline("no connection"), "plain name, and weights from a file"),
+    (dict(name="hf_hub:timm/resnet18", options={}), _Offline("no network."), r"no network\. Without a network, take"),
     (dict(options={"checkpoint_path": "absent"}), FileNotFoundError(), "must fetch or read: FileNotFoundError"),
     (dict(options={"odd": 1}), ZeroDivisionError("division by zero"), "cannot make 'resnet18' .*: division by zero"),
 ))  # fmt: skip
@@ -158,3 +160,15 @@ def test_without_momentum_sgd_is_plain_gradient_descent():
         weight.grad = gradient.clone()
         optimizer.step()
         assert torch.equal(weight.detach(), before - 0.5 * step)
+
+
+def test_the_hub_does_not_count_its_tries(monkeypatch, caplog):
+    def fetch(*_, **__):
+        for name in ("huggingface_hub.utils._http", "timm.models._hub"):
+            logging.getLogger(name).warning("Retrying in 1s [Retry 1/5].")
+        raise _Offline("no connection")
+
+    monkeypatch.setattr("timm.create_model", fetch)
+    with pytest.raises(FastclError, match="no connection"):
+        build_network(ModelConfig(name="hf-hub:timm/resnet18"), 3, 32, 0)
+    assert "Retrying" not in caplog.text

@@ -91,6 +91,7 @@ def damaged(folder) -> dict[str, tuple[bytes, str]]:
         "header.npy": (whole[:40], "not that of a NumPy array"),
         "two.npy": (whole + whole, "several arrays belong into an .npz"),
         "huge.npy": (header(f"({1 << 60}, 4)"), "by its header it holds 18,446,744"),
+        "truth.npy": (header("(True, 1)") + bytes(4), "its header gives an impossible shape"),
         "deep.npy": (header("(2,) * 3"), "not that of a NumPy array"),
         "wide.npy": (header(str((1,) * 60)), "impossible shape"),
         "digits.npy": (header(f"(1{'0' * 4000}, 2)"), "impossible shape"),

@@ -5,10 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_run import ROOT, start, tiny_toml
+
+from fastcl import interrupts
+from fastcl.cli import main
 
 LINES = {"SIGINT": "interrupted\n", "SIGTERM": "ended by SIGTERM\n", "SIGHUP": "ended by SIGHUP\n"}
 # The module alone: a process that loads torch takes seconds to start.
@@ -156,3 +160,20 @@ def end_of(process: subprocess.Popen, number: int) -> tuple[int, str]:
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output
+
+
+def test_a_signal_after_the_command_leaves_its_status():
+    """While modules are cleared Python has put its own handlers back, but for signals that are ignored."""
+    code = ("class A:\n def __del__(self, say=print, sleep=time.sleep):\n"
+            "  say('ready', flush=True); sleep(0.3)\na = A()\ninterrupts.finish()\nsys.exit(1)\n")  # fmt: skip
+    assert end(launch(code, "align"), "SIGINT") == (1, "")
+
+
+def test_a_command_of_its_own_process_finishes(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sys, "argv", ["fastcl", "--version"])
+    for name in ("install", "finish"):
+        monkeypatch.setattr(interrupts, name, partial(calls.append, name))
+    with pytest.raises(SystemExit):
+        main()
+    assert calls == ["install", "finish"]

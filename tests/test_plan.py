@@ -164,6 +164,7 @@ def test_center_view():
      (dict(blur_kernel=4), "blur_kernel"), (dict(blur=0.5, blur_kernel=65), "blur_kernel"), (dict(size=0), "size"),
      (dict(mean=(0.5, 0.5)), "mean"), (dict(std=(0.0,)), "std"),
      (dict(size=2, blur=0.5, blur_kernel=5), "blur_kernel.*5 for 2 pixels"), (dict(size=1), "size must be at least 2"),
+     (dict(size=4097), "views.size must be at most 4096 pixels, got 4097"),
      (dict(size=10**400), "size must be finite"),
      (dict(size=8.0), "size must be an integer, got 8.0"), (dict(size=True), "size must be an integer, got True"),
      (dict(flip="0.5"), "flip must be a number, got '0.5'"), (dict(hue=float("nan")), "hue must be finite, got nan"),

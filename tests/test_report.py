@@ -260,9 +260,9 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", no_space)
-    with pytest.raises(FastclError, match=r"out: .*report\.html cannot be written \(No space left"):
+    with pytest.raises(FastclError, match=r"^--out: .*report\.html cannot be written \(No space left"):
         write_report(run, out)
-    with pytest.raises(FastclError, match="out: .* cannot be written"):
+    with pytest.raises(FastclError, match="^--out: .* cannot be written"):
         write_report(run, out / "below-a-file.html")
     assert out.read_text() == "old" and sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
 

@@ -174,6 +174,19 @@ def foreign(state):
         {**group, "weight_decay": 5.0} for group in twins["dcl"]["optimizer"]["param_groups"]]}  # fmt: skip
     buffers = {key: {name: torch.zeros(3, 3, 3, 3, 3) for name in value}
                for key, value in twins["dcl"]["optimizer"]["state"].items()}  # fmt: skip
+    held = twins["dcl"]["optimizer"]["state"]
+    halves, infinite = ({key: {name: change(buffer) for name, buffer in value.items()} for key, value in held.items()}
+                        for change in (torch.Tensor.half, lambda buffer: buffer / 0))  # fmt: skip
+
+    def with_network(change):
+        weights = twins["dcl"]["network"].items()
+        network = {key: change(value) if value.is_floating_point() else value for key, value in weights}
+        return state | {"twins": {"dcl": twins["dcl"] | {"network": network}}}
+
+    def with_state(content):
+        optimizer = twins["dcl"]["optimizer"] | {"state": content}
+        return state | {"twins": {"dcl": twins["dcl"] | {"optimizer": optimizer}}}
+
     return {
         "bytes": (b"no archive", "torch cannot read it"),
         "list": ([1, 2], "it holds a list"),
@@ -187,6 +200,12 @@ def foreign(state):
         "empty": (state | {"twins": {"dcl": 1}}, "model 'dcl': "),
         "shapes": (state | {"twins": {"dcl": twins["dcl"] | {"network": network}}}, "model 'dcl': .*size mismatch"),
         "groups": (state | {"twins": {"dcl": twins["dcl"] | {"optimizer": optimizer}}}, "differs in weight_decay"),
+        "halves": (with_network(lambda value: value.half()), "is torch.float16, the run's torch.float32"),
+        "not finite": (with_network(lambda value: value * float("nan")), "is not finite"),
+        "no state": (with_state({}), r"after 2 epochs its optimiser holds no momentum_buffer of encoder\."),
+        "half state": (with_state(halves), "momentum_buffer of .* is torch.float16, the run's torch.float32"),
+        "infinite state": (with_state(infinite), "momentum_buffer of .* is not finite"),
+        "odd state": (with_state([1]), r"state is \[1\]"),
         "buffers": (state | {"twins": {"dcl": twins["dcl"] | {"optimizer": twins["dcl"]["optimizer"] |
                                                               {"state": buffers}}}}, "differs in momentum_buffer"),
     }  # fmt: skip

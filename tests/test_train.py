@@ -264,7 +264,7 @@ BAD_RUNS = [
     (dict(train__device="gpu"), "train.device must be auto, cpu or cuda; got 'gpu'"),
     (dict(optim__name="adam"), "optim.name.*'adam'"),
     (dict(model__name="resnet19"), "timm cannot make 'resnet19'"),
-    (dict(model__options={"layrs": 1}), "timm cannot make 'resnet18'.*layrs"),
+    (dict(model__options={"layrs": 1}), "timm cannot make 'resnet18' with model.options = .*layrs"),
     (dict(model__name="mobilenetv3_small_050", model__options={"global_pool": ""}, model__cifar_stem=False),
      "must give one vector per image"),
     (dict(model__name="vit_tiny_patch16_224", model__options={}, model__cifar_stem=False), "images of 8 x 8 pixels"),

@@ -19,6 +19,7 @@ from fastcl.errors import FastclError, suggest
 _CIFAR_STATS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 _IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _LARGEST = 1e12  # of a field of ViewSpec
+_WIDEST = 4096  # pixels of a view: 64 MiB a channel in float32
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _CHUNK = 2048  # samples drawn at a time: their random words stay in a core's cache, whatever the number of samples
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.int64)
@@ -76,6 +77,8 @@ class ViewSpec:
                 raise FastclError(f"views.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.hue <= 0.5:
             raise FastclError(f"views.hue must lie in [0, 0.5] turns, got {self.hue}")
+        if self.size > _WIDEST:
+            raise FastclError(f"views.size must be at most {_WIDEST} pixels, got {self.size}")
         if self.size < 2 or not 0 < self.eval_crop <= 1 or self.scale[1] > 1:
             raise FastclError(
                 f"views.size must be at least 2, eval_crop in (0, 1] and scale at most 1; "

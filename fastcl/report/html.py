@@ -48,12 +48,12 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     run_dir = Path(run_dir)
     out = run_dir / REPORT if out is None else Path(out)
     run = load_run(run_dir)
-    check_output(out, "out", [run_dir / name for name in (*FILES, *FOLDERS)])
+    check_output(out, "--out", [run_dir / name for name in (*FILES, *FOLDERS)])
     page = _page(run).encode()
     try:
         write_atomic(out, page)
     except FastclError as error:
-        raise FastclError(f"out: {error}") from error
+        raise FastclError(f"--out: {error}") from error
     return out
 
 

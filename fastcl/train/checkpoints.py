@@ -52,6 +52,8 @@ class Checkpoint:
             raise self.foreign(f"its models are {brief(sorted(self.twins))}, the run's {names}")
         for twin in twins:
             state = self.twins[twin.name]
+            if wrong := _unfit(state, twin, self.epoch):
+                raise self.foreign(f"model {twin.name!r}: {wrong}")
             try:
                 groups = [dict(group) for group in twin.optimizer.param_groups]
                 twin.network.load_state_dict(state["network"])
@@ -165,6 +167,49 @@ def _digest(payload: bytes) -> str:
 
 def _whole(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _unfit(state: Any, twin: Twin, epoch: int) -> str:
+    """What torch would load without a word though the twin, which has its initial weights, cannot have left it."""
+    network, optimizer = ((state.get(key) if isinstance(state, dict) else None) for key in ("network", "optimizer"))
+    if not isinstance(network, dict) or not isinstance(optimizer, dict):
+        return "it holds no weights or no optimiser"
+    initial = twin.network.state_dict()
+    for name, value in network.items():
+        if isinstance(value, torch.Tensor) and name in initial:
+            if value.dtype != initial[name].dtype:
+                return f"{name} is {value.dtype}, the run's {initial[name].dtype}"
+            if not value.isfinite().all():
+                return f"{name} is not finite"
+    kept, groups = optimizer.get("state"), optimizer.get("param_groups")
+    if not isinstance(kept, dict) or not all(isinstance(held, dict) for held in kept.values()):
+        return f"its optimiser's state is {brief(kept)}"
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return f"its optimiser's groups are {brief(groups)}"
+    numbers = [number for group in groups for number in group.get("params", ())]
+    names = {parameter: name for name, parameter in twin.network.named_parameters()}
+    ours = [(names[p], _kept_by(group)) for group in twin.optimizer.param_groups for p in group["params"]]
+    for number, (name, wanted) in zip(numbers, ours, strict=False):  # of other lengths: torch says so
+        held = {key: value for key, value in kept.get(number, {}).items() if isinstance(value, torch.Tensor)}
+        moved = epoch > 0 and isinstance(network.get(name), torch.Tensor) and not _equal(network[name], initial[name])
+        if (moved or held) and (gone := sorted(wanted - held.keys())):
+            return f"after {epoch} epochs its optimiser holds no {gone[0]} of {name}"
+        for key, value in held.items():
+            if value.dtype != torch.float32 or not value.isfinite().all():
+                how = "not finite" if value.dtype == torch.float32 else f"{value.dtype}, the run's torch.float32"
+                return f"its optimiser's {key} of {name} is {how}"
+    return ""
+
+
+def _kept_by(group: dict[str, Any]) -> set[str]:
+    """What one of our optimisers holds of a parameter that it has stepped."""
+    if "betas" in group:
+        return {"step", "exp_avg", "exp_avg_sq"}
+    return {"momentum_buffer"} if group["momentum"] else set()
+
+
+def _equal(value: torch.Tensor, initial: torch.Tensor) -> bool:
+    return torch.equal(value.cpu(), initial.cpu())
 
 
 def _misshapen(state: dict[str, Any], parameter: torch.Tensor) -> list[str]:

@@ -21,6 +21,14 @@ from fastcl.errors import FastclError, shown
 from fastcl.run_folder import FILES, FOLDERS, REPORT
 
 _CHUNK = 1 << 20
+# What killed writes leave, of this version and of earlier ones; in the folder itself, a report, which needs no lock,
+# may be on its way under a name of this version.
+_LEFTOVERS = {
+    ".": ("run.json.tmp", "layers.json.tmp"),
+    "checkpoints": (".fastcl-*.part", "epoch_*.pt.tmp"),
+    "weights": (".fastcl-*.part", "*.safetensors.tmp"),
+    "features": (".fastcl-*.part", "*.safetensors.tmp"),
+}
 _locks: set[int] = set()  # descriptors of held locks
 
 
@@ -50,7 +58,7 @@ def write_atomic(path: Path, payload: bytes) -> None:
             raise error.__cause__ from None
 
 
-def check_run_folder(out: Path, inputs: Iterable[Path] = ()) -> None:
+def check_run_folder(out: Path, inputs: Iterable[Path] = (), images: Iterable[Path] = ()) -> None:
     """Refuse a folder that a run could not write, or in which it would write over something that is not its own.
 
     Asked before the work; nothing is made.
@@ -58,12 +66,19 @@ def check_run_folder(out: Path, inputs: Iterable[Path] = ()) -> None:
     Args:
         out: the folder of the run, which need not exist.
         inputs: what the run reads, such as its config file and its data.
+        images: folders that are read whole, in which nothing may be written.
 
     Raises:
         FastclError: no folder, or none that can be made or written; a file of a run in it is a link, is known by
-            another name too, or is no file; one of the inputs is the folder itself or what the run writes there.
+            another name too, or is no file; one of the inputs is the folder itself or what the run writes there; it
+            lies among the images.
     """
     outputs.check_folder(out, "--out", inputs)
+    for folder in images:
+        if any(outputs.same(parent, folder) for parent in Path(os.path.realpath(out)).parents):
+            raise FastclError(
+                f"--out: {shown(out)} lies in {shown(folder)}, whose images the run reads; name a folder outside of it"
+            )
     for name in (*FOLDERS, *FILES, REPORT):
         path = out / name
         try:
@@ -124,13 +139,11 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writes that were killed left in a run's folder; for who holds its lock."""
-    for place in (folder, *(folder / name for name in FOLDERS)):
-        # the second: of earlier versions. In the folder itself a report may be on its way, which needs no lock.
-        for pattern in ("*.tmp",) if place == folder else (".fastcl-*.part", "*.tmp"):
-            for path in place.glob(pattern):
-                with suppress(OSError):
-                    path.unlink()
+    """Remove what writes that were killed left in the folder of a run; for who holds its lock."""
+    for name, patterns in _LEFTOVERS.items():
+        for path in (path for pattern in patterns for path in (folder / name).glob(pattern)):
+            with suppress(OSError):
+                path.unlink()
 
 
 def _open_own(path: Path, flags: int) -> int:
@@ -175,6 +188,14 @@ class JsonLines:
                     self._hash.update(part)
                     self._hashed += len(part)
         return self._hash.hexdigest()
+
+    def tail(self, length: int) -> bytes:
+        """What follows so many bytes."""
+        if self.length() <= length:
+            return b""
+        with writing(self.path), open(self.path, "rb") as file:
+            file.seek(length)
+            return file.read()
 
     def cut(self, length: int) -> None:
         """Drop what was written after a checkpoint."""

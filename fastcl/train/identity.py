@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from fastcl.errors import FastclError, brief, shown
 from fastcl.files import cause
 from fastcl.jsontext import parse_json
-from fastcl.run_folder import RECORDS
+from fastcl.run_folder import RECORDS, REPORT
 from fastcl.train.checkpoints import drop_checkpoints, last_epoch, load_checkpoint
 from fastcl.train.config import Config
 from fastcl.train.files import JsonLines, remove_leftovers, write_atomic
@@ -74,7 +76,6 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
     Raises:
         FastclError: it holds another run (names what differs), or trained epochs of a run that nothing there describes.
     """
-    remove_leftovers(out)
     theirs, found = read_run(out), traces(out)
     there = identity(theirs) if theirs is not None else None
     if there is None and found:
@@ -91,13 +92,15 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
             f"{shown(out)} holds another run, which differs in {difference}; "
             "choose another --out, or repeat that run's settings to continue it"
         )
+    if theirs is not None or found:
+        remove_leftovers(out)
     if theirs is None or difference:
         if not found:
             drop_checkpoints(out / "checkpoints")  # of the initial weights, at most
         write_atomic(out / "run.json", (json.dumps(mine, indent=1) + "\n").encode())
         if difference:
             log.warning(
-                "%s held another run, without a finished epoch; it gives way (%s)", shown(out), difference
+                "%s held another run, of which no trained epoch is there; it gives way (%s)", shown(out), difference
             )
         elif found:
             log.warning("%s had lost its run.json, which is written anew", shown(out))
@@ -121,17 +124,35 @@ def traces(out: Path) -> str:
         if lines.length() and not (name == "metrics" and _untrained(lines.path)):
             found.append(lines.path.name)
     found += [f"{name}/" for name in ("weights", "features") if any((out / name).glob("*"))]
-    found += ["layers.json"] if os.path.lexists(out / "layers.json") else []
+    found += [name for name in ("layers.json", REPORT) if os.path.lexists(out / name)]
     return ", ".join(found)
 
 
-def is_complete(out: Path, epochs: int, models: Sequence[str]) -> bool:
-    """Whether a folder holds the last evaluation and the final weights and features of all models of a run."""
-    names = [out / folder / f"{model}.safetensors" for folder in ("weights", "features") for model in models]
-    if not all(path.is_file() for path in names):
-        return False
+def lacks(out: Path, epochs: int, models: Sequence[str]) -> list[str]:
+    """What a folder lacks of a finished run, in words: the last evaluation, final weights and features of all models.
+
+    Files are opened, since one that is empty or cut short is no result.
+    """
+    found = []
+    for folder in ("weights", "features"):
+        for model in models:
+            path = out / folder / f"{model}.safetensors"
+            if why := _unreadable(path):
+                found.append(f"{folder}/{path.name} ({why})")
+    if found:
+        return found
     measured = {row.get("model") for row in _rows(out / "metrics.jsonl") if row.get("epoch") == epochs}
-    return measured >= set(models)
+    return [] if measured >= set(models) else [f"the evaluation of epoch {epochs} in metrics.jsonl"]
+
+
+def _unreadable(path: Path) -> str:
+    if not os.path.lexists(path):
+        return "gone"
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            return "" if opened.keys() else "it holds no tensor"
+    except (SafetensorError, OSError):
+        return f"damaged, {path.stat().st_size} bytes" if path.is_file() else "no file"
 
 
 def _untrained(path: Path) -> bool:

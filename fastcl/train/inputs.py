@@ -97,6 +97,12 @@ def data_paths(config: Config) -> list[Path]:
     return [Path(path) for path in found if path]
 
 
+def image_folders(config: Config) -> list[Path]:
+    """Folders of which every file is taken for an image; torchvision's root may hold anything else."""
+    kind, _, where = config.data.source.partition(":")
+    return [Path(where)] if kind == "folder" and where else []
+
+
 def _are_reasons(skipped: object) -> bool:
     if not isinstance(skipped, dict):
         return False

@@ -30,7 +30,7 @@ from fastcl.train.config import Config, learning_rate
 from fastcl.train.evaluate import encode, evaluate
 from fastcl.train.files import JsonLines, check_run_folder, locked, write_atomic
 from fastcl.train.identity import claim_folder, escaped, identity, settings
-from fastcl.train.inputs import data_paths, open_inputs
+from fastcl.train.inputs import data_paths, image_folders, open_inputs
 from fastcl.train.layers import check_layers, write_layers
 from fastcl.train.models import plain_defaults
 from fastcl.train.resume import NOT_BEGUN, resume
@@ -57,7 +57,7 @@ class Lockstep:
     @plain_defaults()
     def __init__(self, config: Config, out: Path, inputs: Iterable[Path] = ()) -> None:
         self.config, self.out = config, Path(out)
-        check_run_folder(self.out, [*inputs, *data_paths(config)])
+        check_run_folder(self.out, [*inputs, *data_paths(config)], image_folders(config))
         self.device = _device(config.train.device)
         # cuBLAS reads this when it is first used; without it deterministic mode refuses to run on a GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -90,9 +90,10 @@ class Lockstep:
 
     def _run(self) -> None:
         epochs, total = self.config.train.epochs, len(self.loader)
-        done = resume(self.out, identity(self._describe()), epochs, self.records, self.twins)
+        every = self.config.train.checkpoint_every
+        done = resume(self.out, identity(self._describe()), epochs, every, self.records, self.twins)
         if done is None:
-            log.info("done before: %d epochs in %s, whose checkpoints are gone", epochs, shown(self.out))
+            log.info("done before: %d epochs in %s, whose last checkpoint is gone", epochs, shown(self.out))
             return
         if done == NOT_BEGUN:
             self._measure({})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -14,6 +15,7 @@ from fastcl import normalize_rows
 from fastcl.errors import FastclError, brief
 from fastcl.train.config import ModelConfig
 
+log = logging.getLogger("fastcl")
 _OURS = ("in_chans", "num_classes", "model_name")  # arguments of timm.create_model that no config gives
 
 
@@ -80,7 +82,10 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
+            if _asks_hub(config):
+                log.info("asking the hub for %s; where there is no network this takes a minute", config.name)
+            with _quiet_hub():
+                encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
         except Exception as error:  # of timm, of the hub that it asks for weights, or of a model's own code
             raise FastclError(_refusal(config, error)) from error
         if config.cifar_stem:
@@ -94,11 +99,29 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
             ) from error
 
 
+def _asks_hub(config: ModelConfig) -> bool:
+    return bool(config.options.get("pretrained")) or config.name.startswith(("hf-hub:", "hf_hub:"))
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without a network the hub's client says at each of its tries that it tries again; one error says it all."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _refusal(config: ModelConfig, error: Exception) -> str:
-    asked, why = f"{config.name!r} with options {brief(config.options)}", _first_line(error)
-    if config.options.get("pretrained") or config.name.startswith("hf-hub:") or "checkpoint_path" in config.options:
+    asked, why = f"{config.name!r} with model.options = {brief(config.options)}", _first_line(error)
+    if _asks_hub(config) or "checkpoint_path" in config.options:
         return (
-            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why}. Without a network, "
+            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why.rstrip('.')}. Without a network, "
             'take a model by its plain name, and weights from a file by model.options = { checkpoint_path = "FILE" }'
         )
     return f"timm cannot make {asked}: {why}"
