@@ -1,8 +1,8 @@
 """Configs as files and on the command line: encodings, hostile values, values of every wrong type for every key."""
 
-import logging
 import dataclasses
 import datetime
+import logging
 import math
 import typing
 
