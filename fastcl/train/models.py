@@ -121,8 +121,9 @@ def _refusal(config: ModelConfig, error: Exception) -> str:
     asked, why = f"{config.name!r} with model.options = {brief(config.options)}", _first_line(error)
     if _asks_hub(config) or "checkpoint_path" in config.options:
         return (
-            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why.rstrip('.')}. Without a network, "
-            'take a model by its plain name, and weights from a file by model.options = { checkpoint_path = "FILE" }'
+            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why.rstrip('.')}. "
+            "Without a network, take a model by its plain name, and weights from a file by "
+            'model.options = { checkpoint_path = "FILE" }'
         )
     return f"timm cannot make {asked}: {why}"
 
