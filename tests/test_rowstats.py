@@ -235,7 +235,7 @@ def test_memory_kept_for_backward(backend: str, bytes_per_element: int) -> None:
 
     with fastcl.backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
         fastcl.contrastive_loss(x, sample, sample % 10, "supcon", 0.1)
-    assert bytes_per_element / 10 < sum(kept.values()) / (n * d) < bytes_per_element
+    assert 4 <= sum(kept.values()) / (n * d) < bytes_per_element  # 4: a float32 gradient of the rows at least
     assert (max(kept.values()) >= 4 * n * n) == (backend == "dense")
 
 
