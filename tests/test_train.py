@@ -272,7 +272,7 @@ BAD_RUNS = [
     (dict(data__source="digit"), "digit"),
     (dict(data__renderer="dally"), "data.renderer: unknown 'dally'.*did you mean 'dali'"),
     (dict(data__corrupt="ignore"), "data.corrupt must be stop or skip; got 'ignore'"),
-    (dict(data__workers=-1), "data.workers must be at least 0.*got -1"),
+    (dict(data__workers=-1), "data.workers must lie in.*got -1"),
 ]
 
 
