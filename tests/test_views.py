@@ -183,7 +183,7 @@ def test_a_picture_never_takes_the_place_of_the_data_nor_fails_after_the_work(tm
         ("torchvision:ImageFolder", str(tmp_path), "a/0.png"),
     ):  # fmt: skip
         args = argparse.Namespace(data=data, root=root, out=tmp_path / out, corrupt="stop")
-        with pytest.raises(FastclError, match="0.png is a file of the data"):
+        with pytest.raises(FastclError, match="0.png (is an input|lies in)"):
             views.show_views(args)
     data = Dataset("caf\udce9", ("a\udce9",) * 5, 3, _split(), _split())
     monkeypatch.setattr(views, "ViewLoader", lambda *_: pytest.fail("worked"))
