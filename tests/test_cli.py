@@ -198,6 +198,7 @@ def test_doctor_passes_here_and_fails_on_wrong_numbers(capsys, monkeypatch):
     assert "losses, cpu" in text and "FAILED" not in text and torch.__version__.partition("+")[0] in text
     from fastcl.backends import chunked
 
+    monkeypatch.setattr(chunked, "WHOLE", 0)  # few rows in tiles too
     monkeypatch.setattr(chunked, "EXP_LIMIT", 0.0)  # still right: the other path
     assert main(["doctor"]) == 0
     capsys.readouterr()
