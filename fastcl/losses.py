@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from fastcl.choices import Reduction
 
 class _TwoViewLoss(nn.Module):
     """Holds what the two-view losses share."""
+
+    _loss: Callable[..., Tensor]  # of fastcl.functional
 
     def __init__(
         self, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
@@ -29,7 +32,27 @@ class _TwoViewLoss(nn.Module):
         return ", ".join(f"{k}={v}" for k, v in self._options().items())
 
 
-class NTXentLoss(_TwoViewLoss):
+class _Unlabelled(_TwoViewLoss):
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """Loss of two views, (B, D) each: a scalar, or (2B,) with reduction "none", z1's rows first."""
+        return self._loss(z1, z2, **self._options())
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, z1: Tensor, z2: Tensor) -> Tensor: ...
+
+
+class _Labelled(_TwoViewLoss):
+    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor:
+        """Loss of two views, (B, D) each, of samples with (B,) integer labels (-1: unlabelled): a scalar, or (2B,)."""
+        return self._loss(z1, z2, labels, **self._options())
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor: ...
+
+
+class NTXentLoss(_Unlabelled):
     """NT-Xent (SimCLR, Chen et al. 2020): `fastcl.ntxent_loss` as a module.
 
     Args:
@@ -41,16 +64,10 @@ class NTXentLoss(_TwoViewLoss):
         FastclError: when it is called, as `fastcl.ntxent_loss`.
     """
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Loss of two views, (B, D) each: a scalar, or (2B,) with reduction "none", z1's rows first."""
-        return F.ntxent_loss(z1, z2, **self._options())
-
-    if TYPE_CHECKING:  # nn.Module's returns Any
-
-        def __call__(self, z1: Tensor, z2: Tensor) -> Tensor: ...
+    _loss = staticmethod(F.ntxent_loss)
 
 
-class DCLLoss(_TwoViewLoss):
+class DCLLoss(_Unlabelled):
     """Decoupled contrastive loss (Yeh et al. 2022), the CL of arXiv 2510.08852: `fastcl.dcl_loss` as a module.
 
     Args:
@@ -62,16 +79,10 @@ class DCLLoss(_TwoViewLoss):
         FastclError: when it is called, as `fastcl.dcl_loss`.
     """
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Loss of two views, (B, D) each: a scalar, or (2B,) with reduction "none", z1's rows first."""
-        return F.dcl_loss(z1, z2, **self._options())
-
-    if TYPE_CHECKING:  # nn.Module's returns Any
-
-        def __call__(self, z1: Tensor, z2: Tensor) -> Tensor: ...
+    _loss = staticmethod(F.dcl_loss)
 
 
-class NSCLLoss(_TwoViewLoss):
+class NSCLLoss(_Labelled):
     """Negatives-only supervised contrastive loss (arXiv 2510.08852): `fastcl.nscl_loss` as a module.
 
     Args:
@@ -83,6 +94,8 @@ class NSCLLoss(_TwoViewLoss):
     Raises:
         FastclError: when it is called, as `fastcl.nscl_loss`.
     """
+
+    _loss = staticmethod(F.nscl_loss)
 
     def __init__(
         self,
@@ -97,16 +110,8 @@ class NSCLLoss(_TwoViewLoss):
     def _options(self) -> dict[str, Any]:
         return super()._options() | {"positive_in_denominator": self.positive_in_denominator}
 
-    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor:
-        """Loss of two views, (B, D) each, of samples with (B,) integer labels (-1: unlabelled): a scalar, or (2B,)."""
-        return F.nscl_loss(z1, z2, labels, **self._options())
 
-    if TYPE_CHECKING:  # nn.Module's returns Any
-
-        def __call__(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor: ...
-
-
-class SupConLoss(_TwoViewLoss):
+class SupConLoss(_Labelled):
     """Supervised contrastive loss L_out (Khosla et al. 2020, eq. 2): `fastcl.supcon_loss` as a module.
 
     Args:
@@ -119,18 +124,12 @@ class SupConLoss(_TwoViewLoss):
         FastclError: when it is called, as `fastcl.supcon_loss`.
     """
 
+    _loss = staticmethod(F.supcon_loss)
+
     def __init__(
         self, temperature: float | Tensor = 0.1, reduction: Reduction = "mean", normalize: bool = True
     ) -> None:
         super().__init__(temperature, reduction, normalize)
-
-    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor:
-        """Loss of two views, (B, D) each, of samples with (B,) integer labels (-1: unlabelled): a scalar, or (2B,)."""
-        return F.supcon_loss(z1, z2, labels, **self._options())
-
-    if TYPE_CHECKING:  # nn.Module's returns Any
-
-        def __call__(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor: ...
 
 
 class CLIPLoss(nn.Module):

@@ -259,3 +259,9 @@ def test_what_killed_writes_left_is_removed_under_the_lock(done):
     assert all(path.exists() for path in left)
     Lockstep(small(), done)
     assert not any(path.exists() for path in left)
+
+
+def test_a_run_that_was_begun_elsewhere_says_so_once(done, caplog):
+    change(done / "run.json", device="cpu (97 threads)")
+    Lockstep(small(), done).run()
+    assert caplog.text.count("continuing a run made elsewhere: device ('cpu (97 threads)' there") == 1

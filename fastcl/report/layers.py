@@ -56,8 +56,8 @@ def read_layer_tables(run_dir: Path) -> list[LayerTable]:
         tree = parse_json(text, name)
         tables = [
             LayerTable(
-                _printable(tree["reference"]), _printable(model), tuple(map(_printable, one["layers"])),
-                tuple(map(_printable, one["other_layers"])), np.array(one["cka"], dtype=float),
+                shown(tree["reference"]), shown(model), tuple(map(shown, one["layers"])),
+                tuple(map(shown, one["other_layers"])), np.array(one["cka"], dtype=float),
             )
             for model, one in tree["models"].items()
         ]  # fmt: skip
@@ -70,11 +70,6 @@ def read_layer_tables(run_dir: Path) -> list[LayerTable]:
                 f"{len(table.columns)} layers"
             )
     return tables
-
-
-def _printable(name: object) -> str:
-    """matplotlib draws no half of a surrogate pair, and a table's label has one line."""
-    return shown(str(name))
 
 
 def check_ending(path: Path) -> None:

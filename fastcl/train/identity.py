@@ -104,8 +104,11 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
             )
         elif found:
             log.warning("%s had lost its run.json, which is written anew", shown(out))
-        return
-    there, here = ({key: run.get(key) for key in ("versions", "device")} for run in (theirs, mine))
+
+
+def warn_if_elsewhere(out: Path, mine: dict[str, Any]) -> None:
+    """Warn where a claimed folder's run was begun with other versions or on another device."""
+    there, here = ({key: run.get(key) for key in ("versions", "device")} for run in (read_run(out) or mine, mine))
     if there != here:
         log.warning("continuing a run made elsewhere: %s; the rest will not be bit-identical to it",
                     differences(there, here))  # fmt: skip

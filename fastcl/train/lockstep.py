@@ -29,7 +29,7 @@ from fastcl.train.checkpoints import save_checkpoint
 from fastcl.train.config import Config, learning_rate
 from fastcl.train.evaluate import encode, evaluate
 from fastcl.train.files import JsonLines, check_run_folder, locked, write_atomic
-from fastcl.train.identity import claim_folder, escaped, identity, settings
+from fastcl.train.identity import claim_folder, escaped, identity, settings, warn_if_elsewhere
 from fastcl.train.inputs import data_paths, image_folders, open_inputs
 from fastcl.train.layers import check_layers, write_layers
 from fastcl.train.models import plain_defaults
@@ -86,6 +86,7 @@ class Lockstep:
         """
         with locked(self.out):
             claim_folder(self.out, self._describe())  # another process may have had the folder since
+            warn_if_elsewhere(self.out, self._describe())
             self._run()
 
     def _run(self) -> None:
