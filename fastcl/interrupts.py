@@ -83,11 +83,14 @@ def _end(number: int, frame: object) -> None:
 
 
 def _end_children() -> None:
-    """Worker processes would find out for themselves, but only seconds later."""
+    """Worker processes would find out for themselves, but only seconds later.
+
+    Killed, not terminated: Python drops signals that reach a child before it has set itself up after the fork.
+    """
     multiprocessing = sys.modules.get("multiprocessing")
     try:
         for child in multiprocessing.active_children() if multiprocessing is not None else ():
-            child.terminate()
+            child.kill()
     except Exception:  # one has gone already, or torch reports its end by an exception out of a handler
         pass
 

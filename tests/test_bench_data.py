@@ -241,13 +241,15 @@ def test_a_training_run_tells_what_its_steps_wait(tmp_path, images, monkeypatch)
     assert f"| {OURS} | two views | 2 | 8 | 12.5 % |" in text and f"{DALI_RENDERER}: failed: no such codec" in text
 
 
-def test_the_command_line_trains_for_the_wait(tmp_path, images, monkeypatch):
+def test_the_command_line_trains_for_the_wait(tmp_path_factory, images, monkeypatch):
+    outside = tmp_path_factory.mktemp("out")  # a run is not written among the images that it reads
+
     def here(command, **options):  # a process of its own would take seconds to start
         return subprocess.CompletedProcess(command, cli.main(list(command[3:])), "", "")
 
     monkeypatch.setattr(waiting.subprocess, "run", here)
     text = waiting.configuration("torchvision", "tiny", TINY[0], images, CPU)
-    timing, reason = waiting._train(text, tmp_path / "run")
+    timing, reason = waiting._train(text, outside / "run")
     assert reason is None and timing["epoch"] == 2 and 0 <= timing["rendering_seconds"] <= timing["seconds"]
 
 
