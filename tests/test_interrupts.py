@@ -22,9 +22,12 @@ spec = importlib.util.spec_from_file_location("interrupts", {str(ROOT / "fastcl"
 interrupts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(interrupts)
 interrupts.install()
+
+def work():  # not one long sleep: a signal just before it begins is answered only when it ends
+    for _ in range(600): time.sleep(0.1)
 """
 READY = 'print("ready", flush=True)\n'
-SLEEP = READY + "time.sleep(60)\n"
+SLEEP = READY + "work()\n"
 
 
 def launch(code: str, *arguments: str, **options) -> subprocess.Popen:
@@ -48,12 +51,12 @@ def end(process: subprocess.Popen, name: str, times: int = 1) -> tuple[int, str]
 
 MOMENTS = {
     "at work": SLEEP,
-    "in an import": "import builtins\nbuiltins.__import__ = lambda *_: time.sleep(60)\n" + READY + "import json\n",
-    "in a finaliser": f"class A:\n def __del__(self):\n  {READY}  time.sleep(60)\nA()\n",
-    "in a callback": f"import weakref\nclass A: pass\ndef call(_):\n {READY} time.sleep(60)\na = A()\n"
+    "in an import": "import builtins\nbuiltins.__import__ = lambda *_: work()\n" + READY + "import json\n",
+    "in a finaliser": f"class A:\n def __del__(self):\n  {READY}  work()\nA()\n",
+    "in a callback": f"import weakref\nclass A: pass\ndef call(_):\n {READY} work()\na = A()\n"
                      "b = weakref.ref(a, call)\ndel a\n",
-    "where all is caught": READY + "while True:\n try: time.sleep(60)\n except BaseException: pass\n",
-    "at exit": f"import atexit\n@atexit.register\ndef late():\n {READY} time.sleep(60)\n",
+    "where all is caught": READY + "while True:\n try: work()\n except BaseException: pass\n",
+    "at exit": f"import atexit\n@atexit.register\ndef late():\n {READY} work()\n",
     "with children": "import multiprocessing\nfork = multiprocessing.get_context('fork')\n"
                      "for _ in range(3): fork.Process(target=time.sleep, args=(60,), daemon=True).start()\n" + SLEEP,
 }  # fmt: skip
@@ -78,7 +81,7 @@ def test_ignored_signals_stay_ignored():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    process = launch(READY + "sys.stdin.readline()\nprint('alive', flush=True)\ntime.sleep(60)\n",
+    process = launch(READY + "sys.stdin.readline()\nprint('alive', flush=True)\nwork()\n",
                      preexec_fn=ignore, stdin=subprocess.PIPE)  # fmt: skip
     for number in (signal.SIGHUP, signal.SIGINT):
         process.send_signal(number)
@@ -99,7 +102,7 @@ path.write_text("half")
 with interrupts.removing(pathlib.Path(sys.argv[1], "done")): pathlib.Path(sys.argv[1], "done").write_text("whole")
 with interrupts.removing(path):
     print("ready", flush=True)
-    time.sleep(60)
+    work()
 """
     process = launch(code, str(tmp_path))
     process.terminate()  # this process alone
