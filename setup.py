@@ -1,13 +1,14 @@
-"""What no static table can say: the packages under kernels/, and README as the package's long description.
+"""What no static table can say: README as the package's long description, and packages without an __init__.py.
 
-kernels/ is mapped into the package: kernels/<family> is imported as fastcl.kernels.<family>. It has no __init__.py and
-is never installed under its own name: a package called ``kernels`` belongs to another project.
+fastcl/kernels is a link to the top-level folder kernels/, so that editors and type checkers find fastcl.kernels where
+an installed package has it. kernels/ has no __init__.py and is never installed under its own name: a package called
+``kernels`` belongs to another project.
 """
 
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -20,12 +21,10 @@ def unlinked(link: re.Match[str]) -> str:
     return "" if figure else f"`{target}`" if text == target else f"{text}: `{target}`"
 
 
-families = find_packages("kernels")
 readme = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", unlinked, (ROOT / "README.md").read_text(encoding="utf-8"))
 
 setup(
     long_description=readme,
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["fastcl", "fastcl.*"]) + [f"fastcl.kernels.{family}" for family in families],
-    package_dir={f"fastcl.kernels.{family}": f"kernels/{family.replace('.', '/')}" for family in families},
+    packages=find_namespace_packages(include=["fastcl", "fastcl.*"]),
 )

@@ -7,9 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-from bench import figures
+from bench.harness import figures
+from bench.harness.records import write_file
 from bench.readme_tables import TABLES, read
-from bench.records import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

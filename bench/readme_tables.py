@@ -6,11 +6,16 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import data_report, loss_targets, similarity_report, training_report, twins, waiting
-from bench.features import KEYS, Case
-from bench.figures import LOSSES
-from bench.records import Record, digits, duration, table
-from bench.similarity_providers import ALL_THREE
+from bench.data import report as data_report
+from bench.harness.figures import LOSSES
+from bench.harness.records import Record, digits, duration, table
+from bench.losses import targets as loss_targets
+from bench.similarity import report as similarity_report
+from bench.similarity import two_models
+from bench.similarity.inputs import KEYS, Case
+from bench.similarity.providers import ALL_THREE
+from bench.training import report as training_report
+from bench.training import waiting
 
 NOT_MEASURED = "Not measured."
 # Two models at hand, of all that was measured.
@@ -133,7 +138,7 @@ def _cell_with_reason(r: Record) -> str:
 
 def pairs_of_twins(records: Sequence[Record]) -> str:
     """twin_stats beside what it replaces and beside the losses alone."""
-    names = (twins.TOGETHER, twins.APART, twins.ALONE)
+    names = (two_models.TOGETHER, two_models.APART, two_models.ALONE)
     whole = (r for r in records if r["section"] == "twins" and r["pass"] == "both")
     both = {(r["n"], r["precision"], r["provider"]): r for r in whole}
     rows = [

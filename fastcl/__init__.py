@@ -5,7 +5,7 @@ from fastcl import interrupts  # noqa: F401  first: loading torch takes a second
 # isort: split
 from fastcl.dispatch import backend, last_backend
 from fastcl.errors import FastclError
-from fastcl.functional import (
+from fastcl.losses.functional import (
     clip_loss,
     contrastive_loss,
     contrastive_losses,
@@ -15,9 +15,9 @@ from fastcl.functional import (
     supcon_loss,
     two_view_stats,
 )
-from fastcl.losses import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
-from fastcl.objectives import OBJECTIVES, Objective, same_class_mass
-from fastcl.rowstats import RowStats, normalize_rows, row_stats
+from fastcl.losses.modules import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
+from fastcl.losses.objectives import OBJECTIVES, Objective, same_class_mass
+from fastcl.rowstats.api import RowStats, normalize_rows, row_stats
 from fastcl.similarity import (
     LayerCKA,
     PairAccumulator,
@@ -29,7 +29,7 @@ from fastcl.similarity import (
     rsa,
     spearman_rsa,
 )
-from fastcl.twins import TwinStats, twin_stats
+from fastcl.similarity.two_models import TwinStats, twin_stats
 
 __version__ = "0.1.0"
 

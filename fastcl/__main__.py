@@ -2,6 +2,6 @@
 
 import sys
 
-from fastcl.cli import main
+from fastcl.cli.main import main
 
 sys.exit(main())

@@ -105,9 +105,7 @@ def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:
         raise FastclError(f"{name} must hold one id per row, {len(rows)} on {rows.device}, got {describe(ids)}")
 
 
-def _check_views_agree(
-    sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
-) -> None:
+def _check_views_agree(sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None) -> None:
     if labels is None or (sample_y is None and is_stacked(sample, labels)):
         return
     samples = sample if sample_y is None else torch.cat([sample, sample_y])

@@ -16,8 +16,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Processes that the tests start import this checkout, wherever they run and whatever is installed.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+# Processes that the tests start import this checkout and the tests' helpers, whatever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # Triton reads this when a kernel is decorated, its own library included, so it is set before any test module imports
 # triton. On a machine with a GPU the same tests run the compiled kernels.
@@ -73,7 +75,7 @@ def source_files() -> list[Path]:
 @pytest.fixture
 def tiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The numbers of rows that were computed in tiles."""
-    from fastcl.backends import chunked
+    from fastcl.rowstats import chunked
 
     seen: list[int] = []
     forward = chunked.forward

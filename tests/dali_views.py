@@ -8,7 +8,7 @@ from PIL import Image
 from small_images import noise
 
 from fastcl.data import Split, ViewPlan, load, render_torchvision
-from fastcl.data.dali import DaliRenderer
+from fastcl.data.renderers.dali import DaliRenderer
 
 PLAIN = {"mean": (0.0,), "std": (1.0,), "jitter": 0.0, "grayscale": 0.0, "flip": 0.0}
 REAL = ("clothing10.zip", "fruits65.zip", "cifar10_jpeg75.npz")

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fastcl
-from fastcl.backends.triton import cases
-from fastcl.data import Dataset, EvalViews, Split, ViewLoader, ViewPlan, ViewSpec, fused_cases, make_renderer
-from fastcl.features import read_features
+from bench.static import cases, view_cases
+from fastcl.cli.contact_sheet import contact_sheet
+from fastcl.cli.feature_files import read_features
+from fastcl.data import Dataset, EvalViews, Split, ViewLoader, ViewPlan, ViewSpec, make_renderer
 from fastcl.metrics import cdnv, directional_cdnv, ncc_accuracy, weight_gap
 from fastcl.theory import similarity_coupling_bound
-from fastcl.views import contact_sheet
 
 N, D = 24, 10
 
@@ -118,7 +118,7 @@ def launches() -> dict:
     def forms(recorded) -> list:
         return [(launch.grid, [(name, form(v)) for name, v in launch.arguments.items()]) for launch in recorded]
 
-    return {name: forms(recorded) for name, recorded in (*cases.cases(90), *fused_cases.cases(90))}
+    return {name: forms(recorded) for name, recorded in (*cases.cases(90), *view_cases.cases(90))}
 
 
 def model(seed: int) -> nn.Module:

@@ -128,9 +128,7 @@ def supcon_negatives(s: Tensor, m: Masks) -> tuple[Tensor, Tensor, Tensor]:
     return sum_exp(s, m.other).log() - mean(s, positives), positives, m.other
 
 
-FORMULAS = {
-    f.__name__: f for f in (ntxent, dcl, nscl, nscl_with_positive, supcon, supcon_in, supcon_negatives)
-}
+FORMULAS = {f.__name__: f for f in (ntxent, dcl, nscl, nscl_with_positive, supcon, supcon_in, supcon_negatives)}
 
 
 def row_losses(formula: str | Formula, m: Masks) -> Callable[[Tensor], Tensor]:

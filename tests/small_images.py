@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastcl.data.sources import Dataset
+from fastcl.data.sources.load import Dataset
 
 
 def noise(seed: int, height: int = 6, width: int = 5, channels: int = 3) -> np.ndarray:

@@ -60,7 +60,7 @@ def cases(sm):
     """The launches of the kernels above, named after the finding that each must give."""
     import torch
 
-    from fastcl.kernels.contrastive.launch import launch, recording
+    from fastcl.kernels.common.launch import launch, recording
 
     half = torch.empty(64, 64, dtype=torch.float16)
     single = torch.empty(64, 64)
@@ -93,7 +93,7 @@ def kinds(sm):
     """One launch with an argument of every kind."""
     import torch
 
-    from fastcl.kernels.contrastive.launch import launch, recording
+    from fastcl.kernels.common.launch import launch, recording
 
     with recording() as launches:
         launch(
@@ -116,7 +116,7 @@ def serialised(sm):
 
 def unfit(sm):
     """Launches that no job can carry."""
-    from fastcl.kernels.contrastive.launch import launch, recording
+    from fastcl.kernels.common.launch import launch, recording
 
     for name, sizes in {"constant": {"BLOCK": 1j}, "missing": {}, "surplus": {"BLOCK": 1, "SIZE": 1}}.items():
         with recording() as launches:

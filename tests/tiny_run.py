@@ -52,9 +52,7 @@ def start(*arguments: str | Path, output: int | IO = subprocess.PIPE, **options)
     """The command line in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastcl", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, **options
-    )
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess:

@@ -26,10 +26,10 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import fastcl
-from fastcl.backends.triton import backward, forward, operand, twin
-from fastcl.kernels.contrastive import launch
-from fastcl.kernels.contrastive.launch import Config
-from fastcl.objectives import ObjectiveLike
+from fastcl.kernels.common import launch
+from fastcl.kernels.common.launch import Config
+from fastcl.losses.objectives import ObjectiveLike
+from fastcl.rowstats.triton import backward, forward, operand, two_models
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -74,7 +74,7 @@ def launches() -> Iterator[Launches]:
     """Inside, the Triton backend is on, its launches are listed, and memory that it asks for is poisoned."""
     seen = Launches()
     with fastcl.backend("triton"), pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, operand, twin):
+        for module in (forward, backward, operand, two_models):
             start = module.launch
 
             def recorded(kernel: Any, grid: tuple[int, ...], *options: int, start=start, **arguments: Any) -> None:
@@ -118,7 +118,7 @@ def tables_own_tiles() -> Iterator[None]:
 def workspace(size: int) -> Iterator[None]:
     """Inside, partial results may take this many bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, twin):
+        for module in (forward, backward, two_models):
             patch.setattr(module, "WORKSPACE", size)
         yield
 

@@ -1,11 +1,11 @@
 """Images, the view plan, and the renderers that apply it."""
 
-from fastcl.data.decoded import DECODED_LIMIT, keep_decoded
 from fastcl.data.loader import Batch, EvalViews, ViewLoader
 from fastcl.data.plan import PRESETS, ViewParams, ViewPlan, ViewSpec, center_view
-from fastcl.data.render import render_torchvision
-from fastcl.data.renderers import RENDERERS, Renderer, TorchvisionRenderer, choose_renderer, make_renderer
-from fastcl.data.sources import Dataset, Split, load
+from fastcl.data.renderers.choose import RENDERERS, Renderer, TorchvisionRenderer, choose_renderer, make_renderer
+from fastcl.data.renderers.torchvision import render_torchvision
+from fastcl.data.sources.decode import DECODED_LIMIT, keep_decoded
+from fastcl.data.sources.load import Dataset, Split, load
 
 __all__ = [
     "DECODED_LIMIT",

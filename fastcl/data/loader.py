@@ -21,9 +21,9 @@ from fastcl.data.limits import check_depth, check_workers
 from fastcl.data.philox import Stream, check_integer, keys, permutation
 from fastcl.data.plan import ViewParams, ViewPlan, center_view
 from fastcl.data.prefetch import rendered
-from fastcl.data.renderers import Renderer, TorchvisionRenderer
-from fastcl.data.requests import check_positions
-from fastcl.data.sources import Split
+from fastcl.data.renderers.choose import Renderer, TorchvisionRenderer
+from fastcl.data.renderers.request import check_positions
+from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError
 
 Order: TypeAlias = Literal["shuffled", "balanced"]

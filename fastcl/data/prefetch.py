@@ -20,7 +20,7 @@ from torch import Tensor
 from fastcl.data.deferred import held
 from fastcl.data.plan import ViewParams
 from fastcl.data.processes import Processes
-from fastcl.data.renderers import Renderer, TorchvisionRenderer
+from fastcl.data.renderers.choose import Renderer, TorchvisionRenderer
 
 T = TypeVar("T")
 Job: TypeAlias = Callable[[int], tuple[np.ndarray, list[ViewParams]]]  # step -> positions, parameters of each view

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 
 from fastcl.errors import FastclError
 from fastcl.report.drawing import INK, Plate, finish, log_axis, look, panels
-from fastcl.report.records import CERTIFICATE_MEASURES, STEP_MEASURES, Number, Run, Series, known
+from fastcl.report.run import CERTIFICATE_MEASURES, STEP_MEASURES, Number, Run, Series, known
 from fastcl.theory import CouplingBound, largest_drift, similarity_coupling_bound
 
 THEOREM_PAIR = {"dcl", "nscl"}  # the theorem's CL and NSCL
@@ -96,14 +96,15 @@ def remark(run: Run) -> str:
     _, series = _measured(run)
     drifts = [series[step]["drift"] for step in range(len(series))]
     above = sum(known(d) and d > 0 and math.log10(d) > b for d, b in zip(drifts, bound.log10, strict=False))
-    return " ".join([
-        f" The dashed line is no bound on this training: the drift lies above it at {above:,} of {len(series):,} "
-        "steps. "
-        "It is what Theorem 1 of arXiv 2510.08852 allows, with this run's learning rates, batch size, temperature and "
-        "class frequencies, where gradient descent moves the similarities themselves (similarity descent). A network's "
-        "weights move them by other amounts, and LARS, momentum or AdamW by others again.",
-        *_vacuity(bound, len(series)),
-    ])
+    return " ".join(
+        [
+            f" The dashed line is no bound on this training: the drift lies above it at {above:,} of {len(series):,} "
+            "steps. It is what Theorem 1 of arXiv 2510.08852 allows, with this run's learning rates, batch size, "
+            "temperature and class frequencies, where gradient descent moves the similarities themselves (similarity "
+            "descent). A network's weights move them by other amounts, and LARS, momentum or AdamW by others again.",
+            *_vacuity(bound, len(series)),
+        ]
+    )
 
 
 def _vacuity(bound: CouplingBound, steps: int) -> list[str]:

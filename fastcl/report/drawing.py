@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fastcl.report.records import IDENTITY, RESEEDED, Run, Series, known
+from fastcl.report.run import IDENTITY, RESEEDED, Run, Series, known
 
 # Okabe and Ito's palette for colour-blind readers, without black (ink) and yellow (too pale on white).
 REFERENCE_COLOUR = "#0072B2"

@@ -7,7 +7,7 @@ from matplotlib.patches import Patch
 
 from fastcl.report.coupling import DRIFT
 from fastcl.report.drawing import FLOOR_BAND, Plate, curve, finish, log_axis, panels
-from fastcl.report.records import IDENTITY, PAIR_MEASURES, RESEEDED, Run, known
+from fastcl.report.run import IDENTITY, PAIR_MEASURES, RESEEDED, Run, known
 
 
 def _against_reference(run: Run, measures: list[str], perfect: float, unit: str) -> Figure:

@@ -6,24 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fastcl.errors import FastclError, shown
-from fastcl.files import write_atomic
-from fastcl.outputs import check_output
+from fastcl.io.files import write_atomic
+from fastcl.io.outputs import check_output
+from fastcl.io.run_names import FILES, FOLDERS, REPORT
 from fastcl.report.coupling import CERTIFICATES, certificates
 from fastcl.report.drawing import svg
 from fastcl.report.figures import PLATES
-from fastcl.report.layers import LAYERS
-from fastcl.report.records import (
-    IDENTITY,
-    MODEL_MEASURES,
-    PAIR_MEASURES,
-    RESEEDED,
-    Number,
-    Run,
-    known,
-    load_run,
-)
+from fastcl.report.heat_maps import LAYERS
+from fastcl.report.run import IDENTITY, MODEL_MEASURES, PAIR_MEASURES, RESEEDED, Number, Run, known, load_run
 from fastcl.report.style import STYLE
-from fastcl.run_folder import FILES, FOLDERS, REPORT
 
 UNWRITABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"

@@ -1,12 +1,12 @@
 """Representational similarity: CKA, debiased CKA, RSA and drifts of Gram matrices, never stored, at any size."""
 
 from fastcl.similarity.accumulator import PairAccumulator
-from fastcl.similarity.forms import GramSums
 from fastcl.similarity.functions import linear_cka, pair_stats, rsa
 from fastcl.similarity.layers import LayerCKA, layer_cka
 from fastcl.similarity.ranks import SpearmanResult, spearman_rsa
 from fastcl.similarity.results import AllPairs, PairResult
 from fastcl.similarity.stats import PairStats
+from fastcl.similarity.sums.forms import GramSums
 
 __all__ = [
     "AllPairs", "GramSums", "LayerCKA", "PairAccumulator", "PairResult", "PairStats", "SpearmanResult", "layer_cka",

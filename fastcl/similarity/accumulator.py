@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fastcl.dispatch import on_triton
 from fastcl.errors import FastclError
-from fastcl.similarity.forms import ADDITIVE
-from fastcl.similarity.inputs import checked
-from fastcl.similarity.moments import Moments, chunk_rows
 from fastcl.similarity.reduce import Ranks, Undefined, check_same, has_ranks, note
 from fastcl.similarity.results import AllPairs, PairResult
-from fastcl.similarity.routes import statistics
-from fastcl.similarity.rows import INNER, Inner
 from fastcl.similarity.stats import Overflown, PairStats
+from fastcl.similarity.sums.forms import ADDITIVE
+from fastcl.similarity.sums.inputs import checked
+from fastcl.similarity.sums.moments import Moments, chunk_rows
+from fastcl.similarity.sums.routes import statistics
+from fastcl.similarity.sums.rows import INNER, Inner
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

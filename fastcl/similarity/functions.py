@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastcl.checks import check_positive
 from fastcl.errors import FastclError
-from fastcl.similarity.inputs import checked
-from fastcl.similarity.routes import Route, statistics
-from fastcl.similarity.rows import KERNELS, Kernel
 from fastcl.similarity.stats import PairStats
+from fastcl.similarity.sums.inputs import checked
+from fastcl.similarity.sums.routes import Route, statistics
+from fastcl.similarity.sums.rows import KERNELS, Kernel
 
 
 @torch.inference_mode()

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcl.backends.pairs import PairSums
 from fastcl.checks import check_not_meta
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, suggest
-from fastcl.similarity.forms import ADDITIVE, ratio_table
+from fastcl.rowstats.pair_sums import PairSums
 from fastcl.similarity.stats import PairStats
+from fastcl.similarity.sums.forms import ADDITIVE, ratio_table
 
 _COLUMNS = 1 << 16  # of a layer's outputs that are in float64 at a time
 

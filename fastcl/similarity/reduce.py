@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastcl.errors import FastclError
-from fastcl.similarity.moments import Moments
+from fastcl.similarity.sums.moments import Moments
 
 # For pairs of models the first batch, of those so far, on which their minibatch CKA is undefined, and why.
 Undefined: TypeAlias = dict[tuple[str, str], tuple[int, str]]

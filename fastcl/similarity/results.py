@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError
-from fastcl.similarity.forms import ratio
-from fastcl.similarity.rows import INNER, Inner
 from fastcl.similarity.stats import PairStats
+from fastcl.similarity.sums.forms import ratio
+from fastcl.similarity.sums.rows import INNER, Inner
 
 
 @dataclass(frozen=True)

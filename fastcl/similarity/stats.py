@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from fastcl.errors import FastclError
-from fastcl.similarity.forms import ADDITIVE, CONSTANT, EQUAL, ROUNDING, Form, GramSums
+from fastcl.similarity.sums.forms import ADDITIVE, CONSTANT, EQUAL, ROUNDING, Form, GramSums
 
 
 @dataclass(frozen=True, repr=False)

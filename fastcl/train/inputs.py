@@ -14,8 +14,8 @@ from fastcl import OBJECTIVES
 from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
 from fastcl.errors import FastclError, brief, shown
 from fastcl.train.config import Config
-from fastcl.train.identity import read_run, same_data
-from fastcl.train.twins import CROSS_ENTROPY, RESEEDED
+from fastcl.train.models import CROSS_ENTROPY, RESEEDED
+from fastcl.train.run_folder.identity import read_run, same_data
 
 _RESEED = 0x5EED_0000_0000_0000  # xor-ed into the seed of the reseeded twin's views
 _STREAMED = ("folder", "torchvision")  # sources whose images are decoded at each access

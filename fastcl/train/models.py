@@ -1,166 +1,125 @@
-"""The networks: a timm encoder, the SimCLR projector, and a linear head for cross-entropy."""
+"""Twins: networks that start equal and see the same views, each under its own objective."""
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
-import timm
 import torch
-from torch import Tensor, nn
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from fastcl import normalize_rows
-from fastcl.errors import FastclError, brief
-from fastcl.train.config import ModelConfig
+from fastcl import OBJECTIVES, RowStats, same_class_mass
+from fastcl.errors import FastclError, brief, suggest
+from fastcl.train.config import Config, OptimConfig
+from fastcl.train.network import Network, build_network, copy_network
 
-log = logging.getLogger("fastcl")
-_OURS = ("in_chans", "num_classes", "model_name")  # arguments of timm.create_model that no config gives
-
-
-@contextmanager
-def plain_defaults() -> Iterator[None]:
-    """float32 and the CPU, whatever the process's default dtype and device are: timm's and PyTorch's own modules and
-    optimizers make their tensors by them."""
-    dtype = torch.get_default_dtype()
-    on_cpu = torch.get_default_device().type == "cpu"
-    torch.set_default_dtype(torch.float32)
-    try:
-        with nullcontext() if on_cpu else torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+IDENTITY, RESEEDED = "identity", "reseeded"
+CROSS_ENTROPY = "ce"
+STEP_VALUES = ("loss", "dcl_loss", "nscl_loss", "loss_gap", "same_class_mass")
+_OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
-class Network(nn.Module):
-    """Encoder h = f(x), projector z = g(h), and for cross-entropy logits of a linear head on the unit rows of z.
+@dataclass(eq=False)
+class Twin:
+    """One model of a run.
 
-    The head reads the normalised projection, as the code of arXiv 2510.08852 does, so that all objectives train the
-    same two parts.
+    `objective` is a name of OBJECTIVES or "ce". `reseeded`: it sees views of another seed (the noise floor). `lowered`:
+    its network trains in bfloat16, as autocast has it.
     """
 
-    def __init__(self, encoder: nn.Module, width: int, hidden: int, projection: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        last = nn.BatchNorm1d(projection)
-        last.bias.requires_grad_(False)
-        self.projector = nn.Sequential(
-            nn.Linear(width, hidden, bias=False),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, projection, bias=False),
-            last,
-        )
-        self.head: nn.Linear | None = None
+    name: str
+    objective: str
+    network: Network
+    optimizer: torch.optim.Optimizer
+    reseeded: bool
+    lowered: bool
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Embeddings (n, projection) of images (n, C, H, W)."""
-        return self.projector(self.encoder(x))
+    def embed(self, views: tuple[Tensor, Tensor]) -> Tensor:
+        """Embeddings (2B, projection) float32 of two views (B, C, S, S), the first view's rows first, in training
+        mode."""
+        self.network.train()
+        images = torch.cat(views)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.lowered):
+            return self.network(images).float()
 
-    def logits(self, z: Tensor) -> Tensor:
-        """Class logits (n, classes) of embeddings; the network must have a head."""
-        return self.head(normalize_rows(z))
+    def rows(self, z: Tensor) -> Tensor:
+        """Embeddings as row statistics take them: with their graph where these are what the twin minimises."""
+        return z.detach() if self.objective == CROSS_ENTROPY else z
+
+    def loss(self, z: Tensor, stats: RowStats, labels: Tensor) -> Tensor:
+        """What the twin minimises, a scalar.
+
+        Args:
+            z: as `embed` gives them.
+            stats: row statistics of `rows(z)`.
+            labels: (B,) int64.
+        """
+        if self.objective == CROSS_ENTROPY:
+            return cross_entropy(self.network.logits(z), labels.repeat(2))
+        return OBJECTIVES[self.objective](stats).mean()
 
 
-@plain_defaults()
-def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> Network:
-    """A network with seeded weights.
+def step_values(loss: Tensor, stats: RowStats) -> Tensor:
+    """STEP_VALUES of a twin, (5,) float64 without a graph.
+
+    The CL and NSCL losses, their gap and the same-class softmax mass are taken on its embeddings whatever its own
+    objective is.
 
     Args:
-        config: names the timm model.
-        channels, size: of the images; size in pixels.
-        seed: of the initial weights.
+        loss: as `Twin.loss` gives it.
+        stats: row statistics of its embeddings.
+    """
+    with torch.no_grad():
+        dcl, nscl = OBJECTIVES["dcl"](stats).mean(), OBJECTIVES["nscl"](stats).mean()
+        return torch.stack([loss, dcl, nscl, dcl - nscl, same_class_mass(stats).mean()]).double()
+
+
+def make_twins(config: Config, channels: int, classes: int, device: torch.device) -> list[Twin]:
+    """The models of a run from one initialisation, then the controls, which are copies of the first model.
 
     Raises:
-        FastclError: timm does not know the model or an option, the CIFAR stem does not fit it, or the encoder does not
-            turn images of that size into one vector each.
+        FastclError: an unknown or repeated model, control or optimiser.
     """
-    for option in _OURS:
-        if option in config.options:
-            raise FastclError(f"model.options.{option} follows from the data and the projector; leave it out")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            if _asks_hub(config):
-                log.info("asking the hub for %s; where there is no network this takes a minute", config.name)
-            with _quiet_hub():
-                encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
-        except Exception as error:  # of timm, of the hub that it asks for weights, or of a model's own code
-            raise FastclError(_refusal(config, error)) from error
-        if config.cifar_stem:
-            _use_cifar_stem(encoder, config.name, channels)
-        width = _width(encoder, config.name, channels, size)
-        try:
-            return Network(encoder, width, config.hidden, config.projection)
-        except (RuntimeError, MemoryError) as error:
-            raise FastclError(
-                f"there is no memory for model.hidden = {config.hidden} and model.projection = {config.projection}"
-            ) from error
+    models, controls = config.train.models, config.train.controls
+    _check_names(models, (*OBJECTIVES, CROSS_ENTROPY), "train.models")
+    _check_names(controls, (IDENTITY, RESEEDED), "train.controls")
+    if not models:
+        raise FastclError("train.models is empty: name at least one objective")
+    objectives = {name: name for name in models} | {name: models[0] for name in controls}
+    initial = build_network(config.model, channels, config.views.size, config.train.seed)
+    twins = []
+    for name, objective in objectives.items():
+        head = classes if objective == CROSS_ENTROPY else None
+        network = copy_network(initial, head, config.train.seed).to(device)
+        if device.type == "cuda":  # the layout that tensor cores take; images follow the weights
+            network.to(memory_format=torch.channels_last)
+        optimizer, lowered = make_optimizer(network, config.optim), config.train.precision == "bf16"
+        twins.append(Twin(name, objective, network, optimizer, name == RESEEDED, lowered))
+    return twins
 
 
-def _asks_hub(config: ModelConfig) -> bool:
-    return bool(config.options.get("pretrained")) or config.name.startswith(("hf-hub:", "hf_hub:"))
+def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimiser of that name; weight decay leaves biases and norms out, as timm does.
 
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Without a network the hub's client says at each of its tries that it tries again; one error says it all."""
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    Raises:
+        FastclError: another name, or values that it cannot take.
+    """
+    if config.name not in _OPTIMIZERS:
+        raise FastclError(f"optim.name must be one of {', '.join(_OPTIMIZERS)}; got {config.name!r}")
+    # timm's sgd is Nesterov's, which needs a momentum; without one both are plain gradient descent
+    name = "momentum" if config.name == "sgd" and not config.momentum else config.name
     try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _refusal(config: ModelConfig, error: Exception) -> str:
-    asked, why = f"{config.name!r} with model.options = {brief(config.options)}", _first_line(error)
-    if _asks_hub(config) or "checkpoint_path" in config.options:
-        return (
-            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why.rstrip('.')}. "
-            "Without a network, take a model by its plain name, and weights from a file by "
-            'model.options = { checkpoint_path = "FILE" }'
+        return create_optimizer_v2(
+            network, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
-    return f"timm cannot make {asked}: {why}"
+    except (ValueError, TypeError, AssertionError) as error:
+        raise FastclError(f"optim: {config.name} cannot take these values: {error}; got {config}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
-
-
-@plain_defaults()
-def copy_network(network: Network, head_classes: int | None, seed: int) -> Network:
-    """A copy of the weights; with `head_classes` it also gets a head of so many logits, the same for one seed."""
-    twin = copy.deepcopy(network)
-    if head_classes is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            twin.head = nn.Linear(network.projector[-1].num_features, head_classes)
-    return twin
-
-
-def _width(encoder: nn.Module, name: str, channels: int, size: int) -> int:
-    """Width of the encoder's output, by trying: timm's num_features is not that of every model."""
-    try:
-        with torch.no_grad():
-            h = encoder.eval()(torch.zeros(1, channels, size, size, dtype=torch.float32, device="cpu"))
-    except Exception as error:  # a model's own code may raise anything
-        why = _first_line(error)
-        raise FastclError(f"model {name!r} cannot take images of {size} x {size} pixels: {why}") from error
-    encoder.train()
-    if not isinstance(h, Tensor) or h.ndim != 2 or not h.shape[1]:
-        gives = f"{tuple(h.shape[1:])}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
-        raise FastclError(f"model {name!r} must give one vector per image, it gives {gives}")
-    return h.shape[1]
-
-
-def _use_cifar_stem(encoder: nn.Module, name: str, channels: int) -> None:
-    """Small images: a 3 x 3 stride-1 convolution in place of the strided stem, and no max-pool."""
-    if not all(hasattr(encoder, part) for part in ("conv1", "bn1", "maxpool")):
-        raise FastclError(f"model.cifar_stem needs a ResNet of timm, {name!r} has no conv1, bn1 and maxpool")
-    encoder.conv1 = nn.Conv2d(channels, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
-    encoder.maxpool = nn.Identity()
+def _check_names(names: tuple[str, ...], known: tuple[str, ...], key: str) -> None:
+    for name in names:
+        if name not in known:
+            raise FastclError(f"{key} holds {brief(name)}, which is unknown{suggest(name, known)}")
+    if len(set(names)) != len(names):
+        raise FastclError(f"{key} repeats a name: {', '.join(names)}")

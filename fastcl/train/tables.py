@@ -11,7 +11,7 @@ from typing import Any
 
 from fastcl.data.plan import ViewSpec
 from fastcl.errors import FastclError, brief, shown, suggest
-from fastcl.files import cause
+from fastcl.io.files import cause
 from fastcl.train.config import PRECISIONS, Config
 
 if sys.version_info >= (3, 11):
@@ -134,7 +134,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) <= _LARGEST else math.inf
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
-        none = " or \"none\"" if type(None) in options else ""
+        none = ' or "none"' if type(None) in options else ""
         raise FastclError(f"{name} must be {_FORMS[plain]}{none}, got {_described(value)}")
     if plain is dict:
         _check_plain(value, name, 0)

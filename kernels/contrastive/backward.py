@@ -11,7 +11,7 @@ The result is float32 in working order; `finalize_kernel` adds view pairs, undoe
 import triton
 import triton.language as tl
 
-from .numerics import (
+from ..common.numerics import (
     LOG2E,
     class_range,
     dot,
@@ -22,7 +22,7 @@ from .numerics import (
     shift_log2,
     split_half,
 )
-from .tiles import tile_weights
+from .backward_tile import tile_weights
 
 
 @triton.jit

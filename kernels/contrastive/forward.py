@@ -19,7 +19,7 @@ them up.
 import triton
 import triton.language as tl
 
-from .numerics import (
+from ..common.numerics import (
     LN2,
     LOG2E,
     begin,
@@ -47,9 +47,7 @@ def _plain_loop(
     m_r = start_r + tl.arange(0, BLOCK_R) < n_r
     for i in tl.range(first, last):
         start_s = tl.where(i < n_before, i * BLOCK_S, hi + (i - n_before) * BLOCK_S)
-        b_p, _, _ = products(
-            zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT
-        )
+        b_p, _, _ = products(zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT)
         b_e = tl.exp2(b_p * factor - shift)
         if PADDED:
             b_e = tl.where(m_r[None, :], b_e, 0.0)
@@ -105,9 +103,7 @@ def _masked_tiles(
     for i in tl.range(n_masked * split // SPLITS, n_masked * (split + 1) // SPLITS):
         start_s = tl.where(i < n_class, lo + i * BLOCK_S, whole)
         o_s = start_s + tl.arange(0, BLOCK_S)
-        b_p, _, _ = products(
-            zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT
-        )
+        b_p, _, _ = products(zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT)
         m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
         b_e = tl.exp2(b_p * factor - shift)
         b_e_other = tl.where(m_other, b_e, 0.0)
@@ -218,9 +214,7 @@ def forward_online_kernel(
     b_linear = b_other
     for start_s in tl.range(0, n_s, BLOCK_S):
         o_s = start_s + tl.arange(0, BLOCK_S)
-        b_p, _, _ = products(
-            zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT
-        )
+        b_p, _, _ = products(zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT)
         m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
         b_x = b_p * factor
         b_max, b_other = _add_online(b_max, b_other, b_x, m_other)

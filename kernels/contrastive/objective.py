@@ -1,9 +1,9 @@
 """The algebra of objectives: row losses from row statistics, and their derivatives.
 
-An objective reaches the kernels as a number (`fastcl.objectives.Objective.code`): bits 0 to 2 are the relations view,
-peer, other of its denominator, bits 3 and 4 view and peer of its positives, bit 5 says that the mean over positives
-stands inside the log. With P the log-sum-exp over positives and Q that over the rest of the denominator, the loss of a
-row is
+An objective reaches the kernels as a number (`fastcl.losses.objectives.Objective.code`): bits 0 to 2 are the relations
+view, peer, other of its denominator, bits 3 and 4 view and peer of its positives, bit 5 says that the mean over
+positives stands inside the log. With P the log-sum-exp over positives and Q that over the rest of the denominator, the
+loss of a row is
 
     spread + softplus(Q - P)    where the denominator holds the positives
     spread + lse_denominator - P    where it holds none of them

@@ -13,7 +13,7 @@ and the unit row is (s x) / sqrt(q).
 import triton
 import triton.language as tl
 
-from .numerics import (
+from ..common.numerics import (
     FLOAT_MAX,
     LAST_INVERSE_T,
     SCALE,

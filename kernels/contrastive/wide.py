@@ -7,8 +7,17 @@ a block above the diagonal serves the rows of both sides: 3 N N D operations in 
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, class_range, dot, inverse_temperature, logit_scale, products, shift_log2, split_half
-from .tiles import tile_weights
+from ..common.numerics import (
+    LOG2E,
+    class_range,
+    dot,
+    inverse_temperature,
+    logit_scale,
+    products,
+    shift_log2,
+    split_half,
+)
+from .backward_tile import tile_weights
 
 
 @triton.jit

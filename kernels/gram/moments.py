@@ -15,7 +15,7 @@ turns it around.
 import triton
 import triton.language as tl
 
-from ..contrastive.numerics import dot
+from ..common.numerics import dot
 
 
 @triton.jit

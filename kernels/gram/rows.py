@@ -11,7 +11,7 @@ take a small share of the time, the products most.
 import triton
 import triton.language as tl
 
-from ..contrastive.numerics import power_of_two_scale, split_half
+from ..common.numerics import power_of_two_scale, split_half
 
 # A row whose entries agree up to this fraction of the largest is constant: what its mean leaves is rounding.
 _CONSTANT = tl.constexpr(64 * 2.0**-52)

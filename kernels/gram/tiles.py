@@ -10,7 +10,7 @@ the order.
 import triton
 import triton.language as tl
 
-from ..contrastive.numerics import LOG2E, dot, load_tile
+from ..common.numerics import LOG2E, dot, load_tile
 
 FIXED_POINT = tl.constexpr(4294967296.0)  # 2^32: entries of at most 1, up to 2^31 of them
 

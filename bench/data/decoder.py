@@ -1,0 +1,109 @@
+"""DALI's views again: the same bits whatever the batch, threads and order, and how far they are from the CPU's.
+
+The JPEG engine of a GPU, which DALI gives a share of a batch by default, is off in fastcl: this says what it changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.data import inputs
+from bench.harness.clocks import first_line
+from bench.harness.records import check_out, exit_status, machine, table, write
+from fastcl.data import Split, ViewParams, ViewPlan, ViewSpec, make_renderer
+from fastcl.data.renderers.choose import obstacle
+from fastcl.io.outputs import named_path
+
+LOADS = (0.0, 0.65)  # of the JPEG engine: fastcl's, and DALI's default
+CASE = inputs.Case(224, "clothing10.zip", ((400, 533), (533, 400)), "simclr", 64, 64)
+TINY = inputs.TINY[1]
+
+_DESCRIPTION = """\
+Views by DALI with hw_decoder_load at 0, as fastcl has it, and at DALI's default: compared with themselves in batches of
+7, by 4 threads and in another order, bit for bit; and with torchvision's, in grey levels of 255. Exit status 1 where
+fastcl's own setting changes a bit.
+"""
+
+
+def compared(split: Split, spec: ViewSpec, device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """What was compared, and mean and largest difference in grey levels."""
+    positions = np.arange(len(split))
+    params = [ViewPlan(spec, 0).draw(0, split.ids, view, split.sizes) for view in (0, 1)]
+    levels = 255 * torch.tensor(spec.std, device=device)[:, None, None]
+
+    def views(name: str, threads: int = 1, order: np.ndarray = positions, size: int = len(split)) -> Tensor:
+        renderer, parts = make_renderer(name, split, spec, device, threads), []
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            parts.append(torch.stack(renderer(positions[chosen], _of(params, chosen)), 1))
+        found = torch.cat(parts)
+        return found[torch.from_numpy(np.argsort(order)).to(found.device)].to(device)
+
+    whole = views("dali")
+    others = {
+        "twice": views("dali"),
+        "in batches of 7": views("dali", size=7),
+        "by 4 threads": views("dali", threads=4),
+        "in another order": views("dali", order=positions[::-1].copy()),
+        "torchvision's": views("torchvision"),
+    }
+    for what, other in others.items():
+        apart = (whole - other).abs() * levels
+        yield what, apart.mean().item(), apart.max().item()
+
+
+def _of(params: Sequence[ViewParams], chosen: np.ndarray) -> list[ViewParams]:
+    return [p[chosen] for p in params]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare and write; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.data.decoder", description=_DESCRIPTION)
+    parser.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--data", type=named_path, metavar="FOLDER",
+        help=f"folder of {CASE.file} (default: $FASTCL_DATA, else ../shared/data); made up where absent")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="sizes that prove that it works")
+    args = parser.parse_args(argv)
+    check_out(args, parser, inputs.data_folder(args.data))
+    device, case = torch.device("cuda" if torch.cuda.is_available() else "cpu"), TINY if args.tiny else CASE
+    found, failed, facts = [], [], machine(device)
+    with tempfile.TemporaryDirectory() as scratch:
+        images = inputs.read(case, inputs.data_folder(args.data), Path(scratch))
+        for load in LOADS:
+            record = {"bench": "decoder", "hw_decoder_load": load, "images": len(images.split), "size": case.size}
+            try:
+                if reason := obstacle("dali", images.split, case.spec, device):
+                    found.append(record | {"reason": reason})
+                    continue
+                with mock.patch("fastcl.data.renderers.dali_graph.HW_DECODER_LOAD", load):
+                    rows = list(compared(images.split, case.spec, device))
+            except Exception as problem:  # the other setting is still worth its comparison
+                found.append(record | {"reason": f"failed: {first_line(problem)}"})
+                failed.append(f"hw_decoder_load {load}: {first_line(problem)}")
+                continue
+            found += [record | {"against": what, "mean": a, "max": b, "reason": None} for what, a, b in rows]
+            failed += [f"not the same {what}" for what, _, b in rows[:-1] if b and not load]
+    lines = [
+        (f"{r['hw_decoder_load']:g}", r["reason"] or r["against"],
+         *(("", "") if r["reason"] else (f"{r['mean']:.3g}", f"{r['max']:.3g}")))
+        for r in found
+    ]  # fmt: skip
+    text = table(("hw_decoder_load", "the same views", "mean difference", "largest"), lines)
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    head = f"# DALI's views again\n\n{facts['device']}; {versions}; {facts['date']}. {images.name}; {case} pixels.\n\n"
+    write(args.out, "decoder", [r | facts for r in found], head + text)
+    print(text)
+    return exit_status(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The images that the benchmark of the data part reads: real ones where they are, else made up and named so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastcl.data import Split, ViewSpec, load
+from fastcl.data.philox import Stream, permutation
+
+ROOT = Path(__file__).resolve().parents[2]
+MADE_UP_CLASSES, QUALITY = 4, 75
+CIFAR_CLASS = 5000  # training images of a class; those of two at least are decoded beforehand
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: one pass over some images.
+
+    Args:
+        size: side of the views.
+        file: the real images.
+        sides: height and width of the made-up ones.
+        preset: the recipe.
+        images, batch: of a pass.
+    """
+
+    size: int
+    file: str
+    sides: tuple[tuple[int, int], ...]
+    preset: str
+    images: int
+    batch: int
+
+    @property
+    def spec(self) -> ViewSpec:
+        """The recipe at this size."""
+        return ViewSpec.preset(self.preset, size=self.size)
+
+    def __str__(self) -> str:
+        return f"{self.size} x {self.size}"
+
+
+_FILES = {
+    32: ("cifar10_jpeg75.npz", ((32, 32),), "cifar"),
+    96: ("fruits65.zip", ((100, 100),), "tiny-imagenet"),
+    224: ("clothing10.zip", ((533, 400),), "simclr"),
+}
+_COUNTS = {  # images and batch by device
+    "cpu": {32: (2048, 256), 96: (512, 64), 224: (128, 32)},
+    "cuda": {32: (32768, 2048), 96: (2048, 128), 224: (704, 44)},  # 16 batches: a DataLoader's worker makes whole ones
+}
+CASES = {
+    kind: tuple(Case(size, *_FILES[size], *counts) for size, counts in chosen.items())
+    for kind, chosen in _COUNTS.items()
+}
+TINY = (Case(12, "", ((16, 16),), "cifar", 8, 4), Case(20, "", ((24, 30), (30, 24)), "simclr", 8, 4))
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Images of a case, as a training run has them.
+
+    Args:
+        source: all of them, for `fastcl.data.load`.
+        name: what the report calls them.
+        split: those of a pass: a whole number of batches, drawn from the training images.
+    """
+
+    source: str
+    name: str
+    split: Split
+
+    @property
+    def equally_sized(self) -> bool:
+        """Whether all images have one size."""
+        return bool((self.split.sizes == self.split.sizes[0]).all())
+
+
+def data_folder(given: Path | None) -> Path:
+    """Where real images are looked for: what was given, else FASTCL_DATA, else shared/data beside the checkout."""
+    return given or Path(os.environ.get("FASTCL_DATA") or ROOT.parent / "shared" / "data")
+
+
+def read(case: Case, folder: Path, scratch: Path) -> Photos:
+    """The images of a case.
+
+    Args:
+        folder: of the real ones.
+        scratch: an empty folder for made-up ones.
+    """
+    real = folder / case.file
+    if case.file and real.is_file():
+        decoded = real.suffix == ".npz"
+        source = f"{'cifar10' if decoded else 'folder'}:{real}"
+        train = load(source, classes=max(2, -(-case.images // CIFAR_CLASS)) if decoded else None).train
+        # Of one size: some renderers take no other, and all are to make the same views.
+        _, which, counts = np.unique(train.sizes, axis=0, return_inverse=True, return_counts=True)
+        train = part(train, np.flatnonzero(which.reshape(-1) == counts.argmax()))
+        name = real.stem
+    else:
+        _make_up(case, scratch)
+        source = f"folder:{scratch}"
+        train = load(source).train
+        name = f"MADE-UP pictures ({f'{case.file} is not there' if case.file else 'tiny'})"
+    chosen = permutation(len(train), seed=0, stream=Stream.ORDER)[: case.images]
+    split = part(train, chosen[: len(chosen) // case.batch * case.batch])
+    return Photos(source, f"{name}, {'encoded' if split.encoded else 'decoded beforehand'}", split)
+
+
+def part(split: Split, positions: np.ndarray) -> Split:
+    """Some images of a split, in the order of (n,) positions."""
+    facts = (values[positions] for values in (split.ids, split.labels, split.sizes))
+    encoded = partial(_at, split.encoded, positions) if split.encoded else None
+    return Split(*facts, partial(_at, split.image, positions), encoded)
+
+
+def _at(read: Callable[[int], Any], positions: np.ndarray, i: int) -> Any:
+    return read(int(positions[i]))
+
+
+def _make_up(case: Case, folder: Path) -> None:
+    """Smooth colours with noise, which JPEG packs about as well as photographs, as an image tree."""
+    random = np.random.default_rng(0)
+    for k in range(2 * case.images):
+        height, width = case.sides[k % len(case.sides)]
+        coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        pixels = (smooth + random.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+        target = folder / f"class{k % MADE_UP_CLASSES}"
+        target.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(target / f"{k:05}.jpg", quality=QUALITY)

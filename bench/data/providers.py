@@ -1,0 +1,153 @@
+"""What the benchmark of the data part times: ways to come from stored images to two views of each on the device.
+
+A feed is a callable of the epoch that returns an iterator of batches, tuples of tensors on the device; whatever a
+training run sets up once has been done when it exists.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from bench.data import peers
+from bench.data.inputs import Case, Photos
+from bench.losses.providers import absence
+from fastcl.data import ViewLoader, ViewParams, ViewPlan, render_torchvision
+from fastcl.data.renderers.choose import Renderer, choose_renderer, make_renderer
+from fastcl.errors import FastclError
+
+Batch: TypeAlias = tuple[Tensor, ...]
+Feed: TypeAlias = Callable[[int], Iterator[Batch]]
+Open: TypeAlias = Callable[[Photos, Case, torch.device], Feed]
+
+SEED = 0
+LEVELS = 1.5  # grey levels by which our views may differ from the reference function's, in the mean of a batch
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to make views.
+
+    Args:
+        open: makes the feed; raises whatever a library raises that cannot do it.
+        devices, module, package: as `bench.losses.providers.Provider`.
+        views: whether it makes views: what makes none is part of the others' time, or the bound of it.
+        renderer: ours: the renderer's name; a failure or a wrong view makes the exit status 1.
+        unfit: why it cannot run on some images.
+    """
+
+    name: str
+    open: Open
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    module: str | None = None
+    package: str | None = None
+    views: bool = True
+    renderer: str | None = None
+    unfit: Callable[[Photos], str | None] = lambda photos: None
+
+    def obstacle(self, photos: Photos, case: Case, device: torch.device) -> str | None:
+        """Why it cannot run on these images; None where it can."""
+        if reason := absence(self.devices, self.module, self.package, device):
+            return reason
+        if self.renderer:
+            return _obstacle(self.renderer, photos, case, device)
+        return self.unfit(photos)
+
+
+def loader_of(photos: Photos, case: Case, renderer: Renderer | None = None) -> ViewLoader:
+    """The loader of a training run, with as many workers as there are cores."""
+    plan = ViewPlan(case.spec, SEED)
+    return ViewLoader(photos.split, plan, case.batch, renderer=renderer, workers=peers.WORKERS)
+
+
+def reference(photos: Photos, case: Case) -> Batch:
+    """Both views of the first batch of epoch 0 by the reference function, on the CPU."""
+    loader = loader_of(photos, case)
+    images = [photos.split.image(int(p)) for p in loader.batch(0, 0)]
+    return tuple(render_torchvision(images, params, case.spec) for params in _plan(loader, 0, 0))
+
+
+def _plan(loader: ViewLoader, epoch: int, step: int) -> list[ViewParams]:
+    split, positions = loader.split, loader.batch(epoch, step)
+    return [loader.plan.draw(epoch, split.ids[positions], view, split.sizes[positions]) for view in range(2)]
+
+
+def _planned(name: str, photos: Photos, case: Case, device: torch.device) -> Feed:
+    renderer = make_renderer(name, photos.split, case.spec, device, threads=peers.WORKERS)
+    loader = loader_of(photos, case, renderer)
+
+    def feed(epoch: int) -> Iterator[Batch]:
+        for batch in loader.batches(epoch):
+            yield batch.views
+
+    return feed
+
+
+def _plan_alone(photos: Photos, case: Case, device: torch.device) -> Feed:
+    loader = loader_of(photos, case)
+
+    def feed(epoch: int) -> Iterator[Batch]:
+        for step in range(len(loader)):
+            _plan(loader, epoch, step)
+            yield ()
+
+    return feed
+
+
+def _reading_alone(photos: Photos, case: Case, device: torch.device) -> Feed:
+    def feed(epoch: int) -> Iterator[Batch]:
+        for k in range(len(photos.split)):
+            photos.split.image(k)
+        yield ()
+
+    return feed
+
+
+def _obstacle(name: str, photos: Photos, case: Case, device: torch.device) -> str | None:
+    try:
+        choose_renderer(name, [photos.split], case.spec, device)
+    except FastclError as error:
+        return str(error).rpartition("cannot be used here: ")[2]
+    return None
+
+
+def _sizes_differ(photos: Photos) -> str | None:
+    return None if photos.equally_sized else "takes batches of images of one size, and these differ"
+
+
+def _no_dali(photos: Photos) -> str | None:
+    try:
+        found = importlib.util.find_spec("nvidia.dali")
+    except ModuleNotFoundError:  # nothing of nvidia's is installed
+        found = None
+    return None if found else "nvidia-dali is not installed"
+
+
+def _nothing_to_decode(photos: Photos) -> str | None:
+    return "the images are decoded beforehand" if photos.split.encoded is None else _no_dali(photos)
+
+
+def _ours(name: str, **fields: tuple[str, ...]) -> Provider:
+    return Provider(f"fastcl {name}", partial(_planned, name), renderer=name, **fields)
+
+
+DALI_RENDERER, TRITON_RENDERER, DECODING = "fastcl dali", "fastcl triton", "decoding alone, DALI"
+PROVIDERS = (
+    _ours("torchvision"),
+    _ours("dali"),
+    _ours("triton", devices=("cuda", "interpreter")),
+    Provider("torchvision v2, Pillow, workers", partial(peers.torchvision, True)),
+    Provider("torchvision v2, tensors, workers", partial(peers.torchvision, False)),
+    Provider("DALI, operator seeds", partial(peers.dali, True), unfit=_no_dali),
+    Provider("kornia", peers.kornia, module="kornia", package="kornia", unfit=_sizes_differ),
+    Provider("drawing the plan alone", _plan_alone, views=False),
+    Provider("reading alone", _reading_alone, views=False),
+    Provider(DECODING, partial(peers.dali, False), views=False,
+        unfit=_nothing_to_decode),
+)  # fmt: skip

@@ -1,0 +1,103 @@
+"""The Markdown of the benchmark of the data part: its conditions, its targets, and a table for each size."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+import torch
+
+from bench.data.providers import DALI_RENDERER, DECODING, LEVELS, TRITON_RENDERER
+from bench.harness.records import Record, digits, table
+from bench.training import waiting
+
+TRITON_TARGET, TRITON_SIZE, DECODER_SIZE = 1e6, 32, 224
+
+
+def header(facts: Record, args: argparse.Namespace, device: torch.device) -> str:
+    """The conditions of the run, before its first measurement."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    tiny = "\n- Tiny sizes: they prove that the benchmark works and measure nothing." if args.tiny else ""
+    return f"""\
+# Data: decoding and two views
+
+- Machine: {facts["device"]}; {versions}; {facts["date"]}. Load average at the start: {os.getloadavg()[0]:.1f}; other
+  processes change not only the times but their ratios.{tiny}
+- A pass takes the stored images of the table in shuffled order to two float32 views of each on the {device.type}, batch
+  by batch; fastcl's loader starts its workers anew in every pass, as in an epoch of training, the
+  others' stay up; nothing is fetched before a pass begins.
+- Images/s: of the median pass on the wall clock (slowest-fastest), of at most {args.repeats} passes, fewer after
+  {args.seconds:g} s per provider. In a round every provider makes one pass, each round beginning with another.
+- Core-ms: processor time of all cores together, workers included, per image, median. Images/s per core: its inverse,
+  what a core gives when it does nothing else; it compares providers that use different numbers of cores.
+- Off by: grey levels of 255 between the views of the first batch and those of fastcl's reference function: mean
+  (largest). Over {LEVELS:g} in the mean a renderer is not timed. The other libraries draw their own random numbers, and
+  the order and colour space of DALI's own colour operators are not torchvision's.
+- Over the limit: more than {args.seconds:g} s in one pass. Nothing is extrapolated.
+"""
+
+
+def body(records: Sequence[Record]) -> str:
+    """Targets and tables of what has been measured so far."""
+    text = f"\n## Targets\n\n{table(('target', 'where', 'found', 'reached'), targets(records))}"
+    views = [r for r in records if r["section"] == "views"]
+    for size in dict.fromkeys(r["size"] for r in views):
+        text += _views([r for r in views if r["size"] == size])
+    training = [r for r in records if r["section"] == waiting.SECTION]
+    return text + (_training(training) if training else "")
+
+
+def rate(r: Record) -> float:
+    """Images a second of the median pass."""
+    return 1e3 * r["images"] / median(r["samples_ms"])
+
+
+def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
+    """Rows: target, where, found, reached."""
+
+    def on_card(name: str, size: int) -> float | None:
+        found = [r for r in records if r["section"] == "views" and r["provider"] == name and r["size"] == size]
+        return next((rate(r) for r in found if r["samples_ms"] and "cuda" in r["versions"]), None)
+
+    fused = on_card(TRITON_RENDERER, TRITON_SIZE)
+    yield (f"{TRITON_RENDERER}: {TRITON_TARGET:,.0f} images/s, two views of each", f"{TRITON_SIZE} pixels, CUDA",
+           *(("not measured", "") if fused is None else (f"{fused:,.0f}", "yes" if fused >= TRITON_TARGET else "no")),
+           )  # fmt: skip
+    dali, decoding = (on_card(name, DECODER_SIZE) for name in (DALI_RENDERER, DECODING))
+    share = "not measured" if None in (dali, decoding) else f"{100 * dali / decoding:.0f} % of {decoding:,.0f} images/s"
+    yield f"{DALI_RENDERER}: beside its decoder alone", f"{DECODER_SIZE} pixels, CUDA", share, ""
+
+
+def _views(records: Sequence[Record]) -> str:
+    first = records[0]
+    size, images, batch = (first[key] for key in ("size", "images", "batch"))
+    text = f"\n## {size} x {size} pixels\n\n{images:,} images of {first['source']}; preset {first['preset']!r}, "
+    text += f"batches of {batch}.\n\n"
+    head = ("provider", "makes", "images/s", "core-ms", "images/s per core", "off by")
+    timed = [r for r in records if r["samples_ms"]]
+    text += table(head, map(_row, timed)) if timed else "Nothing was measured.\n"
+    reasons = [f"{r['provider']}: {r['reason']}" for r in records if r["reason"]]
+    return text + ("\nNot measured: " + "; ".join(reasons) + ".\n" if reasons else "")
+
+
+def _row(r: Record) -> tuple[str, ...]:
+    slow, fast = (1e3 * r["images"] / limit(r["samples_ms"]) for limit in (max, min))
+    cores = median(r["cores_ms"]) / r["images"] if r["cores_ms"] else None
+    per_core = ("", "") if cores is None else (digits(cores), digits(1e3 / cores) if cores else "")
+    mean, largest = r["difference_mean"], r["difference_max"]
+    off = "" if mean is None else f"{mean:.3g} ({largest:.3g})"
+    makes = "two views" if r["views"] else "no views"
+    return r["provider"], makes, f"{digits(rate(r))} ({digits(slow)}-{digits(fast)})", *per_core, off
+
+
+def _training(records: Sequence[Record]) -> str:
+    first = records[0]
+    text = f"\n## A training step's wait for its views\n\n{first['model']}, one model, batches of {first['batch']} of "
+    text += f"{first['source']}, views of {first['size']} pixels; the second epoch, as timing.jsonl has it.\n"
+    rows = [(r["provider"], "two views", digits(r["images_per_second"]), digits(r["seconds"]),
+             f"{100 * waiting.share_of(r):.1f} %") for r in records if not r["reason"]]  # fmt: skip
+    text += "\n" + table(("renderer", "makes", "images/s", "seconds", "waits for views"), rows) if rows else ""
+    reasons = [f"{r['provider']}: {r['reason']}" for r in records if r["reason"]]
+    return text + ("\nNot measured: " + "; ".join(reasons) + ".\n" if reasons else "")

@@ -1,0 +1,186 @@
+"""The offline tuner: times tile sizes through real losses and writes the launch table of the contrastive kernels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, TypeAlias
+
+import torch
+
+from bench.harness.clocks import Timer, first_line, interleave, timer_of
+from bench.harness.records import agree, digits, write_file
+from bench.losses.providers import TOLERANCES, fused, passes
+from fastcl.errors import FastclError
+from fastcl.io.outputs import check_output, named_path
+from fastcl.kernels.common import launch
+
+Row: TypeAlias = dict[str, Any]
+
+# What is tried of each field, one field at a time from the present row on; rows of the working copies come in blocks of
+# 128, which every tile must divide. The width of a tile is a choice only where rows are taken piece by piece.
+AXES = {"block_r": (32, 64, 128), "block_s": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3, 4)}
+WIDE_AXES = AXES | {"block_d": (32, 64, 128)}
+# The mode's split precision decides the loss: "none" and "peers" are half precision, "all" float32-grade.
+LOSSES = {"none": (True, "ntxent"), "peers": (True, "supcon"), "all": (False, "ntxent")}
+# By kernel the pass that it is timed in. The kernels for logits of any range run where the others may not, and rarely,
+# and those for two models in no loss: their rows are left as they are.
+KERNELS = {"forward": "fwd", "backward": "bwd", "weights": "bwd", "product": "bwd"}
+
+_DESCRIPTION = """\
+Time candidates for the rows of the launch table that belong to this machine's architecture, each through a forward and
+backward pass of a real loss, and write the table with the winners. A candidate that does not compile, or whose loss or
+gradient differs, is dropped; one wins that is faster than the present row by more than the spread of the times. The
+table is written anew after every row, so that a run that is stopped keeps what it has.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where and how much to try."""
+
+    device: torch.device
+    n: int
+    wide: int  # width for rows without a largest one
+    axes: Callable[[Row], dict[str, tuple[int, ...]]]
+    repeats: int
+    seconds: float
+
+
+def rows_of(table: list[Row], sm: int) -> list[Row]:
+    """The rows of an architecture that are tuned."""
+    return [row for row in table if row["arch"] == f"sm_{sm}" and row["kernel"] in KERNELS]
+
+
+def beats(candidate: list[float], present: list[float]) -> bool:
+    """Whether times are shorter by more than the larger of both interquartile ranges, on the median."""
+    spread = max(upper - lower for lower, _, upper in (quantiles(times, n=4) for times in (candidate, present)))
+    return median(present) - median(candidate) > spread
+
+
+@contextmanager
+def replaced(row: Row, config: Row) -> Iterator[None]:
+    """Launch as with another config in place of the row's, within the block."""
+    previous = dict(row)
+    row.update(config)
+    launch.config.cache_clear()
+    try:
+        yield
+    finally:
+        row.update(previous)
+        launch.config.cache_clear()
+
+
+def tune(row: Row, plan: Plan) -> Row:
+    """Try every value of every axis in turn, from the best config so far; the fields that win."""
+    half, objective = LOSSES[row["mode"]]
+    d = min(row["max_d"] or plan.wide, plan.wide)
+    z = torch.randn(plan.n, d, generator=torch.Generator().manual_seed(0)).to(plan.device).requires_grad_()
+    labels = torch.arange(plan.n // 2, device=plan.device) % 2  # large classes: half of the tiles hold peers
+    call = partial(fused, half, z, labels, objective)
+    which = KERNELS[row["kernel"]]
+    tolerance = TOLERANCES["fp16" if half else "fp32"]
+
+    def prepared(config: Row) -> tuple[Timer, dict[str, torch.Tensor]]:
+        with replaced(row, config):
+            result = dict(zip(("loss", "gradient"), passes(partial(fused, half), z, labels, objective), strict=True))
+            timer, _ = timer_of(call, z, capture=True)
+
+        def timed() -> dict:
+            with replaced(row, config):
+                return timer()
+
+        return timed, result
+
+    best = {key: row[key] for key in WIDE_AXES}
+    timer, wanted = prepared(best)
+    for axis, values in plan.axes(row).items():
+        for value in values:
+            config = best | {axis: value}
+            if config == best:
+                continue
+            try:
+                other, found = prepared(config)
+                agree({"present": wanted, "candidate": found}, tolerance)
+                times = interleave({"present": timer, "candidate": other}, plan.repeats, plan.seconds)
+            except Exception as error:  # a compiler's limits come as exceptions of many kinds
+                print(f"  {axis}={value}: dropped: {first_line(error)}", flush=True)
+                continue
+            present, candidate = (
+                [s.gpu or s.wall for s in times[name][which]] for name in ("present", "candidate")
+            )  # fmt: skip
+            won = beats(candidate, present)
+            text = f"{digits(median(candidate))} ms against {digits(median(present))} ms"
+            print(f"  {axis}={value}: {text}{', kept' if won else ''}", flush=True)
+            if won:
+                best, timer = config, other
+    return best
+
+
+def write(table: list[Row], path: Path) -> None:
+    """The table, a row a line."""
+    write_file(path, "[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Tune and write the table; returns the exit status (0 done, 1 a row fails, 130 interrupted)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.tune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=named_path, metavar="FILE", help="where the table goes (default: where it is)")
+    parser.add_argument("--rehearse", action="store_true",
+        help="two rows and a candidate for each, tiny, on the CPU under Triton's interpreter; needs --out")  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        check_output(args.out or launch.TABLE, "--out")
+    except FastclError as error:
+        parser.error(str(error))
+    if args.rehearse:
+        if args.out is None:
+            parser.error("--rehearse: its times mean nothing and must not replace the table; give --out")
+        if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported, which it has been
+            command = [sys.executable, "-m", "bench.gpu.tune", *(sys.argv[1:] if argv is None else argv)]
+            return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+        plan = Plan(torch.device("cpu"), 64, 16, lambda row: {"block_s": (32,)}, 3, 1)
+        capability = None
+    elif not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; --rehearse runs without one")
+    else:
+        plan = Plan(torch.device("cuda"), 16384, 512, lambda row: AXES if row["max_d"] else WIDE_AXES, 15, 2)
+        capability = torch.cuda.get_device_capability()
+    table = launch._rows()  # the very rows that the launches read
+    rows = rows_of(table, launch.architecture(capability))
+    rows = [row for row in rows if row["mode"] == "none" and row["max_d"] == 64] if args.rehearse else rows
+    changed = failed = 0
+    try:
+        for row in rows:
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+            try:
+                best = tune(row, plan)
+            except Exception as error:  # the other rows are still worth their time
+                print(f"  the present row fails: {first_line(error)}", file=sys.stderr, flush=True)
+                failed += 1
+                continue
+            changed += any(row[key] != value for key, value in best.items())
+            row.update(best)
+            launch.config.cache_clear()
+            write(table, args.out or launch.TABLE)
+    except KeyboardInterrupt:
+        print("interrupted; the table holds the rows that were finished", file=sys.stderr)
+        return 130
+    written = f"; the table is in {args.out or launch.TABLE}" if failed < len(rows) else ""
+    print(f"{changed} of {len(rows)} rows changed, {failed} fail{written}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

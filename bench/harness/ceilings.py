@@ -1,0 +1,152 @@
+"""What this machine reaches at most: matrix products, copies in its memory, exponentials; and the bound they set."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from bench.harness.clocks import Sample, time_call
+from bench.harness.records import Record, add_arguments, check_out, device_of, machine, record, table, write
+
+BENCH = "ceilings"
+NARROW = 256  # rows up to this width fit one program, whose backward pass makes every product once for each row
+_WARM_UP = 0.2  # seconds: clocks rise under load
+
+_DESCRIPTION = """\
+The ceilings of this machine: large matrix products in fp16 and bf16 (TFLOP/s), copies within the device's memory
+(GB/s read and written), exponentials (10^12 a second). On a CPU the sizes are tiny and the numbers say nothing; the
+exponentials then need TRITON_INTERPRET=1.
+"""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates that were measured: floating-point operations, bytes and exponentials a second."""
+
+    flops: float
+    bytes: float
+    exponentials: float
+
+    def bound_ms(self, objective: str, n: int, d: int) -> dict[str, float]:
+        """The least time of each pass of an objective on n rows of width d, in ms, whatever its precision.
+
+        Two views: the forward pass meets each pair of rows once (n n d floating-point operations, n n / 2
+        exponentials). The backward pass takes 4 n n d and n n exponentials where a row's gradient has one owner (d up
+        to 256), 3 n n d and n n / 2 beyond. Two towers of m = n / 2 rows: 2 m m d and m m forward, 8 m m d and 2 m m,
+        or 6 m m d and m m, backward. In each pass the slowest of products, exponentials and memory (the rows read, in
+        the backward pass the gradient written too) counts: they can overlap.
+        """
+        # Without a mirror image every pair of towers counts twice what a pair of views does.
+        pairs = 2 * (n / 2) ** 2 if objective == "clip" else n * n
+        products, exponentials = (4, pairs) if d <= NARROW else (3, pairs / 2)
+        memory = 4 * n * d
+        forward = self.slowest_ms(pairs * d, pairs / 2, memory)
+        backward = self.slowest_ms(products * pairs * d, exponentials, 2 * memory)
+        return {"fwd": forward, "bwd": backward, "both": forward + backward}
+
+    def slowest_ms(self, flops: float, exponentials: float, size: float) -> float:
+        """ms of the slowest of floating-point operations, exponentials and bytes, each at its ceiling."""
+        return 1e3 * max(flops / self.flops, exponentials / self.exponentials, size / self.bytes)
+
+    def __str__(self) -> str:
+        return (
+            f"matrix products {self.flops / 1e12:.4g} TFLOP/s, copies {self.bytes / 1e9:.4g} GB/s, exponentials "
+            f"{self.exponentials:.3g}/s"
+        )
+
+
+def measure(device: torch.device, repeats: int = 15) -> tuple[Ceilings, list[tuple[str, float, list[Sample]]]]:
+    """The ceilings of a device, from medians; and for each its name, its work in one call, and the times."""
+    from bench.harness.exponentials import exponentials_kernel  # Triton is not everywhere where the benchmarks run
+
+    cuda = device.type == "cuda"
+    found = []
+    for dtype in (torch.float16, torch.bfloat16):
+        size = 8192 if cuda else 128
+        times = products(dtype, size, device, repeats)
+        found.append((f"matmul {str(dtype).removeprefix('torch.')}", 2.0 * size**3, times))
+    source = torch.randn(2**28 if cuda else 2**16, device=device)
+    target = torch.empty_like(source)
+    times = _times(lambda: target.copy_(source), device, repeats)
+    found.append(("copy", 2.0 * source.nbytes, times))
+    rounds, block = (4096, 1024) if cuda else (4, 1024)
+    x = torch.rand(2**22 if cuda else 2**12, device=device)
+    y = torch.empty_like(x)
+    grid = (len(x) // block,)
+    times = _times(lambda: exponentials_kernel[grid](x, y, ROUNDS=rounds, BLOCK=block), device, repeats)
+    found.append(("exp2", 1.0 * len(x) * rounds, times))
+    half, brain, copy, exp2 = (1e3 * work / median(s.gpu or s.wall for s in times) for _, work, times in found)
+    return Ceilings(max(half, brain), copy, exp2), found
+
+
+def of_host(tiny: bool) -> Ceilings:
+    """The ceilings of the CPU in float32, by PyTorch's own functions."""
+    device, repeats, size = torch.device("cpu"), 5, 256 if tiny else 2048
+    source = torch.rand(2**16 if tiny else 2**26)
+    target = torch.empty_like(source)
+    near, out = source[: 2**16], target[: 2**16]  # in cache: the bound of the function, not of the memory
+    calls = (
+        (2.0 * size**3, products(torch.float32, size, device, repeats)),
+        (2.0 * source.nbytes, _times(lambda: target.copy_(source), device, repeats)),
+        (1.0 * len(near), _times(lambda: torch.exp(near, out=out), device, repeats)),
+    )
+    return Ceilings(*(1e3 * work / median(s.wall for s in times) for work, times in calls))
+
+
+def products(dtype: torch.dtype, size: int, device: torch.device, repeats: int) -> list[Sample]:
+    """Times of the product of two size x size matrices."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return _times(partial(torch.mm, a, b, out=torch.empty_like(a)), device, repeats)
+
+
+def _times(call: Callable[[], object], device: torch.device, repeats: int) -> list[Sample]:
+    began = perf_counter()
+    call()
+    while device.type == "cuda" and perf_counter() - began < _WARM_UP:
+        call()
+        torch.cuda.synchronize()
+    return [time_call(call, device) for _ in range(repeats)]
+
+
+def records(found: list[tuple[str, float, list[Sample]]], facts: Record) -> list[Record]:
+    """A record per ceiling; `work` is what one call does: floating-point operations, bytes or exponentials."""
+    made = []
+    for name, work, times in found:
+        flops = (work, work) if name.startswith("matmul") else None
+        timing = "events" if times[0].gpu else None
+        made.append(record(BENCH, name, {"work": work}, facts, "fwd", times, flops, timing=timing))
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and write; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.harness.ceilings",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    check_out(args, parser)
+    device = device_of(args, parser)
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("on a CPU the kernel of the exponentials needs TRITON_INTERPRET=1")
+    facts = machine(device)
+    ceilings, found = measure(device, args.repeats)
+    rows = [(name, f"{work:.4g}", f"{1e3 * work / median(s.gpu or s.wall for s in t):.4g}") for name, work, t in found]
+    text = f"# Ceilings\n\n{facts['device']}, {facts['date']}\n\n{table(('what', 'in one call', 'a second'), rows)}"
+    write(args.out, BENCH, records(found, facts), text)
+    print(ceilings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

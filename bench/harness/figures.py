@@ -1,0 +1,144 @@
+"""The figures of the benchmarks: time and peak memory against the number of rows, a line for each provider."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.harness.records import Record, duration, write_file
+
+CAPTION = "A line ends where the next size did not fit the limits of the run."
+# By provider: colour (Okabe and Ito, and more), marker, dashed where it is another formulation's or library's.
+SIMILARITY = {
+    "fastcl PairAccumulator": ("#0072B2", "o", "-"),
+    "dense Gram tf32": ("#E69F00", "^", "-"),
+    "dense Gram fp32": ("#D55E00", "s", "-"),
+    "dense Gram fp64": ("#CC79A7", "D", "-"),
+    "X'Y fp32": ("#009E73", "v", "--"),
+    "authors' formulation": ("#000000", "X", "--"),
+    "torch-cka": ("#808080", "P", "--"),
+    "ckatorch": ("#56B4E9", "<", "--"),
+    "rsatoolbox": ("#8B5A2B", ">", "--"),
+}
+LOSSES = {
+    "fastcl chunked": ("#0072B2", "o", "-"),
+    "fastcl fp16": ("#0072B2", "s", "-"),
+    "fastcl fp32": ("#56B4E9", "D", "-"),
+    "plain PyTorch": ("#D55E00", "s", "--"),
+    "plain PyTorch bf16": ("#E69F00", "^", "--"),
+    "torch.compile bf16": ("#F0B400", "v", "--"),
+    "chunked bf16": ("#009E73", "v", "--"),
+    "flex_attention bf16": ("#5A9E00", "D", "--"),
+    "Inf-CL": ("#CC79A7", "P", "--"),
+    "cut-cross-entropy": ("#7B3294", "d", "--"),
+    "lightly": ("#808080", "<", "--"),
+    "pytorch-metric-learning": ("#8B5A2B", ">", "--"),
+    "authors' formulation": ("#000000", "X", "--"),
+}
+_BOUND = ("#000000", "", ":")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A provider's line: by rows, ms and peak bytes, each None where it was not measured."""
+
+    label: str
+    style: tuple[str, str, str]
+    points: dict[int, tuple[float | None, float | None]]
+
+
+def similarity(records: Sequence[Record], folder: Path) -> str | None:
+    """Two models at hand, of the width that has most sizes; the file's name, or None without sizes or matplotlib."""
+    chosen = _most([r for r in records if r["section"] == "pair" and r["wall_ms"] and r["provider"] in SIMILARITY])
+    lines = []
+    for name, style in SIMILARITY.items():
+        mine = [r for r in chosen if r["provider"] == name]
+        if mine:
+            points = {r["n"]: (r["wall_ms"], r["peak_bytes"]) for r in mine}
+            lines.append(Line(f"{name}: {mine[0]['computes']}", style, points))
+    title = f"Two models, d = {chosen[0]['d']}; {chosen[0]['device']}" if chosen else ""
+    return _draw(folder / "similarity.svg", title, lines, "peak memory beyond the features (MiB)")
+
+
+def losses(records: Sequence[Record], folder: Path) -> str | None:
+    """NT-Xent, forward and backward together, and its bound where there is one; returns as `similarity` does."""
+    chosen = _most([
+        r for r in records if r["objective"] == "ntxent" and r["pass"] == "both" and r["wall_ms"]
+        and r["provider"] in LOSSES
+    ])  # fmt: skip
+    lines = []
+    for name, style in LOSSES.items():
+        points = {r["n"]: (duration(r), r["peak_bytes"]) for r in chosen if r["provider"] == name}
+        if points:
+            lines.append(Line(name, style, points))
+    bounds = {r["n"]: (r["bound_ms"], None) for r in chosen if r["bound_ms"]}
+    if bounds:
+        lines.append(Line("bound", _BOUND, bounds))
+    title = f"NT-Xent, forward and backward, D = {chosen[0]['d']}; {chosen[0]['device']}" if chosen else ""
+    return _draw(folder / "losses.svg", title, lines, "peak memory beyond the inputs (MiB)")
+
+
+def alignment(run: Path) -> None:
+    """Write the report's figure of how the models of a run align with its reference, on white."""
+    from fastcl.report.drawing import svg
+    from fastcl.report.figures import PLATES
+    from fastcl.report.run import load_run
+
+    text = svg(next(plate for plate in PLATES if plate.name == "alignment"), load_run(run))
+    for name, colour in (("var(--ink)", "#24292f"), ("var(--grid)", "#d0d7de")):  # of a page, which there is none of
+        text = text.replace(name, colour)
+    text = text.replace("<svg ", '<svg style="background:#fff" ', 1)
+    write_file(run / "alignment.svg", text)
+
+
+def _most(records: Sequence[Record]) -> list[Record]:
+    """The records of the width that has most sizes; none where no width has two."""
+    sizes: dict[int, set[int]] = {}
+    for r in records:
+        sizes.setdefault(r["d"], set()).add(r["n"])
+    widest = max(sizes, key=lambda d: len(sizes[d]), default=None)
+    return [r for r in records if r["d"] == widest] if widest is not None and len(sizes[widest]) > 1 else []
+
+
+def _draw(file: Path, title: str, lines: Sequence[Line], memory: str) -> str | None:
+    """Write the figure; its name, or None where there is nothing to draw or no matplotlib."""
+    if not lines or importlib.util.find_spec("matplotlib") is None:
+        return None
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {"svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
+             "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's matplotlibrc must not change it
+        matplotlib.rcParams.update(style)
+        figure = Figure((10, 5.4), layout="constrained")
+        axes = figure.subplots(1, 2)
+        for ax, which, unit, name in zip(axes, (0, 1), (1, 2**20), ("time (ms)", memory), strict=True):
+            _panel(ax, which, unit, name, lines)
+        figure.suptitle(title, fontsize=9.5)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    write_file(file, text.getvalue())
+    return file.name
+
+
+def _panel(ax: Any, which: int, unit: float, title: str, lines: Sequence[Line]) -> None:
+    """One quantity of all lines, both axes logarithmic."""
+    from matplotlib.ticker import NullFormatter
+
+    for line in lines:
+        colour, marker, dash = line.style
+        points = sorted((n, values[which] / unit) for n, values in line.points.items() if values[which])
+        if points:
+            ax.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, markersize=4.5, linewidth=1.6,
+                    label=line.label)  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="rows", title=title)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(True, which="major", linewidth=0.6, color="#dddddd")

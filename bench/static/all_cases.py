@@ -1,0 +1,15 @@
+"""What the gate compiles unless told otherwise: every launch of the losses, of pair statistics and of views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bench.static import cases as pairs
+from bench.static import view_cases as fused_cases
+from fastcl.kernels.common.launch import Launch
+
+
+def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
+    """Name and launches of each case on an architecture, for example 90."""
+    yield from pairs.cases(sm)
+    yield from fused_cases.cases(sm)

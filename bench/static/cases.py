@@ -1,0 +1,95 @@
+"""Every launch that the table can lead to, recorded without a GPU: what the check of the compiled code compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bench.static import gram_cases
+from fastcl.kernels.common.launch import Launch, on_architecture, recording
+from fastcl.rowstats.triton import two_models
+from fastcl.rowstats.triton.backward import Upstream, gradients
+from fastcl.rowstats.triton.forward import statistics
+from fastcl.rowstats.triton.operand import NARROW, Call, known_order, prepare
+
+_NTXENT, _SUPCON = 0b001_111, 0b011_111  # Objective.code of two rows of the table
+_ROWS = 4096
+_ROWS_WIDE = 16384  # more than one square block of pairs
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    d: int
+    split: str = "none"
+    precision: str = "fp16"
+    dtype: torch.dtype = torch.float32
+    pair: str = "views"  # of samples, or "towers", or a "queue" of candidates without gradient
+    second: int = 0  # width of the second model's rows; 0: there is one model
+    learnable: bool = False  # temperature on the device: kernels for logits of any range
+    normalize: bool = True
+
+
+def _cases() -> Iterator[_Case]:
+    yield _Case("ntxent fp16 d=32", 32)
+    yield _Case("supcon fp16 d=32", 32, "peers")
+    for d in (64, 128, 256, 512):
+        yield _Case(f"ntxent fp16 d={d}", d)
+        yield _Case(f"supcon fp16 d={d}", d, "peers")
+        yield _Case(f"ntxent fp32 d={d}", d, "all", "fp32")
+        yield _Case(f"clip fp16 d={d}, learnable temperature", d, pair="towers", learnable=True)
+        yield _Case(f"supcon fp16 d={d}, learnable temperature", d, "peers", learnable=True)
+        yield _Case(f"supcon fp32 d={d}, learnable temperature", d, "all", "fp32", learnable=True)
+    yield _Case("ntxent bf16 d=128", 128, precision="bf16", dtype=torch.bfloat16)
+    yield _Case("ntxent bf16 d=512", 512, precision="bf16", dtype=torch.bfloat16)
+    yield _Case("ntxent fp16 d=4096", 4096)
+    yield _Case("queue fp16 d=128", 128, pair="queue")
+    yield _Case("supcon fp16 d=128, rows of any norm", 128, "peers", normalize=False)
+    for d in (128, 512):
+        yield _Case(f"twins fp16 d={d}", d, second=d)
+        yield _Case(f"twins fp16 d={d}, labelled", d, "peers", second=d)
+        yield _Case(f"twins fp32 d={d}", d, "all", "fp32", second=d)
+    yield _Case("twins fp32 d=32 and d=512, learnable temperature", 32, "all", "fp32", second=512, learnable=True)
+
+
+def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
+    """Name and launches, forward and backward, of each case on an architecture, for example 90."""
+    for case in _cases():
+        with on_architecture(sm), recording() as launches:
+            (_run_twins if case.second else _run)(case)
+        yield case.name, launches
+    yield from gram_cases.cases(sm)
+
+
+def _run(case: _Case) -> None:
+    temperature = torch.ones((), dtype=torch.float32, device="cpu") if case.learnable else None
+    code = _SUPCON if case.name.startswith("supcon") else _NTXENT
+    call = Call(temperature, 0.5, case.normalize, case.precision, (code,), case.split, case.split != "none")
+    flag = torch.empty(1, dtype=torch.int32, device="cpu") if call.may_overflow else None
+    n = (_ROWS if case.d <= NARROW else _ROWS_WIDE) // 2
+    x, y = torch.empty(2, n, case.d, dtype=case.dtype, device="cpu")
+    views = case.pair == "views"
+    labels = torch.arange(len(x), dtype=torch.int64, device="cpu") if call.peers else None
+    order = known_order(len(x), 2 if views else 1, labels if views else None, x.device)
+    a = prepare(x, y if views else None, order, call, flag)
+    b = None if views else prepare(y, None, order, call, flag)
+    columns = case.pair == "towers"
+    found = statistics(a, b, call, flag, columns)
+    upstreams = [Upstream(stats, None, torch.empty_like(losses)) for stats, _, losses in found]
+    if not columns:
+        upstreams.append(Upstream(found[0][0][:, :0], None, None) if b is not None else None)
+    gradients(a, b, call, flag, tuple(upstreams[:2]), (True, columns, case.learnable))
+
+
+def _run_twins(case: _Case) -> None:
+    temperature = torch.ones((), dtype=torch.float32, device="cpu") if case.learnable else None
+    labels = torch.arange(_ROWS, dtype=torch.int64, device="cpu") if case.split != "none" else None
+    call = Call(temperature, 0.5, True, case.precision, (), case.split, labels is not None)
+    flags = tuple(torch.empty(1, dtype=torch.int32, device="cpu") if call.may_overflow else None for _ in range(2))
+    order = known_order(_ROWS, 1, labels, torch.device("cpu"))
+    rows = (torch.empty(_ROWS, width, dtype=case.dtype, device="cpu") for width in (case.d, case.second))
+    two_models.statistics(
+        *(prepare(x, None, order, call, flag) for x, flag in zip(rows, flags, strict=True)), call, flags
+    )

@@ -1,0 +1,215 @@
+"""The compiling side of `bench.static`: a worker that needs Triton alone, and so runs in any environment.
+
+`python -m bench.static.compile` reads jobs, one JSON object a line, and answers each with a line: what was found, or
+why there is no kernel. Its first line names the version of Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.static import sass
+
+LOG = "ptxas.log"  # in Triton's cache, beside the kernel that it belongs to
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel as Triton would compile it for a launch; every field goes through JSON.
+
+    Attributes:
+        root: folder to import `module` from.
+        signature: by parameter the type, "constexpr" where the value is compiled in.
+        constants: by parameter, those values; a tuple is a list here.
+        divisible: parameters that are multiples of 16.
+        arch: for example 90.
+    """
+
+    root: str
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: list[str]
+    arch: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a compiled kernel is like.
+
+    Attributes:
+        stack: bytes of a thread's stack and of its other local memory: spilled registers lie there.
+        local: instructions that store to local memory or load from it.
+        shared: bytes of shared memory of a program.
+        tensor_memory: columns of sm_100's tensor memory.
+        dot: whether the kernel has a tl.dot.
+        tensor: tensor-core instructions by family, as in `sass.TENSOR`.
+        register_operand: WGMMA whose first operand lies in registers.
+        waits: waits for WGMMA.
+        broken, chained: see `sass.broken_chains`.
+        messages: what ptxas said about WGMMA that it serialised.
+        hazards: see `sass.hazards`.
+        exponentials: see `sass.exponentials_in_a_loop`.
+    """
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    tensor_memory: int
+    warps: int
+    dot: bool
+    tensor: dict[str, int]
+    register_operand: int
+    waits: int
+    broken: int
+    chained: int
+    messages: list[str]
+    hazards: list[str]
+    exponentials: int | None
+
+
+def obstacle() -> str | None:
+    """Why the installed Triton cannot serve the gate; None where it can."""
+    import triton
+
+    try:
+        from triton import knobs
+
+        knobs.nvidia.dump_ptxas_log  # noqa: B018
+    except (ImportError, AttributeError):
+        return f"Triton 3.5 or newer is needed, the first that tells what ptxas said; this is {triton.__version__}"
+    return None
+
+
+def build(job: Job) -> Facts:
+    """Compile a job and look at the machine code; a kernel from Triton's cache is as good as a new one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if job.root not in sys.path:
+        sys.path.insert(0, job.root)
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    places = {name: k for k, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        kernel,
+        job.signature,
+        {(places[name],): _constant(value) for name, value in job.constants.items()},
+        {(places[name],): [["tt.divisibility", 16]] for name in job.divisible},
+    )
+    target = GPUTarget("cuda", job.arch, 32)
+    compiled, log = _compile(source, target, {"num_warps": job.warps, "num_stages": job.stages})
+    return _facts(compiled, log)
+
+
+def _constant(value: Any) -> Any:
+    return tuple(_constant(item) for item in value) if isinstance(value, list) else value
+
+
+def _compile(source: Any, target: Any, options: dict[str, int]) -> tuple[Any, str]:
+    """The kernel and what ptxas said of it, which Triton prints but does not keep."""
+    import triton
+    from triton import knobs
+    from triton.runtime.cache import get_cache_manager
+
+    knobs.nvidia.dump_ptxas_log = True
+    for anew in (False, True):  # a kernel that another program has left in the cache comes without the log
+        knobs.compilation.always_compile = anew
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            compiled = triton.compile(source, target=target, options=options)
+        cache = get_cache_manager(compiled.hash)
+        if log := printed.getvalue():
+            cache.put(log, LOG, binary=False)
+            return compiled, log
+        if kept := cache.get_file(LOG):
+            return compiled, Path(kept).read_text(encoding="utf-8")
+    raise RuntimeError("ptxas gave no report")
+
+
+def _facts(compiled: Any, log: str) -> Facts:
+    usage, text = _disassemble(compiled.asm["cubin"])
+    code = sass.blocks(text)
+    # A device function that was not inlined has a line of its own.
+    used = [[int(n) for n in match] for match in re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)]
+    if not used or not code:
+        raise RuntimeError(f"the disassembler shows no code: {(usage + text)[:200]!r}")
+    broken, chained = sass.broken_chains(code)
+    metadata = compiled.metadata
+    return Facts(
+        registers=max(registers for registers, _, _ in used),
+        stack=sum(stack + local for _, stack, local in used),
+        local=sass.count(code, r"(?:STL|LDL)\b"),
+        shared=metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
+        warps=metadata.num_warps,
+        dot="tt.dot" in compiled.asm["ttir"],
+        tensor={name: sass.count(code, pattern) for name, pattern in sass.TENSOR.items()},
+        register_operand=sass.register_operands(code),
+        waits=sass.count(code, r"WARPGROUP\.DEPBAR"),
+        broken=broken,
+        chained=chained,
+        messages=sorted(set(re.findall(r"\(C75\d\d\).*", log))),
+        hazards=sass.hazards(code),
+        exponentials=sass.exponentials_in_a_loop(code),
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code, by the tools that Triton brings along."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = (
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            [knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name],
+        )
+        done = [
+            subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+            for command in commands
+        ]
+    for one in done:
+        if one.returncode:
+            raise RuntimeError(f"{Path(one.args[0]).name} failed: {one.stderr.strip() or one.stdout.strip()}")
+    return done[0].stdout, done[1].stdout
+
+
+def main() -> None:
+    """Answer jobs until there are no more."""
+    # What Triton and its tools print goes to the log of errors: the channel of the answers stays clean.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    import triton
+
+    if reason := obstacle():
+        sys.exit(reason)
+
+    def answer(value: dict[str, Any]) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    answer({"triton": triton.__version__})
+    for line in sys.stdin:
+        try:
+            answer({"facts": asdict(build(Job(**json.loads(line))))})
+        except Exception as error:  # Triton's own errors have many classes, and a failed job is an answer
+            answer({"error": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    main()

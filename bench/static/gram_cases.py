@@ -1,0 +1,28 @@
+"""Every launch of pair statistics, recorded without a GPU: what the check of the compiled code compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fastcl.kernels.common.launch import Launch, on_architecture, recording
+from fastcl.similarity.sums import triton as gram
+
+_ROWS = 4096
+
+
+def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
+    """Name and launches of each case on an architecture, for example 90."""
+    for kernel, dtype in (("linear", torch.bfloat16), ("cosine", torch.float32), ("correlation", torch.float16)):
+        x, y = (torch.empty(_ROWS, width, dtype=dtype, device="cpu") for width in (512, 128))
+        with on_architecture(sm), recording() as launches:
+            gram.StackedMoments(kernel, [v[0].double() for v in (x, y)]).add((x, y))
+        yield f"moments {kernel} d=512, 128", launches
+    for width in (64, 128, 2048):
+        x, y = torch.empty(2, _ROWS, width, dtype=torch.float32, device="cpu")
+        with on_architecture(sm), recording() as launches:
+            gram.inner_sums(x, y, "linear")
+            for shift in (0.0, 1.0):
+                gram.rbf_sums(x, y, (1.0, 1.0), shift)
+        yield f"tiles d={width}", launches

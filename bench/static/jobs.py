@@ -1,0 +1,201 @@
+"""From the launches of the host code to what Triton compiles for them, and the worker processes that do it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.static.compile import Facts, Job
+from fastcl.kernels.common.launch import Launch
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = "fastcl."  # kernels are fastcl.kernels.* here, and kernels.* in a worker, which has no fastcl
+SECONDS = 600  # for one kernel; ptxas has been seen to take minutes over tiles that are far too large
+_CONSTANTS = (bool, int, float, str, type(None))
+
+Result = Facts | str  # or why there is no kernel
+
+
+class StaticError(Exception):
+    """The gate cannot do its work; the message says why."""
+
+
+def job(launch: Launch, arch: int) -> Job:
+    """What Triton would compile for a launch: it is asked itself how it specialises the arguments.
+
+    Raises:
+        StaticError: an argument is of a kind that a job cannot carry.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.kernel
+    if not hasattr(kernel, "arg_names"):
+        raise StaticError(f"{kernel!r} is no @triton.jit function")
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    try:
+        values, kinds, surplus = bind(**launch.arguments)
+    except TypeError as error:
+        raise StaticError(f"{kernel.__name__}: {str(error).replace('dynamic_func', 'the kernel')}") from error
+    if surplus:
+        raise StaticError(f"{kernel.__name__} has no parameter {', '.join(surplus)}")
+    signature, constants, divisible = {}, {}, []
+    for name, (kind, trait) in zip(kernel.arg_names, kinds, strict=True):
+        if not isinstance(kind, str):
+            raise StaticError(f"{kernel.__name__}: argument {name} is a tuple, which the gate does not know")
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[name] = _constant(values[name], f"{kernel.__name__}: constant {name}")
+        elif trait and ["tt.divisibility", 16] in backend.parse_attr(trait):
+            divisible.append(name)
+    root, module = _origin(kernel)
+    return Job(root, module, kernel.__name__, signature, constants, divisible, arch, launch.warps, launch.stages)
+
+
+def _constant(value: Any, what: str) -> Any:
+    if isinstance(value, tuple | list):
+        return [_constant(item, what) for item in value]
+    if not isinstance(value, _CONSTANTS):
+        raise StaticError(f"{what} is {value!r}, not a number, a string, None or a tuple of such")
+    return value
+
+
+def _origin(kernel: Any) -> tuple[str, str]:
+    """Folder and name to import the kernel's module by where there is Triton alone."""
+    module = kernel.fn.__module__.removeprefix(HOST)
+    file = Path(inspect.getsourcefile(kernel.fn) or "").resolve()
+    return str(file.parents[module.count(".")]), module
+
+
+def unique(cases: Iterable[tuple[str, list[Launch]]], arch: int) -> dict[str, tuple[Job, list[str]]]:
+    """By its JSON, each job once, with the names of the cases that need it."""
+    found: dict[str, tuple[Job, list[str]]] = {}
+    for name, launches in cases:
+        for launch in launches:
+            one = job(launch, arch)
+            names = found.setdefault(json.dumps(asdict(one)), (one, []))[1]
+            if name not in names:
+                names.append(name)
+    return found
+
+
+class _Worker:
+    """A process that compiles; one that dies over a job is replaced."""
+
+    def __init__(self, python: str) -> None:
+        self.python = python
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.triton = self._start()
+
+    def _start(self) -> str:
+        # Interpreted kernels cannot be compiled, and Triton reads this when a kernel's module is imported.
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [self.python, "-m", "bench.static.compile"]
+        self.log.truncate(0)
+        try:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+                text=True, encoding="utf-8",
+            )  # fmt: skip
+        except OSError as error:
+            raise StaticError(f"{self.python}: {error.strerror or error}") from error
+        first = self.process.stdout.readline()
+        try:
+            return json.loads(first)["triton"]
+        except ValueError:
+            self.process.kill()
+            raise StaticError(f"{self.python} cannot compile: {self._last_words()}") from None
+
+    def compile(self, one: Job) -> Result:
+        """Facts of a job, or why there are none."""
+        limit = threading.Timer(SECONDS, self.process.kill)
+        limit.start()
+        try:
+            print(json.dumps(asdict(one)), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            limit.cancel()
+        if not line:
+            reason = f"the compiler died (status {self.process.wait()}): {self._last_words()}"
+            self._start()
+            return reason
+        answer = json.loads(line)
+        return answer["error"] if "error" in answer else Facts(**answer["facts"])
+
+    def _last_words(self) -> str:
+        self.process.wait()
+        self.log.seek(0)
+        lines = self.log.read().strip("\0\n ").splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def stop(self) -> None:
+        """End the process; it holds nothing that could be lost."""
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def compile_all(jobs: list[Job], python: str, workers: int) -> tuple[str, list[Result]]:
+    """Compile jobs in worker processes, with a progress bar on the terminal of errors.
+
+    Args:
+        python: the interpreter of the workers, with any Triton.
+
+    Returns:
+        The version of the workers' Triton, and a result per job.
+
+    Raises:
+        StaticError: a worker does not start.
+    """
+    started: list[_Worker] = []
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+
+    def run(one: Job) -> Result:
+        worker = idle.get()
+        try:
+            return worker.compile(one)
+        finally:
+            idle.put(worker)
+
+    try:
+        for _ in range(max(1, min(workers, len(jobs)))):
+            started.append(_Worker(python))
+            idle.put(started[-1])
+        pool = ThreadPoolExecutor(len(started))
+        try:
+            return started[0].triton, list(_with_progress(pool.map(run, jobs), len(jobs)))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    finally:
+        for worker in started:
+            worker.stop()
+
+
+def _with_progress(results: Iterable[Result], total: int) -> Iterable[Result]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _counted(results, total)
+    return tqdm(results, total=total, desc="compiling", unit="kernel", disable=None)
+
+
+def _counted(results: Iterable[Result], total: int) -> Iterator[Result]:
+    for k, result in enumerate(results, 1):
+        if sys.stderr.isatty():
+            print(f"\rcompiling: {k} of {total}", end="\n" if k == total else "", file=sys.stderr, flush=True)
+        yield result

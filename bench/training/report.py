@@ -1,0 +1,129 @@
+"""The Markdown of the benchmark of the trainer: conditions, targets, and a table for each section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+
+from bench.harness.records import Record, digits, table
+from bench.training.runs import ALIGNMENT
+
+LIMIT = 0.05  # of a step: what losses and waiting for views may take together on a card
+BATCH, PRECISIONS = 1024, ("fp32", "bf16")  # of the target
+
+
+def markdown(records: Sequence[Record], facts: Record, source: str, tiny: bool) -> str:
+    """Everything measured so far."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    text = f"""\
+# Training
+
+- Machine: {facts["device"]}; {versions}; {facts["date"]}.
+- Images: {source}. ResNet-18 with the CIFAR stem{", made small" if "cuda" not in facts["versions"] else ""}; LARS.
+"""
+    text += "- Tiny sizes: they prove that the benchmark works and measure nothing.\n" if tiny else ""
+    sections = {"steps": _steps, "runs": _runs, "precision": _precision}
+    for name, write in sections.items():
+        mine = [r for r in records if r["section"] == name]
+        text += write(mine) if mine else ""
+    return text
+
+
+def _steps(records: Sequence[Record]) -> str:
+    text = f"""
+## Steps
+
+A step trains all models on one batch: two views of each image. Waiting: the share of its time before its batch is
+there. Encoders, losses, metrics and optimisers: shares of the device's time, on a CPU of the wall clock, without the
+views, by a profile of two more steps. "Losses" holds the backward pass of fastcl's operators and the forward pass of
+twin_stats, which is shown by itself too: it returns the pair statistics of a step with the losses of two models.
+"Metrics" is what every model records besides its loss, with the row statistics of the one that trains without them.
+
+{table(("target", "where", "found", "reached"), targets(records))}
+"""
+    return text + steps_table(records)
+
+
+def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
+    """Rows: target, where, found, reached."""
+    what = f"losses and waiting at most {LIMIT:.0%} of a step"
+    for precision in PRECISIONS:
+        wanted = {"section": "steps", "batch": BATCH, "precision": precision, "models": 4, "reason": None}
+        r = next((r for r in records if wanted.items() <= r.items() and "cuda" in r["versions"]), None)
+        outcome = "not measured", ""
+        if r is not None and r["shares"]["losses"] is not None:
+            waits = waiting(r)
+            share = waits + (1 - waits) * r["shares"]["losses"]
+            outcome = f"{share:.1%}", "yes" if share <= LIMIT else "no"
+        yield what, f"four models, B = {BATCH:,}, {precision}, CUDA", *outcome
+
+
+def waiting(r: Record) -> float:
+    """The share of the steps' time before their batches were there."""
+    return sum(r["waiting_seconds"]) / sum(r["step_seconds"])
+
+
+def steps_table(records: Sequence[Record]) -> str:
+    """A row for each case of the section of steps."""
+    head = ("B", "precision", "models", "s a step", "images/s", "images/s and model", "waiting", "encoders", "losses",
+            "twin_stats", "metrics", "optimisers", "peak GiB")  # fmt: skip
+    return table(head, map(_step_row, records))
+
+
+def _step_row(r: Record) -> tuple[str, ...]:
+    start = (f"{r['batch']:,}", r["precision"], str(r["models"]))
+    if r["reason"]:
+        return (*start, r["reason"], *[""] * 9)
+    seconds, rate = r["step_seconds"], r["images_per_second"]
+    peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}"
+    shares = [r["shares"]["encoders"], r["shares"]["losses"], r["twin_share"]]
+    shares += [r["shares"]["metrics"], r["shares"]["optimisers"]]
+    return (
+        *start, f"{digits(median(seconds))} ({digits(min(seconds))}-{digits(max(seconds))})", f"{rate:,.0f}",
+        f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}", *("-" if s is None else f"{s:.1%}" for s in shares), peak,
+    )  # fmt: skip
+
+
+def _cases(records: Sequence[Record], heading: str, body: Callable[[Record], str]) -> str:
+    """A part for each record: its heading, and what it measured or why it did not."""
+    heading = f"\n{heading}, {{epochs}} epochs, B = {{batch:,}}\n\n"
+    return "".join(heading.format(**r) + (f"{r['reason']}\n" if r["reason"] else body(r)) for r in records)
+
+
+def _runs(records: Sequence[Record]) -> str:
+    text = "\n## Runs\n\nHeld-out images. The reseeded twin is the noise floor: dcl again, on other random views.\n"
+    return text + _cases(records, "### Temperature {temperature:g}, {precision}", _run)
+
+
+def _run(r: Record) -> str:
+    head = ("model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe")
+    peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f} GiB"
+    rate = f"{r['images_per_second']:,.0f} images/s, all models together"
+    evaluation = f"an evaluation of all {digits(r['evaluation_seconds'])} s, an epoch {digits(r['epoch_seconds'])} s"
+    return f"{table(head, models(r), left=1)}\n{rate}; {evaluation}; peak memory {peak}.\n"
+
+
+def models(r: Record) -> Iterator[tuple[str, ...]]:
+    """Of a run, by model: its name, ALIGNMENT with dcl, accuracy of the nearest centre and of the probe."""
+    for model, ncc in r["ncc"].items():
+        pair = r["pairs"].get(model)
+        aligned = [_four(pair[name]) if pair else "" for name in ALIGNMENT]
+        yield (model, *aligned, _four(ncc), _four(r["probe"][model]))
+
+
+def _precision(records: Sequence[Record]) -> str:
+    head = ("models", "", *ALIGNMENT)
+    return _cases(records, "## Precision of the networks", lambda r: table(head, compared(r)))
+
+
+def compared(r: Record) -> Iterator[tuple[str, ...]]:
+    """Of the comparison of precisions: which models, what that says, their ALIGNMENT."""
+    rows = [("dcl fp32, dcl reseeded fp32", "the noise floor", r["floor"]),
+            ("dcl fp32, dcl bf16", "what the precision changes", r["between"])]  # fmt: skip
+    rows += [(f"dcl {p}, nscl {p}", "the alignment of interest", found) for p, found in r["alignment"].items()]
+    for names, what, values in rows:
+        yield (names, what, *(_four(values[name]) for name in ALIGNMENT))
+
+
+def _four(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"

@@ -1,0 +1,110 @@
+"""Training runs, and what is read from them when they end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fastcl
+from bench.harness.records import Record
+from fastcl.report import write_report
+from fastcl.train import Lockstep
+from fastcl.train.config import Config
+from fastcl.train.measures.evaluate import encode, evaluate
+from fastcl.train.models import RESEEDED
+
+ALIGNMENT = ("cka", "cka_debiased", "rsa")
+_TENSORS = ("checkpoints", "features", "tensorboard", "weights")  # folders of a run: large, and no result
+
+
+def train(config: Config, folder: Path) -> Record:
+    """Train to the end and write the report; what the folder held is removed, and its tensors afterwards.
+
+    Returns:
+        pairs: by model, its ALIGNMENT with the reference. ncc, probe: by model, held-out accuracy of the nearest class
+        centre and of a ridge classifier on standardised features of the training images. epoch_seconds,
+        images_per_second: of the median epoch without its evaluation. evaluation_seconds: of one. peak_bytes: of the
+        device's memory; None on a CPU.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    on_card = torch.cuda.is_available() and config.train.device != "cpu"
+    if on_card:
+        torch.cuda.reset_peak_memory_stats()
+    run = Lockstep(config, folder)
+    run.run()
+    write_report(folder)
+    for name in _TENSORS:
+        shutil.rmtree(folder / name)
+    last = _last_epoch(folder)
+    timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
+    reference = run.twins[0].name
+    began = perf_counter()
+    evaluate(run.epoch, run.twins, run.inputs.train, run.inputs.test, {})
+    evaluation = perf_counter() - began  # it ends with numbers on the host
+    labels = [torch.from_numpy(views.split.labels) for views in (run.inputs.train, run.inputs.test)]
+    features = [encode(run.twins, views) for views in (run.inputs.train, run.inputs.test)]
+    return {
+        "pairs": {
+            r["pair"][1]: {name: r[name] for name in ALIGNMENT}
+            for r in last if "pair" in r and r["pair"][0] == reference
+        },
+        "ncc": {r["model"]: r["ncc_test"] for r in last if "model" in r},
+        "probe": {t.name: ridge_accuracy(*(h[t.name].cpu() for h in features), *labels) for t in run.twins},
+        "epoch_seconds": median(row["seconds"] for row in timing),
+        "evaluation_seconds": evaluation,
+        "images_per_second": median(row["images_per_second"] for row in timing),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_card else None,
+    }  # fmt: skip
+
+
+def compare(configs: dict[str, Config], folder: Path) -> Record:
+    """Train the same run in two precisions.
+
+    Args:
+        configs: by precision; each with a reseeded twin.
+
+    Returns:
+        floor: by ALIGNMENT, between the first one's reference and its reseeded twin. between: of the references of both
+        precisions. alignment: by precision, of its reference and its second model.
+    """
+    features = {}
+    for precision, config in configs.items():
+        Lockstep(config, folder / precision).run()
+        names = (*config.train.models[:2], RESEEDED)
+        paths = [folder / precision / "features" / f"{name}.safetensors" for name in names]
+        features[precision] = [load_file(path)["features"] for path in paths]
+    (a, other, reseeded), (b, lowered, _) = features.values()
+    first, second = features
+    return {
+        "floor": alignment(a, reseeded),
+        "between": alignment(a, b),
+        "alignment": {first: alignment(a, other), second: alignment(b, lowered)},
+    }
+
+
+def alignment(x: Tensor, y: Tensor) -> dict[str, float]:
+    """ALIGNMENT of two models' features (n, d)."""
+    linear, cosine = fastcl.pair_stats(x, y), fastcl.pair_stats(x, y, "cosine")
+    return {"cka": linear.cka, "cka_debiased": linear.cka_debiased, "rsa": cosine.rsa}
+
+
+def ridge_accuracy(x: Tensor, x_test: Tensor, labels: Tensor, labels_test: Tensor) -> float:
+    """Accuracy on (m, d) features of scikit-learn's ridge classifier, fitted on (n, d) standardised ones."""
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), RidgeClassifier())
+    return float(probe.fit(x.numpy(), labels.numpy()).score(x_test.numpy(), labels_test.numpy()))
+
+
+def _last_epoch(folder: Path) -> list[Record]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["epoch"] == rows[-1]["epoch"]]

@@ -1,0 +1,113 @@
+"""The share of a training step that waits for its data: short runs of the trainer, one for each renderer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.data.inputs import ROOT, Case, Photos
+from bench.data.providers import PROVIDERS
+from bench.harness.records import Record, record
+
+SECTION = "training"
+SIZE = {False: 96, True: 12}  # by whether it is tiny: side of the views
+LIMIT = 240  # seconds
+EPOCHS = 2  # the first one warms up
+
+# Deep enough that a GPU has something to do, and a CPU ends in a minute.
+_MODELS = {
+    "cuda": ("resnet50", {}, 256, None),
+    "cpu": ("resnet18", {}, 32, 4),
+    "tiny": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}, 4,
+             None),
+}  # fmt: skip
+_KEYS = ("epoch", "seconds", "images_per_second", "rendering_seconds")
+
+
+def configuration(renderer: str, kind: str, case: Case, photos: Photos, device: torch.device) -> str:
+    """The run as TOML: one model, two epochs.
+
+    Args:
+        kind: a key of the models: "cuda", "cpu" or "tiny".
+    """
+    name, options, batch, classes = _MODELS[kind]
+    shown = ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items())
+    return f"""\
+[data]
+source = {json.dumps(photos.source)}
+renderer = "{renderer}"
+{f"classes = {classes}" if classes else ""}
+[views]
+preset = "{case.preset}"
+size = {case.size}
+[model]
+name = "{name}"
+options = {{ {shown} }}
+cifar_stem = false
+hidden = 64
+projection = 32
+[optim]
+name = "sgd"
+lr = 0.01
+[train]
+models = ["dcl"]
+controls = []
+batch_size = {batch}
+epochs = {EPOCHS}
+eval_every = {EPOCHS}
+device = "{device.type}"
+"""
+
+
+def run(
+    case: Case, photos: Photos, scratch: Path, args: argparse.Namespace, device: torch.device, facts: Record
+) -> tuple[list[Record], list[str]]:
+    """Records of all renderers, a line printed for each; and what failed.
+
+    Args:
+        scratch: a folder for the runs.
+    """
+    found, failed = [], []
+    kind = "tiny" if args.tiny else device.type
+    for provider in (p for p in PROVIDERS if p.renderer and p.name in args.providers):
+        timing, reason = {}, provider.obstacle(photos, case, device)
+        if not reason:
+            folder = scratch / f"training-{provider.renderer}"
+            text = configuration(provider.renderer, kind, case, photos, device)
+            timing, reason = _train(text, folder)
+            failed += [f"training: {provider.name}: {reason}"] if reason else []
+        name, _, batch, _ = _MODELS[kind]
+        full = {"section": SECTION, "size": case.size, "source": photos.name, "preset": case.preset, "batch": batch,
+                "model": name, **{key: timing.get(key) for key in _KEYS}}  # fmt: skip
+        found.append(record("data", provider.name, full, facts, "both", reason=reason))
+        share = reason or f"{100 * share_of(found[-1]):.1f} % of an epoch waits for views"
+        print(f"training, {case}: {provider.name}: {share}", flush=True)
+    return found, failed
+
+
+def share_of(r: Record) -> float:
+    """The share of the last epoch that waited for views."""
+    return r["rendering_seconds"] / r["seconds"]
+
+
+def _train(text: str, folder: Path) -> tuple[dict[str, float], str | None]:
+    """The last line of timing.jsonl, or why there is none. In a process of its own: training sets global options."""
+    path = folder.with_suffix(".toml")
+    path.write_text(text, encoding="utf-8")
+    command: Sequence[str] = (sys.executable, "-m", "fastcl", "train", str(path), "--out", str(folder))
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=LIMIT
+        )
+    except subprocess.TimeoutExpired:
+        return {}, f"over the limit of {LIMIT} s"
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {}, f"failed: {last.removeprefix('error: ')}"
+    return json.loads((folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()[-1]), None

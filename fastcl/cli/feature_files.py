@@ -1,0 +1,122 @@
+"""Feature files: (samples, width) matrices as .npy, .npz or .safetensors, one or one per layer."""
+
+from __future__ import annotations
+
+import logging
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from fastcl.errors import FastclError, shown
+from fastcl.io.arrays import ENDINGS, file_status, listed, read_arrays
+from fastcl.io.files import cause
+
+log = logging.getLogger("fastcl")
+
+
+def read_features(path: Path) -> Tensor:
+    """Read a feature matrix.
+
+    Args:
+        path: .npy, or .npz / .safetensors with a single array or one named "features"; what else is in the file is not
+            read. The content tells the format, so a wrong one of these endings does no harm.
+
+    Returns:
+        (samples, width) float16, bfloat16, float32 or float64 on the CPU, whatever the byte order of the file.
+
+    Raises:
+        FastclError: a missing or damaged file, an unknown ending, several arrays, or an array that is no float matrix.
+    """
+    return _one(Path(path))
+
+
+def read_layers(path: Path) -> dict[str, Tensor] | None:
+    """Read the features of several layers of one model.
+
+    Args:
+        path: a folder of feature files, one a layer (the layer's name is the file's without its ending), or an .npz /
+            .safetensors file of several arrays, none of which is named "features".
+
+    Returns:
+        Per layer (samples, width) floating point on the CPU, outputs of more dimensions flattened; in the order of the
+        file, or by name with numbers in their order (blocks.2 before blocks.10) for a folder and for .safetensors.
+        Names are escaped where they cannot be printed. None for a path that holds one matrix, for `read_features`.
+
+    Raises:
+        FastclError: a missing or damaged file, a folder without feature files, an array that is no float array of
+            samples, or layers with different numbers of samples.
+    """
+    path = Path(path)
+    if _is_folder(path):
+        files, others = _folder(path)
+        if others:
+            names = listed(shown(file.name) for file in others)
+            log.warning("%s: left out %d that are no feature files: %s", shown(path), len(others), names)
+        layers = {shown(file.stem): _one(file, layers=True) for file in files}
+        if len(layers) < len(files):
+            raise FastclError(f"{shown(path)} holds two files of one name: {listed(shown(f.name) for f in files)}")
+    else:
+        layers = read_arrays(path, _several, layers=True)
+        if not layers:
+            return None
+        if path.suffix.lower() == ".safetensors":  # which keeps no order
+            layers = {name: layers[name] for name in sorted(layers, key=_natural)}
+    rows = {name: len(x) for name, x in layers.items()}
+    if len(set(rows.values())) > 1:
+        raise FastclError(f"{shown(path)}: row k of every layer must be one sample, got numbers of rows {rows}")
+    return layers
+
+
+def feature_files(path: Path) -> list[Path]:
+    """The files that `read_features` or `read_layers` read: the path itself, or the feature files of a folder by name.
+
+    Raises:
+        FastclError: nothing is there, it cannot be reached, or a folder without feature files.
+    """
+    path = Path(path)
+    return _folder(path)[0] if _is_folder(path) else [path]
+
+
+def _is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(file_status(path).st_mode)
+
+
+def _folder(path: Path) -> tuple[list[Path], list[Path]]:
+    """Feature files and what else there is; not what is hidden, such as the files that macOS leaves beside others."""
+    try:
+        found = [file for file in path.iterdir() if not file.name.startswith(".")]
+    except OSError as error:
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
+    found.sort(key=lambda file: _natural(file.stem))
+    files = [file for file in found if file.suffix.lower() in ENDINGS]
+    if not files:
+        raise FastclError(f"{shown(path)} holds no feature file ({', '.join(ENDINGS)})")
+    return files, [file for file in found if file.suffix.lower() not in ENDINGS]
+
+
+def _one(path: Path, layers: bool = False) -> Tensor:
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        if "features" in names:
+            return ["features"]
+        if len(names) > 1:
+            raise FastclError(
+                f"{shown(path)} holds {len(names)} arrays ({listed(names)}); name the one to read 'features'"
+            )
+        return names
+
+    (array,) = read_arrays(path, choose, layers).values()
+    return array
+
+
+def _several(names: Sequence[str]) -> Sequence[str]:
+    return [] if len(names) == 1 or "features" in names else names
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts digits by their number: without leading zeros, the longer one is the larger."""
+    parts = re.split(r"(\d+)", name)  # digits at the odd places
+    digits = [part.lstrip("0") for part in parts]
+    return [(len(digits[k]), digits[k]) if k % 2 else (-1, part) for k, part in enumerate(parts)]

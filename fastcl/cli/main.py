@@ -1,0 +1,239 @@
+"""The command line: demo, train, align, report, views, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import sys
+from importlib import resources
+from io import TextIOWrapper
+from pathlib import Path
+
+from fastcl import __version__, interrupts
+from fastcl.errors import FastclError, install_hint, shown
+from fastcl.io.files import cause
+from fastcl.io.outputs import named_path
+
+_DESCRIPTION = """\
+Train self-supervised and supervised contrastive models side by side on the same views, and measure how they align.
+
+  fastcl demo --out runs/demo                  the whole job on scikit-learn's digits, a few minutes on two CPU cores
+  fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; run it again to continue after a stop
+  fastcl report runs/x                         one self-contained HTML page of a run, finished or not
+  fastcl align A.npy B.npy                     CKA, RSA and drift of two feature files, or of all their layers
+  fastcl views --data SOURCE --out views.png   what the models see: images and their views by every renderer
+  fastcl doctor                                what this machine has, and a numeric self-test
+"""
+
+
+# What training, reports and data import beyond the bare package.
+_TRAIN = {"PIL", "matplotlib", "numpy", "safetensors", "sklearn", "tensorboard", "timm", "tomli", "torchvision", "tqdm"}
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: its arguments. None: those of this process, which is then the command's own: SIGINT, SIGTERM and SIGHUP
+            end it with one line and the status 130, 143 or 129.
+
+    Returns:
+        The exit status: 0 done, 1 a clear error, 130 interrupted.
+    """
+    if argv is None:
+        interrupts.install()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal's encoding may lack a letter; a file must not wait for more
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        return _command(argv)
+    finally:
+        if argv is None:
+            interrupts.finish()
+
+
+def _command(argv: list[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.raiseExceptions = False  # a closed pipe must not fill the screen with tracebacks while a run goes on
+    try:
+        args.run(args)
+    except FastclError as error:
+        return _fail(str(error))
+    except ImportError as error:
+        return _fail(_why_not_imported(error))
+    except BrokenPipeError:  # the reader of our output has gone; what a run writes to its folder is complete
+        sys.stdout = None
+        return 1
+    except OSError as error:  # a file that is not ours (of Python, of a library), or standard output on a full disk
+        sys.stdout = None if error.filename is None else sys.stdout
+        where = " standard output" if error.errno in _FULL else ""
+        where = where if error.filename is None else f" {shown(str(error.filename))}"
+        return _fail(f"the system refused{where}: {cause(error)}")
+    except KeyboardInterrupt:
+        print(interrupts.line("interrupted", sys.argv[1:] if argv is None else argv), end="", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _why_not_imported(error: ImportError) -> str:
+    """A module that is not installed is worth another message than one that is there and cannot be loaded."""
+    root = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and root in _TRAIN:
+        return f"no module {error.name}; {install_hint('train')}"
+    owner = {"fastcl": "fastcl itself", "": "a module"}.get(root, f"module {error.name}")
+    owner = f"Python's own module {error.name}" if root in sys.stdlib_module_names else owner
+    return f"{owner} cannot be loaded ({error}); is its installation complete, and may you read it?"
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="fastcl", description=_DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"fastcl {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subs = {}
+    for name, (run, text, details) in _COMMANDS.items():
+        subs[name] = commands.add_parser(name, help=text, description=f"{text}\n{details}", formatter_class=raw)
+        subs[name].set_defaults(run=run)
+    subs["train"].add_argument("config", type=named_path, metavar="CONFIG.toml")
+    for name in ("demo", "train"):
+        subs[name].add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the run")
+        subs[name].add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+            help="override a value of the config, such as train.epochs=3; repeatable; TOML or a bare string",
+        )  # fmt: skip
+    for name in ("a", "b"):
+        text = "feature file, or folder of layers"
+        subs["align"].add_argument(name, type=named_path, metavar=name.upper(), help=text)
+    subs["align"].add_argument("--json", type=named_path, metavar="FILE", help="write the numbers at full precision")
+    subs["align"].add_argument("--spearman", action="store_true", help="RSA by ranks too: some 20 s for 8,192 samples")
+    subs["align"].add_argument("--out", type=named_path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
+    subs["report"].add_argument("dir", type=named_path, metavar="DIR", help="folder of the run")
+    text = "page to write (default: DIR/report.html)"
+    subs["report"].add_argument("--out", type=named_path, metavar="FILE", help=text)
+    _add_views(subs["views"])
+    return parser
+
+
+def _add_views(views: argparse.ArgumentParser) -> None:
+    views.add_argument("--data", required=True, metavar="SOURCE", help="as data.source of a config, such as digits")
+    views.add_argument("--root", metavar="DIR", help="folder of a torchvision data set")
+    text = "picture to write, such as grid.png"
+    views.add_argument("--out", type=named_path, required=True, metavar="FILE", help=text)
+    corrupt = "at an image that cannot be decoded (default: %(default)s); skip: leave all such images out"
+    views.add_argument("--corrupt", choices=("stop", "skip"), default="stop", help=corrupt)
+    presets = "cifar, tiny-imagenet, imagenet, simclr or characters (default: by the images)"
+    views.add_argument("--preset", metavar="NAME", help=presets)
+    views.add_argument("--renderers", default="torchvision,dali,triton", metavar="NAMES", help="default: %(default)s")
+    for name, default, text in (
+        ("samples", 8, "rows"), ("seed", 0, "of the view plan"), ("epoch", 0, "whose views"),
+        ("size", None, "of the views, in pixels (default: the preset's)"),
+    ):  # fmt: skip
+        shown = text if default is None else f"{text} (default: {default})"
+        views.add_argument(f"--{name}", type=int, default=default, metavar="N", help=shown)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    with resources.as_file(resources.files("fastcl.train") / "demo.toml") as config:
+        _run(config, args)
+
+
+def _train(args: argparse.Namespace) -> None:
+    _run(args.config, args)
+
+
+def _run(config: Path, args: argparse.Namespace) -> None:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from fastcl.report import write_report
+    from fastcl.train import Lockstep, load_config
+
+    run = Lockstep(load_config(config, args.overrides), args.out, inputs=(config,))
+    data, twins = run.data, run.twins
+    print(
+        f"{data.name}: {len(data.train)} training and {len(data.test)} held-out images of {len(data.classes)} classes; "
+        f"{len(twins)} models ({', '.join(t.name for t in twins)}) in lockstep on {run.device} for "
+        f"{run.config.train.epochs} epochs of {len(run.loader)} steps"
+    )
+    with logging_redirect_tqdm():
+        run.run()
+    print(f"report: {shown(write_report(args.out))}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from fastcl.report import write_report
+
+    print(f"report: {shown(write_report(args.dir, args.out))}")
+
+
+def _align(args: argparse.Namespace) -> None:
+    from fastcl.cli.align import align
+
+    align(args.a, args.b, args.json, args.out, args.spearman)
+
+
+def _views(args: argparse.Namespace) -> None:
+    from fastcl.cli.contact_sheet import show_views
+
+    show_views(args)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from fastcl.cli.doctor import examine
+
+    if not examine():
+        raise FastclError("the self-test failed; see above")
+
+
+_COMMANDS = {
+    "demo": (_demo, "the main job on scikit-learn's digits", """
+Trains CL (dcl), NSCL, SupCon and cross-entropy from one initialisation on the same batches and views, with two
+controls: an identity twin, which must stay bit-identical, and a reseeded twin, the noise floor. Writes the run and
+report.html into --out. The same command continues a stopped run."""),
+    "train": (_train, "train from a TOML file", """
+Tables of the file: data, views, model, optim, train; every key and its default stands in fastcl/train/config.py,
+worked examples in examples/. Writes into --out:
+
+  run.json          settings, seed, versions, device
+  metrics.jsonl     alignment of every pair and accuracy of every model, per epoch
+  steps.jsonl       losses, loss gap and same-class softmax mass of every model, per step
+  pairs.jsonl       drift, CKA and RSA of the loss embeddings of the first two models, per step
+  timing.jsonl      seconds and images per second, per epoch
+  tensorboard/      the same curves
+  checkpoints/      the last two; the same command continues a stopped run, bit for bit
+  layers.json       CKA of every layer of the reference with those of the others, at the end
+  weights/, features/, report.html   at the end"""),
+    "align": (_align, "CKA, RSA and drift of two feature files, or of all pairs of layers", """
+Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
+Row k of both files must be the same sample. Printed are CKA (linear, cosine; biased, debiased), RSA (Pearson, with
+--spearman by ranks too), the drift of the similarities and what rho and r, its relative sizes, certify (arXiv
+2510.08852).
+
+Layers: A and B are files of several arrays, one a layer, or folders of feature files, one a layer (outputs with more
+dimensions are flattened). Printed is the debiased linear CKA of every layer of A with every layer of B; --out draws it:
+
+  fastcl align resnet.npz vit.npz --out layers.svg"""),
+    "report": (_report, "one self-contained HTML page of a run", """
+Works on unfinished runs too. Figures: alignment with the reference model per epoch and the noise floor, weight gap,
+drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, alignment of every pair and of every layer,
+losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, settings,
+versions."""),
+    "views": (_views, "a contact sheet of images and their views", """
+Each row is a training image and its two views: by torchvision, and by every other renderer that this machine and the
+images allow, with the difference from torchvision's (blue: darker, red: brighter; mean and maximum in grey levels).
+Those that cannot be used are named with the reason. The same seed and epoch give the views that training sees.
+
+  fastcl views --data digits --out digits.png
+  fastcl views --data folder:photos.zip --preset simclr --size 96 --samples 4 --out grid.png"""),
+    "doctor": (_doctor, "what this machine has, and a numeric self-test", """
+Prints versions, devices and optional parts, then checks losses and similarities against float64. Exit status 1 if one
+fails."""),
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Renderers: each applies a plan to images and draws nothing itself."""

@@ -1,0 +1,46 @@
+"""What every renderer asks of a call: as many parameters as images, images that there are, boxes within them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastcl.data.plan import ViewParams, ViewSpec
+from fastcl.data.sources.load import Split
+from fastcl.errors import FastclError
+
+
+def check_positions(split: Split, positions: np.ndarray) -> None:
+    """Raise FastclError unless these are (n,) integers, n >= 1, each the position of an image of the split."""
+    if positions.ndim != 1 or not len(positions) or positions.dtype.kind not in "iu":
+        raise FastclError(f"positions must be (n,) integers, n >= 1, got {positions.shape} {positions.dtype}")
+    if not 0 <= positions.min() <= positions.max() < len(split):
+        raise FastclError(f"positions {positions.min()} to {positions.max()} of a split of {len(split)} images")
+
+
+def check_request(split: Split, spec: ViewSpec, positions: np.ndarray, params: Sequence[ViewParams]) -> None:
+    """Check the arguments of a `Renderer`'s call.
+
+    Raises:
+        FastclError: no positions or no parameters, parameters of another length than the positions, a position that is
+            no integer or outside the split, a box that is not whole pixels within its image, a turned view where
+            views.rotation is 0.
+    """
+    lengths = [len(p) for p in params]
+    if not lengths or not len(positions) or set(lengths) != {len(positions)}:
+        raise FastclError(f"{len(positions)} positions need as many parameters for each view, got {lengths}")
+    check_positions(split, positions)
+    height, width = split.sizes[positions].T
+    for p in params:
+        top, left, high, wide = p.box.T
+        outside = (top < 0) | (left < 0) | (high < 1) | (wide < 1) | (top + high > height) | (left + wide > width)
+        outside |= (p.box != np.floor(p.box)).any(1)
+        if outside.any():
+            k = int(outside.argmax())
+            raise FastclError(
+                f"box (top, left, height, width) {p.box[k].tolist()} does not lie in a {height[k]}x{width[k]} image, "
+                "in whole pixels"
+            )
+        if spec.rotation == 0 and p.angle.any():
+            raise FastclError(f"views.rotation is 0, and a view is turned by {p.angle[p.angle != 0][0]} degrees")

@@ -1,0 +1,1 @@
+"""Data sets by name: images, classes and splits."""

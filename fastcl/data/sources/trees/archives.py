@@ -1,0 +1,196 @@
+"""Image files in a zip, none of them unpacked further than it says, nor further than it is read."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from fastcl.data.limits import most_bytes
+from fastcl.data.sources.opening import check_zip, naming
+from fastcl.data.sources.trees.listing import HIDDEN, LeftOut, hidden, images
+from fastcl.errors import FastclError, shown
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_AT_ONCE = 1 << 16  # packed bytes
+_UNPACKED = 1 << 20  # bytes that one call of the decompressor may give
+_DOUBLE, _LINKED = "earlier versions of an entry", "links and special files"
+
+
+class Zip:
+    """Image files in a zip. Every read opens the archive anew at the entry's offset, so that no file position is
+    shared between threads or forked workers, and the directory is parsed once however many of them read.
+
+    Backslashes separate folders, as some programs for Windows write them, and `./` at a name's beginning says nothing.
+    Of entries of one name the last counts, as for every program that unpacks. What is not taken is counted in
+    `left_out`.
+
+    Args:
+        path: the zip.
+        max_pixels: of an image: bounds what an entry may unpack to.
+
+    Raises:
+        FastclError: no zip, an entry that is neither stored nor deflated, encrypted, outside the archive's root, too
+            large for an image, or that shares bytes with another one.
+    """
+
+    def __init__(self, path: Path, max_pixels: int) -> None:
+        self.path, self.left_out = path, LeftOut()
+        with naming(f"cannot read {path} as a zip"), open(path, "rb") as file:
+            check_zip(file)
+            with zipfile.ZipFile(file) as archive:
+                infos = archive.infolist()
+        entries: dict[str, zipfile.ZipInfo] = {}
+        folders: set[str] = set()
+        for info in infos:
+            name = _plain(info.filename)
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            directory = info.is_dir() or info.filename.endswith("\\")
+            folder = name if directory else name.rpartition("/")[0]
+            if not hidden(folder):
+                folders.add(folder)
+            if directory:
+                continue
+            if hidden(name):
+                self.left_out.add(HIDDEN, name)
+            elif kind not in (0, stat.S_IFREG):
+                self.left_out.add(_LINKED, name)
+            else:
+                if name in entries:
+                    self.left_out.add(_DOUBLE, name)
+                entries[name] = info
+        self.names = images(entries, self.left_out, str(path))
+        self.left_out.add_lost(folders, self.names)
+        chosen = [entries[name] for name in self.names]
+        for name, info in zip(self.names, chosen, strict=True):
+            _check(shown(f"{path}!{name}"), info, most_bytes(max_pixels))
+        _check_apart(path, infos)
+        self._offset = np.array([info.header_offset for info in chosen], np.int64)
+        self._packed = np.array([info.compress_size for info in chosen], np.int64)
+        self._size = np.array([info.file_size for info in chosen], np.int64)
+        self._crc = np.array([info.CRC for info in chosen], np.int64)
+        self._deflated = np.array([info.compress_type == zipfile.ZIP_DEFLATED for info in chosen], bool)
+
+    def label(self, i: int) -> str:
+        """What an error message calls image i."""
+        return shown(f"{self.path}!{self.names[i]}")
+
+    def open(self, i: int) -> BinaryIO:
+        """Image i as a file that is unpacked as far as it is read."""
+        file = open(self.path, "rb")
+        try:
+            file.seek(int(self._offset[i]))
+            header = file.read(_LOCAL_HEADER.size)
+            if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+                raise FastclError(f"no zip entry at byte {self._offset[i]}")
+            _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+            file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
+        except BaseException:
+            file.close()
+            raise
+        facts = int(self._packed[i]), int(self._size[i]), int(self._crc[i]), bool(self._deflated[i])
+        return io.BufferedReader(_Entry(file, *facts))
+
+    def whole(self, i: int) -> BinaryIO:
+        """Image i, unpacked and checked to its last byte."""
+        return io.BytesIO(self.data(i))
+
+    def data(self, i: int) -> bytes:
+        """Image i's bytes."""
+        with self.open(i) as file:
+            return file.read()
+
+
+class _Entry(io.RawIOBase):
+    """An entry as a file. Its checksum can be known, and is compared, once all of it has been read."""
+
+    def __init__(self, file: BinaryIO, packed: int, size: int, crc: int, deflated: bool) -> None:
+        self._file, self._left, self._size, self._crc = file, packed, size, crc
+        self._inflate = zlib.decompressobj(-zlib.MAX_WBITS) if deflated else None
+        self._data, self._position, self._waiting, self._done = bytearray(), 0, b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence])
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        self._fill(min(self._position + len(buffer), self._size))
+        part = self._data[self._position : self._position + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+    def readall(self) -> bytes:
+        self._fill(self._size)
+        data = bytes(self._data[self._position :] if self._position else self._data)
+        self._position = max(self._position, self._size)
+        return data
+
+    def _fill(self, end: int) -> None:
+        """Unpack up to a position; to the last byte where that is the end."""
+        while not self._done and (len(self._data) < end or end >= self._size):
+            self._more()
+            if len(self._data) > self._size:
+                raise FastclError(f"unpacks to more than the {self._size} bytes that the zip states")
+
+    def _more(self) -> None:
+        packed = self._waiting or self._file.read(min(_AT_ONCE, self._left))
+        self._left -= 0 if self._waiting else len(packed)
+        if self._inflate is None:
+            self._data += packed
+        else:
+            try:
+                self._data += self._inflate.decompress(packed, _UNPACKED) if packed else self._inflate.flush()
+            except zlib.error as error:
+                raise FastclError(f"cannot be unpacked: {error}") from error
+            self._waiting = self._inflate.unconsumed_tail
+        self._done = not packed or (self._inflate is not None and self._inflate.eof)
+        if self._done and ((crc := zlib.crc32(self._data)) != self._crc or len(self._data) != self._size):
+            raise FastclError(
+                f"checksum {crc:08x} over {len(self._data)} bytes, expected {self._crc:08x} over {self._size}"
+            )
+
+
+def _plain(name: str) -> str:
+    """An entry's path with forward slashes. Raises FastclError where it leads out of the archive."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part != "."]
+    if name[:1] in ("/", "\\") or ".." in parts or (len(parts) > 1 and parts[0][1:] == ":"):
+        raise FastclError(f"zip entry {name!r} lies outside the archive's root: pack the folder anew")
+    return "/".join(part for part in parts if part)
+
+
+def _check(label: str, info: zipfile.ZipInfo, most: int) -> None:
+    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise FastclError(
+            f"{label}: only plain stored or deflated entries are read, "
+            f"got method {info.compress_type}, {'encrypted' if info.flag_bits & 1 else 'not encrypted'}"
+        )
+    if info.file_size > most:
+        raise FastclError(
+            f"{label} unpacks to {info.file_size:,} bytes, more than an image of data.max_pixels takes ({most:,})"
+        )
+
+
+def _check_apart(path: Path, infos: list[zipfile.ZipInfo]) -> None:
+    """Refuse entries that share packed bytes: so a small file is made to unpack to a vast amount."""
+    infos = sorted(infos, key=lambda info: info.header_offset)
+    for a, b in zip(infos, infos[1:], strict=False):
+        if a.header_offset + _LOCAL_HEADER.size + a.compress_size > b.header_offset:
+            raise FastclError(f"{shown(path)}: the entries {a.filename!r} and {b.filename!r} share bytes of the file")

@@ -1,0 +1,240 @@
+"""Float arrays from .npy, .npz and .safetensors files: chosen by name, checked by header, and only then read."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastcl.errors import FastclError, shown
+from fastcl.io.files import cause
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ENDINGS = (".npy", ".npz", ".safetensors")
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_KINDS = {"O": "Python objects", "U": "text", "S": "bytes", "M": "dates", "m": "durations",
+          "V": "raw bytes (as NumPy keeps bfloat16)"}  # fmt: skip
+_SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_CHUNK = 1 << 24  # bytes read at a time
+# Features hardly shrink when they are packed; a file of zeros shrinks to a thousandth. Small files are let through.
+_RATIO, _SMALL = 100, 1 << 28
+
+Choose: TypeAlias = Callable[[Sequence[str]], Sequence[str]]
+
+
+def file_status(path: Path) -> os.stat_result:
+    """What the system says of a path. Raises FastclError where there is nothing or it cannot be reached."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        raise FastclError(f"{shown(path)} does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
+
+
+def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, Tensor]:
+    """Read some arrays of a file; the others are neither unpacked nor converted.
+
+    Args:
+        path: a plain file that ends in .npy, .npz or .safetensors; its first bytes tell which of them it is.
+        choose: takes the names in the file (`features` in an .npy), in its order, and returns those to read.
+        layers: take arrays of more than two dimensions too, flattened to (samples, width).
+
+    Returns:
+        By name (samples, width) float16, bfloat16, float32 or float64, in the byte order of this machine, on the CPU.
+
+    Raises:
+        FastclError: a file that is missing, damaged, of another kind, or larger than this machine's memory; a chosen
+            array that is no float matrix, or is empty.
+    """
+    if not stat.S_ISREG(file_status(path).st_mode):
+        raise FastclError(f"{shown(path)} is no plain file")
+    if path.suffix.lower() not in ENDINGS:
+        raise FastclError(f"{shown(path)}: features are read from {', '.join(ENDINGS)}; save them as one of these")
+    try:
+        with open(path, "rb") as file:
+            read = _reader(file.read(9), path)
+            file.seek(0)
+            return read(path, file, choose, layers)
+    except (FastclError, ModuleNotFoundError):
+        raise
+    except OSError as error:
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
+    except MemoryError:
+        raise FastclError(f"{shown(path)} cannot be read: it does not fit into memory") from None
+
+
+def _reader(start: bytes, path: Path) -> Callable[[Path, BinaryIO, Choose, bool], dict[str, Tensor]]:
+    """By the content, not the ending: an .npy that was renamed .npz is still an .npy."""
+    if start.startswith(b"\x93NUMPY"):
+        return _read_npy
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return _read_npz
+    if start[8:] == b"{":
+        return _read_safetensors
+    what = "holds neither NumPy arrays nor safetensors" if start else "is empty (0 bytes)"
+    if start.startswith(b"\x80"):
+        what = "is a pickle, which could run code; save the array itself with np.save"
+    raise FastclError(f"{shown(path)} cannot be read: it {what}")
+
+
+def _read_npy(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
+    size = os.fstat(file.fileno()).st_size
+    return {name: _array(file, size, shown(path), layers) for name in choose(["features"])}
+
+
+def _read_npz(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = _entries(archive, path)
+            chosen = choose(list(found))
+            unpacked, packed = sum(found[name].file_size for name in chosen), os.fstat(file.fileno()).st_size
+            if unpacked > max(_SMALL, _RATIO * packed):
+                raise FastclError(
+                    f"{shown(path)}: {packed:,} bytes that unpack to {unpacked:,} are not taken for features; "
+                    "if they are, save them with np.savez, which does not pack"
+                )
+            _check_memory(unpacked, shown(path))
+            arrays = {}
+            for name in chosen:
+                with archive.open(found[name]) as entry:
+                    arrays[name] = _array(entry, found[name].file_size, f"{shown(path)}: {name!r}", layers)
+            return arrays
+    except (FastclError, OSError, MemoryError):
+        raise
+    except (NotImplementedError, RuntimeError) as error:  # zipfile's for methods and passwords
+        raise FastclError(
+            f"{shown(path)} cannot be read: it is encrypted or packed in a way unknown here; save it with np.savez"
+        ) from error
+    except Exception as error:  # each way of packing fails in its own way
+        raise FastclError(f"{shown(path)} cannot be read: the .npz is damaged") from error
+
+
+def _entries(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The arrays of an .npz by name; not what macOS adds when it packs a folder."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        parts = PurePosixPath(info.filename).parts
+        if not info.filename.endswith(".npy") or "__MACOSX" in parts or parts[-1].startswith("."):
+            continue
+        name = shown(info.filename.removesuffix(".npy"))
+        if name in found:
+            raise FastclError(f"{shown(path)} holds two arrays of the name {name!r}")
+        found[name] = info
+    if not found:
+        raise FastclError(
+            f"{shown(path)} holds no array of NumPy (np.savez, not torch.save, writes .npz; of tensors, "
+            "safetensors.torch.save_file writes .safetensors)"
+        )
+    return found
+
+
+def _read_safetensors(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            names = {shown(name): name for name in opened.keys()}
+            if not names:
+                raise FastclError(f"{shown(path)} holds no array")
+            arrays = {}
+            for name in choose(list(names)):
+                array, where = opened.get_slice(names[name]), f"{shown(path)}: {name!r}"
+                dtype, shape = array.get_dtype(), array.get_shape()
+                _check(shape, _SAFETENSORS.get(dtype, dtype), where, layers)
+                _check_memory(math.prod(shape) * getattr(torch, _SAFETENSORS[dtype]).itemsize, where)
+                arrays[name] = opened.get_tensor(names[name]).flatten(1)
+            return arrays
+    except SafetensorError as error:
+        raise FastclError(f"{shown(path)} cannot be read: the .safetensors is damaged") from error
+
+
+def _array(file: BinaryIO, size: int, where: str, layers: bool) -> Tensor:
+    """One array in the format of .npy, which takes `size` bytes with its header."""
+    import numpy as np
+
+    shape, fortran, dtype = _header(file, where)
+    _check(shape, _described(dtype), where, layers)
+    needed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if needed != there:
+        raise FastclError(
+            f"{where} cannot be read: by its header it holds {needed:,} bytes of values {_text(shape)}, but {there:,} "
+            "are there" + ("; several arrays belong into an .npz" if there > needed else "")
+        )
+    _check_memory(needed, where)
+    values = np.empty(math.prod(shape), dtype)
+    raw = values.view(np.uint8)
+    for begin in range(0, needed, _CHUNK):
+        part = file.read(min(_CHUNK, needed - begin))
+        if len(part) < min(_CHUNK, needed - begin):
+            raise FastclError(f"{where} cannot be read: it is cut short")
+        raw[begin : begin + len(part)] = np.frombuffer(part, np.uint8)
+    values = values.astype(dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(values.reshape(shape[::-1]).T if fortran else values.reshape(shape)).flatten(1)
+
+
+def _header(file: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    from numpy.lib import format as npy
+
+    try:
+        version = npy.read_magic(file)
+        if version == (3, 0):  # made for names of fields that are not Latin-1
+            raise FastclError(f"{where} must hold a float matrix (samples, width), got a table of named fields")
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file)
+    except (FastclError, OSError, zipfile.BadZipFile, zlib.error):
+        raise
+    except Exception as error:  # a damaged header fails in many ways, and NumPy's advice is to unpickle it
+        raise FastclError(f"{where} cannot be read: its header is not that of a NumPy array") from error
+    if not all(type(length) is int and 0 <= length < 1 << 63 for length in shape) or len(shape) > 32:
+        raise FastclError(f"{where} cannot be read: its header gives an impossible shape")
+    return shape, fortran, dtype
+
+
+def _described(dtype: np.dtype) -> str:
+    if dtype.names:
+        return f"a table of the fields {listed(map(shown, dtype.names))}"
+    return _KINDS.get(dtype.kind) or dtype.newbyteorder("=").name
+
+
+def _check(shape: Sequence[int], dtype: str, where: str, layers: bool) -> None:
+    """Raise FastclError unless it is a float matrix (with `layers`, of any dimensions from two) that is not empty."""
+    if dtype not in _FLOATS:
+        more = "; a file of layers holds nothing else: name a matrix that is to be read alone 'features'"
+        raise FastclError(
+            f"{where} must hold a float matrix (samples, width), got {_text(shape)} {dtype}; float16 to float64 are "
+            f"read, as x.astype(np.float32) makes them{more if layers else ''}"
+        )
+    if len(shape) < 2 or (len(shape) > 2 and not layers):
+        raise FastclError(f"{where} must hold a float matrix (samples, width), got {_text(shape)} {dtype}")
+    if not math.prod(shape):
+        raise FastclError(f"{where} holds no values, got {_text(shape)} {dtype}")
+
+
+def _check_memory(needed: int, where: str) -> None:
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return
+    if needed > memory:
+        raise FastclError(f"{where} holds {needed / 2**30:,.1f} GiB, this machine has {memory / 2**30:,.1f} of memory")
+
+
+def _text(shape: Sequence[int]) -> str:
+    return str(tuple(shape)) if len(shape) <= 8 else f"{len(shape)} dimensions"
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first three names, and whether there are more."""
+    names = list(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

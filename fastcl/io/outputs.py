@@ -1,0 +1,129 @@
+"""Where a command may write: checked before the work, so that nothing it reads is lost and no result is either."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastcl.errors import FastclError, shown
+from fastcl.io.files import cause, temporary
+
+_LONGEST = 255  # bytes of a name on every common file system
+
+
+def named_path(text: str) -> Path:
+    """The `type` of an argparse argument that must not be empty: `Path("")` would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def check_output(path: Path, option: str, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a file that cannot be written, or whose writing would destroy something.
+
+    Args:
+        path: the file; its folder may be missing. Nothing is created.
+        option: what the user calls it, such as "--json".
+        inputs: files that the command reads (or writes for another option), and folders in which it must not write.
+
+    Raises:
+        FastclError: no name, a folder, a device, a link, a file without write permission, one of the inputs under
+            whatever name (hard link, symbolic link, letters of another case) or inside one, a folder that cannot be
+            made or written, or too long a name.
+    """
+    with _naming(path, option):
+        if path == Path():
+            raise FastclError(f"{option}: names no file (an empty path, or '.')")
+        info = _lstat(path)
+        if info is not None:
+            _check_plain(path, option, info)
+        target = Path(os.path.realpath(path))
+        for other in inputs:
+            if same(target, other):
+                raise FastclError(
+                    f"{option}: {shown(path)} is an input or another output of this command; name another file"
+                )
+            if any(same(folder, other) for folder in target.parents):
+                raise FastclError(f"{option}: {shown(path)} lies in {shown(other)}, which this command reads")
+        _check_room(path)
+
+
+def check_folder(path: Path, option: str, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a folder in which no file can be written, or that is one of the inputs.
+
+    Args:
+        path: the folder, or a link to one; it may be missing. Nothing is created.
+        option: what the user calls it, such as "--out".
+        inputs: folders that the command reads.
+
+    Raises:
+        FastclError: a file, a link to nothing, an input, a folder that cannot be made or written, or too long a name.
+    """
+    with _naming(path, option):
+        info = _lstat(path)
+        if info is not None and stat.S_ISLNK(info.st_mode) and not path.exists():
+            raise FastclError(f"{option}: {shown(path)} is a link to {shown(os.readlink(path))}, which is not there")
+        if info is not None and not path.is_dir():
+            raise FastclError(f"{option}: {shown(path)} is a file; name a folder")
+        for other in inputs:
+            if same(path, other):
+                raise FastclError(f"{option}: {shown(path)} is read by this command; name another folder")
+        _check_room(path / "file")
+
+
+def same(path: Path, other: Path) -> bool:
+    """Whether both paths are one file or folder, under whatever names; also where neither exists yet."""
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):  # one is not there, or cannot be reached: whoever reads it says so
+        pass
+    try:
+        return os.path.realpath(path) == os.path.realpath(other)
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _naming(path: Path, option: str) -> Iterator[None]:
+    try:
+        yield
+    except FastclError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise FastclError(f"{option}: {shown(path)} cannot be written ({cause(error)})") from error
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+
+
+def _check_plain(path: Path, option: str, info: os.stat_result) -> None:
+    if stat.S_ISLNK(info.st_mode):
+        raise FastclError(f"{option}: {shown(path)} is a link to {shown(os.readlink(path))}; name the file itself")
+    if stat.S_ISDIR(info.st_mode):
+        raise FastclError(f"{option}: {shown(path)} is a folder; name a file")
+    if not stat.S_ISREG(info.st_mode):
+        raise FastclError(f"{option}: {shown(path)} is a device, pipe or socket; name a file")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _check_room(path: Path) -> None:
+    """Raise OSError unless a file can be made in the folder of `path`, or in the nearest one that exists."""
+    names, folder = [path.name], path.parent
+    while _lstat(folder) is None and folder != folder.parent:
+        names.append(folder.name)
+        folder = folder.parent
+    if any(len(os.fsencode(name)) > _LONGEST for name in names):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    probe = temporary(folder)
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # permissions alone do not tell: quotas, /proc, ...
+    os.unlink(probe)

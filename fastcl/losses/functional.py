@@ -1,0 +1,238 @@
+"""Contrastive losses as functions: ids, then row statistics, then a row of the table of objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import check_positive, check_rows
+from fastcl.choices import PRECISIONS, REDUCTIONS, ObjectiveName, Precision, Reduction
+from fastcl.dispatch import choose
+from fastcl.errors import FastclError
+from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
+from fastcl.rowstats.api import RowStats, fused, statistics
+from fastcl.rowstats.request import Batch
+from fastcl.rowstats.small import route
+
+
+def contrastive_loss(
+    z: Tensor,
+    sample: Tensor,
+    labels: Tensor | None = None,
+    objective: ObjectiveLike = "ntxent",
+    temperature: float | Tensor = 0.5,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    precision: Precision | None = None,
+) -> Tensor:
+    """Any objective of the table, or your own, over any number of views.
+
+    Args:
+        z: (N, D) embeddings, float16, bfloat16, float32 or float64; computed in float32, float64 for float64.
+        sample: (N,) integers; rows with the same id are views of one sample. Samples may differ in their views.
+        labels: (N,) integer classes, -1 for unlabelled rows; required by objectives that treat classes apart.
+        objective: a name of `fastcl.OBJECTIVES`, an `Objective`, or a callable from RowStats to (N,) row losses.
+        temperature: positive number, or a tensor with one element, which then gets a gradient.
+        reduction: "mean" over all N rows, "sum", or "none" for the (N,) row losses. A row without a positive or without
+            a negative contributes 0, gets no gradient from its own loss, and stays in the mean's count.
+        normalize: divide rows by their norms first (cosine similarities).
+        precision: of the Triton backend's products: "fp16", "bf16", "fp32", or None, as `fastcl.row_stats`.
+
+    Returns:
+        A scalar, or (N,) with reduction "none"; float32, or float64 for float64 rows.
+
+    Raises:
+        FastclError: as `fastcl.row_stats`; an unknown objective or reduction; labels missing where they matter.
+    """
+    _check_reduction(reduction)
+    check_rows(z, "z")
+    loss = _labelled(objective, labels)
+    batch = Batch.of(z, None, sample, labels, None, None)
+    return _losses(batch, [loss], temperature, normalize, reduction, precision=precision)[0]
+
+
+def contrastive_losses(
+    z: Tensor,
+    sample: Tensor,
+    labels: Tensor | None = None,
+    objectives: Iterable[ObjectiveName] = ("dcl", "nscl"),
+    temperature: float | Tensor = 0.5,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    precision: Precision | None = None,
+) -> dict[str, Tensor]:
+    """Several objectives from one pass over the similarities.
+
+    Args:
+        objectives: names of `fastcl.OBJECTIVES`. The other arguments are those of `contrastive_loss`.
+
+    Returns:
+        The loss of each name, in the order given.
+
+    Raises:
+        FastclError: as `contrastive_loss`.
+    """
+    _check_reduction(reduction)
+    check_rows(z, "z")
+    if isinstance(objectives, str):
+        raise FastclError(f"objectives must be several names, got the one string {objectives!r}")
+    losses = {name: _labelled(name, labels) for name in objectives}
+    batch = Batch.of(z, None, sample, labels, None, None)
+    found = _losses(batch, list(losses.values()), temperature, normalize, reduction, precision=precision)
+    return dict(zip(losses, found, strict=True))
+
+
+def ntxent_loss(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
+) -> Tensor:
+    """NT-Xent (SimCLR, Chen et al. 2020): the other view against every other row, the positive in the denominator.
+
+    Args:
+        z1, z2: (B, D) embeddings of the two views; row k of both is sample k. N = 2B anchors.
+        temperature, reduction, normalize: as `contrastive_loss`; "none" gives (2B,), z1's rows first.
+
+    Returns:
+        A scalar, or (2B,).
+
+    Raises:
+        FastclError: as `contrastive_loss`, or z1 and z2 differ in shape.
+    """
+    return _two_view_loss(z1, z2, None, "ntxent", temperature, reduction, normalize)
+
+
+def dcl_loss(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
+) -> Tensor:
+    """Decoupled contrastive loss (Yeh et al. 2022), the CL of arXiv 2510.08852: NT-Xent without the positive in the
+    denominator. Arguments, result and errors as `ntxent_loss`."""
+    return _two_view_loss(z1, z2, None, "dcl", temperature, reduction, normalize)
+
+
+def nscl_loss(
+    z1: Tensor,
+    z2: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.5,
+    positive_in_denominator: bool = False,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+) -> Tensor:
+    """Negatives-only supervised contrastive loss (arXiv 2510.08852): the other view against other classes only.
+
+    Args:
+        labels: (B,) integer classes of the samples, -1 for unlabelled (negatives to all).
+        positive_in_denominator: add the positive to the denominator, as the paper's published code does.
+        z1, z2, temperature, reduction, normalize: as `ntxent_loss`.
+
+    Returns:
+        A scalar, or (2B,).
+
+    Raises:
+        FastclError: as `ntxent_loss`.
+    """
+    objective = "nscl_with_positive" if positive_in_denominator else "nscl"
+    return _two_view_loss(z1, z2, labels, objective, temperature, reduction, normalize)
+
+
+def supcon_loss(
+    z1: Tensor,
+    z2: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.1,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+) -> Tensor:
+    """Supervised contrastive loss L_out (Khosla et al. 2020, eq. 2), without the factor temperature / base_temperature.
+
+    For L_in and the negatives-only form use `contrastive_loss` with "supcon_in" and "supcon_negatives". Rows whose
+    batch holds no other class contribute 0. Arguments, result and errors as `nscl_loss`.
+    """
+    return _two_view_loss(z1, z2, labels, "supcon", temperature, reduction, normalize)
+
+
+def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normalize: bool = True) -> Tensor:
+    """CLIP's symmetric InfoNCE (Radford et al. 2021): the mean of image-to-text and text-to-image.
+
+    Args:
+        image, text: (B, D) embeddings; row k of both is pair k. B = 1 has no negatives and gives 0.
+        logit_scale: factor on the cosine similarities (1 / temperature): a positive number, or a tensor with one
+            element, which then gets a gradient.
+        normalize: divide rows by their norms first.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        FastclError: as `contrastive_loss`, or image and text differ in shape.
+    """
+    batch = Batch.pairs(image, text, "image", "text")
+    check_positive(logit_scale, "logit_scale")
+    if isinstance(logit_scale, Tensor) and logit_scale.dtype != torch.float64:
+        logit_scale = logit_scale.to(torch.float64 if image.dtype == torch.float64 else torch.float32)
+    logit_scale = logit_scale if isinstance(logit_scale, Tensor) else float(logit_scale)
+    return _losses(batch, [resolve("ntxent")], 1 / logit_scale, normalize, "mean", columns=True)[0]
+
+
+def two_view_stats(
+    z1: Tensor, z2: Tensor, labels: Tensor | None, temperature: float | Tensor, normalize: bool = True
+) -> RowStats:
+    """Row statistics of the 2B rows [z1; z2], from which several two-view losses can be taken at once.
+
+    Args and errors as `nscl_loss`.
+    """
+    return statistics(Batch.two_views(z1, z2, labels), temperature, normalize, False, None)[0]
+
+
+def _two_view_loss(
+    z1: Tensor, z2: Tensor, labels: Tensor | None, objective: str,
+    temperature: float | Tensor, reduction: str, normalize: bool,
+) -> Tensor:  # fmt: skip
+    _check_reduction(reduction)
+    loss = _labelled(objective, labels)
+    return _losses(Batch.two_views(z1, z2, labels), [loss], temperature, normalize, reduction)[0]
+
+
+def _losses(
+    batch: Batch, losses: Sequence[Callable[[RowStats], Tensor]], temperature: float | Tensor, normalize: bool,
+    reduction: str, columns: bool = False, precision: str | None = None,
+) -> Sequence[Tensor]:  # fmt: skip
+    """Reduced row losses of the anchors; with columns their mean with those of the candidates.
+
+    On the Triton backend, and for few rows on a CPU, rows of the table are evaluated inside the operator; a callable of
+    the caller's own is evaluated by torch on the statistics, there as elsewhere.
+    """
+    table = all(type(loss) is Objective for loss in losses)  # a subclass may compute something else
+    chosen = choose(batch.x) if losses and table else None
+    if chosen == "chunked" and precision in (None, *PRECISIONS):
+        check_positive(temperature, "temperature")
+        found = route.losses(batch, losses, temperature, normalize, reduction)
+        if found is not None:
+            return found
+    if chosen == "triton":
+        check_positive(temperature, "temperature")
+        codes = [loss.code for loss in losses]
+        _, _, rows, _, _, rows_y = fused(batch, temperature, normalize, columns, precision, codes)
+        sides = [list(side.unbind()) for side in ((rows, rows_y) if columns else (rows,))]
+    else:
+        stats = statistics(batch, temperature, normalize, columns, precision)
+        sides = [[loss(found) for loss in losses] for found in stats]
+    reduced = [[_reduce(rows, reduction) for rows in side] for side in sides]
+    return [sum(values) / 2 for values in zip(*reduced, strict=True)] if columns else reduced[0]
+
+
+def _labelled(objective: ObjectiveLike, labels: Tensor | None):
+    loss = resolve(objective)
+    if labels is None and isinstance(loss, Objective) and loss.needs_labels:
+        raise FastclError(f"labels are required by objective {objective!r}, which treats classes apart")
+    return loss
+
+
+def _reduce(rows: Tensor, reduction: str) -> Tensor:
+    return rows if reduction == "none" else getattr(rows, reduction)()
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise FastclError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")

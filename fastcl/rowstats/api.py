@@ -1,0 +1,253 @@
+"""Row statistics: what every contrastive loss is made of, as one differentiable operation.
+
+For an anchor row i every candidate row j stands in one relation: `view` (same sample), `peer` (another sample of the
+same class) or `other`. With s_ij = <x_i, y_j> / temperature, each relation r has lse_r[i] = log sum_j exp(s_ij) and a
+mean of s_ij. The losses are lines of plain PyTorch on these (N,)-vectors; see `fastcl.losses.objectives`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastcl.checks import check_positive, is_inside
+from fastcl.choices import PRECISIONS, Precision
+from fastcl.dispatch import choose, wants_float32
+from fastcl.errors import FastclError
+from fastcl.rowstats import dense
+from fastcl.rowstats.request import Batch
+from fastcl.rowstats.small import route as small
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """Statistics of N anchors; every field is an (N,) tensor, float32 (float64 for float64 rows) or int64 for counts.
+
+    Where a relation is empty its lse is -inf, its mean and spread are 0, and no gradient flows.
+    """
+
+    lse_view: Tensor
+    spread_view: Tensor  # lse_view - mean_view without its cancellation: exactly 0 for a single view
+    mean_view: Tensor
+    lse_peer: Tensor
+    mean_peer: Tensor
+    lse_other: Tensor
+    n_view: Tensor
+    n_peer: Tensor
+    n_other: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """(N,) bool: the row has a view and an other, so that every objective of the table counts it."""
+        return (self.n_view > 0) & (self.n_other > 0)
+
+
+@overload
+def row_stats(
+    x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
+    sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
+    normalize: bool = True, columns: Literal[False] = False, precision: Precision | None = None,
+) -> RowStats: ...  # fmt: skip
+@overload
+def row_stats(
+    x: Tensor, y: Tensor, *, sample: Tensor, labels: Tensor | None = None, sample_y: Tensor,
+    labels_y: Tensor | None = None, temperature: float | Tensor, normalize: bool = True, columns: Literal[True],
+    precision: Precision | None = None,
+) -> tuple[RowStats, RowStats]: ...  # fmt: skip
+@overload
+def row_stats(
+    x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
+    sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
+    normalize: bool = True, columns: bool, precision: Precision | None = None,
+) -> RowStats | tuple[RowStats, RowStats]: ...  # fmt: skip
+def row_stats(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    sample: Tensor,
+    labels: Tensor | None = None,
+    sample_y: Tensor | None = None,
+    labels_y: Tensor | None = None,
+    temperature: float | Tensor,
+    normalize: bool = True,
+    columns: bool = False,
+    precision: Precision | None = None,
+) -> RowStats | tuple[RowStats, RowStats]:
+    """Row statistics of anchors x against candidates y, differentiable in x, y and the temperature.
+
+    Args:
+        x: (N, D) float16, bfloat16, float32 or float64; statistics are float32, float64 for float64.
+        y: (M, D) of x's dtype and device. None: the candidates are x itself, and j = i is in no relation.
+        sample: (N,) integer ids; rows with the same id are views of one sample.
+        labels: (N,) integer classes, -1 for unlabelled rows (`other` to all but their own views); None: no classes.
+            Views of one sample share a label.
+        sample_y: (M,) ids of y's rows, in the same numbering as `sample`; required with y.
+        labels_y: (M,) classes of y's rows; required with y and labels.
+        temperature: positive number, or a tensor with one element (its gradient comes with the rest).
+        normalize: divide each row by its Euclidean norm first. A zero row stays zero and gets zero gradient; a row of
+            any finite size neither overflows nor underflows.
+        columns: the statistics of y's rows against x too; on the Triton backend from the same pass where there are no
+            labels.
+        precision: of the Triton backend's products, accumulated in float32: "fp16", "bf16", or "fp32" for products in
+            split half precision, as good as float32's. None: "fp32" for float32 rows, unless autocast is on or
+            `torch.get_float32_matmul_precision()` is below "highest"; else "fp16". The other backends compute in
+            float32, float64 for float64, whatever it is.
+
+    Returns:
+        RowStats of the N anchors; with columns, and those of the M candidates.
+
+    Raises:
+        FastclError: wrong rank, shape, dtype or device, an empty batch, ids that are not integers, a temperature that
+            is not positive and finite, views of one sample with different labels, columns without y, an unknown
+            precision; what the Triton backend does not take where it was asked for by name. Values of tensors are
+            checked on the CPU only: elsewhere a check would wait for the device.
+
+    Source: the relations generalise arXiv 2510.08852, section 3; NaN or an infinity in a row shows as NaN in every row
+    that meets it. In float32 a logit of size L is known to 2^-24 L: gradients have relative errors up to
+    1e-5 + 2^-24 L, those of `spread_view` up to 1e-5 + 2^-24 / f where the logits of views differ by a fraction f of L.
+    """
+    batch = Batch.of(x, y, sample, labels, sample_y, labels_y)
+    if columns and y is None:
+        raise FastclError("columns=True needs y: without it the rows' statistics are the columns' too")
+    found = statistics(batch, temperature, normalize, columns, precision)
+    return found if columns else found[0]
+
+
+def statistics(
+    batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None
+) -> tuple[RowStats, ...]:
+    """RowStats of the anchors and, with columns, of the candidates; arguments as `row_stats`."""
+    check_positive(temperature, "temperature")
+    _check_precision(precision)
+    chosen = choose(batch.x)
+    if chosen == "triton":
+        if columns and batch.labels is not None:
+            batches = batch, batch.transposed()
+            return tuple(statistics(b, temperature, normalize, False, precision)[0] for b in batches)
+        stats, counts, _, stats_y, counts_y, _ = fused(batch, temperature, normalize, columns, precision, ())
+        return tuple(unpack(*found) for found in ((stats, counts), (stats_y, counts_y))[: 1 + columns])
+    if chosen == "chunked" and not columns and (few := small.row_stats(batch, temperature, normalize)) is not None:
+        return (unpack(*few),)
+    batch = batch.spelled_out()
+    root = _square_root(temperature, batch.x.dtype)
+    with torch.autocast(batch.x.device.type, enabled=False):
+        # Rows divided by sqrt(temperature) make the logits inner products, and autograd brings the temperature's
+        # gradient for free. In the rectangular case both operands take their share too.
+        rows = [None if v is None else _prepare(v, normalize) / root for v in (batch.x, batch.y)]
+        batch = Batch(rows[0], None, rows[1], batch.sample, batch.labels, batch.sample_y, batch.labels_y)
+        return tuple(_on_torch(b, chosen) for b in ((batch, batch.transposed()) if columns else (batch,)))
+
+
+def fused(
+    batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
+    codes: Sequence[int],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates.
+
+    Args:
+        codes: of the K objectives whose row losses are wanted (`Objective.code`); none: counts are returned instead.
+    """
+    given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
+    return torch.ops.fastcl.fused(
+        batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value, normalize,
+        precision, columns, list(codes),
+    )[:6]  # fmt: skip
+
+
+def operator_arguments(
+    temperature: float | Tensor, precision: str | None, x: Tensor, *others: Tensor | None
+) -> tuple[Tensor | None, float, str]:
+    """Temperature as a tensor, as a number (one of the two), and precision of a Triton operator's call on rows x."""
+    is_tensor = isinstance(temperature, Tensor)
+    given = temperature.to(x.device) if is_tensor else None
+    _check_transforms("triton", x, *others, given)
+    _check_precision(precision)
+    return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
+
+
+def _on_torch(batch: Batch, chosen: str) -> RowStats:
+    arguments = batch.x, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y
+    if chosen == "dense":
+        mean_view, spread_view, mean_peer, *rest = dense.row_stats(*arguments)
+    else:
+        _check_transforms(chosen, batch.x, batch.y)
+        mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(*arguments)
+    lse_peer, lse_other, *counts = rest
+    return unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
+
+
+def unpack(stats: Sequence[Tensor], counts: Sequence[Tensor]) -> RowStats:
+    """RowStats from (N,) tensors: mean_view, spread_view, mean_peer, lse_peer, lse_other; then the three counts."""
+    mean_view, spread_view, mean_peer, lse_peer, lse_other = stats
+    n_view, n_peer, n_other = counts
+    lse_view = (mean_view + spread_view).masked_fill(n_view == 0, -torch.inf)
+    return RowStats(lse_view, spread_view, mean_view, lse_peer, mean_peer, lse_other, n_view, n_peer, n_other)
+
+
+def _precision(precision: str | None, x: Tensor) -> str:
+    if precision is None:
+        full = wants_float32() and not torch.is_autocast_enabled(x.device.type)
+        return "fp32" if x.dtype == torch.float32 and full else "fp16"
+    return precision
+
+
+def _check_precision(precision: str | None) -> None:
+    if precision is not None and precision not in PRECISIONS:
+        raise FastclError(f"precision must be one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
+
+
+def normalize_rows(x: Tensor) -> Tensor:
+    """Rows of unit Euclidean norm.
+
+    Dividing by the largest entry first keeps the squares of any finite row in range; that entry is a constant to
+    autograd, since the direction does not depend on it.
+
+    Args:
+        x: (N, D) floating point.
+
+    Returns:
+        (N, D) float32, float64 for float64. Zero rows stay zero, with zero gradient; rows not finite become NaN.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    peak = x.detach().abs().amax(dim=1, keepdim=True)
+    is_zero = peak == 0
+    u = (x / peak.masked_fill(is_zero, 1)).masked_fill(is_zero, 0)
+    # The largest entry of u is 1, so the sum of squares is at least 1 except in zero rows.
+    return u / u.square().sum(1, keepdim=True).masked_fill(is_zero, 1).sqrt()
+
+
+def _check_transforms(chosen: str, *tensors: Tensor | None) -> None:
+    """The operators have no forward-mode derivative, which PyTorch would silently take for zero, and none for
+    torch.func's grad."""
+    if torch.compiler.is_compiling():
+        return
+    given = [v for v in tensors if v is not None]
+    instead = "use `with fastcl.backend('dense')`"
+    if any(forward_ad.unpack_dual(v).tangent is not None for v in given):
+        raise FastclError(f"the {chosen} backend has no forward-mode derivative; {instead} for jvp and jacfwd")
+    if any(is_inside(v, "grad") for v in given):
+        raise FastclError(
+            f"the {chosen} backend is differentiable by backward() and torch.autograd.grad alone; {instead} for "
+            "torch.func.grad, vjp, jacrev and hessian"
+        )
+
+
+def _square_root(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """In float64 where rows or temperature are: a float32 number is exact there, its root in float32 is not."""
+    if not isinstance(temperature, Tensor):
+        return math.sqrt(temperature)
+    wide = torch.float64 in (temperature.dtype, dtype)
+    return temperature.to(torch.float64 if wide else torch.float32).reshape(()).sqrt()
+
+
+def _prepare(x: Tensor, normalize: bool) -> Tensor:
+    if normalize:
+        return normalize_rows(x)
+    x = x if x.dtype == torch.float64 else x.float()
+    return x * x.new_ones(()).where(~x.isinf(), torch.nan)  # an infinity is NaN, as it is where rows are normalised

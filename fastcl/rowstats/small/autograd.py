@@ -1,0 +1,251 @@
+"""Losses and statistics of few rows in pairs on a CPU, outside the dispatcher: for 64 rows it costs more than the sums.
+
+Compiled code keeps to `torch.ops.fastcl.row_stats`: what is taken here depends on values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastcl.rowstats.operator import differentiable_once, refuse_batched
+from fastcl.rowstats.small import masked, pairs
+from fastcl.rowstats.small.closed import Form, Sides, Slopes, rows_and_slopes
+from fastcl.rowstats.small.pairs import Kept
+
+_refuse = differentiable_once("chunked")
+
+
+class Pairs(NamedTuple):
+    """2B rows of B samples with two views each, or two towers of B rows."""
+
+    x: Tensor  # (B, D), or (2B, D) without x2
+    x2: Tensor | None
+    order: Tensor | None  # (2B,) of x: first views, then second views, samples in the same order; None: so they are
+    labels: Tensor | None  # (B,)
+    towers: bool
+
+
+def losses(
+    pairs: Pairs, temperature: float | Tensor, normalize: bool, forms: Sequence[Form], peers: bool, reduction: str
+) -> Sequence[Tensor] | None:
+    """Reduced row losses of each form (towers': of both together), None where `pairs.forward` does not take the rows.
+
+    Args:
+        peers: whether a form attracts peers, or tells them from views and from others.
+    """
+    inputs = pairs.x, pairs.x2, temperature if isinstance(temperature, Tensor) else None
+    alone = len(forms) == 1 and reduction != "none"
+    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    with torch.no_grad(), _in_full():
+        if (found := _forward(pairs, temperature, normalize, peers)) is None:
+            return None
+        way, stats, kept = found
+        sides = _sides(stats)
+        rows, slopes = zip(*[rows_and_slopes(form, sides) for form in forms], strict=True)
+        if alone:
+            loss = rows[0].mean() if reduction == "mean" else rows[0].sum()
+        if alone and wanted:
+            # Here and now: N x D numbers are kept for the backward pass instead of N x N.
+            dv = pairs.backward(kept, way, *map(slopes[0].get, pairs.PULLS))
+            dx, dt = pairs.to_inputs(kept.v, kept.norm, way, dv, inputs[2] is not None)
+            factor = 1 / (way.temperature * (len(rows[0]) if reduction == "mean" else 1))
+            dx = _restored(dx, pairs.order)
+    if alone:
+        return [_Ready.apply((loss,), dx, dt, factor, *inputs) if wanted else loss]
+    rows = _Attached.apply(rows, slopes, way, kept, pairs.order, *inputs)
+    return rows if reduction == "none" else [getattr(v, reduction)() for v in rows]
+
+
+def _in_full() -> AbstractContextManager:
+    """Without autocast; entering it costs as much as a sum over few rows, so only where it is on."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+
+
+def _sides(stats: pairs.Stats) -> Sides:
+    lse = {"view": stats.mean_view, "other": stats.lse_other}
+    n = {"view": 1, "other": stats.n_other}
+    if stats.lse_peer is not None:
+        lse["peer"], n["peer"] = stats.lse_peer, stats.n_peer
+    return Sides(lse, stats.sum_peer, n)
+
+
+def row_stats(
+    pairs: Pairs, temperature: float | Tensor, normalize: bool, peers: bool
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """mean_view, spread_view, mean_peer, lse_peer, lse_other and three counts of N rows; None as `row_losses`."""
+    given = temperature if isinstance(temperature, Tensor) else None
+    with torch.no_grad(), _in_full():
+        if (found := _forward(pairs, temperature, normalize, peers)) is None:
+            return None
+        way, stats, kept = found
+        n = len(kept.v)
+        zero = kept.v.new_zeros(n)
+        n_view = torch.ones(n, dtype=torch.int64, device=zero.device)
+        if peers:
+            n_peer = stats.n_peer.long()
+            inverse = 1 / stats.n_peer.clamp(min=1)
+            peer = stats.sum_peer * inverse, stats.lse_peer
+        else:
+            n_peer, peer = n_view - 1, (zero.clone(), torch.full_like(zero, -torch.inf))
+        statistics = stats.mean_view, zero, *peer, stats.lse_other
+        n_other = n - 2 - n_peer
+        counts = tuple(_restored(v, pairs.order) for v in (n_view, n_peer, n_other))
+    slopes = [{"view": 1.0}, {}, {"sum_peer": inverse} if peers else {}, {"peer": 1.0} if peers else {}, {"other": 1.0}]
+    return _Attached.apply(statistics, slopes, way, kept, pairs.order, pairs.x, pairs.x2, given), counts
+
+
+def any_row_stats(
+    x: Tensor, sample: Tensor, labels: Tensor | None, temperature: float | Tensor, normalize: bool
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """As `row_stats`, of rows (N, D) with any number of views."""
+    given = temperature if isinstance(temperature, Tensor) else None
+    way = pairs.Way(_number(temperature), normalize, False)
+    with torch.no_grad(), _in_full():
+        if (found := masked.forward(x, sample, labels, way)) is None:
+            return None
+        statistics, counts, kept = found
+    return _Masked.apply(statistics, way, kept, x, given), counts
+
+
+def _forward(pairs: Pairs, temperature: float | Tensor, normalize: bool, peers: bool):
+    value = _number(temperature)
+    x = pairs.x if pairs.order is None else pairs.x[pairs.order]
+    way = pairs.Way(value, normalize, pairs.towers)
+    found = pairs.forward(x, pairs.x2, pairs.labels, peers, way)
+    return found if found is None else (way, *found)
+
+
+def _restored(values: Tensor, order: Tensor | None) -> Tensor:
+    return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
+
+
+def _number(temperature: float | Tensor) -> float:
+    """As Python's float: another kind of number would bring its own rounding into the logits."""
+    return temperature.item() if isinstance(temperature, Tensor) else float(temperature)
+
+
+class _Given(NamedTuple):
+    """What gradients are shaped like. The inputs themselves are not kept: who changes them changes no gradient."""
+
+    dtype: torch.dtype  # of the rows
+    two: bool  # in two tensors
+    temperature: tuple[torch.Size, torch.dtype] | None
+
+    @classmethod
+    def of(cls, x: Tensor, x2: Tensor | None, temperature: Tensor | None) -> _Given:
+        return cls(x.dtype, x2 is not None, None if temperature is None else (temperature.shape, temperature.dtype))
+
+    def gradients(self, dx: Tensor, dt: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of the rows, of the second rows and of the temperature, from those in working precision."""
+        if dx.dtype != self.dtype:
+            dx = dx.to(self.dtype)
+        rows = dx.chunk(2) if self.two else (dx, None)
+        if dt is not None:
+            shape, dtype = self.temperature
+            dt = dt.reshape(shape).to(dtype)
+        return *rows, dt
+
+
+class _Ready(Function):
+    """A loss whose gradients are there already, but for a factor: of the rows, and of the temperature."""
+
+    @staticmethod
+    def forward(ctx, boxed, dx, dt, factor, x, x2, temperature):
+        ctx.factor, ctx.given = factor, _Given.of(x, x2, temperature)
+        ctx.save_for_backward(dx, dt)
+        return boxed[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_batched("chunked", grad)
+        dx, dt = ctx.saved_tensors
+        with torch.no_grad():
+            scale = grad.item() * ctx.factor
+            dt = dt * scale if ctx.needs_input_grad[6] else None
+            found = ctx.given.gradients(dx * scale, dt)
+        return None, None, None, None, *_once(found)
+
+
+class _Attached(Function):
+    """Results (N,) that were computed without autograd, with their derivatives (`Slopes`)."""
+
+    @staticmethod
+    def forward(ctx, results, slopes, way, kept, order, *inputs):
+        ctx.way, ctx.slopes = way, [{r: v if isinstance(v, float) else None for r, v in s.items()} for s in slopes]
+        ctx.given = _Given.of(*inputs)
+        tensors = [v for s in slopes for v in s.values() if not isinstance(v, float)]
+        ctx.save_for_backward(order, *kept, *tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(_restored(v, order) for v in results)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        refuse_batched("chunked", *grads)
+        order, *rest = ctx.saved_tensors
+        with torch.no_grad(), _in_full():
+            kept, tensors = Kept(*rest[: len(Kept._fields)]), iter(rest[len(Kept._fields) :])
+            slopes = [{r: next(tensors) if v is None else v for r, v in s.items()} for s in ctx.slopes]
+            scale, pulls = _pulls(slopes, grads, order)
+            dv = pairs.backward(kept, ctx.way, *pulls).mul_(scale / ctx.way.temperature)
+            dx, dt = pairs.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[7])
+            found = ctx.given.gradients(_restored(dx, order), dt)
+        return None, None, None, None, None, *_once(found)
+
+
+class _Masked(Function):
+    """The five statistics of rows with any number of views, computed without autograd."""
+
+    @staticmethod
+    def forward(ctx, statistics, way, kept, x, temperature):
+        ctx.way, ctx.given = way, _Given.of(x, None, temperature)
+        ctx.save_for_backward(*kept)
+        return statistics
+
+    @staticmethod
+    def backward(ctx, *grads):
+        refuse_batched("chunked", *grads)
+        with torch.no_grad(), _in_full():
+            kept = masked.Kept(*ctx.saved_tensors)
+            scale = torch.stack(grads).abs().amax().item() or 1.0
+            dv = masked.backward(kept, ctx.way, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
+            dx, dt = pairs.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[4])
+            dx, _, dt = ctx.given.gradients(dx, dt)
+        return None, None, None, *_once((dx, dt))
+
+
+def _pulls(
+    slopes: Sequence[Slopes], grads: Sequence[Tensor | None], order: Tensor | None
+) -> tuple[float, list[Tensor | None]]:
+    """Largest upstream gradient, and `pairs.PULLS` over it: then products with exponentials stay in range whatever the
+    reduction was."""
+    given = [(s, g if order is None else g[order]) for s, g in zip(slopes, grads, strict=True) if g is not None and s]
+    scale = max((g.abs().amax().item() for _, g in given), default=0.0) or 1.0
+    totals: dict[str, Tensor] = {}
+    for s, g in given:
+        for r, slope in s.items():
+            term = g / scale * slope
+            totals[r] = totals[r] + term if r in totals else term
+    return scale, [totals.get(r) for r in pairs.PULLS]
+
+
+def _once(found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, which refuse to be differentiated where their graph is made (create_graph)."""
+    if not torch.is_grad_enabled():
+        return found
+    return tuple(None if v is None else _Once.apply(v.detach().requires_grad_()) for v in found)
+
+
+class _Once(Function):
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _refuse(ctx, *grads)

@@ -1,0 +1,191 @@
+"""Row statistics of few rows in pairs: the whole matrix of exponentials, once, and every gradient from it.
+
+Each row has one view here, row k of two halves belongs to sample k. Either the 2B rows are each other's candidates
+(the matrix is then (2B, 2B) and symmetric), or each half is the other's ("towers": (B, B), whose rows and columns are
+both anchors). A view's logit is taken out of the matrix: its spread is exactly 0, and its exponential meets no other.
+Same-class sums of logits come from sums of rows, so that no pass over the matrix is spent on them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastcl.rowstats.chunked import EXP_LIMIT
+from fastcl.rowstats.dense import UNLABELLED
+
+_HALF = (torch.float16, torch.bfloat16)
+NORMS = (1e-12, 1e12)  # between them squares neither overflow nor vanish; other rows take more care than this
+
+
+Pull: TypeAlias = Tensor | float | None
+PULLS = ("view", "other", "peer", "sum_peer")  # what a gradient of the statistics is made of
+
+
+class Way(NamedTuple):
+    """How logits come from rows."""
+
+    temperature: float
+    normalize: bool
+    towers: bool
+
+
+class Kept(NamedTuple):
+    """What gradients need; what does not concern peers is never None."""
+
+    v: Tensor  # (N, D) rows, normalised where asked for
+    norm: Tensor  # (N, 1) of the rows as they were
+    e_other: Tensor  # exponentials of the logits of others, else 0: (N, N), towers (B, B)
+    other: Tensor  # (N,) their sums, more than 0
+    e_peer: Tensor | None
+    peer: Tensor | None
+    same: Tensor | None  # (B, B) of v's dtype: 1 within a class and on the diagonal
+
+
+class Stats(NamedTuple):
+    """Of N = 2B anchors; what concerns peers is None where they were not asked for."""
+
+    mean_view: Tensor  # (N,) the logit of the only view
+    lse_other: Tensor
+    lse_peer: Tensor | None
+    sum_peer: Tensor | None  # (N,) of logits
+    n_other: int  # 0 or more: every row has some, or none has
+    n_peer: Tensor | None  # (N,) of the rows' dtype
+
+
+def forward(
+    x: Tensor, x2: Tensor | None, labels: Tensor | None, peers: bool, way: Way
+) -> tuple[Stats, Kept] | None:  # fmt: skip
+    """Statistics of pairs, or None where rows or logits leave the range in which this way is exact.
+
+    Args:
+        x, x2: (B, D) each, or (2B, D) and None.
+        labels: (B,) classes, -1 for unlabelled; None: all rows are others to each other.
+        peers: whether statistics of peers are wanted; others are told apart from them in any case.
+    """
+    if x2 is not None:
+        x = torch.cat([x, x2])
+    n, b = len(x), len(x) // 2
+    if (rows := unit_rows(x, way)) is None:
+        return None
+    v, norm, high = rows
+    one, two = (v[:b], v[b:]) if way.towers else (v, v)
+    s = torch.addmm(norm.new_empty(1), one, two.t(), beta=0, alpha=1 / way.temperature)
+    mean_view = s.diagonal().repeat(2) if way.towers else _partners(s).reshape(n)
+    if high * high > EXP_LIMIT * way.temperature:
+        _hide(s, way.towers)
+        low, high = s.aminmax()
+        if not (-EXP_LIMIT <= low.item() and high.item() <= EXP_LIMIT):
+            return None
+    e = s.exp() if peers else s.exp_()
+    _hide(e, way.towers)
+    if labels is None:
+        other = torch.cat([e.sum(1), e.sum(0)]) if way.towers else e.sum(1)
+        n_other = b - 1 if way.towers else n - 2
+        return Stats(mean_view, other.log(), None, None, n_other, None), Kept(v, norm, e, other, *[None] * 3)
+    same, others = _same(labels, v.dtype)
+    apart = 1 - same
+    n_other = n - 2 if others else 0
+    tiny = torch.finfo(v.dtype).tiny  # the sum of no exponentials is no divisor
+    if not peers:
+        e.view(2, b, 2, b).mul_(apart[:, None])
+        other = e.sum(1)
+        lse_other = other.log()
+        if not others:
+            other.clamp_(min=tiny)
+        return Stats(mean_view, lse_other, None, None, n_other, None), Kept(v, norm, e, other, *[None] * 3)
+    e_other = (e.view(2, b, 2, b) * apart[:, None]).view(n, n)
+    other, peer = e_other.sum(1), e.sub_(e_other).sum(1)
+    s.view(2, b, 2, b).mul_(same[:, None])
+    _hide(s, way.towers)
+    stats = Stats(mean_view, other.log(), peer.log(), s.sum(1), n_other, same.sum(1).mul_(2).sub_(2).repeat(2))
+    peer.clamp_(min=tiny)
+    if not others:
+        other.clamp_(min=tiny)
+    return stats, Kept(v, norm, e_other, other, e, peer, same)
+
+
+def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
+    """Rows in working precision, normalised where asked for, their norms (N, 1) before, the largest norm after; None
+    where squares are out of range."""
+    if x.dtype in _HALF:
+        x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    low, high = norm.aminmax()
+    low, high = low.item(), high.item()
+    if not (NORMS[0] <= low and high <= NORMS[1]):  # NaN neither
+        return None
+    return (x / norm, norm, 1.0) if way.normalize else (x.clone(), norm, high)
+
+
+def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer: Pull) -> Tensor:
+    """(N, D) gradients of `Kept.v`, times the temperature.
+
+    Args:
+        view, other, peer, sum_peer: gradients of mean_view, lse_other, lse_peer, sum_peer, (N,) or one for all; None
+            for zero.
+    """
+    v, b = kept.v, len(kept.v) // 2
+    if other is None:
+        pull = torch.zeros_like(kept.e_other)
+    else:
+        pull = weights(other / kept.other, way.towers).mul_(kept.e_other)
+    if peer is not None:
+        pull.addcmul_(weights(peer / kept.peer, way.towers), kept.e_peer)
+    if sum_peer is not None:
+        each = weights(sum_peer, way.towers)
+        pull.view(2, b, 2, b).addcmul_(each.view(2, b, 2, b), kept.same[:, None])
+        pull.diagonal().zero_()
+    pair = view.view(2, b).sum(0) if isinstance(view, Tensor) else 2 * (view or 0.0)
+    places = pull.diagonal() if way.towers else _partners(pull)
+    places.copy_(pair) if isinstance(pair, Tensor) else places.fill_(pair)
+    return torch.cat([torch.mm(pull, v[b:]), torch.mm(pull.t(), v[:b])]) if way.towers else torch.mm(pull, v)
+
+
+def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the rows that v was made of and of the temperature, times the temperature, from those of v, which
+    are overwritten."""
+    radial = (dv * v).sum(1, keepdim=True) if way.normalize or need_temperature else None
+    if way.normalize:
+        dv.addcmul_(v, radial, value=-1).div_(norm)
+    return dv, radial.sum() * (-0.5 / way.temperature) if need_temperature else None
+
+
+def weights(w: Tensor, towers: bool) -> Tensor:
+    """What the matrix is multiplied by: each entry serves its row and its column."""
+    if towers:
+        b = len(w) // 2
+        return w[:b, None] + w[b:]
+    return w[:, None] + w
+
+
+def _partners(matrix: Tensor) -> Tensor:
+    """(2, B) view of the pairs' entries of a (2B, 2B) matrix: of the first half's rows, then of the second's."""
+    n = len(matrix)
+    b = n // 2
+    return matrix.as_strided((2, b), (b * n - b, n + 1), b)
+
+
+def _hide(matrix: Tensor, towers: bool) -> None:
+    """Zeros where a row meets itself or its view."""
+    if towers:
+        matrix.diagonal().zero_()
+    else:
+        n = len(matrix)
+        b = n // 2
+        matrix.as_strided((2, 2, b), (b * n, b, n + 1)).zero_()
+
+
+def _same(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """(B, B) 1 within a class and on the diagonal; whether every row has others (if one has, all have)."""
+    same = (labels[:, None] == labels).to(dtype)
+    low, high = labels.aminmax()
+    low, high = low.item(), high.item()
+    if low < 0:
+        unlabelled = labels == UNLABELLED
+        same.mul_(~unlabelled)
+        same.fill_diagonal_(1)
+        return same, low != high or low == UNLABELLED
+    return same, low != high

@@ -1,0 +1,95 @@
+"""Which calls take the whole matrix at once: few rows in pairs on a CPU, where tiles cost more than they save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fastcl.rowstats import chunked
+from fastcl.rowstats.request import Batch
+from fastcl.rowstats.small import autograd
+from fastcl.rowstats.small.autograd import Pairs
+from fastcl.rowstats.small.closed import has_slopes
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def losses(
+    batch: Batch, objectives: Sequence[Any], temperature: float | Tensor, normalize: bool, reduction: str
+) -> Sequence[Tensor] | None:
+    """Reduced row losses of each objective, of anchors and candidates together; None where tiles have to do."""
+    if not all(map(has_slopes, objectives)):
+        return None
+    found: dict[int, Tensor] = {}
+    for labelled in (False, True):
+        chosen = [k for k, o in enumerate(objectives) if o.needs_labels == labelled]
+        if not chosen:
+            continue
+        if (pairs := _pairs(batch, labelled)) is None:
+            return None
+        forms = [objectives[k] for k in chosen]
+        peers = pairs.labels is not None and any("peer" in (*o.positives, *o.denominator) for o in forms)
+        values = autograd.losses(pairs, temperature, normalize, forms, peers, reduction)
+        if values is None:
+            return None
+        found |= zip(chosen, values, strict=True)
+    return [found[k] for k in range(len(objectives))]
+
+
+def row_stats(batch: Batch, temperature: float | Tensor, normalize: bool):
+    """The five statistics and three counts of each row; None where tiles have to do."""
+    if batch.y is not None:
+        return None
+    if (pairs := _pairs(batch, True)) is not None:
+        return autograd.row_stats(pairs, temperature, normalize, pairs.labels is not None)
+    if batch.sample is None or len(batch.x) ** 2 > chunked.WHOLE // 4 or not _is_small(batch):
+        return None
+    return autograd.any_row_stats(batch.x, batch.sample, batch.labels, temperature, normalize)
+
+
+def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
+    if not _is_small(batch):
+        return None
+    x, x2, y = batch.x, batch.x2, batch.y
+    n = len(x) if x2 is None else 2 * len(x)
+    labels = batch.labels if needs_labels else None
+    if x2 is not None:
+        return Pairs(x, x2, None, labels, False)
+    if y is not None:
+        return Pairs(x, y, None, None, True) if batch.sample is None else None
+    if batch.stacked:
+        return Pairs(x, None, None, None if labels is None else labels[: n // 2], False)
+    return _sorted_pairs(x, batch.sample, labels)
+
+
+def _is_small(batch: Batch) -> bool:
+    x = batch.x
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.device.type != "cpu" or _watched():
+        return False
+    n = len(x) if batch.x2 is None else 2 * len(x)
+    return (4 if batch.y is None else 2) <= n and n * n <= chunked.WHOLE
+
+
+def _watched() -> bool:
+    """Whether somebody transforms or records the operations: tiles are an operator to them."""
+    return (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+    )  # fmt: skip
+
+
+def _sorted_pairs(x: Tensor, sample: Tensor, labels: Tensor | None) -> Pairs | None:
+    """Rows by sample, if each sample has two."""
+    half = len(sample) // 2
+    if len(sample) % 2:
+        return None
+    ids, order = sample.sort(stable=True)
+    if not torch.equal(ids[::2], ids[1::2]) or bool((ids[2::2] == ids[1:-1:2]).any()):
+        return None
+    order = torch.cat([order[::2], order[1::2]])
+    return Pairs(x, None, order, None if labels is None else labels[order[:half]], False)

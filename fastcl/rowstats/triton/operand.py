@@ -1,0 +1,187 @@
+"""The two sides of a call as the kernels see them: rows in working order, their layout, their working copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fastcl.kernels.common.launch import launch
+from fastcl.kernels.common.numerics import SAFE_INVERSE_T
+from fastcl.kernels.contrastive.order import layout_kernel
+from fastcl.kernels.contrastive.prepare import prepare_kernel
+from fastcl.rowstats.order import Layout, Side
+
+ALIGN = 128  # rows of a working copy come in blocks of this many; every tile size divides it
+NARROW = 256  # wider rows are taken piece by piece
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked for beside the rows and ids. The temperature is a tensor, or a number and then `temperature` None.
+
+    split: which tiles take split half precision: "none", "peers" (same-class tiles) or "all".
+    peers: sums over peers are wanted.
+    """
+
+    temperature: Tensor | None
+    value: float
+    normalize: bool
+    precision: str
+    codes: tuple[int, ...]
+    split: str
+    peers: bool
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether a fixed shift of the exponentials might not do: decided on the device then, by a flag."""
+        return self.temperature is not None or not self.normalize or self.value < 1 / SAFE_INVERSE_T.value
+
+    @property
+    def packed_codes(self) -> int:
+        """The objectives' codes in one number, six bits each."""
+        return sum(code << (6 * k) for k, code in enumerate(self.codes))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a call.
+
+    `order` is (5, n) int32: source row, then the intervals [lo, hi) of each row's class and [first, last) of its sample
+    among the candidates' positions; an empty one begins at minus one less its position. Where the candidates are
+    another operand, two rows more: where the row's own class and sample begin among its own side's positions.
+    """
+
+    x: Tensor
+    x2: Tensor | None  # the second view of each sample, where two tensors hold the rows
+    order: Tensor
+    z: Tensor  # (1 or 2, rows, D)
+    inv: Tensor  # (n,), or empty where rows are not normalised
+    scale: Tensor | None  # (1,), where rows are not normalised
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return self.order.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """n in whole blocks."""
+        return self.z.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Width of the working copy."""
+        return self.z.shape[2]
+
+    def class_begin(self) -> Tensor:
+        """(n,) where each row's class begins on its own side."""
+        return self.order[5 if len(self.order) > 5 else 1]
+
+    def sample_begin(self) -> Tensor:
+        """(n,) where each row's sample begins on its own side."""
+        return self.order[6 if len(self.order) > 5 else 3]
+
+    def source(self, name: str) -> dict[str, Tensor | int | None]:
+        """Arguments of the kernels that read the rows themselves, for an operand called x or y there."""
+        second = self.x if self.x2 is None else self.x2
+        return {
+            name: self.x, f"{name}2": second, f"inv_{name}": self.inv, f"src_{name}": self.order[0],
+            f"half_{name}": len(self.x), f"stride_{name}": self.x.stride(0), f"stride_{name}2": second.stride(0),
+        }  # fmt: skip
+
+
+def padded_width(d: int) -> int:
+    """Width of a working copy: a power of two while a program can hold it, whole pieces of 64 beyond."""
+    return max(32, triton.next_power_of_2(d)) if d <= NARROW else triton.cdiv(d, 64) * 64
+
+
+def working_shape(n: int, d: int, split: str) -> tuple[int, int, int]:
+    """Shape of the working copy of n rows of width d."""
+    return 1 if split == "none" else 2, (n + ALIGN - 1) // ALIGN * ALIGN, padded_width(d)
+
+
+def row_block(d: int, tile: int = 1024) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program of the row-wise kernels, which hold whole rows: `tile` elements in all."""
+    block_d = triton.next_power_of_2(max(d, 32))
+    return max(tile // block_d, 1), block_d, max(4, block_d // 256)
+
+
+def prepare(x: Tensor, x2: Tensor | None, order: Tensor, call: Call, flag: Tensor | None) -> Operand:
+    """Fill the working copy; sets the flag where the temperature already forbids a fixed shift."""
+    x, x2 = _unit_stride(x), None if x2 is None else _unit_stride(x2)
+    n, d = order.shape[1], x.shape[1]
+    z = torch.empty(working_shape(n, d, call.split), dtype=DTYPES[call.precision], device=x.device)
+    inv = torch.empty(n if call.normalize else 0, dtype=torch.float32, device=x.device)
+    scale = None if call.normalize else _scale(x, x2)
+    operand = Operand(x, x2, order, z, inv, scale)
+    block_n, block_d, warps = row_block(operand.width)
+    launch(
+        prepare_kernel, (triton.cdiv(operand.rows, block_n),), warps, 1,
+        x=x, x2=x if x2 is None else x2, src_N=order[0], z=z, inv_N=inv, scale=scale, flag=flag, t=call.temperature,
+        t_value=call.value, n=n, rows=operand.rows, d=d, half=len(x), stride=x.stride(0),
+        stride2=(x if x2 is None else x2).stride(0), D=operand.width, BLOCK_N=block_n, BLOCK_D=block_d,
+        NORMALIZE=call.normalize, LOW=len(z) == 2, HAS_TWO=x2 is not None, HAS_T=call.temperature is not None,
+        HAS_FLAG=flag is not None,
+    )  # fmt: skip
+    return operand
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _scale(*rows: Tensor | None) -> Tensor:
+    """(1,) power of two that brings the largest entry of all finite rows to between 128 and 256."""
+    peaks = [torch.linalg.vector_norm(x, torch.inf, 1, dtype=torch.float32) for x in rows if x is not None]
+    peaks = torch.cat(peaks)
+    peak = peaks.masked_fill(~peaks.isfinite(), 0).amax().reshape(1)
+    exponent = torch.frexp(peak.masked_fill(peak == 0, 1))[1]
+    # Of integers ldexp would form 2^x in PyTorch's default dtype.
+    return torch.ldexp(torch.ones_like(peak), (8 - exponent).clamp(-126, 126).to(peak.dtype))
+
+
+def known_order(samples: int, views: int, labels: Tensor | None, device: torch.device) -> Tensor:
+    """The order of two views of each sample (views = 2), or of one row each (1), as `layout_kernel` writes it.
+
+    Args:
+        labels: (samples,) int64, or None.
+    """
+    n = samples * views
+    order = torch.empty(5, n, dtype=torch.int32, device=device)
+    ordered, index = (order, order) if labels is None else labels.sort(stable=True)
+    launch(
+        layout_kernel, (triton.cdiv(n, 1024),), 4, 1,
+        order_B=index, sorted_B=ordered, layout_5N=order, batch=samples, n=n, VIEWS=views,
+        LABELLED=labels is not None, STEPS=samples.bit_length() + 1, BLOCK_N=1024,
+    )  # fmt: skip
+    return order
+
+
+def sorted_orders(layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """The orders of both sides for ids of any values; the second is None in the symmetric case."""
+    if layout.symmetric:
+        return _order(layout.x, layout.x, False), None
+    return _order(layout.x, layout.y, True), _order(layout.y, layout.x, True)
+
+
+def _order(own: Side, other: Side, with_own: bool) -> Tensor:
+    rows = [own.order, *_interval(other.group, own.group), *_interval(other.key, own.key)]
+    if with_own:
+        rows += [torch.searchsorted(own.group, own.group), torch.searchsorted(own.key, own.key)]
+    return torch.stack([row.int() for row in rows])
+
+
+def _interval(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Begin and end of each value in ascending numbers; where it does not occur, minus one less the position."""
+    first, last = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
+    return torch.where(first < last, first, -1 - first), last
+
+
+def restored(x: Tensor, x2: Tensor | None, order: Tensor, z: Tensor, inv: Tensor, scale: Tensor | None) -> Operand:
+    """An operand from what the forward pass saved."""
+    x2 = None if x2 is None else _unit_stride(x2)
+    return Operand(_unit_stride(x), x2, order, z, inv, scale)

@@ -1,0 +1,85 @@
+"""torch.ops.fastcl.twin: two models' statistics on the Triton backend, which is imported with the first call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.rowstats.operator import refuse_batched, register
+from fastcl.rowstats.order import Layout
+from fastcl.rowstats.triton.operator import call_of
+
+_library = torch.library.Library("fastcl", "FRAGMENT")
+_IDS = "Tensor sample, Tensor? labels"
+_CALL = "Tensor? temperature, float value, str precision"
+_library.define(f"twin(Tensor za, Tensor zb, {_IDS}, {_CALL}) -> ({', '.join(['Tensor'] * 11)})")
+
+
+def _call(temperature, value, precision, labelled):
+    return call_of(temperature, value, True, precision, [], labelled)
+
+
+def _forward(za, zb, sample, labels, temperature, value, precision):
+    from fastcl.rowstats.triton import operand, two_models
+
+    call = _call(temperature, value, precision, labels is not None)
+    flags = [za.new_empty(1, dtype=torch.int32) if call.may_overflow else None for _ in range(2)]
+    with torch.cuda.device_of(za):
+        order, _ = operand.sorted_orders(Layout.of(sample, labels, None, None))
+        a, b = (operand.prepare(z, None, order, call, flag) for z, flag in zip((za, zb), flags, strict=True))
+        found = two_models.statistics(a, b, call, tuple(flags))
+    flags = [za.new_empty(0) if flag is None else flag for flag in flags]
+    return *found, order, a.z, a.inv, b.z, b.inv, *flags
+
+
+def _forward_fake(za, zb, sample, labels, temperature, value, precision):
+    from fastcl.rowstats.triton.operand import DTYPES, working_shape
+
+    call = _call(temperature, value, precision, labels is not None)
+    n = za.shape[0]
+    stats = [z.new_empty(5, n, dtype=torch.float32) for z in (za, zb)]
+    saved = []
+    for z in (za, zb):
+        saved += [z.new_empty(working_shape(n, z.shape[1], call.split), dtype=DTYPES[precision])]
+        saved += [z.new_empty(n, dtype=torch.float32)]
+    flags = [za.new_empty(1, dtype=torch.int32) if call.may_overflow else za.new_empty(0) for _ in range(2)]
+    return (
+        *stats, za.new_empty(3, n, dtype=torch.int64), za.new_empty(18, dtype=torch.float64),
+        za.new_empty(5, n, dtype=torch.int32), *saved, *flags,
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    za, zb, _, labels, temperature, ctx.value, ctx.precision = inputs
+    stats_a, stats_b, counts, sums, *saved = output
+    ctx.labelled = labels is not None
+    ctx.save_for_backward(za, zb, temperature, stats_a, stats_b, *saved)
+    ctx.mark_non_differentiable(counts, sums, *saved)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each model's gradient by the backward pass of `fused`."""
+    refuse_batched("triton", grad_a, grad_b)
+    za, zb, temperature, stats_a, stats_b, order, z_a, inv_a, z_b, inv_b, flag_a, flag_b = ctx.saved_tensors
+    need_t = ctx.needs_input_grad[4]
+    rows, total = [None, None], None
+    sides = ((za, stats_a, z_a, inv_a, flag_a, grad_a), (zb, stats_b, z_b, inv_b, flag_b, grad_b))
+    for k, (x, stats, z, inv, flag, grad) in enumerate(sides):
+        if grad is None or not (ctx.needs_input_grad[k] or need_t):
+            continue
+        nothing = [x.new_empty(0) for _ in range(5)]
+        dx, _, dt = torch.ops.fastcl.fused_backward(
+            x, None, None, ctx.labelled, temperature, ctx.value, True, ctx.precision, False, [],
+            [stats, nothing[0], z, inv, order, *nothing[1:], flag], [grad.contiguous(), None, None, None],
+            [ctx.needs_input_grad[k], False, need_t],
+        )  # fmt: skip
+        if ctx.needs_input_grad[k]:
+            rows[k] = dx
+        if need_t:
+            total = dt if total is None else total + dt
+    dt = None if total is None else total.reshape(temperature.shape).to(temperature.dtype)
+    return *rows, None, None, dt, None, None
+
+
+register(_library, "twin", _forward, _forward_fake, _autograd, _setup_context)

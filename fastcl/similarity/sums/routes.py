@@ -1,0 +1,50 @@
+"""The route by which the sums of two Gram matrices are formed: moments of the features or tiles, by cost."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from fastcl.errors import FastclError
+from fastcl.similarity.stats import PairStats
+from fastcl.similarity.sums.inputs import rounding_of
+from fastcl.similarity.sums.moments import Moments, chunk_rows
+from fastcl.similarity.sums.rows import INNER
+from fastcl.similarity.sums.tiles import tile_sums
+
+Route: TypeAlias = Literal["auto", "features", "tiles"]
+
+# What a tile costs beside its products, as so many columns of features more: sums over an element of K and of L.
+_ELEMENTWISE = 64
+
+
+def choose_route(n: int, widths: tuple[int, int], kernel: str, route: Route) -> Literal["features", "tiles"]:
+    """The cheaper route, or the one that was asked for.
+
+    Raises:
+        FastclError: an unknown route, or moments for a kernel that is no inner product.
+    """
+    if route not in ("auto", "features", "tiles"):
+        raise FastclError(f"route must be 'auto', 'features' or 'tiles', got {route!r}")
+    if kernel not in INNER:
+        if route == "features":
+            raise FastclError(f"route 'features' takes the kernels {', '.join(INNER)}; {kernel!r} needs 'tiles'")
+        return "tiles"
+    if route != "auto":
+        return route
+    a, b = widths
+    return "features" if a * a + a * b + b * b <= n * (a + b + _ELEMENTWISE) / 2 else "tiles"
+
+
+def statistics(x: Tensor, y: Tensor, kernel: str, bandwidth: float = 1.0, route: Route = "auto") -> PairStats:
+    """PairStats of two checked (n, d) features, n >= 1; arguments as `fastcl.pair_stats`."""
+    if choose_route(len(x), (x.shape[1], y.shape[1]), kernel, route) == "features":
+        stream, step = Moments(kernel), chunk_rows(x)
+        for start in range(0, len(x), step):
+            stream.add([v[start : start + step] for v in (x, y)])
+        ((_, values, strains),) = stream.pair_sums()
+        return PairStats.unpacked(len(x), kernel, values, stream.rounding, strains)
+    rounding = rounding_of(x, y)
+    values = tile_sums(x, y, kernel, bandwidth).packed().tolist()
+    return PairStats.unpacked(len(x), kernel, values, rounding)

@@ -1,0 +1,102 @@
+"""Two models on the same samples: both models' row statistics and how their similarities compare, from one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import check_positive, check_rows, describe
+from fastcl.choices import Precision
+from fastcl.dispatch import choose
+from fastcl.errors import FastclError
+from fastcl.rowstats.api import RowStats, operator_arguments, statistics, unpack
+from fastcl.rowstats.pair_sums import PairSums
+from fastcl.rowstats.request import Batch
+from fastcl.similarity import PairStats
+from fastcl.similarity.sums.inputs import NARROW_ROUNDING, multiplied_narrow
+from fastcl.similarity.sums.rows import mapped
+
+
+@dataclass(frozen=True)
+class TwinStats:
+    """What `twin_stats` finds.
+
+    Attributes:
+        a: row statistics of the first model, differentiable.
+        b: row statistics of the second model, differentiable.
+        sums: (18,) float64 on the device of the rows, without gradient: what `pairs` is made of.
+        n: rows.
+        rounding: relative rounding error of the products that the sums are made of, where they are not float64's.
+    """
+
+    a: RowStats
+    b: RowStats
+    sums: Tensor
+    n: int
+    rounding: float
+
+    def pairs(self) -> PairStats:
+        """Statistics of the two cosine Gram matrices (n x n, over rows); reads the device once.
+
+        Raises:
+            FastclError: a row is not finite.
+        """
+        return PairStats.unpacked(self.n, "cosine", self.sums.tolist(), self.rounding)
+
+
+def twin_stats(
+    za: Tensor,
+    zb: Tensor,
+    sample: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    precision: Precision | None = None,
+) -> TwinStats:
+    """Row statistics of two models' embeddings of the same rows, and the statistics of their cosine Gram matrices.
+
+    Args:
+        za: (N, Da) embeddings by the first model, float16, bfloat16, float32 or float64.
+        zb: (N, Db) embeddings of the same N rows by the second, of za's dtype and device. Rows of both are normalised.
+        sample: (N,) integer ids; rows with the same id are views of one sample.
+        labels: (N,) integer classes, -1 for unlabelled rows; None: no classes.
+        temperature: of both models' logits: positive number, or a tensor with one element (its gradient comes with the
+            rest).
+        precision: of the Triton backend's products, as `fastcl.row_stats`.
+
+    Returns:
+        TwinStats. The row statistics are those of `fastcl.row_stats(za, ...)` and `fastcl.row_stats(zb, ...)`: bit by
+        bit on the torch backends, up to the order of sums on the Triton backend, where tiles of both models are formed
+        in one program and serve the matrices' sums too. There the matrices are those of the rows as the tiles see them
+        (in half precision, or split half precision for "fp32"), with entries summed in float32, and one whose entries
+        vary by less than 2^-21 of their mean, in root mean square, counts as constant; one whose entries vary by a
+        share s of it keeps 2^-22 / s of relative error, since the tiles hold the mean too. The torch backends form the
+        matrices' sums from moments of the rows: by products in float32 where both models are narrower than float64 and
+        of one width (a drift keeps its digits where the rows themselves are near, else it is resolved as
+        `PairStats.drift` says), else in float64. Both models' statistics share one graph: take both gradients in one
+        backward pass. With equal rows za and zb, all correlations are exactly 1 and all drifts exactly 0.
+
+    Raises:
+        FastclError: as `fastcl.row_stats`; za and zb differ in their number of rows, dtype or device.
+
+    Source: the measures of `fastcl.PairStats` (arXiv 2510.08852, Theorem 1 and Corollaries 1 and 2).
+    """
+    check_rows(za, "za")
+    check_rows(zb, "zb")
+    if (len(zb), zb.dtype, zb.device) != (len(za), za.dtype, za.device):
+        raise FastclError(
+            f"zb must match za in number of rows, dtype and device: za is {describe(za)}, zb is {describe(zb)}"
+        )
+    batch = Batch.of(za, None, sample, labels, None, None)
+    check_positive(temperature, "temperature")
+    if choose(za, zb) == "triton":
+        arguments = operator_arguments(temperature, precision, za, zb)
+        stats_a, stats_b, counts, sums, *_ = torch.ops.fastcl.twin(za, zb, batch.sample, batch.labels, *arguments)
+        return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), NARROW_ROUNDING)
+    batches = batch, Batch(zb, sample=batch.sample, labels=batch.labels)
+    a, b = (statistics(one, temperature, True, False, precision)[0] for one in batches)
+    narrow = multiplied_narrow(za, zb) and za.shape[1] == zb.shape[1]
+    sums = PairSums.of_rows(*(mapped(z.detach(), "cosine") for z in (za, zb)), narrow)
+    return TwinStats(a, b, sums.packed(), len(za), NARROW_ROUNDING if narrow else 0.0)

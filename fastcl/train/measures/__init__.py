@@ -1,0 +1,1 @@
+"""What training measures of its models."""

@@ -1,0 +1,105 @@
+"""Measurement of all twins at one point of training, in one pass over each split."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl.data import EvalViews
+from fastcl.errors import FastclError
+from fastcl.metrics import cdnv, directional_cdnv, ncc_accuracy, weight_gap
+from fastcl.similarity import PairAccumulator
+from fastcl.train.models import STEP_VALUES, Twin
+
+log = logging.getLogger("fastcl")
+EVAL_BATCH = 512
+# "cka" is CKA as the code of arXiv 2510.08852 computes it; its text means that of the cosine similarities.
+_ALIGNMENT = {
+    "cka": "linear.cka",
+    "cka_debiased": "linear.cka_debiased",
+    "cka_cosine": "cosine.cka",
+    "rsa": "cosine.rsa",
+    "drift": "cosine.drift",
+    "rho": "cosine.rho",
+    "cka_bound": "cosine.cka_bound",
+    "r": "cosine.r",
+    "rsa_bound": "cosine.rsa_bound",
+}
+
+
+def evaluate(
+    epoch: int, twins: list[Twin], train: EvalViews, test: EvalViews, means: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+    """Records of one evaluation: one per pair of twins, then one per twin.
+
+    Alignment, CDNV and test accuracy are those of the encoder outputs h of ALL held-out images; the class centres of
+    the nearest-class-centre classifier are those of all training images.
+
+    Args:
+        epoch: completed epochs.
+        train, test: the views of all training and of all held-out images.
+        means: for each twin the epoch's mean of STEP_VALUES; empty before the first epoch (recorded as null).
+    """
+    accumulator = PairAccumulator([t.name for t in twins]) if len(twins) > 1 else None
+    held_out = encode(twins, test, accumulator)
+    training = encode(twins, train)
+    device = held_out[twins[0].name].device
+    train_labels, test_labels = (torch.from_numpy(v.split.labels).to(device) for v in (train, test))
+    records: list[dict[str, Any]] = []
+    networks = {t.name: t.network for t in twins}
+    for (a, b), result in accumulator.compute().pairs.items() if accumulator is not None else ():
+        records.append(
+            {
+                "epoch": epoch,
+                "pair": [a, b],
+                **{name: _value(attrgetter(where), result, of=f"{a}, {b}") for name, where in _ALIGNMENT.items()},
+                "weight_gap": weight_gap(networks[a].encoder, networks[b].encoder),
+            }
+        )
+    for twin in twins:
+        h, h_train = held_out[twin.name], training[twin.name]
+        values = means.get(twin.name, [None] * len(STEP_VALUES))
+        records.append(
+            {
+                "epoch": epoch,
+                "model": twin.name,
+                **dict(zip(STEP_VALUES, values, strict=True)),
+                "ncc_train": ncc_accuracy(h_train, train_labels, h_train, train_labels),
+                "ncc_test": ncc_accuracy(h_train, train_labels, h, test_labels),
+                "cdnv": _value(cdnv, h, test_labels, of=twin.name),
+                "cdnv_directional": _value(directional_cdnv, h, test_labels, of=twin.name),
+            }
+        )
+    return records
+
+
+def _value(measure: Callable[..., float], *arguments: Any, of: str) -> float | None:
+    """A measure, or None (null in the records) with a warning where it is undefined: a collapsed model ends no run."""
+    try:
+        return measure(*arguments)
+    except FastclError as error:
+        log.warning("%s: %s", of, error)
+        return None
+
+
+@torch.no_grad()
+def encode(twins: list[Twin], views: EvalViews, accumulator: PairAccumulator | None = None) -> dict[str, Tensor]:
+    """Encoder outputs (n, width) float32 of a split for every twin; each batch is rendered once.
+
+    An accumulator is fed with the same batches.
+    """
+    features: dict[str, list[Tensor]] = {t.name: [] for t in twins}
+    for twin in twins:
+        twin.network.eval()
+    for images in views.batches(EVAL_BATCH):
+        batch = {t.name: t.network.encoder(images) for t in twins}
+        for name, h in batch.items():
+            features[name].append(h)
+        if accumulator is not None:
+            accumulator.update(batch)
+    return {name: torch.cat(parts) for name, parts in features.items()}

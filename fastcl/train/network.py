@@ -1,0 +1,166 @@
+"""The networks: a timm encoder, the SimCLR projector, and a linear head for cross-entropy."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fastcl import normalize_rows
+from fastcl.errors import FastclError, brief
+from fastcl.train.config import ModelConfig
+
+log = logging.getLogger("fastcl")
+_OURS = ("in_chans", "num_classes", "model_name")  # arguments of timm.create_model that no config gives
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """float32 and the CPU, whatever the process's default dtype and device are: timm's and PyTorch's own modules and
+    optimizers make their tensors by them."""
+    dtype = torch.get_default_dtype()
+    on_cpu = torch.get_default_device().type == "cpu"
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if on_cpu else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+class Network(nn.Module):
+    """Encoder h = f(x), projector z = g(h), and for cross-entropy logits of a linear head on the unit rows of z.
+
+    The head reads the normalised projection, as the code of arXiv 2510.08852 does, so that all objectives train the
+    same two parts.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, hidden: int, projection: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        last = nn.BatchNorm1d(projection)
+        last.bias.requires_grad_(False)
+        self.projector = nn.Sequential(
+            nn.Linear(width, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, projection, bias=False),
+            last,
+        )
+        self.head: nn.Linear | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeddings (n, projection) of images (n, C, H, W)."""
+        return self.projector(self.encoder(x))
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Class logits (n, classes) of embeddings; the network must have a head."""
+        return self.head(normalize_rows(z))
+
+
+@plain_defaults()
+def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> Network:
+    """A network with seeded weights.
+
+    Args:
+        config: names the timm model.
+        channels, size: of the images; size in pixels.
+        seed: of the initial weights.
+
+    Raises:
+        FastclError: timm does not know the model or an option, the CIFAR stem does not fit it, or the encoder does not
+            turn images of that size into one vector each.
+    """
+    for option in _OURS:
+        if option in config.options:
+            raise FastclError(f"model.options.{option} follows from the data and the projector; leave it out")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            if _asks_hub(config):
+                log.info("asking the hub for %s; where there is no network this takes a minute", config.name)
+            with _quiet_hub():
+                encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
+        except Exception as error:  # of timm, of the hub that it asks for weights, or of a model's own code
+            raise FastclError(_refusal(config, error)) from error
+        if config.cifar_stem:
+            _use_cifar_stem(encoder, config.name, channels)
+        width = _width(encoder, config.name, channels, size)
+        try:
+            return Network(encoder, width, config.hidden, config.projection)
+        except (RuntimeError, MemoryError) as error:
+            raise FastclError(
+                f"there is no memory for model.hidden = {config.hidden} and model.projection = {config.projection}"
+            ) from error
+
+
+def _asks_hub(config: ModelConfig) -> bool:
+    return bool(config.options.get("pretrained")) or config.name.startswith(("hf-hub:", "hf_hub:"))
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without a network the hub's client says at each of its tries that it tries again; one error says it all."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _refusal(config: ModelConfig, error: Exception) -> str:
+    asked, why = f"{config.name!r} with model.options = {brief(config.options)}", _first_line(error)
+    if _asks_hub(config) or "checkpoint_path" in config.options:
+        return (
+            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why.rstrip('.')}. "
+            "Without a network, take a model by its plain name, and weights from a file by "
+            'model.options = { checkpoint_path = "FILE" }'
+        )
+    return f"timm cannot make {asked}: {why}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+
+
+@plain_defaults()
+def copy_network(network: Network, head_classes: int | None, seed: int) -> Network:
+    """A copy of the weights; with `head_classes` it also gets a head of so many logits, the same for one seed."""
+    twin = copy.deepcopy(network)
+    if head_classes is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            twin.head = nn.Linear(network.projector[-1].num_features, head_classes)
+    return twin
+
+
+def _width(encoder: nn.Module, name: str, channels: int, size: int) -> int:
+    """Width of the encoder's output, by trying: timm's num_features is not that of every model."""
+    try:
+        with torch.no_grad():
+            h = encoder.eval()(torch.zeros(1, channels, size, size, dtype=torch.float32, device="cpu"))
+    except Exception as error:  # a model's own code may raise anything
+        why = _first_line(error)
+        raise FastclError(f"model {name!r} cannot take images of {size} x {size} pixels: {why}") from error
+    encoder.train()
+    if not isinstance(h, Tensor) or h.ndim != 2 or not h.shape[1]:
+        gives = f"{tuple(h.shape[1:])}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
+        raise FastclError(f"model {name!r} must give one vector per image, it gives {gives}")
+    return h.shape[1]
+
+
+def _use_cifar_stem(encoder: nn.Module, name: str, channels: int) -> None:
+    """Small images: a 3 x 3 stride-1 convolution in place of the strided stem, and no max-pool."""
+    if not all(hasattr(encoder, part) for part in ("conv1", "bn1", "maxpool")):
+        raise FastclError(f"model.cifar_stem needs a ResNet of timm, {name!r} has no conv1, bn1 and maxpool")
+    encoder.conv1 = nn.Conv2d(channels, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
+    encoder.maxpool = nn.Identity()

@@ -1,0 +1,199 @@
+"""Which run a folder holds, and how far it came: run.json, the checkpoints, and what trained epochs leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fastcl.errors import FastclError, brief, shown
+from fastcl.io.files import cause
+from fastcl.io.json_text import parse_json
+from fastcl.io.run_names import RECORDS, REPORT
+from fastcl.train.config import Config
+from fastcl.train.run_folder.checkpoints import drop_checkpoints, last_epoch, load_checkpoint
+from fastcl.train.run_folder.records import JsonLines, remove_leftovers, write_atomic
+
+log = logging.getLogger("fastcl")
+# What changes no number of a run (the images that max_pixels leaves out are in `skipped`); and the renderer asked for,
+# since the one that ran is compared.
+_FREE = ("workers", "renderer", "max_pixels")
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """A config as it is read back from run.json: tuples as lists, names that are not UTF-8 escaped."""
+    return escaped(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def escaped(tree: Any) -> Any:
+    """A tree of JSON values whose strings any program can read: half a surrogate pair, as Python holds a byte of a
+    name that is not UTF-8, would be none."""
+    if isinstance(tree, dict):
+        return {escaped(key): escaped(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [escaped(value) for value in tree]
+    return tree if not isinstance(tree, str) or tree.isprintable() else shown(tree)
+
+
+def identity(run: dict[str, Any]) -> dict[str, Any]:
+    """What of a run.json tells one run from another: all that changes a number."""
+    return {"config": _fixed(run.get("config")), **{key: escaped(run.get(key)) for key in ("data", "renderer")}}
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """The run.json of a folder; None where there is none. Raises FastclError if it cannot be read."""
+    path = out / "run.json"
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise FastclError(f"{shown(path)} cannot be read: {cause(error)}") from error
+    run = parse_json(text, shown(path))
+    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+        raise FastclError(f"{shown(path)} holds no description of a run")
+    return run
+
+
+def same_data(run: dict[str, Any], config: Config) -> bool:
+    """Whether a run read the images that a config asks for, split by the same seed."""
+    theirs, mine = _fixed(run.get("config")), _fixed(settings(config))
+    return theirs["data"] == mine["data"] and run.get("seed") == config.train.seed
+
+
+def claim_folder(out: Path, mine: dict[str, Any]) -> None:
+    """Write run.json, or make sure that the folder holds this very run; for who holds the folder's lock.
+
+    Another run that has not finished an epoch, for example since an image could not be decoded, gives way. One that has
+    is never touched, whichever of its files are missing.
+
+    Raises:
+        FastclError: it holds another run (names what differs), or trained epochs of a run that nothing there describes.
+    """
+    theirs, found = read_run(out), traces(out)
+    there = identity(theirs) if theirs is not None else None
+    if there is None and found:
+        checkpoint = load_checkpoint(out / "checkpoints")
+        there = checkpoint.run if checkpoint else None
+        if there is None:
+            raise FastclError(
+                f"{shown(out)} holds {found}, but neither run.json nor a checkpoint says of which run; "
+                "choose another --out, or put run.json back"
+            )
+    difference = differences(there, identity(mine)) if there is not None else ""
+    if difference and found:
+        raise FastclError(
+            f"{shown(out)} holds another run, which differs in {difference}; "
+            "choose another --out, or repeat that run's settings to continue it"
+        )
+    if theirs is not None or found:
+        remove_leftovers(out)
+    if theirs is None or difference:
+        if not found:
+            drop_checkpoints(out / "checkpoints")  # of the initial weights, at most
+        write_atomic(out / "run.json", (json.dumps(mine, indent=1) + "\n").encode())
+        if difference:
+            log.warning(
+                "%s held another run, of which no trained epoch is there; it gives way (%s)", shown(out), difference
+            )
+        elif found:
+            log.warning("%s had lost its run.json, which is written anew", shown(out))
+
+
+def warn_if_elsewhere(out: Path, mine: dict[str, Any]) -> None:
+    """Warn where a claimed folder's run was begun with other versions or on another device."""
+    there, here = ({key: run.get(key) for key in ("versions", "device")} for run in (read_run(out) or mine, mine))
+    if there != here:
+        log.warning("continuing a run made elsewhere: %s; the rest will not be bit-identical to it",
+                    differences(there, here))  # fmt: skip
+
+
+def traces(out: Path) -> str:
+    """What of trained epochs is in a folder, in words; "" where there is none.
+
+    The evaluation before the first epoch does not count: the same command makes it again.
+    """
+    found = []
+    if (epoch := last_epoch(out / "checkpoints")) > 0:
+        found.append(f"a checkpoint of epoch {epoch}")
+    for name in RECORDS:
+        lines = JsonLines(out / f"{name}.jsonl")
+        if lines.length() and not (name == "metrics" and _untrained(lines.path)):
+            found.append(lines.path.name)
+    found += [f"{name}/" for name in ("weights", "features") if any((out / name).glob("*"))]
+    found += [name for name in ("layers.json", REPORT) if os.path.lexists(out / name)]
+    return ", ".join(found)
+
+
+def lacks(out: Path, epochs: int, models: Sequence[str]) -> list[str]:
+    """What a folder lacks of a finished run, in words: the last evaluation, final weights and features of all models.
+
+    Files are opened, since one that is empty or cut short is no result.
+    """
+    found = []
+    for folder in ("weights", "features"):
+        for model in models:
+            path = out / folder / f"{model}.safetensors"
+            if why := _unreadable(path):
+                found.append(f"{folder}/{path.name} ({why})")
+    if found:
+        return found
+    measured = {row.get("model") for row in _rows(out / "metrics.jsonl") if row.get("epoch") == epochs}
+    return [] if measured >= set(models) else [f"the evaluation of epoch {epochs} in metrics.jsonl"]
+
+
+def _unreadable(path: Path) -> str:
+    if not os.path.lexists(path):
+        return "gone"
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            return "" if opened.keys() else "it holds no tensor"
+    except (SafetensorError, OSError):
+        return f"damaged, {path.stat().st_size} bytes" if path.is_file() else "no file"
+
+
+def _untrained(path: Path) -> bool:
+    """Whether records are of epoch 0 alone; a last line without its end was cut by whoever stopped the writer."""
+    try:
+        return all(row.get("epoch") == 0 for row in _rows(path))
+    except FastclError:  # somebody else's file
+        return False
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
+    rows = [parse_json(line, f"{shown(path)}, line {n}") for n, line in enumerate(lines, 1)]
+    if not all(isinstance(row, dict) for row in rows):
+        raise FastclError(f"{shown(path)} does not hold one JSON object a line")
+    return rows
+
+
+def _fixed(config: Any) -> dict[str, dict[str, Any]]:
+    """A config without what is free. A key that an earlier version did not know has its default."""
+    found = {}
+    for name, defaults in settings(Config()).items():
+        table = config.get(name) if isinstance(config, dict) else None
+        found[name] = defaults | escaped(table) if isinstance(table, dict) else {}
+    found["data"] = {key: value for key, value in found["data"].items() if key not in _FREE}
+    return found
+
+
+def differences(theirs: Any, mine: Any, prefix: str = "") -> str:
+    """Keys whose values differ, with both values; "" where none does."""
+    if theirs == mine:
+        return ""
+    if not isinstance(theirs, dict) or not isinstance(mine, dict):
+        return f"{prefix.removeprefix('config.') or 'run.json'} ({brief(theirs)} there, {brief(mine)} here)"
+    keys = [key for key in dict.fromkeys([*theirs, *mine]) if theirs.get(key) != mine.get(key)]
+    return ", ".join(differences(theirs.get(key), mine.get(key), f"{prefix}.{key}".strip(".")) for key in keys)

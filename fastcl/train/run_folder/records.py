@@ -1,0 +1,208 @@
+"""What a run writes: atomic files, and append-only records with a known length and digest; and who may write them.
+
+Nothing is written through a link: whoever prepared a folder, a run changes no file outside of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastcl.errors import FastclError, shown
+from fastcl.io import files, outputs
+from fastcl.io.run_names import FILES, FOLDERS, REPORT
+
+_CHUNK = 1 << 20
+# What killed writes leave, of this version and of earlier ones; in the folder itself, a report, which needs no lock,
+# may be on its way under a name of this version.
+_LEFTOVERS = {
+    ".": ("run.json.tmp", "layers.json.tmp"),
+    "checkpoints": (".fastcl-*.part", "epoch_*.pt.tmp"),
+    "weights": (".fastcl-*.part", "*.safetensors.tmp"),
+    "features": (".fastcl-*.part", "*.safetensors.tmp"),
+}
+_locks: set[int] = set()  # descriptors of held locks
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write into one clear error."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        if isinstance(error, FastclError):
+            raise
+        why = files.cause(error)
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            why = "it is a link, and a run writes only what lies in its own folder"
+        raise FastclError(
+            f"cannot write {shown(path)}: {why}. What was complete before is intact; "
+            "the same command continues from the last checkpoint"
+        ) from error
+
+
+def write_atomic(path: Path, payload: bytes) -> None:
+    """Write a file of a run that is either whole or absent, also after a crash. Raises FastclError as `writing`."""
+    try:
+        files.write_atomic(path, payload)
+    except FastclError as error:
+        with writing(path):
+            raise error.__cause__ from None
+
+
+def check_run_folder(out: Path, inputs: Iterable[Path] = (), images: Iterable[Path] = ()) -> None:
+    """Refuse a folder that a run could not write, or in which it would write over something that is not its own.
+
+    Asked before the work; nothing is made.
+
+    Args:
+        out: the folder of the run, which need not exist.
+        inputs: what the run reads, such as its config file and its data.
+        images: folders that are read whole, in which nothing may be written.
+
+    Raises:
+        FastclError: no folder, or none that can be made or written; a file of a run in it is a link, is known by
+            another name too, or is no file; one of the inputs is the folder itself or what the run writes there; it
+            lies among the images.
+    """
+    outputs.check_folder(out, "--out", inputs)
+    for folder in images:
+        if any(outputs.same(parent, folder) for parent in Path(os.path.realpath(out)).parents):
+            raise FastclError(
+                f"--out: {shown(out)} lies in {shown(folder)}, whose images the run reads; name a folder outside of it"
+            )
+    for name in (*FOLDERS, *FILES, REPORT):
+        path = out / name
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise FastclError(f"--out: {shown(path)} cannot be read ({files.cause(error)})") from error
+        wanted, form = (stat.S_ISDIR, "folder") if name in FOLDERS else (stat.S_ISREG, "file")
+        wrong = f"is no plain {form}" if not wanted(found.st_mode) else ""
+        if stat.S_ISLNK(found.st_mode):
+            wrong = f"is a link to {shown(os.readlink(path))}"
+        elif path.suffix == ".jsonl" and found.st_nlink > 1:  # appended to in place
+            wrong = "is a file with another name too (a hard link)"
+        if wrong:
+            raise FastclError(
+                f"--out: {shown(path)} {wrong}; a run writes only what lies in its own folder. "
+                "Remove it, or choose another folder"
+            )
+        for given in inputs:
+            if any(outputs.same(place, path) for place in (given, *Path(os.path.abspath(given)).parents)):
+                raise FastclError(f"--out: the run would write over {shown(given)}, which it reads")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to one process; the lock ends with the process, however it ends.
+
+    Raises:
+        FastclError: another process holds it.
+    """
+    path = folder / ".lock"
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _open_own(path, os.O_RDWR | os.O_CREAT)
+    _locks.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FastclError(f"another process is training in {shown(folder)}") from None
+        except OSError as error:  # some network file systems have no locks
+            raise FastclError(f"{shown(path)} cannot be locked ({files.cause(error)})") from error
+        yield
+    finally:
+        _locks.discard(lock)
+        os.close(lock)
+
+
+def _leave_locks() -> None:
+    """A worker that outlives its killed parent must not keep the folder from the next run."""
+    for lock in _locks:
+        os.close(lock)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writes that were killed left in the folder of a run; for who holds its lock."""
+    for name, patterns in _LEFTOVERS.items():
+        for path in (path for pattern in patterns for path in (folder / name).glob(pattern)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; a link is not followed, a pipe not waited for. Raises OSError."""
+    number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return number
+
+
+class JsonLines:
+    """One JSON object a line, appended; can be cut back to where a checkpoint left it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._hash, self._hashed = hashlib.sha256(), 0  # of so many first bytes
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append records and sync them to disk; NaN is refused, since it is not JSON."""
+        text = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records)
+        with writing(self.path), open(_open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def length(self) -> int:
+        """Bytes so far."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def digest(self, length: int) -> str:
+        """SHA-256, in hexadecimal digits, of the first so many bytes. Each byte is read once, if lengths only grow."""
+        if length < self._hashed:
+            self._hash, self._hashed = hashlib.sha256(), 0
+        if length > self._hashed:
+            with writing(self.path), open(self.path, "rb") as file:
+                file.seek(self._hashed)
+                while self._hashed < length and (part := file.read(min(_CHUNK, length - self._hashed))):
+                    self._hash.update(part)
+                    self._hashed += len(part)
+        return self._hash.hexdigest()
+
+    def tail(self, length: int) -> bytes:
+        """What follows so many bytes."""
+        if self.length() <= length:
+            return b""
+        with writing(self.path), open(self.path, "rb") as file:
+            file.seek(length)
+            return file.read()
+
+    def cut(self, length: int) -> None:
+        """Drop what was written after a checkpoint."""
+        if self.length() > length:
+            with writing(self.path):
+                number = _open_own(self.path, os.O_WRONLY)
+                try:
+                    os.ftruncate(number, length)
+                finally:
+                    os.close(number)

@@ -1,0 +1,119 @@
+"""Going on from where a folder stands, and the refusals of what would lose or misdescribe finished work."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcl.errors import FastclError, shown
+from fastcl.train.models import IDENTITY, Twin
+from fastcl.train.run_folder.checkpoints import Checkpoint, load_checkpoint
+from fastcl.train.run_folder.identity import differences, lacks, traces
+from fastcl.train.run_folder.records import JsonLines, write_atomic
+
+log = logging.getLogger("fastcl")
+NOT_BEGUN = -1
+_FREE = "timing"  # no number depends on these records, which may be gone
+
+
+def resume(
+    out: Path, run: dict[str, Any], epochs: int, every: int, records: dict[str, JsonLines], twins: Sequence[Twin]
+) -> int | None:
+    """Bring models and records to where the last checkpoint left them; what was trained since is made again.
+
+    Args:
+        out: the run's folder, whose lock is held.
+        run: what tells this run from others (see `identity`).
+        epochs: planned.
+        every: epochs between checkpoints.
+        records: those of RECORDS.
+        twins: the models, with their initial weights.
+
+    Returns:
+        Completed epochs; NOT_BEGUN where not even the initial weights were measured; None where the run is finished
+        and its last checkpoint is gone.
+
+    Raises:
+        FastclError: trained epochs without a checkpoint, a checkpoint of another run, records that were changed or cut
+            since. Nothing is lost.
+    """
+    checkpoint = load_checkpoint(out / "checkpoints")
+    missing: list[str] = []
+    if checkpoint is None or checkpoint.epoch < epochs:
+        missing = lacks(out, epochs, [twin.name for twin in twins])
+        if not missing:
+            if sum(twin.name != IDENTITY for twin in twins) > 1 and not (out / "layers.json").is_file():
+                log.warning("%s holds no layers.json: it is gone, or the CKA of all layers was undefined", shown(out))
+            return None
+    if checkpoint is None:
+        if found := traces(out):
+            raise FastclError(
+                f"{shown(out)} holds {found}, but no checkpoint to go on from, and of a finished run it lacks "
+                f"{', '.join(missing)}; put the checkpoints back, choose "
+                "another --out, or move these elsewhere to train anew"
+            )
+        for lines in records.values():
+            lines.cut(0)
+        return NOT_BEGUN
+    if checkpoint.run is not None and (other := differences(checkpoint.run, run)):
+        raise checkpoint.foreign(f"it differs in {other}")
+    if checkpoint.epoch > epochs:
+        raise checkpoint.foreign(f"it is of epoch {checkpoint.epoch} of {epochs}")
+    _check_records(checkpoint, records)
+    checkpoint.restore(twins)
+    _keep_finished(out, checkpoint, min(epochs, (checkpoint.epoch // every + 1) * every), records)
+    for name, lines in records.items():
+        lines.cut(checkpoint.lengths[name])
+    log.info("resuming from %s", shown(checkpoint.path))
+    return checkpoint.epoch
+
+
+def _keep_finished(out: Path, checkpoint: Checkpoint, upcoming: int, records: dict[str, JsonLines]) -> None:
+    """Copy records beyond a checkpoint aside, unless they are what a run leaves that is killed before its next one."""
+    tails = {name: lines.tail(checkpoint.lengths[name]) for name, lines in records.items()}
+    finished = any((out / name).exists() for name in ("weights", "features", "layers.json"))
+    if not any(tails.values()) or not finished and all(
+        _is_begun(name, tail, checkpoint.epoch, upcoming) for name, tail in tails.items()
+    ):  # fmt: skip
+        return
+    for name, tail in tails.items():
+        if tail:
+            aside = _free_name(records[name].path.with_name(f"{name}.jsonl.after-epoch-{checkpoint.epoch}"))
+            write_atomic(aside, tail)
+            log.warning("%s goes on past %s; what follows is kept in %s",
+                        records[name].path.name, checkpoint.path.name, shown(aside))  # fmt: skip
+
+
+def _is_begun(name: str, tail: bytes, epoch: int, upcoming: int) -> bool:
+    """Whether lines are of the epochs between two checkpoints; the last one may be cut."""
+    offset = name in ("steps", "pairs")  # these count epochs from 0
+    try:
+        rows = [json.loads(line) for line in tail.split(b"\n")[:-1]]
+        return all(epoch < row["epoch"] + offset <= upcoming for row in rows)
+    except (ValueError, TypeError, KeyError, RecursionError):  # not written by a run
+        return False
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not os.path.lexists(name))
+
+
+def _check_records(checkpoint: Checkpoint, records: dict[str, JsonLines]) -> None:
+    if checkpoint.digests is None:
+        log.warning("%s is of an earlier version: whether the records were changed since cannot be told",
+                    checkpoint.path.name)  # fmt: skip
+    for name, lines in records.items():
+        length, there = checkpoint.lengths[name], lines.length()
+        wrong = f"has {there} bytes, {checkpoint.path.name} was written at {length}" if there < length else ""
+        if not wrong and checkpoint.digests is not None and lines.digest(length) != checkpoint.digests[name]:
+            wrong = f"was changed: its first {length} bytes are not those that {checkpoint.path.name} was written at"
+        if wrong and name == _FREE:
+            log.warning("%s %s", shown(lines.path), wrong)
+        elif wrong:
+            raise FastclError(f"{shown(lines.path)} {wrong}; put the file back as it was, or choose another --out")

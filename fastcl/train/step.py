@@ -1,0 +1,152 @@
+"""One step of every twin on one batch, and how far the first two models' embeddings of that batch are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from fastcl import PairStats, RowStats, TwinStats, twin_stats, two_view_stats
+from fastcl.errors import FastclError
+from fastcl.train.models import CROSS_ENTROPY, IDENTITY, RESEEDED, Twin, step_values
+
+# Spans of a step in a profile by torch.profiler.
+ENCODERS, LOSSES, METRICS, BACKWARD, OPTIMIZERS = (
+    f"fastcl.{name}" for name in ("encoders", "losses", "metrics", "backward", "optimizers")
+)
+PAIR_VALUES = ("drift", "cka", "cka_debiased", "rsa")
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """What one step measured, before its updates.
+
+    Attributes:
+        values: (twins, 5) float64, STEP_VALUES of every twin.
+        sums: (18,) float64, the sums of the cosine Gram matrices of the reference's and its partner's embeddings, as
+            `PairStats.unpacked` reads them; None without a partner.
+        rows: of those matrices: both views of each sample of the batch.
+        rounding: as `TwinStats.rounding`.
+    """
+
+    values: np.ndarray
+    sums: np.ndarray | None
+    rows: int
+    rounding: float
+
+    def pair(self) -> dict[str, float | None]:
+        """PAIR_VALUES of the two models; None where a measure is undefined."""
+        try:
+            stats = PairStats.unpacked(self.rows, "cosine", self.sums.tolist(), self.rounding)
+        except FastclError:
+            return dict.fromkeys(PAIR_VALUES)
+        return {name: _or_none(stats, name) for name in PAIR_VALUES}
+
+
+def partner_of(twins: Sequence[Twin]) -> Twin | None:
+    """The model that the reference, the first of the twins, is paired with at every step: the second that is none of
+    its controls; None for a run of one model."""
+    return next((twin for twin in twins[1:2] if twin.name not in (IDENTITY, RESEEDED)), None)
+
+
+def step_twins(
+    twins: Sequence[Twin],
+    views: tuple[Tensor, Tensor],
+    reseeded: tuple[Tensor, Tensor] | None,
+    labels: Tensor,
+    *,
+    temperature: float,
+    lr: float,
+    seed: int,
+) -> StepTable:
+    """Update every twin once.
+
+    The reference and its partner take their row statistics and their pair statistics from one `twin_stats`.
+
+    Args:
+        twins: the reference first.
+        views: (B, C, S, S) twice.
+        reseeded: the views of the reseeded twin.
+        labels: (B,) int64.
+        temperature: of the contrastive objectives.
+        lr: learning rate of this step.
+        seed: of dropout and the like.
+    """
+    step = _Step(views, reseeded, labels, temperature, lr, seed)
+    reference, partner = twins[0], partner_of(twins)
+    found: dict[str, Tensor] = {}
+    sums, rounding = None, 0.0
+    if partner is not None:
+        z, z_partner = step.embed(reference), step.embed(partner)
+        pair = step.pair_stats(reference.rows(z), partner.rows(z_partner))
+        found |= step.update({reference: (z, pair.a), partner: (z_partner, pair.b)})
+        sums, rounding, z_partner = pair.sums, pair.rounding, z_partner.detach()
+    for twin in twins:
+        if twin.name in found:
+            continue
+        z = step.embed(twin)
+        if twin.name == IDENTITY and partner is not None:
+            # The reference's operator in the reference's role: any other would round otherwise.
+            stats = step.pair_stats(twin.rows(z), z_partner).a
+        else:
+            with record_function(METRICS if twin.objective == CROSS_ENTROPY else LOSSES):
+                stats = two_view_stats(*twin.rows(z).chunk(2), labels, temperature)
+        found |= step.update({twin: (z, stats)})
+    table = torch.stack([found[twin.name] for twin in twins])
+    flat = table.flatten() if sums is None else torch.cat([table.flatten(), sums])
+    flat = flat.cpu().numpy()  # the step's one wait for the device
+    return StepTable(
+        values=flat[: table.numel()].reshape(table.shape),
+        sums=None if sums is None else flat[table.numel() :],
+        rows=2 * len(labels),
+        rounding=rounding,
+    )
+
+
+class _Step:
+    """One batch and how it is learnt."""
+
+    def __init__(
+        self, views: tuple[Tensor, Tensor], reseeded: tuple[Tensor, Tensor] | None, labels: Tensor,
+        temperature: float, lr: float, seed: int,
+    ) -> None:  # fmt: skip
+        self.views, self.reseeded, self.labels = views, reseeded, labels
+        self.temperature, self.lr, self.seed = temperature, lr, seed
+
+    def embed(self, twin: Twin) -> Tensor:
+        torch.manual_seed(self.seed)  # dropout: the same numbers for every twin, and nothing to restore on resume
+        with record_function(ENCODERS):
+            return twin.embed(self.reseeded if twin.reseeded else self.views)
+
+    def pair_stats(self, za: Tensor, zb: Tensor) -> TwinStats:
+        sample = torch.arange(len(self.labels), dtype=torch.int64, device=za.device).repeat(2)
+        with record_function(LOSSES):
+            return twin_stats(za, zb, sample, self.labels.repeat(2), temperature=self.temperature)
+
+    def update(self, found: dict[Twin, tuple[Tensor, RowStats]]) -> dict[str, Tensor]:
+        """Update twins from their embeddings and statistics; STEP_VALUES of each."""
+        with record_function(LOSSES):
+            losses = {twin: twin.loss(z, stats, self.labels) for twin, (z, stats) in found.items()}
+        with record_function(METRICS):
+            values = {twin.name: step_values(losses[twin], stats) for twin, (_, stats) in found.items()}
+        for twin in losses:
+            twin.optimizer.zero_grad(set_to_none=True)
+        with record_function(BACKWARD):
+            torch.autograd.backward(list(losses.values()))  # together: their statistics share a graph
+        with record_function(OPTIMIZERS):
+            for twin in losses:
+                for group in twin.optimizer.param_groups:
+                    group["lr"] = self.lr
+                twin.optimizer.step()
+        return values
+
+
+def _or_none(stats: PairStats, measure: str) -> float | None:
+    try:
+        return getattr(stats, measure)
+    except FastclError:
+        return None

@@ -1,0 +1,108 @@
+"""Launches: the one function that starts a kernel, and the table of tile sizes.
+
+The table (table.json beside this file) has a row per kernel, architecture, mode and range of widths and rows;
+`python -m bench.gpu.tune` writes it. Nothing is tuned while a program runs: the same shapes give the same launches, and
+with them the same bits, whatever the card's number of multiprocessors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TABLE = Path(__file__).with_name("table.json")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of a launch: resident rows, streamed rows, width taken at a time; warps and pipeline stages."""
+
+    block_r: int
+    block_s: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded instead of started."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    warps: int
+    stages: int
+    arguments: dict[str, Any]
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)  # another thread's launches start
+_architecture: int | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
+    """Start a kernel on the current device; arguments by the names of its parameters, in their order."""
+    if (recorded := _recorded.get()) is not None:
+        recorded.append(Launch(kernel, grid, warps, stages, arguments))
+        return
+    # Fused multiply-add asked for by name: from Triton 3.10 on it is off unless asked for.
+    kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches within the block are listed and not started; what they would have written is left undefined."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+@contextmanager
+def on_architecture(sm: int) -> Iterator[None]:
+    """Choose launches within the block as on this architecture, for example 90, whatever the device."""
+    global _architecture
+    previous, _architecture = _architecture, sm
+    try:
+        yield
+    finally:
+        _architecture = previous
+
+
+def architecture(capability: tuple[int, int] | None) -> int:
+    """The row of the table for a compute capability: the newest architecture that is not newer; None: 90."""
+    sm = _architecture or (90 if capability is None else 10 * capability[0] + capability[1])
+    return max((known for known in ARCHITECTURES if known <= sm), default=ARCHITECTURES[0])
+
+
+@lru_cache(maxsize=4096)
+def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
+    """Tile sizes for rows of width d and n streamed rows; None where the table has no row for them.
+
+    No "backward" row means that no tile of that width fits the registers: such rows take the route of wide ones.
+
+    Args:
+        kernel: "forward", "online", "backward", "backward_online", "weights", "product", "twin" or "twin_masked" (the
+            plain and the masked tiles of `twin_kernel`, by the larger of both widths).
+        sm: a member of ARCHITECTURES.
+        mode: which tiles take split half precision: "none", "peers" (those of one class) or "all".
+    """
+    for row in _rows():
+        if (row["kernel"], row["arch"], row["mode"]) != (kernel, f"sm_{sm}", mode):
+            continue
+        if d <= (row["max_d"] or d) and n <= (row["max_n"] or n):
+            return Config(*(row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")))
+    return None
+
+
+@lru_cache(maxsize=1)
+def _rows() -> list[dict[str, Any]]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))

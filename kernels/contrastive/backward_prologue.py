@@ -1,0 +1,107 @@
+"""Upstream gradients into what the backward tiles need: a weight per row and relation, all within one scale.
+
+Two launches, since the scale is the largest derivative of all rows. In a converged run that is far below the upstream
+gradients, and weights scaled by those would vanish in half precision.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.numerics import LOG2E, WEIGHT_SCALE, inverse_temperature, shift_log2
+from .forward_epilogue import _counts, _load_stats
+from .objective import objective_rows
+
+_SMALLEST = tl.constexpr(1e-30)  # of the scale: its inverse times WEIGHT_SCALE stays in float32's range
+
+
+@triton.jit
+def derivatives_kernel(
+    layout_5N,
+    stats,  # (5, n) in source order, as in finish_kernel
+    grad_stats,  # (5, n) float32 in source order, contiguous
+    grad_losses,  # (K, n) float32 in source order, any strides
+    weights,  # (5, rows) in working order: dL by lse_other, lse_peer, mean_peer / n_peer, mean_view, spread_view
+    maxima,  # (programs,) float32: the largest absolute value of the first three in each program's rows
+    n, n_s, rows, stride_k, stride_n,
+    BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr, HAS_STATS: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n
+    b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
+    b_n_v, b_n_p, b_n_o = _counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC)
+    b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = _load_stats(stats, b_src, m_n, n)
+    b_mean = tl.zeros([BLOCK_N], tl.float32)
+    b_spread = b_mean
+    b_linear = b_mean
+    b_peer = b_mean
+    b_other = b_mean
+    if HAS_STATS:
+        b_mean, b_spread, b_linear, b_peer, b_other = _load_stats(grad_stats, b_src, m_n, n)
+    for i_k in tl.static_range(K):
+        p_grad = grad_losses + i_k * stride_k + b_src.to(tl.int64) * stride_n
+        b_grad = tl.load(p_grad, mask=m_n, other=0.0)
+        _, b_1, b_2, b_3, b_4, b_5 = objective_rows(
+            b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, (CODES >> (6 * i_k)) & 63
+        )
+        b_mean += b_grad * b_1
+        b_spread += b_grad * b_2
+        b_linear += b_grad * b_3
+        b_peer += b_grad * b_4
+        b_other += b_grad * b_5
+    m_p = m_n & (b_n_p > 0)
+    m_v = m_n & (b_n_v > 0)
+    b_other = tl.where(m_n & (b_n_o > 0), b_other, 0.0)
+    b_peer = tl.where(m_p, b_peer, 0.0)
+    b_linear = tl.where(m_p, b_linear / tl.maximum(b_n_p, 1).to(tl.float32), 0.0)
+    b_largest = tl.maximum(tl.maximum(tl.abs(b_other), tl.abs(b_peer)), tl.abs(b_linear))
+    tl.store(maxima + tl.program_id(0), tl.max(b_largest, 0))
+    p_weights = weights + o_n
+    m_rows = o_n < rows  # padding has weight 0
+    tl.store(p_weights, b_other, mask=m_rows)
+    tl.store(p_weights + rows, b_peer, mask=m_rows)
+    tl.store(p_weights + 2 * rows, b_linear, mask=m_rows)
+    tl.store(p_weights + 3 * rows, tl.where(m_v, b_mean, 0.0), mask=m_rows)
+    tl.store(p_weights + 4 * rows, tl.where(m_v, b_spread, 0.0), mask=m_rows)
+
+
+@triton.jit
+def _inverse_sum(stats, b_src, m_n, n, shift, ROW: tl.constexpr):
+    """exp(c - lse); 0 where the relation is empty."""
+    b_lse = tl.load(stats + ROW * n + b_src, mask=m_n, other=float("inf"))
+    return tl.where(b_lse == float("-inf"), 0.0, tl.exp2(shift - b_lse * LOG2E))
+
+
+@triton.jit
+def weights_kernel(
+    layout_5N, stats, weights,  # as in derivatives_kernel, whose derivatives become weights in place
+    maxima,  # (n_maxima,) of both sides
+    bound,  # (1,) float32: what the weights were divided by
+    flag, t, t_value, n, rows, n_maxima,
+    BLOCK_N: tl.constexpr, HAS_T: tl.constexpr, HAS_FLAG: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.arange(0, 1024)
+    b_largest = tl.zeros([1024], tl.float32)
+    for i_m in range(0, n_maxima, 1024):
+        b_largest = tl.maximum(b_largest, tl.load(maxima + i_m + o_m, mask=i_m + o_m < n_maxima, other=0.0))
+    largest = tl.max(b_largest, 0)
+    largest = tl.where(largest > 0, tl.maximum(largest, _SMALLEST), 1.0)
+    if tl.program_id(0) == 0:
+        tl.store(bound, largest)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n
+    m_rows = o_n < rows
+    b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
+    shift = shift_log2(inverse_temperature(t, t_value, HAS_T))
+    b_power_o = _inverse_sum(stats, b_src, m_n, n, shift, 4)
+    b_power_p = _inverse_sum(stats, b_src, m_n, n, shift, 3)
+    if HAS_FLAG:
+        if tl.load(flag) != 0:  # the tiles subtract each row's own log-sum-exp there
+            b_power_o = tl.full([BLOCK_N], 1.0, tl.float32)
+            b_power_p = b_power_o
+    unit = WEIGHT_SCALE / largest
+    p_weights = weights + o_n
+    tl.store(p_weights, tl.load(p_weights, mask=m_rows, other=0.0) * unit * b_power_o, mask=m_rows)
+    p_weights += rows
+    tl.store(p_weights, tl.load(p_weights, mask=m_rows, other=0.0) * unit * b_power_p, mask=m_rows)
+    p_weights += rows
+    tl.store(p_weights, tl.load(p_weights, mask=m_rows, other=0.0) * unit, mask=m_rows)

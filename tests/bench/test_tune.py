@@ -1,0 +1,133 @@
+"""The tuner rehearsed on the CPU; what wins, what is dropped, and that it leaves the launches as it found them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import tune
+from fastcl.kernels.common import launch
+
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")
+
+
+@pytest.fixture(autouse=True)
+def table() -> list[dict]:
+    """The rows that the launches read; as before after each test."""
+    rows = launch._rows()
+    before = [dict(row) for row in rows]
+    yield rows
+    for row, old in zip(rows, before, strict=True):
+        row.update(old)
+    launch.config.cache_clear()
+
+
+def always(monkeypatch, wins: bool) -> None:
+    """Timing never decides a test: the times are still taken."""
+    monkeypatch.setattr(tune, "beats", lambda candidate, present: wins)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_rehearsal_tries_candidates_and_writes_a_table_that_can_be_read(tmp_path, monkeypatch, capsys, table, wins):
+    always(monkeypatch, wins)
+    before = [dict(row) for row in table]
+    present = launch.TABLE.read_text()
+    path = tmp_path / "table.json"
+    assert tune.main(["--rehearse", "--out", str(path)]) == 0
+    output = capsys.readouterr().out
+    changed = [(new, old) for new, old in zip(json.loads(path.read_text()), before, strict=True) if new != old]
+    # The candidate of each is block_s = 32: a row that has it already cannot change.
+    tried = [row for row in before if (row["arch"], row["mode"], row["max_d"]) == ("sm_90", "none", 64)]
+    tried = [row for row in tried if row["kernel"] in tune.KERNELS and row["block_s"] != 32]
+    assert output.count("block_s=32: ") == len(tried) > 0
+    assert [old for _, old in changed] == (tried if wins else [])
+    assert all(new == old | {"block_s": 32} for new, old in changed)
+    assert output.count(" ms against ") == len(tried) and launch.TABLE.read_text() == present
+    assert f"{len(changed)} of" in output and wins == (", kept" in output)
+    assert wins or path.read_text() == present
+
+
+@needs_interpreter
+def test_candidates_that_fail_or_differ_are_dropped(tmp_path, monkeypatch, capsys):
+    always(monkeypatch, True)
+    real = tune.passes
+
+    def passes(loss, z, labels, objective):
+        config = launch.config("forward", 90, "none", 16, 64)
+        if launch.config("backward", 90, "none", 16, 64).block_s == 32:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        value, grad = real(loss, z, labels, objective)
+        return value * (1.01 if config.block_s == 32 else 1), grad
+
+    monkeypatch.setattr(tune, "passes", passes)
+    path = tmp_path / "table.json"
+    assert tune.main(["--rehearse", "--out", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "dropped: FastclError: candidate disagrees with present on the loss" in output
+    assert "dropped: RuntimeError: out of resource: shared memory\n" in output
+    assert json.loads(path.read_text()) == json.loads(launch.TABLE.read_text())
+
+
+def test_a_present_row_that_fails_is_told_and_kept(tmp_path, monkeypatch, capsys):
+    def broken(row, plan):
+        raise RuntimeError("no such launch")
+
+    monkeypatch.setattr(tune, "tune", broken)
+    assert tune.main(["--rehearse", "--out", str(tmp_path / "table.json")]) == 1
+    captured = capsys.readouterr()
+    assert "the present row fails: RuntimeError: no such launch" in captured.err and "0 of 2 rows" in captured.out
+
+
+def test_a_winner_beats_the_present_row_by_more_than_the_spread():
+    present = [10.0, 10.1, 10.2, 10.3, 10.4]
+    assert tune.beats([9.0, 9.1, 9.2, 9.3, 9.4], present)
+    assert not tune.beats([9.9, 10.0, 10.1, 10.2, 10.3], present)
+    assert not tune.beats([9.0, 9.1, 9.2, 19.3, 29.4], present)  # its own spread counts as well
+    assert not tune.beats(present, present) and not tune.beats([11.0, 11.1, 11.2], present)
+
+
+def test_a_row_is_replaced_for_a_while_only(table):
+    row = next(r for r in table if (r["kernel"], r["arch"], r["mode"], r["max_d"]) == ("forward", "sm_90", "none", 64))
+    before = launch.config("forward", 90, "none", 64, 4096)
+    with tune.replaced(row, {"block_s": 16, "warps": 2}):
+        config = launch.config("forward", 90, "none", 64, 4096)
+        assert (config.block_s, config.warps, config.block_r) == (16, 2, before.block_r)
+    with pytest.raises(KeyError), tune.replaced(row, {"block_s": 16}):
+        raise KeyError
+    assert launch.config("forward", 90, "none", 64, 4096) == before
+
+
+def test_the_rows_of_an_architecture_that_are_tuned(table):
+    rows = tune.rows_of(table, 90)
+    assert {row["kernel"] for row in rows} == set(tune.KERNELS) and {row["arch"] for row in rows} == {"sm_90"}
+    assert {row["mode"] for row in rows} == set(tune.LOSSES)
+    sizes = [size for axis in ("block_r", "block_s", "block_d") for size in tune.WIDE_AXES[axis]]
+    assert all(128 % size == 0 for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--rehearse"], "must not replace the table; give --out"), ([], "no CUDA device; --rehearse runs without one")],
+)
+def test_bad_arguments_are_named(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        tune.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_table_is_written_as_it_was_read(tmp_path: Path, table):
+    tune.write(table, tmp_path / "table.json")
+    assert (tmp_path / "table.json").read_bytes() == launch.TABLE.read_bytes()
+
+
+def test_a_rehearsal_needs_nothing_in_the_environment(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.gpu.tune", "--rehearse", "--out", str(tmp_path / "table.json")]
+    done = subprocess.run(command, cwd=launch.TABLE.parents[2], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "table.json").exists(), done.stdout + done.stderr

@@ -1,0 +1,197 @@
+"""Every way of having fastcl - wheel, sdist, editable install, plain checkout - gives the same importable package."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL = "contrastive/prepare.py"
+REPORT = """
+import importlib.util, json, fastcl.errors, fastcl.kernels, fastcl.kernels.contrastive.prepare as kernel
+spec = importlib.util.find_spec("kernels")
+print(json.dumps({
+    "errors": fastcl.errors.__file__,
+    "kernel": kernel.__file__,
+    "path": list(fastcl.kernels.__path__),
+    "top_level_kernels": list(spec.submodule_search_locations) if spec else [],
+}))
+"""
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")} | variables
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def pip(python: Path | str, *arguments: str | Path, cwd: Path) -> None:
+    """pip without network, without dependencies and without an isolated build environment."""
+    offline = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", "--quiet")
+    run(sys.executable, "-m", "pip", "--python", python, *arguments, *offline, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory, source_files) -> Path:
+    """A copy of the sources, so that no build/ or egg-info is left in the checkout."""
+    setuptools = importlib.metadata.version("setuptools")
+    if int(setuptools.split(".")[0]) < 77:
+        pytest.skip(f"pyproject.toml asks for setuptools 77.0.3 or newer, this environment has {setuptools}")
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in source_files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    (folder / "fastcl" / "kernels").symlink_to(Path("..", "kernels"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    pip(sys.executable, "wheel", tree, "--wheel-dir", out, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def environment(folder: Path) -> Path:
+    """A fresh virtual environment that sees this one's packages but for any fastcl; the path of its python."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    borrowed = folder / "borrowed"
+    borrowed.mkdir()
+    # pip does not install beside a fastcl of the same version, and an editable one is found after it: each package is
+    # linked by itself. Lines of a .pth file are searched last, and .pth files that they lead to are not read.
+    origins = {Path(importlib.util.find_spec(name).origin).parents[1] for name in ("torch", "triton", "setuptools")}
+    for origin in origins:
+        for path in origin.iterdir():
+            if "fastcl" not in path.name and not (borrowed / path.name).exists():
+                (borrowed / path.name).symlink_to(path)
+    (site / "borrowed.pth").write_text(f"{borrowed}\n")
+    return python
+
+
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def modules(tree: Path) -> set[str]:
+    """What a wheel must hold: all Python files and configurations of fastcl/, and kernels/ as fastcl/kernels."""
+    package = {path.relative_to(tree) for suffix in ("py", "toml") for path in (tree / "fastcl").rglob(f"*.{suffix}")}
+    kernels = [path for suffix in ("py", "json") for path in (tree / "kernels").rglob(f"*.{suffix}")]
+    families = {"fastcl" / path.relative_to(tree) for path in kernels}
+    return {path.as_posix() for path in package | families} | {"fastcl/py.typed"}
+
+
+def test_the_wheel_holds_all_modules_and_no_package_of_its_own_called_kernels(wheel, tree):
+    held = names(wheel)
+    assert {name for name in held if ".dist-info/" not in name} == modules(tree)
+    assert {name.split("/")[0].split("-")[0] for name in held} == {"fastcl"}
+    assert any(name.endswith("/licenses/LICENSE") for name in held)
+    (entry_points,) = [name for name in held if name.endswith("entry_points.txt")]
+    with zipfile.ZipFile(wheel) as archive:
+        assert "fastcl = fastcl.cli.main:main" in archive.read(entry_points).decode()
+
+
+@pytest.fixture(scope="module")
+def sdist(tree, tmp_path_factory) -> Path:
+    """The unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    run(sys.executable, "-c", build, cwd=tree)
+    (built,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(built, folder)
+    return folder / built.name.removesuffix(".tar.gz")
+
+
+def test_the_sdist_holds_every_file_and_builds_the_same_wheel(sdist, wheel, source_files, tmp_path):
+    held = {path.relative_to(sdist) for path in sdist.rglob("*") if path.is_file()}
+    assert set(source_files) - {Path(".gitignore")} <= held
+    pip(sys.executable, "wheel", sdist, "--wheel-dir", tmp_path, cwd=tmp_path)
+    (rebuilt,) = tmp_path.glob("*.whl")
+    assert names(rebuilt) == names(wheel)
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_sdist_are_collected(sdist):
+    said = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=sdist)
+    files = {line.partition("::")[0] for line in said.splitlines() if "::" in line}
+    assert files == {path.relative_to(sdist).as_posix() for path in (sdist / "tests").rglob("test_*.py")}
+
+
+def test_the_long_description_has_no_link_into_the_checkout(wheel):
+    link = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        head, _, shown = archive.read(metadata).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+
+    def targets(text: str) -> list[str]:
+        return link.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+    ours = [target for target in targets(readme) if not target.startswith("https:")]
+    assert ours and all((ROOT / target).exists() for target in ours)
+    assert targets(shown) == [target for target in targets(readme) if target.startswith("https:")] != []
+    assert all(target in shown for target in ours if not target.endswith(".svg")) and "```python" in shown
+
+
+def test_a_wheel_is_whole_and_leaves_the_name_kernels_to_others(wheel, tmp_path):
+    python = environment(tmp_path / "venv")
+    pip(python, "install", wheel, cwd=tmp_path)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    assert not (site / "kernels").exists()
+    other = site / "kernels" / "__init__.py"  # another project's package of that name
+    other.parent.mkdir()
+    other.write_text("")
+    report = json.loads(run(python, "-c", REPORT, cwd=tmp_path))
+    assert report["errors"] == str(site / "fastcl" / "errors.py")
+    assert report["kernel"] == str(site / "fastcl" / "kernels" / KERNEL)
+    assert report["path"] == [str(site / "fastcl" / "kernels")]
+    assert report["top_level_kernels"] == [str(other.parent)]
+
+
+def test_an_editable_install_reads_the_checkout_and_sees_new_families(tree, tmp_path):
+    checkout = tmp_path / "checkout"
+    shutil.copytree(tree, checkout, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    python = environment(tmp_path / "venv")
+    pip(python, "install", "--editable", checkout, cwd=tmp_path)
+    report = json.loads(run(python, "-c", REPORT, cwd=tmp_path))
+    assert report["errors"] == str(checkout / "fastcl" / "errors.py")
+    assert report["kernel"] == str(checkout / "fastcl" / "kernels" / KERNEL)
+    assert not any(location.startswith(str(checkout)) for location in report["top_level_kernels"])
+    (checkout / "kernels" / "later").mkdir()
+    (checkout / "kernels" / "later" / "__init__.py").write_text("")
+    run(python, "-c", "import fastcl.kernels.later", cwd=tmp_path)
+
+
+def test_a_plain_checkout_needs_no_install(tree, tmp_path):
+    python = environment(tmp_path / "venv")
+    report = json.loads(run(python, "-c", REPORT, cwd=tmp_path, PYTHONPATH=str(tree)))
+    assert report["errors"] == str(tree / "fastcl" / "errors.py")
+    assert report["kernel"] == str(tree / "fastcl" / "kernels" / KERNEL)
+
+
+def test_the_oldest_versions_of_the_matrix_are_those_that_are_allowed():
+    project, matrix = ((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", ".ci/matrix"))
+    (floor,) = re.findall(r"^check floor (\S+) torch==(\S+)\.0 triton==(\S+)\.0 ", matrix, re.MULTILINE)
+    assert [f'requires-python = ">={floor[0]}"', f'"torch>={floor[1]}",', f'"triton>={floor[2]};'] == re.findall(
+        r'requires-python = "[^"]*"|"torch>=[^"]*",|"triton>=[^;]*;', project
+    )
+
+
+def test_versions_without_their_python_are_said_to_be_skipped(tmp_path):
+    bash = shutil.which("bash")
+    done = subprocess.run([bash, ROOT / ".ci" / "matrix"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" not in done.stdout
+    assert "gpu: SKIPPED, no python3.12 (set PYTHON312)" in done.stdout and "floor: SKIPPED" in done.stdout

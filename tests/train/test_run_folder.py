@@ -1,0 +1,110 @@
+"""What of a run's folder is a run's own: links, other names of its files, its lock, inputs that lie in it."""
+
+import hashlib
+import os
+import signal
+import time
+from contextlib import suppress
+
+import pytest
+from tiny_run import tiny_config
+
+from fastcl import FastclError
+from fastcl.train import Lockstep
+from fastcl.train.run_folder.records import JsonLines, locked
+
+SMALL = dict(train__models=["dcl"], train__controls=[], train__epochs=2, data__classes=2)
+
+
+def small(**changes):
+    return tiny_config(**SMALL | changes)
+
+
+OUTSIDE = (".lock", "run.json", "metrics.jsonl", "timing.jsonl", "layers.json", "report.html", "checkpoints", "weights",
+           "tensorboard")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("present", (True, False))
+def test_nothing_is_written_through_a_link(tmp_path, name, present):
+    out, target = tmp_path / "run", tmp_path / "precious"
+    out.mkdir()
+    if present and "." in name:
+        target.write_text("precious")
+    elif present:
+        target.mkdir()
+    (out / name).symlink_to(target)
+    with pytest.raises(FastclError, match=f"{name} is a link to {target}; a run writes only what lies in its own"):
+        Lockstep(small(), out)
+    assert target.read_text() == "precious" if present and "." in name else not present or not list(target.iterdir())
+    assert target.exists() == present
+
+
+def test_records_with_another_name_and_things_that_are_no_files(tmp_path):
+    records = tmp_path / "metrics.jsonl"
+    records.write_text("")
+    os.link(records, tmp_path / "kept.jsonl")
+    with pytest.raises(FastclError, match=r"metrics.jsonl is a file with another name too \(a hard link\)"):
+        Lockstep(small(), tmp_path)
+    records.unlink()
+    os.mkfifo(records)
+    with pytest.raises(FastclError, match="metrics.jsonl is no plain file"):
+        Lockstep(small(), tmp_path)
+    records.unlink()
+    (tmp_path / "weights").write_text("")
+    with pytest.raises(FastclError, match="weights is no plain folder"):
+        Lockstep(small(), tmp_path)
+
+
+def test_links_that_come_while_a_run_is_going_are_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "precious")
+    with pytest.raises(FastclError, match="it is a link, and a run writes only"):
+        JsonLines(tmp_path / "metrics.jsonl").append([{"epoch": 0}])
+    with pytest.raises(FastclError, match="it is a link, and a run writes only"):
+        JsonLines(tmp_path / "metrics.jsonl").cut(3)
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(FastclError, match="it is a link, and a run writes only"), locked(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_inputs_are_not_written_over(tmp_path):
+    out = tmp_path / "run"
+    (out / "weights").mkdir(parents=True)
+    for given in (out / "report.html", out / "weights" / "data.zip"):
+        given.write_text("input")
+        with pytest.raises(FastclError, match=f"the run would write over {given}"):
+            Lockstep(small(), out, inputs=[given])
+        with pytest.raises(FastclError, match=f"the run would write over {given}"):
+            Lockstep(small(data__source=f"folder:{given}"), out)
+        given.unlink()
+    with pytest.raises(FastclError, match="run is read by this command"):
+        Lockstep(small(data__source=f"folder:{out}"), out)
+
+
+def test_a_digest_grows_with_its_file(tmp_path):
+    lines = JsonLines(tmp_path / "x.jsonl")
+    lines.append([{"a": 1}])
+    first = lines.length()
+    assert lines.digest(first) == hashlib.sha256(b'{"a": 1}\n').hexdigest()
+    lines.append([{"a": 2}])
+    assert lines.digest(lines.length()) == hashlib.sha256(lines.path.read_bytes()).hexdigest()
+    assert lines.digest(first) == hashlib.sha256(b'{"a": 1}\n').hexdigest()
+
+
+def test_a_worker_does_not_keep_the_lock_of_a_run_that_has_ended(tmp_path):
+    with locked(tmp_path):
+        worker = os.fork()
+        if not worker:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        for _ in range(1000):  # until the child has let go
+            with suppress(FastclError), locked(tmp_path):
+                return
+            time.sleep(0.01)
+        pytest.fail("the lock is still held")
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)

@@ -1,0 +1,91 @@
+"""The lockstep step: pair statistics of the first two models on every batch, and an identity twin that stays one."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import tiny_config
+
+import fastcl
+from fastcl.train.models import STEP_VALUES, make_twins
+from fastcl.train.step import PAIR_VALUES, StepTable, partner_of, step_twins
+
+
+def _twins(*models, controls=()):
+    config = tiny_config(train__models=list(models), train__controls=list(controls))
+    return make_twins(config, 1, 3, torch.device("cpu"))
+
+
+def _steps(twins, count, batch=9):
+    """Tables of steps on seeded noise."""
+    numbers = torch.Generator().manual_seed(5)
+    tables = []
+    for k in range(count):
+        views, others = ([torch.randn(batch, 1, 8, 8, generator=numbers) for _ in range(2)] for _ in range(2))
+        labels = torch.randint(0, 3, (batch,), generator=numbers)
+        tables.append(step_twins(twins, views, others, labels, temperature=0.5, lr=0.1, seed=k))
+    return tables
+
+
+@pytest.mark.parametrize("models", [("dcl", "nscl"), ("dcl", "ce"), ("ce", "supcon")])
+def test_a_step_measures_the_embeddings_of_the_batch(models):
+    twins = _twins(*models, controls=["reseeded"])
+    _steps(twins, 2)
+    views = [torch.randn(7, 1, 8, 8) for _ in range(2)]
+    z = [twin.embed(views).detach().double() for twin in twins[:2]]  # in training mode: batch statistics, as in a step
+    labels = torch.tensor([0, 0, 1, 2, 2, 0, 1])
+    table = step_twins(twins, views, views, labels, temperature=0.5, lr=0.1, seed=0)
+    a, b = (u @ u.T for u in (torch.nn.functional.normalize(x) for x in z))
+    pair = table.pair()
+    assert table.rows == 14 and pair["drift"] == pytest.approx((a - b).norm().item(), rel=1e-6)
+    below = torch.ones(14, 14).tril(-1).bool()
+    assert pair["rsa"] == pytest.approx(torch.corrcoef(torch.stack([a[below], b[below]]))[0, 1].item(), abs=1e-6)
+    centred = [m - m.mean(0) - m.mean(1, keepdim=True) + m.mean() for m in (a, b)]
+    assert pair["cka"] == pytest.approx(torch.cosine_similarity(*(c.flatten() for c in centred), 0).item(), abs=1e-6)
+    for row, x in zip(table.values, z, strict=False):
+        named = dict(zip(STEP_VALUES, row, strict=True))
+        assert named["nscl_loss"] == pytest.approx(fastcl.nscl_loss(*x.chunk(2), labels, 0.5).item(), rel=1e-5)
+        assert named["dcl_loss"] == pytest.approx(fastcl.dcl_loss(*x.chunk(2), 0.5).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("models", "backend"), [
+    *[(models, name) for models in (("nscl", "dcl"), ("dcl", "ce"), ("ce", "dcl")) for name in ("dense", "chunked")],
+    (("supcon",), "chunked"), (("nscl", "dcl"), "triton"), (("supcon",), "triton"),
+])  # fmt: skip
+def test_the_identity_twin_is_the_reference_on_every_backend(models, backend):
+    twins = _twins(*models, controls=["identity"])
+    with fastcl.backend(backend):
+        tables = _steps(twins, 2)
+    states = twins[0].network.state_dict(), twins[-1].network.state_dict()
+    assert all(torch.equal(v, states[1][name]) for name, v in states[0].items())
+    assert all(np.array_equal(t.values[0], t.values[-1]) for t in tables)
+    assert (tables[-1].sums is None) == (len(models) == 1)
+
+
+def test_the_partner_is_the_second_model_and_no_control():
+    assert partner_of(_twins("nscl", "ce", "dcl", controls=["identity"])).name == "ce"
+    assert partner_of(_twins("dcl", controls=["identity", "reseeded"])) is None
+    assert partner_of(_twins("dcl")) is None
+
+
+def test_what_is_undefined_is_null():
+    constant = StepTable(np.zeros((2, 5)), np.zeros(18), 14, 0.0)
+    assert constant.pair() == {"drift": 0.0, "cka": None, "cka_debiased": None, "rsa": None}
+    broken = StepTable(np.zeros((2, 5)), np.full(18, np.nan), 14, 0.0)
+    assert broken.pair() == dict.fromkeys(PAIR_VALUES)
+
+
+def test_networks_in_bfloat16_under_losses_in_float32():
+    views = [torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    embeddings = {}
+    for precision in ("fp32", "bf16"):
+        config = tiny_config(train__models=["dcl", "nscl"], train__controls=["identity"], train__precision=precision)
+        twins = make_twins(config, 1, 3, torch.device("cpu"))
+        _steps(twins, 2)
+        states = twins[0].network.state_dict(), twins[-1].network.state_dict()
+        assert all(torch.equal(v, states[1][name]) and v.dtype != torch.bfloat16 for name, v in states[0].items())
+        embeddings[precision] = make_twins(config, 1, 3, torch.device("cpu"))[0].embed(views).detach()
+    whole, lowered = embeddings["fp32"], embeddings["bf16"]
+    assert lowered.dtype == torch.float32 and torch.equal(lowered, lowered.bfloat16().float())
+    assert 1e-4 < (whole - lowered).norm() / whole.norm() < 0.1
+    with pytest.raises(fastcl.FastclError, match="train.precision must be one of fp32, bf16; got 'fp16'"):
+        tiny_config(train__precision="fp16")
