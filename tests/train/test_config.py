@@ -175,3 +175,19 @@ def test_the_hub_does_not_count_its_tries(monkeypatch, caplog):
     with pytest.raises(FastclError, match="no connection"):
         build_network(dataclasses.replace(tiny_config().model, name="hf-hub:timm/resnet18"), 1, 8, 0)
     assert "Retrying" not in caplog.text
+
+
+def test_toml_and_overrides(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[views]\npreset = "cifar"\n[train]\nmodels = ["ce"]\n')
+    config = load_config(path, ["train.epochs=7", "data.source=folder:/a b", "views.size=40", "data.classes=none"])
+    assert config.train.epochs == 7 and config.data.source == "folder:/a b" and config.data.classes is None
+    assert config.views.size == 40 and config.views.mean == (0.4914, 0.4822, 0.4465)
+    for text, message in (("epochs=3", "table.key=value"), ("train.epochs", "table.key=value"), ("trian.a=1", "trian")):
+        with pytest.raises(FastclError, match=message):
+            load_config(path, [text])
+    path.write_text("[train\n")
+    with pytest.raises(FastclError, match="not valid TOML"):
+        load_config(path)
+    with pytest.raises(FastclError, match="cannot read config"):
+        load_config(tmp_path / "absent.toml")

@@ -11,7 +11,7 @@ from tiny_run import TABLES, tiny_config
 
 import fastcl
 from fastcl import FastclError
-from fastcl.train import Lockstep, load_config, parse_config
+from fastcl.train import Lockstep, parse_config
 from fastcl.train.config import learning_rate
 from fastcl.train.measures.evaluate import encode
 from fastcl.train.models import STEP_VALUES, make_twins
@@ -282,19 +282,3 @@ def test_runs_that_cannot_be(changes, message, tmp_path):
     with pytest.raises(FastclError, match=message):
         Lockstep(tiny_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_toml_and_overrides(tmp_path):
-    path = tmp_path / "c.toml"
-    path.write_text('[views]\npreset = "cifar"\n[train]\nmodels = ["ce"]\n')
-    config = load_config(path, ["train.epochs=7", "data.source=folder:/a b", "views.size=40", "data.classes=none"])
-    assert config.train.epochs == 7 and config.data.source == "folder:/a b" and config.data.classes is None
-    assert config.views.size == 40 and config.views.mean == (0.4914, 0.4822, 0.4465)
-    for text, message in (("epochs=3", "table.key=value"), ("train.epochs", "table.key=value"), ("trian.a=1", "trian")):
-        with pytest.raises(FastclError, match=message):
-            load_config(path, [text])
-    path.write_text("[train\n")
-    with pytest.raises(FastclError, match="not valid TOML"):
-        load_config(path)
-    with pytest.raises(FastclError, match="cannot read config"):
-        load_config(tmp_path / "absent.toml")
