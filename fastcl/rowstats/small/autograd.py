@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastcl.rowstats.operator import differentiable_once, refuse_batched
-from fastcl.rowstats.small import masked, pairs
+from fastcl.rowstats.small import masked, whole
 from fastcl.rowstats.small.closed import Form, Sides, Slopes, rows_and_slopes
-from fastcl.rowstats.small.pairs import Kept
+from fastcl.rowstats.small.whole import Kept
 
 _refuse = differentiable_once("chunked")
 
@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
 def losses(
     pairs: Pairs, temperature: float | Tensor, normalize: bool, forms: Sequence[Form], peers: bool, reduction: str
 ) -> Sequence[Tensor] | None:
-    """Reduced row losses of each form (towers': of both together), None where `pairs.forward` does not take the rows.
+    """Reduced row losses of each form (towers': of both together), None where `whole.forward` does not take the rows.
 
     Args:
         peers: whether a form attracts peers, or tells them from views and from others.
@@ -52,8 +52,8 @@ def losses(
             loss = rows[0].mean() if reduction == "mean" else rows[0].sum()
         if alone and wanted:
             # Here and now: N x D numbers are kept for the backward pass instead of N x N.
-            dv = pairs.backward(kept, way, *map(slopes[0].get, pairs.PULLS))
-            dx, dt = pairs.to_inputs(kept.v, kept.norm, way, dv, inputs[2] is not None)
+            dv = whole.backward(kept, way, *map(slopes[0].get, whole.PULLS))
+            dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, inputs[2] is not None)
             factor = 1 / (way.temperature * (len(rows[0]) if reduction == "mean" else 1))
             dx = _restored(dx, pairs.order)
     if alone:
@@ -67,7 +67,7 @@ def _in_full() -> AbstractContextManager:
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
-def _sides(stats: pairs.Stats) -> Sides:
+def _sides(stats: whole.Stats) -> Sides:
     lse = {"view": stats.mean_view, "other": stats.lse_other}
     n = {"view": 1, "other": stats.n_other}
     if stats.lse_peer is not None:
@@ -105,7 +105,7 @@ def any_row_stats(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
     """As `row_stats`, of rows (N, D) with any number of views."""
     given = temperature if isinstance(temperature, Tensor) else None
-    way = pairs.Way(_number(temperature), normalize, False)
+    way = whole.Way(_number(temperature), normalize, False)
     with torch.no_grad(), _in_full():
         if (found := masked.forward(x, sample, labels, way)) is None:
             return None
@@ -116,8 +116,8 @@ def any_row_stats(
 def _forward(pairs: Pairs, temperature: float | Tensor, normalize: bool, peers: bool):
     value = _number(temperature)
     x = pairs.x if pairs.order is None else pairs.x[pairs.order]
-    way = pairs.Way(value, normalize, pairs.towers)
-    found = pairs.forward(x, pairs.x2, pairs.labels, peers, way)
+    way = whole.Way(value, normalize, pairs.towers)
+    found = whole.forward(x, pairs.x2, pairs.labels, peers, way)
     return found if found is None else (way, *found)
 
 
@@ -192,8 +192,8 @@ class _Attached(Function):
             kept, tensors = Kept(*rest[: len(Kept._fields)]), iter(rest[len(Kept._fields) :])
             slopes = [{r: next(tensors) if v is None else v for r, v in s.items()} for s in ctx.slopes]
             scale, pulls = _pulls(slopes, grads, order)
-            dv = pairs.backward(kept, ctx.way, *pulls).mul_(scale / ctx.way.temperature)
-            dx, dt = pairs.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[7])
+            dv = whole.backward(kept, ctx.way, *pulls).mul_(scale / ctx.way.temperature)
+            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[7])
             found = ctx.given.gradients(_restored(dx, order), dt)
         return None, None, None, None, None, *_once(found)
 
@@ -214,7 +214,7 @@ class _Masked(Function):
             kept = masked.Kept(*ctx.saved_tensors)
             scale = torch.stack(grads).abs().amax().item() or 1.0
             dv = masked.backward(kept, ctx.way, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
-            dx, dt = pairs.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[4])
+            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[4])
             dx, _, dt = ctx.given.gradients(dx, dt)
         return None, None, None, *_once((dx, dt))
 
@@ -222,7 +222,7 @@ class _Masked(Function):
 def _pulls(
     slopes: Sequence[Slopes], grads: Sequence[Tensor | None], order: Tensor | None
 ) -> tuple[float, list[Tensor | None]]:
-    """Largest upstream gradient, and `pairs.PULLS` over it: then products with exponentials stay in range whatever the
+    """Largest upstream gradient, and `whole.PULLS` over it: then products with exponentials stay in range whatever the
     reduction was."""
     given = [(s, g if order is None else g[order]) for s, g in zip(slopes, grads, strict=True) if g is not None and s]
     scale = max((g.abs().amax().item() for _, g in given), default=0.0) or 1.0
@@ -231,7 +231,7 @@ def _pulls(
         for r, slope in s.items():
             term = g / scale * slope
             totals[r] = totals[r] + term if r in totals else term
-    return scale, [totals.get(r) for r in pairs.PULLS]
+    return scale, [totals.get(r) for r in whole.PULLS]
 
 
 def _once(found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,6 @@
 """Row statistics of few rows with any number of views: the whole matrix, one mask for each relation.
 
-As `pairs`, whose pairs need no mask of views. The spread of the views is taken about their mean, and
+As `whole`, whose pairs need no mask of views. The spread of the views is taken about their mean, and
 softmax minus 1 / n before anything else meets it: exactly 0 for a single view.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastcl.rowstats.chunked import EXP_LIMIT
 from fastcl.rowstats.dense import UNLABELLED
-from fastcl.rowstats.small import pairs
-from fastcl.rowstats.small.pairs import Way
+from fastcl.rowstats.small import whole
+from fastcl.rowstats.small.whole import Way
 
 LIMIT = EXP_LIMIT / 1.5  # of |logit|: two views' logits may differ by twice that
 
@@ -38,7 +38,7 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Kept] | None:
     """Five statistics and three counts as `dense.row_stats` returns them, and what `backward` needs; None where rows or
     logits leave the range in which this way is exact."""
-    if (rows := pairs.unit_rows(x, way)) is None:
+    if (rows := whole.unit_rows(x, way)) is None:
         return None
     v, norm, high = rows
     s = torch.addmm(norm.new_empty(1), v, v.t(), beta=0, alpha=1 / way.temperature)
@@ -86,10 +86,10 @@ def _views(s: Tensor, view: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 def backward(kept: Kept, way: Way, grads: tuple[Tensor, ...]) -> Tensor:
     """(N, D) gradients of `Kept.v`, times the temperature, from those of the five statistics."""
     g_mean, g_spread, g_mean_peer, g_peer, g_other = grads
-    pull = pairs.weights(g_other / kept.other, False).mul_(kept.e_other)
+    pull = whole.weights(g_other / kept.other, False).mul_(kept.e_other)
     rows = kept.softmax * g_spread[:, None]
     rows.addcmul_(kept.view, g_mean[:, None])
     if kept.mask is not None:
-        pull.addcmul_(pairs.weights(g_peer / kept.peer, False), kept.e_peer)
+        pull.addcmul_(whole.weights(g_peer / kept.peer, False), kept.e_peer)
         rows.addcmul_(kept.mask, g_mean_peer[:, None])
     return torch.mm(pull, kept.v).addmm_(rows, kept.v).addmm_(rows.t(), kept.v)
