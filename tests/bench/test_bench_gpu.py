@@ -1,6 +1,6 @@
 """The one command for a GPU, on steps that take no GPU: what is run, what becomes of it, what is written."""
 
-import importlib
+import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -175,8 +175,10 @@ def test_a_rehearsal_has_the_same_steps_and_every_command_is_known(tmp_path, cap
     for step in real:
         if step.tool is None and step.command[1] != "pytest":
             options = {part for part in step.command[2:] if part.startswith("--")}
+            name = step.command[1]
+            package = importlib.util.find_spec(name).submodule_search_locations is not None
             with pytest.raises(SystemExit):
-                importlib.import_module(step.command[1]).main(["--help"])
+                importlib.import_module(f"{name}.__main__" if package else name).main(["--help"])
             known = capsys.readouterr().out
             assert options and all(option in known for option in options), step
     (tests,) = (step for step in real if step.name == "tests")
