@@ -122,13 +122,14 @@ def _similarity(out: Path, rehearse: bool) -> Iterator[Step]:
 
 
 def _training(out: Path, rehearse: bool) -> Iterator[Step]:
-    def bench(name: str, seconds: float, tiny: tuple[str, ...], *full: str) -> Step:
-        command = ("-m", f"bench.{name}", "--out", str(out / name))
+    def bench(module: str, seconds: float, tiny: tuple[str, ...], *full: str) -> Step:
+        name = module.split(".")[-1]
+        command = ("-m", module, "--out", str(out / name))
         return Step(name, (*command, *(("--tiny", *tiny) if rehearse else full)), seconds)
 
-    yield bench("data", 90, ("--sections", "views", "--repeats", "2"), "--sections", "views", "--seconds", "5",
+    yield bench("bench.data", 90, ("--sections", "views", "--repeats", "2"), "--sections", "views", "--seconds", "5",
                 "--repeats", "3", "--providers", *DATA)  # fmt: skip
-    yield bench("decoder", 25, ())
+    yield bench("bench.data.decoder", 25, ())
     yield Step("views", (*_PYTEST, *_in_processes(), "tests/data/test_triton_views.py"), 45)
     # Last: the runs take as many epochs as their time allows.
-    yield bench("training", 295, ("--repeats", "2"), "--seconds", "40")
+    yield bench("bench.training", 295, ("--repeats", "2"), "--seconds", "40")
