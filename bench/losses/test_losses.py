@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench.losses import __main__ as losses
+from bench.losses import run as losses
 
 N, D = 2048, 128
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ import torch
 
 import fastcl
 from bench.harness import clocks, records
-from bench.losses import __main__ as losses
+from bench.losses import run as losses
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = (

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import fastcl
-from bench.data import __main__ as data
 from bench.data import decoder, peers, providers
 from bench.data import inputs as photos
 from bench.data import report as data_report
+from bench.data import run as data
 from bench.data.inputs import CASES, TINY
 from bench.data.providers import DALI_RENDERER, DECODING, LEVELS, PROVIDERS, TRITON_RENDERER
 from bench.harness.records import record

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import __main__ as gpu
 from bench.gpu import repeat, workload
+from bench.gpu import run as gpu
 from bench.gpu.plan import PARTS, Step, plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,7 +178,7 @@ def test_a_rehearsal_has_the_same_steps_and_every_command_is_known(tmp_path, cap
             name = step.command[1]
             package = importlib.util.find_spec(name).submodule_search_locations is not None
             with pytest.raises(SystemExit):
-                importlib.import_module(f"{name}.__main__" if package else name).main(["--help"])
+                importlib.import_module(f"{name}.run" if package else name).main(["--help"])
             known = capsys.readouterr().out
             assert options and all(option in known for option in options), step
     (tests,) = (step for step in real if step.name == "tests")

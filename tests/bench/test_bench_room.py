@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.harness import clocks, records
-from bench.losses import __main__ as losses
+from bench.losses import run as losses
 
 
 @pytest.mark.parametrize(("kind", "total", "asked", "limit"), [

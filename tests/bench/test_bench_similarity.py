@@ -11,8 +11,8 @@ import fastcl
 from bench.harness import ceilings, figures
 from bench.harness.clocks import Peak
 from bench.harness.records import record
-from bench.similarity import __main__ as similarity
 from bench.similarity import report as similarity_report
+from bench.similarity import run as similarity
 from bench.similarity import two_models as twins
 from bench.similarity.inputs import TINY, Case
 from bench.similarity.providers import ALL_THREE, DRAWN, PROVIDERS, TOLERANCES, Provider, least

@@ -9,9 +9,9 @@ import torch
 from torch.autograd import DeviceType
 
 from bench.harness.records import digits
-from bench.training import __main__ as training
 from bench.training import profile as step_profile
 from bench.training import report as training_report
+from bench.training import run as training
 from bench.training import runs as training_runs
 from fastcl.train.step import BACKWARD, ENCODERS, LOSSES, METRICS, OPTIMIZERS
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from bench.static import __main__ as static
+from bench.static import run as static
 from bench.static.compile import Facts, Job, obstacle
 from bench.static.jobs import StaticError, compile_all
 from bench.static.report import FINDINGS, LIMITS, findings, launch_name, occupancy
@@ -276,7 +276,9 @@ def test_what_cannot_be_compiled_is_said_in_a_line(tmp_path):
     }
     # One process for all: it takes seconds to start.
     calls = [["--arch", "sm_90", "--cases", f"{WITNESSES}:{cases}", *rest] for cases, *rest in refused]
-    driver = "import json, sys; from bench.static import main; print([main(call) for call in json.loads(sys.argv[1])])"
+    driver = (
+        "import json, sys; from bench.static.run import main; print([main(call) for call in json.loads(sys.argv[1])])"
+    )
     done = run("-c", driver, json.dumps(calls))
     assert done.stdout == f"{[2] * len(calls)}\n", done.stderr
     lines = done.stderr.splitlines()

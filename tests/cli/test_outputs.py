@@ -218,28 +218,28 @@ def test_folders_for_results_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "data.__main__", "data.decoder", "gpu.__main__", "gpu.repeat", "gpu.tune", "harness.ceilings", "losses.__main__",
-    "similarity.__main__", "static.__main__", "training.__main__",
+    "data.run", "data.decoder", "gpu.run", "gpu.repeat", "gpu.tune", "harness.ceilings", "losses.run",
+    "similarity.run", "static.run", "training.run",
 ])  # fmt: skip
 def test_every_benchmark_looks_at_its_outputs_first(name, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    more = {"gpu.__main__": ["--rehearse"], "gpu.repeat": ["--scale", "tiny"]}.get(name, [])
+    more = {"gpu.run": ["--rehearse"], "gpu.repeat": ["--scale", "tiny"]}.get(name, [])
     bench = importlib.import_module(f"bench.{name}")
     for out, reason in (("", "the path is empty"), (str(tmp_path / "file" / "new"), "Not a directory")):
         with pytest.raises(SystemExit) as stop:
             bench.main(["--out", out, *more])
         assert stop.value.code == 2 and reason in capsys.readouterr().err
-    if name in ("data.__main__", "data.decoder", "training.__main__"):
+    if name in ("data.run", "data.decoder", "training.run"):
         for data, reason in (("", "the path is empty"), (str(tmp_path / "file"), "Not a directory")):
             with pytest.raises(SystemExit):
                 bench.main(["--out", str(tmp_path), "--data", data, "--tiny"])
             assert reason in capsys.readouterr().err
-    if name == "static.__main__":
+    if name == "static.run":
         with pytest.raises(SystemExit):
             bench.main(["--json", str(tmp_path)])
         assert "--json: " in capsys.readouterr().err
-    if name == "training.__main__":  # the folders of its runs are emptied
+    if name == "training.run":  # the folders of its runs are emptied
         with pytest.raises(SystemExit):
             bench.main(["--out", str(tmp_path), "--data", str(tmp_path / "runs" / "data"), "--tiny"])
         assert "--data lies there" in capsys.readouterr().err

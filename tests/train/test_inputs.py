@@ -100,7 +100,7 @@ def test_a_run_leaves_out_what_it_left_out_when_it_began(tree, tmp_path, monkeyp
     run.run()
     page = write_report(tmp_path / "run").read_text()
     assert "b/6.jpg" in page and "skipped<" in page
-    monkeypatch.setattr("fastcl.data.sources.unreadable", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr("fastcl.data.sources.load.unreadable", lambda *_: pytest.fail("checked again"))
     assert list(Lockstep(config, tmp_path / "run").data.skipped) == [3, 14]
 
 

@@ -1,0 +1,167 @@
+"""The gate on compiled kernels: every launch of the table, compiled ahead of time for every architecture."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+from bench.harness.records import write_file
+from bench.static import report
+from bench.static.compile import obstacle
+from bench.static.jobs import StaticError, compile_all, unique
+from fastcl.errors import FastclError
+from fastcl.io.outputs import check_folder, check_output, named_path
+from fastcl.kernels.common.launch import ARCHITECTURES, Launch
+
+CASES = "bench.static.all_cases:cases"
+
+# From an architecture to its launches, by the name of what they are for.
+Cases: TypeAlias = Callable[[int], Iterable[tuple[str, list[Launch]]]]
+
+_DESCRIPTION = """\
+Compile every launch of the table ahead of time, no GPU needed, and look at the machine code: registers, spills, shared
+memory against the architecture's limit, programs that a multiprocessor holds, tensor-core instructions, exponentials
+per element of a tile, WGMMA that wait for each other, registers that are written while a WGMMA may read them.
+"""
+
+_EPILOG = f"""\
+findings, each of which makes the exit status 1:
+{"".join(f"  {name:<15}{meaning}{chr(10)}" for name, meaning in report.FINDINGS.items())}
+Triton 3.5 or newer is needed. The launches are recorded here, with this interpreter's Triton; another one compiles them
+with --triton-python or --newest. Compiled kernels are kept in Triton's cache (TRITON_CACHE_DIR), so a second run is
+short.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the gate; returns the exit status (0 clean, 1 findings, 2 it could not run, 130 interrupted)."""
+    args = _arguments(argv)
+    try:
+        python = newest(args.newest) if args.newest else args.triton_python
+        records, triton = check(load_cases(args.cases), args.arch, args.only, python, args.workers)
+    except StaticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; kernels compiled so far are in Triton's cache", file=sys.stderr)
+        return 130
+    text = report.report(records, triton, args.only.pattern)
+    if args.json:
+        write_file(args.json, json.dumps(records, indent=1) + "\n")
+    if args.out:
+        write_file(args.out / f"{triton}.md", text)
+    print(text, end="")
+    return 1 if any(r["findings"] for r in records) else 0
+
+
+def check(
+    cases: Cases, architectures: list[int], only: re.Pattern[str], python: str, workers: int
+) -> tuple[list[dict], str]:
+    """Compile all launches of all cases.
+
+    Args:
+        only: what the name of a case must contain.
+        python: interpreter of the workers.
+
+    Returns:
+        A record per launch, and the version of the workers' Triton.
+
+    Raises:
+        StaticError: Triton is too old, here or there, no case has a launch, or a worker does not start.
+    """
+    if reason := obstacle():
+        raise StaticError(reason)
+    jobs = []
+    for arch in architectures:
+        wanted = (case for case in cases(arch) if only.search(case[0]))
+        jobs += unique(wanted, arch).values()
+    if not jobs:
+        raise StaticError("no case has a launch to compile")
+    triton, results = compile_all([job for job, _ in jobs], python, workers)
+    pairs = zip(jobs, results, strict=True)
+    return [report.record(job, names, result, triton) for (job, names), result in pairs], triton
+
+
+def load_cases(name: str) -> Cases:
+    """The function that `module:function` names.
+
+    Raises:
+        StaticError: there is none.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise StaticError(f"--cases {name}: {error}") from error
+
+
+def newest(folder: Path) -> str:
+    """The interpreter of a virtual environment that has the newest Triton and nothing else, made where it is missing.
+
+    Raises:
+        StaticError: it cannot be made.
+    """
+    python = Path(os.path.abspath(folder)) / "bin" / "python"
+    print(f"The newest Triton goes to {folder}.", file=sys.stderr)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", "triton"]
+    try:
+        if not python.exists():
+            venv.create(folder, with_pip=True)
+        done = subprocess.run(install, stdout=sys.stderr)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise StaticError(f"--newest {folder}: {error}") from error
+    if done.returncode:
+        raise StaticError(f"--newest {folder}: pip could not install triton, see above")
+    return str(python)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.static", description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    names = [f"sm_{sm}" for sm in ARCHITECTURES]
+    add = parser.add_argument
+    add("--arch", nargs="+", choices=names, default=names, metavar="SM", help=f"of {' '.join(names)} (default: all)")
+    add("--only", default="", metavar="REGEX", help="only the cases in whose names this is found")
+    add("--json", type=named_path, metavar="FILE", help="write the records, one per compiled launch")
+    add("--out", type=named_path, metavar="DIR", help="write the report to DIR/<version of Triton>.md")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--triton-python", default=sys.executable, metavar="PATH",
+        help="compile with the Triton of another interpreter, which needs nothing else")  # fmt: skip
+    where.add_argument("--newest", type=named_path, metavar="DIR",
+        help="compile with the newest Triton, installed by pip into a virtual environment in DIR")  # fmt: skip
+    add("--workers", type=int, default=2, metavar="N", help="processes that compile (default: %(default)s)")
+    add("--cases", default=CASES, metavar="MODULE:FUNCTION",
+        help="what lists the launches of an architecture (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        if args.json:
+            check_output(args.json, "--json")
+        if args.out:
+            check_folder(args.out, "--out")
+    except FastclError as error:
+        parser.error(str(error))
+    try:
+        args.only = re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only: {args.only!r} is no regular expression: {error}")
+    if args.workers < 1:
+        parser.error(f"--workers: must be positive, got {args.workers}")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set, which turns kernels into what cannot be compiled; unset it")
+    if not (found := shutil.which(args.triton_python)):
+        parser.error(f"--triton-python: {args.triton_python} is no program")
+    args.triton_python = os.path.abspath(found)
+    args.arch = [int(name.removeprefix("sm_")) for name in dict.fromkeys(args.arch)]
+    return args
