@@ -106,12 +106,11 @@ def _new_log(path: Path) -> TextIO:
 def _stop(process: subprocess.Popen) -> int:
     """Interrupt a step with all that it started, and kill what is left after the grace or at a second interrupt."""
     for sign in (signal.SIGINT, signal.SIGKILL):
-        try:
+        try:  # around the signal too: its answer may be the second interrupt
             os.killpg(process.pid, sign)
+            return process.wait(GRACE)
         except ProcessLookupError:
             break
-        try:
-            return process.wait(GRACE)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             continue
     return process.wait()
