@@ -7,19 +7,23 @@ STAMP := $(VENV)/.installed
 BENCHES ?= losses similarity data
 OUT ?= runs
 WORKERS ?= 2
+CORE := $(addprefix tests/,losses project/test_structure.py project/test_rooms.py rowstats/test_rowstats.py \
+    rowstats/test_dispatch.py rowstats/test_triton_prepare.py rowstats/test_triton_stats.py similarity/test_similarity.py \
+    similarity/test_accumulator.py similarity/test_spearman.py data/test_plan.py data/test_loader.py train/test_config.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint matrix bench clean
+.PHONY: help demo check test lint matrix bench clean
 
 help:
 	@echo 'make demo    train small models on the same views, measure how they align, write a report to $(OUT)/demo'
-	@echo 'make test    style check, then all tests'
+	@echo 'make check   style check, then the tests of the core: run it after every change'
+	@echo 'make test    style check, then all tests: about 20 minutes'
 	@echo 'make lint    style check alone'
 	@echo 'make matrix  other versions of PyTorch and Triton, with Python 3.12 and 3.10 where they are: 6 GB each in .matrix'
 	@echo 'make bench   benchmarks ($(BENCHES)); results in $(OUT)/bench'
 	@echo 'make clean   remove .venv, .matrix, build output and caches; results in $(OUT)/ stay'
 	@echo
-	@echo 'The first of demo, test, lint and bench installs everything into .venv: a few minutes and about 6 GB.'
+	@echo 'The first of demo, check, test, lint and bench installs everything into .venv: a few minutes and about 6 GB.'
 	@echo 'Another interpreter: make PYTHON=python3.12 demo (3.11 or newer).'
 
 # The stamp is taken away before an update and comes back after the last step only, so an interrupted install is never taken
@@ -46,6 +50,11 @@ demo: $(STAMP)
 lint: $(STAMP)
 	@echo 'Checking style with ruff.'
 	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check --quiet .
+
+check: lint
+	@echo 'Running the tests of the core in $(WORKERS) processes.'
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not dist' $(CORE)
 
 test: lint
 	@echo 'Running the tests in $(WORKERS) processes; the ten slowest are listed at the end.'

@@ -17,7 +17,7 @@ from fastcl.io.arrays import ENDINGS
 from fastcl.io.files import write_atomic
 from fastcl.io.outputs import check_output
 from fastcl.similarity import PairStats, SpearmanResult, pair_stats, spearman_rsa
-from fastcl.similarity.sums.inputs import checked
+from fastcl.similarity.sums.features import checked
 
 _PRINTED = 12  # columns of a table of layers that a terminal takes
 

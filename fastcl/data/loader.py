@@ -22,7 +22,7 @@ from fastcl.data.philox import Stream, check_integer, keys, permutation
 from fastcl.data.plan import ViewParams, ViewPlan, center_view
 from fastcl.data.prefetch import rendered
 from fastcl.data.renderers.choose import Renderer, TorchvisionRenderer
-from fastcl.data.renderers.request import check_positions
+from fastcl.data.renderers.validate import check_positions
 from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastcl.rowstats import chunked
-from fastcl.rowstats.operator import differentiable_once, refuse_batched, register
 from fastcl.rowstats.order import Layout
+from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
 
 _library = torch.library.Library("fastcl", "DEF")
 _IDS = "Tensor sample, Tensor? labels, Tensor? sample_y, Tensor? labels_y"

@@ -14,8 +14,8 @@ from fastcl.errors import FastclError
 from fastcl.similarity.reduce import Ranks, Undefined, check_same, has_ranks, note
 from fastcl.similarity.results import AllPairs, PairResult
 from fastcl.similarity.stats import Overflown, PairStats
+from fastcl.similarity.sums.features import checked
 from fastcl.similarity.sums.forms import ADDITIVE
-from fastcl.similarity.sums.inputs import checked
 from fastcl.similarity.sums.moments import Moments, chunk_rows
 from fastcl.similarity.sums.routes import statistics
 from fastcl.similarity.sums.rows import INNER, Inner

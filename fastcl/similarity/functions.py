@@ -8,7 +8,7 @@ from torch import Tensor
 from fastcl.checks import check_positive
 from fastcl.errors import FastclError
 from fastcl.similarity.stats import PairStats
-from fastcl.similarity.sums.inputs import checked
+from fastcl.similarity.sums.features import checked
 from fastcl.similarity.sums.routes import Route, statistics
 from fastcl.similarity.sums.rows import KERNELS, Kernel
 

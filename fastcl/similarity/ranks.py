@@ -27,8 +27,8 @@ from torch import Tensor
 
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError
+from fastcl.similarity.sums.features import checked
 from fastcl.similarity.sums.forms import EQUAL, ROUNDING
-from fastcl.similarity.sums.inputs import checked
 from fastcl.similarity.sums.rows import INNER, Inner, mapped
 
 _EXACT_PAIRS = 1 << 25

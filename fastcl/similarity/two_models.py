@@ -15,7 +15,7 @@ from fastcl.rowstats.api import RowStats, operator_arguments, statistics, unpack
 from fastcl.rowstats.pair_sums import PairSums
 from fastcl.rowstats.request import Batch
 from fastcl.similarity import PairStats
-from fastcl.similarity.sums.inputs import NARROW_ROUNDING, multiplied_narrow
+from fastcl.similarity.sums.features import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.sums.rows import mapped
 
 

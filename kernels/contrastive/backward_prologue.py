@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..common.numerics import LOG2E, WEIGHT_SCALE, inverse_temperature, shift_log2
-from .forward_epilogue import _counts, _load_stats
+from .forward_epilogue import load_stats, relation_counts
 from .objective import objective_rows
 
 _SMALLEST = tl.constexpr(1e-30)  # of the scale: its inverse times WEIGHT_SCALE stays in float32's range
@@ -28,15 +28,15 @@ def derivatives_kernel(
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n
     b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
-    b_n_v, b_n_p, b_n_o = _counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC)
-    b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = _load_stats(stats, b_src, m_n, n)
+    b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC)
+    b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = load_stats(stats, b_src, m_n, n)
     b_mean = tl.zeros([BLOCK_N], tl.float32)
     b_spread = b_mean
     b_linear = b_mean
     b_peer = b_mean
     b_other = b_mean
     if HAS_STATS:
-        b_mean, b_spread, b_linear, b_peer, b_other = _load_stats(grad_stats, b_src, m_n, n)
+        b_mean, b_spread, b_linear, b_peer, b_other = load_stats(grad_stats, b_src, m_n, n)
     for i_k in tl.static_range(K):
         p_grad = grad_losses + i_k * stride_k + b_src.to(tl.int64) * stride_n
         b_grad = tl.load(p_grad, mask=m_n, other=0.0)

@@ -8,7 +8,7 @@ from .objective import objective_rows
 
 
 @triton.jit
-def _counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC: tl.constexpr):
+def relation_counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC: tl.constexpr):
     """Views, peers and others of each row, from its intervals."""
     b_lo = begin(tl.load(layout_5N + n + o_n, mask=m_n, other=0))
     b_hi = tl.load(layout_5N + 2 * n + o_n, mask=m_n, other=0)
@@ -18,7 +18,7 @@ def _counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
-def _load_stats(stats, b_src, m_n, n):
+def load_stats(stats, b_src, m_n, n):
     return (
         tl.load(stats + b_src, mask=m_n, other=0.0),
         tl.load(stats + n + b_src, mask=m_n, other=0.0),
@@ -104,7 +104,7 @@ def finish_kernel(
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n
     b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
-    b_n_v, b_n_p, b_n_o = _counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC)
+    b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC)
     run = n > 0
     if HAS_FLAG:
         run = tl.load(flag) == 0
@@ -130,7 +130,7 @@ def finish_kernel(
         tl.store(counts + b_src, b_n_v.to(tl.int64), mask=m_n)
         tl.store(counts + n + b_src, b_n_p.to(tl.int64), mask=m_n)
         tl.store(counts + 2 * n + b_src, b_n_o.to(tl.int64), mask=m_n)
-    b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = _load_stats(stats, b_src, m_n, n)
+    b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = load_stats(stats, b_src, m_n, n)
     for i_k in tl.static_range(K):
         b_loss, _, _, _, _, _ = objective_rows(
             b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, (CODES >> (6 * i_k)) & 63

@@ -15,7 +15,7 @@ from test_similarity import MEASURES, check, features, reference
 import fastcl
 from fastcl.errors import FastclError
 from fastcl.similarity import PairAccumulator, pair_stats
-from fastcl.similarity.sums.inputs import NARROW_ROUNDING
+from fastcl.similarity.sums.features import NARROW_ROUNDING
 from fastcl.similarity.sums.moments import CHUNK
 
 KERNELS = ("linear", "cosine", "correlation")

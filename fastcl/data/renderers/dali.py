@@ -20,7 +20,7 @@ from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.renderers.colour import colour_stage
 from fastcl.data.renderers.dali_graph import CHUNK, DEPTH, build, crop_inputs, region_inputs
-from fastcl.data.renderers.request import check_request
+from fastcl.data.renderers.validate import check_request
 from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError, install_hint
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
-from fastcl.data.renderers.request import check_request
+from fastcl.data.renderers.validate import check_request
 from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastcl.rowstats.operator import differentiable_once, refuse_batched
+from fastcl.rowstats.registration import differentiable_once, refuse_batched
 from fastcl.rowstats.small import masked, whole
 from fastcl.rowstats.small.closed import Form, Sides, Slopes, rows_and_slopes
 from fastcl.rowstats.small.whole import Kept

@@ -2,42 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.operator import differentiable_once, refuse_batched, register
+from fastcl.choices import RELATIONS
 from fastcl.rowstats.order import Layout
+from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
+
+if TYPE_CHECKING:
+    from fastcl.rowstats.triton.operand import Call
+
+# The bits of `Objective.code` that tell of peers among the denominator and among the positives.
+_REPELLED, _ATTRACTED = (1 << RELATIONS.index("peer")), (8 << RELATIONS.index("peer"))
+
+
+class Asked(NamedTuple):
+    """What an operator is asked for beside rows and ids, in the order of its schema."""
+
+    temperature: Tensor | None
+    value: float  # of the temperature where that is None
+    normalize: bool
+    precision: str
+    columns: bool
+    codes: list[int]  # of objectives (`Objective.code`); none: the caller's own, of the statistics
+
+    def call(self, labelled: bool) -> Call:
+        """The call as the launches see it."""
+        from fastcl.rowstats.triton.operand import Call
+
+        def any_of(bits: int) -> bool:
+            return labelled and (not self.codes or any(code & bits for code in self.codes))
+
+        split = "all" if self.precision == "fp32" else "peers" if any_of(_ATTRACTED) else "none"
+        peers = any_of(_ATTRACTED | _REPELLED)
+        return Call(self.temperature, self.value, self.normalize, self.precision, tuple(self.codes), split, peers)
+
+
+class Saved(NamedTuple):
+    """What the backward pass starts from beside the rows; an empty tensor where a call has no such thing."""
+
+    z: Tensor  # working copies, inverse norms and orders of the anchors, then of the candidates
+    inv: Tensor
+    order: Tensor
+    z_y: Tensor
+    inv_y: Tensor
+    order_y: Tensor
+    scale: Tensor  # (1,) or (2,), of rows that are not normalised
+    flag: Tensor
+
+
+class Returned(NamedTuple):
+    """The results of the operator; those of the candidates are empty unless `columns` was asked for."""
+
+    stats: Tensor
+    counts: Tensor
+    losses: Tensor
+    stats_y: Tensor
+    counts_y: Tensor
+    losses_y: Tensor
+    z: Tensor
+    inv: Tensor
+    order: Tensor
+    z_y: Tensor
+    inv_y: Tensor
+    order_y: Tensor
+    scale: Tensor
+    flag: Tensor
+
+    @property
+    def saved(self) -> Saved:
+        """The part that the backward pass starts from."""
+        return Saved(*self[6:])
+
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _ROWS = "Tensor x, Tensor? x2, Tensor? y"
 _IDS = "Tensor? sample, Tensor? labels, Tensor? sample_y, Tensor? labels_y"
 _CALL = "Tensor? temperature, float value, bool normalize, str precision, bool columns, int[] codes"
-_library.define(f"fused({_ROWS}, {_IDS}, {_CALL}) -> ({', '.join(['Tensor'] * 14)})")
+_library.define(f"fused({_ROWS}, {_IDS}, {_CALL}) -> ({', '.join(['Tensor'] * len(Returned._fields))})")
 _library.define(
     f"fused_backward({_ROWS}, bool labelled, {_CALL}, Tensor[] saved, Tensor?[] grads, bool[] need) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
 
-def split_mode(labelled: bool, precision: str, codes: list[int]) -> tuple[str, bool]:
-    """Which tiles take split half precision, and whether peers matter at all; no codes: the caller's own objective."""
-    attracted = labelled and (not codes or any(code & 16 for code in codes))
-    peers = labelled and (not codes or any(code & 18 for code in codes))
-    return "all" if precision == "fp32" else "peers" if attracted else "none", peers
+def _tensors(x: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """An operator's results are tensors: an empty one stands for None."""
+    return tuple(x.new_empty(0) if result is None else result for result in results)
 
 
-def call_of(temperature, value, normalize, precision, codes, labelled):
-    """The `Call` of an operator's arguments."""
-    from fastcl.rowstats.triton.operand import Call
-
-    split, peers = split_mode(labelled, precision, codes)
-    return Call(temperature, value, normalize, precision, tuple(codes), split, peers)
-
-
-def _forward(x, x2, y, sample, labels, sample_y, labels_y, temperature, value, normalize, precision, columns, codes):
+def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tensor, ...]:
     from fastcl.rowstats.triton import forward, operand
 
-    call = call_of(temperature, value, normalize, precision, codes, labels is not None)
+    columns, call = Asked(*asked).columns, Asked(*asked).call(labels is not None)
     flag = torch.empty(1, dtype=torch.int32, device=x.device) if call.may_overflow else None
     with torch.cuda.device_of(x):
         if sample is not None:
@@ -49,65 +109,65 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, temperature, value, n
         a = operand.prepare(x, x2, order_x, call, flag)
         b = None if y is None else operand.prepare(y, None, order_x if order_y is None else order_y, call, flag)
         found = forward.statistics(a, b, call, flag, columns)
-    nothing = [x.new_empty(0) for _ in range(8)]
-    results_y = found[1] if columns else nothing[:3]
-    saved_y = nothing[3:6] if b is None else (b.z, b.inv, nothing[5] if order_y is None else order_y)
     scales = [o.scale for o in (a, b) if o is not None and o.scale is not None]
-    scale = torch.cat(scales) if scales else nothing[6]
-    return *found[0], *results_y, a.z, a.inv, order_x, *saved_y, scale, nothing[7] if flag is None else flag
+    results = (*found[0], *(found[1] if columns else (None, None, None)))
+    saved_y = (None, None, None) if b is None else (b.z, b.inv, order_y)
+    returned = *results, a.z, a.inv, order_x, *saved_y, torch.cat(scales) if scales else None, flag
+    return _tensors(x, returned)
 
 
-def _forward_fake(
-    x, x2, y, sample, labels, sample_y, labels_y, temperature, value, normalize, precision, columns, codes
-):
+def _forward_fake(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tensor, ...]:
     from fastcl.rowstats.triton.operand import DTYPES, working_shape
 
-    call = call_of(temperature, value, normalize, precision, codes, labels is not None)
+    codes, columns, call = Asked(*asked).codes, Asked(*asked).columns, Asked(*asked).call(labels is not None)
     n, d = x.shape[0] * (1 if x2 is None else 2), x.shape[1]
+    orders = 7 if y is not None and sample is not None else 5
 
-    def results(rows):
-        return (
-            x.new_empty(5, rows, dtype=torch.float32), x.new_empty(0 if codes else 3, rows, dtype=torch.int64),
-            x.new_empty(len(codes), rows, dtype=torch.float32),
-        )  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
 
-    def saved(rows, order_rows):
-        z = x.new_empty(working_shape(rows, d, call.split), dtype=DTYPES[precision])
-        inv = x.new_empty(rows if normalize else 0, dtype=torch.float32)
-        return z, inv, x.new_empty(order_rows, rows, dtype=torch.int32) if order_rows else x.new_empty(0)
+    def results(rows: int) -> tuple[Tensor, ...]:
+        return empty(5, rows), empty(0 if codes else 3, rows, dtype=torch.int64), empty(len(codes), rows)
 
-    nothing = [x.new_empty(0) for _ in range(8)]
-    rectangular = y is not None and sample is not None
-    saved_y = nothing[3:6] if y is None else saved(y.shape[0], 7 if rectangular else 0)
-    scale = nothing[6] if normalize else x.new_empty(1 if y is None else 2, dtype=torch.float32)
-    flag = x.new_empty(1, dtype=torch.int32) if call.may_overflow else nothing[7]
-    return (
-        *results(n), *(results(y.shape[0]) if columns else nothing[:3]), *saved(n, 7 if rectangular else 5), *saved_y,
-        scale, flag,
+    def saved(rows: int, with_order: bool) -> tuple[Tensor | None, ...]:
+        z = empty(*working_shape(rows, d, call.split), dtype=DTYPES[call.precision])
+        order = empty(orders, rows, dtype=torch.int32) if with_order else None
+        return z, empty(rows if call.normalize else 0), order
+
+    nothing = (None, None, None)
+    returned = (
+        *results(n), *(results(y.shape[0]) if columns else nothing), *saved(n, True),
+        *(nothing if y is None else saved(y.shape[0], orders == 7)),
+        None if call.normalize else empty(1 if y is None else 2),
+        empty(1, dtype=torch.int32) if call.may_overflow else None,
     )  # fmt: skip
+    return _tensors(x, returned)
 
 
-def _backward(x, x2, y, labelled, temperature, value, normalize, precision, columns, codes, saved, grads, need):
+def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor, ...]:
     from fastcl.rowstats.triton import backward, operand
 
-    call = call_of(temperature, value, normalize, precision, codes, labelled)
-    stats, stats_y, z, inv, order, z_y, inv_y, order_y, scale, flag = saved
-    flag = flag if call.may_overflow else None
-    scales = [None, None] if normalize else [scale[:1], scale[1:]]
-    a = operand.restored(x, x2, order, z, inv, scales[0])
+    *asked, given, grads, need = rest
+    columns, call = Asked(*asked).columns, Asked(*asked).call(labelled)
+    stats, stats_y, saved = given[0], given[1], Saved(*given[2:])
+    flag = saved.flag if call.may_overflow else None
+    scales = [None, None] if call.normalize else [saved.scale[:1], saved.scale[1:]]
+    a = operand.restored(x, x2, saved.order, saved.z, saved.inv, scales[0])
     upstreams = [backward.Upstream(stats, grads[0], grads[1]), None]
     b = None
     if y is not None:
-        b = operand.restored(y, None, order_y if order_y.numel() else order, z_y, inv_y, scales[1])
+        order_y = saved.order_y if saved.order_y.numel() else saved.order
+        b = operand.restored(y, None, order_y, saved.z_y, saved.inv_y, scales[1])
         if not columns:  # read, where the flag is set, with weights of 0
             stats_y = stats.new_zeros(5, len(y) if flag is not None else 0)
         upstreams[1] = backward.Upstream(stats_y, grads[2], grads[3])
     with torch.cuda.device_of(x):
         found = backward.gradients(a, b, call, flag, tuple(upstreams), tuple(need))
-    return tuple(x.new_empty(0) if g is None else g for g in found)
+    return _tensors(x, found)
 
 
-def _backward_fake(x, x2, y, labelled, temperature, value, normalize, precision, columns, codes, saved, grads, need):
+def _backward_fake(x, x2, y, labelled, *rest) -> tuple[Tensor, ...]:
+    need = rest[-1]
     n = x.shape[0] * (1 if x2 is None else 2)
     has_dx = y is None or need[0] or need[2]
     return (
@@ -117,11 +177,11 @@ def _backward_fake(x, x2, y, labelled, temperature, value, normalize, precision,
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, x2, y, sample, labels, sample_y, labels_y, temperature, *ctx.call = inputs
-    stats, counts, losses, stats_y, counts_y, losses_y, *saved = output
+    x, x2, y, sample, labels, sample_y, labels_y, temperature, *ctx.asked = inputs
+    returned = Returned(*output)
     ctx.labelled = labels is not None
-    ctx.save_for_backward(x, x2, y, temperature, stats, stats_y, *saved)
-    ctx.mark_non_differentiable(counts, counts_y, *saved)
+    ctx.save_for_backward(x, x2, y, temperature, returned.stats, returned.stats_y, *returned.saved)
+    ctx.mark_non_differentiable(returned.counts, returned.counts_y, *returned.saved)
     ctx.set_materialize_grads(False)
 
 
@@ -134,7 +194,7 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[7]]
     if all(g is None for g in grads):
         return (None,) * 13
-    dx, dy, dt = torch.ops.fastcl.fused_backward(x, x2, y, ctx.labelled, temperature, *ctx.call, saved, grads, need)
+    dx, dy, dt = torch.ops.fastcl.fused_backward(x, x2, y, ctx.labelled, temperature, *ctx.asked, saved, grads, need)
     two = (dx, None) if x2 is None else (dx[: x.shape[0]], dx[x.shape[0] :])
     dt = dt.reshape(temperature.shape).to(temperature.dtype) if need[2] else None
     rows = (*two, dy if need[1] else None) if need[0] else (None, None, dy if need[1] else None)

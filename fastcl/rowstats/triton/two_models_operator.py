@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.operator import refuse_batched, register
 from fastcl.rowstats.order import Layout
-from fastcl.rowstats.triton.operator import call_of
+from fastcl.rowstats.registration import refuse_batched, register
+from fastcl.rowstats.triton.operator import Asked, Saved
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _IDS = "Tensor sample, Tensor? labels"
@@ -16,7 +16,7 @@ _library.define(f"twin(Tensor za, Tensor zb, {_IDS}, {_CALL}) -> ({', '.join(['T
 
 
 def _call(temperature, value, precision, labelled):
-    return call_of(temperature, value, True, precision, [], labelled)
+    return Asked(temperature, value, True, precision, False, []).call(labelled)
 
 
 def _forward(za, zb, sample, labels, temperature, value, precision):
@@ -69,9 +69,10 @@ def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | No
         if grad is None or not (ctx.needs_input_grad[k] or need_t):
             continue
         nothing = [x.new_empty(0) for _ in range(5)]
+        saved = Saved(z, inv, order, *nothing[:4], flag)
         dx, _, dt = torch.ops.fastcl.fused_backward(
             x, None, None, ctx.labelled, temperature, ctx.value, True, ctx.precision, False, [],
-            [stats, nothing[0], z, inv, order, *nothing[1:], flag], [grad.contiguous(), None, None, None],
+            [stats, nothing[4], *saved], [grad.contiguous(), None, None, None],
             [ctx.needs_input_grad[k], False, need_t],
         )  # fmt: skip
         if ctx.needs_input_grad[k]:

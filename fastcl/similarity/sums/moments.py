@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastcl.dispatch import on_triton
 from fastcl.similarity.sums.extended import extended, model_of, strain, sums_of, translation
-from fastcl.similarity.sums.inputs import NARROW_ROUNDING, multiplied_narrow
+from fastcl.similarity.sums.features import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.sums.rows import mapped
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastcl.errors import FastclError
 from fastcl.similarity.stats import PairStats
-from fastcl.similarity.sums.inputs import rounding_of
+from fastcl.similarity.sums.features import rounding_of
 from fastcl.similarity.sums.moments import Moments, chunk_rows
 from fastcl.similarity.sums.rows import INNER
 from fastcl.similarity.sums.tiles import tile_sums

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastcl.dispatch import on_triton, ran_on
 from fastcl.errors import FastclError
 from fastcl.rowstats.pair_sums import PairSums, three
-from fastcl.similarity.sums.inputs import multiplied_narrow
+from fastcl.similarity.sums.features import multiplied_narrow
 from fastcl.similarity.sums.rows import INNER, mapped
 
 TILE = 512
