@@ -31,7 +31,7 @@ from fastcl.similarity import (
 )
 from fastcl.similarity.two_models import TwinStats, twin_stats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "OBJECTIVES",
