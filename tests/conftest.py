@@ -25,6 +25,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 # triton. On a machine with a GPU the same tests run the compiled kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 torch.set_num_threads(1)
 

@@ -7,6 +7,7 @@ why there is no kernel. Its first line names the version of Triton.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -22,6 +23,9 @@ from typing import Any
 from bench.static import sass
 
 LOG = "ptxas.log"  # in Triton's cache, beside the kernel that it belongs to
+# There too, by the code that reads machine code: the disassembler takes most of the time of a second run.
+_READERS = (Path(__file__), Path(sass.__file__))
+FACTS = f"facts-{hashlib.sha256(b''.join(path.read_bytes() for path in _READERS)).hexdigest()[:16]}.json"
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,10 @@ def obstacle() -> str | None:
 
 
 def build(job: Job) -> Facts:
-    """Compile a job and look at the machine code; a kernel from Triton's cache is as good as a new one."""
+    """Compile a job and look at the machine code; what lies in Triton's cache is as good as new."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.cache import get_cache_manager
 
     if job.root not in sys.path:
         sys.path.insert(0, job.root)
@@ -113,7 +118,12 @@ def build(job: Job) -> Facts:
     )
     target = GPUTarget("cuda", job.arch, 32)
     compiled, log = _compile(source, target, {"num_warps": job.warps, "num_stages": job.stages})
-    return _facts(compiled, log)
+    cache = get_cache_manager(compiled.hash)
+    if kept := cache.get_file(FACTS):
+        return Facts(**json.loads(Path(kept).read_text(encoding="utf-8")))
+    facts = _facts(compiled, log)
+    cache.put(json.dumps(asdict(facts)), FACTS, binary=False)
+    return facts
 
 
 def _constant(value: Any) -> Any:

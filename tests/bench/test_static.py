@@ -115,9 +115,26 @@ def test_a_kernel_that_another_program_left_in_the_cache_is_judged_by_the_words_
         assert done.returncode == 1, done.stderr
         found += json.loads((tmp_path / "records.json").read_text())
         logs = list((tmp_path / "cache").rglob("ptxas.log"))
-        assert len(logs) == 1
-        logs[0].unlink()
+        facts = list((tmp_path / "cache").rglob("facts-*.json"))
+        assert len(logs) == len(facts) == 1
+        for path in logs + facts:
+            path.unlink()
     assert found[0] == found[1] and found[0]["messages"]
+
+
+def test_facts_in_the_cache_are_those_of_this_code(tmp_path):
+    def registers() -> int:
+        arguments = ("--cases", f"{WITNESSES}:serialised", "--arch", "sm_90", "--json", str(tmp_path / "records.json"))
+        gate(*arguments, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+        (record,) = json.loads((tmp_path / "records.json").read_text())
+        return record["registers"]
+
+    first = registers()
+    (facts,) = (tmp_path / "cache").rglob("facts-*.json")
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"registers": 7}))
+    assert registers() == 7
+    facts.rename(facts.with_name("facts-of-other-code.json"))
+    assert registers() == first
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Bit-exactness through the command line: the same command twice, killed at random moments, damaged, out of space."""
 
 import random
-import resource
 import signal
 import time
 from contextlib import suppress
 
 import pytest
-from tiny_run import results, run, start, tiny_toml
+import tiny_run
+from tiny_run import results, tiny_toml
+from warm_commands import run, start
 
 KILLS = 6
 
@@ -21,9 +22,21 @@ def config(tmp_path_factory):
 def unbroken(config, tmp_path_factory):
     """Folder of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    done = run("train", config, "--out", out)
-    assert done.returncode == 0, done.stdout
+    status, said = run("train", config, "--out", out, output=out.parent / "log")
+    assert status == 0, said
     return out
+
+
+@pytest.fixture
+def train(config, tmp_path):
+    """Function that trains into a folder to the end; returns what was said."""
+
+    def call(out):
+        status, said = run("train", config, "--out", out, output=tmp_path / "log")
+        assert status == 0, said
+        return said
+
+    return call
 
 
 def state(folder):
@@ -36,65 +49,57 @@ def state(folder):
 
 
 def test_the_same_command_twice_gives_the_same_bytes(config, unbroken, tmp_path):
-    done = run("train", config, "--out", tmp_path / "again")
+    done = tiny_run.run("train", config, "--out", tmp_path / "again")  # in a new process
     assert done.returncode == 0, done.stdout
     assert results(tmp_path / "again") == results(unbroken)
 
 
-def test_a_finished_run_is_left_as_it_is(config, unbroken):
+def test_a_finished_run_is_left_as_it_is(train, unbroken):
     before = results(unbroken)
-    done = run("train", config, "--out", unbroken)
-    assert done.returncode == 0, done.stdout
+    train(unbroken)
     assert results(unbroken) == before
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_the_same(config, unbroken, tmp_path):
+def test_killed_at_random_moments_it_ends_the_same(config, train, unbroken, tmp_path):
     out = tmp_path / "killed"
     moments = random.Random(0)
     killed = 0
     for _ in range(KILLS):
         # By what the run writes and not by the clock: a busy machine kills it at the same points.
         wanted, seen, last = moments.randint(1, 10), 0, state(out)
-        process = start("train", config, "--out", out)
-        while process.poll() is None and seen < wanted:
+        process = start("train", config, "--out", out, output=tmp_path / "log")
+        while process.is_alive() and seen < wanted:
             time.sleep(0.002)
             now = state(out)
             seen, last = seen + (now != last), now
         time.sleep(moments.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
     assert killed >= 2
-    done = run("train", config, "--out", out)
-    assert done.returncode == 0, done.stdout
+    train(out)
     assert results(out) == results(unbroken)
 
 
-def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(config, unbroken, tmp_path):
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(train, unbroken, tmp_path):
     out = tmp_path / "damaged"
-    assert run("train", config, "--out", out).returncode == 0
+    train(out)
     last = sorted((out / "checkpoints").glob("*.pt"))[-1]
     last.write_bytes(last.read_bytes()[:-1000])
     for name in ("weights", "features"):
         for path in (out / name).iterdir():
             path.unlink()
-    done = run("train", config, "--out", out)
-    assert done.returncode == 0, done.stdout
-    assert f"checkpoint {last} is damaged" in done.stdout and "resuming from" in done.stdout
+    said = train(out)
+    assert f"checkpoint {last} is damaged" in said and "resuming from" in said
     assert results(out) == results(unbroken)
 
 
-def test_a_full_disk_is_one_clear_error_and_the_run_continues_later(config, unbroken, tmp_path):
+def test_a_full_disk_is_one_clear_error_and_the_run_continues_later(config, train, unbroken, tmp_path):
     out = tmp_path / "full"
     limit = sorted((unbroken / "checkpoints").glob("*.pt"))[-1].stat().st_size - 1
-
-    def small_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    failed = run("train", config, "--out", out, preexec_fn=small_disk)
-    assert failed.returncode == 1
-    assert f"error: cannot write {out / 'checkpoints'}" in failed.stdout and "Traceback" not in failed.stdout
-    done = run("train", config, "--out", out)
-    assert done.returncode == 0, done.stdout
+    status, said = run("train", config, "--out", out, output=tmp_path / "log", largest_file=limit)
+    assert status == 1
+    assert f"error: cannot write {out / 'checkpoints'}" in said and "Traceback" not in said
+    train(out)
     assert results(out) == results(unbroken)
