@@ -49,7 +49,7 @@ def linked(text: str, page: str) -> str:
             return link[0]  # within the page, of the web, code, or a broken link, which MkDocs reports
         found = site_path(where)
         if found is None:
-            return f"`{where}`" if label.strip("`") in (where, path) else f"{label} (`{where}`)"
+            return f"`{where}`" if label.strip("`").rstrip("/") == where else f"{label} (`{where}`)"
         return f"{figure}[{label}]({posixpath.relpath(found, posixpath.dirname(page) or '.')}{hash_sign}{anchor})"
 
     return _LINK.sub(replace, text)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_structure import ROOT
 
+from fastcl import OBJECTIVES, Objective
 from fastcl.cli.main import main
 from fastcl.errors import FastclError
 from fastcl.train import load_config
@@ -223,11 +224,20 @@ def test_links_of_the_checkout_become_those_of_the_site():
         ("bench/results/cpu/losses.md", "![l](losses.svg)", "![l](losses.svg)"),
         ("data.md", "[r](../fastcl/data/plan.py)", "r (`fastcl/data/plan.py`)"),
         ("training.md", "[examples/cifar10.toml](../examples/cifar10.toml)", "`examples/cifar10.toml`"),
+        ("training.md", "[`examples/`](../examples/)", "`examples`"),
         ("losses.md", "[g](gone.md) [w](https://a.b/c) [h](#h)", "[g](gone.md) [w](https://a.b/c) [h](#h)"),
     ):
         assert hooks.linked(link, page) == wanted
     paths = [path for path, _ in hooks.from_elsewhere()]
     assert {"kernels.md", "contributing.md", "bench/results/cpu/losses.svg"} <= set(paths)
+
+
+def test_the_table_of_objectives_is_that_of_the_code():
+    row = re.compile(r"^\| `(\w+)` \| ([\w, ]+) \| ([\w, ]+) \| (inside|outside)", re.MULTILINE)
+    assert {
+        name: Objective(tuple(denominator.split(", ")), tuple(positives.split(", ")), place == "inside")
+        for name, denominator, positives, place in row.findall(text_of("docs/losses.md"))
+    } == OBJECTIVES
 
 
 def test_the_command_of_ci_is_the_one_that_readme_gives():
