@@ -12,18 +12,19 @@ CORE := $(addprefix tests/,losses project/test_structure.py project/test_rooms.p
     similarity/test_accumulator.py similarity/test_spearman.py data/test_plan.py data/test_loader.py train/test_config.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint matrix bench clean
+.PHONY: help demo check test lint docs matrix bench clean
 
 help:
 	@echo 'make demo    train small models on the same views, measure how they align, write a report to $(OUT)/demo'
 	@echo 'make check   style check, then the tests of the core: run it after every change'
 	@echo 'make test    style check, then all tests: about 20 minutes'
 	@echo 'make lint    style check alone'
+	@echo 'make docs    build the documentation into $(OUT)/docs; needs no network once .venv is there'
 	@echo 'make matrix  other versions of PyTorch and Triton, with Python 3.12 and 3.10 where they are: 6 GB each in .matrix'
 	@echo 'make bench   benchmarks ($(BENCHES)); results in $(OUT)/bench'
 	@echo 'make clean   remove .venv, .matrix, build output and caches; results in $(OUT)/ stay'
 	@echo
-	@echo 'The first of demo, check, test, lint and bench installs everything into .venv: a few minutes and about 6 GB.'
+	@echo 'The first of demo, check, test, lint, docs and bench installs everything into .venv: a few minutes and about 6 GB.'
 	@echo 'Another interpreter: make PYTHON=python3.12 demo (3.11 or newer).'
 
 # The stamp is taken away before an update and comes back after the last step only, so an interrupted install is never taken
@@ -38,7 +39,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo 'Installing fastcl, PyTorch and the tools into $(VENV); pip reports to $(VENV)/install.log meanwhile.'
 	@echo 'The first time this takes a few minutes and about 6 GB.'
 	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input \
-	    -c constraints.txt -e '.[train,dali,bench,dev]' > $(VENV)/install.log 2>&1 \
+	    -c constraints.txt -e '.[train,dali,bench,docs,dev]' > $(VENV)/install.log 2>&1 \
 	    || { tail -n 20 $(VENV)/install.log >&2; echo 'The install has failed; above is the end of $(VENV)/install.log.' >&2; exit 1; }
 	@touch $@
 	@echo 'Installed. Later runs reuse $(VENV).'
@@ -59,6 +60,11 @@ check: lint
 test: lint
 	@echo 'Running the tests in $(WORKERS) processes; the ten slowest are listed at the end.'
 	@$(BIN)/python -m pytest --durations=10 -n $(WORKERS) --dist loadfile
+
+docs: $(STAMP)
+	@echo 'Building the documentation into $(OUT)/docs.'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir $(OUT)/docs
+	@echo 'Built: $(OUT)/docs/index.html'
 
 matrix:
 	@.ci/matrix

@@ -1,4 +1,4 @@
-"""Make the README's tables and figures from the results under bench/results/: nothing there is typed by hand."""
+"""Make the tables and figures of README and docs from the results under bench/results/: none is typed by hand."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from bench.readme_tables import TABLES, read
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+PAGES = ("README.md", "docs/benchmarks.md", "docs/training.md")
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.DOTALL)
 _DESCRIPTION = f"""\
-Write what stands in README.md between "<!-- table: NAME -->" and "<!-- end -->" anew, from the results under
-bench/results/, and draw the figures there. Results of bench.gpu are expected in bench/results/gpu; what is not there is
-"not measured". Tables: {", ".join(TABLES)}.
+Write what stands in {", ".join(PAGES)} between
+"<!-- table: NAME -->" and "<!-- end -->" anew, from the results under bench/results/, and draw the figures there.
+Results of bench.gpu are expected in bench/results/gpu; what is not there is "not measured".
+Tables: {", ".join(TABLES)}.
 """
 
 
-def rendered(text: str, results: Path) -> str:
-    """The README with every table as the results have it.
+def rendered(text: str, results: Path, page: str) -> str:
+    """The text of a page with every table as the results have it.
 
     Raises:
-        ValueError: a mark without its end, or of a table that nobody makes.
+        ValueError: a mark without its end, or of a table that nobody makes; names the page.
     """
     marks, found = len(re.findall("<!-- (?:table: |end)", text)), _BLOCK.findall(text)
     if marks != 2 * len(found):
-        raise ValueError(f"README.md has {marks} marks, but {len(found)} tables with a beginning and an end")
+        raise ValueError(f"{page} has {marks} marks, but {len(found)} tables with a beginning and an end")
     if unknown := {name for _, name, _ in found} - set(TABLES):
-        raise ValueError(f"README.md has tables that nobody makes: {', '.join(sorted(unknown))}")
+        raise ValueError(f"{page} has tables that nobody makes: {', '.join(sorted(unknown))}")
     return _BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block['name']](results).strip()}\n\n{block[3]}", text)
 
 
@@ -42,26 +44,27 @@ def draw(results: Path) -> None:
         for file in sorted(results.rglob(f"{name}.json")):
             figure(read(file), file.parent)
     for file in sorted(results.rglob("metrics.jsonl")):
-        figures.alignment(file.parent)
+        figures.of_run(file.parent)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the README and the figures, or with --check say whether it would change; returns the exit status."""
+    """Write the pages and the figures, or with --check say which would change; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.readme", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a table is old")
     args = parser.parse_args(argv)
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = rendered(before, RESULTS)
+    before = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    after = {page: rendered(text, RESULTS, page) for page, text in before.items()}
+    old = [page for page in PAGES if before[page] != after[page]]
     if args.check:
-        if before != after:
-            print("README.md is out of date: run python -m bench.readme", file=sys.stderr)
-        return int(before != after)
-    write_file(path, after)
+        if old:
+            print(f"out of date: {', '.join(old)}; run python -m bench.readme", file=sys.stderr)
+        return int(bool(old))
+    for page in old:
+        write_file(ROOT / page, after[page])
     draw(RESULTS)
-    print("README.md is as the results have it")
+    print(f"as the results have it: {', '.join(PAGES)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The tables of the README, each a function of the folder of results."""
+"""The tables of README and docs, each a function of the folder of results."""
 
 from __future__ import annotations
 
@@ -74,6 +74,11 @@ def losses(records: Sequence[Record]) -> str:
     return table(head, rows)
 
 
+def ntxent(records: Sequence[Record]) -> str:
+    """The rows of `losses` of NT-Xent alone."""
+    return losses([r for r in records if r["objective"] == "ntxent"])
+
+
 def _row_key(r: Record) -> tuple[str, int, int, str]:
     return r["objective"], r["d"], r["n"], r["date"]  # a date is that of one run: its times are comparable
 
@@ -94,7 +99,7 @@ def _mib(size: int | None) -> str:
 
 
 def similarity(records: Sequence[Record]) -> str:
-    """fastcl beside the best dense Gram form that returns as much, of the cases that the README shows."""
+    """fastcl beside the best dense Gram form that returns as much, of the cases that are shown."""
     head = ("what", "measures", "ms", "of the bound", "best dense Gram form", "faster by", "MiB, fastcl", "MiB, dense")
     rows = []
     keys = (*KEYS, "date")
@@ -220,7 +225,7 @@ def gpu(results: Path) -> str:
                *data_report.targets(found["data"]), *training_report.targets(found["training"])]  # fmt: skip
     text = [conditions(first), table(("target", "where", "found", "reached"), checked)]
     if (folder / "losses" / "losses.svg").is_file():
-        text.append("![NT-Xent on the GPU: time and memory](bench/results/gpu/losses/losses.svg)")
+        text.append("![NT-Xent on the GPU: time and memory](../bench/results/gpu/losses/losses.svg)")
     tables = ((losses, all_losses), (similarity, found["similarity"]),
               (libraries, found["similarity"]), (views, found["data"]),
               (training_steps, found["training"]), (training_runs, found["training"]))  # fmt: skip
@@ -239,6 +244,7 @@ def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[P
 TABLES: dict[str, Callable[[Path], str]] = {
     "omniglot": omniglot,
     "losses": _of_cpu(losses, "losses.json"),
+    "ntxent": _of_cpu(ntxent, "losses.json"),
     "similarity": _of_cpu(similarity, "similarity.json", "stream/similarity.json"),
     "libraries": _of_cpu(libraries, "similarity.json"),
     "twins": _of_cpu(pairs_of_twins, "stream/similarity.json"),

@@ -38,7 +38,7 @@ Every step has its place in a timetable and is interrupted when that is over; wh
 next ones. Needs torch, triton, numpy and pytest, and uses what else is installed. The real images are read from
 FASTCL_DATA. DIR/gpu.json and DIR/gpu.md list the steps and are rewritten after each; DIR/NAME.log is what a step
 printed, DIR/NAME/ what it measured. A step that fails does not keep the next from running; the exit status is 1 if any
-failed or ran out of time. `python -m bench.readme` makes the README's tables from DIR = bench/results/gpu.
+failed or ran out of time. `python -m bench.readme` makes the tables of the documentation from DIR = bench/results/gpu.
 """
 
 

@@ -82,17 +82,19 @@ def losses(records: Sequence[Record], folder: Path) -> str | None:
     return _draw(folder / "losses.svg", title, lines, "peak memory beyond the inputs (MiB)")
 
 
-def alignment(run: Path) -> None:
-    """Write the report's figure of how the models of a run align with its reference, on white."""
+def of_run(run: Path) -> None:
+    """Write the report's figures of a run's alignment and drift, on white; the latter where it was recorded."""
     from fastcl.report.drawing import svg
     from fastcl.report.figures import PLATES
     from fastcl.report.run import load_run
 
-    text = svg(next(plate for plate in PLATES if plate.name == "alignment"), load_run(run))
-    for name, colour in (("var(--ink)", "#24292f"), ("var(--grid)", "#d0d7de")):  # of a page, which there is none of
-        text = text.replace(name, colour)
-    text = text.replace("<svg ", '<svg style="background:#fff" ', 1)
-    write_file(run / "alignment.svg", text)
+    found = load_run(run)
+    for plate in PLATES:
+        if plate.name in ("alignment", "drift") and plate.shown(found):
+            text = svg(plate, found)
+            for name, colour in (("var(--ink)", "#24292f"), ("var(--grid)", "#d0d7de")):  # there is no page here
+                text = text.replace(name, colour)
+            write_file(run / f"{plate.name}.svg", text.replace("<svg ", '<svg style="background:#fff" ', 1))
 
 
 def _most(records: Sequence[Record]) -> list[Record]:

@@ -1,4 +1,4 @@
-"""The README's tables are what the results say, and what a table says is what its records hold."""
+"""The tables of README and docs are what the results say, and what a table says is what its records hold."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,9 @@ VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0"}
 H200 = {"device": "NVIDIA H200", "versions": VERSIONS, "date": "2026-11-28T12:00"}
 
 
-def test_the_readme_is_up_to_date(capsys):
+def test_the_pages_are_up_to_date(capsys):
     assert readme.main(["--check"]) == 0, capsys.readouterr().err
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in readme.PAGES)
     assert all(f"<!-- table: {name} -->" in text for name in readme_tables.TABLES)
 
 
@@ -30,21 +30,24 @@ def test_only_what_is_between_the_marks_changes(monkeypatch, tmp_path, capsys):
     text, wanted = frame.format("old\n| x |", ""), frame.format("\n| R |\n", "\n\\1\n")
     tables = {"a": lambda results: f"\n| {results.name} |\n", "b": lambda results: r"\1"}
     monkeypatch.setattr(readme, "TABLES", tables)
-    assert readme.rendered(text, Path("R")) == wanted == readme.rendered(wanted, Path("R"))
-    with pytest.raises(ValueError, match="nobody makes: c"):
-        readme.rendered(text.replace("table: b", "table: c"), Path("R"))
+    assert readme.rendered(text, Path("R"), "P") == wanted == readme.rendered(wanted, Path("R"), "P")
+    with pytest.raises(ValueError, match="P has tables that nobody makes: c"):
+        readme.rendered(text.replace("table: b", "table: c"), Path("R"), "P")
     for broken in (text.replace("<!-- end -->", "", 1), text + "<!-- end -->", text.replace("<!-- table: b -->", "")):
-        with pytest.raises(ValueError, match="marks"):
-            readme.rendered(broken, Path("R"))
-    (tmp_path / "README.md").write_text(text)
+        with pytest.raises(ValueError, match="P has . marks"):
+            readme.rendered(broken, Path("R"), "P")
+    (tmp_path / "README.md").write_text(wanted)
+    (tmp_path / "page.md").write_text(text)
+    monkeypatch.setattr(readme, "PAGES", ("README.md", "page.md"))
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "RESULTS", Path("R"))
     drawn = []
     monkeypatch.setattr(readme, "draw", drawn.append)
-    assert readme.main(["--check"]) == 1 and "python -m bench.readme" in capsys.readouterr().err
-    assert (tmp_path / "README.md").read_text() == text
+    assert readme.main(["--check"]) == 1
+    assert capsys.readouterr().err == "out of date: page.md; run python -m bench.readme\n"
+    assert (tmp_path / "page.md").read_text() == text
     assert not drawn and readme.main([]) == 0 == readme.main(["--check"]) and drawn == [Path("R")]
-    assert (tmp_path / "README.md").read_text() == wanted
+    assert [(tmp_path / page).read_text() for page in readme.PAGES] == [wanted, wanted]
 
 
 def test_every_figure_is_drawn_beside_its_records(tmp_path):
@@ -56,7 +59,7 @@ def test_every_figure_is_drawn_beside_its_records(tmp_path):
     make_run(tmp_path / "run", epochs=2)
     readme.draw(tmp_path)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.svg")) == [
-        "gpu/losses/losses.svg", "run/alignment.svg"
+        "gpu/losses/losses.svg", "run/alignment.svg", "run/drift.svg"
     ]  # fmt: skip
     text = (tmp_path / "gpu" / "losses" / "losses.svg").read_text()
     assert all(word in text for word in ("NT-Xent", "D = 64; NVIDIA H200", "fastcl fp16", "Inf-CL", "bound"))
@@ -214,7 +217,7 @@ def test_a_table_for_a_card_names_what_was_not_measured(tmp_path):
     assert "| 65,536 | ntxent | 256 | 11 |" in text and "losses.svg" not in text
     assert "| fastcl triton: 1,000,000 images/s, two views of each | 32 pixels, CUDA | not measured |  |" in text
     (tmp_path / "gpu" / "losses" / "losses.svg").write_text("")
-    assert "(bench/results/gpu/losses/losses.svg)" in readme_tables.gpu(tmp_path)
+    assert "(../bench/results/gpu/losses/losses.svg)" in readme_tables.gpu(tmp_path)
 
 
 def test_a_machine_without_results_has_not_measured(tmp_path):
