@@ -29,8 +29,8 @@ Train self-supervised and supervised contrastive models side by side on the same
 
 
 # What training, reports and data import beyond the bare package.
-_TRAIN = {"PIL", "filelock", "matplotlib", "numpy", "safetensors", "sklearn", "tensorboard", "timm", "tomli",
-          "torchvision", "tqdm"}  # fmt: skip
+_TRAIN = {"PIL", "filelock", "jinja2", "matplotlib", "numpy", "safetensors", "sklearn", "tensorboard", "timm",
+          "tomli", "torchvision", "tqdm"}  # fmt: skip
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write
 
