@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.data import report as data_report
 from bench.harness.figures import LOSSES
+from bench.harness.markdown import target_table
 from bench.harness.records import Record, digits, duration, table
 from bench.losses import targets as loss_targets
 from bench.similarity import report as similarity_report
@@ -223,7 +224,7 @@ def gpu(results: Path) -> str:
         return NOT_MEASURED
     checked = [*loss_targets.targets(all_losses), *similarity_report.targets(found["similarity"]),
                *data_report.targets(found["data"]), *training_report.targets(found["training"])]  # fmt: skip
-    text = [conditions(first), table(("target", "where", "found", "reached"), checked)]
+    text = [conditions(first), target_table(checked)]
     if (folder / "losses" / "losses.svg").is_file():
         text.append("![NT-Xent on the GPU: time and memory](../bench/results/gpu/losses/losses.svg)")
     tables = ((losses, all_losses), (similarity, found["similarity"]),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 from statistics import median
 
 import torch
 
 from bench.data.providers import DALI_RENDERER, DECODING, LEVELS, TRITON_RENDERER
+from bench.harness.markdown import Target, machine_and_load, not_measured, outcome, target_table
 from bench.harness.records import Record, digits, table
 from bench.training import waiting
 
@@ -18,13 +18,10 @@ TRITON_TARGET, TRITON_SIZE, DECODER_SIZE = 1e6, 32, 224
 
 def header(facts: Record, args: argparse.Namespace, device: torch.device) -> str:
     """The conditions of the run, before its first measurement."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    tiny = "\n- Tiny sizes: they prove that the benchmark works and measure nothing." if args.tiny else ""
     return f"""\
 # Data: decoding and two views
 
-- Machine: {facts["device"]}; {versions}; {facts["date"]}. Load average at the start: {os.getloadavg()[0]:.1f}; other
-  processes change not only the times but their ratios.{tiny}
+{machine_and_load(facts, args.tiny)}
 - A pass takes the stored images of the table in shuffled order to two float32 views of each on the {device.type}, batch
   by batch; fastcl's loader starts its workers anew in every pass, as in an epoch of training, the
   others' stay up; nothing is fetched before a pass begins.
@@ -41,7 +38,7 @@ def header(facts: Record, args: argparse.Namespace, device: torch.device) -> str
 
 def body(records: Sequence[Record]) -> str:
     """Targets and tables of what has been measured so far."""
-    text = f"\n## Targets\n\n{table(('target', 'where', 'found', 'reached'), targets(records))}"
+    text = f"\n## Targets\n\n{target_table(targets(records))}"
     views = [r for r in records if r["section"] == "views"]
     for size in dict.fromkeys(r["size"] for r in views):
         text += _views([r for r in views if r["size"] == size])
@@ -54,7 +51,7 @@ def rate(r: Record) -> float:
     return 1e3 * r["images"] / median(r["samples_ms"])
 
 
-def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
+def targets(records: Sequence[Record]) -> Iterator[Target]:
     """Rows: target, where, found, reached."""
 
     def on_card(name: str, size: int) -> float | None:
@@ -63,8 +60,7 @@ def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
 
     fused = on_card(TRITON_RENDERER, TRITON_SIZE)
     yield (f"{TRITON_RENDERER}: {TRITON_TARGET:,.0f} images/s, two views of each", f"{TRITON_SIZE} pixels, CUDA",
-           *(("not measured", "") if fused is None else (f"{fused:,.0f}", "yes" if fused >= TRITON_TARGET else "no")),
-           )  # fmt: skip
+           *outcome(fused, lambda rate: f"{rate:,.0f}", lambda rate: rate >= TRITON_TARGET))  # fmt: skip
     dali, decoding = (on_card(name, DECODER_SIZE) for name in (DALI_RENDERER, DECODING))
     share = "not measured" if None in (dali, decoding) else f"{100 * dali / decoding:.0f} % of {decoding:,.0f} images/s"
     yield f"{DALI_RENDERER}: beside its decoder alone", f"{DECODER_SIZE} pixels, CUDA", share, ""
@@ -78,8 +74,7 @@ def _views(records: Sequence[Record]) -> str:
     head = ("provider", "makes", "images/s", "core-ms", "images/s per core", "off by")
     timed = [r for r in records if r["samples_ms"]]
     text += table(head, map(_row, timed)) if timed else "Nothing was measured.\n"
-    reasons = [f"{r['provider']}: {r['reason']}" for r in records if r["reason"]]
-    return text + ("\nNot measured: " + "; ".join(reasons) + ".\n" if reasons else "")
+    return text + not_measured(records)
 
 
 def _row(r: Record) -> tuple[str, ...]:
@@ -99,5 +94,4 @@ def _training(records: Sequence[Record]) -> str:
     rows = [(r["provider"], "two views", digits(r["images_per_second"]), digits(r["seconds"]),
              f"{100 * waiting.share_of(r):.1f} %") for r in records if not r["reason"]]  # fmt: skip
     text += "\n" + table(("renderer", "makes", "images/s", "seconds", "waits for views"), rows) if rows else ""
-    reasons = [f"{r['provider']}: {r['reason']}" for r in records if r["reason"]]
-    return text + ("\nNot measured: " + "; ".join(reasons) + ".\n" if reasons else "")
+    return text + not_measured(records)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from bench.harness.ceilings import Ceilings
-from bench.harness.figures import CAPTION
+from bench.harness.markdown import machine_and_load, mib, not_run, time_and_memory
 from bench.harness.records import Record, digits, duration, milliseconds, table
 from bench.losses.plain import TEMPERATURE
 from bench.losses.providers import TOLERANCES
@@ -17,13 +16,11 @@ from bench.losses.providers import TOLERANCES
 
 def header(facts: Record, args: argparse.Namespace, ceilings: Ceilings | None, warm_up_rows: int) -> str:
     """The conditions of the run, before its first measurement."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     agreed = ", ".join(f"{tolerance:g} ({name})" for name, tolerance in TOLERANCES.items())
     text = f"""\
 # Losses: time and memory
 
-- Machine: {facts["device"]}; {versions}; {facts["date"]}. Load average at the start: {os.getloadavg()[0]:.1f}; other
-  processes change not only the times but their ratios.
+{machine_and_load(facts)}
 - Inputs: n standard normal rows, two views of n / 2 samples (clip: pairs of two towers) in 2 to 100 classes;
   temperature {TEMPERATURE}; float32, matrix products at precision
   "{torch.get_float32_matmul_precision()}" where a provider does not lower it.
@@ -67,15 +64,12 @@ def body(records: Sequence[Record], ours: str, figure: str | None) -> str:
     gpu = any(r["gpu_ms"] for r in records)
     head = ["n", "provider", "forward + backward", "forward", "backward", *(["wall", "of the bound"] if gpu else [])]
     head += ["TFLOP/s", "dense TFLOP/s", "peak MiB", f"{ours.removeprefix('fastcl ')} is faster by"]
-    text = f"\n![Time and memory against the number of rows]({figure})\n\n{CAPTION}\n" if figure else ""
+    text = time_and_memory(figure)
     for objective, d in dict.fromkeys((r["objective"], r["d"]) for r in records):
         chosen = [r for r in records if (r["objective"], r["d"]) == (objective, d)]
         absent = _absent(chosen)
         rows = _rows([r for r in chosen if r["provider"] not in absent], ours, gpu)
-        text += f"\n## {objective}, d = {d}\n\n{table(head, rows)}"
-        if absent:
-            reasons = {reason: [k for k in absent if absent[k] == reason] for reason in absent.values()}
-            text += "\nNot run. " + "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items()) + ".\n"
+        text += f"\n## {objective}, d = {d}\n\n{table(head, rows)}{not_run(absent)}"
     return text
 
 
@@ -98,7 +92,7 @@ def _rows(records: Sequence[Record], ours: str, gpu: bool) -> Iterator[list[str]
     for (n, name, run), both in by_key.items():
         if run != "both":
             continue
-        peak = "" if both["peak_bytes"] is None else f"{both['peak_bytes'] / 2**20:.1f}"
+        peak = mib(both["peak_bytes"])
         if both["reason"]:
             yield [str(n), name, both["reason"], *[""] * (6 if gpu else 4), peak, ""]
             continue

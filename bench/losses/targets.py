@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from bench.harness.markdown import Target, outcome
 from bench.harness.records import Record, digits
 from bench.losses.providers import CHUNKED, FUSED
 
@@ -21,10 +22,8 @@ FASTER_AT = ((65536, 256), (65536, 512))
 HALF = ("chunked bf16", "torch.compile bf16", "flex_attention bf16")
 PLAIN = ("plain PyTorch", "plain PyTorch bf16", *HALF)
 
-Row = tuple[str, str, str, str]
 
-
-def targets(records: Sequence[Record]) -> Iterator[Row]:
+def targets(records: Sequence[Record]) -> Iterator[Target]:
     """Rows of a table: target, where, found, reached. What a run on another device found reaches no target.
 
     Clip's target is 2.1 times NT-Xent's time at equal work; its two towers of n / 2 rows have a quarter of the pairs.
@@ -80,14 +79,9 @@ def _value(r: Record | None, key: str) -> float | None:
     return None if r is None else r[key]
 
 
-def _most(what: str, n: int, d: int, found: float | None, limit: float, unit: str) -> Row:
-    return _row(what, n, d, found, unit, found is not None and found <= limit)
+def _most(what: str, n: int, d: int, found: float | None, limit: float, unit: str) -> Target:
+    return what, f"N = {n:,}, D = {d:,}", *outcome(found, lambda x: f"{digits(x)}{unit}", lambda x: x <= limit)
 
 
-def _least(what: str, n: int, d: int, found: float | None, limit: float) -> Row:
-    return _row(what, n, d, found, "x", found is not None and found >= limit)
-
-
-def _row(what: str, n: int, d: int, found: float | None, unit: str, reached: bool) -> Row:
-    outcome = ("not measured", "") if found is None else (f"{digits(found)}{unit}", "yes" if reached else "no")
-    return what, f"N = {n:,}, D = {d:,}", *outcome
+def _least(what: str, n: int, d: int, found: float | None, limit: float) -> Target:
+    return what, f"N = {n:,}, D = {d:,}", *outcome(found, lambda x: f"{digits(x)}x", lambda x: x >= limit)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from bench.harness.ceilings import Ceilings
-from bench.harness.figures import CAPTION
+from bench.harness.markdown import Target, machine_and_load, mib, not_run, outcome, target_table, time_and_memory
 from bench.harness.records import Record, digits, milliseconds, table
 from bench.similarity import two_models
 from bench.similarity.inputs import KEYS, MEAN, OWN, SHARED, Case
@@ -29,7 +28,6 @@ CARD_TARGET, CARD, CARD_MS = Case("models", 50_000, 2048, 4, "bfloat16"), "H200"
 
 def header(facts: Record, args: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> str:
     """The conditions of the run, before its first measurement."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     allowed = ", ".join(f"{tolerance:g} ({name})" for name, tolerance in TOLERANCES.items())
     cuda = device.type == "cuda"
     memory = (
@@ -40,8 +38,7 @@ def header(facts: Record, args: argparse.Namespace, device: torch.device, ceilin
     return f"""\
 # Pair statistics: time and memory
 
-- Machine: {facts["device"]}; {versions}; {facts["date"]}. Load average at the start: {os.getloadavg()[0]:.1f}; other
-  processes change not only the times but their ratios.{_tiny(args)}
+{machine_and_load(facts, args.tiny)}
 - Features: {SHARED} times standard normal rows that all models share and {OWN} times a model's own, about a mean of
   {MEAN}. In chunks, they are drawn again in every call: "{DRAWN}" is that time, and part of all others.
 - Time: ms on the wall clock, median (minimum-maximum) of at most {args.repeats} rounds, fewer after {args.seconds:g} s
@@ -63,18 +60,13 @@ def header(facts: Record, args: argparse.Namespace, device: torch.device, ceilin
 """
 
 
-def _tiny(args: argparse.Namespace) -> str:
-    return "\n- Tiny sizes: they prove that the benchmark works and measure nothing." if args.tiny else ""
-
-
 def body(records: Sequence[Record], figure: str | None, device: torch.device) -> str:
     """Targets, figure and tables of what has been measured so far.
 
     Args:
         figure: name of the file, or None where there is none.
     """
-    text = f"\n## Targets\n\n{table(('target', 'where', 'found', 'reached'), targets(records))}"
-    text += f"\n![Time and memory against the number of rows]({figure})\n\n{CAPTION}\n" if figure else ""
+    text = f"\n## Targets\n\n{target_table(targets(records))}{time_and_memory(figure)}"
     for section, title in TITLES.items():
         chosen = [r for r in records if r["section"] == section]
         if chosen:
@@ -85,7 +77,7 @@ def body(records: Sequence[Record], figure: str | None, device: torch.device) ->
     return text
 
 
-def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
+def targets(records: Sequence[Record]) -> Iterator[Target]:
     """Rows: target, where, found, reached."""
     found = [r for r in records if _is(r, DENSE_TARGET)]
     date = next((r["date"] for r in found if r["dense"]), None)  # of the run that has them: times of two do not compare
@@ -96,18 +88,13 @@ def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
         time, memory = best["wall_ms"] / ours["wall_ms"], ours["peak_bytes"] / best["peak_bytes"]
     where = str(DENSE_TARGET)
     yield (f"{FASTER} times as fast as the best dense Gram form with the same measures", where,
-           *_outcome(time, f"{digits(time)}x" if time else "", time is not None and time >= FASTER))  # fmt: skip
+           *outcome(time, lambda t: f"{digits(t)}x", lambda t: t >= FASTER))  # fmt: skip
     yield (f"at most {100 * SMALLER:g} % of its memory", where,
-           *_outcome(memory, f"{100 * memory:.3g} %" if memory is not None else "", memory is not None
-                     and memory <= SMALLER))  # fmt: skip
+           *outcome(memory, lambda m: f"{100 * m:.3g} %", lambda m: m <= SMALLER))  # fmt: skip
     card = next((r for r in records if _is(r, CARD_TARGET) and r["provider"] == ALL_THREE), {})
     here = card.get("wall_ms") if CARD in card.get("device", "") else None
     yield (f"CKA, debiased CKA and RSA of all pairs in {CARD_MS} ms on an {CARD}", str(CARD_TARGET),
-           *_outcome(here, f"{digits(here)} ms" if here else "", here is not None and here <= CARD_MS))  # fmt: skip
-
-
-def _outcome(value: float | None, found: str, reached: bool) -> tuple[str, str]:
-    return ("not measured", "") if value is None else (found, "yes" if reached else "no")
+           *outcome(here, lambda ms: f"{digits(ms)} ms", lambda ms: ms <= CARD_MS))  # fmt: skip
 
 
 def _is(r: Record, case: Case) -> bool:
@@ -129,10 +116,7 @@ def _cases(records: Sequence[Record]) -> str:
         chosen = [r for r in records if tuple(r[key] for key in KEYS) == case]
         never = {r["provider"]: r["reason"] for r in chosen if _absent(r)}
         rows = [_row(r, chosen) for r in chosen if r["provider"] not in never]
-        text += f"\n### {Case(*case)}\n\n{table(head, rows)}"
-        if never:
-            reasons = {why: [name for name in never if never[name] == why] for why in never.values()}
-            text += "\nNot run. " + "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items()) + ".\n"
+        text += f"\n### {Case(*case)}\n\n{table(head, rows)}{not_run(never)}"
     return text
 
 
@@ -144,7 +128,7 @@ def _row(r: Record, others: Sequence[Record]) -> list[str]:
     error, differs = ("" if r[key] is None else f"{r[key]:.1e}" for key in ("error", "difference"))
     if not r["measures"]:
         error = differs = ""
-    peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.1f}"
+    peak = mib(r["peak_bytes"])
     if r["reason"]:
         return [r["provider"], r["computes"], r["reason"], peak, error, *[""] * 4]
     rival = best_dense(others, r)
@@ -172,6 +156,6 @@ negatives-only loss of the other. "{two_models.TOGETHER}" and "{two_models.APART
                 rows.append([name, precision, both["reason"], "", "", ""])
                 continue
             times = (milliseconds(at[name, precision, which]["samples_ms"]) for which in ("both", "fwd", "bwd"))
-            rows.append([name, precision, *times, f"{both['peak_bytes'] / 2**20:.1f}"])
+            rows.append([name, precision, *times, mib(both["peak_bytes"])])
         text += f"\n### n = {n:,}, d = {d}\n\n{table(head, rows)}"
     return text

@@ -16,9 +16,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness.records import Record
+from fastcl.config.settings import Config
 from fastcl.data import Batch
 from fastcl.train import Lockstep
-from fastcl.train.config import Config, learning_rate
+from fastcl.train.models import learning_rate
 from fastcl.train.step import BACKWARD, ENCODERS, LOSSES, METRICS, OPTIMIZERS, step_twins
 
 WARM_UP, PROFILED = 2, 2  # steps

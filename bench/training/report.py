@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
+from bench.harness.markdown import TINY, Target, machine_line, outcome, target_table
 from bench.harness.records import Record, digits, table
 from bench.training.runs import ALIGNMENT
 
@@ -14,14 +15,13 @@ BATCH, PRECISIONS = 1024, ("fp32", "bf16")  # of the target
 
 def markdown(records: Sequence[Record], facts: Record, source: str, tiny: bool) -> str:
     """Everything measured so far."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text = f"""\
 # Training
 
-- Machine: {facts["device"]}; {versions}; {facts["date"]}.
+{machine_line(facts)}
 - Images: {source}. ResNet-18 with the CIFAR stem{", made small" if "cuda" not in facts["versions"] else ""}; LARS.
 """
-    text += "- Tiny sizes: they prove that the benchmark works and measure nothing.\n" if tiny else ""
+    text += f"{TINY}\n" if tiny else ""
     sections = {"steps": _steps, "runs": _runs, "precision": _precision}
     for name, write in sections.items():
         mine = [r for r in records if r["section"] == name]
@@ -39,23 +39,23 @@ views, by a profile of two more steps. "Losses" holds the backward pass of fastc
 twin_stats, which is shown by itself too: it returns the pair statistics of a step with the losses of two models.
 "Metrics" is what every model records besides its loss, with the row statistics of the one that trains without them.
 
-{table(("target", "where", "found", "reached"), targets(records))}
+{target_table(targets(records))}
 """
     return text + steps_table(records)
 
 
-def targets(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str]]:
+def targets(records: Sequence[Record]) -> Iterator[Target]:
     """Rows: target, where, found, reached."""
     what = f"losses and waiting at most {LIMIT:.0%} of a step"
     for precision in PRECISIONS:
         wanted = {"section": "steps", "batch": BATCH, "precision": precision, "models": 4, "reason": None}
         r = next((r for r in records if wanted.items() <= r.items() and "cuda" in r["versions"]), None)
-        outcome = "not measured", ""
+        share = None
         if r is not None and r["shares"]["losses"] is not None:
             waits = waiting(r)
             share = waits + (1 - waits) * r["shares"]["losses"]
-            outcome = f"{share:.1%}", "yes" if share <= LIMIT else "no"
-        yield what, f"four models, B = {BATCH:,}, {precision}, CUDA", *outcome
+        reached = outcome(share, lambda s: f"{s:.1%}", lambda s: s <= LIMIT)
+        yield what, f"four models, B = {BATCH:,}, {precision}, CUDA", *reached
 
 
 def waiting(r: Record) -> float:

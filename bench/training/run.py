@@ -29,10 +29,10 @@ from bench.harness.records import (
     write,
 )
 from bench.training import profile, report, runs
+from fastcl.config.settings import Config
+from fastcl.config.tables import parse_config
 from fastcl.errors import shown
 from fastcl.io.outputs import named_path, same
-from fastcl.train.config import Config
-from fastcl.train.tables import parse_config
 
 BENCH = "training"
 STEPS, RUNS, PRECISION = SECTIONS = ("steps", "runs", "precision")

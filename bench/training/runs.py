@@ -14,9 +14,9 @@ from torch import Tensor
 
 import fastcl
 from bench.harness.records import Record
+from fastcl.config.settings import Config
 from fastcl.report import write_report
 from fastcl.train import Lockstep
-from fastcl.train.config import Config
 from fastcl.train.measures.evaluate import encode, evaluate
 from fastcl.train.models import RESEEDED
 

@@ -1,4 +1,4 @@
-"""The command line: demo, train, align, report, views, doctor."""
+"""The command line: demo, train, config, align, report, views, doctor."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import errno
 import logging
 import sys
-from importlib import resources
 from io import TextIOWrapper
 from pathlib import Path
 
 from fastcl import __version__, interrupts
+from fastcl.config.written import DEMO, commented, listing, preset_file, preset_names
 from fastcl.errors import FastclError, install_hint, shown
 from fastcl.io.files import cause
 from fastcl.io.outputs import named_path
@@ -20,6 +20,7 @@ Train self-supervised and supervised contrastive models side by side on the same
 
   fastcl demo --out runs/demo                  the whole job on scikit-learn's digits, a few minutes on two CPU cores
   fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; run it again to continue after a stop
+  fastcl config > CONFIG.toml                  every key of such a file with its meaning; --preset NAME: a whole run
   fastcl report runs/x                         one self-contained HTML page of a run, finished or not
   fastcl align A.npy B.npy                     CKA, RSA and drift of two feature files, or of all their layers
   fastcl views --data SOURCE --out views.png   what the models see: images and their views by every renderer
@@ -28,7 +29,8 @@ Train self-supervised and supervised contrastive models side by side on the same
 
 
 # What training, reports and data import beyond the bare package.
-_TRAIN = {"PIL", "matplotlib", "numpy", "safetensors", "sklearn", "tensorboard", "timm", "tomli", "torchvision", "tqdm"}
+_TRAIN = {"PIL", "filelock", "jinja2", "matplotlib", "numpy", "safetensors", "sklearn", "tensorboard", "timm",
+          "tomli", "torchvision", "tqdm"}  # fmt: skip
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write
 
@@ -104,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         subs[name] = commands.add_parser(name, help=text, description=f"{text}\n{details}", formatter_class=raw)
         subs[name].set_defaults(run=run)
     subs["train"].add_argument("config", type=named_path, metavar="CONFIG.toml")
+    subs["train"].epilog = listing()
+    presets = f"with the values of an example: {', '.join(preset_names())} (default: the defaults of the keys)"
+    subs["config"].add_argument("--preset", metavar="NAME", help=presets)
     for name in ("demo", "train"):
         subs[name].add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the run")
         subs[name].add_argument(
@@ -142,12 +147,16 @@ def _add_views(views: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    with resources.as_file(resources.files("fastcl.train") / "demo.toml") as config:
+    with preset_file(DEMO) as config:
         _run(config, args)
 
 
 def _train(args: argparse.Namespace) -> None:
     _run(args.config, args)
+
+
+def _config(args: argparse.Namespace) -> None:
+    print(commented(args.preset), end="")
 
 
 def _run(config: Path, args: argparse.Namespace) -> None:
@@ -199,8 +208,7 @@ Trains CL (dcl), NSCL, SupCon and cross-entropy from one initialisation on the s
 controls: an identity twin, which must stay bit-identical, and a reseeded twin, the noise floor. Writes the run and
 report.html into --out. The same command continues a stopped run."""),
     "train": (_train, "train from a TOML file", """
-Tables of the file: data, views, model, optim, train; every key and its default stands in fastcl/train/config.py,
-worked examples in examples/. Writes into --out:
+`fastcl config` prints a file to begin with; its keys are listed below. Writes into --out:
 
   run.json          settings, seed, versions, device
   metrics.jsonl     alignment of every pair and accuracy of every model, per epoch
@@ -211,6 +219,11 @@ worked examples in examples/. Writes into --out:
   checkpoints/      the last two; the same command continues a stopped run, bit for bit
   layers.json       CKA of every layer of the reference with those of the others, at the end
   weights/, features/, report.html   at the end"""),
+    "config": (_config, "a commented TOML file for train", """
+Prints every key with its meaning and its default, or an example's value. Train the file as it is, or change it:
+
+  fastcl config --preset omniglot > run.toml
+  fastcl train run.toml --out runs/x --set data.source=omniglot:PATH"""),
     "align": (_align, "CKA, RSA and drift of two feature files, or of all pairs of layers", """
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
 Row k of both files must be the same sample. Printed are CKA (linear, cosine; biased, debiased), RSA (Pearson, with

@@ -1,7 +1,8 @@
 """Images, the view plan, and the renderers that apply it."""
 
+from fastcl.config.view_spec import PRESETS, ViewSpec
 from fastcl.data.loader import Batch, EvalViews, ViewLoader
-from fastcl.data.plan import PRESETS, ViewParams, ViewPlan, ViewSpec, center_view
+from fastcl.data.plan import ViewParams, ViewPlan, center_view
 from fastcl.data.renderers.choose import RENDERERS, Renderer, TorchvisionRenderer, choose_renderer, make_renderer
 from fastcl.data.renderers.torchvision import render_torchvision
 from fastcl.data.sources.decode import DECODED_LIMIT, keep_decoded

@@ -12,7 +12,6 @@ from fastcl.data.philox import check_integer
 from fastcl.errors import FastclError
 
 log = logging.getLogger("fastcl")
-MAX_PIXELS = 1 << 26  # of an image, unless told otherwise: 8,192 x 8,192; decoding takes about 7 bytes a pixel
 _PER_CORE = 16  # processes or threads a core, beyond which a number can only be a mistake
 _DEPTH = 1000
 _FILE_BYTES = 8  # a pixel: four channels of 16 bits, not packed

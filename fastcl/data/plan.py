@@ -9,17 +9,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 
+from fastcl.config.view_spec import ViewSpec
 from fastcl.data.philox import Stream, uniforms
-from fastcl.errors import FastclError, suggest
+from fastcl.errors import FastclError
 
-_CIFAR_STATS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
-_IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_LARGEST = 1e12  # of a field of ViewSpec
-_WIDEST = 4096  # pixels of a view: 64 MiB a channel in float32
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _CHUNK = 2048  # samples drawn at a time: their random words stay in a core's cache, whatever the number of samples
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.int64)
@@ -29,118 +25,6 @@ _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER, _GRAY, _BLUR,
 _TOP, _LEFT, _AREA = 12, 13, 14
 _RATIO = _AREA + _CROP_ATTEMPTS
 _SLOTS = _RATIO + _CROP_ATTEMPTS
-
-
-@dataclass(frozen=True)
-class ViewSpec:
-    """What a random view is drawn from. Probabilities and strengths as torchvision's transforms define them.
-
-    Order of operations: crop and resize, flip, rotation, colour jitter in a drawn order, grayscale, blur, solarise,
-    normalise.
-
-    Raises:
-        FastclError: a value of another type, a probability outside [0, 1], an empty or reversed range, a size or kernel
-            that cannot be.
-    """
-
-    size: int = 32  # pixels, square
-    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area that a crop takes
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of a crop
-    flip: float = 0.5  # probability, horizontal
-    rotation: float = 0.0  # degrees, uniform in [-rotation, rotation]
-    jitter: float = 0.8  # probability of the four colour operations
-    brightness: float = 0.4  # factor uniform in [max(0, 1 - b), 1 + b]; so contrast and saturation
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1  # shift uniform in [-hue, hue] turns
-    grayscale: float = 0.2  # probability
-    blur: float = 0.0  # probability
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    blur_kernel: int = 3  # pixels, odd
-    solarize: float = 0.0  # probability, threshold 128 of 255
-    mean: tuple[float, ...] = (0.5,)  # one value for all channels, or one each
-    std: tuple[float, ...] = (0.5,)
-    eval_crop: float = 1.0  # side of the central square crop that evaluation takes, as a share of the shorter side
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            _check_type(f.name, getattr(self, f.name), f.default)
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FastclError(f"views.{name} must be a probability in [0, 1], got {getattr(self, name)}")
-        for name in ("scale", "ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise FastclError(f"views.{name} must be (low, high) with 0 < low <= high, got {getattr(self, name)}")
-        for name in ("brightness", "contrast", "saturation", "rotation"):
-            if getattr(self, name) < 0:
-                raise FastclError(f"views.{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.hue <= 0.5:
-            raise FastclError(f"views.hue must lie in [0, 0.5] turns, got {self.hue}")
-        if self.size > _WIDEST:
-            raise FastclError(f"views.size must be at most {_WIDEST} pixels, got {self.size}")
-        if self.size < 2 or not 0 < self.eval_crop <= 1 or self.scale[1] > 1:
-            raise FastclError(
-                f"views.size must be at least 2, eval_crop in (0, 1] and scale at most 1; "
-                f"got {self.size}, {self.eval_crop} and {self.scale}"
-            )
-        if self.blur_kernel % 2 == 0 or self.blur_kernel < 1 or (self.blur and self.blur_kernel >= 2 * self.size):
-            raise FastclError(
-                f"views.blur_kernel must be odd and, where views blur, below 2 * size; got {self.blur_kernel} "
-                f"for {self.size} pixels"
-            )
-        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
-            raise FastclError(f"views.mean and std must have one length and std be positive: {self.mean}, {self.std}")
-
-    @classmethod
-    def preset(cls, name: str, **overrides: object) -> ViewSpec:
-        """A known recipe, with fields replaced.
-
-        Args:
-            name: "cifar", "tiny-imagenet", "imagenet" (as the code of arXiv 2510.08852 has them), "simclr" (Chen et al.
-                2020, 224 pixels), or "characters" (grey glyphs: no flip, no colour).
-            overrides: fields of ViewSpec.
-
-        Raises:
-            FastclError: an unknown preset or field (the nearest known one is named).
-        """
-        if name not in PRESETS:
-            raise FastclError(f"unknown view preset {name!r}{suggest(name, PRESETS)}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in overrides:
-            if key not in known:
-                raise FastclError(f"unknown key 'views.{key}'{suggest(key, known)}")
-        return dataclasses.replace(PRESETS[name], **overrides)
-
-
-def _check_type(name: str, value: object, default: object) -> None:
-    """A field's value is of its default's form, an integer, a number or a tuple of numbers, and finite."""
-    kind, form, items = Real, "a number", (value,)
-    if isinstance(default, int):
-        kind, form = Integral, "an integer"
-    elif isinstance(default, tuple):
-        pair = len(default) == 2  # a range; else one value a channel
-        form = f"a tuple of {'two numbers' if pair else 'numbers'}"
-        items = value if isinstance(value, tuple) and (len(value) == 2 if pair else value) else (None,)
-    if not all(isinstance(v, kind) and not isinstance(v, bool) for v in items):
-        raise FastclError(f"views.{name} must be {form}, got {value!r}")
-    if not all(-_LARGEST < v < _LARGEST for v in items):  # NaN does not
-        raise FastclError(f"views.{name} must be finite, got {value}")
-
-
-PRESETS: dict[str, ViewSpec] = {
-    "cifar": ViewSpec(size=32, **_CIFAR_STATS),
-    "tiny-imagenet": ViewSpec(size=64, **_IMAGENET_STATS),
-    "imagenet": ViewSpec(
-        size=224, jitter=1.0, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.1, blur_sigma=(1.5, 1.5),
-        eval_crop=0.875, **_IMAGENET_STATS,
-    ),
-    "simclr": ViewSpec(
-        size=224, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5, blur_kernel=23, eval_crop=0.875,
-        **_IMAGENET_STATS,
-    ),
-    "characters": ViewSpec(size=28, scale=(0.4, 1.0), flip=0.0, rotation=15.0, jitter=0.0, grayscale=0.0),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

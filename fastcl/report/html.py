@@ -1,9 +1,10 @@
 """The report itself: findings, tables, figures and settings of a run in one HTML file that loads nothing."""
 
 import re
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastcl.errors import FastclError, shown
 from fastcl.io.files import write_atomic
@@ -14,8 +15,11 @@ from fastcl.report.drawing import svg
 from fastcl.report.figures import PLATES
 from fastcl.report.heat_maps import LAYERS
 from fastcl.report.run import IDENTITY, MODEL_MEASURES, PAIR_MEASURES, RESEEDED, Number, Run, known, load_run
-from fastcl.report.style import STYLE
 
+_TEMPLATES = Environment(
+    loader=PackageLoader("fastcl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
 UNWRITABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
 )  # what neither HTML nor UTF-8 can hold
@@ -117,39 +121,48 @@ def identity_control(run: Run) -> str:
     return f"held: CKA 1, weight gap 0 (exactly; evaluations: {len(series)})"
 
 
+class Table(NamedTuple):
+    """Cells as text: `head` has a name for each column, the first cell of a row is its name. `kind` is a CSS class."""
+
+    head: list[str]
+    rows: list[list[str]]
+    kind: str = "numbers"
+
+
 def _page(run: Run) -> str:
-    title = f"fastcl report: {run.data.get('source', shown(run.path.name))}, {run.reference} and its twins"
-    points = "".join(f"<li>{escape(line)}</li>" for line in findings(run))
-    points = points.replace("<li>Identity control BROKEN", '<li class="warning">Identity control BROKEN')
-    warning = f'<p class="warning">{escape(_progress(run))}</p>' if not run.finished else ""
+    facts = Table(["fact", "value"], _outline(run.facts | {"throughput": _throughput(run)}), "text")
+    page = _TEMPLATES.get_template("page.html.j2").render(
+        title=f"fastcl report: {run.data.get('source', shown(run.path.name))}, {run.reference} and its twins",
+        warning="" if run.finished else _progress(run),
+        guide=_guide(run),
+        key_numbers=_key_numbers(run),
+        epoch=run.last_epoch,
+        findings=findings(run),
+        figures=_figures(run),
+        pairs=_pair_table(run),
+        certificates=_certificate_table(run),
+        about_certificates=CERTIFICATES,
+        models=_model_table(run),
+        facts=facts,
+        config=Table(["setting", "value"], _outline(run.config), "text"),
+    )
+    return UNWRITABLE.sub(lambda letter: shown(letter[0]), page)
+
+
+def _figures(run: Run) -> list[dict[str, str]]:
     classes = run.data.get("classes")
     chance = f"{1 / classes:.2g}" if isinstance(classes, int) and classes > 0 else "1 / (number of classes)"
-    figures = "".join(
-        f"<figure><h3>{escape(plate.title)}</h3>"
-        f"<figcaption>{escape(plate.caption.format(reference=run.reference, chance=chance))}"
-        f"{plate.band if RESEEDED in run.models else ''}{escape(plate.note(run))}</figcaption>"
-        f"{svg(plate, run)}</figure>\n"
+    return [
+        {
+            "title": plate.title,
+            "caption": plate.caption.format(reference=run.reference, chance=chance)
+            + (plate.band if RESEEDED in run.models else "")
+            + plate.note(run),
+            "svg": svg(plate, run),
+        }
         for plate in (*PLATES, LAYERS)
         if plate.shown(run)
-    )
-    page = f"""<!DOCTYPE html>
-<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head><meta charset="utf-8"/>
-<meta name="viewport" content="width=device-width, initial-scale=1"/>
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{escape(title)}</h1>{warning}
-<p>{escape(_guide(run))}</p>
-{_key_numbers(run)}
-<h2>Findings at epoch {run.last_epoch}</h2><ul>{points}</ul>
-<h2>Figures</h2>
-{figures}<h2>Numbers at epoch {run.last_epoch}</h2>
-<p class="soft">0 and 1 without decimals are exact; – means not defined or not measured.</p>
-<h3>Pairs of models</h3>{_pair_table(run)}{_certificate_table(run)}
-<h3>Models</h3>{_model_table(run)}
-<h2>Settings</h2>
-{_settings(run)}
-</body></html>
-"""
-    return UNWRITABLE.sub(lambda letter: shown(letter[0]), page)
+    ]
 
 
 def _progress(run: Run) -> str:
@@ -183,7 +196,7 @@ def _guide(run: Run) -> str:
     return text
 
 
-def _key_numbers(run: Run) -> str:
+def _key_numbers(run: Run) -> dict[str, str]:
     rate = run.images_per_second()
     items = {"epochs": f"{run.last_epoch} of {run.planned_epochs}"}
     items |= {f"CKA of {m}": number(run.pair_value(run.reference, m, "cka")) for m in run.others}
@@ -191,11 +204,10 @@ def _key_numbers(run: Run) -> str:
     items |= {"identity control": identity_control(run).split(":")[0]} if IDENTITY in run.models else {}
     items |= {f"test accuracy of {run.reference}": number(run.model_value(run.reference, "ncc_test"))}
     items |= {"images / second": _rate(rate)} if rate is not None else {}
-    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items.items())
-    return f'<dl class="key">{tiles}</dl>'
+    return items
 
 
-def _pair_table(run: Run) -> str:
+def _pair_table(run: Run) -> Table:
     ordered = [(run.reference, m) for m in run.models if m != run.reference]
     rest = [m for m in run.models if m != run.reference]
     ordered += [(a, b) for at, a in enumerate(rest) for b in rest[at + 1 :]]
@@ -207,34 +219,26 @@ def _pair_table(run: Run) -> str:
             inside = [name for measure, name in PAIR_MEASURES.items() if run.inside_floor(b, measure)]
             control = {IDENTITY: "must be equal", RESEEDED: "is the floor"}.get(b, ", ".join(inside) or "none")
             row.append(control if a == run.reference else "")
-    return _table(head, rows)
+    return Table(head, rows)
 
 
-def _certificate_table(run: Run) -> str:
+def _certificate_table(run: Run) -> Table:
     head, rows = certificates(run)
-    if not rows:
-        return ""
-    shown = [[name, *(number(value) for value in values)] for name, values in rows.items()]
-    return f'\n<h3>Drift and certificates</h3><p class="soft">{escape(CERTIFICATES)}</p>{_table(head, shown)}'
+    return Table(head, [[name, *map(number, values)] for name, values in rows.items()])
 
 
-def _model_table(run: Run) -> str:
+def _model_table(run: Run) -> Table:
     rows = [[m, *(number(run.model_value(m, measure)) for measure in MODEL_MEASURES)] for m in run.models]
-    return _table(["model", *MODEL_MEASURES.values()], rows)
+    return Table(["model", *MODEL_MEASURES.values()], rows)
 
 
-def _settings(run: Run) -> str:
-    seconds = sum(row["seconds"] for row in run.timing if known(row["seconds"]))
+def _throughput(run: Run) -> str:
     rate = run.images_per_second()
-    throughput = (
-        "not recorded"
-        if rate is None
-        else f"{_rate(rate)} images per second (median of {len(run.timing)} epochs; {seconds:,.1f} s in all, "
-        "all models together)"
-    )
-    facts = _table(["fact", "value"], _outline(run.facts | {"throughput": throughput}), "text")
-    config = _table(["setting", "value"], _outline(run.config), "text")
-    return f"<h3>Run</h3>{facts}\n<h3>Configuration</h3>{config}"
+    if rate is None:
+        return "not recorded"
+    seconds = sum(row["seconds"] for row in run.timing if known(row["seconds"]))
+    epochs = f"median of {len(run.timing)} epochs; {seconds:,.1f} s in all, all models together"
+    return f"{_rate(rate)} images per second ({epochs})"
 
 
 def _rate(value: float) -> str:
@@ -261,12 +265,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, float) and len(str(value)) > 8:
         return f"{value:.6g}"
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
-
-
-def _table(head: list[str], rows: list[list[str]], kind: str = "numbers") -> str:
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) for row in rows]
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{rest}</tr>\n' for row, rest in zip(rows, cells, strict=True)
-    )
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>'

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from fastcl import OBJECTIVES
+from fastcl.config.settings import Config
 from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
 from fastcl.errors import FastclError, brief, shown
-from fastcl.train.config import Config
 from fastcl.train.models import CROSS_ENTROPY, RESEEDED
 from fastcl.train.run_folder.identity import read_run, same_data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastcl import OBJECTIVES, RowStats, same_class_mass
+from fastcl.config.settings import Config, OptimConfig
 from fastcl.errors import FastclError, brief, suggest
-from fastcl.train.config import Config, OptimConfig
 from fastcl.train.network import Network, build_network, copy_network
 
 IDENTITY, RESEEDED = "identity", "reseeded"
@@ -115,6 +116,19 @@ def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimiz
         )
     except (ValueError, TypeError, AssertionError) as error:
         raise FastclError(f"optim: {config.name} cannot take these values: {error}; got {config}") from error
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up to the peak over warmup_epochs, then half a cosine that reaches 0 as the run ends.
+
+    Args:
+        step: from 0, over the whole run.
+    """
+    warmup = config.optim.warmup_epochs * steps_per_epoch
+    if step + 1 < warmup:
+        return config.optim.lr * (step + 1) / warmup
+    total = config.train.epochs * steps_per_epoch
+    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1.0, total - warmup)))
 
 
 def _check_names(names: tuple[str, ...], known: tuple[str, ...], key: str) -> None:

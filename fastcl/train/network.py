@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import normalize_rows
+from fastcl.config.settings import ModelConfig
 from fastcl.errors import FastclError, brief
-from fastcl.train.config import ModelConfig
 
 log = logging.getLogger("fastcl")
 _OURS = ("in_chans", "num_classes", "model_name")  # arguments of timm.create_model that no config gives

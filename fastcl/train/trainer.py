@@ -21,14 +21,14 @@ import torchvision
 from tqdm import tqdm
 
 import fastcl
+from fastcl.config.settings import Config
 from fastcl.data import Batch
 from fastcl.errors import FastclError, shown
 from fastcl.io.run_names import RECORDS
-from fastcl.train.config import Config, learning_rate
 from fastcl.train.inputs import data_paths, image_folders, open_inputs
 from fastcl.train.measures.evaluate import encode, evaluate
 from fastcl.train.measures.layer_table import check_layers, write_layers
-from fastcl.train.models import STEP_VALUES, make_twins
+from fastcl.train.models import STEP_VALUES, learning_rate, make_twins
 from fastcl.train.network import plain_defaults
 from fastcl.train.run_folder.board import Board
 from fastcl.train.run_folder.checkpoints import save_checkpoint

@@ -4,14 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import make_run
 
 from bench import readme, readme_tables
+from bench.data import report as data_report
 from bench.harness import figures
 from bench.harness.clocks import Sample
 from bench.harness.records import record
+from bench.losses import report as losses_report
 from bench.losses import targets as loss_targets
 from bench.losses.providers import FUSED, PROVIDERS
+from bench.similarity import report as similarity_report
 from bench.similarity.providers import ALL_THREE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +27,18 @@ def test_the_pages_are_up_to_date(capsys):
     assert readme.main(["--check"]) == 0, capsys.readouterr().err
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in readme.PAGES)
     assert all(f"<!-- table: {name} -->" in text for name in readme_tables.TABLES)
+
+
+@pytest.mark.parametrize("name, body", (
+    ("losses", lambda rows: losses_report.body(rows, loss_targets.ours(rows), "losses.svg")),
+    ("similarity", lambda rows: similarity_report.body(rows, "similarity.svg", torch.device("cpu"))),
+    ("stream/similarity", lambda rows: similarity_report.body(rows, None, torch.device("cpu"))),
+    ("data", data_report.body),
+))  # fmt: skip
+def test_committed_reports_say_what_their_records_do(name, body):
+    file = ROOT / "bench" / "results" / "cpu" / name
+    made = body(readme_tables.read(file.with_suffix(".json"))).split()
+    assert len(made) > 200 and file.with_suffix(".md").read_text(encoding="utf-8").split()[-len(made) :] == made
 
 
 def test_only_what_is_between_the_marks_changes(monkeypatch, tmp_path, capsys):

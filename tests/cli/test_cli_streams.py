@@ -32,7 +32,7 @@ def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch):
     assert terminal.text() == "caf\\xe9 \\u2013 \\udce9\n"
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "align", "report", "views", "doctor"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "config", "align", "report", "views", "doctor"])
 def test_help_on_an_ascii_terminal(command, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := _AsciiTerminal())
     with pytest.raises(SystemExit) as stop:

@@ -13,7 +13,8 @@ from PIL import Image
 from small_images import noise, pixels_by_id, png, write_tree, write_zip
 from test_sources_archives import cifar_arrays, omniglot_arrays, save, small_cifar
 
-from fastcl.data.limits import MAX_PIXELS, most_bytes
+from fastcl.config.settings import MAX_PIXELS
+from fastcl.data.limits import most_bytes
 from fastcl.data.sources import pixels
 from fastcl.data.sources.load import load
 from fastcl.data.sources.trees import archives

@@ -234,6 +234,24 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert facts["names"] == [f"{nasty}, nul \\x00 and half \\ud800"]
 
 
+@pytest.mark.parametrize("nasty", ("</title></style><script>alert(1)</script>", "{{ title }}{% raw %}{# x #}", "&amp;"))
+def test_hostile_names_stay_text_wherever_the_page_has_them(tmp_path: Path, nasty: str) -> None:
+    """The reference, named in captions and sentences; the source, which is in the title; keys of settings."""
+    models = [nasty, "nscl", "identity", "reseeded"]
+    run = make_run(tmp_path, models, data={"source": nasty, "classes": 10}, reference=nasty, versions={nasty: nasty})
+    source = write_report(run).read_text(encoding="utf-8")
+    page = ElementTree.fromstring(source)
+    names = {element.tag.split("}")[-1] for element in page.iter()}
+    assert "script" not in names and "alert(1)</script>" not in source
+    titles = [text_of(element) for name in ("title", "h1") for element in page.iter(f"{XHTML}{name}")]
+    assert titles == [f"fastcl report: {nasty}, {nasty} and its twins"] * 2
+    pairs, per_model, facts, _ = tables_of(page)
+    assert f"{nasty} – nscl" in pairs and nasty in per_model and facts["source"] == [nasty]
+    assert facts[nasty] == [nasty] == facts["reference"]
+    assert f"Closest to {nasty} by" in text_of(page)
+    assert any(nasty in text_of(caption) for caption in page.iter(f"{XHTML}figcaption"))
+
+
 def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(six: Path, tmp_path: Path) -> None:
     first = write_report(six, tmp_path / "new" / "first.html").read_bytes()
     with matplotlib.rc_context(

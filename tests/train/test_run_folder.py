@@ -93,6 +93,45 @@ def test_a_digest_grows_with_its_file(tmp_path):
     assert lines.digest(first) == hashlib.sha256(b'{"a": 1}\n').hexdigest()
 
 
+def test_a_link_for_a_lock_empties_nothing_wherever_it_leads(tmp_path):
+    for target, content in (("precious", "precious"), ("absent", None)):
+        path = tmp_path / target
+        if content is not None:
+            path.write_text(content)
+        (tmp_path / ".lock").symlink_to(path)
+        with pytest.raises(FastclError, match="it is a link, and a run writes only"), locked(tmp_path):
+            pass
+        assert (path.read_text() if path.exists() else None) == content
+        (tmp_path / ".lock").unlink()
+
+
+def test_a_worker_does_not_keep_the_lock_of_a_run_that_was_killed(tmp_path):
+    reader, writer = os.pipe()
+    run = os.fork()
+    if not run:
+        with suppress(BaseException), locked(tmp_path):
+            worker = os.fork()
+            if not worker:
+                time.sleep(60)
+                os._exit(0)
+            os.write(writer, b"%d" % worker)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+    os.waitpid(run, 0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        os.set_blocking(reader, False)
+        worker = int(pipe.read())
+    try:
+        for _ in range(1000):  # until the worker has let go
+            with suppress(FastclError), locked(tmp_path):
+                return
+            time.sleep(0.01)
+        pytest.fail("the lock is still held")
+    finally:
+        os.kill(worker, signal.SIGKILL)  # fails if it has ended by itself and so proves nothing
+
+
 def test_a_worker_does_not_keep_the_lock_of_a_run_that_has_ended(tmp_path):
     with locked(tmp_path):
         worker = os.fork()

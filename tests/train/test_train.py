@@ -12,9 +12,8 @@ from tiny_run import TABLES, tiny_config
 import fastcl
 from fastcl import FastclError
 from fastcl.train import Lockstep, parse_config
-from fastcl.train.config import learning_rate
 from fastcl.train.measures.evaluate import encode
-from fastcl.train.models import STEP_VALUES, make_twins
+from fastcl.train.models import STEP_VALUES, learning_rate, make_twins
 from fastcl.train.run_folder.records import locked
 from fastcl.train.step import PAIR_VALUES
 

@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from fastcl.data.limits import MAX_PIXELS, check_max_pixels
+from fastcl.config.settings import MAX_PIXELS
+from fastcl.data.limits import check_max_pixels
 from fastcl.data.philox import Stream, check_integer, permutation, words
 from fastcl.data.sources.decode import unreadable
 from fastcl.data.sources.readers import Source, read_cifar10, read_digits, read_omniglot, read_torchvision

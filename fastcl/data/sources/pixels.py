@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastcl.data.limits import MAX_PIXELS, check_pixels
+from fastcl.config.settings import MAX_PIXELS
+from fastcl.data.limits import check_pixels
 from fastcl.errors import FastclError
 
 _BAND = 1 << 20  # pixels that are converted at a time

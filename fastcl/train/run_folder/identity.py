@@ -12,11 +12,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fastcl.config.settings import Config
 from fastcl.errors import FastclError, brief, shown
 from fastcl.io.files import cause
 from fastcl.io.json_text import parse_json
 from fastcl.io.run_names import RECORDS, REPORT
-from fastcl.train.config import Config
 from fastcl.train.run_folder.checkpoints import drop_checkpoints, last_epoch, load_checkpoint
 from fastcl.train.run_folder.records import JsonLines, remove_leftovers, write_atomic
 

@@ -6,7 +6,6 @@ Nothing is written through a link: whoever prepared a folder, a run changes no f
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fastcl.errors import FastclError, shown
 from fastcl.io import files, outputs
@@ -29,7 +30,6 @@ _LEFTOVERS = {
     "weights": (".fastcl-*.part", "*.safetensors.tmp"),
     "features": (".fastcl-*.part", "*.safetensors.tmp"),
 }
-_locks: set[int] = set()  # descriptors of held locks
 
 
 @contextmanager
@@ -105,37 +105,24 @@ def check_run_folder(out: Path, inputs: Iterable[Path] = (), images: Iterable[Pa
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a run's folder to one process; the lock ends with the process, however it ends.
+    """Keep a run's folder to one process; the lock ends with the process, however it ends, and never passes to a child.
 
     Raises:
-        FastclError: another process holds it.
+        FastclError: another process holds it, or it cannot be had.
     """
     path = folder / ".lock"
+    # Where a file system has no locks that is an error: a mere file would outlive a killed run.
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _open_own(path, os.O_RDWR | os.O_CREAT)
-    _locks.add(lock)
-    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire()
+        except Timeout:
             raise FastclError(f"another process is training in {shown(folder)}") from None
-        except OSError as error:  # some network file systems have no locks
-            raise FastclError(f"{shown(path)} cannot be locked ({files.cause(error)})") from error
+    try:
         yield
     finally:
-        _locks.discard(lock)
-        os.close(lock)
-
-
-def _leave_locks() -> None:
-    """A worker that outlives its killed parent must not keep the folder from the next run."""
-    for lock in _locks:
-        os.close(lock)
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_leave_locks)
+        lock.release()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import typing
 from pathlib import Path
 from typing import Any
 
-from fastcl.data.plan import ViewSpec
+from fastcl.config.settings import PRECISIONS, Config, tables_of
+from fastcl.config.view_spec import ViewSpec
 from fastcl.errors import FastclError, brief, shown, suggest
 from fastcl.io.files import cause
-from fastcl.train.config import PRECISIONS, Config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,7 +52,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 
 def parse_config(tables: dict[str, Any]) -> Config:
     """A Config from nested tables. Raises FastclError as `load_config`."""
-    sections = _sections()
+    sections = tables_of()
     _check_known(tables, sections, "")
     parts: dict[str, Any] = {}
     for name, kind in sections.items():
@@ -71,10 +70,6 @@ def parse_config(tables: dict[str, Any]) -> Config:
     config = Config(**parts)
     _check_ranges(config)
     return config
-
-
-def _sections() -> dict[str, Any]:
-    return {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
 
 
 def _toml_fault(error: Exception) -> str:
@@ -109,7 +104,7 @@ def _override_value(parts: list[str], text: str, item: str) -> Any:
         raise FastclError(f"--set {brief(item)}: {_toml_fault(error)}") from None
     if len(found) > 1:  # further lines
         raise FastclError(f"--set takes one table.key=value, got {brief(item)}; repeat --set for each key")
-    kind = _sections().get(parts[0])
+    kind = tables_of().get(parts[0])
     hints = typing.get_type_hints(kind) if kind is not None and len(parts) == 2 else {}
     named = parts[1] == "preset" or hints.get(parts[1]) in (str, str | None)
     return text if named and not isinstance(found["value"], str | list | dict) else found["value"]
