@@ -10,14 +10,21 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
 from fastcl.data.philox import Stream, uniforms
 from fastcl.errors import FastclError, suggest
 
-_CIFAR_STATS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
-_IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+class _Stats(TypedDict):
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+_CIFAR_STATS: _Stats = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+_IMAGENET_STATS: _Stats = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _LARGEST = 1e12  # of a field of ViewSpec
 _WIDEST = 4096  # pixels of a view: 64 MiB a channel in float32
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
@@ -93,7 +100,7 @@ class ViewSpec:
             raise FastclError(f"views.mean and std must have one length and std be positive: {self.mean}, {self.std}")
 
     @classmethod
-    def preset(cls, name: str, **overrides: object) -> ViewSpec:
+    def preset(cls, name: str, **overrides: Any) -> ViewSpec:
         """A known recipe, with fields replaced.
 
         Args:
@@ -113,7 +120,7 @@ class ViewSpec:
         return dataclasses.replace(PRESETS[name], **overrides)
 
 
-def _check_type(name: str, value: object, default: object) -> None:
+def _check_type(name: str, value: Any, default: object) -> None:
     """A field's value is of its default's form, an integer, a number or a tuple of numbers, and finite."""
     kind, form, items = Real, "a number", (value,)
     if isinstance(default, int):
@@ -121,7 +128,7 @@ def _check_type(name: str, value: object, default: object) -> None:
     elif isinstance(default, tuple):
         pair = len(default) == 2  # a range; else one value a channel
         form = f"a tuple of {'two numbers' if pair else 'numbers'}"
-        items = value if isinstance(value, tuple) and (len(value) == 2 if pair else value) else (None,)
+        items = value if isinstance(value, tuple) and (len(value) == 2 if pair else value) else cast(Any, (None,))
     if not all(isinstance(v, kind) and not isinstance(v, bool) for v in items):
         raise FastclError(f"views.{name} must be {form}, got {value!r}")
     if not all(-_LARGEST < v < _LARGEST for v in items):  # NaN does not

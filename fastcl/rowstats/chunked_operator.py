@@ -15,9 +15,11 @@ _library.define(f"row_stats(Tensor x, Tensor? y, {_IDS}) -> ({', '.join(['Tensor
 _library.define(f"row_stats_backward(Tensor x, Tensor? y, {_IDS}, Tensor[] lse, Tensor[] grads) -> (Tensor, Tensor)")
 
 
-def _forward(x: Tensor, y: Tensor | None, *ids: Tensor | None) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor, y: Tensor | None, sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
+) -> tuple[Tensor, ...]:
     with torch.autocast(x.device.type, enabled=False):
-        return chunked.forward(x, y, Layout.of(*ids))
+        return chunked.forward(x, y, Layout.of(sample, labels, sample_y, labels_y))
 
 
 def _forward_fake(x: Tensor, y: Tensor | None, *ids: Tensor | None) -> tuple[Tensor, ...]:

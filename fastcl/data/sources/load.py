@@ -159,7 +159,8 @@ def load(
     for split in splits.values():
         _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # raises what is wrong with a header
     name = shown(found.name)
-    return Dataset(name, names, found.channels, *splits.values(), left_out, tuple(found.left_out))
+    train, test_split = splits.values()
+    return Dataset(name, names, found.channels, train, test_split, left_out, tuple(found.left_out))
 
 
 def _tell(source: str, found: Source) -> None:
@@ -173,7 +174,7 @@ def _tell(source: str, found: Source) -> None:
 def _check_arguments(
     source: object,
     root: object,
-    test_fraction: object,
+    test_fraction: float,
     corrupt: object,
     max_pixels: int,
     download: object,

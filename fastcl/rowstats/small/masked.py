@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcl.rowstats.chunked import EXP_LIMIT
 from fastcl.rowstats.dense import UNLABELLED
 from fastcl.rowstats.small import whole
-from fastcl.rowstats.small.whole import Way
+from fastcl.rowstats.small.whole import MaybeNone, Way
 
 LIMIT = EXP_LIMIT / 1.5  # of |logit|: two views' logits may differ by twice that
 
@@ -28,8 +28,8 @@ class Kept(NamedTuple):
     other: Tensor  # (N,) their sums, more than 0
     view: Tensor  # mask over the number of views
     softmax: Tensor  # of the views, less `view`
-    e_peer: Tensor | None  # as `e_other`; None without labels
-    peer: Tensor | None
+    e_peer: Tensor | MaybeNone  # as `e_other`; None without labels
+    peer: Tensor | MaybeNone
     mask: Tensor | None  # of peers, over their number
 
 
