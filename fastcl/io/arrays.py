@@ -139,7 +139,7 @@ def _entries(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
     return found
 
 
-def _read_safetensors(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, _file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:

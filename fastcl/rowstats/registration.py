@@ -33,7 +33,7 @@ def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
 def differentiable_once(backend: str) -> Callable:
     """The derivative of a backend's backward pass: the error that there is none."""
 
-    def refuse(ctx, *grads: torch.Tensor | None) -> None:
+    def refuse(*_: object) -> None:
         raise FastclError(
             f"the {backend} backend is differentiable once; for second derivatives run the forward pass "
             "inside `with fastcl.backend('dense')`"

@@ -230,7 +230,7 @@ class _Recorder:
         self.matrices, self.rows = {}, len(images)
         self.model(images if self.device is None else images.to(self.device, non_blocking=True))
 
-    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _keep(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         # At once: a module behind this one may write into its output.
         x = _first_tensor(output)
         self.matrices.pop(name, None)

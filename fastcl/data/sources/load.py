@@ -159,8 +159,7 @@ def load(
     for split in splits.values():
         _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # raises what is wrong with a header
     name = shown(found.name)
-    train, test_split = splits.values()
-    return Dataset(name, names, found.channels, train, test_split, left_out, tuple(found.left_out))
+    return Dataset(name, names, found.channels, splits["training"], splits["test"], left_out, tuple(found.left_out))
 
 
 def _tell(source: str, found: Source) -> None:

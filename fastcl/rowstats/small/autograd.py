@@ -216,7 +216,7 @@ class _Masked(Function):
         with torch.no_grad(), _in_full():
             kept = masked.Kept(*ctx.saved_tensors)
             scale = torch.stack(grads).abs().amax().item() or 1.0
-            dv = masked.backward(kept, ctx.way, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
+            dv = masked.backward(kept, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[4])
             dx, _, dt = ctx.given.gradients(dx, dt)
         return None, None, None, *_once((dx, dt))
@@ -246,7 +246,7 @@ def _once(found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 
 class _Once(Function):
     @staticmethod
-    def forward(ctx, grad):
+    def forward(_, grad):
         return grad.clone()
 
     @staticmethod

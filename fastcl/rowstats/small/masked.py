@@ -83,7 +83,7 @@ def _views(s: Tensor, view: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     return mean, spread, share, e.div_(total[:, None]).sub_(share)
 
 
-def backward(kept: Kept, way: Way, grads: tuple[Tensor, ...]) -> Tensor:
+def backward(kept: Kept, grads: tuple[Tensor, ...]) -> Tensor:
     """(N, D) gradients of `Kept.v`, times the temperature, from those of the five statistics."""
     g_mean, g_spread, g_mean_peer, g_peer, g_other = grads
     pull = whole.weights(g_other / kept.other, False).mul_(kept.e_other)

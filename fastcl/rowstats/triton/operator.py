@@ -116,7 +116,7 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tens
     return _tensors(x, returned)
 
 
-def _forward_fake(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tensor, ...]:
+def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> tuple[Tensor, ...]:
     from fastcl.rowstats.triton.operand import DTYPES, working_shape
 
     codes, columns, call = Asked(*asked).codes, Asked(*asked).columns, Asked(*asked).call(labels is not None)
@@ -166,7 +166,7 @@ def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor, ...]:
     return _tensors(x, found)
 
 
-def _backward_fake(x, x2, y, labelled, *rest) -> tuple[Tensor, ...]:
+def _backward_fake(x, x2, y, _labelled, *rest) -> tuple[Tensor, ...]:
     need = rest[-1]
     n = x.shape[0] * (1 if x2 is None else 2)
     has_dx = y is None or need[0] or need[2]

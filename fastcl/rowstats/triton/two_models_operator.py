@@ -32,7 +32,7 @@ def _forward(za, zb, sample, labels, temperature, value, precision):
     return *found, order, a.z, a.inv, b.z, b.inv, *flags
 
 
-def _forward_fake(za, zb, sample, labels, temperature, value, precision):
+def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
     from fastcl.rowstats.triton.operand import DTYPES, working_shape
 
     call = _call(temperature, value, precision, labels is not None)
