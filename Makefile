@@ -12,13 +12,14 @@ CORE := $(addprefix tests/,losses project/test_structure.py project/test_rooms.p
     similarity/test_accumulator.py similarity/test_spearman.py data/test_plan.py data/test_loader.py train/test_config.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint docs matrix bench clean
+.PHONY: help demo check test lint coverage docs matrix bench clean
 
 help:
 	@echo 'make demo    train small models on the same views, measure how they align, write a report to $(OUT)/demo'
-	@echo 'make check   style check, then the tests of the core: run it after every change'
-	@echo 'make test    style check, then all tests: about 20 minutes'
-	@echo 'make lint    style check alone'
+	@echo 'make check   style and types, then the tests of the core: run it after every change'
+	@echo 'make test    style and types, then all tests: about 20 minutes'
+	@echo 'make lint    style and types alone: about a minute'
+	@echo 'make coverage  the tests of the core, and which lines of fastcl they do not reach'
 	@echo 'make docs    build the documentation into $(OUT)/docs; needs no network once .venv is there'
 	@echo 'make matrix  other versions of PyTorch and Triton, with Python 3.12 and 3.10 where they are: 6 GB each in .matrix'
 	@echo 'make bench   benchmarks ($(BENCHES)); results in $(OUT)/bench'
@@ -52,10 +53,16 @@ lint: $(STAMP)
 	@echo 'Checking style with ruff.'
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check --quiet .
+	@echo 'Checking types with basedpyright.'
+	@$(BIN)/python .ci/type_errors.py
 
 check: lint
 	@echo 'Running the tests of the core in $(WORKERS) processes.'
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not dist' $(CORE)
+
+coverage: $(STAMP)
+	@echo 'Running the tests of the core in $(WORKERS) processes, and counting the lines of fastcl that they reach.'
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not dist' --cov --cov-report=term-missing:skip-covered $(CORE)
 
 test: lint
 	@echo 'Running the tests in $(WORKERS) processes; the ten slowest are listed at the end.'
@@ -77,5 +84,5 @@ bench: $(STAMP)
 
 clean:
 	@echo 'Removing $(VENV), .matrix, build output and caches; $(OUT)/ stays.'
-	@rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
+	@rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks .coverage
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

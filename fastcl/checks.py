@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ def check_positive(value: float | Tensor, name: str) -> None:
             return
         value = value.item()
     elif isinstance(value, numbers.Real) and hasattr(value, "item"):  # numpy's, maybe too narrow for the bounds
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _SMALLEST <= value <= 1 / _SMALLEST:
+        value = cast(Any, value).item()
+    # To a checker numbers.Real has no order.
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not _SMALLEST <= value <= 1 / _SMALLEST:  # pyright: ignore[reportOperatorIssue]
         raise FastclError(f"{name} must be a positive finite number, at least {_SMALLEST:g}, got {value!r}")
 
 
@@ -55,7 +58,7 @@ def check_not_meta(x: Tensor, name: str) -> None:
 
 def is_inside(x: Tensor, transform: str) -> bool:
     """Whether x is a tensor of torch.func.vmap ("vmap"), or of torch.func.grad and its like ("grad"), at any depth."""
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     test = {"vmap": functorch.is_batchedtensor, "grad": functorch.is_gradtrackingtensor}[transform]
     while functorch.is_functorch_wrapped_tensor(x):
         if test(x):
@@ -92,7 +95,8 @@ def check_all_ids(
         check_ids(ids, rows, name)
     if all(v is None or _readable(v) for v in (sample, labels, sample_y, labels_y)):
         _check_views_agree(sample, labels, sample_y, labels_y)
-    return tuple(None if v is None else v.long() for v in (sample, labels, sample_y, labels_y))
+    labels, sample_y, labels_y = (None if v is None else v.long() for v in (labels, sample_y, labels_y))
+    return sample.long(), labels, sample_y, labels_y
 
 
 def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:

@@ -27,10 +27,11 @@ from fastcl.errors import FastclError
 
 MAX_WIDTH = 4096  # of rows on the Triton backend
 
-_COMPILER_READS_CONTEXT = torch.__version__ >= (2, 14)
-_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 lacks it
+_COMPILER_READS_CONTEXT = torch.__version__ >= (2, 14)  # pyright: ignore[reportOperatorIssue]
+_autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+_saved_tensors_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 lacks it
 
-_Function = TypeVar("_Function", bound=Callable)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Compiled:
@@ -56,7 +57,7 @@ _last: ContextVar[UsedBackend] = ContextVar("fastcl.last", default="none")
 
 def constant_while_compiling(function: _Function) -> _Function:
     """torch.compiler.assume_constant_result, which would import torch._dynamo here and now."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
 
 
@@ -181,7 +182,7 @@ def _wanted() -> Backend:
         return name
     hooks = _saved_tensors_hooks(False)
     pack = None if hooks is None else inspect.unwrap(hooks[0])
-    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+    if pack is None or getattr(pack, "__module__", None) != "torch.utils.checkpoint":
         return name
     cells = (cell.cell_contents for cell in pack.__closure__ or ())
     held = dict(zip(pack.__code__.co_freevars, cells, strict=True))

@@ -64,7 +64,7 @@ def line(word: str, arguments: Sequence[str]) -> str:
     return f"{word}{more}\n"
 
 
-def _end(number: int, frame: object) -> None:
+def _end(number: int, _frame: object) -> None:
     if os.getpid() != _installed_in[0]:  # a child that has just been forked
         os._exit(128 + number)
     if _ending:  # a second signal while the first is answered

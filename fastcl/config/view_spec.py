@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any, TypedDict, cast
 
 from fastcl.config.keys import key
 from fastcl.errors import FastclError, suggest
 
-_CIFAR_STATS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
-_IMAGENET_STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+class _Stats(TypedDict):
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+_CIFAR_STATS: _Stats = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+_IMAGENET_STATS: _Stats = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _LARGEST = 1e12  # of a field of ViewSpec
 _WIDEST = 4096  # pixels of a view: 64 MiB a channel in float32
 
@@ -77,7 +84,7 @@ class ViewSpec:
             raise FastclError(f"views.mean and std must have one length and std be positive: {self.mean}, {self.std}")
 
     @classmethod
-    def preset(cls, name: str, **overrides: object) -> ViewSpec:
+    def preset(cls, name: str, **overrides: Any) -> ViewSpec:
         """A known recipe, with fields replaced.
 
         Args:
@@ -97,7 +104,7 @@ class ViewSpec:
         return dataclasses.replace(PRESETS[name], **overrides)
 
 
-def _check_type(name: str, value: object, default: object) -> None:
+def _check_type(name: str, value: Any, default: object) -> None:
     """A field's value is of its default's form, an integer, a number or a tuple of numbers, and finite."""
     kind, form, items = Real, "a number", (value,)
     if isinstance(default, int):
@@ -105,7 +112,7 @@ def _check_type(name: str, value: object, default: object) -> None:
     elif isinstance(default, tuple):
         pair = len(default) == 2  # a range; else one value a channel
         form = f"a tuple of {'two numbers' if pair else 'numbers'}"
-        items = value if isinstance(value, tuple) and (len(value) == 2 if pair else value) else (None,)
+        items = value if isinstance(value, tuple) and (len(value) == 2 if pair else value) else cast(Any, (None,))
     if not all(isinstance(v, kind) and not isinstance(v, bool) for v in items):
         raise FastclError(f"views.{name} must be {form}, got {value!r}")
     if not all(-_LARGEST < v < _LARGEST for v in items):  # NaN does not

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from types import CodeType
+from types import CodeType, FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Closing(Iterator[T]):
         self._results.close()
 
     def __del__(self) -> None:
-        if self._results.gi_frame is not None:
+        if self._results.gi_frame is not None:  # pyright: ignore[reportAttributeAccessIssue]  (generator functions give it)
             close_in_finaliser(self.close, Closing.__del__.__code__)
 
 
@@ -82,7 +82,7 @@ def _send_again(thread: int, finaliser: CodeType, caught: list[int]) -> None:
         signal.pthread_kill(thread, number)
 
 
-def _runs(frame: object, code: CodeType) -> bool:
+def _runs(frame: FrameType | None, code: CodeType) -> bool:
     """Whether a frame, or one that it was called from, runs this code."""
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back

@@ -99,7 +99,8 @@ def _as_tensors(arrays: Iterator[tuple[np.ndarray, list[np.ndarray]]], pin: bool
 
 def _streamed(renderer: Renderer, job: Job, steps: range) -> Generator[Rendered, None, None]:
     """A renderer that works on several batches at once (`stream`) is asked that way."""
-    if not hasattr(renderer, "stream"):
+    stream = getattr(renderer, "stream", None)
+    if stream is None:
         for positions, params in map(job, steps):
             yield positions, renderer(positions, params)
         return
@@ -110,6 +111,6 @@ def _streamed(renderer: Renderer, job: Job, steps: range) -> Generator[Rendered,
             taken.append(positions)
             yield positions, params
 
-    with closing(renderer.stream(feed())) as results:
+    with closing(stream(feed())) as results:
         for views in results:
             yield taken.popleft(), views

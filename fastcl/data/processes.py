@@ -21,6 +21,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
@@ -53,7 +54,7 @@ class Processes(Iterator[T]):
 
     def __init__(self, job: Callable[[int], T], steps: range, *, workers: int, depth: int) -> None:
         self._owner, self._workers, self._asked = os.getpid(), workers, 0
-        self._crew: list[tuple[multiprocessing.process.BaseProcess, socket.socket]] = []
+        self._crew: list[tuple[BaseProcess, socket.socket]] = []
         self._steps, self._waiting = iter(steps), deque()
         if multiprocessing.current_process().daemon:
             raise FastclError(
@@ -146,7 +147,7 @@ class _Failure:
         return None if isinstance(self.error, FastclError) else RuntimeError(f"in a worker process\n{self.text}")
 
 
-def _start(job: Callable[[int], Any]) -> tuple[multiprocessing.process.BaseProcess, socket.socket]:
+def _start(job: Callable[[int], Any]) -> tuple[BaseProcess, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         # Forked, so that it shares the images in memory.
@@ -198,7 +199,7 @@ def _answer(job: Callable[[int], T], step: int) -> T | _Failure:
         return _Failure(error, text)
 
 
-def _taken(process: multiprocessing.process.BaseProcess, ours: socket.socket) -> Any:
+def _taken(process: BaseProcess, ours: socket.socket) -> Any:
     """The next answer of a worker. Raises OSError where it has died."""
     sizes, files, *_ = _patiently(lambda: socket.recv_fds(ours, 1 << 16, 1), process.is_alive)
     if not files:
@@ -263,7 +264,7 @@ def _shared_file() -> int:
         return os.dup(file.fileno())
 
 
-def _end_of(process: multiprocessing.process.BaseProcess) -> str:
+def _end_of(process: BaseProcess) -> str:
     code = process.exitcode
     if code is None or code >= 0:
         return f"it ended with exit code {code}"

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import IO, TYPE_CHECKING, BinaryIO, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ def _entries(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
     return found
 
 
-def _read_safetensors(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, _file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -150,7 +150,7 @@ def _read_safetensors(path: Path, file: BinaryIO, choose: Choose, layers: bool) 
             arrays = {}
             for name in choose(list(names)):
                 array, where = opened.get_slice(names[name]), f"{shown(path)}: {name!r}"
-                dtype, shape = array.get_dtype(), array.get_shape()
+                dtype, shape = cast(str, array.get_dtype()), array.get_shape()
                 _check(shape, _SAFETENSORS.get(dtype, dtype), where, layers)
                 _check_memory(math.prod(shape) * getattr(torch, _SAFETENSORS[dtype]).itemsize, where)
                 arrays[name] = opened.get_tensor(names[name]).flatten(1)
@@ -159,7 +159,7 @@ def _read_safetensors(path: Path, file: BinaryIO, choose: Choose, layers: bool) 
         raise FastclError(f"{shown(path)} cannot be read: the .safetensors is damaged") from error
 
 
-def _array(file: BinaryIO, size: int, where: str, layers: bool) -> Tensor:
+def _array(file: IO[bytes], size: int, where: str, layers: bool) -> Tensor:
     """One array in the format of .npy, which takes `size` bytes with its header."""
     import numpy as np
 
@@ -183,7 +183,7 @@ def _array(file: BinaryIO, size: int, where: str, layers: bool) -> Tensor:
     return torch.from_numpy(values.reshape(shape[::-1]).T if fortran else values.reshape(shape)).flatten(1)
 
 
-def _header(file: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     from numpy.lib import format as npy
 
     try:

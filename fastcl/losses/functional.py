@@ -186,8 +186,8 @@ def two_view_stats(
 
 
 def _two_view_loss(
-    z1: Tensor, z2: Tensor, labels: Tensor | None, objective: str,
-    temperature: float | Tensor, reduction: str, normalize: bool,
+    z1: Tensor, z2: Tensor, labels: Tensor | None, objective: ObjectiveName,
+    temperature: float | Tensor, reduction: Reduction, normalize: bool,
 ) -> Tensor:  # fmt: skip
     _check_reduction(reduction)
     loss = _labelled(objective, labels)
@@ -203,26 +203,27 @@ def _losses(
     On the Triton backend, and for few rows on a CPU, rows of the table are evaluated inside the operator; a callable of
     the caller's own is evaluated by torch on the statistics, there as elsewhere.
     """
-    table = all(type(loss) is Objective for loss in losses)  # a subclass may compute something else
-    chosen = choose(batch.x) if losses and table else None
+    # A subclass may compute something else.
+    table = [loss for loss in losses if isinstance(loss, Objective) and type(loss) is Objective]
+    chosen = choose(batch.x) if losses and len(table) == len(losses) else None
     if chosen == "chunked" and precision in (None, *PRECISIONS):
         check_positive(temperature, "temperature")
-        found = route.losses(batch, losses, temperature, normalize, reduction)
+        found = route.losses(batch, table, temperature, normalize, reduction)
         if found is not None:
             return found
     if chosen == "triton":
         check_positive(temperature, "temperature")
-        codes = [loss.code for loss in losses]
+        codes = [loss.code for loss in table]
         _, _, rows, _, _, rows_y = fused(batch, temperature, normalize, columns, precision, codes)
         sides = [list(side.unbind()) for side in ((rows, rows_y) if columns else (rows,))]
     else:
         stats = statistics(batch, temperature, normalize, columns, precision)
         sides = [[loss(found) for loss in losses] for found in stats]
     reduced = [[_reduce(rows, reduction) for rows in side] for side in sides]
-    return [sum(values) / 2 for values in zip(*reduced, strict=True)] if columns else reduced[0]
+    return [(a + b) / 2 for a, b in zip(*reduced, strict=True)] if columns else reduced[0]
 
 
-def _labelled(objective: ObjectiveLike, labels: Tensor | None):
+def _labelled(objective: ObjectiveLike, labels: Tensor | None) -> Callable[[RowStats], Tensor]:
     loss = resolve(objective)
     if labels is None and isinstance(loss, Objective) and loss.needs_labels:
         raise FastclError(f"labels are required by objective {objective!r}, which treats classes apart")

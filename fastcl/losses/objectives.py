@@ -152,7 +152,8 @@ def same_class_mass(stats: RowStats) -> Tensor:
 
 
 def _count(stats: RowStats, relations: tuple[str, ...]) -> Tensor:
-    return sum(getattr(stats, f"n_{r}") for r in relations)
+    counts: list[Tensor] = [getattr(stats, f"n_{r}") for r in relations]
+    return sum(counts[1:], start=counts[0])
 
 
 def _spread(stats: RowStats, positives: tuple[str, ...], n: Tensor) -> Tensor:

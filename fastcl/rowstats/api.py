@@ -115,8 +115,8 @@ def row_stats(
     batch = Batch.of(x, y, sample, labels, sample_y, labels_y)
     if columns and y is None:
         raise FastclError("columns=True needs y: without it the rows' statistics are the columns' too")
-    found = statistics(batch, temperature, normalize, columns, precision)
-    return found if columns else found[0]
+    anchors, *candidates = statistics(batch, temperature, normalize, columns, precision)
+    return (anchors, candidates[0]) if columns else anchors
 
 
 def statistics(
@@ -139,8 +139,9 @@ def statistics(
     with torch.autocast(batch.x.device.type, enabled=False):
         # Rows divided by sqrt(temperature) make the logits inner products, and autograd brings the temperature's
         # gradient for free. In the rectangular case both operands take their share too.
-        rows = [None if v is None else _prepare(v, normalize) / root for v in (batch.x, batch.y)]
-        batch = Batch(rows[0], None, rows[1], batch.sample, batch.labels, batch.sample_y, batch.labels_y)
+        x, y = _prepare(batch.x, normalize) / root, batch.y
+        y = None if y is None else _prepare(y, normalize) / root
+        batch = Batch(x, None, y, batch.sample, batch.labels, batch.sample_y, batch.labels_y)
         return tuple(_on_torch(b, chosen) for b in ((batch, batch.transposed()) if columns else (batch,)))
 
 
@@ -172,6 +173,7 @@ def operator_arguments(
 
 
 def _on_torch(batch: Batch, chosen: str) -> RowStats:
+    assert batch.sample is not None
     arguments = batch.x, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y
     if chosen == "dense":
         mean_view, spread_view, mean_peer, *rest = dense.row_stats(*arguments)
@@ -182,7 +184,7 @@ def _on_torch(batch: Batch, chosen: str) -> RowStats:
     return unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
 
 
-def unpack(stats: Sequence[Tensor], counts: Sequence[Tensor]) -> RowStats:
+def unpack(stats: Tensor | Sequence[Tensor], counts: Tensor | Sequence[Tensor]) -> RowStats:
     """RowStats from (N,) tensors: mean_view, spread_view, mean_peer, lse_peer, lse_other; then the three counts."""
     mean_view, spread_view, mean_peer, lse_peer, lse_other = stats
     n_view, n_peer, n_other = counts

@@ -15,12 +15,14 @@ _library.define(f"row_stats(Tensor x, Tensor? y, {_IDS}) -> ({', '.join(['Tensor
 _library.define(f"row_stats_backward(Tensor x, Tensor? y, {_IDS}, Tensor[] lse, Tensor[] grads) -> (Tensor, Tensor)")
 
 
-def _forward(x: Tensor, y: Tensor | None, *ids: Tensor | None) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor, y: Tensor | None, sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
+) -> tuple[Tensor, ...]:
     with torch.autocast(x.device.type, enabled=False):
-        return chunked.forward(x, y, Layout.of(*ids))
+        return chunked.forward(x, y, Layout.of(sample, labels, sample_y, labels_y))
 
 
-def _forward_fake(x: Tensor, y: Tensor | None, *ids: Tensor | None) -> tuple[Tensor, ...]:
+def _forward_fake(x: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
     n = x.shape[0]
     return tuple(x.new_empty(n) for _ in range(5)) + tuple(x.new_empty(n, dtype=torch.int64) for _ in range(3))
 
@@ -31,7 +33,7 @@ def _backward(x: Tensor, y: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
         return chunked.backward(x, y, Layout.of(*ids), tuple(lse), tuple(grads))
 
 
-def _backward_fake(x: Tensor, y: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+def _backward_fake(x: Tensor, y: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape)
 
 

@@ -52,7 +52,7 @@ class PairSums(NamedTuple):
         # Over i != j: <v_i, v_j> (b_i + b_j) adds up to -2 s_i b_i, and (a_i + a_j)(b_i + b_j) to 2 (n - 2) <a, b>.
         mixed = torch.stack([s @ b + t @ a, 2 * (s @ a), 2 * (t @ b)])
         inner = inner + 2 * (n - 2) * three(a, b) - 2 * mixed
-        return cls(inner, ((n - 2) * a - s, (n - 2) * b - t), (s + 2 * a, t + 2 * b), tuple(means))
+        return cls(inner, ((n - 2) * a - s, (n - 2) * b - t), (s + 2 * a, t + 2 * b), (means[0], means[1]))
 
     @classmethod
     def of_rows(cls, ua: Tensor, ub: Tensor, narrow: bool) -> PairSums:

@@ -21,7 +21,7 @@ def register(
 
 def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
     """Raise FastclError for several gradients at once, as torch.autograd.grad(is_grads_batched=True) gives them."""
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     tests = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor  # of torch.func, of torch.autograd
     if any(g is not None and any(test(g) for test in tests) for g in grads):
         raise FastclError(
@@ -33,7 +33,7 @@ def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
 def differentiable_once(backend: str) -> Callable:
     """The derivative of a backend's backward pass: the error that there is none."""
 
-    def refuse(ctx, *grads: torch.Tensor | None) -> None:
+    def refuse(*_: object) -> None:
         raise FastclError(
             f"the {backend} backend is differentiable once; for second derivatives run the forward pass "
             "inside `with fastcl.backend('dense')`"

@@ -68,6 +68,7 @@ class Batch:
 
     def transposed(self) -> Batch:
         """Candidates as anchors, and the other way round."""
+        assert self.y is not None
         return Batch(self.y, None, self.x, self.sample_y, self.labels_y, self.sample, self.labels)
 
 

@@ -134,7 +134,7 @@ class PairAccumulator:
             except FastclError as error:  # one pair of models ends none of the others
                 self._undefined.setdefault((a, b), (self._batches, str(error)))
             else:
-                self._hsic1[a, b] = tuple(old + new for old, new in zip(self._hsic1[a, b], found, strict=False))
+                self._hsic1[a, b] = _plus(self._hsic1[a, b], found)
 
     @torch.inference_mode()
     def compute(self) -> AllPairs:
@@ -274,4 +274,9 @@ class PairAccumulator:
         self._batches += round(counts[1])
         for k, (pair, sums) in enumerate(self._hsic1.items()):
             at = 2 + 3 * k
-            self._hsic1[pair] = tuple(old + new for old, new in zip(sums, counts[at : at + 3], strict=True))
+            self._hsic1[pair] = _plus(sums, counts[at : at + 3])
+
+
+def _plus(sums: tuple[float, float, float], more: Sequence[float]) -> tuple[float, float, float]:
+    """The sums, each with one of the first three numbers added."""
+    return sums[0] + more[0], sums[1] + more[1], sums[2] + more[2]

@@ -114,7 +114,7 @@ def layer_cka(
 
 def _measure(recorders: list[_Recorder], wanted: list[list[str]], loader: Iterable[Any]) -> LayerCKA:
     """The pass over the loader; the recorder of model_a and that of model_b, which may be one."""
-    sums, batches, samples = None, 0, 0
+    sums, names, batches, samples = None, [], 0, 0
     # Not inference_mode: what a model caches in its forward pass must stay fit for training.
     with ExitStack() as stack, torch.no_grad():
         for recorder in dict.fromkeys(recorders):
@@ -133,12 +133,12 @@ def _measure(recorders: list[_Recorder], wanted: list[list[str]], loader: Iterab
         raise FastclError("loader gave no batch")
     choose_torch()
     matrix = ratio_table(*(value.cpu() for value in sums))
-    left_out = [name for asked, kept in zip(wanted, names, strict=True) for name in asked if name not in kept]
+    lost = [name for asked, kept in zip(wanted, names, strict=True) for name in asked if name not in kept]
     undefined = [
         {name: recorder.undefined[name] for name in kept if name in recorder.undefined}
         for recorder, kept in zip(recorders, names, strict=True)
     ]
-    return LayerCKA(*map(tuple, names), matrix, batches, samples, tuple(dict.fromkeys(left_out)), *undefined)
+    return LayerCKA(tuple(names[0]), tuple(names[1]), matrix, batches, samples, tuple(dict.fromkeys(lost)), *undefined)
 
 
 def match_layers(model: nn.Module, patterns: Sequence[str], argument: str) -> list[str]:
@@ -230,7 +230,7 @@ class _Recorder:
         self.matrices, self.rows = {}, len(images)
         self.model(images if self.device is None else images.to(self.device, non_blocking=True))
 
-    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _keep(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         # At once: a module behind this one may write into its output.
         x = _first_tensor(output)
         self.matrices.pop(name, None)

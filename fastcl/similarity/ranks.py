@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -171,11 +172,11 @@ class _Bins:
         smallest, largest = ends[:, 0].min(), ends[:, 1].max()
         matrix.check_spread(smallest, largest)
         self.smallest, self.spread, self.steps = smallest, largest - smallest, bins
-        coarse = sum(torch.bincount(self._place(block).long(), minlength=bins) for block in matrix.blocks())
+        coarse = reduce(torch.add, (torch.bincount(self._place(b).long(), minlength=bins) for b in matrix.blocks()))
         self.widths = 1 + coarse * bins // pairs
         self.starts = self.widths.cumsum(0) - self.widths
         total = int(self.widths.sum())
-        self.counts = sum(torch.bincount(self.index(block), minlength=total) for block in matrix.blocks())
+        self.counts = reduce(torch.add, (torch.bincount(self.index(b), minlength=total) for b in matrix.blocks()))
         self.middles = _middles(self.counts)
 
     def _place(self, values: Tensor) -> Tensor:

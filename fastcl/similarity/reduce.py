@@ -70,7 +70,8 @@ class Ranks:
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else device or torch.device("cpu")
 
     def pilots(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """The source's pilots of one kernel."""
+        """The source's pilots of one kernel, where there is a source."""
+        assert self.source is not None
         rank = self.source if self._group is None else dist.get_global_rank(self._group, self.source)
         sizes = list(self.widths.values())
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)

@@ -68,7 +68,7 @@ class PairStats:
         strains: tuple[float, float] = (1.0, 1.0),
     ) -> PairStats:  # fmt: skip
         """From 18 numbers: the sums of `full`, those of `hollow`, both in the order of GramSums, and the two shifts."""
-        return cls(n, kernel, GramSums(*values[:8]), GramSums(*values[8:16]), *values[16:18], rounding, strains)
+        return cls(n, kernel, GramSums(*values[:8]), GramSums(*values[8:16]), values[16], values[17], rounding, strains)
 
     def __post_init__(self) -> None:
         if self.n < 1:

@@ -98,5 +98,5 @@ def twin_stats(
     batches = batch, Batch(zb, sample=batch.sample, labels=batch.labels)
     a, b = (statistics(one, temperature, True, False, precision)[0] for one in batches)
     narrow = multiplied_narrow(za, zb) and za.shape[1] == zb.shape[1]
-    sums = PairSums.of_rows(*(mapped(z.detach(), "cosine") for z in (za, zb)), narrow)
+    sums = PairSums.of_rows(mapped(za.detach(), "cosine"), mapped(zb.detach(), "cosine"), narrow)
     return TwinStats(a, b, sums.packed(), len(za), NARROW_ROUNDING if narrow else 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -42,6 +42,7 @@ class Renderer(Protocol):
         Raises:
             FastclError: as `check_request`, or an image that cannot be decoded (named).
         """
+        ...
 
 
 class TorchvisionRenderer:
@@ -135,7 +136,7 @@ def obstacle(name: str, split: Split, spec: ViewSpec, device: torch.device | str
     return module.obstacle(split, spec, device)
 
 
-def _kind(name: str) -> type[Renderer]:
+def _kind(name: str) -> Callable[..., Renderer]:
     """A renderer's class; imported only now, since the others need more than torchvision."""
     if name == "triton":
         from fastcl.data.renderers.triton import TritonRenderer

@@ -6,6 +6,8 @@ sum of integers, so a pixel does not depend on the batch around it or on the num
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ def blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     weights = weights / weights.sum(1, keepdim=True)
     for dim, margins in ((3, (half, half, 0, 0)), (2, (0, 0, half, half))):
         padded, length = pad(x, margins, mode="reflect"), x.shape[dim]
-        x = sum(weights[:, k, None, None, None] * padded.narrow(dim, k, length) for k in range(kernel))
+        x = reduce(torch.add, (weights[:, k, None, None, None] * padded.narrow(dim, k, length) for k in range(kernel)))
     return x
 
 

@@ -102,9 +102,9 @@ class DaliRenderer:
         result = _Result(params, len(positions), [])
         for start in range(0, len(positions), CHUNK):
             chunk = positions[start : start + CHUNK]
-            files = [split.file(int(p)) for p in chunk]
+            files: list[bytes | Any] = [split.file(int(p)) for p in chunk]  # None: pixels
             for encoded in (True, False):
-                (of_kind,) = np.nonzero([(file is not None) == encoded for file in files])
+                of_kind = np.flatnonzero([(file is not None) == encoded for file in files])
                 if not len(of_kind):
                     continue
                 if encoded:

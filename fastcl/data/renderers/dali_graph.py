@@ -40,8 +40,9 @@ def build(spec: ViewSpec, views: int, encoded: bool, device: torch.device, threa
         threads: DALI's CPU threads.
         most: images that one run takes at most.
     """
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali.pipeline import Pipeline
 
+    fn, types = _operators()
     gpu = device.type == "cuda"
     # A deeper queue makes the first schedule_run ask for that many batches at once; runs queue up without it.
     # exec_dynamic: outputs stay valid while further runs go on.
@@ -67,9 +68,16 @@ def build(spec: ViewSpec, views: int, encoded: bool, device: torch.device, threa
     return pipeline
 
 
+def _operators() -> tuple[Any, Any]:
+    """DALI's operators and its types, which its stubs do not know: they are made when it is imported."""
+    from nvidia.dali import fn, types
+
+    return fn, types
+
+
 def _view(images: Any, v: int, spec: ViewSpec, gpu: bool) -> Any:
     """The operators of one view. Operands must live where the operator runs, named arguments in CPU memory."""
-    from nvidia.dali import fn, types
+    fn, types = _operators()
 
     def given(name: str, dtype: Any, ndim: int) -> Any:
         return fn.external_source(name=f"{name}{v}", dtype=dtype, ndim=ndim)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from fastcl.errors import FastclError
 if TYPE_CHECKING:
     from fastcl.data.sources.load import Split
 
+T = TypeVar("T")
 DECODED_LIMIT = 1 << 30  # bytes of a split's pixels up to which they are kept in memory
 _AT_ONCE = 64  # images a thread takes at a time
 
@@ -70,12 +71,12 @@ def keep_decoded(split: Split, channels: int, limit: int = DECODED_LIMIT) -> Spl
     return dataclasses.replace(split, read=partial(_stored, pixels, starts, split.sizes, channels))
 
 
-def _each(count: int, job: Callable[[int], object], what: str) -> Generator[object, None, None]:
+def _each(count: int, job: Callable[[int], T], what: str) -> Generator[T, None, None]:
     """job(i) of each i below count, in order; shows progress on a terminal where it takes more than a second."""
     cores = len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(cores)
 
-    def some(start: int) -> list[object]:
+    def some(start: int) -> list[T]:
         return [job(i) for i in range(start, min(start + _AT_ONCE, count))]
 
     try:

@@ -160,7 +160,7 @@ def load(
     for split in splits.values():
         _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # raises what is wrong with a header
     name = shown(found.name)
-    return Dataset(name, names, found.channels, *splits.values(), left_out, tuple(found.left_out))
+    return Dataset(name, names, found.channels, splits["training"], splits["test"], left_out, tuple(found.left_out))
 
 
 def _tell(source: str, found: Source) -> None:
@@ -174,7 +174,7 @@ def _tell(source: str, found: Source) -> None:
 def _check_arguments(
     source: object,
     root: object,
-    test_fraction: object,
+    test_fraction: float,
     corrupt: object,
     max_pixels: int,
     download: object,

@@ -35,7 +35,7 @@ def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) ->
         raise FastclError(f"mode {picture.mode}: 32-bit pixels have no agreed range; save the image in 8 or 16 bits")
     twelve = "I;12" in str(stored)  # a TIFF that says so
     # Pillow turns a TIFF whose zero is white (tag 262) round in 8 bits, but not in 16.
-    negative = picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC) == 0
+    negative = picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     colour = picture.mode in ("RGB", "RGBA") and any(map(_deep, stored))
     pixels = np.empty((picture.height, picture.width, channels), np.uint8)
     rows, peak = max(1, _BAND // picture.width), 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -31,6 +31,7 @@ _TEST_SPLITS = ("test", "val", "valid")
 
 Read = Callable[[int], np.ndarray]
 Encoded = Callable[[int], bytes | None]
+Opened = tuple[np.ndarray, Read, Encoded | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Source:
         labels: (n,) int64, a position in `classes`, or -1 for an image that no split uses; row = sample id.
         test: (n,) bool, the official test images; None where the source has no split of its own.
         open: (m,) int64 sample ids -> their (m, 2) int64 heights and widths, what reads the i-th of them, and where
-            there are files what gives the i-th as JPEG bytes (None if it is no JPEG).
+            there are files what gives the i-th as JPEG bytes (None if it is no JPEG), else None.
         left_out: what was found and is no image of the collection, in words; True where a warning is due.
     """
 
@@ -53,7 +54,7 @@ class Source:
     channels: int
     labels: np.ndarray
     test: np.ndarray | None
-    open: Callable[[np.ndarray], tuple[np.ndarray, Read] | tuple[np.ndarray, Read, Encoded]]
+    open: Callable[[np.ndarray], Opened]
     left_out: Mapping[str, bool] = field(default_factory=dict)
 
 
@@ -63,7 +64,7 @@ def read_digits() -> Source:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise FastclError(f"source 'digits' needs scikit-learn ({install_hint('train')})") from error
-    digits = load_digits()
+    digits = cast(Any, load_digits())  # its type depends on an argument
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     names = tuple(str(name) for name in digits.target_names)
     return Source("digits", names, 1, digits.target.astype(np.int64), None, partial(_open_digits, pixels))
@@ -205,22 +206,22 @@ def _checked(path: Path, name: str, values: np.ndarray, bound: int) -> np.ndarra
     return values.astype(np.int64)
 
 
-def _open_digits(pixels: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Read]:
-    return _equal_sizes(len(ids), pixels.shape[1]), partial(_copy, pixels[ids])
+def _open_digits(pixels: np.ndarray, ids: np.ndarray) -> Opened:
+    return _equal_sizes(len(ids), pixels.shape[1]), partial(_copy, pixels[ids]), None
 
 
-def _open_ink(bits: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Read]:
-    return _equal_sizes(len(ids), OMNIGLOT_SIDE), partial(_ink, bits[ids])
+def _open_ink(bits: np.ndarray, ids: np.ndarray) -> Opened:
+    return _equal_sizes(len(ids), OMNIGLOT_SIDE), partial(_ink, bits[ids]), None
 
 
-def _open_jpegs(path: Path, jpeg: np.ndarray, offset: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Read]:
+def _open_jpegs(path: Path, jpeg: np.ndarray, offset: np.ndarray, ids: np.ndarray) -> Opened:
     pixels = np.empty((len(ids), CIFAR_SIDE, CIFAR_SIDE, 3), np.uint8)
     for row, i in zip(pixels, ids.tolist(), strict=True):
         with naming(f"{path.name} image {i}"), open_image(io.BytesIO(jpeg[offset[i] : offset[i + 1]])) as picture:
             if picture.size != (CIFAR_SIDE, CIFAR_SIDE):
                 raise FastclError(f"must be {CIFAR_SIDE} x {CIFAR_SIDE}, got {picture.height} x {picture.width}")
             row[:] = decode(picture, 3)
-    return _equal_sizes(len(ids), CIFAR_SIDE), partial(_copy, pixels)
+    return _equal_sizes(len(ids), CIFAR_SIDE), partial(_copy, pixels), None
 
 
 def _equal_sizes(count: int, side: int) -> np.ndarray:
@@ -277,8 +278,8 @@ def _item(parts: list[Any], i: int) -> Any:
 
 def _open_items(
     name: str, parts: list[Any], sizes: np.ndarray, channels: int, max_pixels: int, ids: np.ndarray
-) -> tuple[np.ndarray, Read]:
-    return sizes[ids], partial(_item_pixels, name, parts, channels, max_pixels, ids)
+) -> Opened:
+    return sizes[ids], partial(_item_pixels, name, parts, channels, max_pixels, ids), None
 
 
 def _item_pixels(name: str, parts: list[Any], channels: int, max_pixels: int, ids: np.ndarray, i: int) -> np.ndarray:

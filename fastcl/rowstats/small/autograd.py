@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.autograd import Function
 from fastcl.rowstats.registration import differentiable_once, refuse_batched
 from fastcl.rowstats.small import masked, whole
 from fastcl.rowstats.small.closed import Form, Sides, Slopes, rows_and_slopes
-from fastcl.rowstats.small.whole import Kept
+from fastcl.rowstats.small.whole import Kept, MaybeNone
 
 _refuse = differentiable_once("chunked")
 
@@ -48,6 +48,7 @@ def losses(
         way, stats, kept = found
         sides = _sides(stats)
         rows, slopes = zip(*[rows_and_slopes(form, sides) for form in forms], strict=True)
+        loss = ready = None
         if alone:
             loss = rows[0].mean() if reduction == "mean" else rows[0].sum()
         if alone and wanted:
@@ -55,9 +56,9 @@ def losses(
             dv = whole.backward(kept, way, *map(slopes[0].get, whole.PULLS))
             dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, inputs[2] is not None)
             factor = 1 / (way.temperature * (len(rows[0]) if reduction == "mean" else 1))
-            dx = _restored(dx, pairs.order)
-    if alone:
-        return [_Ready.apply((loss,), dx, dt, factor, *inputs) if wanted else loss]
+            ready = _restored(dx, pairs.order), dt, factor
+    if loss is not None:
+        return [loss if ready is None else _Ready.apply((loss,), *ready, *inputs)]
     rows = _Attached.apply(rows, slopes, way, kept, pairs.order, *inputs)
     return rows if reduction == "none" else [getattr(v, reduction)() for v in rows]
 
@@ -69,7 +70,7 @@ def _in_full() -> AbstractContextManager:
 
 def _sides(stats: whole.Stats) -> Sides:
     lse = {"view": stats.mean_view, "other": stats.lse_other}
-    n = {"view": 1, "other": stats.n_other}
+    n: dict[str, Any] = {"view": 1, "other": stats.n_other}
     if stats.lse_peer is not None:
         lse["peer"], n["peer"] = stats.lse_peer, stats.n_peer
     return Sides(lse, stats.sum_peer, n)
@@ -91,12 +92,14 @@ def row_stats(
             n_peer = stats.n_peer.long()
             inverse = 1 / stats.n_peer.clamp(min=1)
             peer = stats.sum_peer * inverse, stats.lse_peer
+            slopes_peer = {"sum_peer": inverse}, {"peer": 1.0}
         else:
             n_peer, peer = n_view - 1, (zero.clone(), torch.full_like(zero, -torch.inf))
+            slopes_peer = {}, {}
         statistics = stats.mean_view, zero, *peer, stats.lse_other
         n_other = n - 2 - n_peer
         counts = tuple(_restored(v, pairs.order) for v in (n_view, n_peer, n_other))
-    slopes = [{"view": 1.0}, {}, {"sum_peer": inverse} if peers else {}, {"peer": 1.0} if peers else {}, {"other": 1.0}]
+    slopes = [{"view": 1.0}, {}, *slopes_peer, {"other": 1.0}]
     return _Attached.apply(statistics, slopes, way, kept, pairs.order, pairs.x, pairs.x2, given), counts
 
 
@@ -135,7 +138,7 @@ class _Given(NamedTuple):
 
     dtype: torch.dtype  # of the rows
     two: bool  # in two tensors
-    temperature: tuple[torch.Size, torch.dtype] | None
+    temperature: tuple[torch.Size, torch.dtype] | MaybeNone  # where nobody wants its gradient
 
     @classmethod
     def of(cls, x: Tensor, x2: Tensor | None, temperature: Tensor | None) -> _Given:
@@ -162,11 +165,11 @@ class _Ready(Function):
         return boxed[0]
 
     @staticmethod
-    def backward(ctx, grad):
-        refuse_batched("chunked", grad)
+    def backward(ctx, *grads):
+        refuse_batched("chunked", *grads)
         dx, dt = ctx.saved_tensors
         with torch.no_grad():
-            scale = grad.item() * ctx.factor
+            scale = grads[0].item() * ctx.factor
             dt = dt * scale if ctx.needs_input_grad[6] else None
             found = ctx.given.gradients(dx * scale, dt)
         return None, None, None, None, *_once(found)
@@ -213,7 +216,7 @@ class _Masked(Function):
         with torch.no_grad(), _in_full():
             kept = masked.Kept(*ctx.saved_tensors)
             scale = torch.stack(grads).abs().amax().item() or 1.0
-            dv = masked.backward(kept, ctx.way, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
+            dv = masked.backward(kept, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[4])
             dx, _, dt = ctx.given.gradients(dx, dt)
         return None, None, None, *_once((dx, dt))
@@ -243,7 +246,7 @@ def _once(found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 
 class _Once(Function):
     @staticmethod
-    def forward(ctx, grad):
+    def forward(_, grad):
         return grad.clone()
 
     @staticmethod

@@ -9,14 +9,17 @@ all digits of a small loss, as `fastcl.losses.objectives` has it; where it holds
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus as torch_softplus
 
+from fastcl.rowstats.small.whole import MaybeNone
+
 # By "view" (its mean logit), "peer", "other" (log-sum-exps) and "sum_peer": (N,), or 1 or -1 for all rows.
 Slopes: TypeAlias = dict[str, Tensor | float]
+LogSum: TypeAlias = tuple[Tensor, Slopes]  # and its derivative by each relation
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Sides:
     """Statistics of N rows by relation, each with one view, whose logit is lse["view"]."""
 
     lse: dict[str, Tensor]  # without "peer": no row has peers
-    sum_peer: Tensor | None
-    n: dict[str, Tensor | int]  # (N,) or the same for all; of views 1
+    sum_peer: Tensor | MaybeNone
+    n: dict[str, Any]  # (N,) tensors, or a number for all; of views 1
 
 
 def has_slopes(form: Form) -> bool:
@@ -53,7 +56,7 @@ def rows_and_slopes(form: Form, s: Sides) -> tuple[Tensor, Slopes]:
     if any(all(isinstance(s.n[r], int) for r in group) for group in uncertain):
         return torch.zeros_like(s.lse["view"]), {}
     slopes: Slopes = {}
-    attraction = _log_sum(s, positives) if softens or form.inside else None
+    attraction: LogSum | MaybeNone = _log_sum(s, positives) if softens or form.inside else None
     loss = _spread(form.inside, softens, s, positives, attraction, slopes)
     if not softens:
         top, shares = _log_sum(s, denominator)
@@ -70,7 +73,8 @@ def rows_and_slopes(form: Form, s: Sides) -> tuple[Tensor, Slopes]:
         loss = torch.zeros_like(s.lse["view"])
     if not uncertain:
         return loss, slopes
-    valid = torch.stack([sum(s.n[r] for r in group) > 0 for group in uncertain]).all(0)
+    known: list[Any] = [sum(s.n[r] for r in group) > 0 for group in uncertain]
+    valid = torch.stack(known).all(0)
     return loss.where(valid, 0), {r: torch.where(valid, slope, 0.0) for r, slope in slopes.items()}
 
 
@@ -80,7 +84,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def _spread(
-    inside: bool, softens: bool, s: Sides, positives: list[str], attraction: tuple | None, slopes: Slopes
+    inside: bool, softens: bool, s: Sides, positives: list[str], attraction: LogSum | MaybeNone, slopes: Slopes
 ) -> Tensor | float:
     """What the positives add to L_D - L_P or, where nothing `softens` that difference, to L_D.
 
@@ -111,8 +115,8 @@ def _spread(
     return lse - mean
 
 
-def _log_sum(s: Sides, relations: list[str]) -> tuple[Tensor, Slopes]:
-    """Log-sum-exp over one or two relations, and its derivative by each."""
+def _log_sum(s: Sides, relations: list[str]) -> LogSum:
+    """Log-sum-exp over one or two relations."""
     first, *rest = relations
     if not rest:
         return s.lse[first], {first: 1.0}

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcl.rowstats.chunked import EXP_LIMIT
 from fastcl.rowstats.dense import UNLABELLED
 from fastcl.rowstats.small import whole
-from fastcl.rowstats.small.whole import Way
+from fastcl.rowstats.small.whole import MaybeNone, Way
 
 LIMIT = EXP_LIMIT / 1.5  # of |logit|: two views' logits may differ by twice that
 
@@ -28,8 +28,8 @@ class Kept(NamedTuple):
     other: Tensor  # (N,) their sums, more than 0
     view: Tensor  # mask over the number of views
     softmax: Tensor  # of the views, less `view`
-    e_peer: Tensor | None  # as `e_other`; None without labels
-    peer: Tensor | None
+    e_peer: Tensor | MaybeNone  # as `e_other`; None without labels
+    peer: Tensor | MaybeNone
     mask: Tensor | None  # of peers, over their number
 
 
@@ -83,7 +83,7 @@ def _views(s: Tensor, view: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     return mean, spread, share, e.div_(total[:, None]).sub_(share)
 
 
-def backward(kept: Kept, way: Way, grads: tuple[Tensor, ...]) -> Tensor:
+def backward(kept: Kept, grads: tuple[Tensor, ...]) -> Tensor:
     """(N, D) gradients of `Kept.v`, times the temperature, from those of the five statistics."""
     g_mean, g_spread, g_mean_peer, g_peer, g_other = grads
     pull = whole.weights(g_other / kept.other, False).mul_(kept.e_other)

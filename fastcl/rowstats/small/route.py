@@ -56,14 +56,13 @@ def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
     if not _is_small(batch):
         return None
     x, x2, y = batch.x, batch.x2, batch.y
-    n = len(x) if x2 is None else 2 * len(x)
     labels = batch.labels if needs_labels else None
-    if x2 is not None:
-        return Pairs(x, x2, None, labels, False)
+    if batch.sample is None:
+        return Pairs(x, y, None, None, True) if x2 is None else Pairs(x, x2, None, labels, False)
     if y is not None:
-        return Pairs(x, y, None, None, True) if batch.sample is None else None
+        return None
     if batch.stacked:
-        return Pairs(x, None, None, None if labels is None else labels[: n // 2], False)
+        return Pairs(x, None, None, None if labels is None else labels[: len(x) // 2], False)
     return _sorted_pairs(x, batch.sample, labels)
 
 

@@ -8,7 +8,7 @@ Same-class sums of logits come from sums of rows, so that no pass over the matri
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ _HALF = (torch.float16, torch.bfloat16)
 NORMS = (1e-12, 1e12)  # between them squares neither overflow nor vanish; other rows take more care than this
 
 
+MaybeNone: TypeAlias = Any  # None where the statistics of peers are not wanted, which those who read it know
 Pull: TypeAlias = Tensor | float | None
 PULLS = ("view", "other", "peer", "sum_peer")  # what a gradient of the statistics is made of
 
@@ -39,9 +40,9 @@ class Kept(NamedTuple):
     norm: Tensor  # (N, 1) of the rows as they were
     e_other: Tensor  # exponentials of the logits of others, else 0: (N, N), towers (B, B)
     other: Tensor  # (N,) their sums, more than 0
-    e_peer: Tensor | None
-    peer: Tensor | None
-    same: Tensor | None  # (B, B) of v's dtype: 1 within a class and on the diagonal
+    e_peer: Tensor | MaybeNone
+    peer: Tensor | MaybeNone
+    same: Tensor | MaybeNone  # (B, B) of v's dtype: 1 within a class and on the diagonal
 
 
 class Stats(NamedTuple):
@@ -50,9 +51,9 @@ class Stats(NamedTuple):
     mean_view: Tensor  # (N,) the logit of the only view
     lse_other: Tensor
     lse_peer: Tensor | None
-    sum_peer: Tensor | None  # (N,) of logits
+    sum_peer: Tensor | MaybeNone  # (N,) of logits
     n_other: int  # 0 or more: every row has some, or none has
-    n_peer: Tensor | None  # (N,) of the rows' dtype
+    n_peer: Tensor | MaybeNone  # (N,) of the rows' dtype
 
 
 def forward(
@@ -120,7 +121,7 @@ def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
     return (x / norm, norm, 1.0) if way.normalize else (x.clone(), norm, high)
 
 
-def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer: Pull) -> Tensor:
+def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer: Tensor | MaybeNone) -> Tensor:
     """(N, D) gradients of `Kept.v`, times the temperature.
 
     Args:
@@ -147,7 +148,9 @@ def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer
 def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of the rows that v was made of and of the temperature, times the temperature, from those of v, which
     are overwritten."""
-    radial = (dv * v).sum(1, keepdim=True) if way.normalize or need_temperature else None
+    if not (way.normalize or need_temperature):
+        return dv, None
+    radial = (dv * v).sum(1, keepdim=True)
     if way.normalize:
         dv.addcmul_(v, radial, value=-1).div_(norm)
     return dv, radial.sum() * (-0.5 / way.temperature) if need_temperature else None

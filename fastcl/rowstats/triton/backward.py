@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from fastcl.kernels.contrastive.backward import backward_kernel
 from fastcl.kernels.contrastive.backward_epilogue import finalize_kernel
 from fastcl.kernels.contrastive.backward_prologue import derivatives_kernel, weights_kernel
 from fastcl.kernels.contrastive.wide import pair_weights_kernel, product_kernel
-from fastcl.rowstats.triton.forward import WORKSPACE, choose, parts, scaling, sides, splits, switches
+from fastcl.rowstats.triton.forward import WORKSPACE, choose, parts, scaling, sides, splits, switches, tabled
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, Call, Operand, row_block
 
 
@@ -40,7 +41,7 @@ class _Side:
 
 
 def gradients(
-    x: Operand, y: Operand | None, call: Call, flag: Tensor | None, upstreams: tuple[Upstream, Upstream | None],
+    x: Operand, y: Operand | None, call: Call, flag: Tensor | None, upstreams: Sequence[Upstream],
     need: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx (n, d) and dy of the rows' dtype in source order, and dT; None where not needed.
@@ -51,7 +52,7 @@ def gradients(
     """
     sides = _sides([x] if y is None else [x, y], call, flag, upstreams)
     if y is None:
-        dx, dot = _gradient(*sides * 2, call, flag, need[2])
+        dx, dot = _gradient(sides[0], sides[0], call, flag, need[2])
         return dx, None, _temperature(dot, call, 2)
     a, b = sides
     dx, dot = _gradient(a, b, call, flag, need[2]) if need[0] or need[2] else (None, None)
@@ -60,12 +61,12 @@ def gradients(
 
 
 def _temperature(dot: Tensor | None, call: Call, times: int) -> Tensor | None:
-    return None if dot is None else -dot.sum() / (times * call.temperature.float().reshape(()))
+    if dot is None or call.temperature is None:
+        return None
+    return -dot.sum() / (times * call.temperature.float().reshape(()))
 
 
-def _sides(
-    operands: list[Operand], call: Call, flag: Tensor | None, upstreams: tuple[Upstream, Upstream | None]
-) -> list[_Side]:
+def _sides(operands: list[Operand], call: Call, flag: Tensor | None, upstreams: Sequence[Upstream]) -> list[_Side]:
     """Each side with its weights. The tiles add weights of both: they have one scale."""
     z = operands[0].z
     blocks = [r.rows // ALIGN for r in operands]
@@ -102,7 +103,7 @@ def _gradient(r: _Side, s: _Side, call: Call, flag: Tensor | None, need_dot: boo
     n, d = r.operand.n, r.operand.x.shape[1]
     dx = torch.empty(n, d, dtype=r.operand.x.dtype, device=r.operand.z.device)
     dot = torch.empty(n, dtype=torch.float32, device=dx.device) if need_dot else None
-    if r.operand.width > NARROW or not all(choose("backward", s.operand, mode) for mode, _, _ in parts(call)):
+    if r.operand.width > NARROW or not all(tabled("backward", s.operand, mode) for mode, _, _ in parts(call)):
         acc = dx if dx.dtype == torch.float32 else torch.empty(n, d, dtype=torch.float32, device=dx.device)
         _wide(r, s, call, flag, acc)
         _finalize(r, s, call, acc[None], dx, dot, first=0, in_order=True)

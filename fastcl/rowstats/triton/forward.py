@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 from torch import Tensor
@@ -17,8 +19,13 @@ WORKSPACE = 256 * 2**20  # bytes that partial results may take
 _PROGRAMS = 528
 
 
-def choose(kernel: str, operand: Operand, mode: str) -> Config | None:
-    """Tile sizes of a launch that streams an operand's rows, from the table."""
+def choose(kernel: str, operand: Operand, mode: str) -> Config:
+    """Tile sizes of a launch that streams an operand's rows, where the table has them."""
+    return cast(Config, tabled(kernel, operand, mode))
+
+
+def tabled(kernel: str, operand: Operand, mode: str) -> Config | None:
+    """Tile sizes of a launch that streams an operand's rows, from the table; None where it has none."""
     device = operand.z.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return config(kernel, architecture(capability), mode, operand.width, operand.n)
@@ -69,11 +76,11 @@ def statistics(
         y: the candidates; None: x's rows themselves.
         columns: y's statistics against x too, from the same tiles.
     """
-    found = [results(operand, call) for operand in ((x, y) if columns else (x,))]
     s = x if y is None else y
+    found = [results(operand, call) for operand in ((x, s) if columns else (x,))]
     views(x, s, found[0][0], call, y is None)
     if columns:
-        views(y, x, found[1][0], call, False)
+        views(s, x, found[1][0], call, False)
     _tiles(x, s, call, flag, found, symmetric=y is None)
     if flag is not None:
         for k, (r, other) in enumerate(((x, s), (s, x))[: len(found)]):

@@ -116,7 +116,7 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tens
     return _tensors(x, returned)
 
 
-def _forward_fake(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tensor, ...]:
+def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> tuple[Tensor, ...]:
     from fastcl.rowstats.triton.operand import DTYPES, working_shape
 
     codes, columns, call = Asked(*asked).codes, Asked(*asked).columns, Asked(*asked).call(labels is not None)
@@ -136,7 +136,7 @@ def _forward_fake(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple
 
     nothing = (None, None, None)
     returned = (
-        *results(n), *(results(y.shape[0]) if columns else nothing), *saved(n, True),
+        *results(n), *(results(y.shape[0]) if columns and y is not None else nothing), *saved(n, True),
         *(nothing if y is None else saved(y.shape[0], orders == 7)),
         None if call.normalize else empty(1 if y is None else 2),
         empty(1, dtype=torch.int32) if call.may_overflow else None,
@@ -153,20 +153,20 @@ def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor, ...]:
     flag = saved.flag if call.may_overflow else None
     scales = [None, None] if call.normalize else [saved.scale[:1], saved.scale[1:]]
     a = operand.restored(x, x2, saved.order, saved.z, saved.inv, scales[0])
-    upstreams = [backward.Upstream(stats, grads[0], grads[1]), None]
+    upstreams = [backward.Upstream(stats, grads[0], grads[1])]
     b = None
     if y is not None:
         order_y = saved.order_y if saved.order_y.numel() else saved.order
         b = operand.restored(y, None, order_y, saved.z_y, saved.inv_y, scales[1])
         if not columns:  # read, where the flag is set, with weights of 0
             stats_y = stats.new_zeros(5, len(y) if flag is not None else 0)
-        upstreams[1] = backward.Upstream(stats_y, grads[2], grads[3])
+        upstreams.append(backward.Upstream(stats_y, grads[2], grads[3]))
     with torch.cuda.device_of(x):
-        found = backward.gradients(a, b, call, flag, tuple(upstreams), tuple(need))
+        found = backward.gradients(a, b, call, flag, upstreams, tuple(need))
     return _tensors(x, found)
 
 
-def _backward_fake(x, x2, y, labelled, *rest) -> tuple[Tensor, ...]:
+def _backward_fake(x, x2, y, _labelled, *rest) -> tuple[Tensor, ...]:
     need = rest[-1]
     n = x.shape[0] * (1 if x2 is None else 2)
     has_dx = y is None or need[0] or need[2]
@@ -188,13 +188,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_batched("triton", *grads)
     x, x2, y, temperature, *saved = ctx.saved_tensors
-    grads = [None if g is None or g.numel() == 0 else g for g in (grads[0], grads[2], grads[3], grads[5])]
+    given = [None if g is None or g.numel() == 0 else g for g in (grads[0], grads[2], grads[3], grads[5])]
     # The kernels read the losses' gradients as they come, a mean's expanded number too.
-    grads = [g if g is None or k % 2 else g.contiguous() for k, g in enumerate(grads)]
+    given = [g if g is None or k % 2 else g.contiguous() for k, g in enumerate(given)]
     need = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[7]]
-    if all(g is None for g in grads):
+    if all(g is None for g in given):
         return (None,) * 13
-    dx, dy, dt = torch.ops.fastcl.fused_backward(x, x2, y, ctx.labelled, temperature, *ctx.asked, saved, grads, need)
+    dx, dy, dt = torch.ops.fastcl.fused_backward(x, x2, y, ctx.labelled, temperature, *ctx.asked, saved, given, need)
     two = (dx, None) if x2 is None else (dx[: x.shape[0]], dx[x.shape[0] :])
     dt = dt.reshape(temperature.shape).to(temperature.dtype) if need[2] else None
     rows = (*two, dy if need[1] else None) if need[0] else (None, None, dy if need[1] else None)

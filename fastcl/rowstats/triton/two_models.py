@@ -118,6 +118,6 @@ def _resolved(squares: Tensor, a: Profile, b: Profile) -> Tensor:
     dd, kk, ll = squares
     inner = torch.stack([(kk + ll - dd) / 2 * live_a * live_b, kk * live_a, ll * live_b])
     models = a.times(live_a), b.times(live_b)
-    diagonals = tuple(model.diagonal for model in models)
-    rows = tuple(n * model.margins - model.diagonal for model in models)
+    diagonals = models[0].diagonal, models[1].diagonal
+    rows = n * models[0].margins - diagonals[0], n * models[1].margins - diagonals[1]
     return PairSums(inner - three(*diagonals), rows, diagonals, (a.shift, b.shift)).packed()

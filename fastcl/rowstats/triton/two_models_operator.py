@@ -27,12 +27,12 @@ def _forward(za, zb, sample, labels, temperature, value, precision):
     with torch.cuda.device_of(za):
         order, _ = operand.sorted_orders(Layout.of(sample, labels, None, None))
         a, b = (operand.prepare(z, None, order, call, flag) for z, flag in zip((za, zb), flags, strict=True))
-        found = two_models.statistics(a, b, call, tuple(flags))
+        found = two_models.statistics(a, b, call, (flags[0], flags[1]))
     flags = [za.new_empty(0) if flag is None else flag for flag in flags]
     return *found, order, a.z, a.inv, b.z, b.inv, *flags
 
 
-def _forward_fake(za, zb, sample, labels, temperature, value, precision):
+def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
     from fastcl.rowstats.triton.operand import DTYPES, working_shape
 
     call = _call(temperature, value, precision, labels is not None)
@@ -69,7 +69,7 @@ def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | No
         if grad is None or not (ctx.needs_input_grad[k] or need_t):
             continue
         nothing = [x.new_empty(0) for _ in range(5)]
-        saved = Saved(z, inv, order, *nothing[:4], flag)
+        saved = Saved(*[z, inv, order, *nothing[:4], flag])
         dx, _, dt = torch.ops.fastcl.fused_backward(
             x, None, None, ctx.labelled, temperature, ctx.value, True, ctx.precision, False, [],
             [stats, nothing[4], *saved], [grad.contiguous(), None, None, None],

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastcl.dispatch import on_triton
 from fastcl.similarity.sums.extended import extended, model_of, strain, sums_of, translation
 from fastcl.similarity.sums.features import NARROW_ROUNDING, multiplied_narrow
-from fastcl.similarity.sums.rows import mapped
+from fastcl.similarity.sums.rows import Inner, mapped
 
 if TYPE_CHECKING:
     from fastcl.similarity.sums.triton import StackedMoments
@@ -59,8 +59,8 @@ class Moments:
             <p, v>, which alone is free of it in a stream that saw all its rows itself.
     """
 
-    def __init__(self, kernel: str) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Inner) -> None:
+        self.kernel: Inner = kernel
         self.pilots: list[Tensor] = []
         self.swept: list[Tensor] = []
         self.rounding = 0.0
@@ -149,8 +149,8 @@ class Moments:
         self._sums, self._stack = {}, None
         self.swept = [pilot.new_zeros(()) for pilot in self.pilots]
 
-    def to(self, device: torch.device) -> Moments:
-        """The same stream on a device."""
+    def to(self, device: torch.device | None) -> Moments:
+        """The same stream on a device; None: where it is."""
         return Moments.of_state(self.kernel, self.state(), device)
 
     def state(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Moments:
         }  # fmt: skip
 
     @classmethod
-    def of_state(cls, kernel: str, state: Mapping[str, Any], device: torch.device | None = None) -> Moments:
+    def of_state(cls, kernel: Inner, state: Mapping[str, Any], device: torch.device | None = None) -> Moments:
         """A stream from its `state`, on a device or where the state lies."""
         stream = cls(kernel)
         stream.rounding = state["rounding"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from fastcl.errors import FastclError
 from fastcl.similarity.stats import PairStats
 from fastcl.similarity.sums.features import rounding_of
 from fastcl.similarity.sums.moments import Moments, chunk_rows
-from fastcl.similarity.sums.rows import INNER
+from fastcl.similarity.sums.rows import INNER, Inner
 from fastcl.similarity.sums.tiles import tile_sums
 
 Route: TypeAlias = Literal["auto", "features", "tiles"]
@@ -40,7 +40,7 @@ def choose_route(n: int, widths: tuple[int, int], kernel: str, route: Route) -> 
 def statistics(x: Tensor, y: Tensor, kernel: str, bandwidth: float = 1.0, route: Route = "auto") -> PairStats:
     """PairStats of two checked (n, d) features, n >= 1; arguments as `fastcl.pair_stats`."""
     if choose_route(len(x), (x.shape[1], y.shape[1]), kernel, route) == "features":
-        stream, step = Moments(kernel), chunk_rows(x)
+        stream, step = Moments(cast(Inner, kernel)), chunk_rows(x)
         for start in range(0, len(x), step):
             stream.add([v[start : start + step] for v in (x, y)])
         ((_, values, strains),) = stream.pair_sums()

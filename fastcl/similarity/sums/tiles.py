@@ -38,10 +38,10 @@ _REACH = 64.0  # largest |v|^2 / (2 sigma^2) up to which float32 leaves exponent
 def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
     """Sums of (n, d) features; arguments as `fastcl.pair_stats`, checked."""
     fused, narrow = on_triton(x, y), multiplied_narrow(x, y)
-    if fused:
-        from fastcl.similarity.sums import triton as gram
     if kernel in INNER:
         if fused:
+            from fastcl.similarity.sums import triton as gram
+
             return PairSums.of_centred(*gram.inner_sums(x, y, kernel))
         models = [_Rows.of(mapped(v, kernel), narrow) for v in (x, y)]
         inner, _ = _over_tiles([model.products for model in models], len(x), row_sums=False)
@@ -52,6 +52,8 @@ def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
     # Squared distances come from |v_i|^2 + |v_j|^2 - 2 <v_i, v_j>: beside a far outlier float32 would lose the others.
     reach = max(scale * _largest_square(v) for v, scale in zip((x, y), scales, strict=True))
     if fused and reach < _REACH:
+        from fastcl.similarity.sums import triton as gram
+
         inner, rows = gram.rbf_sums(x, y, scales, shift)
     else:
         if fused:
@@ -59,8 +61,8 @@ def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
         models = [_Rows.of(mapped(v, kernel), narrow and reach < _REACH) for v in (x, y)]
         tiles = [partial(model.exponentials, scale, shift) for model, scale in zip(models, scales, strict=True)]
         inner, rows = _over_tiles(tiles, len(x), row_sums=True)
-    diagonal = rows[0].new_full((len(x),), 1 - shift)
-    return PairSums(inner, tuple(rows), (diagonal, diagonal), (rows[0].new_tensor(shift),) * 2)
+    diagonal, level = rows[0].new_full((len(x),), 1 - shift), rows[0].new_tensor(shift)
+    return PairSums(inner, (rows[0], rows[1]), (diagonal, diagonal), (level, level))
 
 
 def median_distance(x: Tensor, name: str) -> float:

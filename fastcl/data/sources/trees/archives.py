@@ -9,7 +9,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from fastcl.data.limits import most_bytes
 from fastcl.data.sources.opening import check_zip, naming
 from fastcl.data.sources.trees.listing import HIDDEN, LeftOut, hidden, images
 from fastcl.errors import FastclError, shown
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _AT_ONCE = 1 << 16  # packed bytes
@@ -130,7 +133,8 @@ class _Entry(io.RawIOBase):
         self._position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence])
         return self._position
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        buffer = memoryview(buffer)
         self._fill(min(self._position + len(buffer), self._size))
         part = self._data[self._position : self._position + len(buffer)]
         buffer[: len(part)] = part

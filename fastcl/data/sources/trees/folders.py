@@ -12,7 +12,7 @@ import numpy as np
 from fastcl.data.limits import check_pixels
 from fastcl.data.sources.opening import naming, open_image
 from fastcl.data.sources.pixels import decode
-from fastcl.data.sources.readers import Encoded, Read, Source
+from fastcl.data.sources.readers import Opened, Source
 from fastcl.data.sources.trees.archives import Zip
 from fastcl.data.sources.trees.disk import Tree
 from fastcl.data.sources.trees.layouts import LEFT_OUT, official_splits
@@ -79,7 +79,7 @@ def _count_left_out(store: Tree | Zip, folders: Sequence[Sequence[str]], depth: 
             store.left_out.add(f"images of {folder[depth - 1]}/", name)
 
 
-def _open_files(store: Tree | Zip, max_pixels: int, ids: np.ndarray) -> tuple[np.ndarray, Read, Encoded]:
+def _open_files(store: Tree | Zip, max_pixels: int, ids: np.ndarray) -> Opened:
     headers = [_header(store, max_pixels, i) for i in ids.tolist()]
     sizes = np.array([size for size, _ in headers], np.int64).reshape(len(ids), 2)
     jpeg = np.array([is_jpeg for _, is_jpeg in headers])
