@@ -121,7 +121,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     """A TOML value as the field's type; numbers are not taken for booleans nor strings for numbers."""
     options = typing.get_args(hint) if typing.get_origin(hint) not in (tuple, dict) else ()
     base = next((o for o in options if o is not type(None)), hint)
-    if value == "none" and type(None) in options:
+    if type(None) in options and typing.cast(object, value) == "none":
         return None
     plain = typing.get_origin(base) or base
     if plain is tuple:
