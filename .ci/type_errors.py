@@ -53,7 +53,7 @@ def errors_now() -> dict[str, list[str]]:
         if one["severity"] == "error":
             path = Path(one["file"]).relative_to(ROOT).as_posix()
             line = one["range"]["start"]["line"] + 1
-            found[path].append(f"{path}:{line}: {one['message']} ({one.get('rule', 'syntax')})")
+            found[path].append(f"{path}:{line}: {one['message'].splitlines()[0]} ({one.get('rule', 'syntax')})")
     return found
 
 
