@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # What each layer may import beside itself, and with it whatever those may import. "fastcl" is fastcl/__init__.py.
@@ -29,14 +31,27 @@ LAYERS: dict[str, set[str]] = {
     "metrics": {"errors"},
     "config": {"errors", "io"},
     "data": {"config", "kernels"},
-    "fastcl": {"losses", "similarity", "interrupts"},
+    "public": {"losses", "similarity"},
+    "fastcl": {"public", "interrupts"},
     "train": {"fastcl", "data", "metrics", "io"},
     "report": {"theory", "io"},
     "cli": {"train", "report"},
     "__main__": {"cli"},
 }
-# What `import fastcl` may load: torch and the standard library are enough for it.
-BARE = {"fastcl", "losses", "similarity", "rowstats", "dispatch", "checks", "choices", "errors", "interrupts", "theory"}
+# What the public names may load: torch and the standard library are enough for it.
+BARE = {
+    "fastcl",
+    "public",
+    "losses",
+    "similarity",
+    "rowstats",
+    "dispatch",
+    "checks",
+    "choices",
+    "errors",
+    "interrupts",
+    "theory",
+}
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
 
@@ -232,3 +247,28 @@ def test_no_path_of_one_machine_is_written_down(source_files):
     for folder in ("work", "root", "home", "Users", "mnt"):
         assert machine_paths(f'DATA = "/{folder}/me/data"', Path("x.py")), folder
     assert not machine_paths("see https://example.org/home/page and ../work/x and runs/root/y", Path("x.md"))
+
+
+@pytest.mark.parametrize(
+    "first",
+    ("", "import torch", "import fastcl.public", "import fastcl.similarity", "from fastcl import theory, losses"),
+)
+def test_public_names_come_whatever_was_imported_before(first):
+    code = f"""{first}
+import fastcl
+assert "ntxent_loss" in vars(fastcl) or {first!r} != "import torch"
+assert fastcl.ntxent_loss is fastcl.losses.functional.ntxent_loss and "ntxent_loss" in vars(fastcl)
+assert set(fastcl.__all__) <= set(dir(fastcl)) and "OBJECTIVES" in fastcl.__all__
+from fastcl import *
+assert OBJECTIVES is fastcl.OBJECTIVES and not hasattr(fastcl, "nothing")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", (["--help"], ["train", "--help"], ["config", "--preset", "digits"]))
+def test_help_waits_for_no_library(arguments):
+    code = f"import sys; from fastcl.cli.main import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+    code += f"print([m for m in ('torch', 'triton', *{EXTRAS}) if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
