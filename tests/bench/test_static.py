@@ -102,9 +102,15 @@ def test_arguments_are_specialised_as_at_run_time_and_equal_launches_are_one(tmp
     assert r["signature"] == dict(zip(pointers[::2], pointers[1::2], strict=True)) | {
         "nothing": "constexpr", "one": "constexpr", "sixteen": "i32", "seventeen": "i32", "large": "i64",
         "real": "fp32", "flag": "u1", "bare": "constexpr", "sizes": "constexpr", "name": "constexpr",
+        "rows": {"first": "*fp32", "second": "constexpr", "n": "i32"},
+        "BLOCK": dict.fromkeys(("R", "EVEN", "nothing"), "constexpr"), "numbers": {"0": "constexpr", "1": "constexpr"},
     }  # fmt: skip
-    assert r["constants"] == {"nothing": None, "one": 1, "bare": None, "sizes": [64, 128], "name": "fp16"}
-    assert r["divisible"] == "half brain single double ints longs bytes_ sixteen large".split()
+    assert r["constants"] == {
+        "nothing": None, "one": 1, "bare": None, "sizes": [64, 128], "name": "fp16", "rows.second": None,
+        "BLOCK.R": 64, "BLOCK.EVEN": True, "BLOCK.nothing": None, "numbers.0": 5, "numbers.1": 7,
+    }  # fmt: skip
+    assert r["divisible"] == "half brain single double ints longs bytes_ sixteen large rows.first rows.n".split()
+    assert launch_name(r) == "arguments_kernel w4 s1 EVEN -nothing -bare -second"
 
 
 def test_a_kernel_that_another_program_left_in_the_cache_is_judged_by_the_words_of_ptxas_too(tmp_path):
