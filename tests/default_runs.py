@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import triton
 from dali_views import file_split, photo
 from PIL import Image
 from torch import Tensor, nn
@@ -113,6 +114,9 @@ def launches() -> dict:
     """What every launch of the Triton kernels is given; none is started."""
 
     def form(value):
+        if isinstance(value, tuple):
+            return tuple(map(form, value))
+        value = value.value if isinstance(value, triton.language.constexpr) else value
         return (value.dtype, value.device, tuple(value.shape)) if isinstance(value, Tensor) else value
 
     def forms(recorded) -> list:

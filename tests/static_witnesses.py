@@ -1,7 +1,25 @@
 """Kernels for the test of the static gate: one is clean, each of the others has a fault that the gate must name."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Rows(NamedTuple):
+    """An argument of several parts."""
+
+    first: Any
+    second: Any
+    n: int
+
+
+class Block(NamedTuple):
+    """Constants."""
+
+    R: int
+    EVEN: bool
+    nothing: Any
 
 
 @triton.jit
@@ -51,9 +69,12 @@ def rejected_kernel(x_N, BLOCK: tl.constexpr):
 def arguments_kernel(
     half, brain, single, double, ints, longs, bytes_, odd, nothing,
     one, sixteen, seventeen, large, real, flag, bare: tl.constexpr, sizes: tl.constexpr, name: tl.constexpr,
+    rows, BLOCK, numbers,
 ):  # fmt: skip
     """Takes one argument of every kind."""
     tl.store(single, real)
+    if rows.second is None:
+        tl.store(rows.first + rows.n, BLOCK.R + numbers[1])
 
 
 def cases(sm):
@@ -93,6 +114,7 @@ def kinds(sm):
     """One launch with an argument of every kind."""
     import torch
 
+    from fastcl.kernels.common.arguments import fixed
     from fastcl.kernels.common.launch import launch, recording
 
     with recording() as launches:
@@ -103,7 +125,8 @@ def kinds(sm):
             ints=torch.empty(4, dtype=torch.int32), longs=torch.empty(4, dtype=torch.int64),
             bytes_=torch.empty(4, dtype=torch.int8), odd=torch.empty(4)[1:], nothing=None,
             one=1, sixteen=32, seventeen=17, large=2**31, real=1.0, flag=True,
-            bare=None, sizes=(64, 128), name="fp16",
+            bare=None, sizes=(64, 128), name="fp16", rows=Rows(torch.empty(4), None, 48),
+            BLOCK=fixed(Block(64, True, None)), numbers=fixed((5, 7)),
         )  # fmt: skip
     yield "every kind", launches
     yield "again", launches

@@ -55,6 +55,13 @@ class Launches(list[Ran]):
         return flags[-1].item() if flags else None
 
 
+def plain(argument: Any) -> Any:
+    """An argument with the constants in it as numbers."""
+    if isinstance(argument, tuple):
+        return getattr(argument, "_make", tuple)(map(plain, argument))
+    return argument.value if isinstance(argument, triton.language.constexpr) else argument
+
+
 def poisoned(*args: Any, **kwargs: Any) -> Tensor:
     """torch.empty whose elements are NaN, or absurd: one that no kernel writes is seen."""
     memory = torch.full((), 0.0).new_empty(*args, **kwargs)
@@ -78,7 +85,7 @@ def launches() -> Iterator[Launches]:
             start = module.launch
 
             def recorded(kernel: Any, grid: tuple[int, ...], *options: int, start=start, **arguments: Any) -> None:
-                seen.append(Ran(kernel.fn.__name__, grid, arguments))
+                seen.append(Ran(kernel.fn.__name__, grid, {k: plain(v) for k, v in arguments.items()}))
                 start(kernel, grid, *options, **arguments)
 
             patch.setattr(module, "launch", recorded)
@@ -200,11 +207,10 @@ def check_own(
 
 def _leaves(z: Tensor, temperature: float | Tensor) -> tuple[list[Tensor], float | Tensor]:
     """What the gradient is taken of, and the temperature to call with."""
-    leaves = [leaf(z)]
     if isinstance(temperature, Tensor):
         temperature = leaf(temperature)
-        leaves.append(temperature)
-    return leaves, temperature
+        return [leaf(z), temperature], temperature
+    return [leaf(z)], temperature
 
 
 def combined(truths: Sequence[Truth]) -> Truth:

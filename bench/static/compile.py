@@ -16,11 +16,15 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from bench.static import sass
+
+# The type of an argument, "constexpr" where its value is compiled in; of a tuple those of its fields.
+Signature: TypeAlias = "str | dict[str, Signature]"
 
 LOG = "ptxas.log"  # in Triton's cache, beside the kernel that it belongs to
 # There too, by the code that reads machine code: the disassembler takes most of the time of a second run.
@@ -34,16 +38,16 @@ class Job:
 
     Attributes:
         root: folder to import `module` from.
-        signature: by parameter the type, "constexpr" where the value is compiled in.
-        constants: by parameter, those values; a tuple is a list here.
-        divisible: parameters that are multiples of 16.
+        signature: by parameter.
+        constants: by path (a parameter, or "parameter.field"), the values that are compiled in; a tuple is a list here.
+        divisible: paths of what is a multiple of 16.
         arch: for example 90.
     """
 
     root: str
     module: str
     kernel: str
-    signature: dict[str, str]
+    signature: dict[str, Signature]
     constants: dict[str, Any]
     divisible: list[str]
     arch: int
@@ -109,12 +113,11 @@ def build(job: Job) -> Facts:
     if job.root not in sys.path:
         sys.path.insert(0, job.root)
     kernel = getattr(importlib.import_module(job.module), job.kernel)
-    places = {name: k for k, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         kernel,
-        job.signature,
-        {(places[name],): _constant(value) for name, value in job.constants.items()},
-        {(places[name],): [["tt.divisibility", 16]] for name in job.divisible},
+        {name: _kind(kind) for name, kind in job.signature.items()},
+        {_place(job.signature, path): _constant(value) for path, value in job.constants.items()},
+        {_place(job.signature, path): [["tt.divisibility", 16]] for path in job.divisible},
     )
     target = GPUTarget("cuda", job.arch, 32)
     compiled, log = _compile(source, target, {"num_warps": job.warps, "num_stages": job.stages})
@@ -126,8 +129,24 @@ def build(job: Job) -> Facts:
     return facts
 
 
+def _place(signature: Signature, path: str) -> tuple[int, ...]:
+    """A path as Triton writes it: the number of the parameter, of its field, and so on."""
+    place = []
+    for name in path.split("."):
+        place.append(list(signature).index(name))
+        signature = signature[name]
+    return tuple(place)
+
+
+def _kind(kind: Signature) -> Any:
+    if isinstance(kind, str):
+        return kind
+    kinds = tuple(map(_kind, kind.values()))
+    return kinds if not kind or "0" in kind else namedtuple("Argument", kind)(*kinds)
+
+
 def _constant(value: Any) -> Any:
-    return tuple(_constant(item) for item in value) if isinstance(value, list) else value
+    return tuple(map(_constant, value)) if isinstance(value, list) else value
 
 
 def _compile(source: Any, target: Any, options: dict[str, int]) -> tuple[Any, str]:

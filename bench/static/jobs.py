@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.static.compile import Facts, Job
+from bench.static.compile import Facts, Job, Signature
 from fastcl.kernels.common.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,20 +52,40 @@ def job(launch: Launch, arch: int) -> Job:
         raise StaticError(f"{kernel.__name__}: {str(error).replace('dynamic_func', 'the kernel')}") from error
     if surplus:
         raise StaticError(f"{kernel.__name__} has no parameter {', '.join(surplus)}")
-    signature, constants, divisible = {}, {}, []
-    for name, (kind, trait) in zip(kernel.arg_names, kinds, strict=True):
-        if not isinstance(kind, str):
-            raise StaticError(f"{kernel.__name__}: argument {name} is a tuple, which the gate does not know")
-        signature[name] = kind
-        if kind == "constexpr":
-            constants[name] = _constant(values[name], f"{kernel.__name__}: constant {name}")
-        elif trait and ["tt.divisibility", 16] in backend.parse_attr(trait):
-            divisible.append(name)
+    found = _Found(kernel.__name__, backend)
+    signature = {
+        name: found.take(name, values[name], kind, trait)
+        for name, (kind, trait) in zip(kernel.arg_names, kinds, strict=True)
+    }
     root, module = _origin(kernel)
-    return Job(root, module, kernel.__name__, signature, constants, divisible, arch, launch.warps, launch.stages)
+    return Job(
+        root, module, kernel.__name__, signature, found.constants, found.divisible, arch, launch.warps, launch.stages
+    )  # fmt: skip
+
+
+class _Found:
+    """Constants and divisible arguments, by their paths."""
+
+    def __init__(self, kernel: str, backend: Any) -> None:
+        self.kernel, self.backend = kernel, backend
+        self.constants: dict[str, Any] = {}
+        self.divisible: list[str] = []
+
+    def take(self, path: str, value: Any, kind: Any, trait: Any) -> Signature:
+        """The signature of an argument, or of a field of one."""
+        if isinstance(kind, tuple):
+            fields = getattr(value, "_fields", None) or map(str, range(len(value)))
+            parts = zip(fields, value, kind, trait, strict=True)
+            return {field: self.take(f"{path}.{field}", *part) for field, *part in parts}
+        if kind == "constexpr":
+            self.constants[path] = _constant(value, f"{self.kernel}: constant {path}")
+        elif trait and ["tt.divisibility", 16] in self.backend.parse_attr(trait):
+            self.divisible.append(path)
+        return kind
 
 
 def _constant(value: Any, what: str) -> Any:
+    value = getattr(value, "value", value)  # of a tl.constexpr
     if isinstance(value, tuple | list):
         return [_constant(item, what) for item in value]
     if not isinstance(value, _CONSTANTS):

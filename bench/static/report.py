@@ -93,7 +93,8 @@ def occupancy(facts: Facts, arch: int) -> int:
 
 def exponentials(job: Job, facts: Facts) -> float | None:
     """Exponentials per element of a tile of resident by streamed rows; None where there is no loop over such tiles."""
-    sides = [job.constants.get(name) for name in ("BLOCK_R", "BLOCK_S")]
+    constants = {path.rpartition(".")[2]: value for path, value in job.constants.items()}
+    sides = [constants.get(name) for name in ("BLOCK_R", "BLOCK_S")]
     if facts.exponentials is None or None in sides:
         return None
     return facts.exponentials * facts.warps * 32 / math.prod(sides)
@@ -130,7 +131,8 @@ _HEAD = (
 _LEGEND = """\
 Registers and spilled bytes are those of a thread, shared memory that of a program, in KiB of what the architecture
 allows it; programs/SM is how many of them a multiprocessor holds. exp/element counts the exponentials per element of a
-tile of resident by streamed rows. D is the padded width; R, S, M, K and N are rows of a block, w warps, s stages.
+tile of resident by streamed rows. D is the padded width; R, S, M, K and N are rows of a block, w warps, s stages; a
+name with a minus is something that the call does not have.
 """
 
 
@@ -162,14 +164,15 @@ def summary(records: list[dict[str, Any]]) -> str:
 
 
 def launch_name(r: dict[str, Any]) -> str:
-    """Kernel, tile, warps and stages of a record, and the flags that are set."""
-    constants = {name: r["constants"].get(name) for name in r["signature"]}  # in the order of the parameters
+    """Kernel, tile, warps and stages of a record, the flags that are set; with a minus what the call does not have."""
+    constants = [(path.rpartition(".")[2], value) for path, value in r["constants"].items()]
     words = [r["kernel"]]
-    for name, value in constants.items():
+    for name, value in constants:
         if name == "D" or name.startswith("BLOCK_"):
             words.append(f"{name.removeprefix('BLOCK_')}{value}")
     words.append(f"w{r['num_warps']} s{r['num_stages']}")
-    words += [name for name, value in constants.items() if value is True]
+    words += dict.fromkeys(name for name, value in constants if value is True)
+    words += dict.fromkeys(f"-{name}" for name, value in constants if value is None)
     return " ".join(words)
 
 

@@ -12,6 +12,8 @@ import os
 import triton
 import triton.language as tl
 
+from .arguments import Block, Logits
+
 # Triton's interpreter multiplies the bit patterns of bfloat16; as float32 the same products are exact.
 _WIDEN_BFLOAT16 = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _NOWHERE = tl.constexpr(-(2**31))
@@ -32,12 +34,12 @@ SMALLEST_SUM = tl.constexpr(8.271806125530277e-25)  # 2^-80: what was flushed to
 
 
 @triton.jit
-def inverse_temperature(t, t_value, HAS_T: tl.constexpr):
-    """1 / T, from a tensor on the device or from a number of the host."""
-    if HAS_T:
-        inverse = 1.0 / tl.load(t).to(tl.float32)
+def inverse_temperature(temperature):
+    """1 / T."""
+    if temperature.tensor is None:
+        inverse = 1.0 / temperature.value
     else:
-        inverse = 1.0 / t_value
+        inverse = 1.0 / tl.load(temperature.tensor).to(tl.float32)
     return inverse
 
 
@@ -48,13 +50,14 @@ def shift_log2(inverse_t):
 
 
 @triton.jit
-def logit_scale(inverse_t, scale_r, scale_s, HAS_SCALE: tl.constexpr):
-    """Factor from products of working copies to logits."""
-    if HAS_SCALE:
-        factor = inverse_t / tl.load(scale_r) / tl.load(scale_s)
-    else:
+def logits_of(temperature, r, s):
+    """How products of two sides' working copies become logits."""
+    inverse_t = inverse_temperature(temperature)
+    if r.scale is None:
         factor = inverse_t / (SCALE * SCALE)
-    return factor
+    else:
+        factor = inverse_t / tl.load(r.scale) / tl.load(s.scale)
+    return Logits(factor * LOG2E, shift_log2(inverse_t))
 
 
 @triton.jit
@@ -69,33 +72,48 @@ def power_of_two_scale(b_max):
 
 
 @triton.jit
-def unit_rows(b_x, b_inv, NORMALIZE: tl.constexpr):
-    """Rows (R, D) divided by their norms; b_inv (R,) as `prepare_kernel` writes it.
-
-    Not normalised an infinity becomes NaN: of its products in split half precision some would be finite.
-    """
-    if NORMALIZE:
-        b_power = tl.where(b_inv < 0, 8.507059173023462e37, 1.0)  # 2^126
-        b_x = b_x * b_power[:, None] * tl.abs(b_inv)[:, None]
+def load_rows(rows, b_src, m_n, o_d, m_d):
+    """Source rows of a side, float32 (R, D), zero where masked."""
+    m_d = m_d[None, :]
+    b_src = b_src.to(tl.int64)
+    if rows.x2 is None:
+        p_x = rows.x + b_src[:, None] * rows.stride + o_d[None, :]
+        b_x = tl.load(p_x, mask=m_n[:, None] & m_d, other=0.0).to(tl.float32)
     else:
-        b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, float("nan"))
+        m_1 = m_n & (b_src < rows.half)
+        m_2 = m_n & (b_src >= rows.half)
+        p_1 = rows.x + b_src[:, None] * rows.stride + o_d[None, :]
+        p_2 = rows.x2 + (b_src - rows.half)[:, None] * rows.stride2 + o_d[None, :]
+        b_1 = tl.load(p_1, mask=m_1[:, None] & m_d, other=0.0)
+        b_2 = tl.load(p_2, mask=m_2[:, None] & m_d, other=0.0)
+        b_x = tl.where(m_2[:, None], b_2, b_1).to(tl.float32)
     return b_x
 
 
 @triton.jit
-def load_rows(x, x2, o_n, m_n, o_d, d, half, stride, stride2, HAS_TWO: tl.constexpr):
-    """Rows o_n of [x; x2], float32 (R, D), zero where masked; x2's first row is row `half`."""
-    m_d = o_d[None, :] < d
-    o_n = o_n.to(tl.int64)
-    if HAS_TWO:
-        m_1 = m_n & (o_n < half)
-        m_2 = m_n & (o_n >= half)
-        b_1 = tl.load(x + o_n[:, None] * stride + o_d[None, :], mask=m_1[:, None] & m_d, other=0.0)
-        b_2 = tl.load(x2 + (o_n - half)[:, None] * stride2 + o_d[None, :], mask=m_2[:, None] & m_d, other=0.0)
-        b_x = tl.where(m_2[:, None], b_2, b_1).to(tl.float32)
+def finite_rows(b_x):
+    """Rows that are not normalised: an infinity becomes NaN, since of its products in split half precision some would
+    be finite."""
+    return tl.where(tl.abs(b_x) < float("inf"), b_x, float("nan"))
+
+
+@triton.jit
+def unit_rows(rows, o_n, m_n, o_d, m_d):
+    """Working rows o_n of a side: (R, D) float32 divided by their norms, their source rows, their inverse norms.
+
+    Where the side is not normalised, rows are as they are and the inverse norms 0. Both sides of a pair have one width:
+    with one mask of columns for both the compiler knows it.
+    """
+    b_src = tl.load(rows.src_N + o_n, mask=m_n, other=0)
+    b_x = load_rows(rows, b_src, m_n, o_d, m_d)
+    if rows.inv_N is None:
+        b_inv = tl.zeros(o_n.shape, tl.float32)
+        b_x = finite_rows(b_x)
     else:
-        b_x = tl.load(x + o_n[:, None] * stride + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0).to(tl.float32)
-    return b_x
+        b_inv = tl.load(rows.inv_N + o_n, mask=m_n, other=0.0)
+        b_power = tl.where(b_inv < 0, 8.507059173023462e37, 1.0)  # 2^126
+        b_x = b_x * b_power[:, None] * tl.abs(b_inv)[:, None]
+    return b_x, b_src, b_inv
 
 
 @triton.jit
@@ -123,33 +141,42 @@ def load_tile(z, start, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def products(
-    zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r,
-    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Tile (S, R) of inner products, with the streamed rows (S, D) themselves where they come in one piece.
+def load_block(r, start, TILE, SPLIT: tl.constexpr):
+    """A resident block; of rows wider than BLOCK_D its first columns, which `products` does not use."""
+    b = load_tile(r.z, start, TILE.BLOCK_R, TILE.D, TILE.BLOCK_D)
+    b_low = b
+    if SPLIT:
+        b_low = load_tile(r.z + r.rows.to(tl.int64) * TILE.D, start, TILE.BLOCK_R, TILE.D, TILE.BLOCK_D)
+    return Block(r.z, r.rows, b, b_low, start)
 
-    b_r, b_r_low: the resident rows, used where D == BLOCK_D. low_s, low_r: offsets of the second halves.
+
+@triton.jit
+def products(block, s, start_s, TILE, SPLIT: tl.constexpr):
+    """Tile (S, R) of inner products, with the streamed rows (S, D) and their remainders where they come in one piece.
+
+    The block's registers count where D == BLOCK_D; wider rows are taken from memory piece by piece.
     """
-    if D == BLOCK_D:
-        b_s = load_tile(zs, start_s, BLOCK_S, D, D)
+    low_s = s.rows.to(tl.int64) * TILE.D
+    if TILE.D == TILE.BLOCK_D:
+        b_s = load_tile(s.z, start_s, TILE.BLOCK_S, TILE.D, TILE.D)
         b_s_low = b_s
-        b_p = dot(b_s, tl.trans(b_r), tl.zeros([BLOCK_S, BLOCK_R], tl.float32))
+        b_p = dot(b_s, tl.trans(block.b), tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32))
         if SPLIT:
-            b_s_low = load_tile(zs + low_s, start_s, BLOCK_S, D, D)
-            b_p = dot(b_s, tl.trans(b_r_low), b_p)
-            b_p = dot(b_s_low, tl.trans(b_r), b_p)
+            b_s_low = load_tile(s.z + low_s, start_s, TILE.BLOCK_S, TILE.D, TILE.D)
+            b_p = dot(b_s, tl.trans(block.b_low), b_p)
+            b_p = dot(b_s_low, tl.trans(block.b), b_p)
     else:
-        b_s = b_r
-        b_s_low = b_r
-        b_p = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
-        for i_d in tl.range(0, D, BLOCK_D):
-            b_s1 = load_tile(zs + i_d, start_s, BLOCK_S, D, BLOCK_D)
-            b_r1 = load_tile(zr + i_d, start_r, BLOCK_R, D, BLOCK_D)
+        low_r = block.rows.to(tl.int64) * TILE.D
+        b_s = block.b
+        b_s_low = block.b
+        b_p = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
+        for i_d in tl.range(0, TILE.D, TILE.BLOCK_D):
+            b_s1 = load_tile(s.z + i_d, start_s, TILE.BLOCK_S, TILE.D, TILE.BLOCK_D)
+            b_r1 = load_tile(block.z + i_d, block.start, TILE.BLOCK_R, TILE.D, TILE.BLOCK_D)
             b_p = dot(b_s1, tl.trans(b_r1), b_p)
             if SPLIT:
-                b_s2 = load_tile(zs + low_s + i_d, start_s, BLOCK_S, D, BLOCK_D)
-                b_r2 = load_tile(zr + low_r + i_d, start_r, BLOCK_R, D, BLOCK_D)
+                b_s2 = load_tile(s.z + low_s + i_d, start_s, TILE.BLOCK_S, TILE.D, TILE.BLOCK_D)
+                b_r2 = load_tile(block.z + low_r + i_d, block.start, TILE.BLOCK_R, TILE.D, TILE.BLOCK_D)
                 b_p = dot(b_s1, tl.trans(b_r2), b_p)
                 b_p = dot(b_s2, tl.trans(b_r1), b_p)
     return b_p, b_s, b_s_low
@@ -162,29 +189,30 @@ def begin(b_code):
 
 
 @triton.jit
-def class_range(lo_r, hi_r, start_r, n_r, ALIGN: tl.constexpr):
+def class_range(r, start, ALIGN: tl.constexpr):
     """The streamed rows, in whole blocks of ALIGN, that may share a class with the resident rows' block of ALIGN.
 
     Two blocks of ALIGN rows of one operand are either both in each other's range or neither is: which tiles are masked
     is symmetric.
     """
-    first = start_r // ALIGN * ALIGN
-    last = tl.minimum(first + ALIGN, n_r) - 1
-    lo = begin(tl.load(lo_r + first)) // ALIGN * ALIGN
-    hi = (tl.load(hi_r + last) + ALIGN - 1) // ALIGN * ALIGN
+    first = start // ALIGN * ALIGN
+    last = tl.minimum(first + ALIGN, r.n) - 1
+    lo = begin(tl.load(r.lo_N + first)) // ALIGN * ALIGN
+    hi = (tl.load(r.hi_N + last) + ALIGN - 1) // ALIGN * ALIGN
     return lo, hi
 
 
 @triton.jit
-def relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, m_s):
+def relations(r, class_N, sample_N, o_r, o_s, m_s):
     """(S, R) masks: other class, and peer; where a resident row is padding they mean nothing.
 
     A class (or sample) is known by where it begins among the streamed rows; one that does not occur there by a negative
     number, which is equal to none.
     """
-    b_cls_r = tl.load(lo_r + o_r, mask=m_r, other=-1)
-    b_smp_r = tl.load(first_r + o_r, mask=m_r, other=-1)
-    b_cls_s = tl.load(cls_s + o_s, mask=m_s, other=_NOWHERE)
-    b_smp_s = tl.load(smp_s + o_s, mask=m_s, other=_NOWHERE)
+    m_r = o_r < r.n
+    b_cls_r = tl.load(r.lo_N + o_r, mask=m_r, other=-1)
+    b_smp_r = tl.load(r.first_N + o_r, mask=m_r, other=-1)
+    b_cls_s = tl.load(class_N + o_s, mask=m_s, other=_NOWHERE)
+    b_smp_s = tl.load(sample_N + o_s, mask=m_s, other=_NOWHERE)
     m_same = b_cls_s[:, None] == b_cls_r[None, :]
     return m_s[:, None] & (m_same == 0), m_same & (b_smp_s[:, None] != b_smp_r[None, :])

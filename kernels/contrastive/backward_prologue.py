@@ -4,6 +4,8 @@ Two launches, since the scale is the largest derivative of all rows. In a conver
 gradients, and weights scaled by those would vanish in half precision.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -14,16 +16,24 @@ from .objective import objective_rows
 _SMALLEST = tl.constexpr(1e-30)  # of the scale: its inverse times WEIGHT_SCALE stays in float32's range
 
 
+class Losses(NamedTuple):
+    """The gradients of the losses, as they come."""
+
+    grad: Any  # (objectives, n) float32 in source order, any strides
+    stride_k: int
+    stride_n: int
+
+
 @triton.jit
 def derivatives_kernel(
     layout_5N,
     stats,  # (5, n) in source order, as in finish_kernel
-    grad_stats,  # (5, n) float32 in source order, contiguous
-    grad_losses,  # (K, n) float32 in source order, any strides
+    grad_stats,  # (5, n) float32 in source order, contiguous; None: none came
+    upstream,  # Losses; None: none came
     weights,  # (5, rows) in working order: dL by lse_other, lse_peer, mean_peer / n_peer, mean_view, spread_view
     maxima,  # (programs,) float32: the largest absolute value of the first three in each program's rows
-    n, n_s, rows, stride_k, stride_n,
-    BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr, HAS_STATS: tl.constexpr,
+    n, n_s, rows,
+    BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, CODES,
 ):  # fmt: skip
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n
@@ -35,13 +45,13 @@ def derivatives_kernel(
     b_linear = b_mean
     b_peer = b_mean
     b_other = b_mean
-    if HAS_STATS:
+    if grad_stats is not None:
         b_mean, b_spread, b_linear, b_peer, b_other = load_stats(grad_stats, b_src, m_n, n)
-    for i_k in tl.static_range(K):
-        p_grad = grad_losses + i_k * stride_k + b_src.to(tl.int64) * stride_n
+    for i_k in tl.static_range(len(CODES)):
+        p_grad = upstream.grad + i_k * upstream.stride_k + b_src.to(tl.int64) * upstream.stride_n
         b_grad = tl.load(p_grad, mask=m_n, other=0.0)
         _, b_1, b_2, b_3, b_4, b_5 = objective_rows(
-            b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, (CODES >> (6 * i_k)) & 63
+            b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, CODES[i_k]
         )
         b_mean += b_grad * b_1
         b_spread += b_grad * b_2
@@ -76,8 +86,8 @@ def weights_kernel(
     layout_5N, stats, weights,  # as in derivatives_kernel, whose derivatives become weights in place
     maxima,  # (n_maxima,) of both sides
     bound,  # (1,) float32: what the weights were divided by
-    flag, t, t_value, n, rows, n_maxima,
-    BLOCK_N: tl.constexpr, HAS_T: tl.constexpr, HAS_FLAG: tl.constexpr,
+    flag, temperature, n, rows, n_maxima,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.arange(0, 1024)
     b_largest = tl.zeros([1024], tl.float32)
@@ -91,10 +101,10 @@ def weights_kernel(
     m_n = o_n < n
     m_rows = o_n < rows
     b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
-    shift = shift_log2(inverse_temperature(t, t_value, HAS_T))
+    shift = shift_log2(inverse_temperature(temperature))
     b_power_o = _inverse_sum(stats, b_src, m_n, n, shift, 4)
     b_power_p = _inverse_sum(stats, b_src, m_n, n, shift, 3)
-    if HAS_FLAG:
+    if flag is not None:
         if tl.load(flag) != 0:  # the tiles subtract each row's own log-sum-exp there
             b_power_o = tl.full([BLOCK_N], 1.0, tl.float32)
             b_power_p = b_power_o

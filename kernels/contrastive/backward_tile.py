@@ -10,33 +10,43 @@ One exponential per element serves both rows. ONLINE, where no shift c fits all 
 the same of j, two exponentials.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..common.numerics import LOG2E, relations
 
 
+class Weights(NamedTuple):
+    """What one side's statistics weigh in the gradient of the rows."""
+
+    weights: Any  # (5, rows) float32 as `weights_kernel` leaves them
+    stats: Any  # (5, n), and src_N: read where the flag is set only
+    src_N: Any  # (n,) int32
+
+
 @triton.jit
-def load_lse(stats, src_N, o_n, m_n, n, ROW: tl.constexpr):
+def load_lse(w, o_n, m_n, n, ROW: tl.constexpr):
     """A row of the statistics at working positions, in units of log2; +inf, of which exp(s - .) is 0, where empty."""
-    b_lse = tl.load(stats + ROW * n + tl.load(src_N + o_n, mask=m_n, other=0), mask=m_n, other=float("inf"))
+    b_src = tl.load(w.src_N + o_n, mask=m_n, other=0)
+    b_lse = tl.load(w.stats + ROW * n + b_src, mask=m_n, other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
 
 
 @triton.jit
 def _exponentials(
-    b_x, b_shift, w_r, w_s, rows_r, rows_s, o_r, o_s, m_r, m_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-    ROW: tl.constexpr, RELATION: tl.constexpr, MASKED: tl.constexpr, ONLINE: tl.constexpr,
+    b_x, b_e, r, s, w_r, w_s, o_r, o_s, ROW: tl.constexpr, RELATION: tl.constexpr, ONLINE: tl.constexpr
 ):  # fmt: skip
-    # In the few masked tiles registers are short: nothing of the resident rows is kept there (volatile).
-    b_w_r = tl.load(w_r + RELATION * rows_r + o_r)
-    b_w_s = tl.load(w_s + RELATION * rows_s + o_s)
+    """Both rows' exponentials times their weights; b_e: one exponential that serves both, unless ONLINE."""
+    b_w_r = tl.load(w_r.weights + RELATION * r.rows + o_r)
+    b_w_s = tl.load(w_s.weights + RELATION * s.rows + o_s)
     if ONLINE:
-        b_l_r = load_lse(stats_r, src_r, o_r, m_r, n_r, ROW)
-        b_l_s = load_lse(stats_s, src_s, o_s, m_s, n_s, ROW)
+        b_l_r = load_lse(w_r, o_r, o_r < r.n, r.n, ROW)
+        b_l_s = load_lse(w_s, o_s, o_s < s.n, s.n, ROW)
         b_w = _term(b_x, b_l_s[:, None], b_w_s[:, None]) + _term(b_x, b_l_r[None, :], b_w_r[None, :])
     else:
-        b_w = b_shift * (b_w_s[:, None] + b_w_r[None, :])
+        b_w = b_e * (b_w_s[:, None] + b_w_r[None, :])
     return b_w
 
 
@@ -50,32 +60,22 @@ def _term(b_x, b_lse, b_weight):
 
 @triton.jit
 def tile_weights(
-    b_x, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-    lo_r, first_r, cls_s, smp_s,
-    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
-    MASKED: tl.constexpr, PEERS: tl.constexpr, ONLINE: tl.constexpr,
+    b_x, shift, r, s, w_r, w_s, start_r, start_s, TILE, MASKED: tl.constexpr, ONLINE: tl.constexpr
 ):  # fmt: skip
-    """Weights (S, R) of a tile of logits b_x in units of log2; w_r, w_s: (5, rows) as `weights_kernel` leaves them."""
-    o_r = start_r + tl.arange(0, BLOCK_R)
-    o_s = start_s + tl.arange(0, BLOCK_S)
-    m_r = o_r < n_r
-    m_s = o_s < n_s
+    """Weights (S, R) of a tile of logits b_x in units of log2."""
+    o_r = start_r + tl.arange(0, TILE.BLOCK_R)
+    o_s = start_s + tl.arange(0, TILE.BLOCK_S)
     b_e = b_x
     if not ONLINE:
         b_e = tl.exp2(b_x - shift)
-    b_w = _exponentials(
-        b_x, b_e, w_r, w_s, rows_r, rows_s, o_r, o_s, m_r, m_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-        4, 0, MASKED, ONLINE,
-    )  # fmt: skip
+    b_w = _exponentials(b_x, b_e, r, s, w_r, w_s, o_r, o_s, 4, 0, ONLINE)
     if MASKED:
-        m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, m_s)
-        b_w = tl.where(m_other & m_r[None, :], b_w, 0.0)
-        if PEERS:
-            b_p = _exponentials(
-                b_x, b_e, w_r, w_s, rows_r, rows_s, o_r, o_s, m_r, m_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-                3, 1, MASKED, ONLINE,
-            )  # fmt: skip
+        m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
+        b_w = tl.where(m_other & (o_r < r.n)[None, :], b_w, 0.0)
+        if TILE.PEERS:
+            b_p = _exponentials(b_x, b_e, r, s, w_r, w_s, o_r, o_s, 3, 1, ONLINE)
             # Softmax and mean meet in float32: near the optimum they cancel.
-            b_p += tl.load(w_s + 2 * rows_s + o_s)[:, None] + tl.load(w_r + 2 * rows_r + o_r)[None, :]
+            b_linear_s = tl.load(w_s.weights + 2 * s.rows + o_s)
+            b_p += b_linear_s[:, None] + tl.load(w_r.weights + 2 * r.rows + o_r)[None, :]
             b_w += tl.where(m_peer, b_p, 0.0)
     return b_w

@@ -16,163 +16,139 @@ Nothing is added in memory and every element has one writer: the sums do not dep
 them up.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..common.numerics import (
-    LN2,
-    LOG2E,
-    begin,
-    class_range,
-    inverse_temperature,
-    load_tile,
-    logit_scale,
-    products,
-    relations,
-    shift_log2,
-)
+from ..common.arguments import Sums
+from ..common.numerics import LN2, begin, class_range, load_block, logits_of, products, relations
+
+
+class Plain(NamedTuple):
+    """Tiles first .. last - 1 of those outside the class range: n_before of all lie before it, the rest from hi on."""
+
+    first: Any
+    last: Any
+    n_before: Any
+    hi: Any
 
 
 @triton.jit
-def _plain_loop(
-    zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr, BOTH: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """(R,) sums over tiles first .. last - 1, of which the first n_before lie before the class range, the rest from hi.
-
-    PADDED: resident rows from n_r on are padding, which the streamed rows must not see.
-    """
-    b_sum = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
-    m_r = start_r + tl.arange(0, BLOCK_R) < n_r
-    for i in tl.range(first, last):
-        start_s = tl.where(i < n_before, i * BLOCK_S, hi + (i - n_before) * BLOCK_S)
-        b_p, _, _ = products(zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT)
-        b_e = tl.exp2(b_p * factor - shift)
+def _plain_loop(block, s, parts, p_part, plain, logits, n_r, TILE, PADDED: tl.constexpr):
+    """(R,) sums over plain tiles. PADDED: resident rows from n_r on are padding, which streamed rows must not see."""
+    b_sum = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
+    m_r = block.start + tl.arange(0, TILE.BLOCK_R) < n_r
+    for i in tl.range(plain.first, plain.last):
+        start_s = tl.where(
+            i < plain.n_before, i * TILE.BLOCK_S, plain.hi + (i - plain.n_before) * TILE.BLOCK_S
+        )  # fmt: skip
+        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN)
+        b_e = tl.exp2(b_p * logits.factor - logits.shift)
         if PADDED:
             b_e = tl.where(m_r[None, :], b_e, 0.0)
         b_sum += b_e
-        if BOTH:
-            tl.store(part_s + start_s + tl.arange(0, BLOCK_S), tl.sum(b_e, 1))
+        if parts.streamed is not None:
+            tl.store(p_part + start_s + tl.arange(0, TILE.BLOCK_S), tl.sum(b_e, 1))
     return tl.sum(b_sum, 0)
 
 
 @triton.jit
 def _plain_tiles(
-    zs, zr, b_r, b_r_low, part_s, lo, hi, whole, split, start_r, low_s, low_r, factor, shift, n_r,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr, BOTH: tl.constexpr, SPLIT: tl.constexpr,
+    block, s, parts, p_part, lo, hi, split, logits, n_r, TILE, SYMMETRIC: tl.constexpr
 ):  # fmt: skip
     """(R,) sums over a split's share of the tiles outside the class range; symmetric: of those before it."""
-    n_before = lo // BLOCK_S
+    n_before = lo // TILE.BLOCK_S
     n_plain = n_before
     if not SYMMETRIC:
-        n_plain += tl.maximum(whole - hi, 0) // BLOCK_S
-    first = (n_plain.to(tl.int64) * split // SPLITS).to(tl.int32)
-    last = (n_plain.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
-    if BOTH and start_r + BLOCK_R > n_r:
-        b_sum = _plain_loop(
-            zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
-            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLIT, BOTH, True,
-        )  # fmt: skip
+        n_plain += tl.maximum(s.n // TILE.BLOCK_S * TILE.BLOCK_S - hi, 0) // TILE.BLOCK_S
+    first = (n_plain.to(tl.int64) * split // TILE.SPLITS).to(tl.int32)
+    last = (n_plain.to(tl.int64) * (split + 1) // TILE.SPLITS).to(tl.int32)
+    plain = Plain(first, last, n_before, hi)
+    if parts.streamed is not None and block.start + TILE.BLOCK_R > n_r:
+        b_sum = _plain_loop(block, s, parts, p_part, plain, logits, n_r, TILE, True)
     else:
-        b_sum = _plain_loop(
-            zs, zr, b_r, b_r_low, part_s, first, last, n_before, hi, start_r, low_s, low_r, factor, shift, n_r,
-            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLIT, BOTH, False,
-        )  # fmt: skip
+        b_sum = _plain_loop(block, s, parts, p_part, plain, logits, n_r, TILE, False)
     return b_sum
 
 
 @triton.jit
 def _masked_tiles(
-    zs, zr, b_r, b_r_low, lo_r, first_r, cls_s, smp_s, part_s, lo, hi, whole, split, start_r, low_s, low_r,
-    factor, shift, n_r, n_s,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr, BOTH: tl.constexpr, PEERS: tl.constexpr, SPLIT: tl.constexpr,
+    block, r, s, parts, p_part, lo, hi, split, logits, TILE, SYMMETRIC: tl.constexpr
 ):  # fmt: skip
-    """(R,) sums over a split's share of the class range, and of a last tile with padding: others, peers, products."""
-    o_r = start_r + tl.arange(0, BLOCK_R)
-    m_r = o_r < n_r
-    b_other = tl.zeros([BLOCK_R], tl.float32)
+    """(R,) sums over a split's share of the class range, and of a last tile with padding."""
+    o_r = block.start + tl.arange(0, TILE.BLOCK_R)
+    m_r = o_r < r.n
+    b_other = tl.zeros([TILE.BLOCK_R], tl.float32)
     b_peer = b_other
     b_linear = b_other
-    n_class = (tl.minimum(hi, (n_s + BLOCK_S - 1) // BLOCK_S * BLOCK_S) - lo) // BLOCK_S
+    whole = s.n // TILE.BLOCK_S * TILE.BLOCK_S
+    n_class = (tl.minimum(hi, (s.n + TILE.BLOCK_S - 1) // TILE.BLOCK_S * TILE.BLOCK_S) - lo) // TILE.BLOCK_S
     n_masked = n_class
     if not SYMMETRIC:
-        n_masked += tl.where((hi <= whole) & (whole < n_s), 1, 0)
-    for i in tl.range(n_masked * split // SPLITS, n_masked * (split + 1) // SPLITS):
-        start_s = tl.where(i < n_class, lo + i * BLOCK_S, whole)
-        o_s = start_s + tl.arange(0, BLOCK_S)
-        b_p, _, _ = products(zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT)
-        m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
-        b_e = tl.exp2(b_p * factor - shift)
+        n_masked += tl.where((hi <= whole) & (whole < s.n), 1, 0)
+    for i in tl.range(n_masked * split // TILE.SPLITS, n_masked * (split + 1) // TILE.SPLITS):
+        start_s = tl.where(i < n_class, lo + i * TILE.BLOCK_S, whole)
+        o_s = start_s + tl.arange(0, TILE.BLOCK_S)
+        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
+        m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
+        b_e = tl.exp2(b_p * logits.factor - logits.shift)
         b_e_other = tl.where(m_other, b_e, 0.0)
         b_other += tl.sum(b_e_other, 0)
-        if BOTH and not SYMMETRIC:
-            tl.store(part_s + o_s, tl.sum(tl.where(m_r[None, :], b_e_other, 0.0), 1), mask=o_s < n_s)
-        if PEERS:
+        if parts.streamed is not None and not SYMMETRIC:
+            tl.store(p_part + o_s, tl.sum(tl.where(m_r[None, :], b_e_other, 0.0), 1), mask=o_s < s.n)
+        if TILE.PEERS:
             b_peer += tl.sum(tl.where(m_peer, b_e, 0.0), 0)
             b_linear += tl.sum(tl.where(m_peer, b_p, 0.0), 0)
-    return b_other, b_peer, b_linear
+    return Sums(b_other, b_peer, b_linear)
+
+
+@triton.jit
+def store_sums(parts, slot, sums, o_r, m_r, rows, factor, PEERS: tl.constexpr):
+    """Write what resident rows got into their slot; products become logits."""
+    p_part = parts.resident + slot.to(tl.int64) * 3 * rows + o_r
+    tl.store(p_part, sums.other, mask=m_r)
+    if PEERS:
+        tl.store(p_part + rows, sums.peer, mask=m_r)
+        tl.store(p_part + 2 * rows, sums.linear * (factor * LN2), mask=m_r)
 
 
 @triton.jit
 def forward_kernel(
-    zr, zs,  # working copies (., rows, D) of the resident and the streamed rows
-    lo_r, hi_r, first_r,  # (n_r,) int32: each resident row's class, and its sample's begin, among the streamed rows
-    cls_s, smp_s,  # (n_s,) int32: where each streamed row's class and sample begin
-    part_r, part_s, scale_r, scale_s, flag, t, t_value,
-    n_r, n_s, rows_r, rows_s, first_block, n_blocks, first_slot,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    SPLITS: tl.constexpr,  # programs that share the tiles of a resident block
-    SYMMETRIC: tl.constexpr, BOTH: tl.constexpr,  # BOTH: the streamed rows' sums too
+    r, s,  # Resident, Streamed
+    parts,  # Parts; streamed rows get sums too unless parts.streamed is None
+    temperature,
+    flag,  # as in prepare_kernel
+    TILE,
+    SYMMETRIC: tl.constexpr,
     PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch takes
-    PEERS: tl.constexpr,  # sums over peers are wanted
-    SPLIT_PLAIN: tl.constexpr, SPLIT_MASKED: tl.constexpr,  # products in split half precision
-    HAS_T: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FLAG: tl.constexpr,
 ):  # fmt: skip
-    if HAS_FLAG:
+    if flag is not None:
         if tl.load(flag) != 0:
             return
     # The block with the most tiles first: what is left over at the end is small.
-    block = n_blocks - 1 - tl.program_id(0)
+    block_r = parts.n_blocks - 1 - tl.program_id(0)
     split = tl.program_id(1)
-    start_r = (first_block + block) * BLOCK_R
-    low_r = rows_r.to(tl.int64) * D
-    low_s = rows_s.to(tl.int64) * D
-    inverse_t = inverse_temperature(t, t_value, HAS_T)
-    factor = logit_scale(inverse_t, scale_r, scale_s, HAS_SCALE) * LOG2E
-    shift = shift_log2(inverse_t)
-    part_s += block.to(tl.int64) * rows_s
-    b_r = load_tile(zr, start_r, BLOCK_R, D, BLOCK_D)
-    b_r_low = b_r
-    if (SPLIT_PLAIN and PLAIN) or (SPLIT_MASKED and MASKED):
-        b_r_low = load_tile(zr + low_r, start_r, BLOCK_R, D, BLOCK_D)
-
-    lo, hi = class_range(lo_r, hi_r, start_r, n_r, ALIGN)
-    whole = n_s // BLOCK_S * BLOCK_S  # a last tile with padding is masked
-    b_other = tl.zeros([BLOCK_R], tl.float32)
+    start_r = (parts.first_block + block_r) * TILE.BLOCK_R
+    logits = logits_of(temperature, r, s)
+    p_part = parts.resident
+    if parts.streamed is not None:
+        p_part = parts.streamed + block_r.to(tl.int64) * s.rows
+    block = load_block(r, start_r, TILE, (TILE.SPLIT_PLAIN and PLAIN) or (TILE.SPLIT_MASKED and MASKED))
+    lo, hi = class_range(r, start_r, TILE.ALIGN)
+    b_other = tl.zeros([TILE.BLOCK_R], tl.float32)
     b_peer = b_other
     b_linear = b_other
     if PLAIN:
-        b_other += _plain_tiles(
-            zs, zr, b_r, b_r_low, part_s, lo, hi, whole, split, start_r, low_s, low_r, factor, shift, n_r,
-            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLITS, SYMMETRIC, BOTH, SPLIT_PLAIN,
-        )  # fmt: skip
+        b_other += _plain_tiles(block, s, parts, p_part, lo, hi, split, logits, r.n, TILE, SYMMETRIC)
     if MASKED:
-        b_masked, b_peer, b_linear = _masked_tiles(
-            zs, zr, b_r, b_r_low, lo_r, first_r, cls_s, smp_s, part_s, lo, hi, whole, split, start_r, low_s, low_r,
-            factor, shift, n_r, n_s,
-            BLOCK_R, BLOCK_S, D, BLOCK_D, SPLITS, SYMMETRIC, BOTH, PEERS, SPLIT_MASKED,
-        )  # fmt: skip
-        b_other += b_masked
-    o_r = start_r + tl.arange(0, BLOCK_R)
-    m_r = o_r < n_r
-    p_part = part_r + (first_slot + split).to(tl.int64) * 3 * rows_r + o_r
-    tl.store(p_part, b_other, mask=m_r)
-    if PEERS:
-        tl.store(p_part + rows_r, b_peer, mask=m_r)
-        tl.store(p_part + 2 * rows_r, b_linear * (factor * LN2), mask=m_r)
+        masked = _masked_tiles(block, r, s, parts, p_part, lo, hi, split, logits, TILE, SYMMETRIC)
+        b_other += masked.other
+        b_peer = masked.peer
+        b_linear = masked.linear
+    o_r = start_r + tl.arange(0, TILE.BLOCK_R)
+    sums = Sums(b_other, b_peer, b_linear)
+    store_sums(parts, parts.first_slot + split, sums, o_r, o_r < r.n, r.rows, logits.factor, TILE.PEERS)
 
 
 @triton.jit
@@ -186,48 +162,43 @@ def _add_online(b_max, b_sum, b_x, m):
 
 @triton.jit
 def forward_online_kernel(
-    zr, zs, lo_r, hi_r, first_r, cls_s, smp_s, last_r, src_r, stats, scale_r, scale_s, flag, t, t_value,
-    n_r, n_s, rows_r, rows_s,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    PEERS: tl.constexpr, SPLIT: tl.constexpr, HAS_T: tl.constexpr, HAS_SCALE: tl.constexpr,
+    r, s,  # Resident, Streamed
+    last_N, src_N,  # (n,) int32: the interval of each resident row's sample ends; its source row
+    stats, temperature, flag,
+    TILE,
 ):  # fmt: skip
     """Where the flag says that a fixed shift does not do: log-sum-exps about a running maximum, over all tiles.
 
-    Writes rows 2 to 4 of stats (5, n_r) in source order: mean_peer, lse_peer, lse_other.
+    Writes rows 2 to 4 of stats (5, n) in source order: mean_peer, lse_peer, lse_other.
     """
     if tl.load(flag) == 0:
         return
-    start_r = tl.program_id(0) * BLOCK_R
-    low_r = rows_r.to(tl.int64) * D
-    low_s = rows_s.to(tl.int64) * D
-    factor = logit_scale(inverse_temperature(t, t_value, HAS_T), scale_r, scale_s, HAS_SCALE) * LOG2E
-    b_r = load_tile(zr, start_r, BLOCK_R, D, BLOCK_D)
-    b_r_low = b_r
-    if SPLIT:
-        b_r_low = load_tile(zr + low_r, start_r, BLOCK_R, D, BLOCK_D)
-    o_r = start_r + tl.arange(0, BLOCK_R)
-    m_r = o_r < n_r
-    b_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    start_r = tl.program_id(0) * TILE.BLOCK_R
+    logits = logits_of(temperature, r, s)
+    block = load_block(r, start_r, TILE, TILE.SPLIT_MASKED)
+    o_r = start_r + tl.arange(0, TILE.BLOCK_R)
+    m_r = o_r < r.n
+    b_max = tl.full([TILE.BLOCK_R], float("-inf"), tl.float32)
     b_max_peer = b_max
-    b_other = tl.zeros([BLOCK_R], tl.float32)
+    b_other = tl.zeros([TILE.BLOCK_R], tl.float32)
     b_peer = b_other
     b_linear = b_other
-    for start_s in tl.range(0, n_s, BLOCK_S):
-        o_s = start_s + tl.arange(0, BLOCK_S)
-        b_p, _, _ = products(zs, zr, b_r, b_r_low, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT)
-        m_other, m_peer = relations(lo_r, first_r, cls_s, smp_s, o_r, m_r, o_s, o_s < n_s)
-        b_x = b_p * factor
+    for start_s in tl.range(0, s.n, TILE.BLOCK_S):
+        o_s = start_s + tl.arange(0, TILE.BLOCK_S)
+        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
+        m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
+        b_x = b_p * logits.factor
         b_max, b_other = _add_online(b_max, b_other, b_x, m_other)
-        if PEERS:
+        if TILE.PEERS:
             b_max_peer, b_peer = _add_online(b_max_peer, b_peer, b_x, m_peer)
             b_linear += tl.sum(tl.where(m_peer, b_x, 0.0), 0)
-    b_src = tl.load(src_r + o_r, mask=m_r, other=0)
-    tl.store(stats + 4 * n_r + b_src, (b_max + tl.log2(b_other)) * LN2, mask=m_r)
-    if PEERS:
-        b_n = tl.load(hi_r + o_r, mask=m_r, other=0) - begin(tl.load(lo_r + o_r, mask=m_r, other=0))
-        b_n -= tl.load(last_r + o_r, mask=m_r, other=0) - begin(tl.load(first_r + o_r, mask=m_r, other=0))
-        tl.store(stats + 2 * n_r + b_src, b_linear * LN2 / tl.maximum(b_n, 1).to(tl.float32), mask=m_r)
-        tl.store(stats + 3 * n_r + b_src, (b_max_peer + tl.log2(b_peer)) * LN2, mask=m_r)
+    b_src = tl.load(src_N + o_r, mask=m_r, other=0)
+    tl.store(stats + 4 * r.n + b_src, (b_max + tl.log2(b_other)) * LN2, mask=m_r)
+    if TILE.PEERS:
+        b_n = tl.load(r.hi_N + o_r, mask=m_r, other=0) - begin(tl.load(r.lo_N + o_r, mask=m_r, other=0))
+        b_n -= tl.load(last_N + o_r, mask=m_r, other=0) - begin(tl.load(r.first_N + o_r, mask=m_r, other=0))
+        tl.store(stats + 2 * r.n + b_src, b_linear * LN2 / tl.maximum(b_n, 1).to(tl.float32), mask=m_r)
+        tl.store(stats + 3 * r.n + b_src, (b_max_peer + tl.log2(b_peer)) * LN2, mask=m_r)
     else:
-        tl.store(stats + 2 * n_r + b_src, b_linear, mask=m_r)
-        tl.store(stats + 3 * n_r + b_src, b_max_peer, mask=m_r)
+        tl.store(stats + 2 * r.n + b_src, b_linear, mask=m_r)
+        tl.store(stats + 3 * r.n + b_src, b_max_peer, mask=m_r)

@@ -1,10 +1,25 @@
 """Between the passes over tiles: partial sums into statistics and losses."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from ..common.arguments import Sums
 from ..common.numerics import LN2, SAFE_INVERSE_T, SMALLEST_SUM, begin, inverse_temperature, shift_log2
 from .objective import objective_rows
+
+
+class Wave(NamedTuple):
+    """Constants of `finish_kernel`."""
+
+    BLOCK_N: int  # the alignment of class ranges
+    BLOCK_R: int  # of the tiles
+    SLOTS: int
+    SYMMETRIC: bool
+    PEERS: bool
+    FIRST: bool  # of the waves
+    LAST: bool
 
 
 @triton.jit
@@ -29,110 +44,95 @@ def load_stats(stats, b_src, m_n, n):
 
 
 @triton.jit
-def _streamed_sum(
-    part_s, layout_5N, o_n, m_n, n, rows, first_block, n_blocks,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SYMMETRIC: tl.constexpr,
-):  # fmt: skip
+def _streamed_sum(parts, layout_5N, o_n, m_n, n, rows, WAVE):
     """What the rows got from this wave's blocks, which they streamed past."""
     start = 0
-    if SYMMETRIC:  # only blocks whose class range begins behind these rows have streamed them
-        last = tl.minimum(tl.program_id(0) * BLOCK_N + BLOCK_N, n) - 1
+    if WAVE.SYMMETRIC:  # only blocks whose class range begins behind these rows have streamed them
+        last = tl.minimum(tl.program_id(0) * WAVE.BLOCK_N + WAVE.BLOCK_N, n) - 1
         hi = tl.load(layout_5N + 2 * n + last)
-        start = tl.maximum((hi + BLOCK_N - 1) // BLOCK_N * BLOCK_N // BLOCK_R - first_block, 0)
+        begins = (hi + WAVE.BLOCK_N - 1) // WAVE.BLOCK_N * WAVE.BLOCK_N // WAVE.BLOCK_R
+        start = tl.maximum(begins - parts.first_block, 0)
     o_c = tl.arange(0, 16)
-    b_sum = tl.zeros([BLOCK_N], tl.float32)
-    for i_c in range(start, n_blocks, 16):
-        p_part = part_s + (i_c + o_c).to(tl.int64)[:, None] * rows + o_n[None, :]
-        m_part = (i_c + o_c < n_blocks)[:, None] & m_n[None, :]
+    b_sum = tl.zeros([WAVE.BLOCK_N], tl.float32)
+    for i_c in range(start, parts.n_blocks, 16):
+        p_part = parts.streamed + (i_c + o_c).to(tl.int64)[:, None] * rows + o_n[None, :]
+        m_part = (i_c + o_c < parts.n_blocks)[:, None] & m_n[None, :]
         b_sum += tl.sum(tl.load(p_part, mask=m_part, other=0.0), 0)
     return b_sum
 
 
 @triton.jit
-def _resident_sums(part_r, o_n, m_n, rows, SLOTS: tl.constexpr, OWN: tl.constexpr, PEERS: tl.constexpr):
-    """What the rows got while they were resident: sums over others and peers, and of peers' products."""
+def _resident_sums(parts, o_n, m_n, rows, SLOTS: tl.constexpr, PEERS: tl.constexpr):
+    """What the rows got while they were resident."""
     b_other = tl.zeros(o_n.shape, tl.float32)
     b_peer = b_other
     b_linear = b_other
-    if OWN:
+    if parts.resident is not None:
         for i_k in tl.static_range(SLOTS):
-            p_part = part_r + i_k * 3 * rows.to(tl.int64) + o_n
+            p_part = parts.resident + i_k * 3 * rows.to(tl.int64) + o_n
             b_other += tl.load(p_part, mask=m_n, other=0.0)
             if PEERS:
                 b_peer += tl.load(p_part + rows, mask=m_n, other=0.0)
                 b_linear += tl.load(p_part + 2 * rows, mask=m_n, other=0.0)
-    return b_other, b_peer, b_linear
+    return Sums(b_other, b_peer, b_linear)
 
 
 @triton.jit
-def _store_stats(
-    stats, flag, b_src, m_n, b_other, b_peer, b_linear, b_n_p, b_n_o, inverse_t, n,
-    PEERS: tl.constexpr, HAS_FLAG: tl.constexpr,
-):  # fmt: skip
-    if HAS_FLAG:
-        m_lost = (b_n_o > 0) & (b_other < SMALLEST_SUM)
+def _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, PEERS: tl.constexpr):
+    if flag is not None:
+        m_lost = (b_n_o > 0) & (sums.other < SMALLEST_SUM)
         if PEERS:
-            m_lost = m_lost | ((b_n_p > 0) & (b_peer < SMALLEST_SUM))
+            m_lost = m_lost | ((b_n_p > 0) & (sums.peer < SMALLEST_SUM))
         if tl.max((m_lost & m_n).to(tl.int32), 0) > 0 and inverse_t > SAFE_INVERSE_T:
             tl.atomic_max(flag, 1)
     shift = shift_log2(inverse_t) * LN2
     b_none = tl.full(b_src.shape, float("-inf"), tl.float32)
-    tl.store(stats + 2 * n + b_src, b_linear / tl.maximum(b_n_p, 1).to(tl.float32), mask=m_n)
-    tl.store(stats + 3 * n + b_src, tl.where(b_n_p > 0, tl.log(b_peer) + shift, b_none) if PEERS else b_none, mask=m_n)
-    tl.store(stats + 4 * n + b_src, tl.where(b_n_o > 0, tl.log(b_other) + shift, b_none), mask=m_n)
+    b_lse_p = tl.where(b_n_p > 0, tl.log(sums.peer) + shift, b_none) if PEERS else b_none
+    tl.store(stats + 2 * n + b_src, sums.linear / tl.maximum(b_n_p, 1).to(tl.float32), mask=m_n)
+    tl.store(stats + 3 * n + b_src, b_lse_p, mask=m_n)
+    tl.store(stats + 4 * n + b_src, tl.where(b_n_o > 0, tl.log(sums.other) + shift, b_none), mask=m_n)
 
 
 @triton.jit
 def finish_kernel(
-    part_r,  # (SLOTS, 3, rows), of all waves
-    part_s,  # (n_blocks, rows)
+    parts,  # Parts, its slots of all waves; None: the statistics are there already
     layout_5N,
     stats,  # (5, n) float32 in source order: mean_view, spread_view, mean_peer, lse_peer, lse_other
-    counts,  # (3, n) int64 in source order: n_view, n_peer, n_other
-    losses,  # (K, n) float32 in source order
-    flag, t, t_value, n, n_s, rows,
-    first_block, n_blocks,  # of this wave
-    BLOCK_N: tl.constexpr,  # the alignment of class ranges
-    BLOCK_R: tl.constexpr, SLOTS: tl.constexpr, SYMMETRIC: tl.constexpr,
-    OWN: tl.constexpr, STREAMED: tl.constexpr,  # the rows were resident (part_r), were streamed (part_s)
-    PEERS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,  # wave
-    SUMS: tl.constexpr,  # read the partial sums; False: statistics are there already
-    COUNTS: tl.constexpr,
-    K: tl.constexpr, CODES: tl.constexpr,  # objectives, and their codes of six bits each
-    HAS_T: tl.constexpr, HAS_FLAG: tl.constexpr,
+    counts,  # (3, n) int64 in source order: n_view, n_peer, n_other; None: not wanted
+    losses,  # (objectives, n) float32 in source order
+    flag, temperature, n, n_s, rows,
+    WAVE, CODES,  # constants; CODES: of the objectives
 ):  # fmt: skip
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = tl.program_id(0) * WAVE.BLOCK_N + tl.arange(0, WAVE.BLOCK_N)
     m_n = o_n < n
     b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
-    b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC)
-    run = n > 0
-    if HAS_FLAG:
-        run = tl.load(flag) == 0
-    if SUMS and run:
-        p_other = stats + 4 * n + b_src  # carries the sum from wave to wave
-        b_sum = tl.zeros([BLOCK_N], tl.float32)
-        if not FIRST:
-            b_sum += tl.load(p_other, mask=m_n, other=0.0)
-        if STREAMED:
-            b_sum += _streamed_sum(
-                part_s, layout_5N, o_n, m_n, n, rows, first_block, n_blocks, BLOCK_N, BLOCK_R, SYMMETRIC
-            )
-        if LAST:
-            b_other, b_peer, b_linear = _resident_sums(part_r, o_n, m_n, rows, SLOTS, OWN, PEERS)
-            inverse_t = inverse_temperature(t, t_value, HAS_T)
-            _store_stats(
-                stats, flag, b_src, m_n, b_sum + b_other, b_peer, b_linear, b_n_p, b_n_o, inverse_t, n, PEERS, HAS_FLAG
-            )
-        else:
-            tl.store(p_other, b_sum, mask=m_n)
-        tl.debug_barrier()
-    if COUNTS:
+    b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_n, m_n, n, n_s, WAVE.SYMMETRIC)
+    if parts is not None:
+        run = n > 0
+        if flag is not None:
+            run = tl.load(flag) == 0
+        if run:
+            p_other = stats + 4 * n + b_src  # carries the sum from wave to wave
+            b_sum = tl.zeros([WAVE.BLOCK_N], tl.float32)
+            if not WAVE.FIRST:
+                b_sum += tl.load(p_other, mask=m_n, other=0.0)
+            if parts.streamed is not None:
+                b_sum += _streamed_sum(parts, layout_5N, o_n, m_n, n, rows, WAVE)
+            if WAVE.LAST:
+                own = _resident_sums(parts, o_n, m_n, rows, WAVE.SLOTS, WAVE.PEERS)
+                sums = Sums(b_sum + own.other, own.peer, own.linear)
+                inverse_t = inverse_temperature(temperature)
+                _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, WAVE.PEERS)
+            else:
+                tl.store(p_other, b_sum, mask=m_n)
+            tl.debug_barrier()
+    if counts is not None:
         tl.store(counts + b_src, b_n_v.to(tl.int64), mask=m_n)
         tl.store(counts + n + b_src, b_n_p.to(tl.int64), mask=m_n)
         tl.store(counts + 2 * n + b_src, b_n_o.to(tl.int64), mask=m_n)
     b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = load_stats(stats, b_src, m_n, n)
-    for i_k in tl.static_range(K):
+    for i_k in tl.static_range(len(CODES)):
         b_loss, _, _, _, _, _ = objective_rows(
-            b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, (CODES >> (6 * i_k)) & 63
+            b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, CODES[i_k]
         )
         tl.store(losses + i_k * n + b_src, b_loss, mask=m_n)

@@ -14,21 +14,31 @@ pairs. Masked tiles are formed from both sides, and count once. They have a laun
 for each of its resident rows there, and plain tiles of that kernel's size would be half as large.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..common.numerics import (
-    LN2,
-    LOG2E,
-    SCALE,
-    class_range,
-    inverse_temperature,
-    load_tile,
-    logit_scale,
-    products,
-    relations,
-    shift_log2,
-)
+from ..common.arguments import Sums
+from ..common.numerics import SCALE, class_range, load_block, logits_of, products, relations
+from .forward import store_sums
+
+
+class Model(NamedTuple):
+    """Inside the kernel: one model's side of a program."""
+
+    block: Any  # Block
+    p_part: Any  # (rows,) what streamed rows get from this block
+    mean: Any  # of its cosines
+
+
+class PairSums(NamedTuple):
+    """Inside the kernel: sums of |K - L|^2, |K|^2 and |L|^2 along each streamed row, (S,) each. A row lies in few
+    threads: adding it up costs no exchange between warps."""
+
+    dd: Any
+    kk: Any
+    ll: Any
 
 
 @triton.jit
@@ -38,207 +48,139 @@ def _deviations(b_p, mean):
 
 
 @triton.jit
-def _pair_sums(b_dd, b_kk, b_ll, b_k, b_l):
-    """(S,) sums along each streamed row. A row lies in few threads: adding it up costs no exchange between warps."""
+def _add_pairs(pairs, b_k, b_l):
     b_d = b_k - b_l
-    return b_dd + tl.sum(b_d * b_d, 1), b_kk + tl.sum(b_k * b_k, 1), b_ll + tl.sum(b_l * b_l, 1)
+    return PairSums(
+        pairs.dd + tl.sum(b_d * b_d, 1), pairs.kk + tl.sum(b_k * b_k, 1), pairs.ll + tl.sum(b_l * b_l, 1)
+    )  # fmt: skip
 
 
 @triton.jit
-def _plain_tile(b_sum, b_p, p_part, m_r, factor, shift, mean, PADDED: tl.constexpr):
+def _plain_tile(b_sum, model, start_s, m_r, logits, TILE, SPLIT: tl.constexpr, PADDED: tl.constexpr):
     """A tile of one model: exponentials to its resident and its streamed rows; its cosines less their mean."""
-    b_e = tl.exp2(b_p * factor - shift)
-    b_d = _deviations(b_p, mean)
+    b_p, _, _ = products(model.block, model.block, start_s, TILE, SPLIT)
+    b_e = tl.exp2(b_p * logits.factor - logits.shift)
+    b_d = _deviations(b_p, model.mean)
     if PADDED:
         b_e = tl.where(m_r, b_e, 0.0)
         b_d = tl.where(m_r, b_d, 0.0)
-    tl.store(p_part, tl.sum(b_e, 1))
+    tl.store(model.p_part + start_s + tl.arange(0, TILE.BLOCK_S), tl.sum(b_e, 1))
     return b_sum + b_e, b_d
 
 
 @triton.jit
 def _plain_loop(
-    za, zb, b_a, b_a_low, b_b, b_b_low, part_sa, part_sb, first, last, start_r, low_a, low_b, factor, shift,
-    mean_k, mean_l, n,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, DA: tl.constexpr, BLOCK_DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_DB: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr,
+    a, b, n, first, last, logits, A, B, SPLIT: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
-    """(R,) sums of both models over tiles first .. last - 1, and (S,) sums for pairs; PADDED as in forward_kernel."""
-    b_sum_a = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
+    """(R,) sums of both models over tiles first .. last - 1, and sums for pairs; PADDED as in forward_kernel."""
+    b_sum_a = tl.zeros([A.BLOCK_S, A.BLOCK_R], tl.float32)
     b_sum_b = b_sum_a
-    b_dd = tl.zeros([BLOCK_S], tl.float32)
-    b_kk = b_dd
-    b_ll = b_dd
-    m_r = (start_r + tl.arange(0, BLOCK_R) < n)[None, :]
+    b_none = tl.zeros([A.BLOCK_S], tl.float32)
+    pairs = PairSums(b_none, b_none, b_none)
+    m_r = (a.block.start + tl.arange(0, A.BLOCK_R) < n)[None, :]
     for i in tl.range(first, last):
-        start_s = i * BLOCK_S
-        o_s = start_s + tl.arange(0, BLOCK_S)
         # One model after the other, so that no more than a product and the first model's deviations are held at a time.
-        b_p, _, _ = products(
-            za, za, b_a, b_a_low, start_s, start_r, low_a, low_a, BLOCK_S, BLOCK_R, DA, BLOCK_DA, SPLIT
-        )
-        b_sum_a, b_k = _plain_tile(b_sum_a, b_p, part_sa + o_s, m_r, factor, shift, mean_k, PADDED)
-        b_p, _, _ = products(
-            zb, zb, b_b, b_b_low, start_s, start_r, low_b, low_b, BLOCK_S, BLOCK_R, DB, BLOCK_DB, SPLIT
-        )
-        b_sum_b, b_l = _plain_tile(b_sum_b, b_p, part_sb + o_s, m_r, factor, shift, mean_l, PADDED)
-        b_dd, b_kk, b_ll = _pair_sums(b_dd, b_kk, b_ll, b_k, b_l)
-    return tl.sum(b_sum_a, 0), tl.sum(b_sum_b, 0), b_dd, b_kk, b_ll
+        b_sum_a, b_k = _plain_tile(b_sum_a, a, i * A.BLOCK_S, m_r, logits, A, SPLIT, PADDED)
+        b_sum_b, b_l = _plain_tile(b_sum_b, b, i * A.BLOCK_S, m_r, logits, B, SPLIT, PADDED)
+        pairs = _add_pairs(pairs, b_k, b_l)
+    return tl.sum(b_sum_a, 0), tl.sum(b_sum_b, 0), pairs
 
 
 @triton.jit
-def _plain_tiles(
-    za, zb, b_a, b_a_low, b_b, b_b_low, part_sa, part_sb, n_plain, split, start_r, low_a, low_b, factor, shift,
-    mean_k, mean_l, n,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, DA: tl.constexpr, BLOCK_DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_DB: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+def _plain_tiles(a, b, n, n_plain, split, logits, A, B, SPLIT: tl.constexpr):
     """What `_plain_loop` gives for a split's share of the tiles before the class range."""
-    first = (n_plain.to(tl.int64) * split // SPLITS).to(tl.int32)
-    last = (n_plain.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
-    if start_r + BLOCK_R > n:
-        b_a_sum, b_b_sum, b_dd, b_kk, b_ll = _plain_loop(
-            za, zb, b_a, b_a_low, b_b, b_b_low, part_sa, part_sb, first, last, start_r, low_a, low_b, factor, shift,
-            mean_k, mean_l, n, BLOCK_R, BLOCK_S, DA, BLOCK_DA, DB, BLOCK_DB, SPLIT, True,
-        )  # fmt: skip
+    first = (n_plain.to(tl.int64) * split // A.SPLITS).to(tl.int32)
+    last = (n_plain.to(tl.int64) * (split + 1) // A.SPLITS).to(tl.int32)
+    if a.block.start + A.BLOCK_R > n:
+        b_sum_a, b_sum_b, pairs = _plain_loop(a, b, n, first, last, logits, A, B, SPLIT, True)
     else:
-        b_a_sum, b_b_sum, b_dd, b_kk, b_ll = _plain_loop(
-            za, zb, b_a, b_a_low, b_b, b_b_low, part_sa, part_sb, first, last, start_r, low_a, low_b, factor, shift,
-            mean_k, mean_l, n, BLOCK_R, BLOCK_S, DA, BLOCK_DA, DB, BLOCK_DB, SPLIT, False,
-        )  # fmt: skip
-    return b_a_sum, b_b_sum, b_dd, b_kk, b_ll
+        b_sum_a, b_sum_b, pairs = _plain_loop(a, b, n, first, last, logits, A, B, SPLIT, False)
+    b_none = tl.zeros([A.BLOCK_R], tl.float32)
+    return Sums(b_sum_a, b_none, b_none), Sums(b_sum_b, b_none, b_none), pairs
 
 
 @triton.jit
-def _masked_tile(b_other, b_peer, b_linear, b_p, lo_N, first_N, o_r, o_s, n, factor, shift, PEERS: tl.constexpr):
-    """A tile of one model, added to its (R,) sums over others, over peers, and of peers' products."""
-    m_other, m_peer = relations(lo_N, first_N, lo_N, first_N, o_r, o_r < n, o_s, o_s < n)
-    b_e = tl.exp2(b_p * factor - shift)
-    b_other += tl.sum(tl.where(m_other, b_e, 0.0), 0)
+def _masked_tile(sums, b_p, m_other, m_peer, logits, PEERS: tl.constexpr):
+    """A tile of one model, added to its sums."""
+    b_e = tl.exp2(b_p * logits.factor - logits.shift)
+    b_other = sums.other + tl.sum(tl.where(m_other, b_e, 0.0), 0)
+    b_peer = sums.peer
+    b_linear = sums.linear
     if PEERS:
         b_peer += tl.sum(tl.where(m_peer, b_e, 0.0), 0)
         b_linear += tl.sum(tl.where(m_peer, b_p, 0.0), 0)
-    return b_other, b_peer, b_linear
+    return Sums(b_other, b_peer, b_linear)
 
 
 @triton.jit
 def _masked_tiles(
-    za, zb, b_a, b_a_low, b_b, b_b_low, lo_N, first_N, lo, hi, split, start_r, low_a, low_b, factor, shift,
-    mean_k, mean_l, n,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, DA: tl.constexpr, BLOCK_DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_DB: tl.constexpr, SPLITS: tl.constexpr, PEERS: tl.constexpr, SPLIT: tl.constexpr,
+    a, b, r, lo, hi, split, logits, A, B, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Over a split's share of the class range: with ROWS (R,) sums of both models, with PAIRS (S,) sums for pairs."""
-    o_r = start_r + tl.arange(0, BLOCK_R)
-    b_sum_a = tl.zeros([BLOCK_R], tl.float32)
-    b_sum_b = b_sum_a
-    b_peer_a = b_sum_a
-    b_peer_b = b_sum_a
-    b_linear_a = b_sum_a
-    b_linear_b = b_sum_a
-    b_dd = tl.zeros([BLOCK_S], tl.float32)
-    b_kk = b_dd
-    b_ll = b_dd
-    n_class = (tl.minimum(hi, (n + BLOCK_S - 1) // BLOCK_S * BLOCK_S) - lo) // BLOCK_S
-    for i in tl.range(n_class * split // SPLITS, n_class * (split + 1) // SPLITS):
-        start_s = lo + i * BLOCK_S
-        o_s = start_s + tl.arange(0, BLOCK_S)
-        m_pair = (o_s < n)[:, None] & (o_r < n)[None, :]
-        b_p, _, _ = products(
-            za, za, b_a, b_a_low, start_s, start_r, low_a, low_a, BLOCK_S, BLOCK_R, DA, BLOCK_DA, SPLIT
-        )
+    """Over a split's share of the class range: with ROWS sums of both models, with PAIRS sums for pairs."""
+    o_r = a.block.start + tl.arange(0, A.BLOCK_R)
+    b_none = tl.zeros([A.BLOCK_R], tl.float32)
+    sums_a = Sums(b_none, b_none, b_none)
+    sums_b = Sums(b_none, b_none, b_none)
+    b_none_s = tl.zeros([A.BLOCK_S], tl.float32)
+    pairs = PairSums(b_none_s, b_none_s, b_none_s)
+    n_class = (tl.minimum(hi, (r.n + A.BLOCK_S - 1) // A.BLOCK_S * A.BLOCK_S) - lo) // A.BLOCK_S
+    for i in tl.range(n_class * split // A.SPLITS, n_class * (split + 1) // A.SPLITS):
+        start_s = lo + i * A.BLOCK_S
+        o_s = start_s + tl.arange(0, A.BLOCK_S)
+        m_pair = (o_s < r.n)[:, None] & (o_r < r.n)[None, :]
+        b_p, _, _ = products(a.block, a.block, start_s, A, SPLIT)
         if ROWS:
-            b_sum_a, b_peer_a, b_linear_a = _masked_tile(
-                b_sum_a, b_peer_a, b_linear_a, b_p, lo_N, first_N, o_r, o_s, n, factor, shift, PEERS
-            )
-        b_k = tl.where(m_pair, _deviations(b_p, mean_k), 0.0)
-        b_p, _, _ = products(
-            zb, zb, b_b, b_b_low, start_s, start_r, low_b, low_b, BLOCK_S, BLOCK_R, DB, BLOCK_DB, SPLIT
-        )
+            m_other, m_peer = relations(r, r.lo_N, r.first_N, o_r, o_s, o_s < r.n)
+            sums_a = _masked_tile(sums_a, b_p, m_other, m_peer, logits, A.PEERS)
+        b_k = tl.where(m_pair, _deviations(b_p, a.mean), 0.0)
+        b_p, _, _ = products(b.block, b.block, start_s, B, SPLIT)
         if ROWS:
-            b_sum_b, b_peer_b, b_linear_b = _masked_tile(
-                b_sum_b, b_peer_b, b_linear_b, b_p, lo_N, first_N, o_r, o_s, n, factor, shift, PEERS
-            )
+            m_other, m_peer = relations(r, r.lo_N, r.first_N, o_r, o_s, o_s < r.n)
+            sums_b = _masked_tile(sums_b, b_p, m_other, m_peer, logits, A.PEERS)
         if PAIRS:
-            b_l = tl.where(m_pair, _deviations(b_p, mean_l), 0.0)
-            b_dd, b_kk, b_ll = _pair_sums(b_dd, b_kk, b_ll, b_k, b_l)
-    return b_sum_a, b_peer_a, b_linear_a, b_sum_b, b_peer_b, b_linear_b, b_dd, b_kk, b_ll
-
-
-@triton.jit
-def _store_part(part_r, slot, start_r, rows, n, b_other, b_peer, b_linear, BLOCK_R: tl.constexpr, PEERS: tl.constexpr):
-    o_r = start_r + tl.arange(0, BLOCK_R)
-    p_part = part_r + slot.to(tl.int64) * 3 * rows + o_r
-    tl.store(p_part, b_other, mask=o_r < n)
-    if PEERS:
-        tl.store(p_part + rows, b_peer, mask=o_r < n)
-        tl.store(p_part + 2 * rows, b_linear, mask=o_r < n)
-
-
-@triton.jit
-def _store_pairs(p_pairs, b_dd, b_kk, b_ll):
-    tl.store(p_pairs, tl.sum(b_dd, 0))
-    tl.store(p_pairs + 1, tl.sum(b_kk, 0))
-    tl.store(p_pairs + 2, tl.sum(b_ll, 0))
+            b_l = tl.where(m_pair, _deviations(b_p, b.mean), 0.0)
+            pairs = _add_pairs(pairs, b_k, b_l)
+    return sums_a, sums_b, pairs
 
 
 @triton.jit
 def twin_kernel(
-    za, zb,  # working copies (., rows, DA) and (., rows, DB), in one order
-    lo_N, hi_N, first_N,  # (n,) int32: each row's class, and its sample's begin
-    part_ra, part_sa, part_rb, part_sb,  # as part_r and part_s of forward_kernel, for each model
-    pairs,  # (blocks of all waves, SPLITS, 3) float32: what each program found of the three sums
+    a, b,  # Resident: both models' rows, in one order
+    parts_a, parts_b,  # Parts of each model
+    pair_sums,  # (blocks of all waves, SPLITS, 3) float32: what each program found of the three sums
     means,  # (2,) float32: mean cosines
-    t, t_value, n, rows, first_block, n_blocks, first_slot,
-    DA: tl.constexpr, BLOCK_DA: tl.constexpr, DB: tl.constexpr, BLOCK_DB: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr,
+    temperature,
+    A, B,  # Tile of each model; all but D and BLOCK_D are equal
     MASKED: tl.constexpr,  # whether this launch takes the masked tiles, or the plain ones
-    PEERS: tl.constexpr,
-    SPLIT: tl.constexpr,  # products in split half precision
-    SPLIT_PAIRS: tl.constexpr,  # those of the pairs' sums too: one precision for all tiles, whatever the others take
-    HAS_T: tl.constexpr,
 ):  # fmt: skip
     # The block with the most tiles first, as in forward_kernel.
-    block = n_blocks - 1 - tl.program_id(0)
+    block_r = parts_a.n_blocks - 1 - tl.program_id(0)
     split = tl.program_id(1)
-    start_r = (first_block + block) * BLOCK_R
-    low_a = rows.to(tl.int64) * DA
-    low_b = rows.to(tl.int64) * DB
-    inverse_t = inverse_temperature(t, t_value, HAS_T)
-    factor = logit_scale(inverse_t, means, means, False) * LOG2E
-    shift = shift_log2(inverse_t)
-    mean_k = tl.load(means)
-    mean_l = tl.load(means + 1)
-    b_a = load_tile(za, start_r, BLOCK_R, DA, BLOCK_DA)
-    b_b = load_tile(zb, start_r, BLOCK_R, DB, BLOCK_DB)
-    b_a_low = load_tile(za + low_a, start_r, BLOCK_R, DA, BLOCK_DA) if SPLIT else b_a
-    b_b_low = load_tile(zb + low_b, start_r, BLOCK_R, DB, BLOCK_DB) if SPLIT else b_b
-    lo, hi = class_range(lo_N, hi_N, start_r, n, ALIGN)
+    start_r = (parts_a.first_block + block_r) * A.BLOCK_R
+    # The pairs' sums have one precision for all tiles, whatever the others take: that of the plain ones.
+    SPLIT: tl.constexpr = A.SPLIT_MASKED if MASKED else A.SPLIT_PLAIN
+    logits = logits_of(temperature, a, b)
+    offset = block_r.to(tl.int64) * a.rows
+    model_a = Model(load_block(a, start_r, A, SPLIT), parts_a.streamed + offset, tl.load(means))
+    model_b = Model(load_block(b, start_r, B, SPLIT), parts_b.streamed + offset, tl.load(means + 1))
+    lo, hi = class_range(a, start_r, A.ALIGN)
     if MASKED:
-        b_sum_a, b_peer_a, b_linear_a, b_sum_b, b_peer_b, b_linear_b, b_dd, b_kk, b_ll = _masked_tiles(
-            za, zb, b_a, b_a_low, b_b, b_b_low, lo_N, first_N, lo, hi, split, start_r, low_a, low_b, factor, shift,
-            mean_k, mean_l, n, BLOCK_R, BLOCK_S, DA, BLOCK_DA, DB, BLOCK_DB, SPLITS, PEERS, SPLIT, True,
-            SPLIT == SPLIT_PAIRS,
-        )  # fmt: skip
-        if SPLIT != SPLIT_PAIRS:
+        sums_a, sums_b, pairs = _masked_tiles(
+            model_a, model_b, a, lo, hi, split, logits, A, B, SPLIT, True, SPLIT == A.SPLIT_PLAIN
+        )
+        if SPLIT != A.SPLIT_PLAIN:
             # A loop of its own: in one loop the compiler would share a product and make the others wait for it.
-            _, _, _, _, _, _, b_dd, b_kk, b_ll = _masked_tiles(
-                za, zb, b_a, b_a, b_b, b_b, lo_N, first_N, lo, hi, split, start_r, low_a, low_b, factor, shift,
-                mean_k, mean_l, n, BLOCK_R, BLOCK_S, DA, BLOCK_DA, DB, BLOCK_DB, SPLITS, PEERS, SPLIT_PAIRS, False,
-                True,
+            _, _, pairs = _masked_tiles(
+                model_a, model_b, a, lo, hi, split, logits, A, B, A.SPLIT_PLAIN, False, True
             )  # fmt: skip
     else:
-        b_sum_a, b_sum_b, b_dd, b_kk, b_ll = _plain_tiles(
-            za, zb, b_a, b_a_low, b_b, b_b_low, part_sa + block.to(tl.int64) * rows,
-            part_sb + block.to(tl.int64) * rows, lo // BLOCK_S, split, start_r, low_a, low_b, factor, shift,
-            mean_k, mean_l, n, BLOCK_R, BLOCK_S, DA, BLOCK_DA, DB, BLOCK_DB, SPLITS, SPLIT,
-        )  # fmt: skip
-        b_peer_a = tl.zeros([BLOCK_R], tl.float32)
-        b_linear_a = b_peer_a
-        b_peer_b = b_peer_a
-        b_linear_b = b_peer_a
-    slot = first_slot + split
-    _store_part(part_ra, slot, start_r, rows, n, b_sum_a, b_peer_a, b_linear_a * (factor * LN2), BLOCK_R, PEERS)
-    _store_part(part_rb, slot, start_r, rows, n, b_sum_b, b_peer_b, b_linear_b * (factor * LN2), BLOCK_R, PEERS)
-    _store_pairs(pairs + ((first_block + block) * SPLITS + split) * 3, b_dd, b_kk, b_ll)
+        sums_a, sums_b, pairs = _plain_tiles(model_a, model_b, a.n, lo // A.BLOCK_S, split, logits, A, B, SPLIT)
+    o_r = start_r + tl.arange(0, A.BLOCK_R)
+    slot = parts_a.first_slot + split
+    store_sums(parts_a, slot, sums_a, o_r, o_r < a.n, a.rows, logits.factor, A.PEERS)
+    store_sums(parts_b, slot, sums_b, o_r, o_r < a.n, a.rows, logits.factor, A.PEERS)
+    p_pairs = pair_sums + ((parts_a.first_block + block_r) * A.SPLITS + split) * 3
+    tl.store(p_pairs, tl.sum(pairs.dd, 0))
+    tl.store(p_pairs + 1, tl.sum(pairs.kk, 0))
+    tl.store(p_pairs + 2, tl.sum(pairs.ll, 0))

@@ -4,70 +4,96 @@ Both passes run on square blocks of pairs, small enough for the workspace. Where
 a block above the diagonal serves the rows of both sides: 3 N N D operations in place of 4.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..common.numerics import (
-    LOG2E,
-    class_range,
-    dot,
-    inverse_temperature,
-    logit_scale,
-    products,
-    shift_log2,
-    split_half,
-)
+from ..common.arguments import Block
+from ..common.numerics import class_range, dot, logits_of, products, split_half
 from .backward_tile import tile_weights
+
+
+class Pairs(NamedTuple):
+    """A square block of pairs."""
+
+    weights: Any  # (2 or 1, size, size) half precision: of rows first_s + . and columns first_r + ., their remainder
+    first_r: int
+    first_s: int
+    size: int
+
+
+class Summed(NamedTuple):
+    """The rows that a product sums over: from working row `first` on, `count` of them."""
+
+    z: Any  # (2 or 1, rows, D)
+    rows: int
+    first: int
+    count: int
+
+
+class Gradient(NamedTuple):
+    """The rows whose gradient a product adds to, from working row `first` on."""
+
+    sums: Any  # (n, d) float32 in source order
+    src_N: Any  # (n,) int32: source row of each working row
+    lo_N: Any  # (n,) int32: class ranges among the rows summed over
+    hi_N: Any
+    n: int
+    d: int
+    first: int
+
+
+class Product(NamedTuple):
+    """Constants of `product_kernel`."""
+
+    D: int
+    BLOCK_M: int
+    BLOCK_K: int
+    BLOCK_D: int
+    ALIGN: int
+    TRANSPOSED: bool  # the rows are the streamed rows, along which weights are stored row by row
+    SPLIT_PLAIN: bool
+    SPLIT_MASKED: bool
+    ADD: bool  # to what is there; False: overwrite it
 
 
 @triton.jit
 def pair_weights_kernel(
-    zr, zs, lo_r, hi_r, first_r, cls_s, smp_s, w_r, w_s, stats_r, stats_s, src_r, src_s,
-    w,  # (2 or 1, size, size) half precision: weights of rows first_s + . and columns first_r + ., and their remainder
-    scale_r, scale_s, flag, t, t_value,
-    n_r, n_s, rows_r, rows_s, first_r_row, first_s_row, size,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    PEERS: tl.constexpr, SPLIT_PLAIN: tl.constexpr, SPLIT_MASKED: tl.constexpr,
-    ONLINE: tl.constexpr, HAS_T: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FLAG: tl.constexpr,
+    r, s,  # Resident, Streamed
+    w_r, w_s,  # their Weights
+    pairs,  # Pairs
+    temperature, flag,
+    TILE, ONLINE: tl.constexpr,
 ):  # fmt: skip
-    if HAS_FLAG:
+    if flag is not None:
         if (tl.load(flag) != 0) != ONLINE:
             return
-    o_r = tl.program_id(0) * BLOCK_R
-    o_s = tl.program_id(1) * BLOCK_S
-    start_r = first_r_row + o_r
-    start_s = first_s_row + o_s
-    low_r = rows_r.to(tl.int64) * D
-    low_s = rows_s.to(tl.int64) * D
-    inverse_t = inverse_temperature(t, t_value, HAS_T)
-    factor = logit_scale(inverse_t, scale_r, scale_s, HAS_SCALE) * LOG2E
-    shift = shift_log2(inverse_t)
-    lo, hi = class_range(lo_r, hi_r, start_r, n_r, ALIGN)
+    o_r = tl.program_id(0) * TILE.BLOCK_R
+    o_s = tl.program_id(1) * TILE.BLOCK_S
+    start_r = pairs.first_r + o_r
+    start_s = pairs.first_s + o_s
+    logits = logits_of(temperature, r, s)
+    lo, hi = class_range(r, start_r, TILE.ALIGN)
     # A width of more than BLOCK_D is taken from memory piece by piece: no rows stay resident.
-    b_none = tl.zeros([BLOCK_R, BLOCK_D], zr.dtype.element_ty)
+    b_none = tl.zeros([TILE.BLOCK_R, TILE.BLOCK_D], r.z.dtype.element_ty)
+    block = Block(r.z, r.rows, b_none, b_none, start_r)
     # Padding is masked: a product of 0 may well have a weight that half precision does not hold.
-    padded = (start_s + BLOCK_S > n_s) | (start_r + BLOCK_R > n_r)
+    padded = (start_s + TILE.BLOCK_S > s.n) | (start_r + TILE.BLOCK_R > r.n)
     if ((start_s >= lo) & (start_s < hi)) | padded:
-        b_p, _, _ = products(
-            zs, zr, b_none, b_none, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT_MASKED
-        )
-        b_w = tile_weights(
-            b_p * factor, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-            lo_r, first_r, cls_s, smp_s, BLOCK_S, BLOCK_R, True, PEERS, ONLINE,
-        )  # fmt: skip
+        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
+        b_x = b_p * logits.factor
+        b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)
     else:
-        b_p, _, _ = products(
-            zs, zr, b_none, b_none, start_s, start_r, low_s, low_r, BLOCK_S, BLOCK_R, D, BLOCK_D, SPLIT_PLAIN
-        )
-        b_w = tile_weights(
-            b_p * factor, shift, w_r, w_s, rows_r, rows_s, start_r, start_s, n_r, n_s, stats_r, stats_s, src_r, src_s,
-            lo_r, first_r, cls_s, smp_s, BLOCK_S, BLOCK_R, False, PEERS, ONLINE,
-        )  # fmt: skip
-    b_high, b_low = split_half(b_w, w.dtype.element_ty)
-    p_w = w + (o_s + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * size + (o_r + tl.arange(0, BLOCK_R))[None, :]
+        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN)
+        b_x = b_p * logits.factor
+        b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, False, ONLINE)
+    b_high, b_low = split_half(b_w, pairs.weights.dtype.element_ty)
+    o_w = (o_s + tl.arange(0, TILE.BLOCK_S)).to(tl.int64)[:, None] * pairs.size
+    p_w = pairs.weights + o_w + (o_r + tl.arange(0, TILE.BLOCK_R))[None, :]
     tl.store(p_w, b_high)
-    if SPLIT_PLAIN or SPLIT_MASKED:
-        tl.store(p_w + size.to(tl.int64) * size, b_low)
+    if TILE.SPLIT_PLAIN or TILE.SPLIT_MASKED:
+        tl.store(p_w + pairs.size.to(tl.int64) * pairs.size, b_low)
 
 
 @triton.jit
@@ -89,46 +115,42 @@ def _load_rows(z, start, m_d, BLOCK_K: tl.constexpr, D: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def product_kernel(
-    w,  # (2 or 1, size, size)
-    z,  # (2 or 1, z_rows, D) working copy of the rows summed over
-    src_N,  # (n,) int32: source row of each output row
-    lo_N, hi_N,  # (n,) int32: class ranges of the output rows among the rows summed over
-    acc,  # (n, d) float32 in source order
-    n, d, z_rows, first_m, first_k, size_k, size,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SPLIT_PLAIN: tl.constexpr, SPLIT_MASKED: tl.constexpr,
-    ADD: tl.constexpr,  # to what acc holds; False: overwrite it
+    pairs,  # Pairs
+    summed,  # Summed
+    gradient,  # Gradient
+    TILE,  # Product
 ):  # fmt: skip
-    start_m = tl.program_id(0) * BLOCK_M
-    start_d = tl.program_id(1) * BLOCK_D
-    o_m = start_m + tl.arange(0, BLOCK_M)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    z += first_k.to(tl.int64) * D + start_d
-    m_d = start_d + tl.arange(0, BLOCK_D) < D
-    for i_k in tl.range(0, size_k, BLOCK_K):
-        b_w = _load_weights(w, o_m, i_k + tl.arange(0, BLOCK_K), size, TRANSPOSED)
-        b_acc = dot(b_w, _load_rows(z, i_k, m_d, BLOCK_K, D, BLOCK_D), b_acc)
-    if SPLIT_MASKED:  # the remainders, everywhere or where classes are shared
+    start_m = tl.program_id(0) * TILE.BLOCK_M
+    start_d = tl.program_id(1) * TILE.BLOCK_D
+    o_m = start_m + tl.arange(0, TILE.BLOCK_M)
+    b_acc = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_D], tl.float32)
+    w = pairs.weights
+    z = summed.z + (summed.first.to(tl.int64) * TILE.D + start_d)
+    m_d = start_d + tl.arange(0, TILE.BLOCK_D) < TILE.D
+    for i_k in tl.range(0, summed.count, TILE.BLOCK_K):
+        b_w = _load_weights(w, o_m, i_k + tl.arange(0, TILE.BLOCK_K), pairs.size, TILE.TRANSPOSED)
+        b_acc = dot(b_w, _load_rows(z, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
+    if TILE.SPLIT_MASKED:  # the remainders, everywhere or where classes are shared
         first = 0
-        last = size_k
-        if not SPLIT_PLAIN:
-            lo, hi = class_range(lo_N, hi_N, first_m + start_m, n, ALIGN)
-            first = tl.minimum(tl.maximum(lo - first_k, 0), size_k)
-            last = tl.minimum(tl.maximum(hi - first_k, 0), size_k)
-        w_low = w + size.to(tl.int64) * size
-        z_low = z + z_rows.to(tl.int64) * D
-        for i_k in tl.range(first, last, BLOCK_K):
-            o_k = i_k + tl.arange(0, BLOCK_K)
-            b_w = _load_weights(w, o_m, o_k, size, TRANSPOSED)
-            b_acc = dot(b_w, _load_rows(z_low, i_k, m_d, BLOCK_K, D, BLOCK_D), b_acc)
-            b_w = _load_weights(w_low, o_m, o_k, size, TRANSPOSED)
-            b_acc = dot(b_w, _load_rows(z, i_k, m_d, BLOCK_K, D, BLOCK_D), b_acc)
-    o_d = start_d + tl.arange(0, BLOCK_D)
-    m_m = first_m + o_m < n
-    b_src = tl.load(src_N + first_m + o_m, mask=m_m, other=0).to(tl.int64)
-    p_acc = acc + b_src[:, None] * d + o_d[None, :]
-    m_acc = m_m[:, None] & (o_d < d)[None, :]
-    if ADD:
+        last = summed.count
+        if not TILE.SPLIT_PLAIN:
+            lo, hi = class_range(gradient, gradient.first + start_m, TILE.ALIGN)
+            first = tl.minimum(tl.maximum(lo - summed.first, 0), summed.count)
+            last = tl.minimum(tl.maximum(hi - summed.first, 0), summed.count)
+        w_low = w + pairs.size.to(tl.int64) * pairs.size
+        z_low = z + summed.rows.to(tl.int64) * TILE.D
+        for i_k in tl.range(first, last, TILE.BLOCK_K):
+            o_k = i_k + tl.arange(0, TILE.BLOCK_K)
+            b_w = _load_weights(w, o_m, o_k, pairs.size, TILE.TRANSPOSED)
+            b_acc = dot(b_w, _load_rows(z_low, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
+            b_w = _load_weights(w_low, o_m, o_k, pairs.size, TILE.TRANSPOSED)
+            b_acc = dot(b_w, _load_rows(z, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
+    o_d = start_d + tl.arange(0, TILE.BLOCK_D)
+    m_m = gradient.first + o_m < gradient.n
+    b_src = tl.load(gradient.src_N + gradient.first + o_m, mask=m_m, other=0).to(tl.int64)
+    p_acc = gradient.sums + b_src[:, None] * gradient.d + o_d[None, :]
+    m_acc = m_m[:, None] & (o_d < gradient.d)[None, :]
+    if TILE.ADD:
         # Each element has one writer in a launch, and launches follow each other: the order of additions is fixed. An
         # atomic one happens in the cache, and the old values take no registers.
         tl.atomic_add(p_acc, b_acc, mask=m_acc, sem="relaxed")

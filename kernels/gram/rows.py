@@ -8,6 +8,8 @@ All of it is float64: where the rows are nearly equal, v has the digits that flo
 take a small share of the time, the products most.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -17,39 +19,41 @@ from ..common.numerics import power_of_two_scale, split_half
 _CONSTANT = tl.constexpr(64 * 2.0**-52)
 
 
-@triton.jit
-def _load(x, o_n, m_n, o_d, d, stride):
-    p_x = x + o_n.to(tl.int64)[:, None] * stride + o_d[None, :]
-    return tl.load(p_x, mask=m_n[:, None] & (o_d[None, :] < d), other=0.0).to(tl.float64)
+class Features(NamedTuple):
+    """A model's rows as the caller gave them."""
+
+    x: Any  # (n, d), any dtype
+    n: int
+    d: int
+    stride: int
 
 
 @triton.jit
-def _mapped(b_x, b_scale, b_mean, b_inv, NORMALIZE: tl.constexpr):
-    """Rows u, of rows (N, D) and their factors (N,)."""
-    if NORMALIZE:
-        b_x = (b_x * b_scale[:, None] - b_mean[:, None]) * b_inv[:, None]
-    return b_x
+def _load(features, o_n, m_n, o_d):
+    p_x = features.x + o_n.to(tl.int64)[:, None] * features.stride + o_d[None, :]
+    return tl.load(p_x, mask=m_n[:, None] & (o_d[None, :] < features.d), other=0.0).to(tl.float64)
 
 
 @triton.jit
-def _factors(x, o_n, m_n, d, stride, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CENTRE: tl.constexpr):
+def _factors(features, o_n, m_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CENTRE: tl.constexpr):
     """s, m and r of rows; r is 0 for a zero row, and for a constant one where it is centred."""
     o_d = tl.arange(0, BLOCK_D)
+    d = features.d
     b_peak = tl.zeros([BLOCK_N], tl.float64)
     for i_d in range(0, d, BLOCK_D):
-        b_peak = tl.maximum(b_peak, tl.max(tl.abs(_load(x, o_n, m_n, i_d + o_d, d, stride)), 1))
+        b_peak = tl.maximum(b_peak, tl.max(tl.abs(_load(features, o_n, m_n, i_d + o_d)), 1))
     b_scale = power_of_two_scale(b_peak.to(tl.float32)).to(tl.float64)
     b_mean = tl.zeros([BLOCK_N], tl.float64)
     b_floor = b_mean
     if CENTRE:
         for i_d in range(0, d, BLOCK_D):
-            b_mean += tl.sum(_load(x, o_n, m_n, i_d + o_d, d, stride) * b_scale[:, None], 1)
+            b_mean += tl.sum(_load(features, o_n, m_n, i_d + o_d) * b_scale[:, None], 1)
         b_mean = b_mean / d
         b_floor += _CONSTANT
     b_square = tl.zeros([BLOCK_N], tl.float64)
     b_largest = b_square
     for i_d in range(0, d, BLOCK_D):
-        b_u = _load(x, o_n, m_n, i_d + o_d, d, stride) * b_scale[:, None] - b_mean[:, None]
+        b_u = _load(features, o_n, m_n, i_d + o_d) * b_scale[:, None] - b_mean[:, None]
         b_u = tl.where(i_d + o_d[None, :] < d, b_u, 0.0)
         b_square += tl.sum(b_u * b_u, 1)
         b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_u), 1))
@@ -60,22 +64,20 @@ def _factors(x, o_n, m_n, d, stride, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def measure_kernel(
-    x,  # (n, d) features, any dtype
+    features,  # Features
     pilot,  # (d,) float64
-    factors,  # (3, n) float64: s, m, r
+    factors,  # (3, n) float64: s, m, r; None: rows are taken as they are
     squares,  # (n,) float64: |v|^2
     margins,  # (n,) float64: <pilot, v>
     peaks,  # (programs,) float64: the largest |v| of each program's rows
-    n, d, stride,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, CENTRE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
+    n = features.n
+    d = features.d
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n
-    b_scale = tl.full([BLOCK_N], 1.0, tl.float64)
-    b_mean = tl.zeros([BLOCK_N], tl.float64)
-    b_inv = b_scale
-    if NORMALIZE:
-        b_scale, b_mean, b_inv = _factors(x, o_n, m_n, d, stride, BLOCK_N, BLOCK_D, CENTRE)
+    if factors is not None:
+        b_scale, b_mean, b_inv = _factors(features, o_n, m_n, BLOCK_N, BLOCK_D, CENTRE)
         tl.store(factors + o_n, b_scale, mask=m_n)
         tl.store(factors + n + o_n, b_mean, mask=m_n)
         tl.store(factors + 2 * n + o_n, b_inv, mask=m_n)
@@ -85,7 +87,10 @@ def measure_kernel(
     b_peak = b_square
     for i_d in range(0, d, BLOCK_D):
         b_p = tl.load(pilot + i_d + o_d, mask=i_d + o_d < d, other=0.0)
-        b_v = _mapped(_load(x, o_n, m_n, i_d + o_d, d, stride), b_scale, b_mean, b_inv, NORMALIZE) - b_p[None, :]
+        b_v = _load(features, o_n, m_n, i_d + o_d)
+        if factors is not None:
+            b_v = (b_v * b_scale[:, None] - b_mean[:, None]) * b_inv[:, None]
+        b_v = b_v - b_p[None, :]
         b_v = tl.where(i_d + o_d[None, :] < d, b_v, 0.0)
         b_square += tl.sum(b_v * b_v, 1)
         b_margin += tl.sum(b_v * b_p[None, :], 1)
@@ -97,25 +102,26 @@ def measure_kernel(
 
 @triton.jit
 def split_kernel(
-    x, pilot, factors,  # as in measure_kernel
+    features, pilot, factors,  # as in measure_kernel
     scale,  # (1,) float64: power of two
     z,  # (2, rows, width) half precision: columns first .. first + columns are this model's
-    n, d, stride, rows, width, first, columns,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+    rows, width, first, columns,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows from n on and columns from d on are zeros."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = features.n
+    d = features.d
     m_n = o_n < n
-    b_scale = tl.full([BLOCK_N], 1.0, tl.float64)
-    b_mean = tl.zeros([BLOCK_N], tl.float64)
-    b_inv = b_scale
-    if NORMALIZE:
+    b_v = _load(features, o_n, m_n, o_d)
+    if factors is not None:
         b_scale = tl.load(factors + o_n, mask=m_n, other=0.0)
         b_mean = tl.load(factors + n + o_n, mask=m_n, other=0.0)
         b_inv = tl.load(factors + 2 * n + o_n, mask=m_n, other=0.0)
+        b_v = (b_v * b_scale[:, None] - b_mean[:, None]) * b_inv[:, None]
     b_p = tl.load(pilot + o_d, mask=o_d < d, other=0.0)
-    b_v = _mapped(_load(x, o_n, m_n, o_d, d, stride), b_scale, b_mean, b_inv, NORMALIZE) - b_p[None, :]
+    b_v = b_v - b_p[None, :]
     b_v = tl.where(m_n[:, None] & (o_d[None, :] < d), b_v * tl.load(scale), 0.0)
     b_high, b_low = split_half(b_v.to(tl.float32), z.dtype.element_ty)
     p_z = z + o_n.to(tl.int64)[:, None] * width + (first + o_d)[None, :]

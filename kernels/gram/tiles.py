@@ -7,12 +7,23 @@ of its rows and of its columns: they are added in memory as integers, in units o
 the order.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..common.numerics import LOG2E, dot, load_tile
 
 FIXED_POINT = tl.constexpr(4294967296.0)  # 2^32: entries of at most 1, up to 2^31 of them
+
+
+class Features(NamedTuple):
+    """One model's rows. The last three are for "rbf"; None: entries are inner products."""
+
+    z: Any  # (2, rows, D) half precision; rows from n on are zeros
+    exponent: Any  # (1,) float32: 1 / (2 sigma^2)
+    squares: Any  # (n,) float32: |v|^2
+    totals: Any  # (n,) int64 row sums; zero before
 
 
 @triton.jit
@@ -38,18 +49,18 @@ def _exponential_less_one(b_t):
 
 
 @triton.jit
-def _entries(b_p, exponent, squares, o_i, o_j, n, RBF: tl.constexpr, WIDE: tl.constexpr):
+def _entries(b_p, model, o_i, o_j, n, WIDE: tl.constexpr):
     """Entries of K, of K - 1 where WIDE, from products of working copies; 0 on the diagonal and where padded.
 
     All in units of the working copy's scale: the entries of an inner product, |v|^2, and 1 / (2 sigma^2).
     """
-    if RBF:
+    if model.exponent is not None:
         m_i = o_i < n
         m_j = o_j < n
-        b_i = tl.load(squares + o_i, mask=m_i, other=0.0)
-        b_j = tl.load(squares + o_j, mask=m_j, other=0.0)
+        b_i = tl.load(model.squares + o_i, mask=m_i, other=0.0)
+        b_j = tl.load(model.squares + o_j, mask=m_j, other=0.0)
         b_distance = tl.maximum(b_i[:, None] + b_j[None, :] - 2.0 * b_p, 0.0)
-        b_power = -tl.load(exponent) * b_distance
+        b_power = -tl.load(model.exponent) * b_distance
         if WIDE:
             b_p = _exponential_less_one(b_power)
         else:
@@ -65,14 +76,11 @@ def _add_rows(totals, o_n, n, b_sum):
 
 @triton.jit
 def gram_kernel(
-    zx, zy,  # (2, rows, DX) and (2, rows, DY) half precision; rows from n on are zeros
-    exponent_x, exponent_y,  # (1,) float32: 1 / (2 sigma^2)
-    squares_x, squares_y,  # (n,) float32: |v|^2
+    x, y,  # Features of DX and DY columns
     sums,  # (blocks, SPLITS, 3) float64
-    totals_x, totals_y,  # (n,) int64 row sums, for "rbf"; zero before
     n, rows, blocks,
     DX: tl.constexpr, DY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    RBF: tl.constexpr, WIDE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)  # the block with the most tiles first
     split = tl.program_id(1)
@@ -84,20 +92,20 @@ def gram_kernel(
     yy = xy
     for j in tl.range(i + split, blocks, SPLITS):
         o_j = j * BLOCK + tl.arange(0, BLOCK)
-        b_x = _product(zx, low_x, i * BLOCK, j * BLOCK, BLOCK, DX, BLOCK_D)
-        b_x = _entries(b_x, exponent_x, squares_x, o_i, o_j, n, RBF, WIDE)
-        b_y = _product(zy, low_y, i * BLOCK, j * BLOCK, BLOCK, DY, BLOCK_D)
-        b_y = _entries(b_y, exponent_y, squares_y, o_i, o_j, n, RBF, WIDE)
+        b_x = _product(x.z, low_x, i * BLOCK, j * BLOCK, BLOCK, DX, BLOCK_D)
+        b_x = _entries(b_x, x, o_i, o_j, n, WIDE)
+        b_y = _product(y.z, low_y, i * BLOCK, j * BLOCK, BLOCK, DY, BLOCK_D)
+        b_y = _entries(b_y, y, o_i, o_j, n, WIDE)
         weight = tl.where(i == j, 1.0, 2.0)
         xy += tl.sum(b_x * b_y).to(tl.float64) * weight
         xx += tl.sum(b_x * b_x).to(tl.float64) * weight
         yy += tl.sum(b_y * b_y).to(tl.float64) * weight
-        if RBF:
-            _add_rows(totals_x, o_i, n, tl.sum(b_x, 1))
-            _add_rows(totals_y, o_i, n, tl.sum(b_y, 1))
+        if x.totals is not None:
+            _add_rows(x.totals, o_i, n, tl.sum(b_x, 1))
+            _add_rows(y.totals, o_i, n, tl.sum(b_y, 1))
             if i != j:
-                _add_rows(totals_x, o_j, n, tl.sum(b_x, 0))
-                _add_rows(totals_y, o_j, n, tl.sum(b_y, 0))
+                _add_rows(x.totals, o_j, n, tl.sum(b_x, 0))
+                _add_rows(y.totals, o_j, n, tl.sum(b_y, 0))
     p_sums = sums + (i * SPLITS + split) * 3
     tl.store(p_sums, xy)
     tl.store(p_sums + 1, xx)

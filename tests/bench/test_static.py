@@ -4,13 +4,13 @@ Kernels are compiled in processes of their own: this one interprets them.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import triton
+from static_gate import WITNESSES, gate, run
 
 from bench.static import run as static
 from bench.static.compile import Facts, Job, obstacle
@@ -21,18 +21,7 @@ from fastcl.kernels.common import launch
 if reason := obstacle():
     pytest.skip(f"bench.static: {reason}", allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parents[2]
-WITNESSES = "tests.static_witnesses"
 JOB = Job(".", "m", "some_kernel", {"x": "*fp16", "n": "i32"}, {}, ["x"], 90, 4, 3)
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
-
-
-def gate(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return run("-m", "bench.static", *arguments, **environment)
 
 
 def names(record: dict) -> list[str]:
@@ -102,39 +91,15 @@ def test_arguments_are_specialised_as_at_run_time_and_equal_launches_are_one(tmp
     assert r["signature"] == dict(zip(pointers[::2], pointers[1::2], strict=True)) | {
         "nothing": "constexpr", "one": "constexpr", "sixteen": "i32", "seventeen": "i32", "large": "i64",
         "real": "fp32", "flag": "u1", "bare": "constexpr", "sizes": "constexpr", "name": "constexpr",
+        "rows": {"first": "*fp32", "second": "constexpr", "n": "i32"},
+        "BLOCK": dict.fromkeys(("R", "EVEN", "nothing"), "constexpr"), "numbers": {"0": "constexpr", "1": "constexpr"},
     }  # fmt: skip
-    assert r["constants"] == {"nothing": None, "one": 1, "bare": None, "sizes": [64, 128], "name": "fp16"}
-    assert r["divisible"] == "half brain single double ints longs bytes_ sixteen large".split()
-
-
-def test_a_kernel_that_another_program_left_in_the_cache_is_judged_by_the_words_of_ptxas_too(tmp_path):
-    found = []
-    for _ in range(2):
-        arguments = ("--cases", f"{WITNESSES}:serialised", "--arch", "sm_90", "--json", str(tmp_path / "records.json"))
-        done = gate(*arguments, TRITON_CACHE_DIR=str(tmp_path / "cache"))
-        assert done.returncode == 1, done.stderr
-        found += json.loads((tmp_path / "records.json").read_text())
-        logs = list((tmp_path / "cache").rglob("ptxas.log"))
-        (facts,) = (tmp_path / "cache").rglob("facts-*.json")
-        assert len(logs) == 1
-        logs[0].unlink(), facts.unlink()
-    assert found[0] == found[1] and found[0]["messages"]
-
-
-def test_facts_in_the_cache_are_those_of_this_code(tmp_path):
-    out = tmp_path / "records.json"
-
-    def registers() -> int:
-        arguments = ("--cases", f"{WITNESSES}:serialised", "--arch", "sm_90", "--json", str(out))
-        gate(*arguments, TRITON_CACHE_DIR=str(tmp_path / "cache"))
-        return json.loads(out.read_text())[0]["registers"]
-
-    first = registers()
-    (facts,) = (tmp_path / "cache").rglob("facts-*.json")
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"registers": 7}))
-    assert registers() == 7
-    facts.rename(facts.with_name("facts-of-other-code.json"))
-    assert registers() == first
+    assert r["constants"] == {
+        "nothing": None, "one": 1, "bare": None, "sizes": [64, 128], "name": "fp16", "rows.second": None,
+        "BLOCK.R": 64, "BLOCK.EVEN": True, "BLOCK.nothing": None, "numbers.0": 5, "numbers.1": 7,
+    }  # fmt: skip
+    assert r["divisible"] == "half brain single double ints longs bytes_ sixteen large rows.first rows.n".split()
+    assert launch_name(r) == "arguments_kernel w4 s1 EVEN -nothing -bare -second"
 
 
 @pytest.mark.parametrize(

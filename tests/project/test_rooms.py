@@ -6,8 +6,6 @@ from pathlib import Path
 from test_structure import ROOT, complaints, imports, module_name, python_files
 
 MOST_PARAMETERS = 12
-# @triton.jit functions above that are to become fewer, and the longest shorter: lower the numbers with them.
-LONG_KERNELS, LONGEST_KERNEL = 26, 49
 TWICE = {"__init__.py", "__main__.py", "triton.py", "two_models.py"}
 
 
@@ -80,7 +78,4 @@ def test_calls_are_short():
     many = ", ".join(f"a{k}" for k in range(MOST_PARAMETERS))
     assert not long_calls(f"def f({many}): pass", Path("x.py"))
     assert long_calls(f"def f({many}, *, b): pass", Path("x.py"))
-    assert not (found := complaints(long_calls, "fastcl", "bench")), found
-    kernels = complaints(long_calls, "kernels").splitlines()
-    counts = [int(line.split(" has ")[1].split()[0]) for line in kernels]
-    assert (len(counts), max(counts)) == (LONG_KERNELS, LONGEST_KERNEL), "\n".join(kernels)
+    assert not (found := complaints(long_calls, "fastcl", "bench", "kernels")), found

@@ -42,8 +42,8 @@ LAYOUTS = {
 
 def class_blocks(ran: Launches, kernel: str = "backward_kernel") -> tuple[int, int]:
     """Blocks of pairs that are masked because they may share a class, and blocks in all."""
-    arguments = ran.of(kernel)[0].arguments
-    n, lo, hi = arguments["n_r"], arguments["lo_r"].tolist(), arguments["hi_r"].tolist()
+    r = ran.of(kernel)[0].arguments["r"]
+    n, lo, hi = r.n, r.lo_N.tolist(), r.hi_N.tolist()
     starts = range(0, n, ALIGN)
     ends = [min(start + ALIGN, n) - 1 for start in starts]
     masked = sum(-(-hi[end] // ALIGN) - lo[start] // ALIGN for start, end in zip(starts, ends, strict=True))
@@ -59,7 +59,7 @@ def test_class_layouts(layout: str) -> None:
     masked, blocks = class_blocks(ran)
     assert blocks == 9 and (masked == 9) == (layout == "one class")
     assert (masked == 3) == (layout in ("unlabelled", "all distinct", "no class"))
-    assert ran.of("forward_kernel")[0].arguments["SPLITS"] == 2
+    assert ran.of("forward_kernel")[0].arguments["TILE"].SPLITS == 2
 
 
 @pytest.mark.parametrize("size", ((16, 64), (64, 32), (128, 16), (32, 128)))
@@ -72,8 +72,8 @@ def test_tile_sizes(size: tuple[int, int]) -> None:
         if size != (16, 64):
             ids = {"sample": sample[:200], "labels": labels[:200], "sample_y": sample[130:], "labels_y": labels[130:]}
             ran = check_stats(FIELDS, normal(200, 12).float(), normal(163, 12, seed=1).float(), ids, t)
-    assert {(one.arguments["BLOCK_R"], one.arguments["BLOCK_S"]) for one in ran.of("forward_kernel")} == {size}
-    assert ran.of("forward_kernel")[0].arguments["SPLITS"] == {64: 2, 32: 2, 128: 1, 16: 4}[size[1]]
+    assert {one.arguments["TILE"][1:3] for one in ran.of("forward_kernel")} == {size}
+    assert ran.of("forward_kernel")[0].arguments["TILE"].SPLITS == {64: 2, 32: 2, 128: 1, 16: 4}[size[1]]
 
 
 @pytest.mark.parametrize("online", (False, True))
@@ -83,7 +83,7 @@ def test_the_tables_own_tiles(online: bool) -> None:
     with tables_own_tiles():
         ran = check(["supcon"], normal(len(sample), 24).float(), sample, labels, t, "fp32" if online else "fp16")
     assert ran.flag() == online
-    chosen = [(one.arguments["BLOCK_R"], one.arguments["BLOCK_S"]) for one in ran.of("forward_kernel")]
+    chosen = [one.arguments["TILE"][1:3] for one in ran.of("forward_kernel")]
     call = ("all",) if online else ("none", "peers")
     assert chosen == [(c.block_r, c.block_s) for c in (config("forward", 90, mode, 32, 293) for mode in call)]
 
@@ -128,7 +128,7 @@ def test_waves_of_the_backward_pass() -> None:
         ran = check(["supcon"], normal(300, 12).float(), sample, labels, 0.1, "fp16")
     backward = ran.of("backward_kernel")
     assert len(backward) == 6 and {one.grid for one in backward} == {(2, 2)}  # three waves, plain and masked tiles
-    assert [one.arguments["first_row"] for one in ran.of("finalize_kernel")] == [0, 128, 256]
+    assert [one.arguments["tiles"].first for one in ran.of("finalize_kernel")] == [0, 128, 256]
 
 
 @pytest.mark.parametrize(("precision", "t"), (("fp16", 0.1), ("fp32", 0.005)))
@@ -140,7 +140,7 @@ def test_two_runs_are_bit_identical(precision: str, t: float) -> None:
         with tiles(128, 64), launches() as ran:
             loss = fastcl.contrastive_loss(z, sample, labels, "supcon", t, precision=precision)
             results.append((loss, *torch.autograd.grad(loss, z)))
-    assert max(one.arguments["SPLITS"] for one in ran.of("backward_kernel")) > 1
+    assert max(one.arguments["TILE"].SPLITS for one in ran.of("backward_kernel")) > 1
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -150,7 +150,8 @@ def test_narrow_widths(d: int) -> None:
     for name, precision in (("nscl", "fp16"), ("supcon_in", "fp32")):
         ran = check([name], normal(len(sample), d).float(), sample, labels, 0.2, precision)
         assert not ran.of("product_kernel")
-        assert ran.of("backward_kernel")[0].arguments["D"] == {1: 32, 3: 32, 8: 32, 100: 128, 200: 256, 256: 256}[d]
+        width = ran.of("backward_kernel")[0].arguments["TILE"].D
+        assert width == {1: 32, 3: 32, 8: 32, 100: 128, 200: 256, 256: 256}[d]
 
 
 WIDE = (
@@ -172,8 +173,8 @@ def test_wide_rows(d: int, precision: str, name: str, t: float | Tensor) -> None
     online = ran.flag() is not None
     assert len(ran.of("pair_weights_kernel")) == 6 * (1 + online) and not ran.of("backward_kernel")
     products = [one.arguments for one in ran.of("product_kernel")]
-    assert [a["TRANSPOSED"] for a in products].count(True) == 3 and len(products) == 9
-    assert {a["w"].shape for a in products} == {(halves, 128, 128)}
+    assert [a["TILE"].TRANSPOSED for a in products].count(True) == 3 and len(products) == 9
+    assert {a["pairs"].weights.shape for a in products} == {(halves, 128, 128)}
     assert ran.flag() == (int(t < 1 / 150) if isinstance(t, Tensor) else None)
 
 
@@ -200,7 +201,7 @@ def test_wide_rows_with_the_tables_tiles() -> None:
     for precision in ("fp16", "fp32"):
         with tables_own_tiles():
             ran = check(["supcon"], normal(len(sample), 300).half(), sample, labels, 0.2, precision)
-        assert ran.of("product_kernel")[0].arguments["acc"].dtype == torch.float32
+        assert ran.of("product_kernel")[0].arguments["gradient"].sums.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("sm", "wide"), ((80, True), (90, False)))

@@ -213,7 +213,7 @@ def test_the_flag_is_for_all_rows(rows: str, flag: int) -> None:
     for t in (0.008, torch.tensor(0.008)):
         ran = check(["supcon" if rows == "peers opposite" else "dcl"], z, sample, labels, t)
         assert ran.flag() == flag
-        peers = ran.of("forward_kernel")[0].arguments["PEERS"]
+        peers = ran.of("forward_kernel")[0].arguments["TILE"].PEERS
         assert peers == (labels is not None)
 
 

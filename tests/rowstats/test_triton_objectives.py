@@ -44,10 +44,11 @@ def test_values_and_gradients(precision: str, name: str) -> None:
         found = ran.of(kernel)
         assert len(found) == (2 if split == (False, True) else 1)
         for one in found:
-            assert (one.arguments["SPLIT_PLAIN"], one.arguments["SPLIT_MASKED"]) == split
-            assert one.arguments["PEERS"] == peers and not one.arguments["HAS_FLAG"]
-            assert one.arguments["zr"].dtype == (torch.bfloat16 if precision == "bf16" else torch.float16)
-            assert one.arguments["zr"].shape == (2 if any(split) else 1, 128, 32)
+            tile, z = one.arguments["TILE"], one.arguments["r"].z
+            assert (tile.SPLIT_PLAIN, tile.SPLIT_MASKED) == split
+            assert tile.PEERS == peers and one.arguments["flag"] is None
+            assert z.dtype == (torch.bfloat16 if precision == "bf16" else torch.float16)
+            assert z.shape == (2 if any(split) else 1, 128, 32)
     assert not ran.of("forward_online_kernel")
 
 
@@ -67,7 +68,8 @@ def test_temperatures(learnable: int, temperature: float, names: list[str]) -> N
     flagged = learnable or temperature < 1 / 73
     assert ran.flag() == (int(temperature < 1 / 150) if flagged else None)
     assert len(ran.of("forward_online_kernel")) == flagged
-    assert {one.arguments["HAS_T"] for one in ran if "HAS_T" in one.arguments} == {bool(learnable)}
+    degrees = [one.arguments["temperature"] for one in ran if "temperature" in one.arguments]
+    assert {degree.tensor is not None for degree in degrees} == {bool(learnable)}
     assert {one.arguments["ONLINE"] for one in ran.of("backward_kernel")} == ({False, True} if flagged else {False})
 
 
@@ -93,7 +95,7 @@ def test_rows_that_are_not_normalised(name: str) -> None:
     for size, t in ((0.3, 0.5), (2.0, torch.tensor(0.5))):  # logits up to 8 and up to 400
         z = (normal(len(sample), 24) * size).float()
         ran = check([name], z, sample, labels, t, normalize=False)
-        assert ran.flag() == 1 and ran.of("forward_kernel")[0].arguments["HAS_SCALE"]
+        assert ran.flag() == 1 and ran.of("forward_kernel")[0].arguments["r"].scale is not None
 
 
 @every_precision
@@ -150,12 +152,12 @@ def test_every_possible_objective(denominator: tuple[str, ...], positives: tuple
     own = Objective(denominator, positives, inside)
     ran = check_own(of_sets(denominator, positives, inside), own, normal(len(sample), 5).float(), sample, labels, 0.2)
     (finish,) = ran.of("finish_kernel")
-    assert finish.arguments["CODES"] == own.code == ran.of("derivatives_kernel")[0].arguments["CODES"]
+    assert finish.arguments["CODES"] == (own.code,) == ran.of("derivatives_kernel")[0].arguments["CODES"]
 
 
 @pytest.mark.parametrize("labels", (torch.zeros(13).long(), torch.arange(13) // 2 * 0 - 1))
 def test_every_objective_at_once_where_relations_are_empty(labels: Tensor) -> None:
-    """All codes in one number, where no row has an other (one class) and where none has a peer (no class)."""
+    """All codes in one launch, where no row has an other (one class) and where none has a peer (no class)."""
     sets = [s for s in SETS if s[0] != s[1][:1] and s[0] != s[1][1:] or len(s[1]) == 1]
     weights, z = row_weights(13), normal(13, 5).float()
     with launches() as ran:
@@ -166,7 +168,7 @@ def test_every_objective_at_once_where_relations_are_empty(labels: Tensor) -> No
         formulas = [row_losses(of_sets(*s), masks(MIXED, labels)) for s in sets]
         truth = solve(lambda s: sum(f(s) for f in formulas), z, 0.3, weights=weights, subtracts=True)
         compare_gradients(compare_rows(total, truth, weights, "fp32"), [x], truth, "fp32")
-    assert ran.of("finish_kernel")[0].arguments["K"] == len(sets) > 30
+    assert len(ran.of("finish_kernel")[0].arguments["CODES"]) == len(sets) > 30
     for row, formula in zip(rows, formulas, strict=True):
         assert torch.equal(row.cpu() == 0, solve(formula, z, 0.3).rows == 0)
 
@@ -176,7 +178,8 @@ def test_a_callable_of_ones_own_reads_the_statistics() -> None:
     own = lambda r: torch.where(r.valid, r.lse_other - r.mean_view, 0)  # noqa: E731
     z = normal(len(sample), 24).float()
     ran = check_own(FORMULAS["nscl"], own, z, sample, labels, torch.tensor(0.2))
-    assert ran.of("derivatives_kernel")[0].arguments["HAS_STATS"] and ran.of("finish_kernel")[0].arguments["COUNTS"]
+    assert ran.of("derivatives_kernel")[0].arguments["grad_stats"] is not None
+    assert ran.of("finish_kernel")[0].arguments["counts"] is not None
 
 
 def test_known_values() -> None:

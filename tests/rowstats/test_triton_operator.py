@@ -137,7 +137,7 @@ def test_autocast_chooses_half_precision_and_nothing_else(inside: bool) -> None:
             with launches():
                 loss.backward()
         assert loss.dtype == torch.float32 == z1.grad.dtype
-        assert not ran.of("forward_kernel")[0].arguments["SPLIT_PLAIN"]
+        assert not ran.of("forward_kernel")[0].arguments["TILE"].SPLIT_PLAIN
         runs.append((loss, z1.grad, z2.grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -156,7 +156,7 @@ def test_the_precision_by_default(dtype: torch.dtype, level: str, split: bool) -
     finally:
         torch.set_float32_matmul_precision(before)
     (one,) = ran.of("forward_kernel")
-    assert one.arguments["SPLIT_PLAIN"] == split and one.arguments["zr"].dtype == torch.float16
+    assert one.arguments["TILE"].SPLIT_PLAIN == split and one.arguments["r"].z.dtype == torch.float16
 
 
 def test_second_derivatives_are_refused() -> None:

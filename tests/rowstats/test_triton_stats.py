@@ -52,7 +52,7 @@ def test_anchors_against_other_rows(seed: int) -> None:
     x, y = ((normal(rows, 5, seed=seed + k) * size).to(dtype) for k, rows in enumerate((n, k)))
     ran = check_stats(FIELDS, x, y, ids, t, normalize=seed % 5 > 0)
     assert not ran.of("forward_kernel")[0].arguments["SYMMETRIC"]
-    assert len({one.arguments["n"] for one in ran.of("finalize_kernel")}) == (1 if n == k else 2)
+    assert len({one.arguments["x"].n for one in ran.of("finalize_kernel")}) == (1 if n == k else 2)
 
 
 def test_a_copy_of_the_anchors_is_candidates_like_any_other() -> None:
@@ -134,7 +134,7 @@ def test_columns_are_the_transposed_statistics(labelled: bool, t: float | Tensor
             grads = torch.autograd.grad(total, (x, y))
         forward = ran.of("forward_kernel")
         assert len(forward) == (1 if at_once and not labelled else 2)
-        assert forward[0].arguments["BOTH"] == (at_once and not labelled)
+        assert (forward[0].arguments["parts"].streamed is not None) == (at_once and not labelled)
         results.append([*(getattr(side, f) for side in stats for f in (*FIELDS, "n_view", "n_other")), *grads])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-5)
@@ -170,7 +170,7 @@ def test_clip(scale: float | Tensor, dtype: torch.dtype, normalize: bool) -> Non
         assert_temperature(-(scale.detach().cpu() ** 2) * grads[2], truth, precision)  # d / d (1 / scale)
     assert ran.flag() == (None if len(grads) < 3 and normalize else value > 150 or not normalize)
     (forward,) = ran.of("forward_kernel")
-    assert forward.arguments["BOTH"] and len(ran.of("layout_kernel")) == 1
+    assert forward.arguments["parts"].streamed is not None and len(ran.of("layout_kernel")) == 1
 
 
 def test_clip_of_one_pair_is_nothing() -> None:
@@ -205,7 +205,7 @@ def test_two_tensors_are_their_concatenation(name: str, function) -> None:
         truth = solve(formula, z, float(t), weights=weights, normalize=normalize, subtracts=name == "supcon")
         assert_loss((rows.cpu() * weights).sum(), truth, "fp32")
         assert_gradients([torch.cat(grads).cpu()], truth, "fp32")
-        assert ran.of("views_kernel")[0].arguments["HAS_TWO"] and len(ran.of("layout_kernel")) == 1
+        assert ran.of("views_kernel")[0].arguments["x"].x2 is not None and len(ran.of("layout_kernel")) == 1
         with launches() as plain:
             same = fastcl.contrastive_loss(
                 z.to(DEVICE), sample.to(DEVICE), labels.to(DEVICE), name, t, "none", normalize=normalize

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
 from torch import Tensor
 
+from fastcl.kernels.common.arguments import fixed
 from fastcl.kernels.common.launch import launch
-from fastcl.kernels.contrastive.backward import backward_kernel
-from fastcl.kernels.contrastive.backward_epilogue import finalize_kernel
-from fastcl.kernels.contrastive.backward_prologue import derivatives_kernel, weights_kernel
-from fastcl.kernels.contrastive.wide import pair_weights_kernel, product_kernel
-from fastcl.rowstats.triton.forward import WORKSPACE, choose, parts, scaling, sides, splits, switches, tabled
+from fastcl.kernels.contrastive import backward_epilogue, backward_prologue, wide
+from fastcl.kernels.contrastive.backward import Accumulator, backward_kernel
+from fastcl.kernels.contrastive.backward_tile import Weights
+from fastcl.rowstats.triton.forward import WORKSPACE, choose, parts, splits, tabled, tile
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, Call, Operand, row_block
 
 
@@ -38,6 +39,18 @@ class _Side:
     upstream: Upstream
     weights: Tensor  # (5, rows)
     bound: Tensor  # (1,)
+
+    @cached_property
+    def weighted(self) -> Weights:
+        """What kernels over tiles take beside the rows."""
+        return Weights(self.weights, self.upstream.stats, self.operand.order[0])
+
+    @cached_property
+    def views(self) -> backward_epilogue.Views:
+        """The side's view pairs as `finalize_kernel` takes them."""
+        r = self.operand
+        values = (self.weights, self.upstream.stats) if self.upstream.any else (None, None)
+        return backward_epilogue.Views(r.order[3], r.order[4], *values, r.rows)
 
 
 def gradients(
@@ -78,23 +91,21 @@ def _sides(operands: list[Operand], call: Call, flag: Tensor | None, upstreams: 
         weights = (z.new_empty if upstream.any else z.new_zeros)(5, r.rows, dtype=torch.float32)
         found.append(_Side(r, upstream, weights, bound))
         if upstream.any:
-            other = operands[len(operands) - len(found)]
-            losses = upstream.grad_losses if upstream.grad_losses is not None else weights[:0]
+            other, losses = operands[len(operands) - len(found)], upstream.grad_losses
             launch(
-                derivatives_kernel, (r.rows // ALIGN,), 4, 1,
-                layout_5N=r.order, stats=upstream.stats, grad_stats=upstream.grad_stats, grad_losses=losses,
-                weights=weights, maxima=part, n=r.n, n_s=other.n, rows=r.rows, stride_k=losses.stride(0),
-                stride_n=losses.stride(1), BLOCK_N=ALIGN, SYMMETRIC=len(operands) == 1, K=len(losses),
-                CODES=call.packed_codes if len(losses) else 0, HAS_STATS=upstream.grad_stats is not None,
+                backward_prologue.derivatives_kernel, (r.rows // ALIGN,), 4, 1,
+                layout_5N=r.order, stats=upstream.stats, grad_stats=upstream.grad_stats,
+                upstream=None if losses is None else backward_prologue.Losses(losses, *losses.stride()),
+                weights=weights, maxima=part, n=r.n, n_s=other.n, rows=r.rows, BLOCK_N=ALIGN,
+                SYMMETRIC=len(operands) == 1, CODES=fixed(() if losses is None else call.codes),
             )  # fmt: skip
     for side in found:
         if side.upstream.any:
             r = side.operand
             launch(
-                weights_kernel, (r.rows // ALIGN,), 4, 1,
+                backward_prologue.weights_kernel, (r.rows // ALIGN,), 4, 1,
                 layout_5N=r.order, stats=side.upstream.stats, weights=side.weights, maxima=maxima, bound=bound,
-                flag=flag, t=call.temperature, t_value=call.value, n=r.n, rows=r.rows, n_maxima=len(maxima),
-                BLOCK_N=ALIGN, HAS_T=call.temperature is not None, HAS_FLAG=flag is not None,
+                flag=flag, temperature=call.degree, n=r.n, rows=r.rows, n_maxima=len(maxima), BLOCK_N=ALIGN,
             )  # fmt: skip
     return found
 
@@ -119,33 +130,26 @@ def _gradient(r: _Side, s: _Side, call: Call, flag: Tensor | None, need_dot: boo
     return dx, dot
 
 
-def _pairs(r: _Side, s: _Side, call: Call, flag: Tensor | None) -> tuple[dict, dict]:
-    """Arguments, and constant ones, of the kernels that turn pairs of rows into weights."""
-    arguments = sides(r.operand, s.operand) | scaling(call, flag, r.operand, s.operand)
-    arguments |= {
-        "w_r": r.weights, "w_s": s.weights, "stats_r": r.upstream.stats, "stats_s": s.upstream.stats,
-        "src_r": r.operand.order[0], "src_s": s.operand.order[0], "n_r": r.operand.n, "n_s": s.operand.n,
-        "rows_r": r.operand.rows, "rows_s": s.operand.rows,
+def _over_pairs(r: _Side, s: _Side, call: Call, flag: Tensor | None) -> dict:
+    """Arguments of the kernels that turn pairs of rows into weights."""
+    return {
+        "r": r.operand.resident, "s": s.operand.streamed, "w_r": r.weighted, "w_s": s.weighted,
+        "temperature": call.degree, "flag": flag,
     }  # fmt: skip
-    constants = switches(call, flag) | {
-        "D": r.operand.width, "ALIGN": ALIGN, "PEERS": call.peers, "SPLIT_PLAIN": call.split == "all",
-        "SPLIT_MASKED": call.split != "none",
-    }  # fmt: skip
-    return arguments, constants
 
 
 def _narrow(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor, n_splits: int, first: int) -> None:
     """Fill acc (slots, rows, width) for the resident rows from `first` on."""
-    arguments, constants = _pairs(r, s, call, flag)
     rows = min(acc.shape[1], r.operand.rows - first)
     for part, (mode, takes_plain, takes_masked) in enumerate(parts(call)):
         for online in (False,) if flag is None else (False, True):
             chosen = choose("backward_online" if online else "backward", s.operand, mode)
             launch(
                 backward_kernel, (rows // chosen.block_r, n_splits), chosen.warps, chosen.stages,
-                **arguments, acc=acc, first_block=first // chosen.block_r, first_slot=part * n_splits,
-                acc_rows=acc.shape[1], BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s, SPLITS=n_splits,
-                PLAIN=takes_plain, MASKED=takes_masked, ONLINE=online, **constants,
+                **_over_pairs(r, s, call, flag),
+                acc=Accumulator(acc, acc.shape[1], first // chosen.block_r, part * n_splits),
+                TILE=fixed(tile(call, r.operand, chosen, n_splits)), PLAIN=takes_plain, MASKED=takes_masked,
+                ONLINE=online,
             )  # fmt: skip
 
 
@@ -153,18 +157,15 @@ def _finalize(
     r: _Side, s: _Side, call: Call, acc: Tensor, dx: Tensor, dot: Tensor | None, first: int, in_order: bool
 ) -> None:
     x, y = r.operand, s.operand
-    tile = 1024 if 64 < x.width <= NARROW else 512  # neither Triton 3.6 nor 3.8 spills these on sm_90
-    block_n, block_d, warps = row_block(x.width, tile)
+    elements = 1024 if 64 < x.width <= NARROW else 512  # neither Triton 3.6 nor 3.8 spills these on sm_90
+    block_n, block_d, warps = row_block(x.width, elements)
     rows = min(acc.shape[1], x.n - first)
     launch(
-        finalize_kernel, (triton.cdiv(rows, block_n),), warps, 1,
-        acc=acc, **x.source("x"), **y.source("y"), first_x=x.order[3], last_x=x.order[4], w_x=r.weights,
-        stats_x=r.upstream.stats, first_y=y.order[3], last_y=y.order[4], w_y=s.weights, stats_y=s.upstream.stats,
-        dx=dx, dot_N=dot, bound=r.bound, scale_y=y.scale, t=call.temperature, t_value=call.value, n=x.n, n_y=y.n,
-        d=dx.shape[1], first_row=first, acc_rows=acc.shape[1], stride_acc=acc.stride(1), rows_x=x.rows, rows_y=y.rows,
-        BLOCK_N=block_n, BLOCK_D=block_d, SLOTS=len(acc), IN_ORDER=in_order, SYMMETRIC=r is s,
-        OWN=r.upstream.any, OTHER=s.upstream.any, NORMALIZE=call.normalize, NEED_DOT=dot is not None,
-        HAS_TWO=x.x2 is not None, HAS_T=call.temperature is not None, HAS_SCALE=not call.normalize,
+        backward_epilogue.finalize_kernel, (triton.cdiv(rows, block_n),), warps, 1,
+        tiles=backward_epilogue.Gradient(acc, first, acc.shape[1], acc.stride(1)),
+        x=x.source, x_views=r.views, y=y.source, y_views=s.views, dx=dx, dot_N=dot, bound=r.bound, scale=y.scale,
+        temperature=call.degree,
+        CONSTANTS=fixed(backward_epilogue.Finish(block_n, block_d, len(acc), in_order, r is s)),
     )  # fmt: skip
 
 
@@ -184,14 +185,13 @@ def _wide(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor) -> N
 
 def _pair_weights(r: _Side, s: _Side, call: Call, flag: Tensor | None, w: Tensor, i: int, j: int) -> None:
     chosen = choose("weights", s.operand, call.split)
-    arguments, constants = _pairs(r, s, call, flag)
     size = w.shape[1]
     grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
+    constants = tile(call, r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # also where a program held the width
     for online in (False,) if flag is None else (False, True):
         launch(
-            pair_weights_kernel, grid, chosen.warps, chosen.stages,
-            **arguments, w=w, first_r_row=i, first_s_row=j, size=size, BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s,
-            BLOCK_D=chosen.block_d, ONLINE=online, **constants,
+            wide.pair_weights_kernel, grid, chosen.warps, chosen.stages,
+            **_over_pairs(r, s, call, flag), pairs=wide.Pairs(w, i, j, size), TILE=fixed(constants), ONLINE=online,
         )  # fmt: skip
 
 
@@ -200,13 +200,13 @@ def _product(
 ) -> None:
     """Add to acc the gradient of rows i .. from the rows k .. of the other side."""
     chosen = choose("product", summed.operand, call.split)
-    x, z = rows.operand, summed.operand.z
+    x, y = rows.operand, summed.operand
     size = w.shape[1]
-    m, size_k = min(size, x.rows - i), min(size, z.shape[1] - k)
+    m, count = min(size, x.rows - i), min(size, y.rows - k)
+    sizes = y.width, chosen.block_r, chosen.block_s, chosen.block_d, ALIGN
     launch(
-        product_kernel, (m // chosen.block_r, triton.cdiv(z.shape[2], chosen.block_d)), chosen.warps, chosen.stages,
-        w=w, z=z, src_N=x.order[0], lo_N=x.order[1], hi_N=x.order[2], acc=acc, n=x.n, d=acc.shape[1],
-        z_rows=z.shape[1], first_m=i, first_k=k, size_k=size_k, size=size, D=z.shape[2], BLOCK_M=chosen.block_r,
-        BLOCK_K=chosen.block_s, BLOCK_D=chosen.block_d, ALIGN=ALIGN, TRANSPOSED=transposed,
-        SPLIT_PLAIN=call.split == "all", SPLIT_MASKED=call.split != "none", ADD=add,
+        wide.product_kernel, (m // chosen.block_r, triton.cdiv(y.width, chosen.block_d)), chosen.warps, chosen.stages,
+        pairs=wide.Pairs(w, i, k, size), summed=wide.Summed(y.z, y.rows, k, count),
+        gradient=wide.Gradient(acc, *x.order[:3], x.n, acc.shape[1], i),
+        TILE=fixed(wide.Product(*sizes, transposed, call.split == "all", call.split != "none", add)),
     )  # fmt: skip

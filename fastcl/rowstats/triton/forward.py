@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
+from fastcl.kernels.common.arguments import Parts, Tile, fixed
 from fastcl.kernels.common.launch import Config, architecture, config, launch
 from fastcl.kernels.contrastive.forward import forward_kernel, forward_online_kernel
-from fastcl.kernels.contrastive.forward_epilogue import finish_kernel
+from fastcl.kernels.contrastive.forward_epilogue import Wave, finish_kernel
 from fastcl.kernels.contrastive.view_pairs import views_kernel
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, Call, Operand, row_block
 
@@ -45,26 +46,11 @@ def splits(blocks: int, tiles: int) -> int:
     return 1 << max(wanted.bit_length() - 1, 0)
 
 
-def scaling(call: Call, flag: Tensor | None, r: Operand, s: Operand) -> dict:
-    """Arguments on temperature, scale and flag that all kernels over tiles take."""
-    return {
-        "scale_r": r.scale, "scale_s": s.scale, "flag": flag, "t": call.temperature, "t_value": call.value,
-    }  # fmt: skip
-
-
-def switches(call: Call, flag: Tensor | None) -> dict:
-    """The constant arguments that go with `scaling`."""
-    return {
-        "HAS_T": call.temperature is not None, "HAS_SCALE": not call.normalize, "HAS_FLAG": flag is not None,
-    }  # fmt: skip
-
-
-def sides(r: Operand, s: Operand) -> dict:
-    """Arguments on the resident and the streamed rows that all kernels over tiles take first."""
-    return {
-        "zr": r.z, "zs": s.z, "lo_r": r.order[1], "hi_r": r.order[2], "first_r": r.order[3],
-        "cls_s": s.class_begin(), "smp_s": s.sample_begin(),
-    }  # fmt: skip
+def tile(call: Call, r: Operand, chosen: Config, n_splits: int = 1) -> Tile:
+    """Constants of a launch over tiles; narrow rows are taken in one piece."""
+    block_d = r.width if r.width <= NARROW else chosen.block_d
+    split = call.split == "all", call.split != "none"
+    return Tile(r.width, chosen.block_r, chosen.block_s, block_d, ALIGN, n_splits, call.peers, *split)
 
 
 def statistics(
@@ -85,7 +71,7 @@ def statistics(
     if flag is not None:
         for k, (r, other) in enumerate(((x, s), (s, x))[: len(found)]):
             online(r, other, call, flag, found[k][0])
-            finish(r, other, call, flag, found[k], y is None, sums=False)
+            finish(r, other, call, flag, found[k], Wave(ALIGN, ALIGN, 1, y is None, call.peers, True, True), None)
     return found
 
 
@@ -102,12 +88,10 @@ def results(operand: Operand, call: Call) -> tuple[Tensor, Tensor, Tensor]:
 def views(x: Operand, y: Operand, stats: Tensor, call: Call, symmetric: bool) -> None:
     """Fill the rows of stats that are about view pairs; symmetric: y is x."""
     block_n, block_d, warps = row_block(x.width)
-    arguments = x.source("x") | y.source("y")
     launch(
         views_kernel, (triton.cdiv(x.n, block_n),), warps, 1,
-        **arguments, first_N=x.order[3], last_N=x.order[4], stats=stats, t=call.temperature, t_value=call.value, n=x.n,
-        d=x.x.shape[1], BLOCK_N=block_n, BLOCK_D=block_d, SYMMETRIC=symmetric, NORMALIZE=call.normalize,
-        HAS_TWO=x.x2 is not None, HAS_T=call.temperature is not None,
+        x=x.source, y=y.source, first_N=x.order[3], last_N=x.order[4], stats=stats, temperature=call.degree,
+        BLOCK_N=block_n, BLOCK_D=block_d, SYMMETRIC=symmetric,
     )  # fmt: skip
 
 
@@ -124,63 +108,52 @@ def _tiles(
     n_splits = min(splits(wave, triton.cdiv(s.n, plain.block_s)), 1 << (most.bit_length() - 1))
     slots = n_splits * len(parts(call))
     part_r = torch.empty(slots, 3, r.rows, dtype=torch.float32, device=r.z.device)
-    part_s = torch.empty(wave if both else 0, s.rows, dtype=torch.float32, device=r.z.device)
+    part_s = torch.empty(wave, s.rows, dtype=torch.float32, device=r.z.device) if both else None
     for first in range(0, n_blocks, wave):
         count = min(wave, n_blocks - first)
         last = first + count == n_blocks
-        shared = {"part_r": part_r, "part_s": part_s, "first_block": first, "n_blocks": count}
-        _launch_tiles(r, s, call, flag, plain, n_splits, symmetric, both, 0, shared)
+        made = Parts(part_r, part_s, first, count, 0)
+        _launch_tiles(r, s, call, flag, plain, n_splits, symmetric, made)
         if last and len(parts(call)) == 2:
             masked = choose("forward", s, "peers")
-            whole = shared | {"first_block": 0, "n_blocks": triton.cdiv(r.n, masked.block_r)}
-            _launch_tiles(r, s, call, flag, masked, n_splits, symmetric, False, 1, whole)
-        partial = shared | {"BLOCK_R": plain.block_r, "SLOTS": slots, "FIRST": first == 0, "LAST": last}
+            whole = Parts(part_r, None, 0, triton.cdiv(r.n, masked.block_r), n_splits)
+            _launch_tiles(r, s, call, flag, masked, n_splits, symmetric, whole)
+        done = Wave(ALIGN, plain.block_r, slots, symmetric, call.peers, first == 0, last)
         if both or last:
-            finish(r, s, call, flag, found[0], symmetric, partial | {"OWN": True, "STREAMED": symmetric})
+            finish(r, s, call, flag, found[0], done, made if symmetric else made._replace(streamed=None))
         if len(found) == 2:
-            finish(s, r, call, flag, found[1], False, partial | {"OWN": False, "STREAMED": True})
+            finish(s, r, call, flag, found[1], done, made._replace(resident=None))
 
 
 def _launch_tiles(
-    r: Operand, s: Operand, call: Call, flag: Tensor | None, chosen: Config, n_splits: int,
-    symmetric: bool, both: bool, part: int, shared: dict,
-) -> None:  # fmt: skip
-    _, takes_plain, takes_masked = parts(call)[part]
+    r: Operand, s: Operand, call: Call, flag: Tensor | None, chosen: Config, n_splits: int, symmetric: bool, made: Parts
+) -> None:
+    _, takes_plain, takes_masked = parts(call)[made.first_slot // n_splits]
     launch(
-        forward_kernel, (shared["n_blocks"], n_splits), chosen.warps, chosen.stages,
-        **sides(r, s), **shared, **scaling(call, flag, r, s), n_r=r.n, n_s=s.n, rows_r=r.rows, rows_s=s.rows,
-        first_slot=part * n_splits, D=r.width, BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s,
-        BLOCK_D=r.width if r.width <= NARROW else chosen.block_d, ALIGN=ALIGN, SPLITS=n_splits, SYMMETRIC=symmetric,
-        BOTH=both, PLAIN=takes_plain, MASKED=takes_masked, PEERS=call.peers, SPLIT_PLAIN=call.split == "all",
-        SPLIT_MASKED=call.split != "none", **switches(call, flag),
+        forward_kernel, (made.n_blocks, n_splits), chosen.warps, chosen.stages,
+        r=r.resident, s=s.streamed, parts=made, temperature=call.degree, flag=flag,
+        TILE=fixed(tile(call, r, chosen, n_splits)), SYMMETRIC=symmetric, PLAIN=takes_plain, MASKED=takes_masked,
     )  # fmt: skip
 
 
 def finish(
-    r: Operand, s: Operand, call: Call, flag: Tensor | None, found: tuple[Tensor, Tensor, Tensor],
-    symmetric: bool, partial: dict | None = None, sums: bool = True,
+    r: Operand, s: Operand, call: Call, flag: Tensor | None, found: tuple[Tensor, Tensor, Tensor], wave: Wave,
+    made: Parts | None,
 ) -> None:  # fmt: skip
     """From partial sums to statistics, counts and losses.
 
     Args:
-        partial: arguments of `finish_kernel` on partial sums; None: there are none.
-        sums: False: the statistics are there already.
+        made: partial sums; None: the statistics are there already.
     """
     stats, counts, losses = found
     # Where the flag may yet send all rows through the online kernel, losses come after it.
-    codes = call.codes if flag is None or not sums else ()
-    codes = codes if partial is None or partial["LAST"] else ()
-    partial = partial or {
-        "part_r": stats, "part_s": stats, "first_block": 0, "n_blocks": 0, "BLOCK_R": ALIGN, "SLOTS": 1, "OWN": False,
-        "STREAMED": False, "FIRST": True, "LAST": True,
-    }  # fmt: skip
+    codes = call.codes if wave.LAST and (flag is None or made is None) else ()
+    if not (len(counts) and wave.LAST and made is not None):
+        counts = None
     launch(
         finish_kernel, (triton.cdiv(r.n, ALIGN),), 4, 1,
-        layout_5N=r.order, stats=stats, counts=counts, losses=losses, flag=flag, t=call.temperature,
-        t_value=call.value, n=r.n, n_s=s.n, rows=r.rows, BLOCK_N=ALIGN, SYMMETRIC=symmetric, PEERS=call.peers,
-        SUMS=sums, COUNTS=len(counts) > 0 and partial["LAST"] and sums, K=len(codes),
-        CODES=call.packed_codes if codes else 0, HAS_T=call.temperature is not None, HAS_FLAG=flag is not None,
-        **partial,
+        parts=made, layout_5N=r.order, stats=stats, counts=counts, losses=losses, flag=flag, temperature=call.degree,
+        n=r.n, n_s=s.n, rows=r.rows, WAVE=fixed(wave), CODES=fixed(codes),
     )  # fmt: skip
 
 
@@ -189,8 +162,6 @@ def online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> N
     chosen = choose("online", s, "none" if call.split == "none" else "all")
     launch(
         forward_online_kernel, (triton.cdiv(r.n, chosen.block_r),), chosen.warps, 1,
-        **sides(r, s), last_r=r.order[4], src_r=r.order[0], stats=stats, **scaling(call, flag, r, s), n_r=r.n,
-        n_s=s.n, rows_r=r.rows, rows_s=s.rows, D=r.width, BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s,
-        BLOCK_D=r.width if r.width <= NARROW else chosen.block_d, PEERS=call.peers, SPLIT=call.split != "none",
-        HAS_T=call.temperature is not None, HAS_SCALE=not call.normalize,
+        r=r.resident, s=s.streamed, last_N=r.order[4], src_N=r.order[0], stats=stats, temperature=call.degree,
+        flag=flag, TILE=fixed(tile(call, r, chosen)),
     )  # fmt: skip

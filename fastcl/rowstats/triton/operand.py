@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
 from torch import Tensor
 
+from fastcl.kernels.common.arguments import Resident, Rows, Streamed, Temperature
 from fastcl.kernels.common.launch import launch
 from fastcl.kernels.common.numerics import SAFE_INVERSE_T
 from fastcl.kernels.contrastive.order import layout_kernel
@@ -40,10 +42,10 @@ class Call:
         """Whether a fixed shift of the exponentials might not do: decided on the device then, by a flag."""
         return self.temperature is not None or not self.normalize or self.value < 1 / SAFE_INVERSE_T.value
 
-    @property
-    def packed_codes(self) -> int:
-        """The objectives' codes in one number, six bits each."""
-        return sum(code << (6 * k) for k, code in enumerate(self.codes))
+    @cached_property
+    def degree(self) -> Temperature:
+        """The temperature as kernels take it."""
+        return Temperature(self.temperature, self.value)
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,24 @@ class Operand:
         """Width of the working copy."""
         return self.z.shape[2]
 
-    def class_begin(self) -> Tensor:
-        """(n,) where each row's class begins on its own side."""
-        return self.order[5 if len(self.order) > 5 else 1]
+    @cached_property
+    def source(self) -> Rows:
+        """The rows themselves, as kernels take them."""
+        n, d, inv = self.n, self.x.shape[1], None if self.scale is not None else self.inv
+        if self.x2 is None:
+            return Rows(self.x, None, self.order[0], inv, n, d, self.x.stride(0), 0, 0)
+        return Rows(self.x, self.x2, self.order[0], inv, n, d, self.x.stride(0), len(self.x), self.x2.stride(0))
 
-    def sample_begin(self) -> Tensor:
-        """(n,) where each row's sample begins on its own side."""
-        return self.order[6 if len(self.order) > 5 else 3]
+    @cached_property
+    def resident(self) -> Resident:
+        """The working copy, as kernels over tiles take the rows that stay in a program."""
+        return Resident(self.z, self.scale, self.order[1], self.order[2], self.order[3], self.n, self.rows)
 
-    def source(self, name: str) -> dict[str, Tensor | int | None]:
-        """Arguments of the kernels that read the rows themselves, for an operand called x or y there."""
-        second = self.x if self.x2 is None else self.x2
-        return {
-            name: self.x, f"{name}2": second, f"inv_{name}": self.inv, f"src_{name}": self.order[0],
-            f"half_{name}": len(self.x), f"stride_{name}": self.x.stride(0), f"stride_{name}2": second.stride(0),
-        }  # fmt: skip
+    @cached_property
+    def streamed(self) -> Streamed:
+        """The working copy, as kernels over tiles take the rows that stream past."""
+        own = (5, 6) if len(self.order) > 5 else (1, 3)
+        return Streamed(self.z, self.scale, self.order[own[0]], self.order[own[1]], self.n, self.rows)
 
 
 def padded_width(d: int) -> int:
@@ -121,11 +126,8 @@ def prepare(x: Tensor, x2: Tensor | None, order: Tensor, call: Call, flag: Tenso
     block_n, block_d, warps = row_block(operand.width)
     launch(
         prepare_kernel, (triton.cdiv(operand.rows, block_n),), warps, 1,
-        x=x, x2=x if x2 is None else x2, src_N=order[0], z=z, inv_N=inv, scale=scale, flag=flag, t=call.temperature,
-        t_value=call.value, n=n, rows=operand.rows, d=d, half=len(x), stride=x.stride(0),
-        stride2=(x if x2 is None else x2).stride(0), D=operand.width, BLOCK_N=block_n, BLOCK_D=block_d,
-        NORMALIZE=call.normalize, LOW=len(z) == 2, HAS_TWO=x2 is not None, HAS_T=call.temperature is not None,
-        HAS_FLAG=flag is not None,
+        x=operand.source, z=z, rows=operand.rows, scale=scale, flag=flag, temperature=call.degree, D=operand.width,
+        BLOCK_N=block_n, BLOCK_D=block_d, LOW=len(z) == 2,
     )  # fmt: skip
     return operand
 

@@ -8,11 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
+from fastcl.kernels.common.arguments import Parts, fixed
 from fastcl.kernels.common.launch import Config, launch
 from fastcl.kernels.common.numerics import SCALE
+from fastcl.kernels.contrastive.forward_epilogue import Wave
 from fastcl.kernels.contrastive.two_models import twin_kernel
 from fastcl.rowstats.pair_sums import PairSums, Profile, three
-from fastcl.rowstats.triton.forward import WORKSPACE, choose, finish, online, results, splits, views
+from fastcl.rowstats.triton.forward import WORKSPACE, choose, finish, online, results, splits, tile, views
 from fastcl.rowstats.triton.operand import ALIGN, Call, Operand
 
 # Cosines come from float32 sums. Where a matrix varies by less than this fraction of its mean, in root mean square,
@@ -59,41 +61,37 @@ def _tiles(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=a.z.device)
 
-    parts = empty(2, 2 * n_splits, 3, a.rows), empty(2, wave, a.rows)
+    resident, streamed = empty(2, 2 * n_splits, 3, a.rows), empty(2, wave, a.rows)
     pairs = empty(n_blocks * n_splits, 3), empty(n_masked * n_splits, 3)
     for first in range(0, n_blocks, wave):
         count = min(wave, n_blocks - first)
         last = first + count == n_blocks
-        _launch_tiles(a, b, call, plain, n_splits, parts, pairs[0], means, (first, count, False))
+        made = [Parts(r, s, first, count, 0) for r, s in zip(resident, streamed, strict=True)]
+        _launch_tiles(a, b, call, plain, n_splits, made, pairs[0], means, False)
         if last:
-            _launch_tiles(a, b, call, masked, n_splits, parts, pairs[1], means, (0, n_masked, True))
-        for k, (operand, flag) in enumerate(zip((a, b), flags, strict=True)):
-            partial = {
-                "part_r": parts[0][k], "part_s": parts[1][k], "first_block": first, "n_blocks": count,
-                "BLOCK_R": plain.block_r, "SLOTS": 2 * n_splits, "OWN": True, "STREAMED": True,
-                "FIRST": first == 0, "LAST": last,
-            }  # fmt: skip
-            finish(operand, operand, call, flag, found[k], True, partial)
+            whole = [Parts(r, s, 0, n_masked, n_splits) for r, s in zip(resident, streamed, strict=True)]
+            _launch_tiles(a, b, call, masked, n_splits, whole, pairs[1], means, True)
+        done = Wave(ALIGN, plain.block_r, 2 * n_splits, True, call.peers, first == 0, last)
+        for operand, flag, own, its in zip((a, b), flags, found, made, strict=True):
+            finish(operand, operand, call, flag, own, done, its)
     # A plain tile stands for its transpose too.
     return 2 * pairs[0].sum(0, dtype=torch.float64) + pairs[1].sum(0, dtype=torch.float64)
 
 
 def _launch_tiles(
-    a: Operand, b: Operand, call: Call, chosen: Config, n_splits: int, parts: tuple[Tensor, Tensor], pairs: Tensor,
-    means: Tensor, blocks: tuple[int, int, bool],
+    a: Operand, b: Operand, call: Call, chosen: Config, n_splits: int, made: list[Parts], pairs: Tensor, means: Tensor,
+    takes_masked: bool,
 ) -> None:  # fmt: skip
-    """blocks: the first of the resident blocks, their number, and whether their masked tiles are taken."""
-    part_r, part_s = parts
-    first, count, takes_masked = blocks
+    sizes = [tile(call, model, chosen, n_splits) for model in (a, b)]
+    # Plain tiles never take the precision of masked ones: without it fewer kernels are compiled.
+    sizes = [
+        size._replace(BLOCK_D=min(size.D, chosen.block_d), SPLIT_MASKED=takes_masked and size.SPLIT_MASKED)
+        for size in sizes
+    ]
     launch(
-        twin_kernel, (count, n_splits), chosen.warps, chosen.stages,
-        za=a.z, zb=b.z, lo_N=a.order[1], hi_N=a.order[2], first_N=a.order[3], part_ra=part_r[0], part_sa=part_s[0],
-        part_rb=part_r[1], part_sb=part_s[1], pairs=pairs, means=means, t=call.temperature, t_value=call.value, n=a.n,
-        rows=a.rows, first_block=first, n_blocks=count, first_slot=n_splits * takes_masked, DA=a.width,
-        BLOCK_DA=min(a.width, chosen.block_d), DB=b.width, BLOCK_DB=min(b.width, chosen.block_d),
-        BLOCK_R=chosen.block_r, BLOCK_S=chosen.block_s, ALIGN=ALIGN, SPLITS=n_splits, MASKED=takes_masked,
-        PEERS=call.peers, SPLIT=call.split == "all" or (takes_masked and call.split == "peers"),
-        SPLIT_PAIRS=call.split == "all", HAS_T=call.temperature is not None,
+        twin_kernel, (made[0].n_blocks, n_splits), chosen.warps, chosen.stages,
+        a=a.resident, b=b.resident, parts_a=made[0], parts_b=made[1], pair_sums=pairs, means=means,
+        temperature=call.degree, A=fixed(sizes[0]), B=fixed(sizes[1]), MASKED=takes_masked,
     )  # fmt: skip
 
 

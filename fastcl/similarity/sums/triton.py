@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 
 from fastcl.kernels.common.launch import Config, architecture, config, launch
+from fastcl.kernels.gram import rows as row_kernels
+from fastcl.kernels.gram import tiles as tile_kernels
 from fastcl.kernels.gram.moments import moments_kernel
-from fastcl.kernels.gram.rows import measure_kernel, split_kernel
-from fastcl.kernels.gram.tiles import FIXED_POINT, gram_kernel
 from fastcl.rowstats.triton.forward import splits
 
 ALIGN = 128  # rows of a working copy for tiles, and columns of a model's share of a stack, come in blocks of this many
@@ -28,8 +28,7 @@ class _Measured:
 
     x: Tensor
     pilot: Tensor  # (d,) float64
-    normalize: bool
-    factors: Tensor  # (3, n) float64
+    factors: Tensor | None  # (3, n) float64; None: rows are taken as they are
     squares: Tensor  # (n,) float64
     margins: Tensor  # (n,) float64
     scale: Tensor  # (1,) float64, power of two
@@ -38,16 +37,16 @@ class _Measured:
     def of(cls, x: Tensor, pilot: Tensor, kernel: str) -> _Measured:
         x = x if x.stride(1) == 1 else x.contiguous()
         n, d = x.shape
-        normalize = kernel in ("cosine", "correlation")
         new = partial(torch.empty, dtype=torch.float64, device=x.device)
         programs = triton.cdiv(n, _ROW_TILE["BLOCK_N"])
-        factors, squares, margins, peaks = new(3, n if normalize else 0), new(n), new(n), new(programs)
+        factors = new(3, n) if kernel in ("cosine", "correlation") else None
+        squares, margins, peaks = new(n), new(n), new(programs)
         launch(
-            measure_kernel, (programs,), 4, 1,
-            x=x, pilot=pilot, factors=factors, squares=squares, margins=margins, peaks=peaks, n=n, d=d,
-            stride=x.stride(0), **_ROW_TILE, NORMALIZE=normalize, CENTRE=kernel == "correlation",
+            row_kernels.measure_kernel, (programs,), 4, 1,
+            features=row_kernels.Features(x, n, d, x.stride(0)), pilot=pilot, factors=factors, squares=squares,
+            margins=margins, peaks=peaks, **_ROW_TILE, CENTRE=kernel == "correlation",
         )  # fmt: skip
-        return cls(x, pilot, normalize, factors, squares, margins, _scale(peaks.amax().reshape(1)))
+        return cls(x, pilot, factors, squares, margins, _scale(peaks.amax().reshape(1)))
 
     def split_into(self, z: Tensor, first: int, columns: int) -> None:
         """Write v into columns first .. first + columns of a working copy (2, rows, width)."""
@@ -55,10 +54,9 @@ class _Measured:
         _, rows, width = z.shape
         grid = (triton.cdiv(rows, _ROW_TILE["BLOCK_N"]), triton.cdiv(columns, _ROW_TILE["BLOCK_D"]))
         launch(
-            split_kernel, grid, 4, 1,
-            x=self.x, pilot=self.pilot, factors=self.factors, scale=self.scale, z=z, n=n, d=d,
-            stride=self.x.stride(0), rows=rows, width=width, first=first, columns=columns, **_ROW_TILE,
-            NORMALIZE=self.normalize,
+            row_kernels.split_kernel, grid, 4, 1,
+            features=row_kernels.Features(self.x, n, d, self.x.stride(0)), pilot=self.pilot, factors=self.factors,
+            scale=self.scale, z=z, rows=rows, width=width, first=first, columns=columns, **_ROW_TILE,
         )  # fmt: skip
 
 
@@ -73,7 +71,7 @@ def _first_row(x: Tensor, kernel: str) -> Tensor:
     """(d,) float64: the first row as the kernels map it, so that rows equal to it vanish to rounding."""
     found = _Measured.of(x[:1], x.new_zeros(x.shape[1], dtype=torch.float64), kernel)
     row = x[0].double()
-    if not found.normalize:
+    if found.factors is None:
         return row
     scale, mean, inverse = found.factors[:, 0]
     return (row * scale - mean) * inverse
@@ -209,13 +207,13 @@ def rbf_sums(x: Tensor, y: Tensor, exponents: Sequence[float], shift: float) -> 
     with torch.cuda.device_of(x):
         models = [_Working.of(v, "rbf") for v in (x, y)]
         inner, totals = _over_tiles(models, exponents, True, shift == 1)
-    return inner, [total.double() / FIXED_POINT.value for total in totals]
+    return inner, [total.double() / tile_kernels.FIXED_POINT.value for total in totals]
 
 
 def _over_tiles(
     models: Sequence[_Working], exponents: Sequence[float], rbf: bool, wide: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    (x, y), n = models, len(models[0].measured.x)
+    x, n = models[0], len(models[0].measured.x)
     chosen = _choose("rbf" if rbf else "gram", x.z.device, max(model.z.shape[2] for model in models), n)
     blocks = triton.cdiv(n, chosen.block_r)
     shared = splits(blocks, blocks)
@@ -223,12 +221,14 @@ def _over_tiles(
     # Two pieces of columns at least: of a loop that is none, the compiler pipelines the wrong one.
     block_d = min(chosen.block_d, *(width // 2 for width in widths))
     sums = torch.zeros(blocks, shared, 3, dtype=torch.float64, device=x.z.device)
-    totals = list(torch.zeros(2, n if rbf else 0, dtype=torch.int64, device=x.z.device))
-    (exponent_x, squares_x), (exponent_y, squares_y) = (m.units(e) for m, e in zip(models, exponents, strict=True))
+    totals = list(torch.zeros(2, n, dtype=torch.int64, device=x.z.device)) if rbf else []
+    rows = [
+        tile_kernels.Features(model.z, *((*model.units(exponent), totals[k]) if rbf else (None, None, None)))
+        for k, (model, exponent) in enumerate(zip(models, exponents, strict=True))
+    ]
     launch(
-        gram_kernel, (blocks, shared), chosen.warps, chosen.stages,
-        zx=x.z, zy=y.z, exponent_x=exponent_x, exponent_y=exponent_y, squares_x=squares_x, squares_y=squares_y,
-        sums=sums, totals_x=totals[0], totals_y=totals[1], n=n, rows=x.z.shape[1], blocks=blocks, DX=widths[0],
-        DY=widths[1], BLOCK=chosen.block_r, BLOCK_D=block_d, SPLITS=shared, RBF=rbf, WIDE=wide,
+        tile_kernels.gram_kernel, (blocks, shared), chosen.warps, chosen.stages,
+        x=rows[0], y=rows[1], sums=sums, n=n, rows=x.z.shape[1], blocks=blocks, DX=widths[0], DY=widths[1],
+        BLOCK=chosen.block_r, BLOCK_D=block_d, SPLITS=shared, WIDE=wide,
     )  # fmt: skip
     return sums.sum((0, 1)), totals
