@@ -129,7 +129,7 @@ def build(job: Job) -> Facts:
     return facts
 
 
-def _place(signature: Signature, path: str) -> tuple[int, ...]:
+def _place(signature: Any, path: str) -> tuple[int, ...]:
     """A path as Triton writes it: the number of the parameter, of its field, and so on."""
     place = []
     for name in path.split("."):
