@@ -1,1 +1,1 @@
-"""What the kernels of all families share: launches, the table of tile sizes, arithmetic."""
+"""Code shared by all kernel families: launches, the table of tile sizes, arithmetic."""

@@ -1,8 +1,8 @@
-"""Arguments that are things: named tuples that the host builds once and kernels take whole.
+"""Kernel arguments grouped into named tuples, which the host builds once and passes whole.
 
-A field that a call has nothing for is None, and the kernel is compiled without it: `if rows.x2 is None`. Constants have
-tuples of their own, with names in capitals; the host passes them through `fixed`. A tuple that is built inside a kernel
-holds no constants and no None: what a kernel assigns becomes a value of the device.
+A field that a call does not need is None, and the code that uses it is not compiled: `if rows.x2 is None`. Compile-time
+constants have tuples of their own, named in capitals; the host wraps them with `fixed`. A tuple built inside a kernel
+holds no constants and no None, because everything a kernel assigns becomes a device value.
 """
 
 from functools import lru_cache
@@ -13,24 +13,24 @@ import triton.language as tl
 _Constants = TypeVar("_Constants", bound=tuple)
 
 
-@lru_cache(maxsize=4096, typed=True)  # by the class too: tuples of different classes may be equal
+@lru_cache(maxsize=4096, typed=True)  # typed: tuples of different classes may compare equal
 def fixed(constants: _Constants) -> _Constants:
-    """A tuple of constants as a kernel takes it: each of them is compiled in."""
+    """Wrap each element in `tl.constexpr`, so that the kernel is compiled for these values."""
     return getattr(constants, "_make", tuple)(map(tl.constexpr, constants))
 
 
 class Temperature(NamedTuple):
-    """The temperature of a call: a tensor on the device, or a number of the host."""
+    """The temperature of a call: a tensor on the device, or a number on the host."""
 
-    tensor: Any  # one element; None: the number counts
+    tensor: Any  # one element; None: use `value`
     value: float
 
 
 class Rows(NamedTuple):
-    """One side's rows [x; x2] as the caller gave them, and the order in which they are worked on."""
+    """One side's rows [x; x2] as the caller passed them, and the working order."""
 
     x: Any  # (., d)
-    x2: Any  # row `half` and those behind it; None: x holds all
+    x2: Any  # rows from `half` on; None: x holds all rows
     src_N: Any  # (n,) int32: source row of each working row
     inv_N: Any  # (n,) float32 inverse norms as `prepare_kernel` writes them; None: rows are not normalised
     n: int
@@ -41,65 +41,66 @@ class Rows(NamedTuple):
 
 
 class Resident(NamedTuple):
-    """Working rows of which a program keeps a block: where their classes and samples are among the streamed rows."""
+    """Working rows of which a program keeps a block, and the intervals of their classes and samples among the streamed
+    rows."""
 
     z: Any  # (2 or 1, rows, D) half precision: the working copy, and in split precision its remainder
     scale: Any  # (1,) float32: factor of rows that are not normalised; None: SCALE
-    lo_N: Any  # (n,) int32: the interval of each row's class begins
-    hi_N: Any  # and ends
-    first_N: Any  # (n,) int32: the interval of its sample begins
+    lo_N: Any  # (n,) int32: start of the interval of each row's class
+    hi_N: Any  # (n,) int32: its end
+    first_N: Any  # (n,) int32: start of the interval of its sample
     n: int
-    rows: int  # n in whole blocks
+    rows: int  # n rounded up to whole blocks
 
 
 class Streamed(NamedTuple):
-    """Working rows that stream past the resident ones."""
+    """Working rows that are streamed past the resident ones."""
 
     z: Any
     scale: Any
-    class_N: Any  # (n,) int32: where each row's own class begins among these rows
-    sample_N: Any  # and its sample
+    class_N: Any  # (n,) int32: where each row's class starts among these rows
+    sample_N: Any  # (n,) int32: where its sample starts
     n: int
     rows: int
 
 
 class Tile(NamedTuple):
-    """Constants of the kernels over tiles of S streamed by R resident rows."""
+    """Constants of the kernels that work on tiles of S streamed by R resident rows."""
 
     D: int  # width of the working copies
     BLOCK_R: int
     BLOCK_S: int
-    BLOCK_D: int  # columns taken at a time
-    ALIGN: int  # rows that class ranges are cut to
+    BLOCK_D: int  # columns processed at a time
+    ALIGN: int  # class ranges are multiples of this many rows
     SPLITS: int  # programs that share the tiles of a resident block
-    PEERS: bool  # sums over peers are wanted
-    SPLIT_PLAIN: bool  # products in split half precision: of plain tiles
-    SPLIT_MASKED: bool  # and of masked ones
+    PEERS: bool  # sums over peers are needed
+    SPLIT_PLAIN: bool  # products of plain tiles use split half precision
+    SPLIT_MASKED: bool  # products of masked tiles use it
 
 
 class Parts(NamedTuple):
     """Partial sums of a wave of resident blocks, as `forward_kernel` stores them."""
 
-    resident: Any  # (slots, 3, rows) float32: what resident rows got; None: the rows in question were not resident
-    streamed: Any  # (blocks, rows) float32: what streamed rows got from each block; None: nothing is kept for them
+    resident: Any  # (slots, 3, rows) float32: sums of resident rows; None: these rows were not resident
+    streamed: Any  # (blocks, rows) float32: sums of streamed rows, per block; None: not kept
     first_block: int
     n_blocks: int
     first_slot: int  # of this launch
 
 
 class Block(NamedTuple):
-    """Inside a kernel: a block of rows from `start` on that stays in registers, where its width fits."""
+    """Inside a kernel: a block of rows from `start` on. It stays in registers if its width fits."""
 
-    z: Any  # the working copy that it comes from
+    z: Any  # the working copy it was loaded from
     rows: Any
     b: Any  # (R, D)
-    b_low: Any  # its remainder; in half precision the block again
+    b_low: Any  # its remainder; without split precision, b again
     start: Any
 
 
 class Logits(NamedTuple):
-    """Inside a kernel: products of working copies times `factor` are logits in units of log2; exponentials are of those
-    less `shift`."""
+    """Inside a kernel: a product of working copies times `factor` is a logit in units of log2; `shift` is subtracted
+    before it is exponentiated."""
 
     factor: Any
     shift: Any
@@ -108,6 +109,6 @@ class Logits(NamedTuple):
 class Sums(NamedTuple):
     """Inside a kernel: sums of resident rows, (R,) each."""
 
-    other: Any  # of exponentials over others
-    peer: Any  # and over peers
-    linear: Any  # of peers' products
+    other: Any  # exponentials over others
+    peer: Any  # exponentials over peers
+    linear: Any  # products with peers

@@ -1,8 +1,8 @@
-"""Launches: the one function that starts a kernel, and the table of tile sizes.
+"""Launches: the single function that starts kernels, and the table of tile sizes.
 
-The table (table.json beside this file) has a row per kernel, architecture, mode and range of widths and rows;
-`python -m bench.gpu.tune` writes it. Nothing is tuned while a program runs: the same shapes give the same launches, and
-with them the same bits, whatever the card's number of multiprocessors.
+The table (table.json in this folder) has a row per kernel, architecture, mode and range of widths and rows;
+`python -m bench.gpu.tune` writes it. Nothing is tuned at run time: the same shapes give the same launches, and hence
+the same bits, whatever the number of multiprocessors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TABLE = Path(__file__).with_name("table.json")
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: resident rows, streamed rows, width taken at a time; warps and pipeline stages."""
+    """Tile sizes of a launch (resident rows, streamed rows, columns at a time), warps and pipeline stages."""
 
     block_r: int
     block_s: int
@@ -42,22 +42,22 @@ class Launch:
     arguments: dict[str, Any]
 
 
-_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)  # another thread's launches start
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)  # other threads keep launching
 _architecture: int | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
-    """Start a kernel on the current device; arguments by the names of its parameters, in their order."""
+    """Start a kernel on the current device; pass arguments by parameter name, in the kernel's order."""
     if (recorded := _recorded.get()) is not None:
         recorded.append(Launch(kernel, grid, warps, stages, arguments))
         return
-    # Fused multiply-add asked for by name: from Triton 3.10 on it is off unless asked for.
+    # Request fused multiply-add explicitly: from Triton 3.10 on it is off by default.
     kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Launches within the block are listed and not started; what they would have written is left undefined."""
+    """Record launches within the block instead of starting them; their outputs stay undefined."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
@@ -68,7 +68,7 @@ def recording() -> Iterator[list[Launch]]:
 
 @contextmanager
 def on_architecture(sm: int) -> Iterator[None]:
-    """Choose launches within the block as on this architecture, for example 90, whatever the device."""
+    """Within the block, choose launches for this architecture, for example 90, whatever the device."""
     global _architecture
     previous, _architecture = _architecture, sm
     try:
@@ -78,22 +78,22 @@ def on_architecture(sm: int) -> Iterator[None]:
 
 
 def architecture(capability: tuple[int, int] | None) -> int:
-    """The row of the table for a compute capability: the newest architecture that is not newer; None: 90."""
+    """The table's architecture for a compute capability: the newest one that is not newer. None: 90."""
     sm = _architecture or (90 if capability is None else 10 * capability[0] + capability[1])
     return max((known for known in ARCHITECTURES if known <= sm), default=ARCHITECTURES[0])
 
 
 @lru_cache(maxsize=4096)
 def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
-    """Tile sizes for rows of width d and n streamed rows; None where the table has no row for them.
+    """Tile sizes for rows of width d and n streamed rows; None if the table has no such row.
 
-    No "backward" row means that no tile of that width fits the registers: such rows take the route of wide ones.
+    A missing "backward" row means that no tile of that width fits in registers: the wide route is used instead.
 
     Args:
         kernel: "forward", "online", "backward", "backward_online", "weights", "product", "twin" or "twin_masked" (the
             plain and the masked tiles of `twin_kernel`, by the larger of both widths).
         sm: a member of ARCHITECTURES.
-        mode: which tiles take split half precision: "none", "peers" (those of one class) or "all".
+        mode: which tiles use split half precision: "none", "peers" (those of one class) or "all".
     """
     for row in _rows():
         if (row["kernel"], row["arch"], row["mode"]) != (kernel, f"sm_{sm}", mode):

@@ -1,10 +1,10 @@
-"""Arithmetic that several kernels share: temperature and shift, rows of unit norm, products in split half precision.
+"""Arithmetic shared by several kernels: temperature and shift, unit rows, products in split half precision.
 
-The working copy z of the rows is half precision. A unit row has entries of at most 1; they are stored times SCALE, so
-that the remainder z - half(z), the second half of split precision, stays above half precision's smallest numbers.
+The working copy z of the rows is half precision. Entries of a unit row are at most 1; they are stored times SCALE, so
+that the remainder z - half(z), the second half of split precision, does not underflow.
 
-Notation in all kernels: b_ a block in registers, o_ offsets, m_ a mask, p_ pointers, i_ an index; r the rows that stay
-in a program, s those that stream past it. Logits and log-sum-exps inside tiles are in units of log2.
+Notation in all kernels: b_ a block in registers, o_ offsets, m_ a mask, p_ pointers, i_ an index; r the resident rows
+of a program, s the streamed rows. Logits and log-sum-exps inside tiles are in units of log2.
 """
 
 import os
@@ -14,23 +14,23 @@ import triton.language as tl
 
 from .arguments import Block, Logits
 
-# Triton's interpreter multiplies the bit patterns of bfloat16; as float32 the same products are exact.
+# Triton's interpreter multiplies bfloat16 as bit patterns; float32 gives the same products exactly.
 _WIDEN_BFLOAT16 = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _NOWHERE = tl.constexpr(-(2**31))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SCALE = tl.constexpr(256.0)
-# Weights of the backward product are at most 4 once upstream gradients are: 2^13 of them fill half precision's range.
+# Weights of the backward product are at most 4 in units of the largest derivative; 4 * 2^13 fits half precision.
 WEIGHT_SCALE = tl.constexpr(8192.0)
-# Exponentials shifted so that the largest is e^60: 2^20 of them can be summed in float32, and those above e^-87 count.
+# Exponentials are shifted so that the largest is e^60: float32 can sum 2^20 of them and holds those above e^-87.
 HEADROOM = tl.constexpr(60.0)
-# Logits of unit rows lie in [-1/T, 1/T]. Up to this 1/T none falls out of that range, nor do the inverse sums times
-# WEIGHT_SCALE: e^(2/T - 60) * 2^13 is below float32's largest number.
+# Logits of unit rows lie in [-1/T, 1/T]. Up to this 1/T no exponential leaves that range, and inverse sums times
+# WEIGHT_SCALE do not overflow: e^(2/T - 60) * 2^13 is below float32's largest number.
 SAFE_INVERSE_T = tl.constexpr(69.0)
-# Above this 1/T hardly a row stays in range: no use in trying.
+# Above this 1/T hardly any row stays in range: the fixed shift is not tried.
 LAST_INVERSE_T = tl.constexpr(150.0)
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
-SMALLEST_SUM = tl.constexpr(8.271806125530277e-25)  # 2^-80: what was flushed to zero below such a sum may matter
+SMALLEST_SUM = tl.constexpr(8.271806125530277e-25)  # 2^-80: in a smaller sum, terms flushed to zero may matter
 
 
 @triton.jit
@@ -45,13 +45,13 @@ def inverse_temperature(temperature):
 
 @triton.jit
 def shift_log2(inverse_t):
-    """What is subtracted from logits, in units of log2, before they are exponentiated."""
+    """Shift subtracted from logits before they are exponentiated, in units of log2."""
     return tl.maximum(inverse_t - HEADROOM, 0.0) * LOG2E
 
 
 @triton.jit
 def logits_of(temperature, r, s):
-    """How products of two sides' working copies become logits."""
+    """Factor and shift that turn products of two sides' working copies into logits."""
     inverse_t = inverse_temperature(temperature)
     if r.scale is None:
         factor = inverse_t / (SCALE * SCALE)
@@ -62,9 +62,9 @@ def logits_of(temperature, r, s):
 
 @triton.jit
 def power_of_two_scale(b_max):
-    """s = 2^-floor(log2(max)) by exponent bits.
+    """s = 2^-floor(log2(max)), from the exponent bits.
 
-    The clamp keeps s itself a normal number; at the ends of float32's range s * max is in [2^-23, 4), not in [1, 2).
+    The clamp keeps s a normal number; at the ends of float32's range s * max lies in [2^-23, 4) instead of [1, 2).
     """
     b_exponent = b_max.to(tl.int32, bitcast=True) >> 23
     b_exponent = tl.minimum(tl.maximum(b_exponent, 1), 253)
@@ -73,7 +73,7 @@ def power_of_two_scale(b_max):
 
 @triton.jit
 def load_rows(rows, b_src, m_n, o_d, m_d):
-    """Source rows of a side, float32 (R, D), zero where masked."""
+    """Load source rows of a side as float32 (R, D), zero where masked."""
     m_d = m_d[None, :]
     b_src = b_src.to(tl.int64)
     if rows.x2 is None:
@@ -92,17 +92,17 @@ def load_rows(rows, b_src, m_n, o_d, m_d):
 
 @triton.jit
 def finite_rows(b_x):
-    """Rows that are not normalised: an infinity becomes NaN, since of its products in split half precision some would
-    be finite."""
+    """For rows that are not normalised: turn infinities into NaN, because some of their products in split half
+    precision would be finite."""
     return tl.where(tl.abs(b_x) < float("inf"), b_x, float("nan"))
 
 
 @triton.jit
 def unit_rows(rows, o_n, m_n, o_d, m_d):
-    """Working rows o_n of a side: (R, D) float32 divided by their norms, their source rows, their inverse norms.
+    """Working rows o_n of a side: unit rows (R, D) float32, their source rows, their inverse norms.
 
-    Where the side is not normalised, rows are as they are and the inverse norms 0. Both sides of a pair have one width:
-    with one mask of columns for both the compiler knows it.
+    If the side is not normalised, rows are returned as they are, with inverse norms 0. Pass both sides of a pair the
+    same column mask, so that the compiler knows that their widths are equal.
     """
     b_src = tl.load(rows.src_N + o_n, mask=m_n, other=0)
     b_x = load_rows(rows, b_src, m_n, o_d, m_d)
@@ -118,7 +118,7 @@ def unit_rows(rows, o_n, m_n, o_d, m_d):
 
 @triton.jit
 def dot(b_a, b_b, b_acc):
-    """b_acc + b_a b_b, of half-precision blocks, summed in float32."""
+    """b_acc + b_a b_b for half-precision blocks, accumulated in float32."""
     if _WIDEN_BFLOAT16:
         b_a = b_a.to(tl.float32)
         b_b = b_b.to(tl.float32)
@@ -127,14 +127,14 @@ def dot(b_a, b_b, b_acc):
 
 @triton.jit
 def split_half(b_x, dtype: tl.constexpr):
-    """The two halves of x in split precision: half(x) and half(x - half(x))."""
+    """Split x into half(x) and half(x - half(x))."""
     b_high = b_x.to(dtype)
     return b_high, (b_x - b_high.to(tl.float32)).to(dtype)
 
 
 @triton.jit
 def load_tile(z, start, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start .. start + BLOCK_N of a working copy (., D), its first BLOCK_D columns; nothing is out of bounds."""
+    """Load rows start .. start + BLOCK_N, first BLOCK_D columns, of a working copy (., D). Must be in bounds."""
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     return tl.load(z + tl.cast(start, tl.int64) * D + (o_n[:, None] * D + o_d[None, :]))
@@ -142,7 +142,7 @@ def load_tile(z, start, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit
 def load_block(r, start, TILE, SPLIT: tl.constexpr):
-    """A resident block; of rows wider than BLOCK_D its first columns, which `products` does not use."""
+    """Load a resident block. For rows wider than BLOCK_D only the first columns, which `products` does not use."""
     b = load_tile(r.z, start, TILE.BLOCK_R, TILE.D, TILE.BLOCK_D)
     b_low = b
     if SPLIT:
@@ -152,9 +152,9 @@ def load_block(r, start, TILE, SPLIT: tl.constexpr):
 
 @triton.jit
 def products(block, s, start_s, TILE, SPLIT: tl.constexpr):
-    """Tile (S, R) of inner products, with the streamed rows (S, D) and their remainders where they come in one piece.
+    """Tile (S, R) of inner products; also the streamed rows (S, D) and their remainders if D == BLOCK_D.
 
-    The block's registers count where D == BLOCK_D; wider rows are taken from memory piece by piece.
+    The resident rows are in registers if D == BLOCK_D; wider rows of both sides are loaded from memory in pieces.
     """
     low_s = s.rows.to(tl.int64) * TILE.D
     if TILE.D == TILE.BLOCK_D:
@@ -184,16 +184,16 @@ def products(block, s, start_s, TILE, SPLIT: tl.constexpr):
 
 @triton.jit
 def begin(b_code):
-    """Where an interval begins, from its entry in a layout: the position, or minus one less it where it is empty."""
+    """Start of an interval, from its layout entry; an empty interval stores -1 - position."""
     return tl.where(b_code < 0, -1 - b_code, b_code)
 
 
 @triton.jit
 def class_range(r, start, ALIGN: tl.constexpr):
-    """The streamed rows, in whole blocks of ALIGN, that may share a class with the resident rows' block of ALIGN.
+    """Streamed rows, in whole blocks of ALIGN, that may share a class with the resident rows' block of ALIGN.
 
-    Two blocks of ALIGN rows of one operand are either both in each other's range or neither is: which tiles are masked
-    is symmetric.
+    Of two blocks of ALIGN rows of one operand, either each is in the other's range or neither is, so the set of masked
+    tiles is symmetric.
     """
     first = start // ALIGN * ALIGN
     last = tl.minimum(first + ALIGN, r.n) - 1
@@ -204,10 +204,10 @@ def class_range(r, start, ALIGN: tl.constexpr):
 
 @triton.jit
 def relations(r, class_N, sample_N, o_r, o_s, m_s):
-    """(S, R) masks: other class, and peer; where a resident row is padding they mean nothing.
+    """(S, R) masks of others and of peers; meaningless where a resident row is padding.
 
-    A class (or sample) is known by where it begins among the streamed rows; one that does not occur there by a negative
-    number, which is equal to none.
+    A class (or sample) is identified by its start among the streamed rows. One that does not occur there has a negative
+    number, which matches none.
     """
     m_r = o_r < r.n
     b_cls_r = tl.load(r.lo_N + o_r, mask=m_r, other=-1)
