@@ -1,1 +1,1 @@
-"""Triton kernels of augmented views: from uint8 images on the device to normalised float32 views."""
+"""Triton kernels that turn uint8 images on the device into augmented, normalised float32 views."""

@@ -1,8 +1,8 @@
 """The colour chain on float32 values in [0, 1]: jitter in its drawn order, grayscale, solarisation, normalisation.
 
-Contrast needs the mean of the whole image as the operations before it leave it; all others are elementwise. So the
-chain has two parts, `jitter` before contrast and `jitter` behind it, and a sum between them. The sum is one of
-integers: no order of additions, and no number of programs, changes it.
+Contrast needs the mean of the whole image after the operations before it; all others are elementwise. So the chain has
+two parts, `jitter` before contrast and `jitter` after it, with a sum in between. The sum is of integers, so it depends
+neither on the order of additions nor on the number of programs.
 """
 
 import triton
@@ -10,15 +10,15 @@ import triton.language as tl
 
 from . import parameters as p
 
-_BRIGHTNESS = tl.constexpr(0)  # numbers of operations as the view plan has them
+_BRIGHTNESS = tl.constexpr(0)  # operation numbers of the view plan
 _SATURATION = tl.constexpr(2)
-_MEAN_STEPS = tl.constexpr(1048576.0)  # 2^20: what one is, in the integer sum
+_MEAN_STEPS = tl.constexpr(1048576.0)  # 2^20: fixed-point unit of the integer sum
 _SOLARIZE_THRESHOLD = tl.constexpr(128 / 255)
 
 
 @triton.jit
 def from_levels(b_v):
-    """Grey levels to [0, 1], rounded as a host rounds them: solarisation compares with a level's exact value."""
+    """Grey levels to [0, 1], rounded as on the CPU: solarisation compares with the exact value of a level."""
     return tl.div_rn(b_v, 255.0)
 
 
@@ -39,13 +39,13 @@ def _unit(b_v):
 
 @triton.jit
 def blend(b_v, other, factor):
-    """What brings a value nearer to another, or farther from it."""
+    """Interpolate between `other` (factor 0) and b_v (factor 1), or extrapolate; clamped to [0, 1]."""
     return _unit(factor * b_v + (1.0 - factor) * other)
 
 
 @triton.jit
 def _channel(b_high, b_chroma, b_hue, SECTOR: tl.constexpr):
-    """A channel of a hue in [0, 6): v - v s max(0, min(k, 4 - k, 1)) with k = SECTOR + hue mod 6."""
+    """A channel for a hue in [0, 6): v - v s max(0, min(k, 4 - k, 1)) with k = (SECTOR + hue) mod 6."""
     b_k = b_hue + SECTOR
     b_k = tl.where(b_k >= 6.0, b_k - 6.0, b_k)
     return b_high - b_chroma * _unit(tl.minimum(b_k, 4.0 - b_k))
@@ -68,7 +68,7 @@ def _turn_hue(b_r, b_g, b_b, shift):
 
 @triton.jit
 def jitter(b_r, b_g, b_b, row, first, last, C: tl.constexpr):
-    """Operations first .. last of a view, contrast not counted."""
+    """Apply operations first .. last - 1 of a view, not counting contrast."""
     for i in range(first, last):
         number = p.whole(row + i, p.OPERATION)
         factor = p.real(row + i, p.FACTOR)
@@ -89,14 +89,14 @@ def jitter(b_r, b_g, b_b, row, first, last, C: tl.constexpr):
 
 @triton.jit
 def luma_sum(b_r, b_g, b_b, m_in, C: tl.constexpr):
-    """Sum of a tile's luma in steps of 2^-20, int64; a row of 2,047 pixels fits its int32."""
+    """Sum of a tile's luma in steps of 2^-20, int64. Row sums are int32, enough for 2,047 pixels."""
     b_steps = (gray(b_r, b_g, b_b, C) * _MEAN_STEPS + 0.5).to(tl.int32)
     return tl.sum(tl.sum(tl.where(m_in, b_steps, 0), 1).to(tl.int64), 0)
 
 
 @triton.jit
 def from_contrast_on(b_r, b_g, b_b, row, total, SIZE: tl.constexpr, C: tl.constexpr):
-    """Contrast, the operations behind it, and grayscale; total: the luma's sum over the whole image."""
+    """Contrast, the operations after it, and grayscale. total: sum of the luma over the whole image."""
     steps: tl.constexpr = _MEAN_STEPS * SIZE * SIZE
     mean = (total.to(tl.float64) / steps).to(tl.float32)
     factor = p.real(row, p.CONTRAST)
@@ -114,7 +114,7 @@ def from_contrast_on(b_r, b_g, b_b, row, total, SIZE: tl.constexpr, C: tl.conste
 
 @triton.jit
 def finish(b_v, row, statistics, i_c):
-    """Solarise and normalise a channel; statistics (2, 3): means, standard deviations; a grey image takes the first."""
+    """Solarise and normalise a channel. statistics (2, 3): means, standard deviations; a grey image uses the first."""
     m_flipped = (p.whole(row, p.SOLARIZE) != 0) & (b_v >= _SOLARIZE_THRESHOLD)
     b_v = tl.where(m_flipped, 1.0 - b_v, b_v)
     return (b_v - tl.load(statistics + i_c)) / tl.load(statistics + 3 + i_c)
@@ -122,7 +122,7 @@ def finish(b_v, row, statistics, i_c):
 
 @triton.jit
 def store(views, b_r, b_g, b_b, row, statistics, i_v, o_y, o_x, m_in, SIZE: tl.constexpr, C: tl.constexpr):
-    """Write a tile of a view, finished unless a blur is to follow."""
+    """Write a tile of a view, solarised and normalised unless a blur follows."""
     blurred = p.real(row, p.SIGMA) > 0.0
     p_v = views + i_v.to(tl.int64) * (C * SIZE * SIZE) + o_y[:, None] * SIZE + o_x[None, :]
     tl.store(p_v, tl.where(blurred, b_r, finish(b_r, row, statistics, 0)), mask=m_in)

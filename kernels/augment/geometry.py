@@ -1,10 +1,10 @@
 """Crop, antialiased bilinear resize, flip and rotation of a tile of pixels, in grey levels.
 
-Output pixel o has its centre at c = (o + 1/2) scale of the crop, and takes the input pixels j of the crop with weights
-1 - |j + 1/2 - c| / s, s = max(scale, 1), that add up to one. As in torchvision and Pillow, rows are resized first and
-both passes round to whole levels; then a turned view interpolates between those.
+Output pixel o has its centre at c = (o + 1/2) scale in the crop, and weights input pixels j of the crop by
+1 - |j + 1/2 - c| / s, s = max(scale, 1), normalised to sum to one. As in torchvision and Pillow, rows are resized first
+and both passes round to whole levels; a rotated view then interpolates between the results.
 
-    read  up to (2 s + 1)^2 pixels for each output pixel, four times where views are turned
+    read  up to (2 s + 1)^2 pixels for each output pixel, four times as many if views are rotated
 """
 
 import triton
@@ -20,7 +20,7 @@ def _round(b_v):
 
 @triton.jit
 def _axis(b_o, length, SIZE: tl.constexpr):
-    """Centres, first taps, one over the support, and the number of taps, along one axis."""
+    """Centres, first taps, reciprocal of the support, and number of taps along one axis."""
     scale = tl.div_rn(length.to(tl.float32), float(SIZE))
     support = tl.maximum(scale, 1.0)
     b_centre = (b_o.to(tl.float32) + 0.5) * scale
@@ -30,7 +30,7 @@ def _axis(b_o, length, SIZE: tl.constexpr):
 
 @triton.jit
 def _tap(b_first, i, b_centre, inverse, length):
-    """Position and weight of the i-th tap; outside the crop the weight is zero."""
+    """Position and weight of the i-th tap; the weight is zero outside the crop."""
     b_j = b_first + i
     b_w = tl.maximum(1.0 - tl.abs(b_j.to(tl.float32) + 0.5 - b_centre) * inverse, 0.0)
     return tl.minimum(b_j, length - 1), tl.where(b_j < length, b_w, 0.0)
@@ -73,7 +73,7 @@ def _resized(image, row, b_y, b_x, width, SIZE: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _turned(image, row, b_y, b_x, width, SIZE: tl.constexpr, C: tl.constexpr):
-    """Levels of the turned image; what comes from outside is zero."""
+    """Levels of the rotated image; pixels from outside are zero."""
     middle: tl.constexpr = (SIZE - 1) / 2
     b_dy = b_y.to(tl.float32) - middle
     b_dx = b_x.to(tl.float32) - middle
@@ -103,7 +103,7 @@ def _turned(image, row, b_y, b_x, width, SIZE: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def levels(images, row, o_y, o_x, height, width, SIZE: tl.constexpr, C: tl.constexpr, TURNS: tl.constexpr):
-    """Whole grey levels 0 .. 255 of a view, float32 (Y, X) for each channel; for C = 1 the first counts.
+    """Whole grey levels 0 .. 255 of a view, float32 (Y, X) per channel; for C = 1 only the first is valid.
 
     Rows and columns from SIZE on repeat the last one.
     """

@@ -1,11 +1,11 @@
-"""Views of images: all of it in one launch where a program holds a whole view, else in two; blur in two more.
+"""Rendering of views: one launch if a view fits in a program, otherwise two; blur takes two more.
 
     small views: `view_kernel`                         read the crop, write 4 C SIZE SIZE bytes
-    large views: `levels_kernel`, `colour_kernel`      beside that, C SIZE SIZE bytes written and read
+    large views: `levels_kernel`, `colour_kernel`      in addition, C SIZE SIZE bytes written and read
     blur:        `blur_kernel` along x, then along y   2 times 4 C SIZE SIZE bytes read and written, blurred views only
 
-Large views are cut into square tiles, and the luma's sum before contrast is stored for each. A view depends on its
-image and its row of parameters alone: no program reads what belongs to another view.
+Large views are cut into square tiles, and each tile stores the sum of its luma before contrast. A view depends only on
+its image and its row of parameters: no program reads data of another view.
 """
 
 import triton
@@ -34,7 +34,7 @@ def view_kernel(
     height, width,
     SIZE: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    """One view a program, SIZE <= TILE."""
+    """One view per program, SIZE <= TILE."""
     i_v = tl.program_id(0)
     row = table + i_v * p.COLUMNS
     o_y, o_x, m_in = _tile(0, SIZE, TILE)
@@ -56,7 +56,7 @@ def levels_kernel(
     height, width,
     SIZE: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, TURNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Geometry of a tile, and its luma's sum before contrast."""
+    """Geometry of a tile, and the sum of its luma before contrast."""
     i_v = tl.program_id(0)
     i_t = tl.program_id(1)
     row = table + i_v * p.COLUMNS
@@ -100,12 +100,12 @@ def colour_kernel(
 
 @triton.jit
 def blur_kernel(
-    blurred,  # (programs / C,) int32: the views to blur
+    blurred,  # (programs / C,) int32: indices of the views to blur
     table, statistics, views,  # as in view_kernel
     rows,  # (programs / C, C, SIZE, SIZE) float32: blurred along x
     SIZE: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, KERNEL: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a channel along one axis, reflected at the border: views to rows, or (LAST) along y and back."""
+    """Blur a tile of a channel along one axis, reflecting at the border: x from views to rows, LAST: y and back."""
     i_p = tl.program_id(0)
     i_c = i_p % C
     i_v = tl.load(blurred + i_p // C)
