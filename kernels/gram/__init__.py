@@ -1,1 +1,1 @@
-"""Triton kernels of pair statistics: moments of features, and tiles of two Gram matrices."""
+"""Triton kernels for pair statistics: moments of features, and tiles of two Gram matrices."""

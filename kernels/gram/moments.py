@@ -1,15 +1,14 @@
-"""The stacked symmetric product [V_1 | V_2 | ... | E]' [V_1 | V_2 | ... | E] of a chunk of rows, half of its tiles.
+"""Symmetric product [V_1 | V_2 | ... | E]' [V_1 | V_2 | ... | E] of a chunk of stacked rows; half of its tiles.
 
-V_m: model m's shifted rows, in whole blocks of columns. E: columns for all models, |v|^2 and <pilot, v> of each, and 1.
-So one product holds the cross-moments of all pairs of models and every sum with these. Within a chunk sums are float32;
-a tile's only program adds it to the float64 sums.
+V_m: model m's shifted rows, padded to whole blocks of columns. E: columns for all models, |v|^2 and <pilot, v> of each,
+and 1. So a single product gives the cross-moments of all pairs of models and every sum with the columns of E. Sums are
+float32 within a chunk; the one program of a tile adds it to the float64 sums.
 
-    rows r of the chunk stream past a tile of columns (A, B); 3 products in split half precision
-    read  (2 A + 2 B) rows half numbers a tile, read and write A B float64
+    rows r of the chunk are streamed past a tile of columns (A, B); 3 products in split half precision
+    read  (2 A + 2 B) rows half-precision numbers per tile, read and write A B float64
 
-Models with equal features have equal moments bit for bit: a tile of columns (a, b) of two models is formed as the tile
-of one model with itself would be, from the lower block of columns to the higher, and stored transposed where that
-turns it around.
+Models with equal features have bitwise equal moments: a tile of columns (a, b) of two models is computed as it would be
+for one model with itself, from the lower block of columns to the higher, and stored transposed if that swaps the two.
 """
 
 import triton
@@ -27,13 +26,13 @@ def _columns(z, start_n, start_d, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit
 def _halves(b_tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Left and right half of a tile's columns."""
+    """Left and right halves of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(b_tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _add(sums, unscale, a, b, stride_a, stride_b, b_sum, BLOCK: tl.constexpr):
-    """Add (BLOCK, BLOCK // 4) to the sums at columns a and b of the stack."""
+    """Add a (BLOCK, BLOCK // 4) block to the sums at columns a and b of the stack."""
     o_a = tl.arange(0, BLOCK)
     o_b = tl.arange(0, BLOCK // 4)
     b_unscaled = b_sum.to(tl.float64) * tl.load(unscale + a + o_a)[:, None] * tl.load(unscale + b + o_b)[None, :]
@@ -45,9 +44,9 @@ def _add(sums, unscale, a, b, stride_a, stride_b, b_sum, BLOCK: tl.constexpr):
 @triton.jit
 def moments_kernel(
     z,  # (2, rows, width) half precision: working copy and remainder
-    unscale,  # (width,) float64: one over each column's scale
+    unscale,  # (width,) float64: reciprocal of each column's scale
     tiles,  # (programs, 2) int32: first columns of the two blocks
-    turned,  # (programs,) int32: 1 where the tile is stored transposed
+    turned,  # (programs,) int32: 1 if the tile is stored transposed
     sums,  # (width, width) float64
     rows, width,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -68,7 +67,7 @@ def moments_kernel(
     is_turned = tl.load(turned + i_t) != 0
     stride_a = tl.where(is_turned, 1, width)
     stride_b = tl.where(is_turned, width, 1)
-    # A quarter of the tile at a time: float64 takes twice the registers of the sums.
+    # A quarter of the tile at a time: in float64 it takes twice as many registers.
     b_left, b_right = _halves(b_sum, BLOCK, BLOCK)
     b_1, b_2 = _halves(b_left, BLOCK, BLOCK // 2)
     b_3, b_4 = _halves(b_right, BLOCK, BLOCK // 2)

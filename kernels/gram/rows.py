@@ -1,11 +1,12 @@
-"""Rows of features into the working copy of a product: mapped, shifted by the pilot, scaled, in split half precision.
+"""Working copy of feature rows for the products: mapped, shifted by the pilot, scaled, in split half precision.
 
-A row's map is u = (s x - m) r: s a power of two that brings its largest absolute value into [1, 2), so that nothing
-overflows; m its mean times s for "correlation", else 0; r one over the length. For "linear" u = x. The working copy
-holds v = u - pilot times a power of two per model, so that the 22 bits of two halves lie below the largest entry.
+A row is mapped to u = (s x - m) r: s a power of two that brings its largest absolute value into [1, 2), so that nothing
+overflows; m its mean times s for "correlation", else 0; r the reciprocal of its length. For "linear" u = x. The working
+copy holds v = u - pilot times a power of two per model, so that the 22 bits of two halves reach down from the largest
+entry.
 
-All of it is float64: where the rows are nearly equal, v has the digits that float32 would have lost in u. These kernels
-take a small share of the time, the products most.
+All of this is float64: when rows are nearly equal, v keeps digits that float32 would have lost in u. These kernels take
+a small share of the time; the products take most of it.
 """
 
 from typing import Any, NamedTuple
@@ -15,12 +16,12 @@ import triton.language as tl
 
 from ..common.numerics import power_of_two_scale, split_half
 
-# A row whose entries agree up to this fraction of the largest is constant: what its mean leaves is rounding.
+# A row whose entries agree to this fraction of the largest counts as constant: the rest is rounding error.
 _CONSTANT = tl.constexpr(64 * 2.0**-52)
 
 
 class Features(NamedTuple):
-    """A model's rows as the caller gave them."""
+    """A model's rows as the caller passed them."""
 
     x: Any  # (n, d), any dtype
     n: int
@@ -36,7 +37,7 @@ def _load(features, o_n, m_n, o_d):
 
 @triton.jit
 def _factors(features, o_n, m_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CENTRE: tl.constexpr):
-    """s, m and r of rows; r is 0 for a zero row, and for a constant one where it is centred."""
+    """s, m and r of rows; r is 0 for a zero row and, with CENTRE, for a constant one."""
     o_d = tl.arange(0, BLOCK_D)
     d = features.d
     b_peak = tl.zeros([BLOCK_N], tl.float64)
@@ -66,7 +67,7 @@ def _factors(features, o_n, m_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, C
 def measure_kernel(
     features,  # Features
     pilot,  # (d,) float64
-    factors,  # (3, n) float64: s, m, r; None: rows are taken as they are
+    factors,  # (3, n) float64: s, m, r; None: rows are used as they are
     squares,  # (n,) float64: |v|^2
     margins,  # (n,) float64: <pilot, v>
     peaks,  # (programs,) float64: the largest |v| of each program's rows
@@ -108,7 +109,7 @@ def split_kernel(
     rows, width, first, columns,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows from n on and columns from d on are zeros."""
+    """Write the working copy; rows from n on and columns from d on are zeros."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = features.n

@@ -1,10 +1,9 @@
-"""Sums over two Gram matrices without their diagonals, from tiles of both, formed together: <K, L>, <K, K>, <L, L>, and
-for "rbf" row sums.
+"""Sums over two Gram matrices without their diagonals, from tiles of both computed together: <K, L>, <K, K>, <L, L>,
+and for "rbf" row sums.
 
-A program keeps the block of rows `i` and takes every SPLITS-th tile from the diagonal to the right; a tile off the
-diagonal counts twice. Elements of a tile are added in float32, tiles in float64. For "rbf" a tile serves the row sums
-of its rows and of its columns: they are added in memory as integers, in units of 2^-32, whose sum does not depend on
-the order.
+A program works on block row `i` and every SPLITS-th tile from the diagonal to the right; a tile off the diagonal counts
+twice. Elements of a tile are summed in float32, tiles in float64. For "rbf" a tile contributes to the row sums of its
+rows and of its columns. They are added atomically as integers in units of 2^-32, so that their order does not matter.
 """
 
 from typing import Any, NamedTuple
@@ -18,12 +17,12 @@ FIXED_POINT = tl.constexpr(4294967296.0)  # 2^32: entries of at most 1, up to 2^
 
 
 class Features(NamedTuple):
-    """One model's rows. The last three are for "rbf"; None: entries are inner products."""
+    """One model's rows. The last three are for "rbf"; if None, entries are inner products."""
 
     z: Any  # (2, rows, D) half precision; rows from n on are zeros
     exponent: Any  # (1,) float32: 1 / (2 sigma^2)
     squares: Any  # (n,) float32: |v|^2
-    totals: Any  # (n,) int64 row sums; zero before
+    totals: Any  # (n,) int64 row sums; must be zero before the launch
 
 
 @triton.jit
@@ -43,16 +42,16 @@ def _product(z, low, start_i, start_j, BLOCK: tl.constexpr, D: tl.constexpr, BLO
 
 @triton.jit
 def _exponential_less_one(b_t):
-    """exp(t) - 1 for t <= 0, also where exp(t) is nearly 1: six terms of the series leave 2^-24 at t = -1/4."""
+    """exp(t) - 1 for t <= 0, also if exp(t) is nearly 1: the error of six terms of the series is 2^-24 at t = -1/4."""
     b_series = b_t * (1 + b_t * (1 / 2 + b_t * (1 / 6 + b_t * (1 / 24 + b_t * (1 / 120 + b_t * (1 / 720))))))
     return tl.where(b_t > -0.25, b_series, tl.exp2(b_t * LOG2E) - 1)
 
 
 @triton.jit
 def _entries(b_p, model, o_i, o_j, n, WIDE: tl.constexpr):
-    """Entries of K, of K - 1 where WIDE, from products of working copies; 0 on the diagonal and where padded.
+    """Entries of K (WIDE: of K - 1) from products of working copies; 0 on the diagonal and in padding.
 
-    All in units of the working copy's scale: the entries of an inner product, |v|^2, and 1 / (2 sigma^2).
+    Inner products, |v|^2 and 1 / (2 sigma^2) are all in units of the working copy's scale.
     """
     if model.exponent is not None:
         m_i = o_i < n
@@ -82,7 +81,7 @@ def gram_kernel(
     DX: tl.constexpr, DY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0)  # the block with the most tiles first
+    i = tl.program_id(0)  # blocks with the most tiles start first
     split = tl.program_id(1)
     low_x = rows.to(tl.int64) * DX
     low_y = rows.to(tl.int64) * DY
