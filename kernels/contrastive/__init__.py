@@ -1,1 +1,1 @@
-"""Row statistics of contrastive losses: the kernels behind ``fastcl.row_stats``."""
+"""Triton kernels behind ``fastcl.row_stats``: row statistics of contrastive losses and their gradients."""

@@ -1,11 +1,11 @@
-"""Gradient of the rows, by recomputation: a program owns R rows and sees all candidates once.
+"""Gradient of the rows, by recomputation: a program owns R rows and visits all candidates once.
 
     acc = (G + G') Z    one product for S, one for the gradient: 4 N N D operations, and no element has two writers
 
-It is kept transposed, acc' (D, R) += Z_s' (D, S) W (S, R), so that both operands of both products lie in shared memory:
-WGMMA with its first operand in registers is miscompiled by some versions of ptxas and serialised by others.
+The accumulator is transposed, acc' (D, R) += Z_s' (D, S) W (S, R), so that both operands of both products are in shared
+memory: some versions of ptxas miscompile WGMMA with its first operand in registers, others serialise it.
 
-The result is float32 in working order; `finalize_kernel` adds view pairs, undoes the scales and the normalisation.
+The result is float32 in working order; `finalize_kernel` adds view pairs and undoes the scales and the normalisation.
 """
 
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from .backward_tile import tile_weights
 
 
 class Accumulator(NamedTuple):
-    """Where the gradient of a wave of resident blocks goes."""
+    """Output of a wave of resident blocks: their gradient."""
 
-    sums: Any  # (slots, rows, D) float32: from the first block of the wave on, a slot for each split
+    sums: Any  # (slots, rows, D) float32: rows from the wave's first block on, a slot for each split
     rows: int
     first_block: int
     first_slot: int  # of this launch
@@ -45,7 +45,7 @@ def backward_kernel(
     acc,  # Accumulator
     temperature, flag,
     TILE,
-    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch takes
+    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch processes
     ONLINE: tl.constexpr,
 ):  # fmt: skip
     if flag is not None:
@@ -57,7 +57,7 @@ def backward_kernel(
     logits = logits_of(temperature, r, s)
     block = load_block(r, start_r, TILE, (TILE.SPLIT_PLAIN and PLAIN) or (TILE.SPLIT_MASKED and MASKED))
     lo, hi = class_range(r, start_r, TILE.ALIGN)
-    # A last tile with padding is masked: a product of 0 may well have a weight that half precision does not hold.
+    # A last tile with padding must be masked: for a product of 0 the weight may overflow half precision.
     whole = s.n // TILE.BLOCK_S * TILE.BLOCK_S
     n_before = lo // TILE.BLOCK_S
     n_plain = n_before + tl.maximum(whole - hi, 0) // TILE.BLOCK_S
@@ -78,6 +78,6 @@ def backward_kernel(
             b_x = b_p * logits.factor
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_MASKED)
-    o_r = block_r * TILE.BLOCK_R + tl.arange(0, TILE.BLOCK_R)  # blocks are whole: none leaves the wave's rows
+    o_r = block_r * TILE.BLOCK_R + tl.arange(0, TILE.BLOCK_R)  # no mask: the wave's rows are whole blocks
     slot = (acc.first_slot + split).to(tl.int64)
     tl.store(acc.sums + (slot * acc.rows + o_r[None, :]) * TILE.D + tl.arange(0, TILE.D)[:, None], b_acc)

@@ -1,9 +1,9 @@
-"""The gradient's last step: view pairs, scales, the Jacobian of the normalisation, rows back into their own order.
+"""Last step of the gradient: view pairs, scales, the Jacobian of the normalisation, rows back in source order.
 
     dz = (tiles + view pairs) / T        dx = (dz - z <z, dz>) / |x|
 
-and, for the gradient of the temperature, the products <z, dz>: dL/dT is minus their sum over T, or half of it where
-candidates and rows are the same.
+and, for the gradient of the temperature, the products <z, dz>: dL/dT is minus their sum divided by T, or half of that
+if the candidates are the rows themselves.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from ..common.numerics import FLOAT_MAX, SCALE, WEIGHT_SCALE, begin, inverse_tem
 
 
 class Gradient(NamedTuple):
-    """What the tiles gave for the rows from working row `first` on."""
+    """The tiles' part of the gradient, for the rows from working row `first` on."""
 
     sums: Any  # (SLOTS, rows, stride) float32; IN_ORDER: (1, n, .) in source order
     first: int
@@ -26,9 +26,9 @@ class Gradient(NamedTuple):
 class Views(NamedTuple):
     """The view pairs of a side's rows, and the weights of their statistics."""
 
-    first_N: Any  # (n,) int32: the interval of each row's views among the other side's rows begins
-    last_N: Any  # and ends
-    weights: Any  # (5, rows) as `derivatives_kernel` writes them; None: no gradient came for this side's statistics
+    first_N: Any  # (n,) int32: start of the interval of each row's views among the other side's rows
+    last_N: Any  # (n,) int32: its end
+    weights: Any  # (5, rows) as `derivatives_kernel` writes them; None: this side's statistics have no gradient
     stats: Any  # (5, n)
     rows: int
 
@@ -50,14 +50,14 @@ def _pull(b_s, views, b_src, o_n, m_n, b_count, n):
     b_mean = tl.load(views.weights + 3 * views.rows + o_n, mask=m_n, other=0.0)
     b_spread = tl.load(views.weights + 4 * views.rows + o_n, mask=m_n, other=0.0)
     b_share = 1.0 / tl.maximum(b_count, 1).to(tl.float32)
-    # The softmax of a single view is 1 whatever its logit's rounding.
+    # The softmax of a single view is exactly 1, whatever the rounding of its logit.
     b_softmax = tl.where(b_count > 1, tl.exp(b_s - b_lse), 1.0)
     return b_mean * b_share + b_spread * (b_softmax - b_share)
 
 
 @triton.jit
 def _view_pairs(b_x, b_src, x, y, x_views, y_views, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS):
-    """(N, D) part of the gradient that comes from the views of a row, in float32 from the rows themselves."""
+    """(N, D) part of the gradient from the views of each row, in float32 from the original rows."""
     b_first = begin(tl.load(x_views.first_N + o_n, mask=m_n, other=0))
     b_last = tl.load(x_views.last_N + o_n, mask=m_n, other=0)
     b_count = b_last - b_first - (1 if CONSTANTS.SYMMETRIC else 0)
@@ -84,12 +84,12 @@ def _view_pairs(b_x, b_src, x, y, x_views, y_views, o_n, m_n, o_d, m_d, inverse_
 @triton.jit
 def finalize_kernel(
     tiles,  # Gradient
-    x, x_views,  # Rows, Views: the rows whose gradient this is
-    y, y_views,  # their candidates
+    x, x_views,  # Rows, Views of the rows whose gradient is computed
+    y, y_views,  # Rows, Views of their candidates
     dx,  # (n, d) in source order; may be tiles.sums
-    dot_N,  # (n,) float32 in source order: <z, dz>; None: not wanted
-    bound,  # (1,) float32: what the weights were divided by
-    scale,  # (1,) float32: of the candidates' working copy, where they are not normalised
+    dot_N,  # (n,) float32 in source order: <z, dz>; None: not requested
+    bound,  # (1,) float32: the weights' divisor
+    scale,  # (1,) float32: scale of the candidates' working copy; None: they are normalised
     temperature,
     CONSTANTS,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def finalize_kernel(
             tl.store(dot_N + b_src, b_dot, mask=m_n)
         if NORMALIZED:
             b_power = tl.where(b_inv < 0, 8.507059173023462e37, 1.0)
-            # The gradient keeps its direction where an inverse norm exceeds float32.
+            # Clamped, so that the gradient keeps its direction if an inverse norm exceeds float32's range.
             b_inv = tl.minimum(b_power * tl.abs(b_inv), FLOAT_MAX)
             b_dz = b_inv[:, None] * (b_dz - b_x * b_dot[:, None])
     p_dx = dx + b_src.to(tl.int64)[:, None] * x.d + o_d[None, :]

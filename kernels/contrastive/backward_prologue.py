@@ -1,7 +1,7 @@
-"""Upstream gradients into what the backward tiles need: a weight per row and relation, all within one scale.
+"""Turns upstream gradients into what the backward tiles need: a weight per row and relation, all on one scale.
 
-Two launches, since the scale is the largest derivative of all rows. In a converged run that is far below the upstream
-gradients, and weights scaled by those would vanish in half precision.
+This takes two launches, because the scale is the largest derivative over all rows. In a converged run that is far below
+the upstream gradients; weights scaled by those would vanish in half precision.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from ..common.numerics import LOG2E, WEIGHT_SCALE, inverse_temperature, shift_lo
 from .forward_epilogue import load_stats, relation_counts
 from .objective import objective_rows
 
-_SMALLEST = tl.constexpr(1e-30)  # of the scale: its inverse times WEIGHT_SCALE stays in float32's range
+_SMALLEST = tl.constexpr(1e-30)  # lower bound of the scale: WEIGHT_SCALE divided by it stays in float32's range
 
 
 class Losses(NamedTuple):
-    """The gradients of the losses, as they come."""
+    """The upstream gradients of the losses."""
 
     grad: Any  # (objectives, n) float32 in source order, any strides
     stride_k: int
@@ -28,8 +28,8 @@ class Losses(NamedTuple):
 def derivatives_kernel(
     layout_5N,
     stats,  # (5, n) in source order, as in finish_kernel
-    grad_stats,  # (5, n) float32 in source order, contiguous; None: none came
-    upstream,  # Losses; None: none came
+    grad_stats,  # (5, n) float32 in source order, contiguous; None: no gradient
+    upstream,  # Losses; None: no gradient
     weights,  # (5, rows) in working order: dL by lse_other, lse_peer, mean_peer / n_peer, mean_view, spread_view
     maxima,  # (programs,) float32: the largest absolute value of the first three in each program's rows
     n, n_s, rows,
@@ -76,16 +76,16 @@ def derivatives_kernel(
 
 @triton.jit
 def _inverse_sum(stats, b_src, m_n, n, shift, ROW: tl.constexpr):
-    """exp(c - lse); 0 where the relation is empty."""
+    """exp(c - lse); 0 if the relation is empty."""
     b_lse = tl.load(stats + ROW * n + b_src, mask=m_n, other=float("inf"))
     return tl.where(b_lse == float("-inf"), 0.0, tl.exp2(shift - b_lse * LOG2E))
 
 
 @triton.jit
 def weights_kernel(
-    layout_5N, stats, weights,  # as in derivatives_kernel, whose derivatives become weights in place
-    maxima,  # (n_maxima,) of both sides
-    bound,  # (1,) float32: what the weights were divided by
+    layout_5N, stats, weights,  # as in derivatives_kernel; derivatives become weights in place
+    maxima,  # (n_maxima,) float32 of both sides
+    bound,  # (1,) float32: the weights' divisor
     flag, temperature, n, rows, n_maxima,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def weights_kernel(
     b_power_o = _inverse_sum(stats, b_src, m_n, n, shift, 4)
     b_power_p = _inverse_sum(stats, b_src, m_n, n, shift, 3)
     if flag is not None:
-        if tl.load(flag) != 0:  # the tiles subtract each row's own log-sum-exp there
+        if tl.load(flag) != 0:  # online: the tiles subtract each row's own log-sum-exp
             b_power_o = tl.full([BLOCK_N], 1.0, tl.float32)
             b_power_p = b_power_o
     unit = WEIGHT_SCALE / largest

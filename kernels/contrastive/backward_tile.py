@@ -1,13 +1,13 @@
-"""A tile of the backward pass: from products to the weights G + G' of the rows' gradient.
+"""A tile of the backward pass: turns products into the weights G + G' of the rows' gradient.
 
 With G_ij = dL/ds_ij, the weight of rows i and j is G_ij + G_ji:
 
     other   e_ij (a_i + a_j)                a_i = dL/dlse_other[i] exp(c - lse_other[i]), e_ij = exp(s_ij - c)
     peer    e_ij (b_i + b_j) + h_i + h_j    b_i likewise, h_i = dL/dmean_peer[i] / n_peer[i]
-    view    0: view pairs are added apart
+    view    0: view pairs are added separately
 
-One exponential per element serves both rows. ONLINE, where no shift c fits all rows: exp(s_ij - lse[i]) dL/dlse[i] and
-the same of j, two exponentials.
+One exponential per element serves both rows. With ONLINE, when no shift c fits all rows, the terms are
+exp(s_ij - lse[i]) dL/dlse[i] and the same for j: two exponentials.
 """
 
 from typing import Any, NamedTuple
@@ -19,16 +19,16 @@ from ..common.numerics import LOG2E, relations
 
 
 class Weights(NamedTuple):
-    """What one side's statistics weigh in the gradient of the rows."""
+    """Weights of one side's statistics in the gradient of the rows."""
 
     weights: Any  # (5, rows) float32 as `weights_kernel` leaves them
-    stats: Any  # (5, n), and src_N: read where the flag is set only
+    stats: Any  # (5, n); stats and src_N are read only with ONLINE
     src_N: Any  # (n,) int32
 
 
 @triton.jit
 def load_lse(w, o_n, m_n, n, ROW: tl.constexpr):
-    """A row of the statistics at working positions, in units of log2; +inf, of which exp(s - .) is 0, where empty."""
+    """A row of the statistics at working positions, in units of log2; +inf, so that exp(s - lse) is 0, where empty."""
     b_src = tl.load(w.src_N + o_n, mask=m_n, other=0)
     b_lse = tl.load(w.stats + ROW * n + b_src, mask=m_n, other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
@@ -38,7 +38,7 @@ def load_lse(w, o_n, m_n, n, ROW: tl.constexpr):
 def _exponentials(
     b_x, b_e, r, s, w_r, w_s, o_r, o_s, ROW: tl.constexpr, RELATION: tl.constexpr, ONLINE: tl.constexpr
 ):  # fmt: skip
-    """Both rows' exponentials times their weights; b_e: one exponential that serves both, unless ONLINE."""
+    """Sum of both rows' exponentials times their weights. b_e: the exponential that serves both, unless ONLINE."""
     b_w_r = tl.load(w_r.weights + RELATION * r.rows + o_r)
     b_w_s = tl.load(w_s.weights + RELATION * s.rows + o_s)
     if ONLINE:
@@ -52,8 +52,8 @@ def _exponentials(
 
 @triton.jit
 def _term(b_x, b_lse, b_weight):
-    # A softmax is at most 1, also where logits are so large that rounding lifts one above its log-sum-exp. A weight of
-    # 0 may go with a log-sum-exp of nothing: no exponential of that.
+    # A softmax is at most 1, even if logits are so large that rounding lifts one above its log-sum-exp. If the weight
+    # is 0, the log-sum-exp may be meaningless, so its exponential is not used.
     b_power = tl.minimum(b_x - b_lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(b_weight == 0.0, 0.0, tl.exp2(b_power) * b_weight)
 
@@ -74,7 +74,7 @@ def tile_weights(
         b_w = tl.where(m_other & (o_r < r.n)[None, :], b_w, 0.0)
         if TILE.PEERS:
             b_p = _exponentials(b_x, b_e, r, s, w_r, w_s, o_r, o_s, 3, 1, ONLINE)
-            # Softmax and mean meet in float32: near the optimum they cancel.
+            # Softmax and mean are added in float32, because they cancel near the optimum.
             b_linear_s = tl.load(w_s.weights + 2 * s.rows + o_s)
             b_p += b_linear_s[:, None] + tl.load(w_r.weights + 2 * r.rows + o_r)[None, :]
             b_w += tl.where(m_peer, b_p, 0.0)

@@ -1,19 +1,19 @@
 """Sums of exponentials per relation, in one pass over tiles of the similarity matrix.
 
-A program keeps a block of R rows resident and lets the candidates stream past in tiles of S. Rows are sorted by class,
-so same-class pairs lie in one range of tiles (`class_range`); outside it a tile holds the relation `other` alone and
+A program keeps a block of R rows resident and streams the candidates past it in tiles of S. Rows are sorted by class,
+so same-class pairs lie in one range of tiles (`class_range`); outside it a tile holds only the relation `other` and
 costs a product, one exponential per element and two sums.
 
 Symmetric case (the candidates are the rows themselves): a program streams only the rows before its class range, and
-each of these tiles serves its resident and its streamed rows. The tiles of the class range are formed from both sides,
-each for its resident rows alone, so peers need no second buffer.
+each of these tiles serves its resident and its streamed rows. Tiles of the class range are computed from both sides,
+each time for the resident rows only, so peers need no second buffer.
 
-    part_r (slots, 3, rows): what the resident rows got, a slot for each program that shares them: sum of exp over
-                             others, over peers, sum of peers' products
-    part_s (blocks, rows): what the streamed rows got from each block of resident rows
+    parts.resident (slots, 3, rows): sums of resident rows, a slot for each program that shares them: exponentials over
+                                     others, exponentials over peers, products with peers
+    parts.streamed (blocks, rows): sums of streamed rows, from each block of resident rows
 
-Nothing is added in memory and every element has one writer: the sums do not depend on timing. `finish_kernel` adds
-them up.
+There are no atomics and every element has one writer, so the sums do not depend on timing. `finish_kernel` adds them
+up.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from ..common.numerics import LN2, begin, class_range, load_block, logits_of, pr
 
 
 class Plain(NamedTuple):
-    """Tiles first .. last - 1 of those outside the class range: n_before of all lie before it, the rest from hi on."""
+    """Tiles first .. last - 1 outside the class range, of which n_before lie before it and the rest from hi on."""
 
     first: Any
     last: Any
@@ -36,7 +36,7 @@ class Plain(NamedTuple):
 
 @triton.jit
 def _plain_loop(block, s, parts, p_part, plain, logits, n_r, TILE, PADDED: tl.constexpr):
-    """(R,) sums over plain tiles. PADDED: resident rows from n_r on are padding, which streamed rows must not see."""
+    """(R,) sums over plain tiles. PADDED: keep resident rows from n_r on, padding, out of the streamed rows' sums."""
     b_sum = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
     m_r = block.start + tl.arange(0, TILE.BLOCK_R) < n_r
     for i in tl.range(plain.first, plain.last):
@@ -57,7 +57,7 @@ def _plain_loop(block, s, parts, p_part, plain, logits, n_r, TILE, PADDED: tl.co
 def _plain_tiles(
     block, s, parts, p_part, lo, hi, split, logits, n_r, TILE, SYMMETRIC: tl.constexpr
 ):  # fmt: skip
-    """(R,) sums over a split's share of the tiles outside the class range; symmetric: of those before it."""
+    """(R,) sums over a split's share of the tiles outside the class range; SYMMETRIC: only of those before it."""
     n_before = lo // TILE.BLOCK_S
     n_plain = n_before
     if not SYMMETRIC:
@@ -76,7 +76,7 @@ def _plain_tiles(
 def _masked_tiles(
     block, r, s, parts, p_part, lo, hi, split, logits, TILE, SYMMETRIC: tl.constexpr
 ):  # fmt: skip
-    """(R,) sums over a split's share of the class range, and of a last tile with padding."""
+    """(R,) sums over a split's share of the class range and, unless SYMMETRIC, of a last tile with padding."""
     o_r = block.start + tl.arange(0, TILE.BLOCK_R)
     m_r = o_r < r.n
     b_other = tl.zeros([TILE.BLOCK_R], tl.float32)
@@ -105,7 +105,7 @@ def _masked_tiles(
 
 @triton.jit
 def store_sums(parts, slot, sums, o_r, m_r, rows, factor, PEERS: tl.constexpr):
-    """Write what resident rows got into their slot; products become logits."""
+    """Write the resident rows' sums into their slot, with products converted to logits."""
     p_part = parts.resident + slot.to(tl.int64) * 3 * rows + o_r
     tl.store(p_part, sums.other, mask=m_r)
     if PEERS:
@@ -116,17 +116,17 @@ def store_sums(parts, slot, sums, o_r, m_r, rows, factor, PEERS: tl.constexpr):
 @triton.jit
 def forward_kernel(
     r, s,  # Resident, Streamed
-    parts,  # Parts; streamed rows get sums too unless parts.streamed is None
+    parts,  # Parts; sums of streamed rows are stored unless parts.streamed is None
     temperature,
     flag,  # as in prepare_kernel
     TILE,
     SYMMETRIC: tl.constexpr,
-    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch takes
+    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch processes
 ):  # fmt: skip
     if flag is not None:
         if tl.load(flag) != 0:
             return
-    # The block with the most tiles first: what is left over at the end is small.
+    # Start the blocks with the most tiles first, so that only short ones run at the end.
     block_r = parts.n_blocks - 1 - tl.program_id(0)
     split = tl.program_id(1)
     start_r = (parts.first_block + block_r) * TILE.BLOCK_R
@@ -153,7 +153,7 @@ def forward_kernel(
 
 @triton.jit
 def _add_online(b_max, b_sum, b_x, m):
-    """One tile's exponentials under a mask, added to a running (maximum, sum) in units of log2."""
+    """Add a tile's masked exponentials to a running (maximum, sum) in units of log2."""
     b_new = tl.maximum(b_max, tl.max(tl.where(m, b_x, float("-inf")), 0))
     b_at = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_sum = b_sum * tl.exp2(b_max - b_at) + tl.sum(tl.where(m, tl.exp2(b_x - b_at[None, :]), 0.0), 0)
@@ -163,11 +163,11 @@ def _add_online(b_max, b_sum, b_x, m):
 @triton.jit
 def forward_online_kernel(
     r, s,  # Resident, Streamed
-    last_N, src_N,  # (n,) int32: the interval of each resident row's sample ends; its source row
+    last_N, src_N,  # (n,) int32: end of the interval of each resident row's sample; its source row
     stats, temperature, flag,
     TILE,
 ):  # fmt: skip
-    """Where the flag says that a fixed shift does not do: log-sum-exps about a running maximum, over all tiles.
+    """Log-sum-exps with a running maximum, over all tiles; runs if the flag says that a fixed shift is not enough.
 
     Writes rows 2 to 4 of stats (5, n) in source order: mean_peer, lse_peer, lse_other.
     """

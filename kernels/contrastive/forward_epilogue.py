@@ -1,4 +1,4 @@
-"""Between the passes over tiles: partial sums into statistics and losses."""
+"""After the forward pass over the tiles: turn partial sums into statistics and losses."""
 
 from typing import NamedTuple
 
@@ -13,18 +13,18 @@ from .objective import objective_rows
 class Wave(NamedTuple):
     """Constants of `finish_kernel`."""
 
-    BLOCK_N: int  # the alignment of class ranges
-    BLOCK_R: int  # of the tiles
+    BLOCK_N: int  # alignment of the class ranges
+    BLOCK_R: int  # resident rows of a tile
     SLOTS: int
     SYMMETRIC: bool
     PEERS: bool
-    FIRST: bool  # of the waves
-    LAST: bool
+    FIRST: bool  # the first wave
+    LAST: bool  # the last wave
 
 
 @triton.jit
 def relation_counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC: tl.constexpr):
-    """Views, peers and others of each row, from its intervals."""
+    """Numbers of views, peers and others of each row, from its intervals."""
     b_lo = begin(tl.load(layout_5N + n + o_n, mask=m_n, other=0))
     b_hi = tl.load(layout_5N + 2 * n + o_n, mask=m_n, other=0)
     b_first = begin(tl.load(layout_5N + 3 * n + o_n, mask=m_n, other=0))
@@ -45,9 +45,9 @@ def load_stats(stats, b_src, m_n, n):
 
 @triton.jit
 def _streamed_sum(parts, layout_5N, o_n, m_n, n, rows, WAVE):
-    """What the rows got from this wave's blocks, which they streamed past."""
+    """Sums that the rows received as streamed rows, from this wave's resident blocks."""
     start = 0
-    if WAVE.SYMMETRIC:  # only blocks whose class range begins behind these rows have streamed them
+    if WAVE.SYMMETRIC:  # only blocks whose class range starts after these rows have streamed them
         last = tl.minimum(tl.program_id(0) * WAVE.BLOCK_N + WAVE.BLOCK_N, n) - 1
         hi = tl.load(layout_5N + 2 * n + last)
         begins = (hi + WAVE.BLOCK_N - 1) // WAVE.BLOCK_N * WAVE.BLOCK_N // WAVE.BLOCK_R
@@ -63,7 +63,7 @@ def _streamed_sum(parts, layout_5N, o_n, m_n, n, rows, WAVE):
 
 @triton.jit
 def _resident_sums(parts, o_n, m_n, rows, SLOTS: tl.constexpr, PEERS: tl.constexpr):
-    """What the rows got while they were resident."""
+    """Sums that the rows received as resident rows."""
     b_other = tl.zeros(o_n.shape, tl.float32)
     b_peer = b_other
     b_linear = b_other
@@ -95,13 +95,13 @@ def _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, PEER
 
 @triton.jit
 def finish_kernel(
-    parts,  # Parts, its slots of all waves; None: the statistics are there already
+    parts,  # Parts, with the slots of all waves; None: stats is already complete
     layout_5N,
     stats,  # (5, n) float32 in source order: mean_view, spread_view, mean_peer, lse_peer, lse_other
-    counts,  # (3, n) int64 in source order: n_view, n_peer, n_other; None: not wanted
+    counts,  # (3, n) int64 in source order: n_view, n_peer, n_other; None: not requested
     losses,  # (objectives, n) float32 in source order
     flag, temperature, n, n_s, rows,
-    WAVE, CODES,  # constants; CODES: of the objectives
+    WAVE, CODES,  # constants: Wave; the objectives' codes
 ):  # fmt: skip
     o_n = tl.program_id(0) * WAVE.BLOCK_N + tl.arange(0, WAVE.BLOCK_N)
     m_n = o_n < n
@@ -112,7 +112,7 @@ def finish_kernel(
         if flag is not None:
             run = tl.load(flag) == 0
         if run:
-            p_other = stats + 4 * n + b_src  # carries the sum from wave to wave
+            p_other = stats + 4 * n + b_src  # holds the running sum between waves
             b_sum = tl.zeros([WAVE.BLOCK_N], tl.float32)
             if not WAVE.FIRST:
                 b_sum += tl.load(p_other, mask=m_n, other=0.0)

@@ -1,22 +1,22 @@
 """The algebra of objectives: row losses from row statistics, and their derivatives.
 
 An objective reaches the kernels as a number (`fastcl.losses.objectives.Objective.code`): bits 0 to 2 are the relations
-view, peer, other of its denominator, bits 3 and 4 view and peer of its positives, bit 5 says that the mean over
-positives stands inside the log. With P the log-sum-exp over positives and Q that over the rest of the denominator, the
+view, peer, other of its denominator, bits 3 and 4 view and peer of its positives, and bit 5 puts the mean over
+positives inside the log. With P the log-sum-exp over the positives and Q that over the rest of the denominator, the
 loss of a row is
 
-    spread + softplus(Q - P)    where the denominator holds the positives
-    spread + lse_denominator - P    where it holds none of them
+    spread + softplus(Q - P)    if the denominator contains all positives
+    spread + lse_denominator - P    if it contains none of them
 
-and spread is log n for a mean inside the log, P minus the mean logit of the positives for one outside. A denominator
-that holds one of two attracted relations, S and not A, shares S with the positives: what is beside S on either side
-(Q = others in the denominator, A among the positives) is a softplus again,
+where spread is log n for a mean inside the log and P minus the mean logit of the positives for a mean outside. If the
+denominator contains only one of two attracted relations, S but not A, it shares S with the positives. The remaining
+terms (Q = others in the denominator, A among the positives) again enter through a softplus,
 
     log n + softplus(Q - S) - softplus(A - S)    for a mean inside the log
-    (n_S (S - mean_S + softplus(Q - S)) + n_A (lse_denominator - mean_A)) / n    for one outside
+    (n_S (S - mean_S + softplus(Q - S)) + n_A (lse_denominator - mean_A)) / n    for a mean outside
 
-so that nothing is lost in rows where Q and A are small or absent. A single peer's log-sum-exp is its mean: the whole
-derivative then goes through the former, since 1 - p and -1 in two statistics would cancel to p with float32's error.
+so that no precision is lost in rows where Q and A are small or absent. With a single peer, lse_peer equals mean_peer.
+The whole derivative is then assigned to lse_peer: split into 1 - p and -1, it would cancel to p with float32's error.
 """
 
 import triton
@@ -25,7 +25,7 @@ import triton.language as tl
 
 @triton.jit
 def softplus(b_x):
-    """log(1 + e^x), to relative precision however small it is: log1p by the series of atanh."""
+    """log(1 + e^x) with full relative precision, however small it is: log1p by the series of atanh."""
     b_e = tl.exp(-tl.abs(b_x))
     b_t = b_e / (2.0 + b_e)  # at most 1/3
     b_u = b_t * b_t
@@ -42,7 +42,7 @@ def _sigmoid(b_x):
 
 @triton.jit
 def _log_sum(b_a, b_b):
-    """log(e^a + e^b), and the shares of e^a and e^b in the sum; of two that are -inf: -inf, 0 and 0."""
+    """log(e^a + e^b), and the shares of e^a and e^b in the sum; -inf, 0 and 0 if both are -inf."""
     m_none = (b_a == float("-inf")) & (b_b == float("-inf"))
     b_gap = tl.where(m_none, 0.0, b_a - b_b)
     b_lse = tl.maximum(b_a, b_b) + softplus(-tl.abs(b_gap))
@@ -67,9 +67,9 @@ def _count_of(b_n_v, b_n_p, b_n_o, RELATIONS: tl.constexpr):
 
 @triton.jit
 def _spread(b_spread_v, b_own_p, b_lse_v, b_lse_p, b_n_v, b_n_p, b_part_v, b_part_p, POSITIVES: tl.constexpr):
-    """P less the mean logit of the positives.
+    """P minus the mean logit of the positives.
 
-    That is P less each relation's mean: (lse_r - mean_r) + (P - lse_r), the latter a softplus. Small stays small.
+    Summed per relation r as (lse_r - mean_r) + (P - lse_r), the second a softplus, so that small values stay accurate.
     """
     b_loss = b_part_v * 0.0
     if POSITIVES & 1:
@@ -85,10 +85,11 @@ def _spread(b_spread_v, b_own_p, b_lse_v, b_lse_p, b_n_v, b_n_p, b_part_v, b_par
 def _partly_shared(
     b_s, b_own_s, b_a, b_own_a, b_o, b_n_s, b_n_a, b_part_s, b_part_a, b_count, INSIDE: tl.constexpr
 ):  # fmt: skip
-    """Loss where the denominator is S and others, the positives S and A; and its derivatives.
+    """Loss with denominator S and others, positives S and A; and its derivatives.
 
-    b_s, b_a, b_o: log-sum-exps, b_o -inf where no others belong to the denominator. b_own: those of S and of A less
-    their mean logits. Derivatives by the mean of S and by its log-sum-exp at a fixed mean, by A as a whole, by others.
+    b_s, b_a, b_o: log-sum-exps; b_o is -inf if the denominator has no others. b_own_s, b_own_a: log-sum-exps of S and A
+    minus their mean logits. Derivatives: by the mean of S, by its log-sum-exp at a fixed mean, by A as a whole, by
+    others.
     """
     m_s = b_n_s > 0
     m_a = b_n_a > 0
@@ -116,9 +117,9 @@ def _shared_or_apart(
     b_lse_v, b_lse_p, b_lse_o, b_part_v, b_part_p, m_valid, b_spread,
     DENOMINATOR: tl.constexpr, POSITIVES: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """Loss where the denominator holds all positives or none, spread included; and its derivatives.
+    """Loss, spread included, if the denominator contains all positives or none; and its derivatives.
 
-    Derivatives by mean_view, spread_view, lse_peer at a fixed mean_peer, peers as a whole, lse_other.
+    Derivatives: by mean_view, spread_view, lse_peer at a fixed mean_peer, peers as a whole, lse_other.
     """
     NEGATIVES: tl.constexpr = DENOMINATOR & ~POSITIVES
     b_pos, b_pos_v, b_pos_p, _ = _log_sum_3(b_lse_v, b_lse_p, b_lse_o, POSITIVES)
@@ -128,8 +129,8 @@ def _shared_or_apart(
     b_neg_p = b_neg_v
     b_neg_o = b_neg_v
     b_repel = b_neg_v  # derivative by Q, or by the denominator's log-sum-exp
-    b_pull = b_neg_v  # derivative by P, without that of a spread outside the log
-    b_with = b_neg_v + b_outside  # the same with it
+    b_pull = b_neg_v  # derivative by P, without the spread of a mean outside the log
+    b_with = b_neg_v + b_outside  # the same, including it
     if (DENOMINATOR & POSITIVES) == POSITIVES:
         if NEGATIVES:
             b_neg, b_neg_v, b_neg_p, b_neg_o = _log_sum_3(b_lse_v, b_lse_p, b_lse_o, NEGATIVES)

@@ -1,7 +1,7 @@
-"""The order in which rows are worked on, where it is known from the call: two views of each sample, or pairs of towers.
+"""Working order of the rows, if it follows from the call: two views of each sample, or paired towers.
 
-Rows of a class stand together, in it the views of a sample. With that, the candidates of a row's class are one interval
-[lo, hi) of positions, and those of its sample one interval [first, last) inside it.
+Rows of a class are contiguous, and within a class so are the views of a sample. The candidates of a row's class are
+then one interval [lo, hi) of positions, and those of its sample one interval [first, last) inside it.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def bisect(sorted_N, b_value, n, RIGHT: tl.constexpr, STEPS: tl.constexpr):
-    """Position of the first of n ascending int64 numbers that is not less than the value; RIGHT: that is greater."""
+    """Position of the first of n ascending int64 numbers that is not less (RIGHT: that is greater) than b_value."""
     b_lo = tl.zeros_like(b_value).to(tl.int32)
     b_hi = b_lo + n
     for _ in range(STEPS):
@@ -25,14 +25,14 @@ def bisect(sorted_N, b_value, n, RIGHT: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def layout_kernel(
-    order_B,  # (batch,) int64: samples in the order of their labels; unused without labels
+    order_B,  # (batch,) int64: samples sorted by label; unused without labels
     sorted_B,  # (batch,) int64: labels in that order
     layout_5N,  # (5, n) int32: source row, lo, hi, first, last
     batch,
     n,
-    VIEWS: tl.constexpr,  # 2: rows k and k + batch are views of sample k; 1: row k is sample k, of either tower
+    VIEWS: tl.constexpr,  # 2: rows k and k + batch are views of sample k; 1: row k is sample k, in both towers
     LABELLED: tl.constexpr,
-    STEPS: tl.constexpr,  # of a binary search over the batch
+    STEPS: tl.constexpr,  # steps of a binary search over the batch
     BLOCK_N: tl.constexpr,
 ):
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -45,7 +45,7 @@ def layout_kernel(
     if LABELLED:
         b_sample = tl.load(order_B + b_k, mask=m_n, other=0).to(tl.int32)
         b_label = tl.load(sorted_B + b_k, mask=m_n, other=0)
-        # -1 is no class: such a sample stands alone.
+        # -1 means unlabelled: such a sample is a class of its own.
         b_lo = tl.where(b_label == -1, b_lo, bisect(sorted_B, b_label, batch, False, STEPS) * VIEWS)
         b_hi = tl.where(b_label == -1, b_hi, bisect(sorted_B, b_label, batch, True, STEPS) * VIEWS)
     p_layout = layout_5N + o_n

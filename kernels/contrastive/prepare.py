@@ -1,4 +1,4 @@
-"""Rows into their working copy: normalised in float32, in working order, padded, rounded to half precision.
+"""Working copy of the rows: normalised in float32, in working order, padded, rounded to half precision.
 
 Squares of float32 overflow above 1.8e19 and vanish below 1e-23, so each row is first multiplied by a power of two s
 that brings its largest absolute value into [1, 2). That product is exact, the sum of squares q of s x lies in [1, 4 d),
@@ -7,7 +7,7 @@ and the unit row is (s x) / sqrt(q).
     row                        working copy    inverse norm
     zero                       0               0, so that its gradient is zero
     with a NaN or an infinity  NaN             NaN
-    norm below about 2^-126    the unit row    its float32 would overflow: minus 1 / sqrt(q) stands for 2^126 / sqrt(q)
+    norm below about 2^-128    the unit row    would overflow float32: 2^126 / sqrt(q) is stored as -1 / sqrt(q)
 """
 
 import triton
@@ -27,11 +27,11 @@ from ..common.numerics import (
 
 @triton.jit
 def prepare_kernel(
-    x,  # Rows, of which inv_N is written
+    x,  # Rows; inv_N is written
     z,  # (2 or 1, rows, D) half precision: the working copy, and with LOW its remainder
     rows,
     scale,  # (1,) float32: factor of rows that are not normalised
-    flag,  # (1,) int32: 1 where exponentials with a fixed shift would leave float32's range; None: they cannot
+    flag,  # (1,) int32: 1 if exponentials with a fixed shift would leave float32's range; None: they cannot
     temperature,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -49,7 +49,7 @@ def prepare_kernel(
         b_u = b_x * b_s[:, None]
         b_q = tl.sum(b_u * b_u, 1)
         b_r = tl.where(b_q == 0.0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(b_q)))
-        # Written as q < inf so that a NaN falls on the same side as an infinity (maxima skip NaN, sums do not).
+        # q < inf is false for a NaN as for an infinity (maxima skip NaN, sums do not).
         b_r = tl.where(b_q < float("inf"), b_r, float("nan"))
         b_inv = tl.where(b_r * b_s > FLOAT_MAX, -b_r, b_r * b_s)
         tl.store(x.inv_N + o_n, b_inv, mask=m_n)

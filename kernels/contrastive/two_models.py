@@ -1,17 +1,17 @@
 """Two models on the same samples: the sums of `forward_kernel` for both, and sums over both matrices of cosines.
 
-With K and L the cosines of the models' rows less their means over all pairs, a program adds up
+With K and L the cosines of the models' rows minus their means over all pairs, a program adds up
 
-    |K - L|^2, |K|^2, |L|^2        of which 2 <K, L> = |K|^2 + |L|^2 - |K - L|^2
+    |K - L|^2, |K|^2, |L|^2        which give 2 <K, L> = |K|^2 + |L|^2 - |K - L|^2
 
-over the tiles that it forms for the row statistics: the tiles of both models are in its registers at the same time,
-and the three sums cost no product of their own. Means are removed element by element, so that digits are kept where all
-cosines are nearly equal; the difference is squared, so that they are kept where both models are.
+over the tiles that it computes for the row statistics. The tiles of both models are in registers at the same time, so
+the three sums need no extra product. Means are removed element by element, which keeps precision if all cosines are
+nearly equal; squaring the difference keeps it if both models are nearly equal.
 
-The candidates are the rows themselves, and both models' rows lie in one order (`layout`); which tiles are plain and
-which masked is the same for both. A plain tile serves its resident and its streamed rows, and counts twice for the
-pairs. Masked tiles are formed from both sides, and count once. They have a launch of their own: a thread holds six sums
-for each of its resident rows there, and plain tiles of that kernel's size would be half as large.
+The candidates are the rows themselves, and both models' rows are in the same order (`layout`), so the same tiles are
+plain and masked for both. A plain tile serves its resident and its streamed rows, and counts twice for the pairs.
+Masked tiles are computed from both sides and count once. They have a separate launch, because each thread holds six
+sums for each of its resident rows there; a joint launch would halve the size of the plain tiles.
 """
 
 from typing import Any, NamedTuple
@@ -28,13 +28,13 @@ class Model(NamedTuple):
     """Inside the kernel: one model's side of a program."""
 
     block: Any  # Block
-    p_part: Any  # (rows,) what streamed rows get from this block
-    mean: Any  # of its cosines
+    p_part: Any  # (rows,) sums of streamed rows from this block
+    mean: Any  # mean of its cosines
 
 
 class PairSums(NamedTuple):
-    """Inside the kernel: sums of |K - L|^2, |K|^2 and |L|^2 along each streamed row, (S,) each. A row lies in few
-    threads: adding it up costs no exchange between warps."""
+    """Inside the kernel: sums of |K - L|^2, |K|^2 and |L|^2 along each streamed row, (S,) each. A row is held by few
+    threads, so summing it needs no exchange between warps."""
 
     dd: Any
     kk: Any
@@ -43,7 +43,7 @@ class PairSums(NamedTuple):
 
 @triton.jit
 def _deviations(b_p, mean):
-    """Cosines less their mean, from products of working copies."""
+    """Cosines minus their mean, from products of working copies."""
     return b_p * (1.0 / (SCALE * SCALE)) - mean
 
 
@@ -57,7 +57,7 @@ def _add_pairs(pairs, b_k, b_l):
 
 @triton.jit
 def _plain_tile(b_sum, model, start_s, m_r, logits, TILE, SPLIT: tl.constexpr, PADDED: tl.constexpr):
-    """A tile of one model: exponentials to its resident and its streamed rows; its cosines less their mean."""
+    """A tile of one model: add its exponentials to resident and streamed rows; return its cosines minus their mean."""
     b_p, _, _ = products(model.block, model.block, start_s, TILE, SPLIT)
     b_e = tl.exp2(b_p * logits.factor - logits.shift)
     b_d = _deviations(b_p, model.mean)
@@ -72,14 +72,14 @@ def _plain_tile(b_sum, model, start_s, m_r, logits, TILE, SPLIT: tl.constexpr, P
 def _plain_loop(
     a, b, n, first, last, logits, A, B, SPLIT: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
-    """(R,) sums of both models over tiles first .. last - 1, and sums for pairs; PADDED as in forward_kernel."""
+    """(R,) sums of both models over tiles first .. last - 1, and pair sums. PADDED: as in `forward._plain_loop`."""
     b_sum_a = tl.zeros([A.BLOCK_S, A.BLOCK_R], tl.float32)
     b_sum_b = b_sum_a
     b_none = tl.zeros([A.BLOCK_S], tl.float32)
     pairs = PairSums(b_none, b_none, b_none)
     m_r = (a.block.start + tl.arange(0, A.BLOCK_R) < n)[None, :]
     for i in tl.range(first, last):
-        # One model after the other, so that no more than a product and the first model's deviations are held at a time.
+        # One model after the other, so that only one product and the first model's deviations are live at a time.
         b_sum_a, b_k = _plain_tile(b_sum_a, a, i * A.BLOCK_S, m_r, logits, A, SPLIT, PADDED)
         b_sum_b, b_l = _plain_tile(b_sum_b, b, i * A.BLOCK_S, m_r, logits, B, SPLIT, PADDED)
         pairs = _add_pairs(pairs, b_k, b_l)
@@ -88,7 +88,7 @@ def _plain_loop(
 
 @triton.jit
 def _plain_tiles(a, b, n, n_plain, split, logits, A, B, SPLIT: tl.constexpr):
-    """What `_plain_loop` gives for a split's share of the tiles before the class range."""
+    """`_plain_loop` over a split's share of the tiles before the class range."""
     first = (n_plain.to(tl.int64) * split // A.SPLITS).to(tl.int32)
     last = (n_plain.to(tl.int64) * (split + 1) // A.SPLITS).to(tl.int32)
     if a.block.start + A.BLOCK_R > n:
@@ -101,7 +101,7 @@ def _plain_tiles(a, b, n, n_plain, split, logits, A, B, SPLIT: tl.constexpr):
 
 @triton.jit
 def _masked_tile(sums, b_p, m_other, m_peer, logits, PEERS: tl.constexpr):
-    """A tile of one model, added to its sums."""
+    """Add a tile of one model to its sums."""
     b_e = tl.exp2(b_p * logits.factor - logits.shift)
     b_other = sums.other + tl.sum(tl.where(m_other, b_e, 0.0), 0)
     b_peer = sums.peer
@@ -117,7 +117,7 @@ def _masked_tiles(
     a, b, r, lo, hi, split, logits, A, B, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Over a split's share of the class range: with ROWS sums of both models, with PAIRS sums for pairs."""
+    """Over a split's share of the class range: with ROWS, row sums of both models; with PAIRS, pair sums."""
     o_r = a.block.start + tl.arange(0, A.BLOCK_R)
     b_none = tl.zeros([A.BLOCK_R], tl.float32)
     sums_a = Sums(b_none, b_none, b_none)
@@ -148,17 +148,17 @@ def _masked_tiles(
 def twin_kernel(
     a, b,  # Resident: both models' rows, in one order
     parts_a, parts_b,  # Parts of each model
-    pair_sums,  # (blocks of all waves, SPLITS, 3) float32: what each program found of the three sums
+    pair_sums,  # (blocks of all waves, SPLITS, 3) float32: each program's part of the three sums
     means,  # (2,) float32: mean cosines
     temperature,
-    A, B,  # Tile of each model; all but D and BLOCK_D are equal
-    MASKED: tl.constexpr,  # whether this launch takes the masked tiles, or the plain ones
+    A, B,  # Tile of each model; only D and BLOCK_D may differ
+    MASKED: tl.constexpr,  # whether this launch processes the masked tiles or the plain ones
 ):  # fmt: skip
-    # The block with the most tiles first, as in forward_kernel.
+    # Start the blocks with the most tiles first, as in forward_kernel.
     block_r = parts_a.n_blocks - 1 - tl.program_id(0)
     split = tl.program_id(1)
     start_r = (parts_a.first_block + block_r) * A.BLOCK_R
-    # The pairs' sums have one precision for all tiles, whatever the others take: that of the plain ones.
+    # Pair sums use one precision for all tiles, that of the plain ones; row sums of masked tiles may use another.
     SPLIT: tl.constexpr = A.SPLIT_MASKED if MASKED else A.SPLIT_PLAIN
     logits = logits_of(temperature, a, b)
     offset = block_r.to(tl.int64) * a.rows
@@ -170,7 +170,7 @@ def twin_kernel(
             model_a, model_b, a, lo, hi, split, logits, A, B, SPLIT, True, SPLIT == A.SPLIT_PLAIN
         )
         if SPLIT != A.SPLIT_PLAIN:
-            # A loop of its own: in one loop the compiler would share a product and make the others wait for it.
+            # A separate loop: in a joint one the compiler would share a product and make the others wait for it.
             _, _, pairs = _masked_tiles(
                 model_a, model_b, a, lo, hi, split, logits, A, B, A.SPLIT_PLAIN, False, True
             )  # fmt: skip

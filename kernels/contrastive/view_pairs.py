@@ -1,7 +1,7 @@
-"""Statistics of the few view pairs, in float32 from the rows themselves.
+"""Statistics of the few view pairs, computed in float32 from the original rows.
 
-They never meet a half-precision tile: in a converged run softmax weight and mean of a view cancel, and so would the
-rounding errors' favour.
+They never go through a half-precision tile. In a converged run a view's softmax weight and its mean nearly cancel;
+half-precision rounding would be all that is left.
 """
 
 import triton
@@ -35,8 +35,8 @@ def views_kernel(
     b_mean = b_sum
     b_rest = b_sum
     b_total = b_sum
-    # Twice over the views: their mean and largest logit, then exponentials about the largest. b_rest is what the
-    # rounding of the mean left behind, so that equal logits have a spread of log n and one alone a spread of exactly 0.
+    # Two passes over the views: first their mean and largest logit, then exponentials relative to the largest. b_rest
+    # corrects the rounding of the mean: equal logits have a spread of log n, a single one a spread of exactly 0.
     for i in range(0, 2 * most):
         i_k = tl.where(i < most, i, i - most)
         b_j = b_first + i_k
@@ -53,7 +53,7 @@ def views_kernel(
             b_rest += tl.where(m_j, b_s - b_mean, 0.0)
             b_total += tl.where(m_j, tl.exp(b_s - b_max), 0.0)
     b_spread = (b_max - b_mean) + tl.log(b_total) - b_rest / b_n
-    # A single view's spread is 0 by definition; a NaN must show in the mean alone then.
+    # A single view has spread 0 by definition; a NaN then shows only in the mean.
     b_spread = tl.where(b_count > 1, b_spread, 0.0)
     tl.store(stats + b_src, b_mean, mask=m_n)
     tl.store(stats + x.n + b_src, b_spread, mask=m_n)

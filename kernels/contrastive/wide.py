@@ -1,7 +1,7 @@
-"""Gradient of wide rows, whose float32 accumulator does not fit a program: weights to memory, then plain products.
+"""Gradient of wide rows, whose float32 accumulator does not fit a program: write weights to memory, then multiply.
 
-Both passes run on square blocks of pairs, small enough for the workspace. Where the candidates are the rows themselves,
-a block above the diagonal serves the rows of both sides: 3 N N D operations in place of 4.
+Both passes run on square blocks of pairs, small enough for the workspace. If the candidates are the rows themselves, a
+block above the diagonal serves the rows of both sides: 3 N N D operations instead of 4.
 """
 
 from typing import Any, NamedTuple
@@ -17,14 +17,14 @@ from .backward_tile import tile_weights
 class Pairs(NamedTuple):
     """A square block of pairs."""
 
-    weights: Any  # (2 or 1, size, size) half precision: of rows first_s + . and columns first_r + ., their remainder
+    weights: Any  # (2 or 1, size, size) half precision: weights of rows first_s + ., columns first_r + .; remainders
     first_r: int
     first_s: int
     size: int
 
 
 class Summed(NamedTuple):
-    """The rows that a product sums over: from working row `first` on, `count` of them."""
+    """The rows that a product sums over: `count` of them, from working row `first` on."""
 
     z: Any  # (2 or 1, rows, D)
     rows: int
@@ -52,10 +52,10 @@ class Product(NamedTuple):
     BLOCK_K: int
     BLOCK_D: int
     ALIGN: int
-    TRANSPOSED: bool  # the rows are the streamed rows, along which weights are stored row by row
+    TRANSPOSED: bool  # the output rows are the streamed rows, which are the rows of the stored weights
     SPLIT_PLAIN: bool
     SPLIT_MASKED: bool
-    ADD: bool  # to what is there; False: overwrite it
+    ADD: bool  # add to the gradient; False: overwrite it
 
 
 @triton.jit
@@ -75,10 +75,10 @@ def pair_weights_kernel(
     start_s = pairs.first_s + o_s
     logits = logits_of(temperature, r, s)
     lo, hi = class_range(r, start_r, TILE.ALIGN)
-    # A width of more than BLOCK_D is taken from memory piece by piece: no rows stay resident.
+    # Rows wider than BLOCK_D are loaded from memory in pieces: no rows stay in registers.
     b_none = tl.zeros([TILE.BLOCK_R, TILE.BLOCK_D], r.z.dtype.element_ty)
     block = Block(r.z, r.rows, b_none, b_none, start_r)
-    # Padding is masked: a product of 0 may well have a weight that half precision does not hold.
+    # Padding must be masked: for a product of 0 the weight may overflow half precision.
     padded = (start_s + TILE.BLOCK_S > s.n) | (start_r + TILE.BLOCK_R > r.n)
     if ((start_s >= lo) & (start_s < hi)) | padded:
         b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
@@ -98,7 +98,7 @@ def pair_weights_kernel(
 
 @triton.jit
 def _load_weights(w, o_m, o_k, size, TRANSPOSED: tl.constexpr):
-    """(M, K) weights; TRANSPOSED: the output rows are the streamed rows, along which w is stored row by row."""
+    """(M, K) weights; TRANSPOSED: the output rows are the streamed rows, which are the rows of w."""
     if TRANSPOSED:
         b_w = tl.load(w + o_m.to(tl.int64)[:, None] * size + o_k[None, :])
     else:
@@ -108,7 +108,7 @@ def _load_weights(w, o_m, o_k, size, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def _load_rows(z, start, m_d, BLOCK_K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start .. of some columns of a working copy, whose last block of columns may be cut short."""
+    """BLOCK_K rows from `start` on, one block of columns of a working copy; m_d masks columns beyond its width."""
     o_z = tl.arange(0, BLOCK_K)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
     return tl.load(z + tl.cast(start, tl.int64) * D + o_z, mask=m_d[None, :], other=0.0)
 
@@ -130,7 +130,7 @@ def product_kernel(
     for i_k in tl.range(0, summed.count, TILE.BLOCK_K):
         b_w = _load_weights(w, o_m, i_k + tl.arange(0, TILE.BLOCK_K), pairs.size, TILE.TRANSPOSED)
         b_acc = dot(b_w, _load_rows(z, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
-    if TILE.SPLIT_MASKED:  # the remainders, everywhere or where classes are shared
+    if TILE.SPLIT_MASKED:  # add the remainders, everywhere or only where classes are shared
         first = 0
         last = summed.count
         if not TILE.SPLIT_PLAIN:
@@ -151,8 +151,8 @@ def product_kernel(
     p_acc = gradient.sums + b_src[:, None] * gradient.d + o_d[None, :]
     m_acc = m_m[:, None] & (o_d < gradient.d)[None, :]
     if TILE.ADD:
-        # Each element has one writer in a launch, and launches follow each other: the order of additions is fixed. An
-        # atomic one happens in the cache, and the old values take no registers.
+        # Each element has one writer per launch, and launches run in sequence, so the order of additions is fixed.
+        # Atomic, so that the addition happens in the cache and the old values take no registers.
         tl.atomic_add(p_acc, b_acc, mask=m_acc, sem="relaxed")
     else:
         tl.store(p_acc, b_acc, mask=m_acc)
