@@ -1,7 +1,8 @@
-"""Row statistics: what every contrastive loss is made of, on three backends.
+"""Row statistics, the building blocks of every contrastive loss, on three backends.
 
-The differentiable operators are registered with torch.library, so that torch.compile keeps them whole, and their
-autograd at the operators' own key: an outer autograd.Function would fail `torch.library.opcheck`.
+The differentiable operators are registered with torch.library, so that torch.compile does not trace into them. Their
+derivatives are registered on the operators themselves: wrapping them in an autograd.Function would fail
+`torch.library.opcheck`.
 """
 
 from fastcl.rowstats import chunked_operator  # noqa: F401  (registers torch.ops.fastcl.row_stats)

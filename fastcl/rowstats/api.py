@@ -1,8 +1,8 @@
-"""Row statistics: what every contrastive loss is made of, as one differentiable operation.
+"""Row statistics, the building blocks of every contrastive loss, as one differentiable operation.
 
-For an anchor row i every candidate row j stands in one relation: `view` (same sample), `peer` (another sample of the
-same class) or `other`. With s_ij = <x_i, y_j> / temperature, each relation r has lse_r[i] = log sum_j exp(s_ij) and a
-mean of s_ij. The losses are lines of plain PyTorch on these (N,)-vectors; see `fastcl.losses.objectives`.
+To an anchor row i every candidate row j has one relation: `view` (same sample), `peer` (another sample of the same
+class) or `other`. With s_ij = <x_i, y_j> / temperature, each relation r has lse_r[i] = log sum_j exp(s_ij) and a mean
+of s_ij. The losses are a few lines of plain PyTorch on these (N,) vectors; see `fastcl.losses.objectives`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fastcl.rowstats.small import route as small
 class RowStats:
     """Statistics of N anchors; every field is an (N,) tensor, float32 (float64 for float64 rows) or int64 for counts.
 
-    Where a relation is empty its lse is -inf, its mean and spread are 0, and no gradient flows.
+    If a relation is empty, its lse is -inf, its mean and spread are 0, and it gets no gradient.
     """
 
     lse_view: Tensor
-    spread_view: Tensor  # lse_view - mean_view without its cancellation: exactly 0 for a single view
+    spread_view: Tensor  # lse_view - mean_view, computed without cancellation: exactly 0 for a single view
     mean_view: Tensor
     lse_peer: Tensor
     mean_peer: Tensor
@@ -44,7 +44,7 @@ class RowStats:
 
     @property
     def valid(self) -> Tensor:
-        """(N,) bool: the row has a view and an other, so that every objective of the table counts it."""
+        """(N,) bool: the row has a view and an other, so it is valid for every objective of the table."""
         return (self.n_view > 0) & (self.n_other > 0)
 
 
@@ -83,34 +83,34 @@ def row_stats(
 
     Args:
         x: (N, D) float16, bfloat16, float32 or float64; statistics are float32, float64 for float64.
-        y: (M, D) of x's dtype and device. None: the candidates are x itself, and j = i is in no relation.
+        y: (M, D) of x's dtype and device. None: the candidates are x itself, and j = i has no relation.
         sample: (N,) integer ids; rows with the same id are views of one sample.
         labels: (N,) integer classes, -1 for unlabelled rows (`other` to all but their own views); None: no classes.
             Views of one sample share a label.
         sample_y: (M,) ids of y's rows, in the same numbering as `sample`; required with y.
         labels_y: (M,) classes of y's rows; required with y and labels.
-        temperature: positive number, or a tensor with one element (its gradient comes with the rest).
-        normalize: divide each row by its Euclidean norm first. A zero row stays zero and gets zero gradient; a row of
-            any finite size neither overflows nor underflows.
-        columns: the statistics of y's rows against x too; on the Triton backend from the same pass where there are no
-            labels.
+        temperature: positive number, or a tensor with one element, which then gets a gradient.
+        normalize: divide each row by its Euclidean norm first. A zero row stays zero and gets zero gradient; finite
+            rows neither overflow nor underflow, whatever their size.
+        columns: also return the statistics of y's rows against x; the Triton backend computes them in the same pass if
+            there are no labels.
         precision: of the Triton backend's products, accumulated in float32: "fp16", "bf16", or "fp32" for products in
-            split half precision, as good as float32's. None: "fp32" for float32 rows, unless autocast is on or
-            `torch.get_float32_matmul_precision()` is below "highest"; else "fp16". The other backends compute in
-            float32, float64 for float64, whatever it is.
+            split half precision, as accurate as float32. None: "fp32" for float32 rows, unless autocast is on or
+            `torch.get_float32_matmul_precision()` is below "highest"; otherwise "fp16". The other backends ignore it
+            and compute in float32, float64 for float64.
 
     Returns:
-        RowStats of the N anchors; with columns, and those of the M candidates.
+        RowStats of the N anchors; with columns, a pair: those of the anchors and those of the M candidates.
 
     Raises:
         FastclError: wrong rank, shape, dtype or device, an empty batch, ids that are not integers, a temperature that
             is not positive and finite, views of one sample with different labels, columns without y, an unknown
-            precision; what the Triton backend does not take where it was asked for by name. Values of tensors are
-            checked on the CPU only: elsewhere a check would wait for the device.
+            precision; input that the Triton backend does not support if that backend was requested by name. Tensor
+            values are checked on the CPU only: on other devices a check would have to synchronise.
 
-    Source: the relations generalise arXiv 2510.08852, section 3; NaN or an infinity in a row shows as NaN in every row
-    that meets it. In float32 a logit of size L is known to 2^-24 L: gradients have relative errors up to
-    1e-5 + 2^-24 L, those of `spread_view` up to 1e-5 + 2^-24 / f where the logits of views differ by a fraction f of L.
+    Source: the relations generalise arXiv 2510.08852, section 3. A NaN or an infinity in a row gives NaN in every row
+    that it is compared with. In float32 a logit of size L is known to 2^-24 L: gradients have relative errors up to
+    1e-5 + 2^-24 L, those of `spread_view` up to 1e-5 + 2^-24 / f if the logits of views differ by a fraction f of L.
     """
     batch = Batch.of(x, y, sample, labels, sample_y, labels_y)
     if columns and y is None:
@@ -137,8 +137,8 @@ def statistics(
     batch = batch.spelled_out()
     root = _square_root(temperature, batch.x.dtype)
     with torch.autocast(batch.x.device.type, enabled=False):
-        # Rows divided by sqrt(temperature) make the logits inner products, and autograd brings the temperature's
-        # gradient for free. In the rectangular case both operands take their share too.
+        # With rows divided by sqrt(temperature) logits are inner products, and autograd provides the gradient of the
+        # temperature. If y is given, both operands are divided.
         x, y = _prepare(batch.x, normalize) / root, batch.y
         y = None if y is None else _prepare(y, normalize) / root
         batch = Batch(x, None, y, batch.sample, batch.labels, batch.sample_y, batch.labels_y)
@@ -152,7 +152,8 @@ def fused(
     """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates.
 
     Args:
-        codes: of the K objectives whose row losses are wanted (`Objective.code`); none: counts are returned instead.
+        codes: the K objectives whose row losses are requested (`Objective.code`). If empty, counts are returned
+            instead.
     """
     given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
     return torch.ops.fastcl.fused(
@@ -164,7 +165,7 @@ def fused(
 def operator_arguments(
     temperature: float | Tensor, precision: str | None, x: Tensor, *others: Tensor | None
 ) -> tuple[Tensor | None, float, str]:
-    """Temperature as a tensor, as a number (one of the two), and precision of a Triton operator's call on rows x."""
+    """Temperature as a tensor or else as a number, and the precision, for a Triton operator's call on rows x."""
     is_tensor = isinstance(temperature, Tensor)
     given = temperature.to(x.device) if is_tensor else None
     _check_transforms("triton", x, *others, given)
@@ -207,14 +208,14 @@ def _check_precision(precision: str | None) -> None:
 def normalize_rows(x: Tensor) -> Tensor:
     """Rows of unit Euclidean norm.
 
-    Dividing by the largest entry first keeps the squares of any finite row in range; that entry is a constant to
-    autograd, since the direction does not depend on it.
+    Dividing by the largest entry first keeps the squares of any finite row in range. That entry is detached, because
+    the direction does not depend on it.
 
     Args:
         x: (N, D) floating point.
 
     Returns:
-        (N, D) float32, float64 for float64. Zero rows stay zero, with zero gradient; rows not finite become NaN.
+        (N, D) float32, float64 for float64. Zero rows stay zero, with zero gradient; non-finite rows become NaN.
     """
     x = x if x.dtype == torch.float64 else x.float()
     peak = x.detach().abs().amax(dim=1, keepdim=True)
@@ -225,8 +226,8 @@ def normalize_rows(x: Tensor) -> Tensor:
 
 
 def _check_transforms(chosen: str, *tensors: Tensor | None) -> None:
-    """The operators have no forward-mode derivative, which PyTorch would silently take for zero, and none for
-    torch.func's grad."""
+    """Raise FastclError for transforms that the operators lack: forward mode, which PyTorch would silently treat as
+    zero, and torch.func.grad."""
     if torch.compiler.is_compiling():
         return
     given = [v for v in tensors if v is not None]
@@ -241,7 +242,7 @@ def _check_transforms(chosen: str, *tensors: Tensor | None) -> None:
 
 
 def _square_root(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """In float64 where rows or temperature are: a float32 number is exact there, its root in float32 is not."""
+    """Square root of the temperature; in float64 if rows or temperature are, where float32 would round the root."""
     if not isinstance(temperature, Tensor):
         return math.sqrt(temperature)
     wide = torch.float64 in (temperature.dtype, dtype)
@@ -252,4 +253,4 @@ def _prepare(x: Tensor, normalize: bool) -> Tensor:
     if normalize:
         return normalize_rows(x)
     x = x if x.dtype == torch.float64 else x.float()
-    return x * x.new_ones(()).where(~x.isinf(), torch.nan)  # an infinity is NaN, as it is where rows are normalised
+    return x * x.new_ones(()).where(~x.isinf(), torch.nan)  # an infinity becomes NaN, as in normalised rows

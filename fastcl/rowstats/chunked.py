@@ -1,12 +1,12 @@
 """Row statistics in torch, tile by tile: O(N x tile) memory, backward by recomputation.
 
-Rows are sorted by (class, sample). Then the views of a row are neighbours, its class is one interval, and a tile whose
-row and column classes do not meet holds the relation `other` alone: no mask, one exponential per element. When the
-candidates are the anchors themselves the matrix is symmetric, and each tile above the diagonal serves its rows and its
-columns, forward and backward.
+Rows are sorted by (class, sample). The views of a row are then adjacent, its class is one interval, and a tile whose
+rows and columns have no class in common contains only the relation `other`: no mask, one exponential per element. If
+the candidates are the anchors themselves, the matrix is symmetric, and each tile above the diagonal serves its rows and
+its columns, forward and backward.
 
-The few view pairs are computed apart from the tiles: there softmax weight and mean are subtracted from each other, and
-only the difference may meet the rest.
+The few view pairs are computed separately from the tiles: their softmax weights and means nearly cancel, so they must
+be subtracted before anything else is added.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from fastcl.rowstats.order import Layout, Side
 
-# Rows and columns of a tile: 2 MiB of float32 stay in a CPU's cache, other devices need more to be busy. Few rows keep
-# the diagonal blocks small, whose lower half is computed in vain.
+# Rows and columns of a tile: 2 MiB of float32 stay in a CPU's cache; other devices need larger tiles to be busy. Having
+# few rows keeps the diagonal blocks small, half of which is redundant work.
 TILE = {"cpu": (256, 2048)}
 TILE_ELSEWHERE = (2048, 8192)
-VIEW_ELEMENTS = 1 << 20  # of gathered candidates at a time
+VIEW_ELEMENTS = 1 << 20  # elements of candidates gathered at a time
 WHOLE = 1 << 22  # entries of a matrix that `fastcl.rowstats.small.route` computes at once on a CPU: 16 MiB of float32
 EXP_LIMIT = 60.0  # |logit| up to which N exponentials can be summed in float32 without overflow or underflow
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """One relation's log-sum-exps and upstream gradients of a set of rows, ready for exp(s - lse) * grad."""
+    """One relation's log-sum-exps and upstream gradients for a set of rows, as used in exp(s - lse) * grad."""
 
     lse: Tensor
     grad: Tensor
@@ -40,7 +40,7 @@ class _Rows:
 
 
 def forward(x: Tensor, y: Tensor | None, layout: Layout) -> tuple[Tensor, ...]:
-    """Statistics as `dense.row_stats` returns them, for ids in the form of a `Layout`."""
+    """Statistics as `dense.row_stats` returns them, with the ids given as a `Layout`."""
     a, b = layout.x, layout.y
     xs = x[a.order]
     ys = xs if y is None else y[b.order]
@@ -50,7 +50,7 @@ def forward(x: Tensor, y: Tensor | None, layout: Layout) -> tuple[Tensor, ...]:
     peer_sum = x.new_zeros(len(x))
     for i, j, mixed in _tiles(layout, x.device):
         s = xs[i] @ ys[j].T
-        # On the diagonal the tile holds both triangles already: its columns are its rows.
+        # A diagonal tile already contains both triangles: its columns are its rows.
         columns = j if y is None and i != j else None
         if mixed and layout.labelled:
             is_peer = _peers(a, b, i, j)
@@ -81,14 +81,14 @@ def backward(
         grads: gradients of mean_view, spread_view, mean_peer, lse_peer, lse_other; (N,) each.
 
     Returns:
-        dx (N, D), and dy (M, D) where y is given, else an empty tensor (dx then holds both sides).
+        dx (N, D), and dy (M, D) if y is given, otherwise an empty tensor (dx then covers both sides).
     """
     a, b = layout.x, layout.y
     xs = x[a.order]
     ys = xs if y is None else y[b.order]
     bounded = _is_bounded(xs, ys)
     g_mean_view, g_spread_view, g_mean_peer, g_peer, g_other = (g[a.order] for g in grads)
-    # Largest upstream gradient 1: the products grad * exp(-lse) then stay in range whatever the reduction was.
+    # Scale the largest upstream gradient to 1, so that grad * exp(-lse) stays in range whatever the reduction.
     scale = torch.stack([g_mean_peer, g_peer, g_other]).abs().amax()
     scale = scale.where(scale > 0, 1)
     _, n_peer, n_other = layout.counts()
@@ -119,14 +119,14 @@ def backward(
 
 
 def _is_bounded(xs: Tensor, ys: Tensor) -> bool:
-    """Whether no logit can leave the range in which bare exponentials are exact (Cauchy-Schwarz). Reads one number."""
+    """Whether every logit is in the range that needs no shift (by Cauchy-Schwarz). Synchronises for one number."""
     bound = torch.linalg.vector_norm(xs, dim=1).amax() * torch.linalg.vector_norm(ys, dim=1).amax()
     return bool(bound <= EXP_LIMIT)
 
 
 def _tiles(layout: Layout, device: torch.device) -> Iterator[tuple[slice, slice, bool]]:
-    """(rows, columns, whether same-class pairs can occur in the tile); where the matrix is symmetric, the diagonal
-    blocks and what lies right of them."""
+    """(rows, columns, whether the tile can contain same-class pairs); if the matrix is symmetric, only the diagonal
+    blocks and the tiles to the right of them."""
     height, width = TILE.get(device.type, TILE_ELSEWHERE)
     n = len(layout.y.key)
     for i, same in layout.class_intervals(height):
@@ -140,7 +140,7 @@ def _tiles(layout: Layout, device: torch.device) -> Iterator[tuple[slice, slice,
 
 
 def _same_class(a: Side, b: Side, i: slice, j: slice) -> Tensor:
-    """(rows, columns) mask of self, views and peers."""
+    """(rows, columns) mask: self, views and peers."""
     return a.group[i, None] == b.group[j]
 
 
@@ -151,9 +151,9 @@ def _peers(a: Side, b: Side, i: slice, j: slice) -> Tensor:
 def _add_exponentials(
     total: Tensor, s: Tensor, outside: Tensor | None, i: slice, columns: slice | None, bounded: bool
 ) -> None:
-    """Add a tile's exponentials, less those of the mask `outside`, to the totals (sums if bounded, else lse)."""
+    """Add a tile's exponentials, except those masked by `outside`, to the totals (sums if bounded, else lse)."""
     if bounded:
-        e = s.exp()  # masked afterwards: exp(-inf) is 25 times slower than exp of a number on a CPU
+        e = s.exp()  # masked afterwards: on a CPU exp(-inf) is 25 times slower than exp of a finite number
         if outside is not None:
             e.masked_fill_(outside, 0)
         total[i] += e.sum(1)
@@ -168,7 +168,7 @@ def _add_exponentials(
 
 
 def _softmax(s: Tensor, rows: _Rows, i: slice, columns: slice | None, bounded: bool) -> Tensor:
-    """grad_i exp(s_ij - lse_i), plus the column's share grad_j exp(s_ij - lse_j) where the matrix is symmetric."""
+    """grad_i exp(s_ij - lse_i), plus the column's grad_j exp(s_ij - lse_j) if the matrix is symmetric."""
     r = rows[i]
     if bounded:
         weight = (r.grad * torch.exp(-r.lse))[:, None]
@@ -187,18 +187,18 @@ def _softmax(s: Tensor, rows: _Rows, i: slice, columns: slice | None, bounded: b
 class _Views:
     """The view pairs of a block of S samples, padded to P anchors and Q candidates each.
 
-    A row belongs to one sample, so what a block adds to it is added once. Padding has the position N (or M).
+    A row belongs to one sample, so a block adds to it only once. Padding has position N (or M).
     """
 
     i: Tensor  # (S, P) positions of anchors
     j: Tensor  # (S, Q) positions of candidates
     x: Tensor  # (S, P, D) anchors
     y: Tensor  # (S, Q, D) candidates
-    outside: Tensor  # (S, P, Q) mask of what is no view pair: padding, and a row with itself
+    outside: Tensor  # (S, P, Q) mask of entries that are not view pairs: padding, and a row with itself
     mean: Tensor  # (S, P) mean logit; the logit itself for a single view
-    spread: Tensor  # (S, P) log-sum-exp less mean; exactly 0 for a single view
+    spread: Tensor  # (S, P) log-sum-exp minus mean; exactly 0 for a single view
     softmax: Tensor  # (S, P, Q) exp(logit - log-sum-exp); exactly 1 for a single view
-    n: Tensor  # (S, P) views, at least 1
+    n: Tensor  # (S, P) number of views, at least 1
 
 
 def _views(xs: Tensor, ys: Tensor, layout: Layout) -> Iterator[_Views]:
@@ -208,7 +208,7 @@ def _views(xs: Tensor, ys: Tensor, layout: Layout) -> Iterator[_Views]:
     for k in range(0, len(bounds_x[0]), size):
         i, x = _padded(xs, *(b[k : k + size] for b in bounds_x))
         j, y = _padded(ys, *(b[k : k + size] for b in bounds_y))
-        height = max(1, VIEW_ELEMENTS // j.numel())  # a sample may have so many views that their logits fill memory
+        height = max(1, VIEW_ELEMENTS // j.numel())  # the logits of a sample with very many views might not fit
         for p in range(0, i.shape[1], height):
             rows = slice(p, p + height)
             yield _view_block(i[:, rows], j, x[:, rows], y, layout.symmetric, (len(xs), len(ys)))
@@ -222,7 +222,7 @@ def _view_block(i: Tensor, j: Tensor, x: Tensor, y: Tensor, symmetric: bool, pad
     n = (~outside).sum(2).clamp_(min=1)
     mean = s.masked_fill(outside, 0).sum(2) / n
     s -= mean[:, :, None]
-    rest = s.masked_fill(outside, 0).sum(2) / n  # what the rounding of the mean left behind
+    rest = s.masked_fill(outside, 0).sum(2) / n  # rounding error of the mean
     peak = s.masked_fill(outside, -torch.inf).amax(2)
     peak.masked_fill_(peak == -torch.inf, 0)
     e = torch.exp(s - peak[:, :, None]).masked_fill_(outside, 0)
@@ -232,7 +232,7 @@ def _view_block(i: Tensor, j: Tensor, x: Tensor, y: Tensor, symmetric: bool, pad
 
 
 def _padded(rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions start .. stop - 1 of each sample, padded with len(rows), and those rows."""
+    """Positions start .. stop - 1 of each sample, padded with len(rows), and the rows at these positions."""
     width = max(1, int((stop - start).amax()))
     index = start[:, None] + torch.arange(width, dtype=start.dtype, device=start.device)
     index = index.masked_fill(index >= stop[:, None], len(rows))
@@ -241,7 +241,7 @@ def _padded(rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
 
 def _forward_views(xs: Tensor, ys: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """mean_view and spread_view, (N,)."""
-    mean, spread = xs.new_zeros(2, len(xs) + 1)  # one more place for what padding writes
+    mean, spread = xs.new_zeros(2, len(xs) + 1)  # padding writes to the last element
     for v in _views(xs, ys, layout):
         mean[v.i], spread[v.i] = v.mean, v.spread
     return mean[:-1], spread[:-1]
@@ -250,11 +250,11 @@ def _forward_views(xs: Tensor, ys: Tensor, layout: Layout) -> tuple[Tensor, Tens
 def _backward_views(
     xs: Tensor, ys: Tensor, layout: Layout, g_mean: Tensor, g_spread: Tensor, dx: Tensor, dy: Tensor
 ) -> None:
-    """Add to dx and dy, which have one more row for what padding writes."""
+    """Add the view pairs' part to dx and dy, whose extra last row takes the writes of padding."""
     g_mean, g_spread = (torch.nn.functional.pad(g, (0, 1)) for g in (g_mean, g_spread))
     for v in _views(xs, ys, layout):
         inverse = (1 / v.n.to(xs.dtype))[:, :, None]
-        # Softmax minus 1/n before anything else meets it: exactly 0 for a single view.
+        # Softmax minus 1/n comes first: exactly 0 for a single view.
         w = (v.softmax - inverse).mul_(g_spread[v.i][:, :, None]).add_(g_mean[v.i][:, :, None] * inverse)
         w.masked_fill_(v.outside, 0)
         dx[v.i] += torch.bmm(w, v.y)

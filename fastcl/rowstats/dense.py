@@ -1,7 +1,7 @@
-"""The specification of the row statistics: the N x M matrix of logits, three masks, plain autograd.
+"""Reference implementation of the row statistics: the N x M matrix of logits, three masks, plain autograd.
 
-Slow and memory-hungry on purpose: every other backend is tested against this one, and this one against formulas
-written out in the tests. It is differentiable twice.
+Deliberately slow and memory-hungry: every other backend is tested against this one, and this one against formulas
+written out in the tests. It is twice differentiable.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ def row_stats(
 
     Args:
         x: (N, D) anchors, scaled so that logits are inner products.
-        y: (M, D) candidates; None means x itself, and then j = i is in no relation.
-        sample: (N,) integers; rows with one sample id are views of one sample.
-        labels: (N,) integers, -1 where unlabelled; None where nothing is labelled.
-        sample_y: (M,), with y only.
-        labels_y: (M,), with y and labels only.
+        y: (M, D) candidates; None means x itself, and j = i then has no relation.
+        sample: (N,) integers; rows with the same id are views of one sample.
+        labels: (N,) integers, -1 for unlabelled rows; None if no row is labelled.
+        sample_y: (M,), only with y.
+        labels_y: (M,), only with y and labels.
 
     Returns:
         mean_view, spread_view, mean_peer, lse_peer, lse_other: (N,) of x's dtype; n_view, n_peer, n_other: (N,) int64.
-        Where a relation is empty its mean and spread are 0 and its lse is -inf, with zero gradient.
+        If a relation is empty, its mean and spread are 0 and its lse is -inf, with zero gradient.
     """
     s = x @ (x if y is None else y).T
     view, peer, other = _relations(sample, labels, sample_y, labels_y)
     mean_view, mean_peer = _mean(s, view), _mean(s, peer)
-    # Taken about the mean, so that a single view has a spread of exactly 0 with exactly zero gradient; on a branch of
-    # its own, so that the two gradients that cancel there meet each other before anything else.
+    # Computed relative to the mean, so that a single view has a spread of exactly 0 with exactly zero gradient; cloned,
+    # so that autograd adds the two gradients that cancel there before any other.
     own = s.clone()
     centred = own - _mean(own, view)[:, None]
-    spread_view = _lse(centred, view) - _mean(centred, view)  # the mean of centred: what rounding left behind
+    spread_view = _lse(centred, view) - _mean(centred, view)  # the mean of centred is rounding error
     spread_view = spread_view.masked_fill(~view.any(1), 0)
     return mean_view, spread_view, mean_peer, _lse(s, peer), _lse(s, other), view.sum(1), peer.sum(1), other.sum(1)
 
@@ -62,11 +62,11 @@ def _relations(
 
 
 def _lse(s: Tensor, mask: Tensor) -> Tensor:
-    """Row-wise log-sum-exp over a mask; -inf with zero gradient (torch's own is NaN) where a row has nothing in it."""
+    """Row-wise log-sum-exp over a mask; -inf with zero gradient (torch's own is NaN) for an empty row."""
     empty = ~mask.any(1)
     return s.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0).logsumexp(1).masked_fill(empty, -torch.inf)
 
 
 def _mean(s: Tensor, mask: Tensor) -> Tensor:
-    """Row-wise mean over a mask; 0 where a row has nothing in it."""
+    """Row-wise mean over a mask; 0 for an empty row."""
     return s.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)

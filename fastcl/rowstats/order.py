@@ -1,4 +1,4 @@
-"""The order of rows by (class, sample), and what follows from it: relation counts, class intervals, view intervals."""
+"""Sorting rows by (class, sample), and what follows from it: relation counts, class intervals, view intervals."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fastcl.rowstats.dense import UNLABELLED
 class Side:
     """The rows of one operand, sorted by key = (group, sample)."""
 
-    order: Tensor  # (N,) row that comes k-th
+    order: Tensor  # (N,) source row of the k-th row
     group: Tensor  # (N,) class of the k-th row; an unlabelled row's class is its sample
     sample: Tensor  # (N,) sample of the k-th row
     key: Tensor  # (N,) ascending
 
     def restore(self, values: Tensor) -> Tensor:
-        """Values of sorted rows in the rows' own order."""
+        """Put values of sorted rows back in source order."""
         return values.new_empty(values.shape).index_copy_(0, self.order, values)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Both operands' order. `symmetric`: the candidates y are the anchors x themselves."""
+    """The order of both operands. `symmetric`: the candidates y are the anchors x themselves."""
 
     x: Side
     y: Side
@@ -35,7 +35,7 @@ class Layout:
 
     @classmethod
     def of(cls, sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None) -> Layout:
-        """Sort ids of any values: dense ranks over both operands make one integer key per row."""
+        """Sort ids of any values: dense ranks over both operands give one integer key per row."""
         samples = sample if sample_y is None else torch.cat([sample, sample_y])
         group = sample_rank = _dense_rank(samples)
         if labels is not None:
@@ -66,7 +66,7 @@ class Layout:
         return (start, stop), candidates
 
     def class_intervals(self, size: int) -> list[tuple[slice, slice]]:
-        """Blocks of anchors, each with the interval of candidates that holds every row of their classes."""
+        """Blocks of anchors, each with the interval of candidates that contains every row of their classes."""
         anchors, candidates = self.x.group, self.y.group
         blocks = [slice(k, min(k + size, len(anchors))) for k in range(0, len(anchors), size)]
         low = torch.searchsorted(candidates, anchors[::size].contiguous()).tolist()
@@ -75,7 +75,7 @@ class Layout:
 
 
 def _dense_rank(values: Tensor) -> Tensor:
-    """Ranks 0, 1, ... of the distinct values; without `unique`, whose output size depends on the data."""
+    """Ranks 0, 1, ... of the distinct values. Avoids `unique`, whose output size depends on the data."""
     ordered, order = values.sort(stable=True)
     steps = torch.zeros_like(order)
     steps[1:] = ordered[1:] != ordered[:-1]
@@ -88,5 +88,5 @@ def _side(group: Tensor, sample: Tensor, n_total: int) -> Side:
 
 
 def _matches(ordered: Tensor, values: Tensor) -> Tensor:
-    """How often each value occurs in an ascending tensor."""
+    """Number of occurrences of each value in an ascending tensor."""
     return torch.searchsorted(ordered, values, right=True) - torch.searchsorted(ordered, values)

@@ -1,11 +1,11 @@
-"""The sums over two Gram matrices that `PairStats` is made of, as tensors on the device of the rows: nothing waits.
+"""The sums over two Gram matrices behind `PairStats`, as tensors on the device of the rows, without synchronisation.
 
 With mu the mean of the rows u_i of one model, v_i = u_i - mu and the margins a_i = <mu, v_i>, a matrix of inner
-products less its mean |mu|^2 is
+products minus its mean |mu|^2 is
 
     K_ij = <v_i, v_j> + a_i + a_j        diagonal |v_i|^2 + 2 a_i        row sums n a_i
 
-since v and a add up to zero. So all sums take O(n d), but for three inner products <K, L>, <K, K>, <L, L>.
+because v and a sum to zero. So all sums cost O(n d), except the three inner products <K, L>, <K, K>, <L, L>.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_NEAR = 16  # models are near whose difference is below a quarter of either, in Euclidean norm
+_NEAR = 16  # models count as near if their difference is below a quarter of either, in Euclidean norm
 
 
 class PairSums(NamedTuple):
-    """Sums over K - shift_k and L - shift_l without their diagonals, and these; float64."""
+    """Sums over K - shift_k and L - shift_l without their diagonals, and the diagonals; float64."""
 
     inner: Tensor  # (3,) <K, L>, <K, K>, <L, L>
     rows: tuple[Tensor, Tensor]  # (n,) row sums of K and of L
@@ -29,7 +29,7 @@ class PairSums(NamedTuple):
     shifts: tuple[Tensor, Tensor]  # ()
 
     def packed(self) -> Tensor:
-        """(18,) the numbers of `PairStats.unpacked`."""
+        """(18,) numbers as `PairStats.unpacked` takes them."""
         full_rows = [k + diagonal for k, diagonal in zip(self.rows, self.diagonals, strict=True)]
         parts = [self.inner + three(*self.diagonals), three(*full_rows), *(k.sum()[None] for k in full_rows)]
         parts += [self.inner, three(*self.rows), *(k.sum()[None] for k in self.rows)]
@@ -47,7 +47,7 @@ class PairSums(NamedTuple):
             means: per model () |mu|^2.
         """
         n = len(margins[0])
-        a, b = (margin - margin.mean() for margin in margins)  # what rounding left of a sum of 0
+        a, b = (margin - margin.mean() for margin in margins)  # their sum is 0 up to rounding
         s, t = squares
         # Over i != j: <v_i, v_j> (b_i + b_j) adds up to -2 s_i b_i, and (a_i + a_j)(b_i + b_j) to 2 (n - 2) <a, b>.
         mixed = torch.stack([s @ b + t @ a, 2 * (s @ a), 2 * (t @ b)])
@@ -56,13 +56,13 @@ class PairSums(NamedTuple):
 
     @classmethod
     def of_rows(cls, ua: Tensor, ub: Tensor, narrow: bool) -> PairSums:
-        """Of rows (n, da) and (n, db), float64, which are overwritten, by the cheaper of their moments and their Gram
-        matrices; narrow: moments of models, of one width, by products in float32."""
-        firsts = [u[0].clone() for u in (ua, ub)]  # about the first row, so that equal rows give exact zeros
+        """From float64 rows (n, da) and (n, db), which are overwritten, by their moments or their Gram matrices,
+        whichever is cheaper. narrow: moments use float32 products; both models must have the same width."""
+        firsts = [u[0].clone() for u in (ua, ub)]  # relative to the first row, so that equal rows give exact zeros
         offsets = [u.sub_(first).mean(0) for u, first in zip((ua, ub), firsts, strict=True)]
         va, vb = (u.sub_(offset) for u, offset in zip((ua, ub), offsets, strict=True))
         means = [first + offset for first, offset in zip(firsts, offsets, strict=True)]
-        squares = [torch.linalg.vector_norm(v, dim=1).square_() for v in (va, vb)]  # without a matrix of squares
+        squares = [torch.linalg.vector_norm(v, dim=1).square_() for v in (va, vb)]  # needs no matrix of squares
         margins = [v @ mean for v, mean in zip((va, vb), means, strict=True)]
         da, db = va.shape[1], vb.shape[1]
         if len(va) * (da + db) < da * da + da * db + db * db:
@@ -78,9 +78,9 @@ class PairSums(NamedTuple):
 def _narrow_moments(v: Tensor, w: Tensor, squares: Sequence[Tensor]) -> Tensor:
     """(3,) <vv', ww'>, <vv', vv'>, <ww', ww'> of (n, d) float64 rows, which are overwritten, by products in float32.
 
-    With h = (v + w) / 2 and e = v - w the matrices differ by vv' - ww' = he' + eh'. Where e is small, moments of h and
-    e give the difference with all of float32's digits, however near the models are; those of v and w would leave
-    rounding. Where it is not, h and e would leave rounding of a model with the smaller spread.
+    With h = (v + w) / 2 and e = v - w the matrices differ by vv' - ww' = he' + eh'. If e is small, moments of h and e
+    give the difference to full float32 precision, however near the models are; those of v and w would leave only
+    rounding error. If e is not small, h and e would leave only rounding error of a model with the smaller spread.
 
     Args:
         squares: per model (n,) |v_i|^2.
@@ -88,7 +88,7 @@ def _narrow_moments(v: Tensor, w: Tensor, squares: Sequence[Tensor]) -> Tensor:
     e = v - w
     largest = torch.linalg.vector_norm(e).square() * _NEAR
     near = (largest < torch.minimum(*(square.sum() for square in squares))).to(e.dtype)
-    a, b = v.addcmul_(e, near / -2).float(), w.lerp_(e, near).float()  # h and e, else v and w; nothing waits
+    a, b = v.addcmul_(e, near / -2).float(), w.lerp_(e, near).float()  # h and e, or v and w; no synchronisation
     with torch.autocast(a.device.type, enabled=False):
         aa, ab, bb = ((x.mT @ y).double() for x, y in ((a, a), (a, b), (b, b)))
     drift = 2 * ((aa * bb).sum() + (ab * ab.mT).sum())
@@ -100,7 +100,7 @@ def _narrow_moments(v: Tensor, w: Tensor, squares: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one model's matrix K brings beside its inner products; float64."""
+    """Properties of one model's matrix K other than inner products; float64."""
 
     shift: Tensor  # () |mu|^2, the mean of the matrix
     margins: Tensor  # (n,)
@@ -117,12 +117,12 @@ class Profile:
         return cls(mean.square().sum(), torch.cat(margins), torch.cat(diagonal))
 
     def times(self, factor: Tensor) -> Profile:
-        """K times a number of 0 dimensions; the shift stays."""
+        """Profile of K times a 0-dimensional factor; the shift is unchanged."""
         return Profile(self.shift, self.margins * factor, self.diagonal * factor)
 
 
 def _hollow(matrix: Tensor) -> Tensor:
-    """The matrix, its diagonal now zeros; fill_diagonal_ would compile for one size alone."""
+    """Zero the diagonal in place and return the matrix. fill_diagonal_ would be compiled for a single size."""
     matrix.diagonal().zero_()
     return matrix
 

@@ -1,4 +1,4 @@
-"""What the operators' registrations have in common."""
+"""Helpers shared by the registrations of the operators."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def register(
     library: torch.library.Library, name: str, impl: Callable, fake: Callable, autograd: Callable,
     setup_context: Callable | None = None,
 ) -> None:  # fmt: skip
-    """Give an operator of the library that is defined there its implementation, shapes and derivative."""
+    """Register the implementation, fake implementation and derivative of an operator that the library defines."""
     library.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastcl::{name}", fake, lib=library)
     torch.library.register_autograd(f"fastcl::{name}", autograd, setup_context=setup_context, lib=library)
 
 
 def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
-    """Raise FastclError for several gradients at once, as torch.autograd.grad(is_grads_batched=True) gives them."""
+    """Raise FastclError for batched gradients, such as those of torch.autograd.grad(is_grads_batched=True)."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    tests = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor  # of torch.func, of torch.autograd
+    tests = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor  # torch.func, torch.autograd
     if any(g is not None and any(test(g) for test in tests) for g in grads):
         raise FastclError(
             f"the {backend} backend takes one gradient at a time; for batched ones (is_grads_batched, vectorize) run "
@@ -31,7 +31,7 @@ def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
 
 
 def differentiable_once(backend: str) -> Callable:
-    """The derivative of a backend's backward pass: the error that there is none."""
+    """Derivative of a backend's backward pass: a function that raises FastclError, because there is none."""
 
     def refuse(*_: object) -> None:
         raise FastclError(

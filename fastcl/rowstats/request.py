@@ -1,4 +1,4 @@
-"""The rows and ids of a call, checked: what every backend of the row statistics starts from."""
+"""The checked rows and ids of a call, from which every backend of the row statistics starts."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from fastcl.errors import FastclError
 class Batch:
     """Anchors, candidates and their ids; build it with `of`, `two_views` or `pairs`.
 
-    Where the ids follow from the call they are not spelled out, and nobody has to sort them: `sample` is None then.
+    If the ids follow from the call, `sample` is None: they are not written out and need not be sorted.
     """
 
     x: Tensor
-    x2: Tensor | None = None  # row k of x and of x2 are the views of sample k, labels (B,) are the samples'
-    y: Tensor | None = None  # candidates; without `sample`, row k of x and of y are pair k
+    x2: Tensor | None = None  # rows k of x and x2 are the views of sample k; labels are then (B,), one per sample
+    y: Tensor | None = None  # candidates; without `sample`, rows k of x and y are pair k
     sample: Tensor | None = None
     labels: Tensor | None = None
     sample_y: Tensor | None = None
     labels_y: Tensor | None = None
-    stacked: bool = False  # `sample` is known to be that of two views, in the order of `two_views`
+    stacked: bool = False  # `sample` is known to describe two views in the order of `two_views`
 
     @classmethod
     def of(
         cls, x: Tensor, y: Tensor | None, sample: Tensor, labels: Tensor | None,
         sample_y: Tensor | None, labels_y: Tensor | None,
     ) -> Batch:  # fmt: skip
-        """Rows with ids of any values; arguments and errors as `fastcl.row_stats`."""
+        """Rows with arbitrary ids; arguments and errors as `fastcl.row_stats`."""
         check_rows(x, "x")
         if y is not None:
             check_rows(y, "y")
@@ -52,12 +52,12 @@ class Batch:
 
     @classmethod
     def pairs(cls, x: Tensor, y: Tensor, name_x: str, name_y: str) -> Batch:
-        """Two towers: row k of both is pair k."""
+        """Two towers: rows k of both are pair k."""
         _check_pair(x, y, name_x, name_y)
         return cls(x, y=y)
 
     def spelled_out(self) -> Batch:
-        """The same with all rows in one tensor and an id for each."""
+        """The same batch with all rows in one tensor and an id for each."""
         if self.sample is not None:
             return self
         sample = torch.arange(len(self.x), dtype=torch.int64, device=self.x.device)
@@ -67,7 +67,7 @@ class Batch:
         return Batch(torch.cat([self.x, self.x2]), sample=sample.repeat(2), labels=labels)
 
     def transposed(self) -> Batch:
-        """Candidates as anchors, and the other way round."""
+        """Swap anchors and candidates."""
         assert self.y is not None
         return Batch(self.y, None, self.x, self.sample_y, self.labels_y, self.sample, self.labels)
 

@@ -1,1 +1,1 @@
-"""Row statistics and losses of few rows on a CPU: the whole matrix at once."""
+"""Row statistics and losses of small batches on a CPU, from the whole matrix at once."""

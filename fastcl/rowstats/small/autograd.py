@@ -1,6 +1,6 @@
-"""Losses and statistics of few rows in pairs on a CPU, outside the dispatcher: for 64 rows it costs more than the sums.
+"""Losses and statistics of small batches on a CPU, without the dispatcher, which for 64 rows costs more than the sums.
 
-Compiled code keeps to `torch.ops.fastcl.row_stats`: what is taken here depends on values.
+Compiled code uses `torch.ops.fastcl.row_stats`, because the choice made here depends on values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Pairs(NamedTuple):
 
     x: Tensor  # (B, D), or (2B, D) without x2
     x2: Tensor | None
-    order: Tensor | None  # (2B,) of x: first views, then second views, samples in the same order; None: so they are
+    order: Tensor | None  # (2B,) rows of x: first views, then second views, samples in the same order; None: as in x
     labels: Tensor | None  # (B,)
     towers: bool
 
@@ -34,10 +34,10 @@ class Pairs(NamedTuple):
 def losses(
     pairs: Pairs, temperature: float | Tensor, normalize: bool, forms: Sequence[Form], peers: bool, reduction: str
 ) -> Sequence[Tensor] | None:
-    """Reduced row losses of each form (towers': of both together), None where `whole.forward` does not take the rows.
+    """Reduced row losses of each form (both towers together); None if `whole.forward` rejects the rows.
 
     Args:
-        peers: whether a form attracts peers, or tells them from views and from others.
+        peers: whether statistics of peers are needed, because a form attracts or repels peers.
     """
     inputs = pairs.x, pairs.x2, temperature if isinstance(temperature, Tensor) else None
     alone = len(forms) == 1 and reduction != "none"
@@ -52,7 +52,7 @@ def losses(
         if alone:
             loss = rows[0].mean() if reduction == "mean" else rows[0].sum()
         if alone and wanted:
-            # Here and now: N x D numbers are kept for the backward pass instead of N x N.
+            # Compute the gradient now, so that N x D numbers are kept for the backward pass instead of N x N.
             dv = whole.backward(kept, way, *map(slopes[0].get, whole.PULLS))
             dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, inputs[2] is not None)
             factor = 1 / (way.temperature * (len(rows[0]) if reduction == "mean" else 1))
@@ -64,7 +64,7 @@ def losses(
 
 
 def _in_full() -> AbstractContextManager:
-    """Without autocast; entering it costs as much as a sum over few rows, so only where it is on."""
+    """Disable autocast if it is on. Entering the context costs as much as a sum over few rows."""
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
@@ -79,7 +79,7 @@ def _sides(stats: whole.Stats) -> Sides:
 def row_stats(
     pairs: Pairs, temperature: float | Tensor, normalize: bool, peers: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-    """mean_view, spread_view, mean_peer, lse_peer, lse_other and three counts of N rows; None as `row_losses`."""
+    """mean_view, spread_view, mean_peer, lse_peer, lse_other and three counts of N rows; None as in `losses`."""
     given = temperature if isinstance(temperature, Tensor) else None
     with torch.no_grad(), _in_full():
         if (found := _forward(pairs, temperature, normalize, peers)) is None:
@@ -106,7 +106,7 @@ def row_stats(
 def any_row_stats(
     x: Tensor, sample: Tensor, labels: Tensor | None, temperature: float | Tensor, normalize: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-    """As `row_stats`, of rows (N, D) with any number of views."""
+    """`row_stats` for rows (N, D) with any number of views."""
     given = temperature if isinstance(temperature, Tensor) else None
     way = whole.Way(_number(temperature), normalize, False)
     with torch.no_grad(), _in_full():
@@ -129,23 +129,23 @@ def _restored(values: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _number(temperature: float | Tensor) -> float:
-    """As Python's float: another kind of number would bring its own rounding into the logits."""
+    """The temperature as a Python float; other number types would add their own rounding to the logits."""
     return temperature.item() if isinstance(temperature, Tensor) else float(temperature)
 
 
 class _Given(NamedTuple):
-    """What gradients are shaped like. The inputs themselves are not kept: who changes them changes no gradient."""
+    """Shapes and dtypes of the gradients. Inputs are not kept, so changing them in place does not affect gradients."""
 
-    dtype: torch.dtype  # of the rows
-    two: bool  # in two tensors
-    temperature: tuple[torch.Size, torch.dtype] | MaybeNone  # where nobody wants its gradient
+    dtype: torch.dtype  # dtype of the rows
+    two: bool  # whether the rows are in two tensors
+    temperature: tuple[torch.Size, torch.dtype] | MaybeNone  # None: the temperature is not a tensor
 
     @classmethod
     def of(cls, x: Tensor, x2: Tensor | None, temperature: Tensor | None) -> _Given:
         return cls(x.dtype, x2 is not None, None if temperature is None else (temperature.shape, temperature.dtype))
 
     def gradients(self, dx: Tensor, dt: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Of the rows, of the second rows and of the temperature, from those in working precision."""
+        """Gradients of x, x2 and the temperature, converted from working precision."""
         if dx.dtype != self.dtype:
             dx = dx.to(self.dtype)
         rows = dx.chunk(2) if self.two else (dx, None)
@@ -156,7 +156,7 @@ class _Given(NamedTuple):
 
 
 class _Ready(Function):
-    """A loss whose gradients are there already, but for a factor: of the rows, and of the temperature."""
+    """A loss whose gradients, of the rows and of the temperature, are already known up to a factor."""
 
     @staticmethod
     def forward(ctx, boxed, dx, dt, factor, x, x2, temperature):
@@ -176,7 +176,7 @@ class _Ready(Function):
 
 
 class _Attached(Function):
-    """Results (N,) that were computed without autograd, with their derivatives (`Slopes`)."""
+    """Results (N,) computed without autograd, with their derivatives (`Slopes`)."""
 
     @staticmethod
     def forward(ctx, results, slopes, way, kept, order, *inputs):
@@ -225,8 +225,8 @@ class _Masked(Function):
 def _pulls(
     slopes: Sequence[Slopes], grads: Sequence[Tensor | None], order: Tensor | None
 ) -> tuple[float, list[Tensor | None]]:
-    """Largest upstream gradient, and `whole.PULLS` over it: then products with exponentials stay in range whatever the
-    reduction was."""
+    """Largest upstream gradient, and the gradients of `whole.PULLS` divided by it, so that products with exponentials
+    stay in range whatever the reduction."""
     given = [(s, g if order is None else g[order]) for s, g in zip(slopes, grads, strict=True) if g is not None and s]
     scale = max((g.abs().amax().item() for _, g in given), default=0.0) or 1.0
     totals: dict[str, Tensor] = {}
@@ -238,7 +238,7 @@ def _pulls(
 
 
 def _once(found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients, which refuse to be differentiated where their graph is made (create_graph)."""
+    """Return the gradients; under create_graph, make them raise FastclError when differentiated."""
     if not torch.is_grad_enabled():
         return found
     return tuple(None if v is None else _Once.apply(v.detach().requires_grad_()) for v in found)

@@ -1,9 +1,10 @@
-"""Row losses of an objective together with their derivatives: what autograd makes of its closed form, in fewer steps.
+"""Row losses of an objective together with their derivatives: the result of autograd in closed form, in fewer steps.
 
-With L_R the log-sum-exp over a set R of relations and Q what the denominator D holds beside the positives P, the loss
-of a row is L_D - L_P plus, for a mean over positives outside the log, the spread of the positives, L_P less their mean
-logit; for a mean inside, the logarithm of their number. Where D holds all of P, L_D - L_P = softplus(L_Q - L_P) keeps
-all digits of a small loss, as `fastcl.losses.objectives` has it; where it holds none of P, no digits are at stake.
+With L_R the log-sum-exp over a set R of relations, D the denominator, P the positives and Q the rest of D, the loss of
+a row is L_D - L_P plus, for a mean over positives outside the log, the spread of the positives, which is L_P minus
+their mean logit; for a mean inside, the logarithm of their number. If D contains all of P, L_D - L_P is computed as
+softplus(L_Q - L_P), which keeps all digits of a small loss, as in `fastcl.losses.objectives`. If it contains none of
+P, there is no cancellation.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch.nn.functional import softplus as torch_softplus
 
 from fastcl.rowstats.small.whole import MaybeNone
 
-# By "view" (its mean logit), "peer", "other" (log-sum-exps) and "sum_peer": (N,), or 1 or -1 for all rows.
+# Derivatives by "view" (its mean logit), "peer", "other" (log-sum-exps) and "sum_peer": (N,), or 1 or -1 for all rows.
 Slopes: TypeAlias = dict[str, Tensor | float]
-LogSum: TypeAlias = tuple[Tensor, Slopes]  # and its derivative by each relation
+LogSum: TypeAlias = tuple[Tensor, Slopes]  # a log-sum-exp and its derivative by each relation
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,21 @@ class Form:
 
 @dataclass(frozen=True)
 class Sides:
-    """Statistics of N rows by relation, each with one view, whose logit is lse["view"]."""
+    """Statistics by relation of N rows with one view each, whose logit is lse["view"]."""
 
-    lse: dict[str, Tensor]  # without "peer": no row has peers
+    lse: dict[str, Tensor]  # "peer" is missing if statistics of peers were not computed
     sum_peer: Tensor | MaybeNone
-    n: dict[str, Any]  # (N,) tensors, or a number for all; of views 1
+    n: dict[str, Any]  # (N,) tensors, or one number for all rows; 1 for views
 
 
 def has_slopes(form: Form) -> bool:
-    """Whether `rows_and_slopes` takes the objective: its denominator holds all of the positives, or none."""
+    """Whether `rows_and_slopes` supports the objective: its denominator contains all of the positives or none."""
     return len(set(form.positives) - set(form.denominator)) in (0, len(form.positives))
 
 
 def rows_and_slopes(form: Form, s: Sides) -> tuple[Tensor, Slopes]:
-    """(N,) row losses and their derivatives; a relation without influence has none. Rows that lack a positive, a
-    denominator or, where the objective has any, a negative: 0."""
+    """(N,) row losses and their derivatives; a relation without influence has no entry. A row without a positive,
+    without a denominator or, if the objective has negatives, without a negative has loss 0."""
     positives, denominator = ([r for r in s.lse if r in group] for group in (form.positives, form.denominator))
     softens = form.positives[0] in form.denominator
     repelled = [r for r in denominator if r not in positives]
@@ -79,17 +80,18 @@ def rows_and_slopes(form: Form, s: Sides) -> tuple[Tensor, Slopes]:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x) to all digits of float64; torch's default returns x above 20."""
+    """log(1 + e^x) to full float64 precision; torch's default returns x above 20."""
     return torch_softplus(x, threshold=40)
 
 
 def _spread(
     inside: bool, softens: bool, s: Sides, positives: list[str], attraction: LogSum | MaybeNone, slopes: Slopes
 ) -> Tensor | float:
-    """What the positives add to L_D - L_P or, where nothing `softens` that difference, to L_D.
+    """The positives' term to be added to L_D - L_P or, without `softens`, to L_D; their derivatives go into `slopes`.
 
     Args:
-        attraction: `_log_sum` of the positives, where it is needed.
+        softens: whether the denominator contains the positives, so that L_D - L_P is a softplus.
+        attraction: `_log_sum` of the positives, if it is needed.
     """
     view = s.lse["view"]
     if positives == ["view"]:
@@ -123,7 +125,7 @@ def _log_sum(s: Sides, relations: list[str]) -> LogSum:
     a, b = s.lse[first], s.lse[rest[0]]
     if first != "view":
         return torch.logaddexp(a, b), {first: torch.sigmoid(a - b), rest[0]: torch.sigmoid(b - a)}
-    gap = b - a  # a view there is
+    gap = b - a  # finite or -inf: every row has a view
     share = torch.sigmoid(gap)
     return a + softplus(gap), {first: 1 - share, rest[0]: share}
 

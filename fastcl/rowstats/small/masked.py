@@ -1,7 +1,7 @@
-"""Row statistics of few rows with any number of views: the whole matrix, one mask for each relation.
+"""Row statistics of small batches with any number of views: the whole matrix, one mask per relation.
 
-As `whole`, whose pairs need no mask of views. The spread of the views is taken about their mean, and
-softmax minus 1 / n before anything else meets it: exactly 0 for a single view.
+Like `whole`, whose pairs need no mask of views. The spread of the views is computed relative to their mean, and
+softmax minus 1 / n comes before any other term: both are exactly 0 for a single view.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from fastcl.rowstats.dense import UNLABELLED
 from fastcl.rowstats.small import whole
 from fastcl.rowstats.small.whole import MaybeNone, Way
 
-LIMIT = EXP_LIMIT / 1.5  # of |logit|: two views' logits may differ by twice that
+LIMIT = EXP_LIMIT / 1.5  # bound on |logit|: logits of two views may differ by twice as much
 
 
 class Kept(NamedTuple):
-    """What gradients need: (N, N) unless stated otherwise, of v's dtype."""
+    """Saved for the backward pass: (N, N) unless stated otherwise, of v's dtype."""
 
-    v: Tensor  # (N, D) rows, normalised where asked for
-    norm: Tensor  # (N, 1) of the rows as they were
-    e_other: Tensor  # exponentials of the logits of others, else 0
-    other: Tensor  # (N,) their sums, more than 0
-    view: Tensor  # mask over the number of views
-    softmax: Tensor  # of the views, less `view`
-    e_peer: Tensor | MaybeNone  # as `e_other`; None without labels
+    v: Tensor  # (N, D) rows, normalised if requested
+    norm: Tensor  # (N, 1) norms of the input rows
+    e_other: Tensor  # exponentials of the logits of others, 0 elsewhere
+    other: Tensor  # (N,) their sums, clamped to be positive
+    view: Tensor  # mask of views divided by their number
+    softmax: Tensor  # softmax over the views, minus `view`
+    e_peer: Tensor | MaybeNone  # as `e_other`, for peers; None without labels
     peer: Tensor | MaybeNone
-    mask: Tensor | None  # of peers, over their number
+    mask: Tensor | None  # mask of peers divided by their number
 
 
 def forward(
     x: Tensor, sample: Tensor, labels: Tensor | None, way: Way
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Kept] | None:
-    """Five statistics and three counts as `dense.row_stats` returns them, and what `backward` needs; None where rows or
-    logits leave the range in which this way is exact."""
+    """Five statistics and three counts as `dense.row_stats` returns them, and what `backward` needs; None if rows or
+    logits are outside the range in which this method is exact."""
     if (rows := whole.unit_rows(x, way)) is None:
         return None
     v, norm, high = rows
@@ -47,11 +47,11 @@ def forward(
         low, top = s.aminmax()
         if not (-LIMIT <= low.item() and top.item() <= LIMIT):
             return None
-    tiny = torch.finfo(v.dtype).tiny  # the sum of no exponentials is no divisor
+    tiny = torch.finfo(v.dtype).tiny  # avoids division by an empty sum of exponentials
     same = sample[:, None] == sample
     same_class = same if labels is None else same | ((labels[:, None] == labels) & (labels != UNLABELLED))
     e = s.exp()
-    e_other = e * (~same_class).to(v.dtype)  # a bool mask takes longer
+    e_other = e * (~same_class).to(v.dtype)  # a bool mask is slower
     view = same.to(v.dtype).fill_diagonal_(0)
     n_view, n_class = view.sum(1), same_class.sum(1)
     n_peer, n_other = n_class - 1 - n_view.long(), len(v) - n_class
@@ -72,11 +72,11 @@ def forward(
 
 
 def _views(s: Tensor, view: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean_view and spread_view, the mask over its number, softmax less that; the mask is overwritten."""
+    """mean_view, spread_view, the mask divided by the number of views, softmax minus that."""
     share = view / n.clamp(min=1)[:, None]
     mean = (s * view).sum(1).div_(n.clamp(min=1))  # the logit itself for a single view
     centred = (s - mean[:, None]).mul_(view)
-    rest = (centred * share).sum(1)  # what the rounding of the mean left behind
+    rest = (centred * share).sum(1)  # rounding error of the mean
     e = centred.exp_().mul_(view)
     total = e.sum(1).clamp_(min=torch.finfo(s.dtype).tiny)
     spread = total.log().sub_(rest).masked_fill_(n == 0, 0)
@@ -84,7 +84,7 @@ def _views(s: Tensor, view: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def backward(kept: Kept, grads: tuple[Tensor, ...]) -> Tensor:
-    """(N, D) gradients of `Kept.v`, times the temperature, from those of the five statistics."""
+    """(N, D) gradient of `Kept.v`, times the temperature, from those of the five statistics."""
     g_mean, g_spread, g_mean_peer, g_peer, g_other = grads
     pull = whole.weights(g_other / kept.other, False).mul_(kept.e_other)
     rows = kept.softmax * g_spread[:, None]

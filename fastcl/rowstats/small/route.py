@@ -1,4 +1,4 @@
-"""Which calls take the whole matrix at once: few rows in pairs on a CPU, where tiles cost more than they save."""
+"""Decides which calls use the whole matrix at once: small batches on a CPU, where tiles cost more than they save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def losses(
     batch: Batch, objectives: Sequence[Any], temperature: float | Tensor, normalize: bool, reduction: str
 ) -> Sequence[Tensor] | None:
-    """Reduced row losses of each objective, of anchors and candidates together; None where tiles have to do."""
+    """Reduced row losses of each objective, anchors and candidates together; None if tiles must be used."""
     if not all(map(has_slopes, objectives)):
         return None
     found: dict[int, Tensor] = {}
@@ -42,7 +42,7 @@ def losses(
 
 
 def row_stats(batch: Batch, temperature: float | Tensor, normalize: bool):
-    """The five statistics and three counts of each row; None where tiles have to do."""
+    """The five statistics and three counts of each row; None if tiles must be used."""
     if batch.y is not None:
         return None
     if (pairs := _pairs(batch, True)) is not None:
@@ -75,7 +75,7 @@ def _is_small(batch: Batch) -> bool:
 
 
 def _watched() -> bool:
-    """Whether somebody transforms or records the operations: tiles are an operator to them."""
+    """Whether a transform or dispatch mode is active, which must see the registered operator instead."""
     return (
         forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
         or _get_current_dispatch_mode() is not None
@@ -83,7 +83,7 @@ def _watched() -> bool:
 
 
 def _sorted_pairs(x: Tensor, sample: Tensor, labels: Tensor | None) -> Pairs | None:
-    """Rows by sample, if each sample has two."""
+    """Pairs in sample order if each sample has exactly two rows; otherwise None."""
     half = len(sample) // 2
     if len(sample) % 2:
         return None

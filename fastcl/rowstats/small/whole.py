@@ -1,9 +1,9 @@
-"""Row statistics of few rows in pairs: the whole matrix of exponentials, once, and every gradient from it.
+"""Row statistics of small batches of pairs: compute the whole matrix of exponentials once, and every gradient from it.
 
-Each row has one view here, row k of two halves belongs to sample k. Either the 2B rows are each other's candidates
-(the matrix is then (2B, 2B) and symmetric), or each half is the other's ("towers": (B, B), whose rows and columns are
-both anchors). A view's logit is taken out of the matrix: its spread is exactly 0, and its exponential meets no other.
-Same-class sums of logits come from sums of rows, so that no pass over the matrix is spent on them.
+Each row has one view here: rows k of the two halves belong to sample k. Either all 2B rows are candidates (the matrix
+is (2B, 2B) and symmetric), or each half has the other as candidates ("towers": (B, B), whose rows and columns are both
+anchors). The views' logits are taken out of the matrix: their spread is exactly 0, and their exponentials are not added
+to any others.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fastcl.rowstats.chunked import EXP_LIMIT
 from fastcl.rowstats.dense import UNLABELLED
 
 _HALF = (torch.float16, torch.bfloat16)
-NORMS = (1e-12, 1e12)  # between them squares neither overflow nor vanish; other rows take more care than this
+NORMS = (1e-12, 1e12)  # squares of norms in this range neither overflow nor vanish; other rows are left to tiles
 
 
-MaybeNone: TypeAlias = Any  # None where the statistics of peers are not wanted, which those who read it know
+MaybeNone: TypeAlias = Any  # None if statistics of peers are not requested; code that reads it knows whether they are
 Pull: TypeAlias = Tensor | float | None
-PULLS = ("view", "other", "peer", "sum_peer")  # what a gradient of the statistics is made of
+PULLS = ("view", "other", "peer", "sum_peer")  # the statistics whose gradients `backward` takes, in its order
 
 
 class Way(NamedTuple):
-    """How logits come from rows."""
+    """How logits are computed from rows."""
 
     temperature: float
     normalize: bool
@@ -34,37 +34,37 @@ class Way(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What gradients need; what does not concern peers is never None."""
+    """Saved for the backward pass; only fields about peers can be None."""
 
-    v: Tensor  # (N, D) rows, normalised where asked for
-    norm: Tensor  # (N, 1) of the rows as they were
-    e_other: Tensor  # exponentials of the logits of others, else 0: (N, N), towers (B, B)
-    other: Tensor  # (N,) their sums, more than 0
+    v: Tensor  # (N, D) rows, normalised if requested
+    norm: Tensor  # (N, 1) norms of the input rows
+    e_other: Tensor  # exponentials of the logits of others, 0 elsewhere: (N, N), towers (B, B)
+    other: Tensor  # (N,) their sums, positive
     e_peer: Tensor | MaybeNone
     peer: Tensor | MaybeNone
     same: Tensor | MaybeNone  # (B, B) of v's dtype: 1 within a class and on the diagonal
 
 
 class Stats(NamedTuple):
-    """Of N = 2B anchors; what concerns peers is None where they were not asked for."""
+    """Statistics of N = 2B anchors; fields about peers are None if not requested."""
 
     mean_view: Tensor  # (N,) the logit of the only view
     lse_other: Tensor
     lse_peer: Tensor | None
-    sum_peer: Tensor | MaybeNone  # (N,) of logits
-    n_other: int  # 0 or more: every row has some, or none has
+    sum_peer: Tensor | MaybeNone  # (N,) sum of the peers' logits
+    n_other: int  # 0: no row has others; positive: every row has some (with labels, not their number)
     n_peer: Tensor | MaybeNone  # (N,) of the rows' dtype
 
 
 def forward(
     x: Tensor, x2: Tensor | None, labels: Tensor | None, peers: bool, way: Way
 ) -> tuple[Stats, Kept] | None:  # fmt: skip
-    """Statistics of pairs, or None where rows or logits leave the range in which this way is exact.
+    """Statistics of pairs, or None if rows or logits are outside the range in which this method is exact.
 
     Args:
         x, x2: (B, D) each, or (2B, D) and None.
-        labels: (B,) classes, -1 for unlabelled; None: all rows are others to each other.
-        peers: whether statistics of peers are wanted; others are told apart from them in any case.
+        labels: (B,) classes, -1 for unlabelled; None: all rows but views are others.
+        peers: whether statistics of peers are requested; peers are never counted as others.
     """
     if x2 is not None:
         x = torch.cat([x, x2])
@@ -89,7 +89,7 @@ def forward(
     same, others = _same(labels, v.dtype)
     apart = 1 - same
     n_other = n - 2 if others else 0
-    tiny = torch.finfo(v.dtype).tiny  # the sum of no exponentials is no divisor
+    tiny = torch.finfo(v.dtype).tiny  # avoids division by an empty sum of exponentials
     if not peers:
         e.view(2, b, 2, b).mul_(apart[:, None])
         other = e.sum(1)
@@ -109,24 +109,24 @@ def forward(
 
 
 def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
-    """Rows in working precision, normalised where asked for, their norms (N, 1) before, the largest norm after; None
-    where squares are out of range."""
+    """Rows in working precision, normalised if requested; their original norms (N, 1); the largest resulting norm. None
+    if squares are out of range."""
     if x.dtype in _HALF:
         x = x.float()
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     low, high = norm.aminmax()
     low, high = low.item(), high.item()
-    if not (NORMS[0] <= low and high <= NORMS[1]):  # NaN neither
+    if not (NORMS[0] <= low and high <= NORMS[1]):  # also true for NaN
         return None
     return (x / norm, norm, 1.0) if way.normalize else (x.clone(), norm, high)
 
 
 def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer: Tensor | MaybeNone) -> Tensor:
-    """(N, D) gradients of `Kept.v`, times the temperature.
+    """(N, D) gradient of `Kept.v`, times the temperature.
 
     Args:
-        view, other, peer, sum_peer: gradients of mean_view, lse_other, lse_peer, sum_peer, (N,) or one for all; None
-            for zero.
+        view, other, peer, sum_peer: gradients of mean_view, lse_other, lse_peer, sum_peer: (N,), or one number for all
+            rows, or None for zero.
     """
     v, b = kept.v, len(kept.v) // 2
     if other is None:
@@ -146,8 +146,7 @@ def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer
 
 
 def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the rows that v was made of and of the temperature, times the temperature, from those of v, which
-    are overwritten."""
+    """Gradients of the input rows and of the temperature, both times the temperature, from dv, which is overwritten."""
     if not (way.normalize or need_temperature):
         return dv, None
     radial = (dv * v).sum(1, keepdim=True)
@@ -157,7 +156,7 @@ def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: b
 
 
 def weights(w: Tensor, towers: bool) -> Tensor:
-    """What the matrix is multiplied by: each entry serves its row and its column."""
+    """Factors of the matrix entries: the sum of the weights of row and column."""
     if towers:
         b = len(w) // 2
         return w[:b, None] + w[b:]
@@ -165,14 +164,14 @@ def weights(w: Tensor, towers: bool) -> Tensor:
 
 
 def _partners(matrix: Tensor) -> Tensor:
-    """(2, B) view of the pairs' entries of a (2B, 2B) matrix: of the first half's rows, then of the second's."""
+    """(2, B) view of the pairs' entries in a (2B, 2B) matrix: in the first half's rows, then in the second's."""
     n = len(matrix)
     b = n // 2
     return matrix.as_strided((2, b), (b * n - b, n + 1), b)
 
 
 def _hide(matrix: Tensor, towers: bool) -> None:
-    """Zeros where a row meets itself or its view."""
+    """Zero the entries of a row with itself and with its view."""
     if towers:
         matrix.diagonal().zero_()
     else:
@@ -182,7 +181,7 @@ def _hide(matrix: Tensor, towers: bool) -> None:
 
 
 def _same(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """(B, B) 1 within a class and on the diagonal; whether every row has others (if one has, all have)."""
+    """(B, B) matrix that is 1 within a class and on the diagonal; whether rows have others (all do or none does)."""
     same = (labels[:, None] == labels).to(dtype)
     low, high = labels.aminmax()
     low, high = low.item(), high.item()

@@ -1,1 +1,1 @@
-"""Row statistics and losses in Triton: kernels/contrastive, launched. Needs a GPU, or Triton's interpreter on a CPU."""
+"""Row statistics and losses in Triton: launches kernels/contrastive. Needs a GPU, or Triton's interpreter on a CPU."""

@@ -1,4 +1,4 @@
-"""The backward pass: upstream gradients into weights, tiles, then the gradient of the rows and of the temperature."""
+"""The backward pass: upstream gradients to weights, tiles, then the gradients of the rows and of the temperature."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastcl.rowstats.triton.operand import ALIGN, NARROW, Call, Operand, row_blo
 
 @dataclass(frozen=True)
 class Upstream:
-    """One side's statistics and the gradients that came for it; both None where the side has none."""
+    """One side's statistics and their upstream gradients; both gradients are None if the side has none."""
 
     stats: Tensor
     grad_stats: Tensor | None  # (5, n)
@@ -29,7 +29,7 @@ class Upstream:
 
     @property
     def any(self) -> bool:
-        """Whether a gradient came."""
+        """Whether there is an upstream gradient."""
         return self.grad_stats is not None or self.grad_losses is not None
 
 
@@ -42,12 +42,12 @@ class _Side:
 
     @cached_property
     def weighted(self) -> Weights:
-        """What kernels over tiles take beside the rows."""
+        """The side's weights, as kernels over tiles take them."""
         return Weights(self.weights, self.upstream.stats, self.operand.order[0])
 
     @cached_property
     def views(self) -> backward_epilogue.Views:
-        """The side's view pairs as `finalize_kernel` takes them."""
+        """The side's view pairs, as `finalize_kernel` takes them."""
         r = self.operand
         values = (self.weights, self.upstream.stats) if self.upstream.any else (None, None)
         return backward_epilogue.Views(r.order[3], r.order[4], *values, r.rows)
@@ -60,8 +60,8 @@ def gradients(
     """dx (n, d) and dy of the rows' dtype in source order, and dT; None where not needed.
 
     Args:
-        upstreams: of x's statistics and, with y, of y's.
-        need: whether dx, dy and dT are wanted; dT comes from dx's kernel.
+        upstreams: gradients of x's statistics and, with y, of y's.
+        need: whether dx, dy and dT are needed; dT comes from dx's kernel.
     """
     sides = _sides([x] if y is None else [x, y], call, flag, upstreams)
     if y is None:
@@ -80,14 +80,14 @@ def _temperature(dot: Tensor | None, call: Call, times: int) -> Tensor | None:
 
 
 def _sides(operands: list[Operand], call: Call, flag: Tensor | None, upstreams: Sequence[Upstream]) -> list[_Side]:
-    """Each side with its weights. The tiles add weights of both: they have one scale."""
+    """Each side with its weights, which share one scale because the tiles add weights of both sides."""
     z = operands[0].z
     blocks = [r.rows // ALIGN for r in operands]
     maxima = z.new_zeros(sum(blocks), dtype=torch.float32)
     bound = z.new_empty(1, dtype=torch.float32)
     found = []
     for r, upstream, part in zip(operands, upstreams, maxima.split(blocks), strict=False):
-        # A side without upstream gradients is only attracted or repelled by the other.
+        # A side without upstream gradients has zero weights; only the other side's act on it.
         weights = (z.new_empty if upstream.any else z.new_zeros)(5, r.rows, dtype=torch.float32)
         found.append(_Side(r, upstream, weights, bound))
         if upstream.any:
@@ -131,7 +131,7 @@ def _gradient(r: _Side, s: _Side, call: Call, flag: Tensor | None, need_dot: boo
 
 
 def _over_pairs(r: _Side, s: _Side, call: Call, flag: Tensor | None) -> dict:
-    """Arguments of the kernels that turn pairs of rows into weights."""
+    """Arguments common to the kernels that turn pairs of rows into weights."""
     return {
         "r": r.operand.resident, "s": s.operand.streamed, "w_r": r.weighted, "w_s": s.weighted,
         "temperature": call.degree, "flag": flag,
@@ -170,7 +170,7 @@ def _finalize(
 
 
 def _wide(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor) -> None:
-    """Square blocks of pairs; in the symmetric case those on and above the diagonal."""
+    """Work through square blocks of pairs; in the symmetric case only those on and above the diagonal."""
     halves = 1 if call.split == "none" else 2
     size = int((WORKSPACE / (2 * halves)) ** 0.5) // ALIGN * ALIGN
     size = min(size, max(r.operand.rows, s.operand.rows))
@@ -187,7 +187,7 @@ def _pair_weights(r: _Side, s: _Side, call: Call, flag: Tensor | None, w: Tensor
     chosen = choose("weights", s.operand, call.split)
     size = w.shape[1]
     grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
-    constants = tile(call, r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # also where a program held the width
+    constants = tile(call, r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # even for narrow rows
     for online in (False,) if flag is None else (False, True):
         launch(
             wide.pair_weights_kernel, grid, chosen.warps, chosen.stages,
@@ -198,7 +198,7 @@ def _pair_weights(r: _Side, s: _Side, call: Call, flag: Tensor | None, w: Tensor
 def _product(
     rows: _Side, summed: _Side, call: Call, w: Tensor, acc: Tensor, i: int, k: int, transposed: bool, add: bool
 ) -> None:
-    """Add to acc the gradient of rows i .. from the rows k .. of the other side."""
+    """Add to acc (or, without `add`, write) the gradient of rows i .. from rows k .. of the other side."""
     chosen = choose("product", summed.operand, call.split)
     x, y = rows.operand, summed.operand
     size = w.shape[1]

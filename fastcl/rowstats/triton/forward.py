@@ -1,4 +1,4 @@
-"""The forward pass: orders, working copies, tiles, then statistics and losses."""
+"""The forward pass over two operands: view pairs, tiles, then statistics and losses."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ from fastcl.kernels.contrastive.forward_epilogue import Wave, finish_kernel
 from fastcl.kernels.contrastive.view_pairs import views_kernel
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, Call, Operand, row_block
 
-WORKSPACE = 256 * 2**20  # bytes that partial results may take
-# Programs that a launch should have: two for each multiprocessor of the largest cards. Fixed, and so are the results.
+WORKSPACE = 256 * 2**20  # limit in bytes for partial results
+# Target number of programs per launch: two per multiprocessor of the largest cards. Fixed, so that results do not
+# depend on the card.
 _PROGRAMS = 528
 
 
 def choose(kernel: str, operand: Operand, mode: str) -> Config:
-    """Tile sizes of a launch that streams an operand's rows, where the table has them."""
+    """Tile sizes of a launch that streams an operand's rows; the table must have them."""
     return cast(Config, tabled(kernel, operand, mode))
 
 
 def tabled(kernel: str, operand: Operand, mode: str) -> Config | None:
-    """Tile sizes of a launch that streams an operand's rows, from the table; None where it has none."""
+    """Tile sizes of a launch that streams an operand's rows, from the table; None if it has none."""
     device = operand.z.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return config(kernel, architecture(capability), mode, operand.width, operand.n)
 
 
 def parts(call: Call) -> tuple[tuple[str, bool, bool], ...]:
-    """The launches over tiles: mode of the table, whether it takes plain tiles, whether masked ones.
+    """The launches over tiles: mode of the table, whether it processes plain tiles, whether masked ones.
 
-    Split precision in masked tiles alone has a launch of its own: it needs smaller tiles than the others can afford.
+    If only masked tiles use split precision, they get a separate launch, because they need smaller tiles than others.
     """
     return (("none", True, False), ("peers", False, True)) if call.split == "peers" else ((call.split, True, True),)
 
 
 def splits(blocks: int, tiles: int) -> int:
-    """Programs that share a block of resident rows: a power of two, so that few kernels are compiled."""
+    """Number of programs that share a block of resident rows: a power of two, so that few kernels are compiled."""
     wanted = min(_PROGRAMS // max(blocks, 1), tiles // 2, 16)
     return 1 << max(wanted.bit_length() - 1, 0)
 
 
 def tile(call: Call, r: Operand, chosen: Config, n_splits: int = 1) -> Tile:
-    """Constants of a launch over tiles; narrow rows are taken in one piece."""
+    """Constants of a launch over tiles; narrow rows are processed in one piece."""
     block_d = r.width if r.width <= NARROW else chosen.block_d
     split = call.split == "all", call.split != "none"
     return Tile(r.width, chosen.block_r, chosen.block_s, block_d, ALIGN, n_splits, call.peers, *split)
@@ -60,7 +61,7 @@ def statistics(
 
     Args:
         y: the candidates; None: x's rows themselves.
-        columns: y's statistics against x too, from the same tiles.
+        columns: also compute y's statistics against x, from the same tiles.
     """
     s = x if y is None else y
     found = [results(operand, call) for operand in ((x, s) if columns else (x,))]
@@ -76,7 +77,7 @@ def statistics(
 
 
 def results(operand: Operand, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for an operand's (stats, counts, losses)."""
+    """Uninitialised (stats, counts, losses) of an operand."""
 
     def empty(rows: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, operand.n, dtype=dtype, device=operand.z.device)
@@ -86,7 +87,7 @@ def results(operand: Operand, call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def views(x: Operand, y: Operand, stats: Tensor, call: Call, symmetric: bool) -> None:
-    """Fill the rows of stats that are about view pairs; symmetric: y is x."""
+    """Fill the rows of stats that belong to view pairs; symmetric: y is x."""
     block_n, block_d, warps = row_block(x.width)
     launch(
         views_kernel, (triton.cdiv(x.n, block_n),), warps, 1,
@@ -98,11 +99,11 @@ def views(x: Operand, y: Operand, stats: Tensor, call: Call, symmetric: bool) ->
 def _tiles(
     r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[tuple[Tensor, Tensor, Tensor]], symmetric: bool
 ) -> None:
-    """Waves of resident rows, as many at a time as the workspace holds sums of streamed rows for."""
+    """Process resident rows in waves, each as large as the workspace allows for the sums of streamed rows."""
     both = symmetric or len(found) == 2
     plain = choose("forward", s, parts(call)[0][0])
     n_blocks = triton.cdiv(r.n, plain.block_r)
-    # Two fifths of the workspace for the sums of resident rows, the rest for those of streamed rows.
+    # Two fifths of the workspace hold sums of resident rows, the rest sums of streamed rows.
     wave = min(n_blocks, max(1, WORKSPACE * 3 // 5 // (4 * s.rows))) if both else n_blocks
     most = max(1, WORKSPACE * 2 // 5 // (12 * r.rows * len(parts(call))))
     n_splits = min(splits(wave, triton.cdiv(s.n, plain.block_s)), 1 << (most.bit_length() - 1))
@@ -140,13 +141,13 @@ def finish(
     r: Operand, s: Operand, call: Call, flag: Tensor | None, found: tuple[Tensor, Tensor, Tensor], wave: Wave,
     made: Parts | None,
 ) -> None:  # fmt: skip
-    """From partial sums to statistics, counts and losses.
+    """Turn partial sums into statistics, counts and losses.
 
     Args:
-        made: partial sums; None: the statistics are there already.
+        made: partial sums; None: the statistics are already complete.
     """
     stats, counts, losses = found
-    # Where the flag may yet send all rows through the online kernel, losses come after it.
+    # If the flag may still send all rows through the online kernel, losses are computed after that.
     codes = call.codes if wave.LAST and (flag is None or made is None) else ()
     if not (len(counts) and wave.LAST and made is not None):
         counts = None
@@ -158,7 +159,7 @@ def finish(
 
 
 def online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> None:
-    """Where the flag is set, r's statistics about running maxima."""
+    """If the flag is set, compute r's statistics with running maxima."""
     chosen = choose("online", s, "none" if call.split == "none" else "all")
     launch(
         forward_online_kernel, (triton.cdiv(r.n, chosen.block_r),), chosen.warps, 1,

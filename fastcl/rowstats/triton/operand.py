@@ -1,4 +1,4 @@
-"""The two sides of a call as the kernels see them: rows in working order, their layout, their working copy."""
+"""The two sides of a call as the kernels see them: working order, layout and working copy of the rows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastcl.kernels.contrastive.order import layout_kernel
 from fastcl.kernels.contrastive.prepare import prepare_kernel
 from fastcl.rowstats.order import Layout, Side
 
-ALIGN = 128  # rows of a working copy come in blocks of this many; every tile size divides it
-NARROW = 256  # wider rows are taken piece by piece
+ALIGN = 128  # working copies are padded to whole blocks of this many rows; every tile size divides it
+NARROW = 256  # wider rows are processed in pieces
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked for beside the rows and ids. The temperature is a tensor, or a number and then `temperature` None.
+    """The options of a call. The temperature is the tensor `temperature` or, if that is None, the number `value`.
 
-    split: which tiles take split half precision: "none", "peers" (same-class tiles) or "all".
-    peers: sums over peers are wanted.
+    split: which tiles use split half precision: "none", "peers" (same-class tiles) or "all".
+    peers: whether sums over peers are needed.
     """
 
     temperature: Tensor | None
@@ -39,12 +39,12 @@ class Call:
 
     @property
     def may_overflow(self) -> bool:
-        """Whether a fixed shift of the exponentials might not do: decided on the device then, by a flag."""
+        """Whether a fixed shift of the exponentials may be insufficient; a flag on the device then decides."""
         return self.temperature is not None or not self.normalize or self.value < 1 / SAFE_INVERSE_T.value
 
     @cached_property
     def degree(self) -> Temperature:
-        """The temperature as kernels take it."""
+        """The temperature, as kernels take it."""
         return Temperature(self.temperature, self.value)
 
 
@@ -53,25 +53,26 @@ class Operand:
     """One side of a call.
 
     `order` is (5, n) int32: source row, then the intervals [lo, hi) of each row's class and [first, last) of its sample
-    among the candidates' positions; an empty one begins at minus one less its position. Where the candidates are
-    another operand, two rows more: where the row's own class and sample begin among its own side's positions.
+    among the candidates' positions; the start of an empty interval is stored as -1 - position. If the candidates are
+    another operand with ids of its own, there are two more rows: the starts of the row's class and sample among its own
+    side's positions.
     """
 
     x: Tensor
-    x2: Tensor | None  # the second view of each sample, where two tensors hold the rows
+    x2: Tensor | None  # the second view of each sample, if two tensors hold the rows
     order: Tensor
     z: Tensor  # (1 or 2, rows, D)
-    inv: Tensor  # (n,), or empty where rows are not normalised
-    scale: Tensor | None  # (1,), where rows are not normalised
+    inv: Tensor  # (n,); empty if rows are not normalised
+    scale: Tensor | None  # (1,); None if rows are normalised
 
     @property
     def n(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.order.shape[1]
 
     @property
     def rows(self) -> int:
-        """n in whole blocks."""
+        """n rounded up to whole blocks."""
         return self.z.shape[1]
 
     @property
@@ -81,7 +82,7 @@ class Operand:
 
     @cached_property
     def source(self) -> Rows:
-        """The rows themselves, as kernels take them."""
+        """The original rows, as kernels take them."""
         n, d, inv = self.n, self.x.shape[1], None if self.scale is not None else self.inv
         if self.x2 is None:
             return Rows(self.x, None, self.order[0], inv, n, d, self.x.stride(0), 0, 0)
@@ -89,18 +90,18 @@ class Operand:
 
     @cached_property
     def resident(self) -> Resident:
-        """The working copy, as kernels over tiles take the rows that stay in a program."""
+        """The working copy, as kernels over tiles take resident rows."""
         return Resident(self.z, self.scale, self.order[1], self.order[2], self.order[3], self.n, self.rows)
 
     @cached_property
     def streamed(self) -> Streamed:
-        """The working copy, as kernels over tiles take the rows that stream past."""
+        """The working copy, as kernels over tiles take streamed rows."""
         own = (5, 6) if len(self.order) > 5 else (1, 3)
         return Streamed(self.z, self.scale, self.order[own[0]], self.order[own[1]], self.n, self.rows)
 
 
 def padded_width(d: int) -> int:
-    """Width of a working copy: a power of two while a program can hold it, whole pieces of 64 beyond."""
+    """Width of a working copy: a power of two up to NARROW, a multiple of 64 beyond."""
     return max(32, triton.next_power_of_2(d)) if d <= NARROW else triton.cdiv(d, 64) * 64
 
 
@@ -110,13 +111,13 @@ def working_shape(n: int, d: int, split: str) -> tuple[int, int, int]:
 
 
 def row_block(d: int, tile: int = 1024) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program of the row-wise kernels, which hold whole rows: `tile` elements in all."""
+    """Rows, columns and warps per program of the row-wise kernels, which hold whole rows: `tile` elements in total."""
     block_d = triton.next_power_of_2(max(d, 32))
     return max(tile // block_d, 1), block_d, max(4, block_d // 256)
 
 
 def prepare(x: Tensor, x2: Tensor | None, order: Tensor, call: Call, flag: Tensor | None) -> Operand:
-    """Fill the working copy; sets the flag where the temperature already forbids a fixed shift."""
+    """Fill the working copy; initialise the flag, to 1 if rows or temperature already rule out a fixed shift."""
     x, x2 = _unit_stride(x), None if x2 is None else _unit_stride(x2)
     n, d = order.shape[1], x.shape[1]
     z = torch.empty(working_shape(n, d, call.split), dtype=DTYPES[call.precision], device=x.device)
@@ -142,12 +143,12 @@ def _scale(*rows: Tensor | None) -> Tensor:
     peaks = torch.cat(peaks)
     peak = peaks.masked_fill(~peaks.isfinite(), 0).amax().reshape(1)
     exponent = torch.frexp(peak.masked_fill(peak == 0, 1))[1]
-    # Of integers ldexp would form 2^x in PyTorch's default dtype.
+    # With integer exponents ldexp would compute 2^x in PyTorch's default dtype.
     return torch.ldexp(torch.ones_like(peak), (8 - exponent).clamp(-126, 126).to(peak.dtype))
 
 
 def known_order(samples: int, views: int, labels: Tensor | None, device: torch.device) -> Tensor:
-    """The order of two views of each sample (views = 2), or of one row each (1), as `layout_kernel` writes it.
+    """The order for two views of each sample (views = 2) or one row each (1), as `layout_kernel` writes it.
 
     Args:
         labels: (samples,) int64, or None.
@@ -164,7 +165,7 @@ def known_order(samples: int, views: int, labels: Tensor | None, device: torch.d
 
 
 def sorted_orders(layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """The orders of both sides for ids of any values; the second is None in the symmetric case."""
+    """The orders of both sides for arbitrary ids; the second is None in the symmetric case."""
     if layout.symmetric:
         return _order(layout.x, layout.x, False), None
     return _order(layout.x, layout.y, True), _order(layout.y, layout.x, True)
@@ -178,12 +179,12 @@ def _order(own: Side, other: Side, with_own: bool) -> Tensor:
 
 
 def _interval(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Begin and end of each value in ascending numbers; where it does not occur, minus one less the position."""
+    """Start and end of each value in an ascending tensor; if it does not occur, the start is -1 - position."""
     first, last = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
     return torch.where(first < last, first, -1 - first), last
 
 
 def restored(x: Tensor, x2: Tensor | None, order: Tensor, z: Tensor, inv: Tensor, scale: Tensor | None) -> Operand:
-    """An operand from what the forward pass saved."""
+    """Rebuild an operand from what the forward pass saved."""
     x2 = None if x2 is None else _unit_stride(x2)
     return Operand(_unit_stride(x), x2, order, z, inv, scale)

@@ -1,4 +1,4 @@
-"""torch.ops.fastcl.fused: statistics and losses on the Triton backend, which is imported with the first call."""
+"""torch.ops.fastcl.fused: statistics and losses on the Triton backend, which is imported on the first call."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fastcl.rowstats.registration import differentiable_once, refuse_batched, re
 if TYPE_CHECKING:
     from fastcl.rowstats.triton.operand import Call
 
-# The bits of `Objective.code` that tell of peers among the denominator and among the positives.
+# The bits of `Objective.code` for peers in the denominator and among the positives.
 _REPELLED, _ATTRACTED = (1 << RELATIONS.index("peer")), (8 << RELATIONS.index("peer"))
 
 
 class Asked(NamedTuple):
-    """What an operator is asked for beside rows and ids, in the order of its schema."""
+    """The arguments of an operator other than rows and ids, in the order of its schema."""
 
     temperature: Tensor | None
-    value: float  # of the temperature where that is None
+    value: float  # the temperature, if `temperature` is None
     normalize: bool
     precision: str
     columns: bool
-    codes: list[int]  # of objectives (`Objective.code`); none: the caller's own, of the statistics
+    codes: list[int]  # of objectives (`Objective.code`); empty: the caller uses the statistics
 
     def call(self, labelled: bool) -> Call:
-        """The call as the launches see it."""
+        """The call, as the launches take it."""
         from fastcl.rowstats.triton.operand import Call
 
         def any_of(bits: int) -> bool:
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass starts from beside the rows; an empty tensor where a call has no such thing."""
+    """Saved for the backward pass, besides the rows; an empty tensor stands for None."""
 
     z: Tensor  # working copies, inverse norms and orders of the anchors, then of the candidates
     inv: Tensor
@@ -50,12 +50,12 @@ class Saved(NamedTuple):
     z_y: Tensor
     inv_y: Tensor
     order_y: Tensor
-    scale: Tensor  # (1,) or (2,), of rows that are not normalised
+    scale: Tensor  # (1,) or (2,); of rows that are not normalised
     flag: Tensor
 
 
 class Returned(NamedTuple):
-    """The results of the operator; those of the candidates are empty unless `columns` was asked for."""
+    """The results of the operator; the candidates' stats, counts and losses are empty without `columns`."""
 
     stats: Tensor
     counts: Tensor
@@ -74,7 +74,7 @@ class Returned(NamedTuple):
 
     @property
     def saved(self) -> Saved:
-        """The part that the backward pass starts from."""
+        """The part saved for the backward pass."""
         return Saved(*self[6:])
 
 
@@ -90,7 +90,7 @@ _library.define(
 
 
 def _tensors(x: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """An operator's results are tensors: an empty one stands for None."""
+    """Replace None by an empty tensor, because an operator can only return tensors."""
     return tuple(x.new_empty(0) if result is None else result for result in results)
 
 
@@ -158,7 +158,7 @@ def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor, ...]:
     if y is not None:
         order_y = saved.order_y if saved.order_y.numel() else saved.order
         b = operand.restored(y, None, order_y, saved.z_y, saved.inv_y, scales[1])
-        if not columns:  # read, where the flag is set, with weights of 0
+        if not columns:  # read only if the flag is set, with zero weights
             stats_y = stats.new_zeros(5, len(y) if flag is not None else 0)
         upstreams.append(backward.Upstream(stats_y, grads[2], grads[3]))
     with torch.cuda.device_of(x):
@@ -189,7 +189,7 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_batched("triton", *grads)
     x, x2, y, temperature, *saved = ctx.saved_tensors
     given = [None if g is None or g.numel() == 0 else g for g in (grads[0], grads[2], grads[3], grads[5])]
-    # The kernels read the losses' gradients as they come, a mean's expanded number too.
+    # The kernels read gradients of losses with any strides, including the expanded scalar of a mean.
     given = [g if g is None or k % 2 else g.contiguous() for k, g in enumerate(given)]
     need = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[7]]
     if all(g is None for g in given):

@@ -1,4 +1,4 @@
-"""Two models' forward pass: row statistics of both and the sums over their cosine matrices, from the same tiles."""
+"""Forward pass for two models: row statistics of both, and sums over their cosine matrices, from the same tiles."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fastcl.rowstats.pair_sums import PairSums, Profile, three
 from fastcl.rowstats.triton.forward import WORKSPACE, choose, finish, online, results, splits, tile, views
 from fastcl.rowstats.triton.operand import ALIGN, Call, Operand
 
-# Cosines come from float32 sums. Where a matrix varies by less than this fraction of its mean, in root mean square,
-# that is their rounding, and the matrix counts as constant.
+# Cosines come from float32 sums. If a matrix's root mean square deviation is below this fraction of its mean, it is
+# rounding error, and the matrix counts as constant.
 _ROUNDING = 2.0**-21
-_ELEMENTS = 2**22  # of the working copies, in float64 at a time
+_ELEMENTS = 2**22  # elements of the working copies converted to float64 at a time
 
 
 def statistics(
@@ -29,12 +29,12 @@ def statistics(
     """(stats of a, stats of b, counts, sums): (5, n), (5, n), (3, n) in source order, (18,) for `PairStats.unpacked`.
 
     Args:
-        a, b: rows in one order.
-        flags: of each model, whether its logits leave the range of a fixed shift.
+        a, b: rows in the same order.
+        flags: for each model, whether its logits leave the range of a fixed shift.
     """
     found = [results(operand, call) for operand in (a, b)]
     stats_b, counts_b, losses = found[1]
-    found[1] = stats_b, counts_b[:0], losses  # the ids are the same, and so are the counts
+    found[1] = stats_b, counts_b[:0], losses  # same ids, hence same counts: not computed twice
     profiles = [_profile(operand, call) for operand in (a, b)]
     for operand, (stats, _, _) in zip((a, b), found, strict=True):
         views(operand, operand, stats, call, True)
@@ -49,7 +49,7 @@ def _tiles(
     a: Operand, b: Operand, call: Call, flags: tuple[Tensor | None, Tensor | None],
     found: list[tuple[Tensor, Tensor, Tensor]], means: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Waves of resident rows as in the forward pass of one model; returns |K - L|^2, |K|^2, |L|^2, (3,) float64."""
+    """Waves of resident rows, as in the forward pass of one model; returns |K - L|^2, |K|^2, |L|^2, (3,) float64."""
     wide = max((a, b), key=lambda operand: operand.width)
     plain = choose("twin", wide, "all" if call.split == "all" else "none")
     masked = choose("twin_masked", wide, "none" if call.split == "none" else "all")
@@ -74,7 +74,7 @@ def _tiles(
         done = Wave(ALIGN, plain.block_r, 2 * n_splits, True, call.peers, first == 0, last)
         for operand, flag, own, its in zip((a, b), flags, found, made, strict=True):
             finish(operand, operand, call, flag, own, done, its)
-    # A plain tile stands for its transpose too.
+    # A plain tile also stands for its transpose.
     return 2 * pairs[0].sum(0, dtype=torch.float64) + pairs[1].sum(0, dtype=torch.float64)
 
 
@@ -83,7 +83,7 @@ def _launch_tiles(
     takes_masked: bool,
 ) -> None:  # fmt: skip
     sizes = [tile(call, model, chosen, n_splits) for model in (a, b)]
-    # Plain tiles never take the precision of masked ones: without it fewer kernels are compiled.
+    # Plain tiles do not depend on the precision of masked ones: clearing it saves compiling kernels.
     sizes = [
         size._replace(BLOCK_D=min(size.D, chosen.block_d), SPLIT_MASKED=takes_masked and size.SPLIT_MASKED)
         for size in sizes
@@ -96,19 +96,19 @@ def _launch_tiles(
 
 
 def _unit_rows(z: Tensor) -> Iterator[Tensor]:
-    """Rows of a working copy, float64, some at a time."""
+    """Rows of a working copy as float64, a few at a time."""
     for rows in z.split(max(_ELEMENTS // z.shape[2], 1), dim=1):
         yield rows.sum(0, dtype=torch.float64) / SCALE.value
 
 
 def _profile(operand: Operand, call: Call) -> Profile:
-    """Of the rows as the pairs' products see them, rounded: all sums are of the same matrix."""
+    """Profile of the rows as rounded for the pair products, so that all sums belong to the same matrix."""
     z = operand.z[: 2 if call.split == "all" else 1, : operand.n]
     return Profile.of(_unit_rows(z), z.sum((0, 1), dtype=torch.float64) / (SCALE.value * operand.n))
 
 
 def _resolved(squares: Tensor, a: Profile, b: Profile) -> Tensor:
-    """The sums; a matrix that varies by rounding alone counts as constant in them."""
+    """The packed sums; a matrix that varies only by rounding error counts as constant."""
     n = len(a.margins)
     shifts = torch.stack([a.shift, b.shift])
     lives = (squares[1:] > (n * _ROUNDING * shifts).square()) | squares[1:].isnan()

@@ -1,4 +1,4 @@
-"""torch.ops.fastcl.twin: two models' statistics on the Triton backend, which is imported with the first call."""
+"""torch.ops.fastcl.twin: statistics of two models on the Triton backend, which is imported on the first call."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Each model's gradient by the backward pass of `fused`."""
+    """Each model's gradient, from the backward pass of `fused`."""
     refuse_batched("triton", grad_a, grad_b)
     za, zb, temperature, stats_a, stats_b, order, z_a, inv_a, z_b, inv_b, flag_a, flag_b = ctx.saved_tensors
     need_t = ctx.needs_input_grad[4]
