@@ -1,4 +1,4 @@
-"""Contrastive losses: as functions, as modules, and the table of objectives that both read."""
+"""Contrastive losses as functions and as modules, and the table of objectives behind both."""
 
 from fastcl.losses.modules import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
 

@@ -1,4 +1,4 @@
-"""Contrastive losses as functions: ids, then row statistics, then a row of the table of objectives."""
+"""Contrastive losses as functions: from ids to row statistics to an objective of the table."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ def contrastive_loss(
     normalize: bool = True,
     precision: Precision | None = None,
 ) -> Tensor:
-    """Any objective of the table, or your own, over any number of views.
+    """Any objective of the table, or your own, with any number of views.
 
     Args:
         z: (N, D) embeddings, float16, bfloat16, float32 or float64; computed in float32, float64 for float64.
-        sample: (N,) integers; rows with the same id are views of one sample. Samples may differ in their views.
-        labels: (N,) integer classes, -1 for unlabelled rows; required by objectives that treat classes apart.
+        sample: (N,) integers; rows with the same id are views of one sample. Samples may differ in their number of
+            views.
+        labels: (N,) integer classes, -1 for unlabelled rows; required by objectives that distinguish classes.
         objective: a name of `fastcl.OBJECTIVES`, an `Objective`, or a callable from RowStats to (N,) row losses.
         temperature: positive number, or a tensor with one element, which then gets a gradient.
         reduction: "mean" over all N rows, "sum", or "none" for the (N,) row losses. A row without a positive or without
-            a negative contributes 0, gets no gradient from its own loss, and stays in the mean's count.
+            a negative contributes 0, gets no gradient from its own loss, and still counts in the mean.
         normalize: divide rows by their norms first (cosine similarities).
         precision: of the Triton backend's products: "fp16", "bf16", "fp32", or None, as `fastcl.row_stats`.
 
@@ -44,7 +45,7 @@ def contrastive_loss(
         A scalar, or (N,) with reduction "none"; float32, or float64 for float64 rows.
 
     Raises:
-        FastclError: as `fastcl.row_stats`; an unknown objective or reduction; labels missing where they matter.
+        FastclError: as `fastcl.row_stats`; an unknown objective or reduction; missing labels that the objective needs.
     """
     _check_reduction(reduction)
     check_rows(z, "z")
@@ -90,7 +91,7 @@ def ntxent_loss(
     """NT-Xent (SimCLR, Chen et al. 2020): the other view against every other row, the positive in the denominator.
 
     Args:
-        z1, z2: (B, D) embeddings of the two views; row k of both is sample k. N = 2B anchors.
+        z1, z2: (B, D) embeddings of the two views; rows k of both are sample k. N = 2B anchors.
         temperature, reduction, normalize: as `contrastive_loss`; "none" gives (2B,), z1's rows first.
 
     Returns:
@@ -105,7 +106,7 @@ def ntxent_loss(
 def dcl_loss(
     z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
 ) -> Tensor:
-    """Decoupled contrastive loss (Yeh et al. 2022), the CL of arXiv 2510.08852: NT-Xent without the positive in the
+    """Decoupled contrastive loss (Yeh et al. 2022; CL in arXiv 2510.08852): NT-Xent without the positive in the
     denominator. Arguments, result and errors as `ntxent_loss`."""
     return _two_view_loss(z1, z2, None, "dcl", temperature, reduction, normalize)
 
@@ -156,7 +157,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     """CLIP's symmetric InfoNCE (Radford et al. 2021): the mean of image-to-text and text-to-image.
 
     Args:
-        image, text: (B, D) embeddings; row k of both is pair k. B = 1 has no negatives and gives 0.
+        image, text: (B, D) embeddings; rows k of both are pair k. B = 1 has no negatives and gives 0.
         logit_scale: factor on the cosine similarities (1 / temperature): a positive number, or a tensor with one
             element, which then gets a gradient.
         normalize: divide rows by their norms first.
@@ -178,9 +179,9 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
 def two_view_stats(
     z1: Tensor, z2: Tensor, labels: Tensor | None, temperature: float | Tensor, normalize: bool = True
 ) -> RowStats:
-    """Row statistics of the 2B rows [z1; z2], from which several two-view losses can be taken at once.
+    """Row statistics of the 2B rows [z1; z2], from which several two-view losses can be computed.
 
-    Args and errors as `nscl_loss`.
+    Arguments and errors as `nscl_loss`.
     """
     return statistics(Batch.two_views(z1, z2, labels), temperature, normalize, False, None)[0]
 
@@ -198,12 +199,12 @@ def _losses(
     batch: Batch, losses: Sequence[Callable[[RowStats], Tensor]], temperature: float | Tensor, normalize: bool,
     reduction: str, columns: bool = False, precision: str | None = None,
 ) -> Sequence[Tensor]:  # fmt: skip
-    """Reduced row losses of the anchors; with columns their mean with those of the candidates.
+    """Reduced row losses of the anchors; with columns, averaged with those of the candidates.
 
-    On the Triton backend, and for few rows on a CPU, rows of the table are evaluated inside the operator; a callable of
-    the caller's own is evaluated by torch on the statistics, there as elsewhere.
+    On the Triton backend, and for small batches on a CPU, objectives of the table are evaluated together with the
+    statistics. A callable of the caller's own is always evaluated by torch on the statistics.
     """
-    # A subclass may compute something else.
+    # Exactly Objective: a subclass may compute something else.
     table = [loss for loss in losses if isinstance(loss, Objective) and type(loss) is Objective]
     chosen = choose(batch.x) if losses and len(table) == len(losses) else None
     if chosen == "chunked" and precision in (None, *PRECISIONS):

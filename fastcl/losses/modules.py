@@ -1,4 +1,4 @@
-"""The losses as modules. A temperature given as an `nn.Parameter` is learned with the rest."""
+"""The losses as modules. A temperature passed as an `nn.Parameter` is learned."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastcl.losses import functional as F
 
 
 class _TwoViewLoss(nn.Module):
-    """Holds what the two-view losses share."""
+    """Base class of the two-view losses."""
 
-    _loss: Callable[..., Tensor]  # of fastcl.losses.functional
+    _loss: Callable[..., Tensor]  # a function of fastcl.losses.functional
 
     def __init__(
         self, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True

@@ -1,9 +1,9 @@
-"""The table of objectives: an objective is data, and one function reads it.
+"""The table of objectives. An objective is data, evaluated by a single function.
 
 | name | denominator | positives | mean over positives | source |
 | --- | --- | --- | --- | --- |
 | ntxent | view, peer, other | view | outside the log | SimCLR (Chen et al. 2020) |
-| dcl | peer, other | view | outside | decoupled (Yeh et al. 2022); the CL of arXiv 2510.08852 |
+| dcl | peer, other | view | outside | decoupled (Yeh et al. 2022); CL in arXiv 2510.08852 |
 | nscl | other | view | outside | arXiv 2510.08852 (negatives-only supervised) |
 | nscl_with_positive | view, other | view | outside | the code published with arXiv 2510.08852 |
 | supcon | view, peer, other | view, peer | outside | Khosla et al. 2020, eq. 2 (L_out) |
@@ -28,12 +28,12 @@ from fastcl.rowstats.api import RowStats
 
 @dataclass(frozen=True)
 class Objective:
-    """A contrastive loss: which relations its denominator sums over and which it attracts.
+    """A contrastive loss, defined by the relations in its denominator and those it attracts.
 
     Args:
-        denominator: relations out of "view", "peer", "other"; at least one.
-        positives: relations out of "view", "peer"; at least one.
-        inside: the mean over positives stands inside the log (L_in) instead of outside (L_out).
+        denominator: one or more of "view", "peer", "other".
+        positives: one or both of "view", "peer".
+        inside: take the mean over positives inside the log (L_in) instead of outside (L_out).
 
     Raises:
         FastclError: an unknown or repeated relation, or an empty set.
@@ -63,7 +63,7 @@ class Objective:
 
     @property
     def code(self) -> int:
-        """The objective as the kernels read it: see kernels/contrastive/objective.py."""
+        """The objective encoded for the kernels: see kernels/contrastive/objective.py."""
         denominator = sum(1 << RELATIONS.index(r) for r in self.denominator)
         return denominator | sum(8 << RELATIONS.index(r) for r in self.positives) | (32 if self.inside else 0)
 
@@ -81,7 +81,7 @@ class Objective:
         spread = n.to(lse_positives.dtype).log() if self.inside else _spread(stats, self.positives, n)
         if shared:
             if not self.negatives:
-                # A mean inside the log leaves a constant, which has a gradient of zero and is NaN where the rows are.
+                # With the mean inside the log the loss is a constant: give it a zero gradient, and NaN for NaN rows.
                 return (spread + 0 * lse_positives if self.inside else spread).where(valid, 0)
             # log(P + Q) - log(P) as a softplus: exact at any distance (F.softplus returns its argument above 20).
             gap = lse_positives - _logsumexp([lse[r] for r in self.negatives], valid)
@@ -89,10 +89,10 @@ class Objective:
         return (_logsumexp([lse[r] for r in self.denominator], valid) - lse_positives + spread).where(valid, 0)
 
     def _partly_shared(self, stats: RowStats, n: Tensor, valid: Tensor) -> Tensor:
-        """Row losses where one attracted relation, s, is in the denominator and the other, a, is not.
+        """Row losses if one attracted relation, s, is in the denominator and the other, a, is not.
 
-        Where others (none, if the denominator lacks them) and a are small or absent the loss is small: log s cancels
-        against itself, and only softplus terms of what is beside s are left.
+        The log-sum-exp of s cancels analytically, which leaves only softplus terms of the others in the denominator and
+        of a. So the loss stays accurate in rows where these are small or absent, and the loss is small.
         """
         s, a = sorted(self.positives, key=lambda r: r not in self.denominator)
         has_s, has_a = ((_count(stats, (r,)) > 0) & valid for r in (s, a))
@@ -126,10 +126,10 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
-    """The objective of a name; an `Objective` or any other callable on RowStats passes through.
+    """Look up an objective by name; an `Objective` or any other callable on RowStats is returned as it is.
 
     Raises:
-        FastclError: an unknown name (the nearest known one is named), or something that cannot be called.
+        FastclError: an unknown name (the message suggests the nearest known one), or an object that is not callable.
     """
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
@@ -143,7 +143,7 @@ def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
 def same_class_mass(stats: RowStats) -> Tensor:
     """(N,) share of peers in the softmax of decoupled CL, exp(lse_peer - logaddexp(lse_peer, lse_other)).
 
-    The L1 distance of the CL and NSCL softmaxes of a row is twice this (arXiv 2510.08852, proof of Theorem 1).
+    The L1 distance between a row's CL and NSCL softmaxes is twice this (arXiv 2510.08852, proof of Theorem 1).
     Rows without peers have mass 0; rows with peers but no others have mass 1.
     """
     gap = stats.lse_peer.masked_fill(stats.n_peer == 0, 0) - stats.lse_other.masked_fill(stats.n_other == 0, 0)
@@ -157,10 +157,10 @@ def _count(stats: RowStats, relations: tuple[str, ...]) -> Tensor:
 
 
 def _spread(stats: RowStats, positives: tuple[str, ...], n: Tensor) -> Tensor:
-    """Log-sum-exp over all positives less their mean, as the weighted mean over relations of lse - mean_r.
+    """Log-sum-exp over all positives minus their mean, as the weighted mean over relations of lse - mean_r.
 
-    lse - mean_r is (lse_r - mean_r) + (lse - lse_r), the latter a softplus: near the optimum the small gradients of a
-    relation never pass through a difference of large ones.
+    lse - mean_r is computed as (lse_r - mean_r) + (lse - lse_r), the second a softplus, so that the small gradients
+    near the optimum are never differences of large ones.
     """
     total = torch.zeros_like(stats.lse_view)
     for r in positives:
@@ -175,10 +175,10 @@ def _spread(stats: RowStats, positives: tuple[str, ...], n: Tensor) -> Tensor:
 
 
 def _own_spread(stats: RowStats, relation: str) -> Tensor:
-    """Log-sum-exp of a relation less its mean.
+    """Log-sum-exp of a relation minus its mean.
 
-    A single peer's are one number: its mean takes no part then, or a gradient p - 1 would come as p through the one and
-    as -1 through the other, with float32's error of 1.
+    For a single peer both are the same number, and the result is a constant 0. Otherwise a gradient p - 1 would be
+    split into p for one and -1 for the other, with float32's error at 1.
     """
     if relation == "view":
         return stats.spread_view
@@ -186,12 +186,12 @@ def _own_spread(stats: RowStats, relation: str) -> Tensor:
 
 
 def _filled(values: Tensor, known: Tensor) -> Tensor:
-    """The values, 0 without a gradient where they are not known."""
+    """The values, or 0 without a gradient where they are not known."""
     return values.masked_fill(~known, 0)
 
 
 def _logsumexp(terms: list[Tensor], valid: Tensor) -> Tensor:
-    """log sum exp over terms of (N,), 0 where not valid. A term of -inf gets zero gradient, not NaN."""
-    # All terms of an invalid row may be -inf, whose log-sum-exp has a NaN gradient: those rows are masked beforehand.
+    """Log-sum-exp over (N,) terms, 0 in invalid rows. A term of -inf gets zero gradient, not NaN."""
+    # All terms of an invalid row may be -inf, which would give a NaN gradient, so those rows are masked first.
     stacked = torch.stack(terms).masked_fill(~valid, 0)
     return stacked.logsumexp(0).where(valid, 0)
