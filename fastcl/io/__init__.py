@@ -1,1 +1,1 @@
-"""Files: whole or absent, checked before the work, and every fault in them one clear error."""
+"""File access: outputs are complete or absent and are checked before work starts; every fault gives one clear error."""

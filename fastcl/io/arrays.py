@@ -1,4 +1,4 @@
-"""Float arrays from .npy, .npz and .safetensors files: chosen by name, checked by header, and only then read."""
+"""Float arrays from .npy, .npz and .safetensors files: selected by name and checked by header before they are read."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ _KINDS = {"O": "Python objects", "U": "text", "S": "bytes", "M": "dates", "m": "
           "V": "raw bytes (as NumPy keeps bfloat16)"}  # fmt: skip
 _SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _CHUNK = 1 << 24  # bytes read at a time
-# Features hardly shrink when they are packed; a file of zeros shrinks to a thousandth. Small files are let through.
+# Limits of decompression. Features hardly compress; zeros compress to a thousandth. Up to _SMALL decompressed bytes are
+# always accepted.
 _RATIO, _SMALL = 100, 1 << 28
 
 Choose: TypeAlias = Callable[[Sequence[str]], Sequence[str]]
 
 
 def file_status(path: Path) -> os.stat_result:
-    """What the system says of a path. Raises FastclError where there is nothing or it cannot be reached."""
+    """`Path.stat`. Raises FastclError if the path does not exist or cannot be accessed."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -43,19 +44,19 @@ def file_status(path: Path) -> os.stat_result:
 
 
 def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, Tensor]:
-    """Read some arrays of a file; the others are neither unpacked nor converted.
+    """Read selected arrays of a file; the others are neither decompressed nor converted.
 
     Args:
-        path: a plain file that ends in .npy, .npz or .safetensors; its first bytes tell which of them it is.
-        choose: takes the names in the file (`features` in an .npy), in its order, and returns those to read.
-        layers: take arrays of more than two dimensions too, flattened to (samples, width).
+        path: a regular file with suffix .npy, .npz or .safetensors; its first bytes decide which format it is.
+        choose: takes the names in the file (`features` for an .npy), in file order, and returns those to read.
+        layers: also accept arrays of more than two dimensions, flattened to (samples, width).
 
     Returns:
-        By name (samples, width) float16, bfloat16, float32 or float64, in the byte order of this machine, on the CPU.
+        By name, (samples, width) float16, bfloat16, float32 or float64, in native byte order, on the CPU.
 
     Raises:
-        FastclError: a file that is missing, damaged, of another kind, or larger than this machine's memory; a chosen
-            array that is no float matrix, or is empty.
+        FastclError: a file that is missing, damaged, of another kind, or larger than this machine's memory; a selected
+            array that is not a float matrix, or is empty.
     """
     if not stat.S_ISREG(file_status(path).st_mode):
         raise FastclError(f"{shown(path)} is no plain file")
@@ -75,7 +76,7 @@ def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, T
 
 
 def _reader(start: bytes, path: Path) -> Callable[[Path, BinaryIO, Choose, bool], dict[str, Tensor]]:
-    """By the content, not the ending: an .npy that was renamed .npz is still an .npy."""
+    """Choose the reader by content, not by suffix: an .npy renamed to .npz is still an .npy."""
     if start.startswith(b"\x93NUMPY"):
         return _read_npy
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -112,16 +113,16 @@ def _read_npz(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[
             return arrays
     except (FastclError, OSError, MemoryError):
         raise
-    except (NotImplementedError, RuntimeError) as error:  # zipfile's for methods and passwords
+    except (NotImplementedError, RuntimeError) as error:  # raised by zipfile for compression methods and passwords
         raise FastclError(
             f"{shown(path)} cannot be read: it is encrypted or packed in a way unknown here; save it with np.savez"
         ) from error
-    except Exception as error:  # each way of packing fails in its own way
+    except Exception as error:  # each compression method raises its own exceptions
         raise FastclError(f"{shown(path)} cannot be read: the .npz is damaged") from error
 
 
 def _entries(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The arrays of an .npz by name; not what macOS adds when it packs a folder."""
+    """The arrays of an .npz by name, without the files that macOS adds when it zips a folder."""
     found: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         parts = PurePosixPath(info.filename).parts
@@ -160,7 +161,7 @@ def _read_safetensors(path: Path, _file: BinaryIO, choose: Choose, layers: bool)
 
 
 def _array(file: IO[bytes], size: int, where: str, layers: bool) -> Tensor:
-    """One array in the format of .npy, which takes `size` bytes with its header."""
+    """Read an array in .npy format that takes `size` bytes including its header."""
     import numpy as np
 
     shape, fortran, dtype = _header(file, where)
@@ -188,13 +189,13 @@ def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtyp
 
     try:
         version = npy.read_magic(file)
-        if version == (3, 0):  # made for names of fields that are not Latin-1
+        if version == (3, 0):  # only for field names that are not Latin-1
             raise FastclError(f"{where} must hold a float matrix (samples, width), got a table of named fields")
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file)
     except (FastclError, OSError, zipfile.BadZipFile, zlib.error):
         raise
-    except Exception as error:  # a damaged header fails in many ways, and NumPy's advice is to unpickle it
+    except Exception as error:  # a damaged header fails in many ways, and NumPy's message suggests unpickling it
         raise FastclError(f"{where} cannot be read: its header is not that of a NumPy array") from error
     if not all(type(length) is int and 0 <= length < 1 << 63 for length in shape) or len(shape) > 32:
         raise FastclError(f"{where} cannot be read: its header gives an impossible shape")
@@ -208,7 +209,7 @@ def _described(dtype: np.dtype) -> str:
 
 
 def _check(shape: Sequence[int], dtype: str, where: str, layers: bool) -> None:
-    """Raise FastclError unless it is a float matrix (with `layers`, of any dimensions from two) that is not empty."""
+    """Raise FastclError unless it is a non-empty float matrix (with `layers`, of two or more dimensions)."""
     if dtype not in _FLOATS:
         more = "; a file of layers holds nothing else: name a matrix that is to be read alone 'features'"
         raise FastclError(
@@ -224,7 +225,7 @@ def _check(shape: Sequence[int], dtype: str, where: str, layers: bool) -> None:
 def _check_memory(needed: int, where: str) -> None:
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not every system tells
+    except (AttributeError, ValueError, OSError):  # not available on every system
         return
     if needed > memory:
         raise FastclError(f"{where} holds {needed / 2**30:,.1f} GiB, this machine has {memory / 2**30:,.1f} of memory")
@@ -235,6 +236,6 @@ def _text(shape: Sequence[int]) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first three names, and whether there are more."""
+    """The first three names, followed by "..." if there are more."""
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

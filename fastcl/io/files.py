@@ -1,4 +1,4 @@
-"""Files that are written whole."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from fastcl.errors import FastclError, shown
 
 
 def cause(error: OSError | ValueError) -> str:
-    """Why the system refused a path: its words for the error, without the path."""
+    """The system's description of an error, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def temporary(folder: Path) -> Path:
-    """A name, `.fastcl-*.part`, that no file in the folder has; as short as any, however long the final name is."""
+    """A new path `.fastcl-*.part` in the folder; its name is short, however long the final name is."""
     return folder / f".fastcl-{secrets.token_hex(8)}.part"
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
-    """Write a file that is either whole or as it was before, even after a crash; missing folders are made.
+    """Write a file so that it is either complete or unchanged, even after a crash; missing folders are created.
 
-    The bytes go into a new `.fastcl-*.part` in the same folder, which then takes the file's place: a link of that name
-    is replaced and never followed.
+    The bytes go into a new `.fastcl-*.part` in the same folder, which then replaces the file. If `path` is a link, the
+    link is replaced, never followed.
 
     Raises:
-        FastclError: it cannot be written.
+        FastclError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = temporary(path.parent)
         try:
-            with interrupts.removing(part), open(part, "xb") as file:  # x: a new file, not one that a link leads to
+            with interrupts.removing(part), open(part, "xb") as file:  # x: create a new file, do not follow a link
                 file.write(payload)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-        except BaseException:  # an interrupt leaves nothing behind either
+        except BaseException:  # also clean up after an interrupt
             with suppress(OSError):
                 part.unlink()
             raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise FastclError(f"{shown(path)} cannot be written ({cause(error)})") from error
-    with suppress(OSError):  # the file is there; not every system syncs, or lets us open, its folder
+    with suppress(OSError):  # the file is in place; not every system can open or sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

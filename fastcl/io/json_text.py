@@ -1,4 +1,4 @@
-"""JSON that somebody may have edited: whatever is wrong with it is one clear error."""
+"""Parses JSON that may have been edited by hand: any fault gives one clear error."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 from fastcl.errors import FastclError
 
-_DEEPEST = 32  # levels; whatever fastcl writes has fewer than ten
-_DIGITS = 19  # of an integer: those of 2**63
+_DEEPEST = 32  # levels of nesting; JSON written by fastcl has fewer than ten
+_DIGITS = 19  # digits of an integer, as many as 2**63 has
 
 
 def parse_json(text: bytes, where: str) -> Any:
-    """The value that a JSON text in UTF-8 holds.
+    """Parse a JSON text in UTF-8.
 
     Args:
-        text: as read.
-        where: what messages call it, such as a path and a line.
+        text: the bytes of the text.
+        where: its name in messages, such as a path and a line.
 
     Raises:
-        FastclError: text that is not JSON, is nested deeper than 32 levels, or holds an integer of more than 19 digits,
-            which is no float64 either.
+        FastclError: text that is not JSON, is nested deeper than 32 levels, or contains an integer of more than 19
+            digits.
     """
     try:
         tree = json.loads(text, parse_int=_integer)

@@ -1,4 +1,4 @@
-"""Where a command may write: checked before the work, so that nothing it reads is lost and no result is either."""
+"""Checks of output paths before work starts, so that neither inputs nor results are lost."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from pathlib import Path
 from fastcl.errors import FastclError, shown
 from fastcl.io.files import cause, temporary
 
-_LONGEST = 255  # bytes of a name on every common file system
+_LONGEST = 255  # maximum bytes of a file name on all common file systems
 
 
 def named_path(text: str) -> Path:
-    """The `type` of an argparse argument that must not be empty: `Path("")` would be the current folder."""
+    """argparse `type` for a path that must not be empty: `Path("")` would be the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
 
 
 def check_output(path: Path, option: str, inputs: Iterable[Path] = ()) -> None:
-    """Refuse a file that cannot be written, or whose writing would destroy something.
+    """Reject an output file that cannot be written, or that would overwrite something.
 
     Args:
         path: the file; its folder may be missing. Nothing is created.
-        option: what the user calls it, such as "--json".
+        option: the user's name for it, such as "--json".
         inputs: files that the command reads (or writes for another option), and folders in which it must not write.
 
     Raises:
-        FastclError: no name, a folder, a device, a link, a file without write permission, one of the inputs under
-            whatever name (hard link, symbolic link, letters of another case) or inside one, a folder that cannot be
-            made or written, or too long a name.
+        FastclError: no name, a folder, a device, a link, a file without write permission, one of the inputs under any
+            name (hard link, symbolic link, different case) or a path inside one, a folder that cannot be created or
+            written to, or a name that is too long.
     """
     with _naming(path, option):
         if path == Path():
@@ -54,15 +54,16 @@ def check_output(path: Path, option: str, inputs: Iterable[Path] = ()) -> None:
 
 
 def check_folder(path: Path, option: str, inputs: Iterable[Path] = ()) -> None:
-    """Refuse a folder in which no file can be written, or that is one of the inputs.
+    """Reject an output folder in which no file can be written, or that is one of the inputs.
 
     Args:
         path: the folder, or a link to one; it may be missing. Nothing is created.
-        option: what the user calls it, such as "--out".
+        option: the user's name for it, such as "--out".
         inputs: folders that the command reads.
 
     Raises:
-        FastclError: a file, a link to nothing, an input, a folder that cannot be made or written, or too long a name.
+        FastclError: a file, a dangling link, an input, a folder that cannot be created or written to, or a name that is
+            too long.
     """
     with _naming(path, option):
         info = _lstat(path)
@@ -77,10 +78,10 @@ def check_folder(path: Path, option: str, inputs: Iterable[Path] = ()) -> None:
 
 
 def same(path: Path, other: Path) -> bool:
-    """Whether both paths are one file or folder, under whatever names; also where neither exists yet."""
+    """Whether both paths are the same file or folder, under any names, even if neither exists yet."""
     try:
         return os.path.samefile(path, other)
-    except (OSError, ValueError):  # one is not there, or cannot be reached: whoever reads it says so
+    except (OSError, ValueError):  # one is missing or inaccessible: reading it will report that
         pass
     try:
         return os.path.realpath(path) == os.path.realpath(other)
@@ -117,7 +118,7 @@ def _check_plain(path: Path, option: str, info: os.stat_result) -> None:
 
 
 def _check_room(path: Path) -> None:
-    """Raise OSError unless a file can be made in the folder of `path`, or in the nearest one that exists."""
+    """Raise OSError unless a file can be created in the folder of `path`, or in its nearest existing ancestor."""
     names, folder = [path.name], path.parent
     while _lstat(folder) is None and folder != folder.parent:
         names.append(folder.name)
@@ -125,5 +126,5 @@ def _check_room(path: Path) -> None:
     if any(len(os.fsencode(name)) > _LONGEST for name in names):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     probe = temporary(folder)
-    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # permissions alone do not tell: quotas, /proc, ...
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # permission bits are not enough: quotas, /proc, ...
     os.unlink(probe)

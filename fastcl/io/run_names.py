@@ -1,4 +1,4 @@
-"""The names in a run's folder: what training writes and the report reads."""
+"""Names of the files and folders in a run folder, which training writes and the report reads."""
 
 RECORDS = ("metrics", "steps", "pairs", "timing")  # NAME.jsonl
 FOLDERS = ("checkpoints", "tensorboard", "weights", "features")
