@@ -4,12 +4,12 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fastcl import interrupts  # noqa: F401  first: loading torch takes a second, in which Ctrl-C is pressed too
+from fastcl import interrupts  # noqa: F401  first, so that Ctrl-C is handled while torch loads (about a second)
 
 __version__ = "0.2.0"
 
-# Whoever has loaded torch gets everything at once, operators registered. The command line has not, and most of what it
-# does before the work, help and complaints about settings, needs none of it.
+# If torch is already loaded, load everything now, which also registers the operators. The command line has not loaded
+# torch, and does not need it to print help or to report invalid settings.
 if TYPE_CHECKING or "torch" in sys.modules:
     from fastcl.public import *  # noqa: F403
     from fastcl.public import __all__ as __all__
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> object:
     if name == "__all__" or not name.startswith("__"):
         public = import_module("fastcl.public")
         globals().update({known: getattr(public, known) for known in public.__all__}, __all__=public.__all__)
-        if name in globals():  # a public name, or a module among those loaded just now
+        if name in globals():  # a public name, or a submodule that has just been loaded
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

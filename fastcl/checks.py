@@ -1,4 +1,4 @@
-"""Checks of what a user passes: one exception, naming the argument and repeating its numbers."""
+"""Argument checks: they raise a single exception type, which names the argument and repeats its value."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fastcl.errors import FastclError
 
-_SMALLEST = 1e-30  # of temperatures and scales: their inverses stay in float32's range, with room for the logits
+_SMALLEST = 1e-30  # lower bound of temperatures and scales: inverses stay in float32's range, with room for the logits
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_positive(value: float | Tensor, name: str) -> None:
     """Raise FastclError unless the value is positive and finite: a number, or one float in a tensor.
 
-    The value of a tensor is looked at on the CPU only, and not while compiling or within torch.func.vmap.
+    The value of a tensor is checked only on the CPU, and not while compiling or within torch.func.vmap.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
@@ -26,9 +26,9 @@ def check_positive(value: float | Tensor, name: str) -> None:
         if not _readable(value):
             return
         value = value.item()
-    elif isinstance(value, numbers.Real) and hasattr(value, "item"):  # numpy's, maybe too narrow for the bounds
+    elif isinstance(value, numbers.Real) and hasattr(value, "item"):  # NumPy types may be too narrow for the bounds
         value = cast(Any, value).item()
-    # To a checker numbers.Real has no order.
+    # Type checkers know no ordering of numbers.Real.
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not _SMALLEST <= value <= 1 / _SMALLEST:  # pyright: ignore[reportOperatorIssue]
         raise FastclError(f"{name} must be a positive finite number, at least {_SMALLEST:g}, got {value!r}")
@@ -48,7 +48,7 @@ def check_rows(x: Tensor, name: str) -> None:
 
 
 def check_not_meta(x: Tensor, name: str) -> None:
-    """Raise FastclError if x is a tensor of the meta device."""
+    """Raise FastclError if x is on the meta device."""
     if x.device.type == "meta":
         raise FastclError(
             f"{name} must hold values, got {describe(x)}: move it to cpu or cuda (FakeTensorMode tells shapes "
@@ -57,7 +57,7 @@ def check_not_meta(x: Tensor, name: str) -> None:
 
 
 def is_inside(x: Tensor, transform: str) -> bool:
-    """Whether x is a tensor of torch.func.vmap ("vmap"), or of torch.func.grad and its like ("grad"), at any depth."""
+    """Whether x is a tensor of torch.func.vmap ("vmap"), or of torch.func.grad and the like ("grad"), at any depth."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     test = {"vmap": functorch.is_batchedtensor, "grad": functorch.is_gradtrackingtensor}[transform]
     while functorch.is_functorch_wrapped_tensor(x):
@@ -68,8 +68,8 @@ def is_inside(x: Tensor, transform: str) -> bool:
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether a check may read values: elsewhere it would wait for the device, or cannot."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or hasattr(x, "fake_mode"):  # of a FakeTensor
+    """Whether a check may read values; otherwise that would synchronise the device or is impossible."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or hasattr(x, "fake_mode"):  # a FakeTensor
         return False
     return not is_inside(x, "vmap")
 
@@ -77,7 +77,7 @@ def _readable(x: Tensor) -> bool:
 def check_all_ids(
     x: Tensor, y: Tensor | None, sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The four id tensors as int64. Raises FastclError if one is missing, superfluous, misshapen or inconsistent."""
+    """The four id tensors as int64. Raises FastclError if one is missing, unexpected, misshapen or inconsistent."""
     both = y is not None and labels is not None
     wanted = {
         "sample": (sample, x, True),
@@ -100,7 +100,7 @@ def check_all_ids(
 
 
 def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:
-    """Raise FastclError unless `ids` is one integer for each row of `rows`, on its device."""
+    """Raise FastclError unless `ids` holds one integer for each row of `rows`, on the same device."""
     if not isinstance(ids, Tensor):
         raise FastclError(f"{name} must be an integer tensor, got {type(ids).__name__}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -126,8 +126,8 @@ def _check_views_agree(sample: Tensor, labels: Tensor | None, sample_y: Tensor |
 
 
 def is_stacked(sample: Tensor, labels: Tensor | None) -> bool:
-    """Whether ids on a CPU are those of first views and then of second views, samples ascending, with equal labels;
-    False where that is not looked at. Sorting few ids costs more than a loss of them."""
+    """Whether ids on a CPU list first views, then second views, samples ascending, with equal labels; False if values
+    cannot be read. For small batches this saves a sort, which costs more than the loss itself."""
     half = len(sample) // 2
     if type(sample) is not Tensor or not _readable(sample) or len(sample) != 2 * half:
         return False

@@ -1,4 +1,4 @@
-"""What arguments may be that are words: their types, and the same words for checks and messages."""
+"""The values of string arguments: as types, and as tuples for checks and messages."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which backend computes: the one asked for by `with backend(...)`, or the fastest that takes the tensors at hand.
+"""Selects the backend: the one requested by `with backend(...)`, or the fastest that supports the given tensors.
 
-The state belongs to a context (`contextvars`: a thread, an asyncio task, a `Context.run`), so none of them switches
-another. What torch.compile traces is kept apart, in an object per thread: it follows attributes and puts guards on
-them, and reads a ContextVar from PyTorch 2.14 on, but sets none.
+The state belongs to a context (`contextvars`: a thread, an asyncio task, a `Context.run`), so that none of them affects
+another. Code traced by torch.compile keeps its state separately, in an object per thread: the compiler traces and
+guards attributes; from PyTorch 2.14 on it can read a ContextVar, but it cannot set one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastcl.checks import describe
 from fastcl.choices import BACKENDS, Backend, UsedBackend
 from fastcl.errors import FastclError
 
-MAX_WIDTH = 4096  # of rows on the Triton backend
+MAX_WIDTH = 4096  # maximum width of rows on the Triton backend
 
 _COMPILER_READS_CONTEXT = torch.__version__ >= (2, 14)  # pyright: ignore[reportOperatorIssue]
 _autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
@@ -35,7 +35,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Compiled:
-    """What compiled code has set and not taken back; None: nothing."""
+    """State that compiled code has set and not reset; None if not set."""
 
     def __init__(self) -> None:
         self.backend: Backend | None = None
@@ -43,7 +43,8 @@ class _Compiled:
 
 
 class _Thread(threading.local):
-    """The compiler loses what is set on a threading.local itself, and keeps what is set on an object that one holds."""
+    """Per-thread holder of `_Compiled`: the compiler loses attributes set on a threading.local itself, but keeps those
+    of an object inside it."""
 
     def __init__(self) -> None:
         self.compiled = _Compiled()
@@ -56,26 +57,26 @@ _last: ContextVar[UsedBackend] = ContextVar("fastcl.last", default="none")
 
 
 def constant_while_compiling(function: _Function) -> _Function:
-    """torch.compiler.assume_constant_result, which would import torch._dynamo here and now."""
+    """Same as torch.compiler.assume_constant_result, which would import torch._dynamo immediately."""
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
 
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Use one backend inside a `with` block, in this thread and this context (asyncio task) alone.
+    """Use one backend inside a `with` block, only in this thread and this context (asyncio task).
 
-    A thread that is started inside the block begins with "auto". Gradients are computed by the backend of the forward
-    pass wherever `backward` is called, and `torch.utils.checkpoint` repeats that pass on the same backend. Where it
-    cannot know it, with use_reentrant=True, around a compiled function and on PyTorch 2.6, it takes the one asked for
-    where `backward` is called, and a saved tensor may not fit (CheckpointError): give it the function with its backend
-    then, `checkpoint(fastcl.backend("dense")(function), x)`.
+    A thread started inside the block begins with "auto". Gradients are computed by the backend of the forward pass,
+    wherever `backward` is called, and `torch.utils.checkpoint` repeats the forward pass on the same backend. In three
+    cases checkpoint cannot know it: with use_reentrant=True, around a compiled function, and on PyTorch 2.6. It then
+    uses the backend requested where `backward` is called, and a saved tensor may not match (CheckpointError); pass it
+    the function together with its backend instead: `checkpoint(fastcl.backend("dense")(function), x)`.
 
     Args:
-        name: "triton" (fused kernels, differentiable once), "chunked" (torch, O(N x tile) memory, differentiable
-            once), "dense" (the specification, N x N, differentiable twice) or "auto" (triton for CUDA tensors, chunked
-            elsewhere, without an installed Triton, and for what the kernels do not take: float64 and more than 4096
-            columns).
+        name: "triton" (fused kernels, once differentiable), "chunked" (torch, O(N x tile) memory, once
+            differentiable), "dense" (reference, N x N, twice differentiable) or "auto" (triton for CUDA tensors;
+            chunked on other devices, without Triton, and for what the kernels do not support: float64 and more than
+            4096 columns).
 
     Raises:
         FastclError: an unknown name.
@@ -95,7 +96,7 @@ def backend(name: Backend) -> Iterator[None]:
     try:
         yield
     finally:
-        # Blocks of generators may end in any order, and in another context than they began in.
+        # Blocks inside generators may end in any order, and in a different context from the one they began in.
         _set_blocks(tuple(other for other in _blocks.get() if other is not block))
 
 
@@ -107,7 +108,7 @@ def _set_blocks(blocks: tuple[tuple[object, Backend], ...]) -> None:
 
 
 def current_backend() -> Backend:
-    """The name that the surrounding `with backend(...)` was given; "auto" outside."""
+    """The name passed to the enclosing `with backend(...)`; "auto" outside."""
     if not torch.compiler.is_compiling():
         return _backend.get()
     inside = _thread.compiled.backend
@@ -123,7 +124,7 @@ def last_backend() -> UsedBackend:
 
 
 def ran_on(name: UsedBackend) -> UsedBackend:
-    """Remember, for `last_backend`, what an operation runs on; returns it."""
+    """Record the backend of an operation for `last_backend`, and return it."""
     if torch.compiler.is_compiling():
         _thread.compiled.last = name
     else:
@@ -133,13 +134,13 @@ def ran_on(name: UsedBackend) -> UsedBackend:
 
 
 def choose(*rows: Tensor, widest: int | None = MAX_WIDTH) -> UsedBackend:
-    """The backend for tensors (n, d) on one device; `last_backend` tells it from then on.
+    """Choose the backend for tensors (n, d) on one device and record it for `last_backend`.
 
     Args:
-        widest: most columns that the Triton kernels of the operation take; None: any.
+        widest: maximum number of columns that the operation's Triton kernels support; None: no limit.
 
     Raises:
-        FastclError: the Triton backend was asked for by name, and does not take these rows.
+        FastclError: the Triton backend was requested by name, but does not support these rows.
     """
     wanted = _wanted()
     if wanted in ("chunked", "dense"):
@@ -152,17 +153,17 @@ def choose(*rows: Tensor, widest: int | None = MAX_WIDTH) -> UsedBackend:
 
 
 def on_triton(*features: Tensor) -> bool:
-    """Whether the Triton kernels form the sums of the similarities, which take features of any width; as `choose`."""
+    """Whether the similarities use their Triton kernels, which support features of any width; otherwise as `choose`."""
     return choose(*features, widest=None) == "triton"
 
 
 def choose_torch() -> UsedBackend:
-    """The backend of an operation that has no Triton kernels."""
+    """Choose the backend of an operation that has no Triton kernels."""
     return ran_on("dense" if _wanted() == "dense" else "chunked")
 
 
 class _Calls:
-    """What operations inside one activation checkpoint were asked to run on, in their order."""
+    """Backends requested for the operations inside one activation checkpoint, in order."""
 
     def __init__(self) -> None:
         self.names: list[Backend] = []
@@ -173,9 +174,11 @@ _checkpoints: WeakKeyDictionary[Any, _Calls] = WeakKeyDictionary()
 
 
 def _wanted() -> Backend:
-    """The backend asked for now, or, where `torch.utils.checkpoint` repeats a forward pass, by the same call then.
+    """The requested backend; when `torch.utils.checkpoint` repeats a forward pass, the one that the same call requested
+    in the original pass.
 
-    The saved tensors' hooks are all that the two have in common: PyTorch's own, whose closures hold the checkpoint.
+    The passes are matched by PyTorch's own saved-tensor hooks, whose closures hold the checkpoint: the passes have
+    nothing else in common.
     """
     name = current_backend()
     if torch.compiler.is_compiling() or _saved_tensors_hooks is None:
@@ -196,7 +199,7 @@ def _wanted() -> Backend:
 
 
 def _obstacle(rows: tuple[Tensor, ...], widest: int | None) -> str | None:
-    """Why the Triton backend does not take these rows."""
+    """Reason why the Triton backend does not support these rows, or None."""
     if not _has_triton():
         return "needs Triton, which is not installed here (pip install triton, on Linux)"
     if any(x.dtype == torch.float64 for x in rows):
@@ -215,5 +218,5 @@ def _has_triton() -> bool:
 
 @constant_while_compiling
 def wants_float32() -> bool:
-    """Whether `torch.get_float32_matmul_precision()` asks for whole float32."""
+    """Whether `torch.get_float32_matmul_precision()` requests full float32."""
     return torch.get_float32_matmul_precision() == "highest"

@@ -1,14 +1,14 @@
-"""The one exception family of the package, and the words that its messages share."""
+"""The package's exception, and helpers for its messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class FastclError(ValueError):
-    """Bad input, a broken file or a run that cannot go on.
+    """Invalid input, a damaged file or a run that cannot continue.
 
-    The message names the argument (or file) at fault and repeats its value, shape or numbers. What no terminal, file
-    or picture can show (bytes of a file name that are not UTF-8, control characters) stands escaped in it.
+    The message names the argument (or file) at fault and repeats its value, shape or numbers. Characters that cannot be
+    displayed (bytes of a file name that are not UTF-8, control characters) are escaped.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -16,8 +16,8 @@ class FastclError(ValueError):
 
 
 def shown(name: object) -> str:
-    """A name on one line, with everything escaped that is no printable character: line breaks, control characters, and
-    the bytes that Python keeps as surrogates where a file name is not UTF-8 (b"caf\\xe9" is shown as caf\\xe9)."""
+    """A name on one line, with everything unprintable escaped: line breaks, control characters, and the bytes that
+    Python stores as surrogates if a file name is not UTF-8 (b"caf\\xe9" is shown as caf\\xe9)."""
     return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
 
 
@@ -27,21 +27,21 @@ def _escaped(character: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a message about an unknown name: the nearest known one (after a prefix), or all where none is near."""
+    """End of a message about an unknown name: suggests the nearest known one (with the prefix) or lists them all."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(known)}"
 
 
 def brief(value: object, letters: int = 200) -> str:
-    """A value as messages repeat it: its repr, cut where it is long, or its type where it has none that can be made."""
+    """A value as shown in messages: its repr, truncated if it is long, or its type if the repr fails."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python writes; deep nesting
+    except (ValueError, RecursionError):  # an integer with more digits than Python converts; deep nesting
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= letters else f"{text[:letters]}…"
 
 
 def install_hint(extra: str) -> str:
-    """How to get an optional part. fastcl is on no package index: it comes from a checkout or as a wheel."""
+    """How to install an optional extra. fastcl is on no package index: it comes from a checkout or as a wheel."""
     return f"in a checkout: pip install '.[{extra}]'; from a wheel: pip install 'FILE.whl[{extra}]'"

@@ -1,12 +1,12 @@
-"""Signals that end a command: one line and a fitting exit status, at any moment.
+"""Handles signals that end a command: one line of text and the right exit status, at any moment.
 
-The handler does not raise, it leaves the process. An exception would be swallowed in a finaliser, printed as a
-traceback while modules are imported, and interrupted itself by a second signal. Leaving at once is safe because
-whatever a command writes is whole or absent, as it must be for SIGKILL too.
+The handler does not raise; it exits the process. An exception would be swallowed in a finaliser, printed as a traceback
+while modules are imported, and could itself be interrupted by a second signal. Exiting at once is safe because every
+file that a command writes is complete or absent, as it has to be for SIGKILL too.
 
-This is the first module that `import fastcl` loads: in the command's own process it answers signals from then on, also
-while torch is imported. A process that merely uses the package keeps its own handlers. Only small modules are imported
-here, since nothing answers before this one is loaded.
+`import fastcl` loads this module first: in the process of the command it handles signals from then on, even while torch
+is imported. A process that merely uses the package keeps its own handlers. Only small modules are imported here,
+because signals are not handled before this one is loaded.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import select
 import signal
 import sys
 
-TYPE_CHECKING = False  # typing itself takes longer to import than the rest
+TYPE_CHECKING = False  # importing typing would take longer than everything else here
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
-_CONTINUED = ("demo", "train")  # commands that go on where they stopped
-_removed: set[Path] = set()  # files that go with the process
-_installed_in: list[int] = []  # the process whose signals are answered
+_CONTINUED = ("demo", "train")  # commands that can resume
+_removed: set[Path] = set()  # files to delete on exit by a signal
+_installed_in: list[int] = []  # id of the process whose signals are handled
 _ending: list[int] = []
 
 
 def install() -> None:
-    """Answer SIGINT, SIGTERM and SIGHUP of this process from now on; those that it ignores stay ignored (nohup)."""
+    """Handle SIGINT, SIGTERM and SIGHUP in this process from now on; ignored signals stay ignored (nohup)."""
     if not _installed_in:
         os.register_at_fork(after_in_child=_forget)
     _installed_in[:] = [os.getpid()]
@@ -39,14 +39,14 @@ def install() -> None:
 
 
 def finish() -> None:
-    """The command is done: a signal while the interpreter is taken apart must not change its exit status."""
+    """Ignore signals after the command has finished, so that none changes its exit status while Python shuts down."""
     for number in _WORDS:
         if signal.getsignal(number) == _end:
             signal.signal(number, signal.SIG_IGN)
 
 
 class removing:
-    """A block in which a signal that ends the process removes a file, one that is not complete yet."""
+    """Context in which a signal that ends the process also removes an incomplete file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,7 +59,7 @@ class removing:
 
 
 def line(word: str, arguments: Sequence[str]) -> str:
-    """What a command that was stopped says: how, and whether it goes on where it stopped."""
+    """Message of a command that was stopped: how, and whether it can resume."""
     more = "; the same command continues from the last checkpoint" if arguments and arguments[0] in _CONTINUED else ""
     return f"{word}{more}\n"
 
@@ -67,7 +67,7 @@ def line(word: str, arguments: Sequence[str]) -> str:
 def _end(number: int, _frame: object) -> None:
     if os.getpid() != _installed_in[0]:  # a child that has just been forked
         os._exit(128 + number)
-    if _ending:  # a second signal while the first is answered
+    if _ending:  # a second signal while the first is being handled
         return
     _ending.append(number)
     try:
@@ -83,31 +83,32 @@ def _end(number: int, _frame: object) -> None:
 
 
 def _end_children() -> None:
-    """Worker processes would find out for themselves, but only seconds later.
+    """Kill worker processes, which would otherwise notice only seconds later.
 
-    Killed, not terminated: Python drops signals that reach a child before it has set itself up after the fork.
+    Killed, not terminated: Python drops signals that reach a child before it is set up after the fork.
     """
     multiprocessing = sys.modules.get("multiprocessing")
     try:
         for child in multiprocessing.active_children() if multiprocessing is not None else ():
             child.kill()
-    except Exception:  # one has gone already, or torch reports its end by an exception out of a handler
+    except Exception:  # one has already exited, or torch's handler reports its exit by an exception
         pass
 
 
 def _say(text: str) -> None:
-    if sys.stderr is None:  # closed by the caller: the descriptor may be another file by now
+    if sys.stderr is None:  # closed by the caller: the descriptor may now belong to another file
         return
     try:
-        start = "\n" if os.isatty(2) else ""  # a progress bar stands on the terminal's line
-        if select.select([], [2], [], 1.0)[1]:  # a reader that has stopped reading must not keep the process alive
+        start = "\n" if os.isatty(2) else ""  # a progress bar may occupy the current line
+        if select.select([], [2], [], 1.0)[1]:  # do not block on a reader that has stopped reading
             os.write(2, f"{start}{text}".encode())
     except OSError:
         pass
 
 
 def _forget() -> None:
-    """In a forked child: a terminal's Ctrl-C reaches the whole group, and the parent ends its children itself."""
+    """Reset the handlers in a forked child. SIGINT is ignored: Ctrl-C reaches the whole process group, and the parent
+    ends its children itself."""
     for number in _WORDS:
         if signal.getsignal(number) == _end:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""The public names of the package itself, with torch and all that they need."""
+"""The public names of the package; importing this module loads torch and everything else they need."""
 
 from fastcl.dispatch import backend, last_backend
 from fastcl.errors import FastclError

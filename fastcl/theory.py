@@ -1,6 +1,6 @@
-"""Theorem 1 of arXiv 2510.08852 as numbers: how far self-supervised and supervised similarities can drift apart.
+"""Computes Theorem 1 of arXiv 2510.08852: how far self-supervised and supervised similarities can drift apart.
 
-The theorem speaks of similarity descent: gradient steps on the entries of the similarity matrix S itself, on shared
+The theorem is about similarity descent: gradient steps on the entries of the similarity matrix S itself, on shared
 batches of B anchors, under CL and under NSCL (fastcl's "dcl" and "nscl"). With d_t = ||S_t^CL - S_t^NSCL||_F, d_0 = 0,
 learning rates eta_t, temperature tau and largest class frequency pi_max, with probability at least 1 - delta
 
@@ -8,8 +8,8 @@ learning rates eta_t, temperature tau and largest class frequency pi_max, with p
     Delta    = 2 e^{2 / tau} (pi_max + eps) / (1 - pi_max - eps),  eps = sqrt(log(T B / delta) / (2 B))
     d_T     <= exp(sum eta_t / (2 tau^2 B)) (sum eta_t) Delta / (tau sqrt(B))                            (as printed)
 
-Delta bounds the L1 distance of two softmax distributions, which is at most 2 whatever the batch holds; where
-pi_max + eps >= 1 nothing but that 2 is known. Everything is in logarithms: published settings reach 10^2783.
+Delta bounds the L1 distance between two softmax distributions, which is never more than 2; if pi_max + eps >= 1, that 2
+is the only bound. Everything is computed in logarithms: published settings reach 10^2783.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fastcl.errors import FastclError
 
 _LN10 = math.log(10)
-_SMALLEST, _LARGEST = 1e-30, 1e30  # temperature and learning rate: what is computed of them stays in float64's range
+_SMALLEST, _LARGEST = 1e-30, 1e30  # temperature and learning rate: results stay in float64's range
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class CouplingBound:
     """The bounds of `similarity_coupling_bound`; every logarithm is to base 10.
 
     Attributes:
-        epsilon: eps, by how much a class can exceed its frequency in some batch.
-        log10_gap: of Delta as printed; inf where pi_max + eps >= 1.
+        epsilon: eps, the most by which a class can exceed its frequency in some batch.
+        log10_gap: Delta as printed; inf if pi_max + eps >= 1.
         log10_recurrence: T + 1 values; entry t bounds d_t (-inf at t = 0) by the recurrence, with min(Delta, 2).
-        log10_printed: of the theorem's closed form at T, with Delta as printed; inf where that is.
-        log10_largest: of `largest_drift(n)`; inf where no n was given.
+        log10_printed: the theorem's closed form at T, with Delta as printed; inf if Delta is.
+        log10_largest: `largest_drift(n)`; inf without n.
     """
 
     epsilon: float
@@ -50,7 +50,7 @@ class CouplingBound:
 
     @property
     def vacuous_from(self) -> int | None:
-        """The first t whose bound is no better than `largest_drift(n)`; None where every one is, or without n."""
+        """The first t whose bound is no better than `largest_drift(n)`; None if all are better, or without n."""
         reached = (t for t, value in enumerate(self.log10_recurrence) if value >= self.log10_largest)
         return next(reached, None)
 
@@ -63,20 +63,20 @@ def similarity_coupling_bound(
     delta: float = 0.01,
     n: int | None = None,
 ) -> CouplingBound:
-    """Bounds of the drift after each step of similarity descent (Theorem 1 and Lemma 7, arXiv 2510.08852).
+    """Bounds on the drift after each step of similarity descent (Theorem 1 and Lemma 7, arXiv 2510.08852).
 
-    A drift over some of the rows only, as over one batch, is no larger than that over all of them.
+    The drift over a subset of the rows, such as one batch, is no larger than that over all rows.
 
     Args:
         learning_rates: T numbers in [0, 1e30].
-        batch_size: B, anchors in a batch.
+        batch_size: B, the number of anchors in a batch.
         temperature: tau, above 1e-30.
         largest_class: pi_max in (0, 1], frequency of the most frequent class.
         delta: in (0, 1), probability with which the bound may fail.
-        n: rows of the similarity matrices that are compared: adds the trivial bound `largest_drift(n)`.
+        n: number of rows of the compared similarity matrices; adds the trivial bound `largest_drift(n)`.
 
     Raises:
-        FastclError: a value out of its range, or no learning rate.
+        FastclError: a value out of range, or no learning rates.
     """
     _check_range("temperature", temperature, _SMALLEST, math.inf)
     _check_range("largest_class", largest_class, 0.0, 1.0, includes_high=True)
@@ -107,8 +107,8 @@ def similarity_coupling_bound(
 
 
 def sampling_error(steps: int, batch_size: int, delta: float = 0.01) -> float:
-    """eps = sqrt(log(T B / delta) / (2 B)): with probability 1 - delta no class exceeds its frequency by more in any of
-    the T B anchors' batches (Hoeffding and a union bound; Theorem 1, arXiv 2510.08852).
+    """eps = sqrt(log(T B / delta) / (2 B)). With probability 1 - delta no class exceeds its frequency by more than eps
+    in any of the T B anchors' batches (Hoeffding and a union bound; Theorem 1, arXiv 2510.08852).
 
     Raises:
         FastclError: steps or batch_size below 1, delta outside (0, 1).
@@ -133,7 +133,7 @@ def largest_drift(n: int) -> float:
 
 
 def _log_gap(temperature: float, largest_class: float, epsilon: float) -> float:
-    """log Delta as printed, inf where its condition does not hold."""
+    """log Delta as printed; inf if its condition pi_max + eps < 1 does not hold."""
     share = largest_class + epsilon
     if share >= 1:
         return math.inf
