@@ -26,7 +26,8 @@ from ..common.numerics import LN2, begin, class_range, load_block, logits_of, pr
 
 
 class Plain(NamedTuple):
-    """Tiles first .. last - 1 outside the class range, of which n_before lie before it and the rest from hi on."""
+    """Plain tiles first .. last - 1. Of all plain tiles the first n_before lie before the class range, the rest after
+    it, from row hi on."""
 
     first: Any
     last: Any
