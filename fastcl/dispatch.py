@@ -118,8 +118,8 @@ def current_backend() -> Backend:
 
 
 def last_backend() -> UsedBackend:
-    """The backend that the most recent loss, statistic or similarity of this thread and context ran on; "none" before
-    the first. The torch code of the similarities counts as "chunked", or "dense" inside `backend("dense")`."""
+    """The backend of the most recent loss, statistic or similarity in this thread and context; "none" before the
+    first. The torch code of the similarities counts as "chunked", or "dense" inside `backend("dense")`."""
     return _thread.compiled.last or _last.get()
 
 
@@ -167,7 +167,7 @@ class _Calls:
 
     def __init__(self) -> None:
         self.names: list[Backend] = []
-        self.repeated: Counter[Any] = Counter()  # per backward pass
+        self.repeated: Counter[Any] = Counter()  # number of repeated calls, per backward pass
 
 
 _checkpoints: WeakKeyDictionary[Any, _Calls] = WeakKeyDictionary()

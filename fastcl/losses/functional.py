@@ -67,7 +67,7 @@ def contrastive_losses(
     """Several objectives from one pass over the similarities.
 
     Args:
-        objectives: names of `fastcl.OBJECTIVES`. The other arguments are those of `contrastive_loss`.
+        objectives: names of `fastcl.OBJECTIVES`. The other arguments are as in `contrastive_loss`.
 
     Returns:
         The loss of each name, in the order given.

@@ -37,7 +37,7 @@ class _Unlabelled(_TwoViewLoss):
         """Loss of two views, (B, D) each: a scalar, or (2B,) with reduction "none", z1's rows first."""
         return self._loss(z1, z2, **self._options())
 
-    if TYPE_CHECKING:  # nn.Module's returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, z1: Tensor, z2: Tensor) -> Tensor: ...
 
@@ -47,7 +47,7 @@ class _Labelled(_TwoViewLoss):
         """Loss of two views, (B, D) each, of samples with (B,) integer labels (-1: unlabelled): a scalar, or (2B,)."""
         return self._loss(z1, z2, labels, **self._options())
 
-    if TYPE_CHECKING:  # nn.Module's returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, z1: Tensor, z2: Tensor, labels: Tensor) -> Tensor: ...
 
@@ -56,27 +56,27 @@ class NTXentLoss(_Unlabelled):
     """NT-Xent (SimCLR, Chen et al. 2020): `fastcl.ntxent_loss` as a module.
 
     Args:
-        temperature: positive number, or an `nn.Parameter` with one element, which is learned with the rest.
+        temperature: positive number, or an `nn.Parameter` with one element, which is then learned.
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
 
     Raises:
-        FastclError: when it is called, as `fastcl.ntxent_loss`.
+        FastclError: when called, as `fastcl.ntxent_loss`.
     """
 
     _loss = staticmethod(F.ntxent_loss)
 
 
 class DCLLoss(_Unlabelled):
-    """Decoupled contrastive loss (Yeh et al. 2022), the CL of arXiv 2510.08852: `fastcl.dcl_loss` as a module.
+    """Decoupled contrastive loss (Yeh et al. 2022; CL in arXiv 2510.08852): `fastcl.dcl_loss` as a module.
 
     Args:
-        temperature: positive number, or an `nn.Parameter` with one element, which is learned with the rest.
+        temperature: positive number, or an `nn.Parameter` with one element, which is then learned.
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
 
     Raises:
-        FastclError: when it is called, as `fastcl.dcl_loss`.
+        FastclError: when called, as `fastcl.dcl_loss`.
     """
 
     _loss = staticmethod(F.dcl_loss)
@@ -86,13 +86,13 @@ class NSCLLoss(_Labelled):
     """Negatives-only supervised contrastive loss (arXiv 2510.08852): `fastcl.nscl_loss` as a module.
 
     Args:
-        temperature: positive number, or an `nn.Parameter` with one element, which is learned with the rest.
+        temperature: positive number, or an `nn.Parameter` with one element, which is then learned.
         positive_in_denominator: add the positive to the denominator, as the paper's published code does.
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
 
     Raises:
-        FastclError: when it is called, as `fastcl.nscl_loss`.
+        FastclError: when called, as `fastcl.nscl_loss`.
     """
 
     _loss = staticmethod(F.nscl_loss)
@@ -115,13 +115,12 @@ class SupConLoss(_Labelled):
     """Supervised contrastive loss L_out (Khosla et al. 2020, eq. 2): `fastcl.supcon_loss` as a module.
 
     Args:
-        temperature: positive number (its default is 0.1 here), or an `nn.Parameter` with one element, which is learned
-            with the rest.
+        temperature: positive number (default 0.1 here), or an `nn.Parameter` with one element, which is then learned.
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
 
     Raises:
-        FastclError: when it is called, as `fastcl.supcon_loss`.
+        FastclError: when called, as `fastcl.supcon_loss`.
     """
 
     _loss = staticmethod(F.supcon_loss)
@@ -139,7 +138,7 @@ class CLIPLoss(nn.Module):
         normalize: divide rows by their norms first (cosine similarities).
 
     Raises:
-        FastclError: when it is called, as `fastcl.clip_loss`.
+        FastclError: when called, as `fastcl.clip_loss`.
     """
 
     def __init__(self, normalize: bool = True) -> None:
@@ -147,9 +146,9 @@ class CLIPLoss(nn.Module):
         self.normalize = normalize
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
-        """Loss, a scalar, of (B, D) image and text embeddings; logit_scale: positive number or one-element tensor."""
+        """Scalar loss of (B, D) image and text embeddings; logit_scale: positive number or one-element tensor."""
         return F.clip_loss(image, text, logit_scale, self.normalize)
 
-    if TYPE_CHECKING:  # nn.Module's returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor: ...

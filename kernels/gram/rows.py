@@ -70,7 +70,7 @@ def measure_kernel(
     factors,  # (3, n) float64: s, m, r; None: rows are used as they are
     squares,  # (n,) float64: |v|^2
     margins,  # (n,) float64: <pilot, v>
-    peaks,  # (programs,) float64: the largest |v| of each program's rows
+    peaks,  # (programs,) float64: largest absolute entry of v in each program's rows
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
     n = features.n
