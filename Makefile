@@ -29,7 +29,7 @@ help:
 	@echo 'Another interpreter: make PYTHON=python3.12 demo (3.11 or newer).'
 
 # The stamp is removed before an update and restored only after the last step, so an interrupted install never counts as
-# complete: without a stamp the next run starts from an empty .venv, with an old one it updates the existing .venv.
+# complete. Without a stamp the next run starts from an empty .venv, with an old one it updates the existing .venv.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0])'
 	@if [ -e $@ ]; then \

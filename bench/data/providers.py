@@ -67,7 +67,7 @@ def loader_of(photos: Photos, case: Case, renderer: Renderer | None = None) -> V
 
 
 def reference(photos: Photos, case: Case) -> Batch:
-    """Both views of the first batch of epoch 0 by the reference function, on the CPU."""
+    """Both views of the first batch of epoch 0, made by the reference function on the CPU."""
     loader = loader_of(photos, case)
     images = [photos.split.image(int(p)) for p in loader.batch(0, 0)]
     return tuple(render_torchvision(images, params, case.spec) for params in _plan(loader, 0, 0))

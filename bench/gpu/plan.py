@@ -32,10 +32,7 @@ _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10")
 
 @dataclass(frozen=True)
 class Step:
-    """A command with its share of the time in seconds and its additional environment variables.
-
-    The command is for this interpreter or, if given, for `tool`, a program that must be found.
-    """
+    """Arguments for this interpreter or for `tool`, seconds at PART_MINUTES, and extra environment variables."""
 
     name: str
     command: tuple[str, ...]

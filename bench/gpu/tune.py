@@ -46,7 +46,7 @@ table is written anew after every row, so that a run that is stopped keeps what 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where and how much to try."""
+    """Device, sizes, candidates and limits of a tuning run."""
 
     device: torch.device
     n: int

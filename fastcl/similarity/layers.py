@@ -212,7 +212,7 @@ class _Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Evaluation mode and hooks, both undone at the end."""
+        """Set evaluation mode and hooks; undo both at the end."""
         modes = {module: module.training for module in self.model.modules()}
         modules = dict(self.model.named_modules())
         hooks = []
@@ -249,7 +249,7 @@ class _Recorder:
         return kept
 
     def stacked(self, names: list[str], batch: int) -> Tensor:
-        """(len(names), b^2) float64."""
+        """The matrices U of some layers as rows, (len(names), b^2) float64; NaN where CKA is undefined."""
         for name in names:
             if name not in self.matrices:
                 raise FastclError(f"layer {name!r} gave no float tensor of shape ({self.rows}, ...) on batch {batch}")

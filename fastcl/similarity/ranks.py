@@ -184,7 +184,7 @@ class _Bins:
         return ((values - self.smallest) / self.spread * self.steps).clamp_(max=math.nextafter(self.steps, 0))
 
     def index(self, values: Tensor) -> Tensor:
-        """The bin of each value; a larger value is never in a lower bin, rounding included."""
+        """The bin of each value; even with rounding, a larger value is never in a lower bin."""
         place = self._place(values)
         step = place.long()
         # place - step is at most 1 - 2^-53; times an integer, this rounds to less than that integer.

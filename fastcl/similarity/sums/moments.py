@@ -144,7 +144,7 @@ class Moments:
             self._sums[i, j] = moments.clone()
 
     def clear(self) -> None:
-        """Forget all rows but keep the pilots."""
+        """Drop all rows but keep the pilots."""
         self._sums, self._stack = {}, None
         self.swept = [pilot.new_zeros(()) for pilot in self.pilots]
 
