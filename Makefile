@@ -1,4 +1,4 @@
-# Every target works in .venv, which the first one makes and the later ones reuse.
+# Most targets work in .venv, which the first of them creates and later ones reuse.
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,8 +28,8 @@ help:
 	@echo 'The first of demo, check, test, lint, docs and bench installs everything into .venv: a few minutes and about 6 GB.'
 	@echo 'Another interpreter: make PYTHON=python3.12 demo (3.11 or newer).'
 
-# The stamp is taken away before an update and comes back after the last step only, so an interrupted install is never taken
-# for a whole one: without a stamp the next run starts from an empty .venv, with an old one it updates what is there.
+# The stamp is removed before an update and restored only after the last step, so an interrupted install never counts as
+# complete. Without a stamp the next run starts from an empty .venv, with an old one it updates the existing .venv.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0])'
 	@if [ -e $@ ]; then \

@@ -1,6 +1,7 @@
-"""Counts type errors by folder and holds them against the ceilings in pyproject.toml ([tool.fastcl.type-errors]).
+"""Compares type errors per folder with the ceilings in pyproject.toml ([tool.fastcl.type-errors]).
 
-A folder without a ceiling may have none. More errors than a ceiling fail; fewer ask to lower it.
+A folder without a ceiling must have no errors. More errors than a ceiling fail; with fewer, the ceiling should be
+lowered.
 """
 
 import json
@@ -16,17 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def folder_of(path: str, ceilings: Mapping[str, int]) -> str:
-    """The folder whose ceiling counts for a file, the innermost one; "" where none does."""
+    """The innermost folder around a file that has a ceiling, or ""."""
     above = [parent.as_posix() for parent in Path(path).parents]
     return next((folder for folder in above if folder in ceilings), "")
 
 
 def verdict(errors: Mapping[str, Sequence[str]], ceilings: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """What fails, and what should be lowered.
+    """Messages for failures, and for ceilings that should be lowered.
 
     Args:
-        errors: by path, relative to the checkout.
-        ceilings: by folder.
+        errors: messages by path relative to the checkout.
+        ceilings: allowed errors by folder.
     """
     found: dict[str, list[str]] = defaultdict(list)
     for path, lines in errors.items():
@@ -43,7 +44,7 @@ def verdict(errors: Mapping[str, Sequence[str]], ceilings: Mapping[str, int]) ->
 
 
 def errors_now() -> dict[str, list[str]]:
-    """What the checker says of this checkout, by path."""
+    """The type checker's errors in this checkout, by path."""
     command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 1):
@@ -58,7 +59,7 @@ def errors_now() -> dict[str, list[str]]:
 
 
 def main() -> int:
-    """Says what fails; the exit status."""
+    """Print the messages and return the exit status."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     failed, lower = verdict(errors_now(), project["tool"]["fastcl"]["type-errors"])
     print(*failed, *lower, sep="\n", end="\n" if failed or lower else "")

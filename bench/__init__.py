@@ -1,1 +1,1 @@
-"""Benchmarks of fastcl against what a user would write otherwise: `python -m bench.losses --out DIR`, `make bench`."""
+"""Benchmarks of fastcl against what users would write otherwise: `python -m bench.losses --out DIR`, `make bench`."""

@@ -1,4 +1,4 @@
-"""Make the tables and figures of README and docs from the results under bench/results/: none is typed by hand."""
+"""Make all tables and figures of README and docs from the results under bench/results/; none is typed by hand."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Tables: {", ".join(TABLES)}.
 
 
 def rendered(text: str, results: Path, page: str) -> str:
-    """The text of a page with every table as the results have it.
+    """The text of a page with every table made from the results.
 
     Raises:
-        ValueError: a mark without its end, or of a table that nobody makes; names the page.
+        ValueError: a mark without an end, or an unknown table; the message names the page.
     """
     marks, found = len(re.findall("<!-- (?:table: |end)", text)), _BLOCK.findall(text)
     if marks != 2 * len(found):
@@ -39,7 +39,7 @@ def rendered(text: str, results: Path, page: str) -> str:
 
 
 def draw(results: Path) -> None:
-    """Every figure of the results, beside its records."""
+    """Draw every figure of the results into the folder of its records."""
     for name, figure in (("losses", figures.losses), ("similarity", figures.similarity)):
         for file in sorted(results.rglob(f"{name}.json")):
             figure(read(file), file.parent)
@@ -48,7 +48,7 @@ def draw(results: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the pages and the figures, or with --check say which would change; returns the exit status."""
+    """Write the pages and the figures, or with --check print which pages would change; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.readme", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

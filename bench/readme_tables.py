@@ -1,4 +1,4 @@
-"""The tables of README and docs, each a function of the folder of results."""
+"""The tables of README and docs, each a function of the results folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.training import report as training_report
 from bench.training import waiting
 
 NOT_MEASURED = "Not measured."
-# Two models at hand, of all that was measured.
+# Measured (n, d) of two models held in memory that are shown.
 PAIRS = ((1000, 4096), (10_000, 512), (50_000, 512), (100_000, 512), (10_000, 2048))
 OURS = ("fastcl linear", ALL_THREE, "fastcl rbf")
 LIBRARIES = (ALL_THREE, "fastcl linear", "X'Y fp32", "authors' formulation", "torch-cka", "ckatorch", "rsatoolbox")
@@ -31,14 +31,14 @@ def read(*files: Path) -> list[Record]:
 
 
 def conditions(records: Sequence[Record]) -> str:
-    """Device, versions and date of a run, as a line."""
+    """Device, versions and date of a run in one line."""
     first = records[0]
     versions = (f"{name} {first['versions'][name]}" for name in ("torch", "triton") if name in first["versions"])
     return f"{first['device']}; {', '.join(versions)}; {first['date'][:10]}."
 
 
 def reason_word(r: Record) -> str:
-    """Why there is no time, in a word: "time", "memory", "failed"; nothing for what was never there to be timed."""
+    """Why a time is missing, in one word: "time", "memory" or "failed"; empty if it could not be timed at all."""
     reason = r["reason"]
     if reason is None or reason.startswith(("has no ", "timed on ")) or reason.endswith(" is not installed"):
         return ""
@@ -50,7 +50,7 @@ def reason_word(r: Record) -> str:
 
 
 def losses(records: Sequence[Record]) -> str:
-    """ms of every provider that has a time, a row for each objective, width and number of rows of each run."""
+    """ms of every timed provider; one row per objective, width, number of rows and run."""
     both = [r for r in records if r["pass"] == "both" or r["reason"]]
     ours = loss_targets.ours(records)
     names = [name for name in LOSSES if any(r["provider"] == name and r["wall_ms"] for r in both)]
@@ -76,12 +76,12 @@ def losses(records: Sequence[Record]) -> str:
 
 
 def ntxent(records: Sequence[Record]) -> str:
-    """The rows of `losses` of NT-Xent alone."""
+    """The table of `losses` for NT-Xent only."""
     return losses([r for r in records if r["objective"] == "ntxent"])
 
 
 def _row_key(r: Record) -> tuple[str, int, int, str]:
-    return r["objective"], r["d"], r["n"], r["date"]  # a date is that of one run: its times are comparable
+    return r["objective"], r["d"], r["n"], r["date"]  # a date identifies a run, whose times are comparable
 
 
 def _in_order(records: Sequence[Record]) -> Callable[[tuple[str, int, int, str]], tuple[int, int, int, str]]:
@@ -100,7 +100,7 @@ def _mib(size: int | None) -> str:
 
 
 def similarity(records: Sequence[Record]) -> str:
-    """fastcl beside the best dense Gram form that returns as much, of the cases that are shown."""
+    """fastcl and the fastest dense Gram form with the same measures, for the cases shown."""
     head = ("what", "measures", "ms", "of the bound", "best dense Gram form", "faster by", "MiB, fastcl", "MiB, dense")
     rows = []
     keys = (*KEYS, "date")
@@ -127,7 +127,7 @@ def _dense_reason(records: Sequence[Record], mine: Record) -> str:
 
 
 def libraries(records: Sequence[Record]) -> str:
-    """Other ways to a measure at n = 10,000, d = 512, of the run that has most of them."""
+    """Other ways to compute a measure at n = 10,000, d = 512, from the run that has most of them."""
     at = [
         r for r in records
         if r["section"] == "pair" and (r["n"], r["d"]) == (10_000, 512) and r["provider"] in LIBRARIES
@@ -143,7 +143,7 @@ def _cell_with_reason(r: Record) -> str:
 
 
 def pairs_of_twins(records: Sequence[Record]) -> str:
-    """twin_stats beside what it replaces and beside the losses alone."""
+    """twin_stats compared with the calls it replaces and with the losses alone."""
     names = (two_models.TOGETHER, two_models.APART, two_models.ALONE)
     whole = (r for r in records if r["section"] == "twins" and r["pass"] == "both")
     both = {(r["n"], r["precision"], r["provider"]): r for r in whole}
@@ -155,7 +155,7 @@ def pairs_of_twins(records: Sequence[Record]) -> str:
 
 
 def views(records: Sequence[Record]) -> str:
-    """Images a second and core-ms an image by size; the share of a training step that waits."""
+    """Images per second and core-ms per image by size, and the share of a training step spent waiting."""
     timed = [r for r in records if r["section"] == "views" and r["samples_ms"]]
     sizes = list(dict.fromkeys(r["size"] for r in timed))
     names = {r["size"]: f"{r['size']} pixels ({r['source']})" for r in timed}
@@ -177,12 +177,12 @@ def _rate(r: Record | None) -> str:
 
 
 def training_steps(records: Sequence[Record]) -> str:
-    """What a step of the trainer is made of."""
+    """The parts of a training step."""
     return training_report.steps_table([r for r in records if r["section"] == "steps"])
 
 
 def training_runs(records: Sequence[Record]) -> str:
-    """Alignment and accuracy at the end of the runs, and what the precision of the networks changes."""
+    """Alignment and accuracy at the end of the runs, and the effect of the networks' precision."""
     head = ("run", "model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe")
     rows = []
     for r in (r for r in records if r["section"] == "runs" and not r["reason"]):
@@ -195,7 +195,7 @@ def training_runs(records: Sequence[Record]) -> str:
 
 
 def omniglot(results: Path) -> str:
-    """Alignment with the reference after the last epoch of the run."""
+    """Alignment with the reference after the run's last epoch."""
     file = results / "omniglot" / "metrics.jsonl"
     if not file.is_file():
         return NOT_MEASURED
@@ -213,7 +213,7 @@ def omniglot(results: Path) -> str:
 
 
 def gpu(results: Path) -> str:
-    """Everything that bench.gpu measured; what is missing is named."""
+    """Everything that bench.gpu measured, or "Not measured."."""
     folder = results / "gpu"
     found = {name: read(folder / name / f"{name}.json") for name in ("data", "training")}
     all_losses, found["similarity"] = (

@@ -1,1 +1,1 @@
-"""The benchmark of the data part."""
+"""The benchmark of data loading and view rendering."""

@@ -1,6 +1,6 @@
-"""DALI's views again: the same bits whatever the batch, threads and order, and how far they are from the CPU's.
+"""Repeatability of DALI's views: equal bits for any batch, threads and order, and their difference from the CPU's.
 
-The JPEG engine of a GPU, which DALI gives a share of a batch by default, is off in fastcl: this says what it changes.
+By default DALI decodes a share of each batch on the GPU's JPEG engine; fastcl turns that off. This measures the effect.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastcl.data import Split, ViewParams, ViewPlan, ViewSpec, make_renderer
 from fastcl.data.renderers.choose import obstacle
 from fastcl.io.outputs import named_path
 
-LOADS = (0.0, 0.65)  # of the JPEG engine: fastcl's, and DALI's default
+LOADS = (0.0, 0.65)  # share of the JPEG engine: fastcl's setting and DALI's default
 CASE = inputs.Case(224, "clothing10.zip", ((400, 533), (533, 400)), "simclr", 64, 64)
 TINY = inputs.TINY[1]
 
@@ -35,7 +35,7 @@ fastcl's own setting changes a bit.
 
 
 def compared(split: Split, spec: ViewSpec, device: torch.device) -> Iterator[tuple[str, float, float]]:
-    """What was compared, and mean and largest difference in grey levels."""
+    """Each comparison's name, and its mean and largest difference in grey levels."""
     positions = np.arange(len(split))
     params = [ViewPlan(spec, 0).draw(0, split.ids, view, split.sizes) for view in (0, 1)]
     levels = 255 * torch.tensor(spec.std, device=device)[:, None, None]
@@ -66,7 +66,7 @@ def _of(params: Sequence[ViewParams], chosen: np.ndarray) -> list[ViewParams]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare and write; returns the exit status."""
+    """Compare and write the results; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.data.decoder", description=_DESCRIPTION)
     parser.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--data", type=named_path, metavar="FOLDER",
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 with mock.patch("fastcl.data.renderers.dali_graph.HW_DECODER_LOAD", load):
                     rows = list(compared(images.split, case.spec, device))
-            except Exception as problem:  # the other setting is still worth its comparison
+            except Exception as problem:  # go on with the other setting
                 found.append(record | {"reason": f"failed: {first_line(problem)}"})
                 failed.append(f"hw_decoder_load {load}: {first_line(problem)}")
                 continue

@@ -1,4 +1,4 @@
-"""The images that the benchmark of the data part reads: real ones where they are, else made up and named so."""
+"""The images of the data benchmark: real ones if available, else synthetic ones that are labelled as such."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fastcl.data.philox import Stream, permutation
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE_UP_CLASSES, QUALITY = 4, 75
-CIFAR_CLASS = 5000  # training images of a class; those of two at least are decoded beforehand
+CIFAR_CLASS = 5000  # training images per class; at least two classes are loaded, decoded beforehand
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: one pass over some images.
+    """One measured case: a pass over some images.
 
     Args:
         size: side of the views.
-        file: the real images.
-        sides: height and width of the made-up ones.
-        preset: the recipe.
-        images, batch: of a pass.
+        file: file of the real images.
+        sides: heights and widths of the synthetic images.
+        preset: recipe of the views.
+        images, batch: images in a pass and in a batch.
     """
 
     size: int
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def spec(self) -> ViewSpec:
-        """The recipe at this size."""
+        """The view settings at this size."""
         return ViewSpec.preset(self.preset, size=self.size)
 
     def __str__(self) -> str:
@@ -53,9 +53,9 @@ _FILES = {
     96: ("fruits65.zip", ((100, 100),), "tiny-imagenet"),
     224: ("clothing10.zip", ((533, 400),), "simclr"),
 }
-_COUNTS = {  # images and batch by device
+_COUNTS = {  # images and batch size by device
     "cpu": {32: (2048, 256), 96: (512, 64), 224: (128, 32)},
-    "cuda": {32: (32768, 2048), 96: (2048, 128), 224: (704, 44)},  # 16 batches: a DataLoader's worker makes whole ones
+    "cuda": {32: (32768, 2048), 96: (2048, 128), 224: (704, 44)},  # 16 batches: DataLoader workers make whole ones
 }
 CASES = {
     kind: tuple(Case(size, *_FILES[size], *counts) for size, counts in chosen.items())
@@ -66,12 +66,12 @@ TINY = (Case(12, "", ((16, 16),), "cifar", 8, 4), Case(20, "", ((24, 30), (30, 2
 
 @dataclass(frozen=True)
 class Photos:
-    """Images of a case, as a training run has them.
+    """Images of a case, as in a training run.
 
     Args:
-        source: all of them, for `fastcl.data.load`.
-        name: what the report calls them.
-        split: those of a pass: a whole number of batches, drawn from the training images.
+        source: the whole data set, for `fastcl.data.load`.
+        name: name in the report.
+        split: the images of a pass: a whole number of batches, drawn from the training images.
     """
 
     source: str
@@ -80,12 +80,12 @@ class Photos:
 
     @property
     def equally_sized(self) -> bool:
-        """Whether all images have one size."""
+        """Whether all images have the same size."""
         return bool((self.split.sizes == self.split.sizes[0]).all())
 
 
 def data_folder(given: Path | None) -> Path:
-    """Where real images are looked for: what was given, else FASTCL_DATA, else shared/data beside the checkout."""
+    """The folder of real images: the given one, else FASTCL_DATA, else ../shared/data relative to the checkout."""
     return given or Path(os.environ.get("FASTCL_DATA") or ROOT.parent / "shared" / "data")
 
 
@@ -93,15 +93,15 @@ def read(case: Case, folder: Path, scratch: Path) -> Photos:
     """The images of a case.
 
     Args:
-        folder: of the real ones.
-        scratch: an empty folder for made-up ones.
+        folder: where real images are looked for.
+        scratch: an empty folder for synthetic images.
     """
     real = folder / case.file
     if case.file and real.is_file():
         decoded = real.suffix == ".npz"
         source = f"{'cifar10' if decoded else 'folder'}:{real}"
         train = load(source, classes=max(2, -(-case.images // CIFAR_CLASS)) if decoded else None).train
-        # Of one size: some renderers take no other, and all are to make the same views.
+        # Only the most frequent size: some renderers need equal sizes, and all should make the same views.
         _, which, counts = np.unique(train.sizes, axis=0, return_inverse=True, return_counts=True)
         train = part(train, np.flatnonzero(which.reshape(-1) == counts.argmax()))
         name = real.stem
@@ -116,7 +116,7 @@ def read(case: Case, folder: Path, scratch: Path) -> Photos:
 
 
 def part(split: Split, positions: np.ndarray) -> Split:
-    """Some images of a split, in the order of (n,) positions."""
+    """The images of a split at (n,) positions, in that order."""
     facts = (values[positions] for values in (split.ids, split.labels, split.sizes))
     encoded = partial(_at, split.encoded, positions) if split.encoded else None
     return Split(*facts, partial(_at, split.image, positions), encoded)
@@ -127,7 +127,7 @@ def _at(read: Callable[[int], Any], positions: np.ndarray, i: int) -> Any:
 
 
 def _make_up(case: Case, folder: Path) -> None:
-    """Smooth colours with noise, which JPEG packs about as well as photographs, as an image tree."""
+    """Write an image tree of smooth colours with noise, which JPEG compresses about as well as photographs."""
     random = np.random.default_rng(0)
     for k in range(2 * case.images):
         height, width = case.sides[k % len(case.sides)]

@@ -1,7 +1,7 @@
-"""The same recipe of views by other people's libraries, whose random numbers are their own; imported when called.
+"""The same views by other libraries, which draw their own random numbers and are imported when called.
 
 Each function makes a feed, see `bench.data.providers`: torchvision's transforms in a DataLoader's workers, a DALI
-pipeline with seeded operators, kornia on batches. The last two decode in the way that their users do.
+pipeline with seeded operators, kornia on batches. The last two decode as their users usually do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WORKERS = os.cpu_count() or 1
 
 
 class _Samples(Dataset):
-    """Each sample of a pass as `view` of its pixels makes it, twice."""
+    """Each sample of a pass as `views` results of `view` on its pixels."""
 
     def __init__(self, photos: Photos, view: Callable[[Tensor], Tensor], views: int) -> None:
         self.photos, self.view, self.views = photos, view, views
@@ -42,10 +42,10 @@ def _loader(samples: _Samples, case: Case, device: torch.device) -> DataLoader:
 
 
 def torchvision_transforms(spec: ViewSpec, pillow: bool) -> nn.Module:
-    """The recipe as a user composes it.
+    """The views as a user would compose them.
 
     Args:
-        pillow: on Pillow's images, else on uint8 tensors.
+        pillow: work on Pillow images instead of uint8 tensors.
     """
     jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
     steps = [
@@ -59,7 +59,7 @@ def torchvision_transforms(spec: ViewSpec, pillow: bool) -> nn.Module:
 
 
 def torchvision(pillow: bool, photos: Photos, case: Case, device: torch.device) -> Callable[[int], Iterator]:
-    """torchvision's transforms, sample by sample, in as many workers as there are cores."""
+    """torchvision's transforms, sample by sample, with one worker per core."""
     loader = _loader(_Samples(photos, torchvision_transforms(case.spec, pillow), 2), case, device)
 
     def feed(epoch: int) -> Iterator[tuple[Tensor, ...]]:
@@ -72,7 +72,7 @@ def torchvision(pillow: bool, photos: Photos, case: Case, device: torch.device) 
 def kornia(photos: Photos, case: Case, device: torch.device) -> Callable[[int], Iterator]:
     """kornia's augmentations of whole batches on the device.
 
-    Pixels that are decoded beforehand wait there as uint8; the others are decoded by a DataLoader's workers.
+    Images decoded beforehand stay on the device as uint8; others are decoded by a DataLoader's workers.
     """
     augment = _kornia_recipe(case.spec).to(device)
     if photos.split.encoded is None:
@@ -104,10 +104,10 @@ def _kornia_recipe(spec: ViewSpec) -> nn.Module:
 
 
 def dali(views: bool, photos: Photos, case: Case, device: torch.device) -> Callable[[int], Iterator]:
-    """A DALI pipeline whose operators draw from their own seeds, as those of self-supervised libraries do.
+    """A DALI pipeline whose operators use their own seeds, as in self-supervised libraries.
 
     Args:
-        views: make two views, else decode alone.
+        views: make two views; otherwise only decode.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -162,7 +162,7 @@ def _dali_view(images: Any, spec: ViewSpec) -> Any:
     turn = either(jitter, fn.random.uniform(range=(-360 * spec.hue, 360 * spec.hue)), 0)
     x = fn.hsv(x, hue=turn, saturation=(1 - gray) * either(jitter, factor(spec.saturation), 1))
     if spec.blur:
-        # DALI takes a sigma of 0 for one to be found from the window: this one leaves the pixels as they are.
+        # DALI would derive a sigma of 0 from the window size; 0.1 leaves the pixels unchanged.
         sigma = either(coin(spec.blur), fn.random.uniform(range=spec.blur_sigma), 0.1)
         x = fn.gaussian_blur(x, sigma=sigma, window_size=spec.blur_kernel)
     scale = [[255 * v for v in values] for values in (spec.mean, spec.std)]
@@ -171,6 +171,6 @@ def _dali_view(images: Any, spec: ViewSpec) -> Any:
 
 
 def _dali_tensor(output: Any) -> Tensor:
-    """A copy: the buffers stay DALI's."""
+    """A copy, since DALI reuses its buffers."""
     dense = output.as_tensor()
     return torch.from_dlpack(dense).clone()

@@ -1,7 +1,7 @@
-"""What the benchmark of the data part times: ways to come from stored images to two views of each on the device.
+"""The providers of the data benchmark: ways to get from stored images to two views of each on the device.
 
-A feed is a callable of the epoch that returns an iterator of batches, tuples of tensors on the device; whatever a
-training run sets up once has been done when it exists.
+A feed is a callable of the epoch that returns an iterator of batches, tuples of tensors on the device. Creating it does
+all the setup that a training run does once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Feed: TypeAlias = Callable[[int], Iterator[Batch]]
 Open: TypeAlias = Callable[[Photos, Case, torch.device], Feed]
 
 SEED = 0
-LEVELS = 1.5  # grey levels by which our views may differ from the reference function's, in the mean of a batch
+LEVELS = 1.5  # maximum mean difference of our views from the reference function's over a batch, in grey levels
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Provider:
     """One way to make views.
 
     Args:
-        open: makes the feed; raises whatever a library raises that cannot do it.
-        devices, module, package: as `bench.losses.providers.Provider`.
-        views: whether it makes views: what makes none is part of the others' time, or the bound of it.
-        renderer: ours: the renderer's name; a failure or a wrong view makes the exit status 1.
-        unfit: why it cannot run on some images.
+        open: makes the feed; may raise any error of its library.
+        devices, module, package: as in `bench.losses.providers.Provider`.
+        views: whether it makes views; a provider without views measures a part, or a bound, of the others' time.
+        renderer: name of the renderer if it is one of fastcl's; then a failure or a wrong view sets exit status 1.
+        unfit: returns why it cannot run on the images, or None.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Provider:
     unfit: Callable[[Photos], str | None] = lambda photos: None
 
     def obstacle(self, photos: Photos, case: Case, device: torch.device) -> str | None:
-        """Why it cannot run on these images; None where it can."""
+        """Why it cannot run on these images, or None."""
         if reason := absence(self.devices, self.module, self.package, device):
             return reason
         if self.renderer:
@@ -61,13 +61,13 @@ class Provider:
 
 
 def loader_of(photos: Photos, case: Case, renderer: Renderer | None = None) -> ViewLoader:
-    """The loader of a training run, with as many workers as there are cores."""
+    """The loader of a training run, with one worker per core."""
     plan = ViewPlan(case.spec, SEED)
     return ViewLoader(photos.split, plan, case.batch, renderer=renderer, workers=peers.WORKERS)
 
 
 def reference(photos: Photos, case: Case) -> Batch:
-    """Both views of the first batch of epoch 0 by the reference function, on the CPU."""
+    """Both views of the first batch of epoch 0, made by the reference function on the CPU."""
     loader = loader_of(photos, case)
     images = [photos.split.image(int(p)) for p in loader.batch(0, 0)]
     return tuple(render_torchvision(images, params, case.spec) for params in _plan(loader, 0, 0))
@@ -124,7 +124,7 @@ def _sizes_differ(photos: Photos) -> str | None:
 def _no_dali(photos: Photos) -> str | None:
     try:
         found = importlib.util.find_spec("nvidia.dali")
-    except ModuleNotFoundError:  # nothing of nvidia's is installed
+    except ModuleNotFoundError:  # there is no nvidia package at all
         found = None
     return None if found else "nvidia-dali is not installed"
 

@@ -1,4 +1,4 @@
-"""The Markdown of the benchmark of the data part: its conditions, its targets, and a table for each size."""
+"""The Markdown of the data benchmark: conditions, targets, and a table for each size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRITON_TARGET, TRITON_SIZE, DECODER_SIZE = 1e6, 32, 224
 
 
 def header(facts: Record, args: argparse.Namespace, device: torch.device) -> str:
-    """The conditions of the run, before its first measurement."""
+    """The conditions of the run, written before its first measurement."""
     return f"""\
 # Data: decoding and two views
 
@@ -47,12 +47,12 @@ def body(records: Sequence[Record]) -> str:
 
 
 def rate(r: Record) -> float:
-    """Images a second of the median pass."""
+    """Images per second of the median pass."""
     return 1e3 * r["images"] / median(r["samples_ms"])
 
 
 def targets(records: Sequence[Record]) -> Iterator[Target]:
-    """Rows: target, where, found, reached."""
+    """Rows of the target table: target, where, found, reached."""
 
     def on_card(name: str, size: int) -> float | None:
         found = [r for r in records if r["section"] == "views" and r["provider"] == name and r["size"] == size]

@@ -1,4 +1,4 @@
-"""Images a second and core-seconds per image of decoding and two views, by every renderer and by other libraries."""
+"""Images per second and core-seconds per image for decoding and two views, by every renderer and other libraries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from fastcl.io.outputs import named_path
 BENCH = "data"
 SECTIONS = ("views", waiting.SECTION)
 PACKAGES = ("torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "kornia")
-WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of rounds before those that count: a GPU's clocks rise under load
+WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of untimed rounds first, since a GPU's clocks rise under load
 
 _DESCRIPTION = f"""\
 From stored images to two float32 views of each on the device: images a second and core-seconds per image, by the
@@ -70,7 +70,7 @@ stopped keeps what it has. For numbers worth quoting leave the machine to the ru
 
 @dataclass
 class Run:
-    """What all cases of a run share."""
+    """State shared by all cases of a run."""
 
     args: argparse.Namespace
     device: torch.device
@@ -80,7 +80,7 @@ class Run:
 
 @dataclass
 class Entry:
-    """A provider that can be timed on a case, and by how many grey levels its views differ from the reference's."""
+    """A provider that can be timed on a case, and the difference of its views from the reference in grey levels."""
 
     provider: Provider
     feed: Feed
@@ -89,7 +89,7 @@ class Entry:
 
 
 def levels(views: Batch, wanted: Batch, case: Case) -> tuple[float, float]:
-    """Mean and largest difference of normalised views in grey levels of 255."""
+    """Mean and largest difference of normalised views, in grey levels (0 to 255)."""
     std = torch.tensor(case.spec.std)[:, None, None]
     apart = torch.cat([(a.cpu() - b).abs() * std * 255 for a, b in zip(views, wanted, strict=True)])
     return float(apart.mean()), float(apart.max())
@@ -98,10 +98,10 @@ def levels(views: Batch, wanted: Batch, case: Case) -> tuple[float, float]:
 def check(
     provider: Provider, views: Batch, found: Photos, case: Case, device: torch.device
 ) -> tuple[float, float] | None:
-    """By how many grey levels the first batch of a renderer of ours differs; None for the other providers.
+    """Validate a first batch of views; return the difference in grey levels for our renderers, None for others.
 
     Raises:
-        ValueError: views that cannot be right.
+        ValueError: the views cannot be right.
     """
     shape = (case.batch, 3, case.size, case.size)
     for view in views:
@@ -120,7 +120,7 @@ def check(
 
 
 def one_pass(feed: Feed, epoch: int, device: torch.device) -> Batch:
-    """All images of the case, to the last view on the device. Returns the first batch."""
+    """Make all views of the case and wait until they are on the device; return the first batch."""
     batches = feed(epoch)
     first = next(batches)
     for _ in batches:
@@ -131,13 +131,13 @@ def one_pass(feed: Feed, epoch: int, device: torch.device) -> Batch:
 
 
 def core_seconds() -> float | None:
-    """Processor time so far of this process, its threads and its workers; None where the system does not tell."""
+    """Processor time so far of this process, its threads and its workers; None if the system does not report it."""
     ended, tick = os.times(), os.sysconf("SC_CLK_TCK")
     total = process_time() + ended.children_user + ended.children_system
     for child in multiprocessing.active_children():
         try:
             text = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:  # no such folder, or a worker that has just ended
+        except FileNotFoundError:  # no /proc, or a worker that has just ended
             return None
         fields = text.rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / tick
@@ -145,7 +145,7 @@ def core_seconds() -> float | None:
 
 
 def timer(feed: Feed, epochs: itertools.count, device: torch.device) -> dict[str, Sample]:
-    """Times of one pass in ms: on the wall clock, and of all cores together where that is known."""
+    """Times of one pass in ms: wall clock, and all cores together if known."""
     before, began = core_seconds(), perf_counter()
     one_pass(feed, next(epochs), device)
     wall, after = perf_counter() - began, core_seconds()
@@ -154,12 +154,12 @@ def timer(feed: Feed, epochs: itertools.count, device: torch.device) -> dict[str
 
 
 def probe(provider: Provider, found: Photos, case: Case, run: Run) -> tuple[str | None, Entry | None]:
-    """Why a provider cannot be timed on a case, or the entry that can."""
+    """The reason why a provider cannot be timed on a case, or its entry."""
     try:
         if reason := provider.obstacle(found, case, run.device):
             return reason, None
         feed = provider.open(found, case, run.device)
-        # The first pass loads code, starts workers and compiles kernels; the second shows what one takes.
+        # The first pass loads code, starts workers and compiles kernels; the second shows the time of a pass.
         first = one_pass(feed, 0, run.device)
         apart = check(provider, first, found, case, run.device) if provider.views else None
         began = perf_counter()
@@ -168,7 +168,7 @@ def probe(provider: Provider, found: Photos, case: Case, run: Run) -> tuple[str 
         if seconds > run.args.seconds:
             return f"over the limit of {run.args.seconds:g} s: one pass takes {seconds:.3g} s", None
         return None, Entry(provider, feed, *(apart or (None, None)))
-    except Exception as problem:  # whatever a library does not support, or does wrong, is its own record
+    except Exception as problem:  # any unsupported or failing case is recorded
         if reason := shortage(problem):
             return reason, None
         if provider.renderer:
@@ -177,7 +177,7 @@ def probe(provider: Provider, found: Photos, case: Case, run: Run) -> tuple[str 
 
 
 def run_case(case: Case, found: Photos, run: Run) -> list[Record]:
-    """All providers on one size: correctness, then times. Prints a line for each."""
+    """Check, then time all providers on one size; print a line for each."""
     records, entries = [], {}
     for provider in (p for p in PROVIDERS if p.name in run.args.providers):
         reason, entry = probe(provider, found, case, run)
@@ -213,7 +213,7 @@ def _record(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status (0 done, 1 a renderer of fastcl failed, 130 interrupted)."""
+    """Run the benchmark; return the exit status (0 done, 1 a renderer of fastcl failed, 130 interrupted)."""
     args, device = _arguments(argv)
     facts = machine(device)
     facts["versions"] |= versions(PACKAGES)

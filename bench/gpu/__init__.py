@@ -1,1 +1,1 @@
-"""What needs a GPU, with one command."""
+"""All checks and benchmarks that need a GPU, with one command."""

@@ -1,4 +1,4 @@
-"""The timetable of a run on a GPU: every step with its command and its share of the time."""
+"""The timetable of a GPU run: each step with its command and its share of the time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("losses", "similarity", "training")
-PART_MINUTES = 8.0  # of a card; a rehearsal, on a CPU under Triton's interpreter, has REHEARSAL_MINUTES
+PART_MINUTES = 8.0  # on a GPU; a rehearsal, on a CPU under Triton's interpreter, has REHEARSAL_MINUTES
 REHEARSAL_MINUTES = 20.0
 
 OURS = ("fastcl fp16", "fastcl fp32")
 TORCH = (*OURS, "plain PyTorch", "plain PyTorch bf16", "chunked bf16")
-COMPILED = ("torch.compile bf16", "flex_attention bf16")  # each takes seconds to compile for each size
+COMPILED = ("torch.compile bf16", "flex_attention bf16")  # each compiles for seconds at every size
 LIBRARIES = ("Inf-CL", "lightly", "pytorch-metric-learning", "authors' formulation")
 ACCUMULATED = ("fastcl PairAccumulator", "X'Y fp32", "X'Y tf32", "dense Gram tf32", "drawing the features alone")
 PAIRWISE = (
@@ -32,10 +32,7 @@ _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10")
 
 @dataclass(frozen=True)
 class Step:
-    """A command of this interpreter or of a tool, its share of the time, and what it adds to the environment.
-
-    `tool`: a program that must be found, and then comes first.
-    """
+    """Arguments for this interpreter or for `tool`, seconds at PART_MINUTES, and extra environment variables."""
 
     name: str
     command: tuple[str, ...]
@@ -45,13 +42,13 @@ class Step:
 
 
 def plan(out: Path, part: str, rehearse: bool) -> list[Step]:
-    """The steps of a part, in order: what later ones rest on comes first, what is slow and least needed last."""
+    """The steps of a part, in order: prerequisites first, slow and least important steps last."""
     steps = {"losses": _losses, "similarity": _similarity, "training": _training}[part](out, rehearse)
     return [_card(f"card, {part}"), *steps, _card(f"card afterwards, {part}")]
 
 
 def gpu_tests() -> list[str]:
-    """The files that hold a test marked gpu; others may import what is not there."""
+    """The files with a test marked gpu; others may import packages that are missing."""
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     return [path.relative_to(ROOT).as_posix() for path in paths if "mark.gpu" in path.read_text(encoding="utf-8")]
 
@@ -62,30 +59,30 @@ def _card(name: str) -> Step:
 
 
 def _losses(out: Path, rehearse: bool) -> Iterator[Step]:
-    # In a rehearsal the tests marked gpu skip themselves, and their tiny doubles run in their place.
+    # In a rehearsal the tests marked gpu skip themselves; tiny versions run instead.
     tests = ("tests/rowstats/test_gpu.py",) if rehearse else ("-m", "gpu", *gpu_tests())
     full, small = ("tiny", "tiny") if rehearse else ("full", "small")
     yield Step("ceilings", ("-m", "bench.harness.ceilings", "--out", str(out / "ceilings"), "--repeats", "10"), 25)
     yield Step("tests", (*_PYTEST, *_in_processes(), *tests), 75)
     yield from _loss_tables(out, rehearse)
     yield Step("repeat", ("-m", "bench.gpu.repeat", "--scale", full, "--out", str(out / "repeat")), 40)
-    # A caching allocator would hide accesses that leave their tensor but not its block.
+    # A caching allocator would hide accesses outside a tensor but inside its block.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # The first compiles what the second finds compiled. PyTorch asks CUDA for what may not be there: no error of ours.
+    # racecheck reuses the kernels that memcheck compiled. PyTorch probes CUDA for optional features: ignore API errors.
     for tool, seconds, options in (("memcheck", 45, ("--report-api-errors", "no")), ("racecheck", 30, ())):
         watched = ("--tool", tool, "--error-exitcode", "9", *options, sys.executable, "-m", "bench.gpu.workload")
         yield Step(tool, (*watched, "--scale", small), seconds, uncached, tool="compute-sanitizer")
 
 
 def _in_processes() -> tuple[str, ...]:
-    """Most of the tests' time is the compilation of kernels, which several processes share where pytest-xdist is."""
+    """Options for parallel tests if pytest-xdist is installed, since compiling kernels takes most of the time."""
     return ("-n", "8") if find_spec("xdist") else ()
 
 
 def _loss_tables(out: Path, rehearse: bool) -> Iterator[Step]:
-    """The benchmark in pieces, so that one that fails leaves the others; sizes by what the time allows."""
+    """The benchmark in pieces, so that a failing one does not stop the others, with sizes that fit the time."""
     together = ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon")  # targets compare them within one run
-    pieces = (  # name, share, objectives, rows, widths, providers, seconds a case and provider
+    pieces = (  # name, share, objectives, rows, widths, providers, seconds per case and provider
         ("losses", 55, ("ntxent",), (512, 4096, 16384, 65536), (128,), (*TORCH, *LIBRARIES), 1),
         ("losses-widths", 35, ("ntxent",), (65536,), (256, 512, 1024), (*TORCH, "Inf-CL"), 1),
         ("losses-compiled", 50, ("ntxent",), (65536,), (128, 256, 512), (*OURS[:1], *COMPILED), 1),
@@ -104,9 +101,9 @@ def _loss_tables(out: Path, rehearse: bool) -> Iterator[Step]:
 
 
 def _similarity(out: Path, rehearse: bool) -> Iterator[Step]:
-    """bench.similarity in pieces: the target first, then sizes around it, what is slow, and two models in one pass."""
+    """bench.similarity in pieces: the target first, then nearby sizes, slow cases, and two models in one pass."""
     pair = ("1000x512", "10000x512", "50000x512", "100000x512", "10000x2048")
-    pieces = (  # name, share, sections, sizes, providers, seconds a case and provider
+    pieces = (  # name, share, sections, sizes, providers, seconds per case and provider
         ("similarity", 80, ("models",), (), ACCUMULATED, 5),
         ("similarity-pair", 60, ("pair",), pair, (*ACCUMULATED, *PAIRWISE), 2),
         ("similarity-stream", 25, ("stream",), (), ACCUMULATED, 5),
@@ -131,5 +128,5 @@ def _training(out: Path, rehearse: bool) -> Iterator[Step]:
                 "--repeats", "3", "--providers", *DATA)  # fmt: skip
     yield bench("bench.data.decoder", 25, ())
     yield Step("views", (*_PYTEST, *_in_processes(), "tests/data/test_triton_views.py"), 45)
-    # Last: the runs take as many epochs as their time allows.
+    # Last, since the runs take as many epochs as fit their time.
     yield bench("bench.training", 295, ("--repeats", "2"), "--seconds", "40")

@@ -1,4 +1,4 @@
-"""The same bits every time: two runs, two processes, a CUDA graph; and the same numbers under torch.compile."""
+"""Repeatability: equal bits in two runs, two processes and a CUDA graph, and equal numbers under torch.compile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.harness.clocks import Graphs, first_line
 from bench.harness.records import check_out, table, write
 from fastcl.io.outputs import named_path
 
-TOLERANCE = 1e-6  # relative, of what torch.compile may change: it sums the row losses in another order
+TOLERANCE = 1e-6  # relative; torch.compile sums the row losses in another order
 
 _DESCRIPTION = """\
 Loss and gradient of every kind of kernel, computed again: in this process, in another one, in a captured CUDA graph
@@ -37,7 +37,7 @@ def checks(case: Case, expected: str | None) -> Iterator[tuple[str, bool | None,
     """Name, outcome (None: not run) and detail of each check of a case.
 
     Args:
-        expected: the digest from another process.
+        expected: the digest from another process, or None.
     """
     first = case.run()
     yield "two runs", digest(first) == digest(case.run()), ""
@@ -47,7 +47,7 @@ def checks(case: Case, expected: str | None) -> Iterator[tuple[str, bool | None,
     else:
         yield "CUDA graph", *_graph(case, first)
     if "fp16" not in case.name:
-        return  # the operator is the same to torch.compile, whatever its precision
+        return  # torch.compile sees the same operator at every precision
     yield "torch.compile", *_compiled(case, first)
 
 
@@ -56,13 +56,13 @@ def _graph(case: Case, first: tuple[Tensor, Tensor]) -> tuple[bool, str]:
         graphs = Graphs(case.forward, case.z)
         graphs.result()
         return digest(graphs.result()) == digest(first), ""
-    except Exception as error:  # the other cases are still worth their checks
+    except Exception as error:  # go on with the other cases
         torch.cuda.synchronize()
         return False, first_line(error)
 
 
 def _compiled(case: Case, first: tuple[Tensor, Tensor]) -> tuple[bool, str]:
-    # On a CPU Inductor would compile C++ for seconds; what is traced is the same.
+    # On a CPU Inductor would spend seconds compiling C++; the traced graph is the same.
     backend = "inductor" if case.z.device.type == "cuda" else "aot_eager"
     torch.compiler.reset()
     try:
@@ -75,7 +75,7 @@ def _compiled(case: Case, first: tuple[Tensor, Tensor]) -> tuple[bool, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run all checks and write them; returns 1 where one fails."""
+    """Run all checks and write the results; return 1 if one fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.repeat", description=_DESCRIPTION)
     parser.add_argument("--out", type=named_path, metavar="DIR",
         help="folder of the results; none: print digests alone")  # fmt: skip

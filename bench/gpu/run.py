@@ -1,4 +1,4 @@
-"""What needs a GPU, with one command: tests, ceilings, benchmarks, repeatability, sanitizers."""
+"""Everything that needs a GPU, with one command: tests, ceilings, benchmarks, repeatability, sanitizers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bench.gpu.plan import PART_MINUTES, PARTS, REHEARSAL_MINUTES, ROOT, Step, p
 from bench.harness.records import check_out, machine, table, write_file
 from fastcl.io.outputs import named_path
 
-GRACE = 15  # seconds that a step has to end itself after an interrupt: the benchmarks write what they have
+GRACE = 15  # seconds for a step to exit after an interrupt, so that benchmarks can write their results
 
 _DESCRIPTION = f"""\
 What needs a GPU, planned to take under {PART_MINUTES:g} minutes a part:
@@ -44,7 +44,7 @@ failed or ran out of time. `python -m bench.readme` makes the tables of the docu
 
 @dataclass
 class Outcome:
-    """What became of a step: "ok", "failed", "timed out", "interrupted" or "not run"."""
+    """The outcome of a step; its status is "ok", "failed", "timed out", "interrupted" or "not run"."""
 
     step: str
     command: str
@@ -56,18 +56,18 @@ class Outcome:
 
 
 def find_tool(name: str) -> str | None:
-    """A program on PATH, or in the folders for it of CUDA_HOME, by default /usr/local/cuda."""
+    """Path of a program: on PATH, or in bin or compute-sanitizer of CUDA_HOME (default: /usr/local/cuda)."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     folders = [os.path.join(home, part) for part in ("bin", "compute-sanitizer")]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
 def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -> Outcome:
-    """Run a step to its end or its limit.
+    """Run a step to its end or its time limit.
 
     Args:
         limit: seconds.
-        environment: of all steps.
+        environment: environment variables of all steps.
     """
     tool = find_tool(step.tool) if step.tool else sys.executable
     parts = ("python" if part == sys.executable else part for part in step.command)
@@ -95,7 +95,7 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
 
 
 def _new_log(path: Path) -> TextIO:
-    """An empty file: an older one goes, and a link of that name must not lead what is printed elsewhere."""
+    """A new empty log file. An old one is removed first, so that the output never follows a link of that name."""
     try:
         path.unlink(missing_ok=True)
         return path.open("x", encoding="utf-8")
@@ -104,9 +104,9 @@ def _new_log(path: Path) -> TextIO:
 
 
 def _stop(process: subprocess.Popen) -> int:
-    """Interrupt a step with all that it started, and kill what is left after the grace or at a second interrupt."""
+    """Interrupt a step and its child processes; kill them after the grace period or at a second interrupt."""
     for sign in (signal.SIGINT, signal.SIGKILL):
-        try:  # around the signal too: its answer may be the second interrupt
+        try:  # includes the signal: a second interrupt may arrive there
             os.killpg(process.pid, sign)
             return process.wait(GRACE)
         except ProcessLookupError:
@@ -133,14 +133,14 @@ def report(outcomes: Sequence[Outcome], facts: dict, out: Path) -> None:
 
 
 def _without_paths(text: str, out: Path) -> str:
-    """Text that reads the same wherever the run was."""
+    """Replace paths of this machine, so that the text is the same wherever the run was."""
     for path, name in ((str(out), "DIR"), (sys.prefix, "PREFIX"), (str(ROOT), ".")):
         text = text.replace(path, name)
     return text
 
 
 def _run_part(steps: Sequence[Step], out: Path, minutes: float, environment: dict[str, str]) -> Iterator[Outcome]:
-    """Run steps by the timetable that their shares of the minutes make; prints a line for each."""
+    """Run steps by the timetable of their shares, scaled to `minutes`; print a line for each."""
     ends = accumulate(minutes / PART_MINUTES * step.seconds for step in steps)
     began = perf_counter()
     for step, end in zip(steps, ends, strict=True):
@@ -151,7 +151,7 @@ def _run_part(steps: Sequence[Step], out: Path, minutes: float, environment: dic
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the parts; returns the exit status (0 all that ran are ok, 1 one failed, 130 interrupted)."""
+    """Run the parts; return the exit status (0 all steps that ran are ok, 1 one failed, 130 interrupted)."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     minutes = args.minutes or (REHEARSAL_MINUTES if args.rehearse else PART_MINUTES)
     facts = machine(torch.device("cpu" if args.rehearse else "cuda"))
     began, outcomes = perf_counter(), []
-    report(outcomes, facts, out)  # an older one must not pass for that of this run
+    report(outcomes, facts, out)  # replaces the report of an older run
     try:
         for part in dict.fromkeys(args.parts):
             for outcome in _run_part(plan(out, part, args.rehearse), out, minutes, environment):

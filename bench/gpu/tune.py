@@ -1,4 +1,4 @@
-"""The offline tuner: times tile sizes through real losses and writes the launch table of the contrastive kernels."""
+"""Offline tuner: times tile sizes with real losses and writes the launch table of the contrastive kernels."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from fastcl.kernels.common import launch
 
 Row: TypeAlias = dict[str, Any]
 
-# What is tried of each field, one field at a time from the present row on; rows of the working copies come in blocks of
-# 128, which every tile must divide. The width of a tile is a choice only where rows are taken piece by piece.
+# Values tried for each field, one field at a time, starting from the current row. Rows of the working copies come in
+# blocks of 128, which every tile must divide. A tile's width is a choice only if rows are processed in pieces.
 AXES = {"block_r": (32, 64, 128), "block_s": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3, 4)}
 WIDE_AXES = AXES | {"block_d": (32, 64, 128)}
-# The mode's split precision decides the loss: "none" and "peers" are half precision, "all" float32-grade.
+# (half precision, objective) by mode: "none" and "peers" are half precision, "all" has float32 accuracy.
 LOSSES = {"none": (True, "ntxent"), "peers": (True, "supcon"), "all": (False, "ntxent")}
-# By kernel the pass that it is timed in. The kernels for logits of any range run where the others may not, and rarely,
-# and those for two models in no loss: their rows are left as they are.
+# The pass in which each kernel is timed. Kernels for logits of any range rarely run, and those for two models run in no
+# loss: their rows are not tuned.
 KERNELS = {"forward": "fwd", "backward": "bwd", "weights": "bwd", "product": "bwd"}
 
 _DESCRIPTION = """\
@@ -46,30 +46,30 @@ table is written anew after every row, so that a run that is stopped keeps what 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where and how much to try."""
+    """Device, sizes, candidates and limits of a tuning run."""
 
     device: torch.device
     n: int
-    wide: int  # width for rows without a largest one
+    wide: int  # width for table rows without a maximum, and the largest width tried
     axes: Callable[[Row], dict[str, tuple[int, ...]]]
     repeats: int
     seconds: float
 
 
 def rows_of(table: list[Row], sm: int) -> list[Row]:
-    """The rows of an architecture that are tuned."""
+    """The rows to tune for an architecture."""
     return [row for row in table if row["arch"] == f"sm_{sm}" and row["kernel"] in KERNELS]
 
 
 def beats(candidate: list[float], present: list[float]) -> bool:
-    """Whether times are shorter by more than the larger of both interquartile ranges, on the median."""
+    """Whether the median time is shorter by more than the larger of the two interquartile ranges."""
     spread = max(upper - lower for lower, _, upper in (quantiles(times, n=4) for times in (candidate, present)))
     return median(present) - median(candidate) > spread
 
 
 @contextmanager
 def replaced(row: Row, config: Row) -> Iterator[None]:
-    """Launch as with another config in place of the row's, within the block."""
+    """Use another launch config instead of the row's within the block."""
     previous = dict(row)
     row.update(config)
     launch.config.cache_clear()
@@ -81,7 +81,7 @@ def replaced(row: Row, config: Row) -> Iterator[None]:
 
 
 def tune(row: Row, plan: Plan) -> Row:
-    """Try every value of every axis in turn, from the best config so far; the fields that win."""
+    """Try every value of every axis in turn, starting from the best config so far; return the winning fields."""
     half, objective = LOSSES[row["mode"]]
     d = min(row["max_d"] or plan.wide, plan.wide)
     z = torch.randn(plan.n, d, generator=torch.Generator().manual_seed(0)).to(plan.device).requires_grad_()
@@ -112,7 +112,7 @@ def tune(row: Row, plan: Plan) -> Row:
                 other, found = prepared(config)
                 agree({"present": wanted, "candidate": found}, tolerance)
                 times = interleave({"present": timer, "candidate": other}, plan.repeats, plan.seconds)
-            except Exception as error:  # a compiler's limits come as exceptions of many kinds
+            except Exception as error:  # compilers report limits with many exception types
                 print(f"  {axis}={value}: dropped: {first_line(error)}", flush=True)
                 continue
             present, candidate = (
@@ -127,12 +127,12 @@ def tune(row: Row, plan: Plan) -> Row:
 
 
 def write(table: list[Row], path: Path) -> None:
-    """The table, a row a line."""
+    """Write the table, one row per line."""
     write_file(path, "[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Tune and write the table; returns the exit status (0 done, 1 a row fails, 130 interrupted)."""
+    """Tune and write the table; return the exit status (0 done, 1 a row fails, 130 interrupted)."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.tune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse:
         if args.out is None:
             parser.error("--rehearse: its times mean nothing and must not replace the table; give --out")
-        if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported, which it has been
+        if os.environ.get("TRITON_INTERPRET") != "1":  # Triton read it at import, so start again
             command = [sys.executable, "-m", "bench.gpu.tune", *(sys.argv[1:] if argv is None else argv)]
             return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
         plan = Plan(torch.device("cpu"), 64, 16, lambda row: {"block_s": (32,)}, 3, 1)
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         plan = Plan(torch.device("cuda"), 16384, 512, lambda row: AXES if row["max_d"] else WIDE_AXES, 15, 2)
         capability = torch.cuda.get_device_capability()
-    table = launch._rows()  # the very rows that the launches read
+    table = launch._rows()  # the same row objects that launches read
     rows = rows_of(table, launch.architecture(capability))
     rows = [row for row in rows if row["mode"] == "none" and row["max_d"] == 64] if args.rehearse else rows
     changed = failed = 0
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
             try:
                 best = tune(row, plan)
-            except Exception as error:  # the other rows are still worth their time
+            except Exception as error:  # go on with the other rows
                 print(f"  the present row fails: {first_line(error)}", file=sys.stderr, flush=True)
                 failed += 1
                 continue

@@ -14,13 +14,13 @@ from torch import Tensor
 import fastcl
 from bench.losses.providers import OBJECTIVES, fused
 
-# Rows and widths: the second width is one that no program holds in one piece. "tiny" is for the interpreter.
+# Rows and widths; rows of the second width do not fit one program. "tiny" is for the interpreter.
 SCALES = {"tiny": (40, (16, 272)), "small": (300, (64, 320)), "full": (4096, (128, 512))}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss of z: `forward` returns it, z is a leaf."""
+    """A loss of the leaf z, computed by `forward`."""
 
     name: str
     forward: Callable[[], Tensor]
@@ -33,10 +33,10 @@ class Case:
 
 
 def cases(scale: str, device: torch.device) -> Iterator[Case]:
-    """The cases of a scale, on a device.
+    """The cases of a scale on a device.
 
-    Both widths with NT-Xent in both precisions; the other objectives on the first width, CLIP also with a temperature
-    that learns, for which the range of the logits is not known beforehand.
+    NT-Xent at both widths and precisions; the other objectives at the first width, CLIP also with a learnable
+    temperature, for which the range of the logits is not known in advance.
     """
     n, widths = SCALES[scale]
     labels = torch.arange(n // 2, device=device) % 7
@@ -52,13 +52,13 @@ def cases(scale: str, device: torch.device) -> Iterator[Case]:
 
 
 def learnable(half: bool, scale: Tensor, z: Tensor) -> Tensor:
-    """CLIP with a scale that gets a gradient."""
+    """CLIP loss with a learnable scale."""
     with fastcl.backend("triton"), torch.autocast(z.device.type, torch.float16, enabled=half):
         return fastcl.clip_loss(*z.chunk(2), scale)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run all cases once; returns 1 where a loss or gradient is not finite, else 0."""
+    """Run all cases once; return 1 if a loss or gradient is not finite, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.workload", description=__doc__)
     parser.add_argument("--scale", choices=SCALES, required=True, help="sizes; tiny is for the interpreter")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

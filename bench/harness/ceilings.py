@@ -1,4 +1,4 @@
-"""What this machine reaches at most: matrix products, copies in its memory, exponentials; and the bound they set."""
+"""Peak rates of this machine for matrix products, memory copies and exponentials, and the time bounds they imply."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bench.harness.clocks import Sample, time_call
 from bench.harness.records import Record, add_arguments, check_out, device_of, machine, record, table, write
 
 BENCH = "ceilings"
-NARROW = 256  # rows up to this width fit one program, whose backward pass makes every product once for each row
-_WARM_UP = 0.2  # seconds: clocks rise under load
+NARROW = 256  # rows up to this width fit one program; its backward pass computes every product once per row
+_WARM_UP = 0.2  # seconds, since clocks rise under load
 
 _DESCRIPTION = """\
 The ceilings of this machine: large matrix products in fp16 and bf16 (TFLOP/s), copies within the device's memory
@@ -29,22 +29,22 @@ exponentials then need TRITON_INTERPRET=1.
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates that were measured: floating-point operations, bytes and exponentials a second."""
+    """Measured rates: floating-point operations, bytes and exponentials per second."""
 
     flops: float
     bytes: float
     exponentials: float
 
     def bound_ms(self, objective: str, n: int, d: int) -> dict[str, float]:
-        """The least time of each pass of an objective on n rows of width d, in ms, whatever its precision.
+        """A lower bound in ms on each pass of an objective on n rows of width d, at any precision.
 
-        Two views: the forward pass meets each pair of rows once (n n d floating-point operations, n n / 2
-        exponentials). The backward pass takes 4 n n d and n n exponentials where a row's gradient has one owner (d up
-        to 256), 3 n n d and n n / 2 beyond. Two towers of m = n / 2 rows: 2 m m d and m m forward, 8 m m d and 2 m m,
-        or 6 m m d and m m, backward. In each pass the slowest of products, exponentials and memory (the rows read, in
-        the backward pass the gradient written too) counts: they can overlap.
+        Two views: the forward pass visits each pair of rows once (n n d floating-point operations, n n / 2
+        exponentials). The backward pass takes 4 n n d and n n exponentials if one program owns a row's gradient (d up
+        to 256), else 3 n n d and n n / 2. Two towers of m = n / 2 rows: 2 m m d and m m forward, 8 m m d and 2 m m, or
+        6 m m d and m m, backward. Products, exponentials and memory traffic (reading the rows and, in the backward
+        pass, writing the gradient) can overlap, so the slowest of them is the bound of a pass.
         """
-        # Without a mirror image every pair of towers counts twice what a pair of views does.
+        # Pairs of towers have no mirror image, so each costs twice what a pair of views does.
         pairs = 2 * (n / 2) ** 2 if objective == "clip" else n * n
         products, exponentials = (4, pairs) if d <= NARROW else (3, pairs / 2)
         memory = 4 * n * d
@@ -53,7 +53,7 @@ class Ceilings:
         return {"fwd": forward, "bwd": backward, "both": forward + backward}
 
     def slowest_ms(self, flops: float, exponentials: float, size: float) -> float:
-        """ms of the slowest of floating-point operations, exponentials and bytes, each at its ceiling."""
+        """Time in ms of the slowest of floating-point operations, exponentials and bytes, each at its peak rate."""
         return 1e3 * max(flops / self.flops, exponentials / self.exponentials, size / self.bytes)
 
     def __str__(self) -> str:
@@ -64,8 +64,8 @@ class Ceilings:
 
 
 def measure(device: torch.device, repeats: int = 15) -> tuple[Ceilings, list[tuple[str, float, list[Sample]]]]:
-    """The ceilings of a device, from medians; and for each its name, its work in one call, and the times."""
-    from bench.harness.exponentials import exponentials_kernel  # Triton is not everywhere where the benchmarks run
+    """The ceilings of a device, from medians, and for each the name, the work of one call and the times."""
+    from bench.harness.exponentials import exponentials_kernel  # benchmarks also run without Triton
 
     cuda = device.type == "cuda"
     found = []
@@ -88,11 +88,11 @@ def measure(device: torch.device, repeats: int = 15) -> tuple[Ceilings, list[tup
 
 
 def of_host(tiny: bool) -> Ceilings:
-    """The ceilings of the CPU in float32, by PyTorch's own functions."""
+    """The ceilings of the CPU in float32, measured with PyTorch's functions."""
     device, repeats, size = torch.device("cpu"), 5, 256 if tiny else 2048
     source = torch.rand(2**16 if tiny else 2**26)
     target = torch.empty_like(source)
-    near, out = source[: 2**16], target[: 2**16]  # in cache: the bound of the function, not of the memory
+    near, out = source[: 2**16], target[: 2**16]  # in cache, so that exp is the limit, not memory
     calls = (
         (2.0 * size**3, products(torch.float32, size, device, repeats)),
         (2.0 * source.nbytes, _times(lambda: target.copy_(source), device, repeats)),
@@ -102,7 +102,7 @@ def of_host(tiny: bool) -> Ceilings:
 
 
 def products(dtype: torch.dtype, size: int, device: torch.device, repeats: int) -> list[Sample]:
-    """Times of the product of two size x size matrices."""
+    """Times of one product of two size x size matrices."""
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     return _times(partial(torch.mm, a, b, out=torch.empty_like(a)), device, repeats)
 
@@ -117,7 +117,7 @@ def _times(call: Callable[[], object], device: torch.device, repeats: int) -> li
 
 
 def records(found: list[tuple[str, float, list[Sample]]], facts: Record) -> list[Record]:
-    """A record per ceiling; `work` is what one call does: floating-point operations, bytes or exponentials."""
+    """A record per ceiling; `work` is the floating-point operations, bytes or exponentials of one call."""
     made = []
     for name, work, times in found:
         flops = (work, work) if name.startswith("matmul") else None
@@ -127,7 +127,7 @@ def records(found: list[tuple[str, float, list[Sample]]], facts: Record) -> list
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write; returns the exit status."""
+    """Measure and write the results; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.harness.ceilings",
         description=_DESCRIPTION,

@@ -1,4 +1,4 @@
-"""Clocks: times of the passes of a call, eagerly and replayed from CUDA graphs; rounds; peak memory of a call."""
+"""Timing of eager passes and of CUDA graph replays, interleaved rounds of measurements, and peak memory of a call."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 PASSES = ("fwd", "bwd", "both")
-MIN_ROUNDS = 3  # a median and a spread need that many, however slow the case
-_HEAD_START = 1_000_000  # clock cycles, about half a millisecond: that long the device is busy before a replay
+MIN_ROUNDS = 3  # needed for a median and a spread, however slow the case
+_HEAD_START = 1_000_000  # clock cycles, about half a millisecond, that the device waits before a replay
 
 Prepare: TypeAlias = Callable[..., tuple[Callable[[], object], Callable[[], object]]]
 
 
 class Sample(NamedTuple):
-    """Times of one pass of one call, in ms; None where the clock does not apply."""
+    """Times of one pass of one call in ms; None if a clock does not apply."""
 
     wall: float | None
     gpu: float | None = None
@@ -33,14 +33,14 @@ Timer: TypeAlias = Callable[[], dict[str, Sample]]
 
 
 class Peak(NamedTuple):
-    """Peak memory of a call beyond its inputs, and the duration of this call in seconds."""
+    """Peak memory of a call beyond its inputs, and its duration in seconds."""
 
     bytes: int
     seconds: float
 
 
 def time_passes(forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
-    """Times of one forward and one backward pass on the device of `leaf`, whose old gradient goes beforehand.
+    """Times of one forward and one backward pass on the device of `leaf`; clears its gradient first.
 
     Args:
         forward: returns a scalar that depends on `leaf`.
@@ -70,7 +70,7 @@ def time_passes(forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> Sample:
-    """Times of one call that has no backward pass: on the wall clock to its end, on CUDA also between events."""
+    """Times of one call without a backward pass: wall clock until it has finished, on CUDA also between events."""
     if device.type != "cuda":
         began = perf_counter()
         call()
@@ -86,44 +86,44 @@ def time_call(call: Callable[[], object], device: torch.device) -> Sample:
 
 
 class Graphs:
-    """The passes of a call as CUDA graphs, which share one pool of memory: replay `fwd`, then `bwd`; or `both`."""
+    """The passes of a call as CUDA graphs with a shared memory pool: replay `fwd`, then `bwd`; or `both`."""
 
     def __init__(self, forward: Callable[[], Tensor], leaf: Tensor) -> None:
-        """Capture; arguments as `time_passes`, warmed up by the caller.
+        """Capture the passes; arguments as in `time_passes`, warmed up by the caller.
 
         Raises:
-            Exception: whatever a call that cannot be captured raises; the current stream is as before.
+            Exception: any error of a call that cannot be captured; the current stream is restored.
         """
-        gc.collect()  # a graph of autograd that a cycle keeps alive would tie the leaf to the stream that made it
+        gc.collect()  # an autograd graph kept alive by a reference cycle ties the leaf to the stream that created it
         self.fwd, self.bwd, self.both = (torch.cuda.CUDAGraph() for _ in range(3))
         previous = torch.cuda.current_stream(leaf.device)
         stream, pool = torch.cuda.Stream(leaf.device), torch.cuda.graph_pool_handle()
         try:
             stream.wait_stream(previous)
-            with torch.cuda.stream(stream):  # libraries set up their workspaces stream by stream
+            with torch.cuda.stream(stream):  # libraries create their workspaces per stream
                 torch.autograd.grad(forward(), leaf)
             previous.wait_stream(stream)
             with torch.cuda.graph(self.fwd, pool=pool, stream=stream):
                 self.loss = forward()
             with torch.cuda.graph(self.bwd, pool=pool, stream=stream):
                 (self.grad,) = torch.autograd.grad(self.loss, leaf)
-            self.loss = self.loss.detach()  # as above: eager passes would wait for the stream of the capture
-            # Its memory is what the two left free: after it, both must be replayed anew before their results are read.
+            self.loss = self.loss.detach()  # as above: eager passes would wait for the capture stream
+            # It reuses memory of the other two: after a replay of it, replay them again before reading their results.
             with torch.cuda.graph(self.both, pool=pool, stream=stream):
                 torch.autograd.grad(forward(), leaf)
         finally:
-            torch.cuda.set_stream(previous)  # a capture that fails leaves its own stream current
+            torch.cuda.set_stream(previous)  # a failed capture leaves its own stream current
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Replay forward and backward pass: the loss and the gradient."""
+        """Replay the forward and backward pass; return the loss and the gradient."""
         self.fwd.replay()
         self.bwd.replay()
         return self.loss.clone(), self.grad.clone()
 
     def time(self) -> dict[str, float]:
-        """Milliseconds of a replay of each pass."""
+        """Time of a replay of each pass in ms."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]
-        # The device waits until all is queued, so that it never waits for this process afterwards.
+        # Keep the device busy until everything is queued, so that it never waits for this process.
         torch.cuda._sleep(_HEAD_START)
         events[0].record()
         self.fwd.replay()
@@ -139,13 +139,13 @@ class Graphs:
 
 
 def replayed(graphs: Graphs, forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
-    """Times as `time_passes`: those of the device from replays, that of the wall clock from an eager call."""
+    """Times as in `time_passes`: device times from replays, the wall-clock time from an eager call."""
     eager = time_passes(forward, leaf)
     return {run: Sample(eager[run].wall, gpu) for run, gpu in graphs.time().items()}
 
 
 def timer_of(forward: Callable[[], Tensor], leaf: Tensor, capture: bool) -> tuple[Timer, str | None]:
-    """A timer of all passes, and how it times the device: "graph", "events"; None on a CPU.
+    """A timer of all passes, and its method on the device: "graph" or "events"; None on a CPU.
 
     Args:
         capture: whether to try CUDA graphs; a call that cannot be captured is timed between events.
@@ -160,7 +160,7 @@ def timer_of(forward: Callable[[], Tensor], leaf: Tensor, capture: bool) -> tupl
         if not torch.allclose(graphs.result()[0], forward().detach(), rtol=1e-2):
             raise RuntimeError("its replay gives another loss")
         return partial(replayed, graphs, forward, leaf), "graph"
-    except Exception as error:  # the reason differs from library to library: any call may do what a graph cannot hold
+    except Exception as error:  # any library may do something that cannot be captured, with its own error
         print(f"  no CUDA graph: {first_line(error)}", flush=True)
         torch.cuda.synchronize()
         return eager, "events"
@@ -174,16 +174,16 @@ def first_line(error: BaseException) -> str:
 def interleave(
     timers: dict[str, Timer], repeats: int, seconds: float, warm_up: float = 0
 ) -> dict[str, dict[str, list[Sample]]]:
-    """Samples of every provider, taken in rounds in which each runs once: a drift of the machine hits all alike.
+    """Samples of every provider, in rounds in which each runs once, so that a drift of the machine affects all alike.
 
     Args:
         timers: by provider, a call that times all passes once; warmed up by the caller.
-        repeats: rounds at most.
-        seconds: time per provider after which no round begins, `MIN_ROUNDS` excepted.
-        warm_up: seconds of rounds beforehand whose times are dropped, for clocks that rise under load.
+        repeats: maximum number of rounds.
+        seconds: time per provider after which no round starts, except for the first `MIN_ROUNDS`.
+        warm_up: seconds of untimed rounds first, for clocks that rise under load.
 
     Returns:
-        By provider and pass, one sample a round.
+        By provider and pass, one sample per round.
     """
     names = list(timers)
     began = perf_counter()
@@ -195,7 +195,7 @@ def interleave(
     for k in range(repeats):
         if k >= MIN_ROUNDS and perf_counter() - began > seconds * len(names):
             break
-        first = k % len(names)  # nobody always follows the same neighbour
+        first = k % len(names)  # each round starts with another provider
         for name in names[first:] + names[:first]:
             for run, sample in timers[name]().items():
                 found[name].setdefault(run, []).append(sample)
@@ -207,18 +207,18 @@ def measure_peak(prepare: Prepare, device: str, *args: Any) -> Peak:
 
     Args:
         prepare: a module-level function of device and args that builds the inputs and returns a warm-up and the call.
-            The warm-up loads code and must be tiny on a CPU: a high-water mark never falls, and counts from there.
+            The warm-up loads code and must be tiny on a CPU: a high-water mark never falls and is the baseline.
         device: "cpu" or "cuda".
-        args: whatever else `prepare` takes, picklable.
+        args: further picklable arguments of `prepare`.
 
     Raises:
         BrokenProcessPool: the process was killed, as the system does when memory runs out.
-        Exception: whatever the call raised.
+        Exception: any error of the call.
     """
     if torch.device(device).type == "cuda":
         return _peak_here(prepare, device, *args)
-    # Forked from a server that has imported what all need and never ran anything large: a process that is forked and
-    # executed inherits the high-water mark of its parent on Linux, and would hide its own below it.
+    # Fork from a server that has imported the common modules and never ran anything large: on Linux a process inherits
+    # the high-water mark of its parent, even through exec, and a large one would hide its own.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "fastcl"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -242,5 +242,5 @@ def _peak_here(prepare: Prepare, device: str, *args: Any) -> Peak:
 def _high_water(cuda: bool) -> int:
     if cuda:
         return torch.cuda.max_memory_allocated()
-    # Linux counts in KiB, macOS in bytes.
+    # ru_maxrss is in KiB on Linux, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""The kernel behind the ceiling of exponentials."""
+"""The kernel that measures the peak rate of exponentials."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def exponentials_kernel(x, y, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
-    """ROUNDS exponentials of each element, one on the other: memory and everything else stand back."""
+    """Apply exp2 ROUNDS times per element, so that the exponential unit, not memory, is the limit."""
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(x + o_n)
     for _ in range(ROUNDS):

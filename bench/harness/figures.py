@@ -1,4 +1,4 @@
-"""The figures of the benchmarks: time and peak memory against the number of rows, a line for each provider."""
+"""Figures of the benchmarks: time and peak memory against the number of rows, one line per provider."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from bench.harness.records import Record, duration, write_file
 
 CAPTION = "A line ends where the next size did not fit the limits of the run."
-# By provider: colour (Okabe and Ito, and more), marker, dashed where it is another formulation's or library's.
+# Colour (Okabe and Ito, and more), marker and line style by provider; other formulations and libraries are dashed.
 SIMILARITY = {
     "fastcl PairAccumulator": ("#0072B2", "o", "-"),
     "dense Gram tf32": ("#E69F00", "^", "-"),
@@ -44,7 +44,7 @@ _BOUND = ("#000000", "", ":")
 
 @dataclass(frozen=True)
 class Line:
-    """A provider's line: by rows, ms and peak bytes, each None where it was not measured."""
+    """A provider's line: (ms, peak bytes) by number of rows, each None if not measured."""
 
     label: str
     style: tuple[str, str, str]
@@ -52,7 +52,7 @@ class Line:
 
 
 def similarity(records: Sequence[Record], folder: Path) -> str | None:
-    """Two models at hand, of the width that has most sizes; the file's name, or None without sizes or matplotlib."""
+    """Draw two models held in memory, at the width with the most sizes; return the file name, None if not drawn."""
     chosen = _most([r for r in records if r["section"] == "pair" and r["wall_ms"] and r["provider"] in SIMILARITY])
     lines = []
     for name, style in SIMILARITY.items():
@@ -65,7 +65,7 @@ def similarity(records: Sequence[Record], folder: Path) -> str | None:
 
 
 def losses(records: Sequence[Record], folder: Path) -> str | None:
-    """NT-Xent, forward and backward together, and its bound where there is one; returns as `similarity` does."""
+    """Draw NT-Xent, forward and backward together, and its bound if any; returns what `similarity` does."""
     chosen = _most([
         r for r in records if r["objective"] == "ntxent" and r["pass"] == "both" and r["wall_ms"]
         and r["provider"] in LOSSES
@@ -83,7 +83,7 @@ def losses(records: Sequence[Record], folder: Path) -> str | None:
 
 
 def of_run(run: Path) -> None:
-    """Write the report's figures of a run's alignment and drift, on white; the latter where it was recorded."""
+    """Write the report's figures of a run's alignment and, if recorded, its drift, on a white background."""
     from fastcl.report.drawing import svg
     from fastcl.report.figures import PLATES
     from fastcl.report.run import load_run
@@ -92,13 +92,13 @@ def of_run(run: Path) -> None:
     for plate in PLATES:
         if plate.name in ("alignment", "drift") and plate.shown(found):
             text = svg(plate, found)
-            for name, colour in (("var(--ink)", "#24292f"), ("var(--grid)", "#d0d7de")):  # there is no page here
+            for name, colour in (("var(--ink)", "#24292f"), ("var(--grid)", "#d0d7de")):  # no page defines them here
                 text = text.replace(name, colour)
             write_file(run / f"{plate.name}.svg", text.replace("<svg ", '<svg style="background:#fff" ', 1))
 
 
 def _most(records: Sequence[Record]) -> list[Record]:
-    """The records of the width that has most sizes; none where no width has two."""
+    """The records of the width with the most sizes; empty if no width has two."""
     sizes: dict[int, set[int]] = {}
     for r in records:
         sizes.setdefault(r["d"], set()).add(r["n"])
@@ -107,7 +107,7 @@ def _most(records: Sequence[Record]) -> list[Record]:
 
 
 def _draw(file: Path, title: str, lines: Sequence[Line], memory: str) -> str | None:
-    """Write the figure; its name, or None where there is nothing to draw or no matplotlib."""
+    """Write the figure; return its name, or None if there is nothing to draw or no matplotlib."""
     if not lines or importlib.util.find_spec("matplotlib") is None:
         return None
     import matplotlib
@@ -116,7 +116,7 @@ def _draw(file: Path, title: str, lines: Sequence[Line], memory: str) -> str | N
     style = {"svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
              "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change it
+        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         matplotlib.rcParams.update(style)
         figure = Figure((10, 5.4), layout="constrained")
         axes = figure.subplots(1, 2)
@@ -131,7 +131,7 @@ def _draw(file: Path, title: str, lines: Sequence[Line], memory: str) -> str | N
 
 
 def _panel(ax: Any, which: int, unit: float, title: str, lines: Sequence[Line]) -> None:
-    """One quantity of all lines, both axes logarithmic."""
+    """Draw one quantity of all lines on logarithmic axes."""
     from matplotlib.ticker import NullFormatter
 
     for line in lines:

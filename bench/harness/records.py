@@ -1,20 +1,20 @@
-"""What all benchmarks share: the record of a measurement, its files, arguments and tables.
+"""Shared by all benchmarks: the record of a measurement, its files, command-line arguments and tables.
 
 A record is one flat dictionary, a line of DIR/<bench>.json:
 
-    bench, provider, then what was run: for the losses objective, n, d, dtype
-    precision     of the provider's matrix products: "fp32", "tf32", "fp16" or "bf16"; null where it says nothing
+    bench, provider, then the case: for the losses objective, n, d, dtype
+    precision     of the provider's matrix products: "fp32", "tf32", "fp16" or "bf16"; null if it has no meaning
     pass          "fwd", "bwd" or "both" of the same calls
-    gpu_ms        median time on the device: see timing; null on a CPU
-    wall_ms       median time on the wall clock; on CUDA only of "both", eager, which ends with a synchronisation
-    peak_bytes    peak memory beyond the inputs; only of "both", null where the call did not come to its end
-    tflops        10^12 floating-point operations a second, on what the provider really computes, as it states itself
-    tflops_dense  the same on the count of a dense product, one for all providers; the benchmark's header states it
-    bound_ms      what the peaks of the machine, measured in the same run, allow for the problem; null: not measured
+    gpu_ms        median time on the device, see timing; null on a CPU
+    wall_ms       median wall-clock time; on CUDA only for "both", an eager call up to its synchronisation
+    peak_bytes    peak memory beyond the inputs; only for "both", null if the call did not finish
+    tflops        10^12 floating-point operations per second, by the provider's own count of what it really computes
+    tflops_dense  the same with the operations of a dense product, equal for all providers; see the benchmark's header
+    bound_ms      lower bound from the machine's peak rates, measured in the same run; null: not measured
     device, versions, date
-    timing        how gpu_ms was taken: "graph" (replays of a CUDA graph), "events" (an eager call between events), null
-    samples_ms    every time that went into the median: gpu_ms where it is given, else wall_ms
-    wall_samples_ms  the same of wall_ms where samples_ms is that of gpu_ms, else empty
+    timing        method of gpu_ms: "graph" (replays of a CUDA graph), "events" (an eager call between events) or null
+    samples_ms    all times behind the median: those of gpu_ms if given, else of wall_ms
+    wall_samples_ms  the times of wall_ms if samples_ms holds those of gpu_ms, else empty
     reason        null, or why a case has no times
 """
 
@@ -50,7 +50,7 @@ Record: TypeAlias = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every benchmark takes."""
+    """Add the arguments that every benchmark takes."""
     add = parser.add_argument
     add("--out", type=named_path, required=True, metavar="DIR",
         help="folder of the results; older ones in it are replaced")  # fmt: skip
@@ -62,9 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_out(args: argparse.Namespace, parser: argparse.ArgumentParser, *inputs: Path) -> None:
-    """End the program with a message where --out is no folder for results or one of the folders that are read (for
-    --data; they may be absent), or these cannot be read; names that the terminal cannot show are printed escaped from
-    here on."""
+    """Exit with a message if --out is not a usable folder, is one of the input folders, or if these cannot be read.
+
+    The inputs are those of --data and may be absent. Also makes standard output escape unprintable characters from here
+    on.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -81,7 +83,7 @@ def check_out(args: argparse.Namespace, parser: argparse.ArgumentParser, *inputs
 
 
 def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
-    """The device that was asked for; ends the program with a message where there is none."""
+    """The requested device; exits with a message if there is none."""
     found = torch.cuda.is_available()
     if args.device == "cuda" and not found:
         parser.error("--device cuda: torch finds no CUDA device")
@@ -89,7 +91,7 @@ def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torc
 
 
 def require_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """End the program with a message where an argument, or one of its numbers, is not positive."""
+    """Exit with a message if an argument, or one of its numbers, is not positive."""
     for name in names:
         value = getattr(args, name)
         for number in value if isinstance(value, list) else [value]:
@@ -98,7 +100,7 @@ def require_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, 
 
 
 def machine(device: torch.device) -> Record:
-    """The fields device, versions and date of all records of a run."""
+    """The fields device, versions and date, shared by all records of a run."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "fastcl": fastcl.__version__}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -124,11 +126,11 @@ def record(
     """One record; see the module's docstring.
 
     Args:
-        case: what was run, merged into the record.
-        machine: as `machine` returns it.
+        case: fields of the case, merged into the record.
+        machine: the result of `machine`.
         run: the pass.
-        samples: times of the pass; empty where the case did not run.
-        flops: floating-point operations of one pass, the provider's own count and the dense one.
+        samples: times of the pass; empty if the case did not run.
+        flops: floating-point operations of one pass: the provider's own count and the dense one.
     """
     gpu = [s.gpu for s in samples if s.gpu is not None]
     wall = [s.wall for s in samples if s.wall is not None]
@@ -154,10 +156,10 @@ def record(
 
 
 def agree(results: dict[str, dict[str, Tensor]], tolerance: float) -> None:
-    """Compare what the providers computed, each with the first.
+    """Compare the results of all providers with those of the first.
 
     Args:
-        results: by provider and by what it is, tensors of one shape.
+        results: tensors by provider and name of the quantity; shapes agree between providers.
         tolerance: allowed error relative to the first provider's tensor, in Euclidean norm.
 
     Raises:
@@ -167,7 +169,7 @@ def agree(results: dict[str, dict[str, Tensor]], tolerance: float) -> None:
     for name, found in results.items():
         for what, want in wanted.items():
             size, distance = want.norm().item(), (found[what] - want).norm().item()
-            if not distance <= tolerance * size:  # NaN is not
+            if not distance <= tolerance * size:  # also true for NaN
                 raise FastclError(
                     f"{name} disagrees with {reference} on the {what}: a difference of norm {distance:.3g} against "
                     f"{size:.3g}, allowed is a relative {tolerance:g}"
@@ -175,7 +177,7 @@ def agree(results: dict[str, dict[str, Tensor]], tolerance: float) -> None:
 
 
 def over_memory(floats: float, limit: float) -> str | None:
-    """Why so many float32 numbers are too many; None where they are not.
+    """Reason to skip a case that needs more float32 values than the limit allows, or None.
 
     Args:
         limit: GiB.
@@ -185,7 +187,7 @@ def over_memory(floats: float, limit: float) -> str | None:
 
 
 def shortage(error: Exception) -> str | None:
-    """Why a call ended that memory was short for; None for every other error."""
+    """The reason if a call failed for lack of memory; None for every other error."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: {str(error).splitlines()[0]}"
     if isinstance(error, BrokenProcessPool):
@@ -194,28 +196,28 @@ def shortage(error: Exception) -> str | None:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has."""
+    """Total memory of the device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_limit(asked: float | None, device: torch.device) -> float:
-    """GiB that a benchmark may use: what was asked for, else on a CPU MEMORY_GIB; at most three quarters of all."""
+    """GiB that a benchmark may use: `asked`, else MEMORY_GIB on a CPU; at most three quarters of the total."""
     most = 0.75 * total_memory(device) / GIB
     default = most if device.type == "cuda" else MEMORY_GIB
     return min(most, default if asked is None else asked)
 
 
 def write(folder: Path, bench: str, records: Sequence[Record], markdown: str) -> None:
-    """Write <bench>.json, a record a line, and <bench>.md."""
+    """Write <bench>.json, one record per line, and <bench>.md."""
     lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
     write_file(folder / f"{bench}.json", f"[\n{lines}\n]\n")
     write_file(folder / f"{bench}.md", markdown)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file whole, a reader never sees half of it; ends the program with a message where that fails."""
+    """Write a file atomically; exits with a message on failure."""
     try:
         write_atomic(path, text.encode())
     except FastclError as error:
@@ -223,7 +225,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 2) -> str:
-    """A Markdown table; all columns but the first `left` are numbers and stand to the right."""
+    """A Markdown table; all columns but the first `left` hold numbers and are right-aligned."""
     rule = ["---" if k < left else "---:" for k in range(len(head))]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
 
@@ -234,7 +236,7 @@ def milliseconds(times: Sequence[float]) -> str:
 
 
 def duration(r: Record) -> float | None:
-    """ms of a record: on the device where that was timed, else on the wall clock; None where nothing was."""
+    """Time of a record in ms: on the device if timed there, else wall clock; None if not timed."""
     return r["gpu_ms"] or r["wall_ms"]
 
 
@@ -253,7 +255,7 @@ def _cpu_model() -> str:
 
 
 def exit_status(failed: Iterable[str]) -> int:
-    """1 if anything of ours failed, each message on a line of its own, else 0."""
+    """1 if anything of ours failed, else 0; prints each message on its own line."""
     failed = list(failed)
     for message in failed:
         print(f"error: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The command line of the benchmark of the losses."""
+"""The command line of the losses benchmark."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ the times steadier: with several threads each waits for the slowest.
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
-    """Arguments, with defaults that fit the device; ends the program with a message where they make no sense."""
+    """The arguments, with defaults that fit the device, and the device; exits with a message if they are invalid."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.losses", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

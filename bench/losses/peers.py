@@ -1,7 +1,7 @@
-"""The losses on other people's kernels and libraries, each imported when it is called.
+"""The losses with other kernels and libraries, each imported when it is called.
 
-Arguments and results as in plain.py: z (N, D), labels (N / 2,), and the name of the objective. Where a library does
-not have an objective as it stands, its kernel does the N x N work and PyTorch the rest.
+Arguments and results as in plain.py: z (N, D), labels (N / 2,), and the name of the objective. If a library lacks an
+objective, its kernel does the N x N work and PyTorch the rest.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from bench.losses import plain
 from bench.losses.plain import TEMPERATURE
 
-_ROWS = 4096  # of a chunk, fewer where its float32 logits would take more than a GiB
+_ROWS = 4096  # of a chunk; fewer if its float32 logits would take more than a GiB
 _LOGITS = 2**28
-_VALUE_WIDTH = 16  # the narrowest values that flex_attention's kernels take: their product is not wanted
+_VALUE_WIDTH = 16  # the narrowest values that flex_attention's kernels accept; their product is not used
 
 
 def chunk_rows(n: int) -> int:
-    """Rows whose logits `chunked` holds at a time."""
+    """Number of rows whose logits `chunked` holds at a time."""
     return max(256, min(_ROWS, _LOGITS // n))
 
 
@@ -33,12 +33,12 @@ def autocast(z: Tensor, labels: Tensor, objective: str) -> Tensor:
 
 
 def compiled(z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    """`autocast`, compiled for the shape at hand."""
+    """`autocast`, compiled for the given shape."""
     return _compiled(autocast)(z, labels, objective)
 
 
 def chunked(z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    """bfloat16 products chunk by chunk, each recomputed in the backward pass; everything else in float32."""
+    """bfloat16 products in chunks of rows, recomputed in the backward pass; everything else in float32."""
     if "+" in objective:
         values = [chunked(z, labels, name) for name in objective.split("+")]
         return sum(values) / len(values)
@@ -52,7 +52,7 @@ def chunked(z: Tensor, labels: Tensor, objective: str) -> Tensor:
 def _chunks(u: Tensor, v: Tensor, labels: Tensor, objective: str) -> Tensor:
     total, size = u.new_zeros(()), chunk_rows(len(u))
     for k, rows in enumerate(u.split(size)):
-        # Without random numbers in it, and their state cannot be read while a graph is captured.
+        # It uses no random numbers, and their state cannot be read during graph capture.
         arguments = rows, v, k * size, labels, objective
         total = total + checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
     return total / len(u)
@@ -77,12 +77,12 @@ def _chunk(rows: Tensor, v: Tensor, first: int, labels: Tensor, objective: str) 
 
 
 def flex(z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    """Log-sum-exps of flex_attention on bfloat16 rows, its values zeros of the least width; compiled as a whole."""
+    """Log-sum-exps from flex_attention on bfloat16 rows, with zero values of the least width; compiled as a whole."""
     return _compiled(flex_loss)(z, labels, objective)
 
 
 def flex_loss(z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    """What `flex` compiles."""
+    """The function that `flex` compiles."""
     u = functional.normalize(z)
     if objective == "clip":
         image, text = u.chunk(2)
@@ -108,8 +108,8 @@ def _flex_lse(u: Tensor, v: Tensor, group: Tensor | None) -> Tensor:
 
 
 def inf_cl(z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    """Inf-CL. Its InfoNCE has no way to leave a row's similarity with itself out, so that NT-Xent takes its kernels'
-    log-sum-exps and removes that term afterwards."""
+    """Inf-CL. Its InfoNCE cannot exclude a row's similarity with itself, so NT-Xent uses the log-sum-exps of its
+    kernels and removes that term afterwards."""
     from inf_cl.flash import FlashProb, cal_flash_loss
 
     u = functional.normalize(z)
@@ -126,8 +126,8 @@ def inf_cl(z: Tensor, labels: Tensor, objective: str) -> Tensor:
 
 
 def cut_cross_entropy(z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    """cut-cross-entropy as CLIP: each tower's rows are the other's classifier. Its filter of small gradients is off: in
-    a large batch every softmax weight is below its threshold."""
+    """cut-cross-entropy as CLIP: each tower's rows are the other's classifier. Its filter of small gradients is off,
+    since in a large batch every softmax weight is below its threshold."""
     from cut_cross_entropy import linear_cross_entropy
 
     towers = functional.normalize(z).bfloat16().chunk(2)
@@ -144,8 +144,8 @@ def lightly(z: Tensor, labels: Tensor, objective: str) -> Tensor:
 
 
 def metric_learning(z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    """pytorch-metric-learning's SupConLoss, which is NT-Xent where every sample is its own class: its NTXentLoss has
-    the same value from N x N x N numbers."""
+    """pytorch-metric-learning's SupConLoss, which equals NT-Xent if every sample is its own class; the library's own
+    NTXentLoss gives the same value but needs N x N x N numbers."""
     from pytorch_metric_learning.losses import SupConLoss
 
     classes = torch.arange(len(labels), device=z.device) if objective == "ntxent" else labels
@@ -153,7 +153,7 @@ def metric_learning(z: Tensor, labels: Tensor, objective: str) -> Tensor:
 
 
 def forget_compiled() -> None:
-    """Drop what was compiled for earlier shapes: PyTorch falls back to eager calls after a few per function."""
+    """Drop code compiled for earlier shapes: after a few shapes per function PyTorch falls back to eager calls."""
     if _compiled.cache_info().currsize:
         _compiled.cache_clear()
         torch.compiler.reset()

@@ -1,7 +1,7 @@
-"""The rivals of the losses, written plainly: PyTorch as a good user has it, and the published N x N x D formulation.
+"""Plain PyTorch baselines of the losses: as a good user would write them, and the published N x N x D formulation.
 
-All take z (N, D), whose rows k and k + N / 2 are the two views of sample k, and labels (N / 2,) of two classes or more;
-all return the mean over the N rows, for two towers that of both directions.
+All take z (N, D), whose rows k and k + N / 2 are the two views of sample k, and labels (N / 2,) of two or more classes;
+all return the mean over the N rows, for two towers the mean of both directions.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ TEMPERATURE = 0.5  # SimCLR on CIFAR; every provider uses it for every objective
 
 
 def ntxent(z: Tensor, labels: Tensor) -> Tensor:
-    """NT-Xent (Chen et al. 2020): one matrix product and a cross entropy, self-similarities masked."""
+    """NT-Xent (Chen et al. 2020): one matrix product and a cross entropy, with self-similarities masked."""
     logits = _logits(functional.normalize(z)).fill_diagonal_(-torch.inf)
     return functional.cross_entropy(logits, _partner(z))
 
 
 def nscl(z: Tensor, labels: Tensor) -> Tensor:
-    """Negatives-only supervised contrastive loss (arXiv 2510.08852): rows of other classes alone in the denominator."""
+    """Negatives-only supervised contrastive loss (arXiv 2510.08852): only rows of other classes in the denominator."""
     u = functional.normalize(z)
     labels = labels.repeat(2)
     denominator = _logits(u).masked_fill(labels[:, None] == labels, -torch.inf).logsumexp(1)
@@ -38,7 +38,7 @@ def supcon(z: Tensor, labels: Tensor) -> Tensor:
 
 
 def clip(z: Tensor, labels: Tensor) -> Tensor:
-    """CLIP's symmetric InfoNCE (Radford et al. 2021), the views being image and text."""
+    """CLIP's symmetric InfoNCE (Radford et al. 2021), with the two views as image and text."""
     image, text = functional.normalize(z).chunk(2)
     logits = image @ text.T / TEMPERATURE
     pair = torch.arange(len(image), device=z.device)
@@ -46,20 +46,20 @@ def clip(z: Tensor, labels: Tensor) -> Tensor:
 
 
 def mean_of(objectives: str, z: Tensor, labels: Tensor) -> Tensor:
-    """The mean of objectives that are joined by +, each by its own matrix."""
+    """The mean of objectives joined by +, each computed from its own matrix."""
     values = [_FUNCTIONS[name](z, labels) for name in objectives.split("+")]
     return sum(values) / len(values)
 
 
 def broadcast_ntxent(z: Tensor, labels: Tensor) -> Tensor:
-    """NT-Xent as the code published with arXiv 2510.08852 takes its similarities: over an N x N x D broadcast."""
+    """NT-Xent with similarities as in the code published with arXiv 2510.08852: an N x N x D broadcast."""
     logits = _broadcast_logits(z)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
     return functional.cross_entropy(logits.masked_fill(own, -torch.inf), _partner(z))
 
 
 def broadcast_nscl(z: Tensor, labels: Tensor) -> Tensor:
-    """NSCL over the same N x N x D broadcast, with the paper's denominator: the published code adds the positive."""
+    """NSCL with the same N x N x D broadcast and the paper's denominator; the published code adds the positive."""
     logits = _broadcast_logits(z)
     labels = labels.repeat(2)
     denominator = logits.masked_fill(labels[:, None] == labels, -torch.inf).logsumexp(1)
@@ -75,7 +75,7 @@ def _broadcast_logits(z: Tensor) -> Tensor:
 
 
 def _partner(z: Tensor) -> Tensor:
-    """(N,) row of the other view of each row."""
+    """(N,) index of the other view of each row."""
     return torch.arange(len(z), device=z.device).roll(len(z) // 2)
 
 

@@ -1,4 +1,4 @@
-"""The implementations of the objectives that the benchmark compares, and what it must know of each beforehand."""
+"""The implementations of the objectives that the benchmark compares, with their costs and requirements."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from bench.harness.ceilings import NARROW
 from bench.losses import peers, plain
 from fastcl.kernels.common import launch
 
-OBJECTIVES = ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon")  # the last: the mean of two, from one pass of ours
+OBJECTIVES = ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon")  # the last: the mean of two, one pass in fastcl
 
-# Relative, of the loss and of the gradient's Euclidean norm. float32 leaves about 1e-6, half precision what its
-# products are rounded to; a gradient that is summed up in bfloat16, as some do, is the worst.
+# Relative errors of the loss and of the gradient in Euclidean norm. float32 has about 1e-6, half precision the rounding
+# of its products; gradients summed in bfloat16, as in some providers, are the worst.
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 2e-3, "bf16": 5e-2}
 
 Loss: TypeAlias = Callable[[Tensor, Tensor, str], Tensor]
 
 
 def absence(devices: Sequence[str], module: str | None, package: str | None, device: torch.device) -> str | None:
-    """Why something cannot run on a device, whatever it is asked for; None where it can. Arguments as `Provider`."""
+    """Why something cannot run on a device at all, or None. Arguments as in `Provider`."""
     kinds = {device.type}
     if os.environ.get("TRITON_INTERPRET") == "1":
         kinds.add("interpreter")
@@ -45,15 +45,15 @@ class Provider:
 
     Args:
         loss: takes z (N, D), labels (N / 2,) and the objective's name.
-        floats: of n, d: peak memory beyond the inputs in float32 numbers, as measured on a CPU or, for what runs on
-            CUDA alone, as counted.
-        work: of the objective and d: products of N x N x D (clip: of pairs) that the forward and the backward pass
-            compute, in multiply-adds times two; recomputation and split precision count.
+        floats: from n and d, peak memory beyond the inputs in float32 values: measured on a CPU, or counted for
+            CUDA-only providers.
+        work: from the objective and d, operations of the forward and the backward pass in units of N x N x D (clip: of
+            a quarter of it); a multiply-add is two operations, recomputation and split precision are included.
         precision: of the products; a key of TOLERANCES.
         devices: where it is timed: "cpu", "cuda", and "interpreter" for kernels under TRITON_INTERPRET=1 on a CPU.
-        capture: whether a CUDA graph can hold it; known beforehand, since a failed capture may harm later ones.
-        module, package: what it imports, and the distribution that has it.
-        ours: whether a failure or a disagreement makes the benchmark's exit status 1.
+        capture: whether a CUDA graph can capture it; stated here, since a failed capture may harm later ones.
+        module, package: the module it imports and the package that contains it.
+        ours: whether a failure or a disagreement sets the benchmark's exit status to 1.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Provider:
     ours: bool = True
 
     def obstacle(self, device: torch.device, objective: str) -> str | None:
-        """Why it cannot run at all, whatever the size; None where it can."""
+        """Why it cannot run at any size, or None."""
         if objective not in self.objectives:
             return f"has no {objective}"
         return absence(self.devices, self.module, self.package, device)
@@ -81,7 +81,7 @@ def _fastcl(backend: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:
 
 
 def _direct(views: Sequence[Tensor], z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    """The function of two views, whose order is known; several objectives from one set of row statistics."""
+    """The loss function of two views in known order; joined objectives share one set of row statistics."""
     if "+" in objective:
         return _joint(z, torch.arange(len(labels), device=z.device).repeat(2), labels.repeat(2), objective)
     classes = () if objective in ("ntxent", "clip") else (labels,)
@@ -90,13 +90,13 @@ def _direct(views: Sequence[Tensor], z: Tensor, labels: Tensor, objective: str) 
 
 
 def _joint(z: Tensor, sample: Tensor, classes: Tensor | None, objectives: str) -> Tensor:
-    """The mean of objectives that are joined by +, from one set of row statistics."""
+    """The mean of objectives joined by +, from one set of row statistics."""
     values = fastcl.contrastive_losses(z, sample, classes, objectives.split("+"), plain.TEMPERATURE).values()
     return sum(values) / len(values)
 
 
 def fused(half: bool, z: Tensor, labels: Tensor, objective: str) -> Tensor:
-    """The Triton backend's direct way for two views: "fp16" under autocast, "fp32" else; arguments as a provider's."""
+    """The Triton backend on two views: "fp16" under autocast if `half`, else "fp32"; other arguments as in `Loss`."""
     views = z.view(2, -1, z.shape[1]).unbind()
     with fastcl.backend("triton"), torch.autocast(z.device.type, torch.float16, enabled=half):
         return _direct(views, z, labels, objective)
@@ -111,9 +111,10 @@ def _counts(views: tuple[float, float], clip: tuple[float, float]) -> Callable[[
 
 
 def _fused_work(half: bool, objective: str, d: int) -> tuple[float, float]:
-    """Half the tiles forward, and backward all, or half where the rows are too wide for one program; clip has no half.
+    """Half the tiles forward; all tiles backward, or half if the rows are too wide for one program; clip: always all.
 
-    Split precision takes three products for one; what supcon's same-class tiles add to half precision is not counted.
+    Split precision takes three products for one. The additional products of supcon's same-class tiles in half precision
+    are not counted.
     """
     products = 1 if half else 3
     if objective == "clip":
@@ -169,18 +170,18 @@ PACKAGES = tuple(p.package for p in PROVIDERS if p.package)
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Versions of Triton and of what the providers import, as far as it is installed."""
+    """Versions of Triton and of the providers' packages, as far as they are installed."""
     found = {}
     for package in dict.fromkeys(("triton", *packages)):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue  # the provider's own records say so
+            continue  # the provider's records say so
     return found
 
 
 def passes(loss: Loss, z: Tensor, labels: Tensor, objective: str) -> tuple[Tensor, Tensor]:
-    """One forward and backward pass: the loss and the gradient of z, whose old one goes beforehand."""
+    """One forward and backward pass: the loss and the gradient of z, which is cleared first."""
     z.grad = None
     value = loss(z, labels, objective)
     value.backward()

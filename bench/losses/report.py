@@ -1,4 +1,4 @@
-"""The Markdown of the benchmark of the losses: its conditions, and a table per objective and width."""
+"""The Markdown of the losses benchmark: conditions, and a table per objective and width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.losses.providers import TOLERANCES
 
 
 def header(facts: Record, args: argparse.Namespace, ceilings: Ceilings | None, warm_up_rows: int) -> str:
-    """The conditions of the run, before its first measurement."""
+    """The conditions of the run, written before its first measurement."""
     agreed = ", ".join(f"{tolerance:g} ({name})" for name, tolerance in TOLERANCES.items())
     text = f"""\
 # Losses: time and memory
@@ -55,11 +55,11 @@ def _on_gpu(ceilings: Ceilings) -> str:
 
 
 def body(records: Sequence[Record], ours: str, figure: str | None) -> str:
-    """The figure, then a Markdown table per objective and width, and below it who could not run at all.
+    """The figure, then a Markdown table per objective and width with a list of providers that could not run at all.
 
     Args:
         ours: the provider that the others are compared with.
-        figure: name of the file, or None where there is none.
+        figure: file name of the figure, or None.
     """
     gpu = any(r["gpu_ms"] for r in records)
     head = ["n", "provider", "forward + backward", "forward", "backward", *(["wall", "of the bound"] if gpu else [])]
@@ -74,7 +74,7 @@ def body(records: Sequence[Record], ours: str, figure: str | None) -> str:
 
 
 def _absent(records: Sequence[Record]) -> dict[str, str]:
-    """Providers that no size has times of, all for one reason that names no size."""
+    """Providers without times at any size, all for one reason that does not depend on the size."""
     reasons: dict[str, set[str | None]] = {}
     for r in records:
         reasons.setdefault(r["provider"], set()).add(r["reason"])

@@ -1,4 +1,4 @@
-"""Time and memory of the losses against plain PyTorch, other libraries and the published N x N x D formulation."""
+"""Time and memory of the losses, compared with plain PyTorch, other libraries and the published N x N x D form."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from bench.losses.arguments import parse
 from bench.losses.providers import CHUNKED, FUSED, PROVIDERS, TOLERANCES, Provider, passes
 
 BENCH = "losses"
-WARM_UP_ROWS = 8  # the warm-up of a memory measurement may leave no mark: N x N x D floats are 32 kB then
-DENSE = {"fwd": 2, "bwd": 4}  # times N x N x D, for two towers a quarter: one product forward, two backward
-WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of rounds before those that count: a GPU's clocks rise under load
-LONG = 0.5  # seconds of a pass that needs no graph and no warming up to be timed on a GPU
-OVERHEAD = {"cpu": 0.5, "cuda": 0.01}  # seconds of a call that no larger n makes longer, at most
+WARM_UP_ROWS = 8  # small, so that the warm-up does not raise the high-water mark: N x N x D floats are 32 kB
+DENSE = {"fwd": 2, "bwd": 4}  # times N x N x D, a quarter for two towers: one product forward, two backward
+WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of untimed rounds first, since a GPU's clocks rise under load
+LONG = 0.5  # seconds; a longer pass needs neither a graph nor warm-up to be timed on a GPU
+OVERHEAD = {"cpu": 0.5, "cuda": 0.01}  # upper limit of the seconds of a call that do not grow with n
 
 
 @dataclass
 class Run:
-    """What all cases of a run share."""
+    """State shared by all cases of a run."""
 
     args: argparse.Namespace
     device: torch.device
@@ -60,9 +60,9 @@ class Entry:
 
 
 def make_batch(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Standard normal z (n, d) that requires a gradient, and labels (n / 2,) of 2 to 100 classes in turn."""
+    """Standard normal z (n, d) that requires a gradient, and labels (n / 2,) that cycle through 2 to 100 classes."""
     batch = n // 2
-    # Drawn on the CPU: the same rows on every device, and no temporary that would raise the high-water mark.
+    # Drawn on the CPU: the same rows on every device, and no temporary that raises the high-water mark.
     z = torch.randn(n, d, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     return z, torch.arange(batch, device=device) % max(2, min(100, batch // 4))
 
@@ -82,8 +82,8 @@ def peak_of(provider: Provider, case: Record, batch: tuple[Tensor, Tensor]) -> P
     call = partial(passes, provider.loss, *batch, objective)
 
     def warm_up() -> None:
-        call()  # of the same size: what is compiled for it is no part of the time
-        z.grad = None  # nor of the memory that is there before
+        call()  # at full size, so that compilation is not part of the time
+        z.grad = None  # not part of the memory before the call
 
     return measure_peak(lambda device: (warm_up, call), "cuda")
 
@@ -91,7 +91,7 @@ def peak_of(provider: Provider, case: Record, batch: tuple[Tensor, Tensor]) -> P
 def probe(
     provider: Provider, case: Record, batch: tuple[Tensor, Tensor], run: Run
 ) -> tuple[str | None, Peak | None, tuple[Tensor, Tensor] | None]:
-    """Why a provider cannot be timed on a case (None: it can), its peak memory, its loss and gradient."""
+    """The reason why a provider cannot be timed on a case, or None, its peak memory, and its loss and gradient."""
     objective, n, d = case["objective"], case["n"], case["d"]
     limit = run.args.seconds
     if reason := provider.obstacle(run.device, objective):
@@ -107,7 +107,7 @@ def probe(
         if peak.seconds > limit:
             return f"skipped: one call takes {peak.seconds:.3g} s, the limit is {limit:g} s", peak, None
         return None, peak, passes(provider.loss, *batch, objective)
-    except Exception as error:  # whatever a library does not support, or does wrong, is its own record
+    except Exception as error:  # any unsupported or failing case is recorded
         if reason := shortage(error):
             return reason, None, None
         if provider.ours:
@@ -116,13 +116,13 @@ def probe(
 
 
 def disagreements(entries: dict[str, Entry]) -> dict[str, str]:
-    """By provider, in what it differs from the first by more than the tolerance of the less precise of the two."""
+    """Messages of providers that differ from the first by more than the tolerance of the less precise of the two."""
     found: dict[str, str] = {}
     tensors = {name: dict(zip(("loss", "gradient"), e.result, strict=True)) for name, e in entries.items()}
     if not tensors:
         return found
     reference, *others = tensors
-    # The reference too: NaN agrees with nothing, not even with itself.
+    # Check the reference too: NaN does not even agree with itself.
     for name in (reference, *others):
         tolerance = max(TOLERANCES[entries[k].provider.precision] for k in (reference, name))
         try:
@@ -133,7 +133,7 @@ def disagreements(entries: dict[str, Entry]) -> dict[str, str]:
 
 
 def run_case(case: Record, run: Run) -> list[Record]:
-    """All providers on one objective and size: memory, agreement, times. Prints a line for each."""
+    """Measure memory, agreement and times of all providers on one objective and size; print a line for each."""
     objective, n, d = case["objective"], case["n"], case["d"]
     peers.forget_compiled()
     batch = make_batch(n, d, run.device)
@@ -170,7 +170,7 @@ def _times(case: Record, batch: tuple[Tensor, Tensor], entries: dict[str, Entry]
     bounds = run.ceilings.bound_ms(objective, n, d) if run.ceilings else dict.fromkeys(PASSES)
     pairs = n * n / 4 if objective == "clip" else n * n
     timers, timing, found = {}, {}, []
-    # A graph keeps the memory of its passes; the eager ones need theirs beside it.
+    # Each graph keeps the memory of its passes, and eager passes need theirs in addition.
     room = run.args.memory * GIB - max(e.peak.bytes for e in entries.values())
     for name, entry in entries.items():
         capture = entry.provider.capture and entry.peak.seconds <= LONG and entry.peak.bytes <= room
@@ -195,7 +195,7 @@ def _times(case: Record, batch: tuple[Tensor, Tensor], entries: dict[str, Entry]
 
 
 def _run_or_fail(case: Record, run: Run) -> list[Record]:
-    """The records of a case; none, and a failure, where the providers do not fit beside each other."""
+    """The records of a case; empty, with a failure noted, if the providers together exceed the memory."""
     try:
         return run_case(case, run)
     except torch.OutOfMemoryError as error:
@@ -204,7 +204,7 @@ def _run_or_fail(case: Record, run: Run) -> list[Record]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status (0 done, 1 a provider failed or disagrees, 130 interrupted)."""
+    """Run the benchmark; return the exit status (0 done, 1 a provider failed or disagrees, 130 interrupted)."""
     args, device = parse(argv)
     facts = machine(device)
     facts["versions"] |= providers.versions()
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
                     text = report.body(found, ours, figures.losses(found, args.out))
                     write(args.out, BENCH, found, conditions + text)
                     if device.type == "cuda":
-                        torch.cuda.empty_cache()  # the pools of the graphs are free now
+                        torch.cuda.empty_cache()  # the graphs' memory pools are free now
     except KeyboardInterrupt:
         print("interrupted; the files hold the objectives and sizes that were finished", file=sys.stderr)
         return 130

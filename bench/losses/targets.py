@@ -1,4 +1,4 @@
-"""The targets of the losses on an H200, checked against records of several runs of bench.losses."""
+"""Targets of the losses on an H200, checked against records of one or more runs of bench.losses."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from bench.harness.records import Record, digits
 from bench.losses.providers import CHUNKED, FUSED
 
 CARD = "H200"
-TIMES_MS = {  # of NT-Xent, forward and backward on the device, by rows and width
+TIMES_MS = {  # NT-Xent, forward and backward on the device, by (rows, width)
     (65536, 128): 5.5, (65536, 256): 10.5, (65536, 512): 15.5, (65536, 1024): 30, (4096, 128): 0.06,
     (1048576, 512): 4200,
 }  # fmt: skip
-WALL_MS = {(4096, 128): 0.15}  # of an eager call
+WALL_MS = {(4096, 128): 0.15}  # for an eager call
 LARGE, LARGE_GIB = (1048576, 512), 8
 ROWS, WIDTH = 65536, 128
-RELATIVE = {"nscl": 1.1, "supcon": 1.1, "ntxent+supcon": 1.1, "clip": 2.1 / 4}  # of NT-Xent's time at most, same rows
-FASTER = {"Inf-CL": 10.0, "PyTorch in bf16": 2.0}  # than these at least, at FASTER_AT
+RELATIVE = {"nscl": 1.1, "supcon": 1.1, "ntxent+supcon": 1.1, "clip": 2.1 / 4}  # at most, times NT-Xent on equal rows
+FASTER = {"Inf-CL": 10.0, "PyTorch in bf16": 2.0}  # at least, against these providers at FASTER_AT
 FASTER_AT = ((65536, 256), (65536, 512))
 HALF = ("chunked bf16", "torch.compile bf16", "flex_attention bf16")
 PLAIN = ("plain PyTorch", "plain PyTorch bf16", *HALF)
 
 
 def targets(records: Sequence[Record]) -> Iterator[Target]:
-    """Rows of a table: target, where, found, reached. What a run on another device found reaches no target.
+    """Rows of the target table: target, where, found, reached. Runs on other devices are ignored.
 
     Clip's target is 2.1 times NT-Xent's time at equal work; its two towers of n / 2 rows have a quarter of the pairs.
-    Times of one run, which its date names, are compared with each other alone.
+    Times are compared only within a run, identified by its date.
     """
     timed = [r for r in records if r["pass"] == "both" and r["gpu_ms"] and CARD in r["device"]]
     fused = [r for r in timed if r["provider"] == FUSED]
@@ -36,7 +36,7 @@ def targets(records: Sequence[Record]) -> Iterator[Target]:
         return next((r for r in fused if _case(r) == ("ntxent", n, d)), None)
 
     def slower(rivals: Sequence[str], n: int, d: int) -> float | None:
-        """How many times slower the best of the rivals is."""
+        """Time of the fastest rival relative to ours."""
         return min((
             r["gpu_ms"] / ours["gpu_ms"] for r in timed for ours in fused
             if r["provider"] in rivals and r["date"] == ours["date"] and _case(r) == _case(ours) == ("ntxent", n, d)
@@ -67,7 +67,7 @@ def targets(records: Sequence[Record]) -> Iterator[Target]:
 
 
 def ours(records: Sequence[Record]) -> str:
-    """The provider that stands for fastcl: the kernels where they were timed."""
+    """The provider that represents fastcl: the Triton kernels if they were timed."""
     return FUSED if any(r["provider"] == FUSED and r["wall_ms"] for r in records) else CHUNKED
 
 

@@ -1,4 +1,4 @@
-"""The providers under pytest-benchmark, on a CPU: `pytest bench --benchmark-only`."""
+"""The providers under pytest-benchmark on a CPU: `pytest bench --benchmark-only`."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The features that the benchmark of pair statistics measures on: several models on the same samples."""
+"""The features of the similarity benchmark: several models on the same samples."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-SECTIONS = ("pair", "stream", "models", "twins")  # tables of the report; two_models.py has its own sizes
-SHARED, OWN, MEAN = 0.8, 0.6, 0.5  # a model is SHARED times what all have in common and OWN times noise, about MEAN
+SECTIONS = ("pair", "stream", "models", "twins")  # tables of the report; two_models.py sets the sizes of "twins"
+SHARED, OWN, MEAN = 0.8, 0.6, 0.5  # a model is SHARED times a common part plus OWN times noise, with mean MEAN
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """One measured case.
 
     Args:
-        section: the table that it belongs to.
-        n, d, models, dtype: `models` matrices (n, d), of a dtype by its name.
-        chunk: rows that exist at a time; None: all do, beforehand.
+        section: its table in the report.
+        n, d, models, dtype: `models` matrices (n, d) of the named dtype.
+        chunk: rows that exist at a time; None: all rows exist from the start.
     """
 
     section: str
@@ -31,11 +31,11 @@ class Case:
 
     @property
     def pairs(self) -> int:
-        """Pairs of different models."""
+        """Number of pairs of different models."""
         return self.models * (self.models - 1) // 2
 
     def shrunk(self, n: int) -> Case:
-        """The same on n samples; a stream in chunks of which the last is shorter."""
+        """The same case on n samples; a stream has a shorter last chunk."""
         return replace(self, n=n, chunk=self.chunk and max(1, 2 * n // 5))
 
     def __str__(self) -> str:
@@ -44,19 +44,19 @@ class Case:
         return f"n = {self.n:,}, d = {self.d:,}{models}, {self.dtype}{chunk}"
 
 
-KEYS = tuple(field.name for field in fields(Case))  # of a record: its case
+KEYS = tuple(field.name for field in fields(Case))  # keys of a record that identify its case
 
 
 class Features:
-    """The features of a case, the same for everyone who asks."""
+    """The features of a case, equal for all providers."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        """Draws them, unless they come in chunks."""
+        """Draw the features, unless they come in chunks."""
         self.case, self.device = case, device
         self._held = None if case.chunk else self._rows(case.n, 0)
 
     def batches(self) -> Iterator[list[Tensor]]:
-        """Per batch, a (b, d) tensor of each model: all rows at once, or chunks that are drawn on the way."""
+        """Per batch, a (b, d) tensor of each model: all rows at once, or chunks drawn on the fly."""
         if self._held:
             yield self._held
             return
@@ -64,11 +64,11 @@ class Features:
             yield self._rows(min(self.case.chunk, self.case.n - start), start)
 
     def whole(self) -> list[Tensor]:
-        """(n, d) of each model; brings the chunks together where they are drawn on the way."""
+        """(n, d) of each model; concatenates the chunks if they are drawn on the fly."""
         return self._held or [torch.cat(chunks) for chunks in zip(*self.batches(), strict=True)]
 
     def _rows(self, n: int, seed: int) -> list[Tensor]:
-        # In place: a temporary of this size would raise the high-water mark that a memory measurement begins at.
+        # In place: a temporary of this size would raise the high-water mark at which a memory measurement starts.
         generator = torch.Generator(self.device).manual_seed(seed)
         made = []
         for _ in range(self.case.models):
@@ -82,8 +82,8 @@ class Features:
         return made
 
 
-# By device: sizes (n, d) of the section pair, and the other cases. Of a width the smaller come first: they tell what
-# would take too long.
+# Sizes (n, d) of the section "pair" by device, then the other cases. For each width small sizes come first, to predict
+# which larger ones would take too long.
 SIZES = {
     "cpu": ((1000, 128), (10_000, 128), (100_000, 128), (1000, 512), (4000, 512), (10_000, 512), (100_000, 512),
             (1000, 2048), (4000, 2048), (1000, 4096)),

@@ -1,7 +1,7 @@
-"""The pair statistics by other people's packages, each imported when it is called.
+"""The pair statistics by other packages, each imported when it is called.
 
 The functions take the features of two models (n, d) and return a number for each of `plain.MEASURES` that the package
-has.
+offers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class _Loader:
-    """All samples as one batch, each the number of its row; what torch-cka asks of a DataLoader."""
+    """What torch-cka needs of a DataLoader: one batch with all samples, each given by its row number."""
 
     def __init__(self, n: int) -> None:
         self.dataset = "rows"
@@ -29,7 +29,7 @@ class _Loader:
 
 
 class _Rows(nn.Module):
-    """A model that gives the rows that it was made with: torch-cka measures layers of models."""
+    """A model that returns fixed rows, since torch-cka measures layers of models."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -40,11 +40,11 @@ class _Rows(nn.Module):
 
 
 def torch_cka(x: Tensor, y: Tensor) -> dict[str, float]:
-    """torch-cka's debiased CKA in float32, all rows as its one batch: its average over batches is another number."""
+    """torch-cka's debiased CKA in float32, with all rows in one batch, since its average over batches differs."""
     from torch_cka import CKA
 
     models = [nn.Sequential(_Rows(rows.float())) for rows in (x, y)]
-    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # its progress bar
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # hides its progress bar
         cka = CKA(*models, "x", "y", ["0"], ["0"], device=str(x.device))
         cka.compare(_Loader(len(x)), _Loader(len(x)))
     return {"debiased CKA": float(cka.export()["CKA"][0, 0])}
@@ -58,7 +58,7 @@ def ckatorch(unbiased: bool, x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def rsatoolbox(x: Tensor, y: Tensor) -> dict[str, float]:
-    """rsatoolbox's RSA: Pearson correlation of correlation distances, in float64. It has no cosine distance."""
+    """rsatoolbox's RSA: Pearson correlation of correlation distances, in float64; it has no cosine distance."""
     from rsatoolbox.data import Dataset
     from rsatoolbox.rdm import calc_rdm, compare
 

@@ -1,7 +1,7 @@
-"""The rivals of the pair statistics, written plainly: dense Gram matrices, moments of the features, the published form.
+"""Plain baselines of the pair statistics: dense Gram matrices, moments of the features, the published form.
 
-The functions of two feature matrices (n, d) and of a stream return a float for each measure of `MEASURES`. Everything
-is computed in the dtype that the caller brings.
+The functions take the feature matrices (n, d) of two or more models, or a stream of them, and return floats for some of
+`MEASURES`. They compute in the caller's dtype; `reference` uses float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# What one number says, by the kernel of its Gram matrices.
+# Each measure with the kernel of its Gram matrices.
 MEASURES = {
     "CKA": "linear",
     "debiased CKA": "linear",
@@ -22,16 +22,16 @@ MEASURES = {
     "correlation RSA": "correlation",
     "RBF CKA": "rbf",
 }
-SUBSAMPLE = 10_000  # rows that the published code takes its CKA on
-_RDM_ROWS = 1024  # of a block of the published code's RDM
-_MEDIAN_ROWS = 2048  # that the median distance is taken over, evenly spaced, as fastcl does
-# Elements of a dot product. cuBLAS counts them in 32 bits; a CPU's float32 sum over 10^8 of them is off by 10^-3, over
-# these by 10^-6, in the same time.
+SUBSAMPLE = 10_000  # rows on which the published code computes CKA
+_RDM_ROWS = 1024  # rows per block of the published code's RDM
+_MEDIAN_ROWS = 2048  # evenly spaced rows for the median distance, as in fastcl
+# Elements per dot product. cuBLAS counts them in 32 bits. On a CPU a float32 sum of 10^8 elements has an error of
+# 10^-3, one of this size 10^-6, at the same speed.
 _DOT = {"cpu": 2**18, "cuda": 2**30}
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """Sum of the elementwise product: faster than (a * b).sum(), and without that matrix."""
+    """Sum of the elementwise product, faster than (a * b).sum() and without that matrix."""
     pieces = (k.view(-1).split(_DOT[k.device.type]) for k in (a, b))
     return sum(float(u @ v) for u, v in zip(*pieces, strict=True))
 
@@ -44,14 +44,14 @@ def dense_linear(models: Sequence[Tensor]) -> dict[str, list[float]]:
     n, full, hollow = len(models[0]), {}, {}
     for i, j in _upper(models):
         full[i, j] = dot(grams[i], grams[j])
-        # HSIC_1 does not change with a shift of the rows. Without their diagonals the row sums are minus these.
+        # HSIC_1 does not change with a shift of the rows. Without the diagonals, row sums are minus the diagonals.
         along = float(diagonals[i] @ diagonals[j])
         hollow[i, j] = full[i, j] - along + traces[i] * traces[j] / ((n - 1) * (n - 2)) - 2 * along / (n - 2)
     return {"CKA": _ratios(full), "debiased CKA": _ratios(hollow)}
 
 
 def dense_cosine(models: Sequence[Tensor]) -> dict[str, list[float]]:
-    """RSA of all pairs from the matrices of cosines: the sign and the offset of 1 - K drop out of a correlation."""
+    """RSA of all pairs from the cosine matrices: the sign and offset of 1 - K cancel in a correlation."""
     units = [functional.normalize(x) for x in models]
     grams = [u @ u.T for u in units]
     diagonals = [k.diagonal().clone() for k in grams]
@@ -65,7 +65,7 @@ def dense_cosine(models: Sequence[Tensor]) -> dict[str, list[float]]:
 
 
 def dense_rbf(models: Sequence[Tensor]) -> dict[str, list[float]]:
-    """CKA of Gaussian kernels as wide as the median distance between two samples (Kornblith et al. 2019)."""
+    """CKA of Gaussian kernels with the median distance between two samples as width (Kornblith et al. 2019)."""
     grams = []
     for x in models:
         median = float(torch.pdist(x[:: -(-len(x) // _MEDIAN_ROWS)]).median())
@@ -73,14 +73,14 @@ def dense_rbf(models: Sequence[Tensor]) -> dict[str, list[float]]:
         squares = centred.square().sum(1)
         k = torch.addmm(squares, centred, centred.T, alpha=-2).add_(squares[:, None])
         k.clamp_min_(0).fill_diagonal_(0).mul_(-0.5 / median**2).exp_()
-        # Entries that are nearly equal would cancel in sums of float32.
+        # Centre now: nearly equal entries would cancel in float32 sums.
         means = k.mean(1)
         grams.append(k.sub_(means).sub_(means[:, None]).add_(means.mean()))
     return {"RBF CKA": _ratios({(i, j): dot(grams[i], grams[j]) for i, j in _upper(models)})}
 
 
 def feature_moments(batches: Iterable[Sequence[Tensor]], dtype: torch.dtype) -> dict[str, list[float]]:
-    """CKA of all pairs as ||X'Y||^2 of centred features, in one pass about the means of the first batch."""
+    """CKA of all pairs from ||X'Y||^2 of centred features, in one pass about the means of the first batch."""
     n, pilots = 0, []
     for batch in batches:
         rows = [x.to(dtype) for x in batch]
@@ -102,8 +102,8 @@ def feature_moments(batches: Iterable[Sequence[Tensor]], dtype: torch.dtype) -> 
 
 
 def published_cka(x: Tensor, y: Tensor) -> float:
-    """CKA as the code published with arXiv 2510.08852: a random subsample, its Gram matrices less the means of their
-    rows and columns, and traces of three n x n x n products."""
+    """CKA as in the code published with arXiv 2510.08852: a random subsample, its Gram matrices centred by row and
+    column means, and traces of three n x n x n products."""
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:SUBSAMPLE].to(x.device)
     centred = []
     for rows in (x[chosen], y[chosen]):
@@ -115,8 +115,8 @@ def published_cka(x: Tensor, y: Tensor) -> float:
 
 
 def published_rsa(x: Tensor, y: Tensor) -> float:
-    """RSA as the code published with arXiv 2510.08852: both n x n RDMs on the CPU, block by block without their
-    symmetry, then the entries below the diagonal, gathered by their indices."""
+    """RSA as in the code published with arXiv 2510.08852: both n x n RDMs on the CPU, block by block without using
+    symmetry, then the entries below the diagonal, gathered by index."""
     triangles = []
     rdms = [_published_rdm(x), _published_rdm(y)]
     for rdm in rdms:
@@ -137,7 +137,7 @@ def _published_rdm(x: Tensor) -> Tensor:
 
 
 def reference(models: Sequence[Tensor]) -> dict[str, list[float]]:
-    """Every measure of all pairs by its definition, from n x n matrices in float64 on the CPU."""
+    """Every measure of all pairs from its definition, with n x n float64 matrices on the CPU."""
     rows = [x.double().cpu() for x in models]
     n = len(rows[0])
     h = torch.eye(n, dtype=torch.float64) - 1 / n
@@ -168,10 +168,10 @@ def reference(models: Sequence[Tensor]) -> dict[str, list[float]]:
 
 
 def _upper(models: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
-    """All pairs of models, a model with itself included."""
+    """All pairs of models, including a model with itself."""
     return combinations_with_replacement(range(len(models)), 2)
 
 
 def _ratios(forms: dict[tuple[int, int], float]) -> list[float]:
-    """Form(K, L) / sqrt(form(K, K) form(L, L)) of each pair of different models."""
+    """form(K, L) / sqrt(form(K, K) form(L, L)) for each pair of different models."""
     return [value / math.sqrt(forms[i, i] * forms[j, j]) for (i, j), value in forms.items() if i < j]

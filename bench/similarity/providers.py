@@ -1,7 +1,7 @@
-"""The ways to get the pair statistics that the benchmark compares, and what it must know of each beforehand.
+"""The ways to compute pair statistics that the benchmark compares, with their costs and requirements.
 
-A measure of `plain.MEASURES` for two models is one number. A provider returns, per measure that it computes, that
-of each pair of models.
+A measure of `plain.MEASURES` is one number for two models. A provider returns, for each of its measures, the values of
+all pairs of models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.similarity import peers, plain
 from bench.similarity.inputs import Case, Features
 from fastcl.similarity.sums.routes import choose_route
 
-# Absolute, of measures between -1 and 1, on GATE rows.
+# Absolute errors of measures between -1 and 1, on GATE rows.
 TOLERANCES = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1e-2}
 GATE = 400
 
@@ -31,17 +31,17 @@ Found: TypeAlias = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to get measures.
+    """One way to compute measures.
 
     Args:
-        measures: that it computes; keys of `bench.similarity.plain.MEASURES`.
-        floats: of a case: peak memory beyond the features in float32 numbers, as measured or counted.
-        work: of a case: floating-point operations of its matrix products.
+        measures: the measures it computes; keys of `bench.similarity.plain.MEASURES`.
+        floats: from a case, peak memory beyond the features in float32 values, measured or counted.
+        work: from a case, floating-point operations of its matrix products.
         precision: a key of TOLERANCES.
-        note: what its label must say beside the measures.
-        dense: it forms whole Gram matrices, and is what the others are compared with.
-        ours: whether a failure or a wrong value makes the benchmark's exit status 1.
-        devices, module, package: as `bench.losses.providers.Provider`.
+        note: added to the measures in its label.
+        dense: whether it forms whole Gram matrices; the others are compared with these.
+        ours: whether a failure or a wrong value sets the benchmark's exit status to 1.
+        devices, module, package: as in `bench.losses.providers.Provider`.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Provider:
     package: str | None = None
 
     def obstacle(self, device: torch.device) -> str | None:
-        """Why it cannot run at all, whatever the size; None where it can."""
+        """Why it cannot run at any size, or None."""
         return absence(self.devices, self.module, self.package, device)
 
     @property
     def label(self) -> str:
-        """What it computes."""
+        """Description of what it computes."""
         return (", ".join(self.measures) or "nothing") + (f" ({self.note})" if self.note else "")
 
 
@@ -131,20 +131,20 @@ def _published(x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def feature_work(case: Case) -> float:
-    """Floating-point operations of one product X'Y for each pair of models, a model with itself included."""
+    """Floating-point operations of one product X'Y for each pair of models, including a model with itself."""
     return 2 * case.n * case.d**2 * (case.pairs + case.models)
 
 
 def least(case: Case, kernels: Collection[str], ceilings: Ceilings) -> tuple[float, float | None]:
-    """What the measures of kernels need at least, for all pairs of a case.
+    """Lower bounds on the work and time of the measures of some kernels, for all pairs of a case.
 
-    Kernels that are inner products of rows need X'Y of every pair of models and half of each X'X, each kernel its own,
-    or half of each Gram matrix (n n d), from which every kernel follows; Gaussian ones need that, and n n / 2
+    Kernels that are inner products of rows need either, per kernel, X'Y of every pair of models and half of each X'X,
+    or half of each Gram matrix (n n d), which serves all kernels. Gaussian kernels need the latter and n n / 2
     exponentials. The features are read once.
 
     Returns:
-        Floating-point operations of the products, and ms: the slowest of products, exponentials and memory, which can
-        overlap; None where nothing is measured.
+        Floating-point operations of the products, and the time in ms of the slowest of products, exponentials and
+        memory, which can overlap; None if there are no kernels.
     """
     if not kernels:
         return 0, None
@@ -166,7 +166,7 @@ def _route_work(route: str, case: Case) -> float:
 
 
 def _pairs_work(case: Case) -> float:
-    """Of both Gram matrices of each pair."""
+    """Floating-point operations of both Gram matrices of each pair."""
     return case.pairs * 4 * case.n**2 * case.d
 
 
@@ -176,7 +176,7 @@ def _published_work(case: Case) -> float:
 
 
 def _features_floats(case: Case) -> float:
-    """Of one kernel: moments in float64, and chunks of rows in it."""
+    """Memory of one kernel: float64 moments and chunks of rows."""
     return 2 * (case.d + 2) ** 2 * (case.pairs + case.models) + 12 * 1024 * case.d * case.models
 
 
@@ -186,8 +186,8 @@ def _route_floats(case: Case) -> float:
 
 
 def _matrices(count: float, width: int, case: Case) -> float:
-    """`count` n x n matrices per model and the features twice, in numbers that are `width` times 4 bytes wide; and all
-    features once where they are drawn on the way."""
+    """Memory of `count` n x n matrices per model and twice the features, in values of `width` times 4 bytes; plus the
+    features once if they are drawn on the fly."""
     rows = case.n * case.d * case.models
     return width * (count * case.n**2 * case.models + 2 * rows) + (rows if case.chunk else 0)
 

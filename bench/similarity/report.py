@@ -1,4 +1,4 @@
-"""The Markdown of the benchmark of the pair statistics: its conditions, its targets, and a table per case."""
+"""The Markdown of the similarity benchmark: conditions, targets, and a table per case."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TITLES = {
 }
 NOT_HERE = {"models": "not measured: timed on CUDA only"}
 DENSE_TARGET = Case("pair", 10_000, 512)
-FASTER, SMALLER = 5, 0.05  # against the best dense form: times as fast at least, of its memory at most
+FASTER, SMALLER = 5, 0.05  # against the best dense form: minimum speed-up, maximum share of its memory
 CARD_TARGET, CARD, CARD_MS = Case("models", 50_000, 2048, 4, "bfloat16"), "H200", 60
 
 
 def header(facts: Record, args: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> str:
-    """The conditions of the run, before its first measurement."""
+    """The conditions of the run, written before its first measurement."""
     allowed = ", ".join(f"{tolerance:g} ({name})" for name, tolerance in TOLERANCES.items())
     cuda = device.type == "cuda"
     memory = (
@@ -64,7 +64,7 @@ def body(records: Sequence[Record], figure: str | None, device: torch.device) ->
     """Targets, figure and tables of what has been measured so far.
 
     Args:
-        figure: name of the file, or None where there is none.
+        figure: file name of the figure, or None.
     """
     text = f"\n## Targets\n\n{target_table(targets(records))}{time_and_memory(figure)}"
     for section, title in TITLES.items():
@@ -78,9 +78,9 @@ def body(records: Sequence[Record], figure: str | None, device: torch.device) ->
 
 
 def targets(records: Sequence[Record]) -> Iterator[Target]:
-    """Rows: target, where, found, reached."""
+    """Rows of the target table: target, where, found, reached."""
     found = [r for r in records if _is(r, DENSE_TARGET)]
-    date = next((r["date"] for r in found if r["dense"]), None)  # of the run that has them: times of two do not compare
+    date = next((r["date"] for r in found if r["dense"]), None)  # compare times of one run only
     at = {r["provider"]: r for r in found if r["date"] == date}
     ours, best = at.get(ALL_THREE), best_dense(at.values(), at.get(ALL_THREE))
     time = memory = None
@@ -102,7 +102,7 @@ def _is(r: Record, case: Case) -> bool:
 
 
 def best_dense(records: Sequence[Record], r: Record | None) -> Record | None:
-    """The fastest dense Gram form among the records of a case that returns all that record `r` does."""
+    """The fastest dense Gram form among the records of a case that returns all measures of record `r`."""
     if not r or not r["measures"]:
         return None
     rivals = [q for q in records if q["dense"] and q["wall_ms"] and set(r["measures"]) <= set(q["measures"])]

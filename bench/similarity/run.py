@@ -1,4 +1,4 @@
-"""Time and memory of the pair statistics (CKA, debiased CKA, RSA) against every other way to get them."""
+"""Time and memory of the pair statistics (CKA, debiased CKA, RSA), compared with other ways to compute them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from bench.similarity.inputs import OTHERS, SECTIONS, SIZES, TINY, Case, Feature
 from bench.similarity.providers import DRAWN, GATE, PROVIDERS, TOLERANCES, Found, Provider, least
 
 BENCH = "similarity"
-WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of rounds before those that count: a GPU's clocks rise under load
-OVERHEAD = {"cpu": 0.2, "cuda": 0.01}  # seconds of a call that no larger case makes longer, at most
+WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of untimed rounds first, since a GPU's clocks rise under load
+OVERHEAD = {"cpu": 0.2, "cuda": 0.01}  # upper limit of the seconds of a call that do not grow with the case
 
 _DESCRIPTION = f"""\
 Time and memory of the pair statistics of two models or more, forward only, against what a user would write or install
@@ -68,13 +68,13 @@ what it has. Everything takes up to half an hour on two cores. For numbers worth
 
 @dataclass
 class Run:
-    """What all cases of a run share."""
+    """State shared by all cases of a run."""
 
     args: argparse.Namespace
     device: torch.device
     facts: Record
     ceilings: ceilings.Ceilings
-    pace: dict[tuple[str, int], float] = field(default_factory=dict)  # by provider and d: seconds / its operations
+    pace: dict[tuple[str, int], float] = field(default_factory=dict)  # by provider and d: seconds per operation
     truths: dict[Case, tuple[Features, Found]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
@@ -101,12 +101,12 @@ def peak_of(provider: Provider, features: Features) -> Peak:
     if features.device.type == "cpu":
         return measure_peak(memory_case, "cpu", provider.name, features.case)
     call = partial(provider.measure, features)
-    # A warm-up of the same size: what is compiled for it is no part of the time.
+    # Warm up at full size, so that compilation is not part of the time.
     return measure_peak(lambda device: (call, call), "cuda")
 
 
 def error_of(provider: Provider, case: Case, run: Run) -> float:
-    """Largest absolute error of a provider on the case's first rows, against float64."""
+    """Largest absolute error of a provider against float64, on the case with at most GATE rows."""
     small = case.shrunk(min(GATE, case.n))
     if small not in run.truths:
         features = Features(small, run.device)
@@ -116,18 +116,18 @@ def error_of(provider: Provider, case: Case, run: Run) -> float:
 
 
 def largest_difference(found: Found, other: Found) -> float:
-    """Largest absolute difference over the measures of `found`; NaN where one is not a number."""
+    """Largest absolute difference over the measures of `found`; NaN if any is NaN."""
     differences = [a - b for name in found for a, b in zip(found[name], other[name], strict=True)]
     return float(torch.tensor(differences or [0.0], dtype=torch.float64).abs().max())
 
 
 def probe(provider: Provider, features: Features, run: Run) -> tuple[str | None, Peak | None, float | None, Found]:
-    """Why a provider cannot be timed on a case (None: it can), its peak memory, error and values."""
+    """The reason why a provider cannot be timed on a case, or None, its peak memory, error and values."""
     case, limit, error = features.case, run.args.seconds, None
     if reason := provider.obstacle(run.device) or over_memory(provider.floats(case), run.args.memory):
         return reason, None, None, {}
     key = provider.name, case.d
-    # Of another width if need be: it may be half or twice as fast, and a case may be a thousand times too large.
+    # Use the pace at another width if needed: it may be off by a factor of 2, but a case may be 1,000 times too large.
     pace = run.pace.get(key) or min((p for (name, _), p in run.pace.items() if name == provider.name), default=0)
     if provider.work(case) * pace > limit:
         return f"over the limit of {limit:g} s by its time on fewer rows", None, None, {}
@@ -141,7 +141,7 @@ def probe(provider: Provider, features: Features, run: Run) -> tuple[str | None,
         if peak.seconds > limit:
             return f"over the limit of {limit:g} s: one call takes {peak.seconds:.3g} s", peak, error, {}
         return None, peak, error, provider.measure(features)
-    except Exception as problem:  # whatever a library does not support, or does wrong, is its own record
+    except Exception as problem:  # any unsupported or failing case is recorded
         if reason := shortage(problem):
             return reason, None, error, {}
         if provider.ours:
@@ -150,7 +150,7 @@ def probe(provider: Provider, features: Features, run: Run) -> tuple[str | None,
 
 
 def run_case(case: Case, run: Run) -> list[Record]:
-    """All providers on one case: correctness, memory, times. Prints a line for each."""
+    """Check correctness, memory and times of all providers on one case; print a line for each."""
     features = Features(case, run.device)
     found, entries = [], {}
     for provider in PROVIDERS:
@@ -202,7 +202,7 @@ def _record(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status (0 done, 1 a provider failed or is wrong, 130 interrupted)."""
+    """Run the benchmark; return the exit status (0 done, 1 a provider failed or is wrong, 130 interrupted)."""
     args, device = _arguments(argv)
     facts = machine(device)
     facts["versions"] |= versions(p.package for p in PROVIDERS if p.package)

@@ -1,7 +1,7 @@
-"""Two models' losses and how their similarities compare: fastcl.twin_stats against the calls that it replaces.
+"""Two models' losses and a comparison of their similarities: fastcl.twin_stats against the calls it replaces.
 
-Every provider computes the decoupled loss of the first model and the negatives-only supervised loss of the second,
-whose similarities arXiv 2510.08852 compares; all but the last also RSA of the cosines of both.
+Every provider computes the decoupled loss of the first model and the negatives-only supervised loss of the second, the
+two whose similarities arXiv 2510.08852 compares; all but the last also compute RSA of both models' cosines.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def make_batch(n: int, d: int, device: torch.device) -> Batch:
-    """Embeddings (2, n, d) of two models, a leaf, of two views of n / 2 samples each; ids (n,); labels (n,)."""
+    """Embeddings (2, n, d), a leaf, by two models of two views of n / 2 samples; sample ids (n,); labels (n,)."""
     z = torch.randn(2, n, d, generator=torch.Generator().manual_seed(0))
     z[1].mul_(0.6).add_(z[0], alpha=0.8)
     sample = torch.arange(n // 2, device=device).repeat(2)
@@ -58,7 +58,7 @@ def _together(precision: str, batch: Batch) -> tuple[Tensor, float | None]:
 
 
 TOGETHER, APART, ALONE = "twin_stats", "row_stats twice and pair_stats", "row_stats twice"
-# Each returns the loss, and RSA where it computes it.
+# Each returns the loss and RSA, or None if it does not compute RSA.
 PROVIDERS: dict[str, Callable[[str, Batch], tuple[Tensor, float | None]]] = {
     TOGETHER: _together,
     APART: _apart,
@@ -67,7 +67,7 @@ PROVIDERS: dict[str, Callable[[str, Batch], tuple[Tensor, float | None]]] = {
 
 
 def passes(provider: str, precision: str, batch: Batch) -> dict[str, Tensor]:
-    """Loss, gradient and, where it is computed, RSA of one forward and backward pass."""
+    """Loss, gradient and, if computed, RSA of one forward and backward pass."""
     batch[0].grad = None
     loss, rsa = PROVIDERS[provider](precision, batch)
     loss.backward()
@@ -92,13 +92,13 @@ def _peak_of(name: str, precision: str, batch: Batch) -> Peak:
 
     def warm_up() -> None:
         call()
-        batch[0].grad = None  # no part of the memory that is there before
+        batch[0].grad = None  # not part of the memory before the call
 
     return measure_peak(lambda device: (warm_up, call), "cuda")
 
 
 def run(args: argparse.Namespace, device: torch.device, facts: Record) -> tuple[list[Record], list[str]]:
-    """Records of all sizes, a line printed for each; and what failed or disagrees."""
+    """Measure all sizes and print a line for each; return the records and the messages of failures."""
     found, failed = [], []
     for n, d in TINY if args.tiny else SIZES[device.type]:
         batch = make_batch(n, d, device)
@@ -119,7 +119,7 @@ def _case(batch: Batch, precision: str, args: argparse.Namespace, facts: Record)
             peak, result = _peak_of(name, precision, batch), passes(name, precision, batch)
             agree({"float64": {what: truth[what] for what in result}, name: result}, TOLERANCES[precision])
             peaks[name], timed[name] = peak, timer_of(partial(_forward, name, precision, batch), z, False)
-        except Exception as problem:  # the others are still worth their times
+        except Exception as problem:  # go on with the other providers
             reason = shortage(problem) or f"failed: {first_line(problem)}"
             failed.append(f"{name}: {reason}")
             found.append(record("similarity", name, case, facts, reason=reason))

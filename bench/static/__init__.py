@@ -1,1 +1,1 @@
-"""The gate on compiled kernels."""
+"""The static gate on compiled kernels."""

@@ -1,4 +1,4 @@
-"""What the gate compiles unless told otherwise: every launch of the losses, of pair statistics and of views."""
+"""The gate's default cases: every launch of the losses, of pair statistics and of views."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from fastcl.kernels.common.launch import Launch
 
 
 def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
-    """Name and launches of each case on an architecture, for example 90."""
+    """Name and launches of each case on an architecture such as 90."""
     yield from pairs.cases(sm)
     yield from fused_cases.cases(sm)

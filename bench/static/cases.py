@@ -1,4 +1,4 @@
-"""Every launch that the table can lead to, recorded without a GPU: what the check of the compiled code compiles."""
+"""Every launch that the launch table allows, recorded without a GPU for the gate to compile."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class _Case:
     split: str = "none"
     precision: str = "fp16"
     dtype: torch.dtype = torch.float32
-    pair: str = "views"  # of samples, or "towers", or a "queue" of candidates without gradient
-    second: int = 0  # width of the second model's rows; 0: there is one model
+    pair: str = "views"  # "views" of samples, two "towers", or a "queue" of candidates without gradient
+    second: int = 0  # width of the second model's rows; 0: only one model
     learnable: bool = False  # temperature on the device: kernels for logits of any range
     normalize: bool = True
 
@@ -55,7 +55,7 @@ def _cases() -> Iterator[_Case]:
 
 
 def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
-    """Name and launches, forward and backward, of each case on an architecture, for example 90."""
+    """Name and launches, forward and backward, of each case on an architecture such as 90."""
     for case in _cases():
         with on_architecture(sm), recording() as launches:
             (_run_twins if case.second else _run)(case)

@@ -1,7 +1,7 @@
-"""The compiling side of `bench.static`: a worker that needs Triton alone, and so runs in any environment.
+"""The compile worker of `bench.static`. It needs only Triton, so it runs in any environment.
 
-`python -m bench.static.compile` reads jobs, one JSON object a line, and answers each with a line: what was found, or
-why there is no kernel. Its first line names the version of Triton.
+`python -m bench.static.compile` reads jobs, one JSON object per line, and answers each with a line: facts about the
+kernel, or why there is none. Its first line names the version of Triton.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from typing import Any, TypeAlias
 
 from bench.static import sass
 
-# The type of an argument, "constexpr" where its value is compiled in; of a tuple those of its fields.
+# The type of an argument, "constexpr" if its value is compiled in; for a tuple the types of its fields.
 Signature: TypeAlias = "str | dict[str, Signature]"
 
-LOG = "ptxas.log"  # in Triton's cache, beside the kernel that it belongs to
-# There too, by the code that reads machine code: the disassembler takes most of the time of a second run.
+LOG = "ptxas.log"  # in Triton's cache, next to its kernel
+# Facts are cached there too, keyed by a hash of the code that reads machine code: otherwise disassembly would take most
+# of the time of a second run.
 _READERS = (Path(__file__), Path(sass.__file__))
 FACTS = f"facts-{hashlib.sha256(b''.join(path.read_bytes() for path in _READERS)).hexdigest()[:16]}.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel as Triton would compile it for a launch; every field goes through JSON.
+    """A kernel as Triton would compile it for a launch; every field is JSON-serialisable.
 
     Attributes:
         root: folder to import `module` from.
-        signature: by parameter.
-        constants: by path (a parameter, or "parameter.field"), the values that are compiled in; a tuple is a list here.
-        divisible: paths of what is a multiple of 16.
-        arch: for example 90.
+        signature: types by parameter.
+        constants: compiled-in values by path (a parameter, or "parameter.field"); a tuple becomes a list.
+        divisible: paths of the arguments that are multiples of 16.
+        arch: architecture such as 90.
     """
 
     root: str
@@ -57,19 +58,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a compiled kernel is like.
+    """Properties of a compiled kernel.
 
     Attributes:
-        stack: bytes of a thread's stack and of its other local memory: spilled registers lie there.
-        local: instructions that store to local memory or load from it.
-        shared: bytes of shared memory of a program.
+        stack: bytes of a thread's stack and other local memory, where spilled registers are kept.
+        local: number of instructions that store to or load from local memory.
+        shared: bytes of shared memory per program.
         tensor_memory: columns of sm_100's tensor memory.
-        dot: whether the kernel has a tl.dot.
-        tensor: tensor-core instructions by family, as in `sass.TENSOR`.
-        register_operand: WGMMA whose first operand lies in registers.
-        waits: waits for WGMMA.
+        dot: whether the kernel contains a tl.dot.
+        tensor: number of tensor-core instructions by family, as in `sass.TENSOR`.
+        register_operand: number of WGMMA whose first operand is in registers.
+        waits: number of waits for WGMMA.
         broken, chained: see `sass.broken_chains`.
-        messages: what ptxas said about WGMMA that it serialised.
+        messages: ptxas messages about WGMMA that it serialised.
         hazards: see `sass.hazards`.
         exponentials: see `sass.exponentials_in_a_loop`.
     """
@@ -92,7 +93,7 @@ class Facts:
 
 
 def obstacle() -> str | None:
-    """Why the installed Triton cannot serve the gate; None where it can."""
+    """Why the installed Triton cannot be used by the gate, or None."""
     import triton
 
     try:
@@ -105,7 +106,7 @@ def obstacle() -> str | None:
 
 
 def build(job: Job) -> Facts:
-    """Compile a job and look at the machine code; what lies in Triton's cache is as good as new."""
+    """Compile a job and examine its machine code; cached results are reused."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.cache import get_cache_manager
@@ -130,7 +131,7 @@ def build(job: Job) -> Facts:
 
 
 def _place(signature: Any, path: str) -> tuple[int, ...]:
-    """A path as Triton writes it: the number of the parameter, of its field, and so on."""
+    """A path in Triton's form: the index of the parameter, of its field, and so on."""
     place = []
     for name in path.split("."):
         place.append(list(signature).index(name))
@@ -150,13 +151,13 @@ def _constant(value: Any) -> Any:
 
 
 def _compile(source: Any, target: Any, options: dict[str, int]) -> tuple[Any, str]:
-    """The kernel and what ptxas said of it, which Triton prints but does not keep."""
+    """The kernel and the ptxas log, which Triton prints but does not keep."""
     import triton
     from triton import knobs
     from triton.runtime.cache import get_cache_manager
 
     knobs.nvidia.dump_ptxas_log = True
-    for anew in (False, True):  # a kernel that another program has left in the cache comes without the log
+    for anew in (False, True):  # a kernel cached by another program has no log
         knobs.compilation.always_compile = anew
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -173,7 +174,7 @@ def _compile(source: Any, target: Any, options: dict[str, int]) -> tuple[Any, st
 def _facts(compiled: Any, log: str) -> Facts:
     usage, text = _disassemble(compiled.asm["cubin"])
     code = sass.blocks(text)
-    # A device function that was not inlined has a line of its own.
+    # A device function that was not inlined has its own line.
     used = [[int(n) for n in match] for match in re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)]
     if not used or not code:
         raise RuntimeError(f"the disassembler shows no code: {(usage + text)[:200]!r}")
@@ -199,7 +200,7 @@ def _facts(compiled: Any, log: str) -> Facts:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, by the tools that Triton brings along."""
+    """Resource usage and machine code, from the tools bundled with Triton."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -221,7 +222,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 def main() -> None:
     """Answer jobs until there are no more."""
-    # What Triton and its tools print goes to the log of errors: the channel of the answers stays clean.
+    # Redirect output of Triton and its tools to standard error, so that only answers go to standard output.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import triton
@@ -236,7 +237,7 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer({"facts": asdict(build(Job(**json.loads(line))))})
-        except Exception as error:  # Triton's own errors have many classes, and a failed job is an answer
+        except Exception as error:  # Triton raises many error classes, and a failed job is an answer too
             answer({"error": f"{type(error).__name__}: {error}"})
 
 

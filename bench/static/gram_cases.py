@@ -1,4 +1,4 @@
-"""Every launch of pair statistics, recorded without a GPU: what the check of the compiled code compiles."""
+"""Every launch of pair statistics, recorded without a GPU for the gate to compile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROWS = 4096
 
 
 def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
-    """Name and launches of each case on an architecture, for example 90."""
+    """Name and launches of each case on an architecture such as 90."""
     for kernel, dtype in (("linear", torch.bfloat16), ("cosine", torch.float32), ("correlation", torch.float16)):
         x, y = (torch.empty(_ROWS, width, dtype=dtype, device="cpu") for width in (512, 128))
         with on_architecture(sm), recording() as launches:

@@ -1,4 +1,4 @@
-"""From the launches of the host code to what Triton compiles for them, and the worker processes that do it."""
+"""Turn launches of the host code into compile jobs for Triton, and run these in worker processes."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from bench.static.compile import Facts, Job, Signature
 from fastcl.kernels.common.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
-HOST = "fastcl."  # kernels are fastcl.kernels.* here, and kernels.* in a worker, which has no fastcl
-SECONDS = 600  # for one kernel; ptxas has been seen to take minutes over tiles that are far too large
+HOST = "fastcl."  # kernels are fastcl.kernels.* here, but kernels.* in a worker, which has no fastcl
+SECONDS = 600  # per kernel; ptxas can take minutes for tiles that are far too large
 _CONSTANTS = (bool, int, float, str, type(None))
 
-Result = Facts | str  # or why there is no kernel
+Result = Facts | str  # a string says why there is no kernel
 
 
 class StaticError(Exception):
-    """The gate cannot do its work; the message says why."""
+    """The gate cannot run; the message says why."""
 
 
 def job(launch: Launch, arch: int) -> Job:
-    """What Triton would compile for a launch: it is asked itself how it specialises the arguments.
+    """What Triton would compile for a launch; Triton itself specialises the arguments.
 
     Raises:
-        StaticError: an argument is of a kind that a job cannot carry.
+        StaticError: the arguments do not fit the kernel or cannot be stored in a job.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -64,7 +64,7 @@ def job(launch: Launch, arch: int) -> Job:
 
 
 class _Found:
-    """Constants and divisible arguments, by their paths."""
+    """Collects constants and divisible arguments by their paths."""
 
     def __init__(self, kernel: str, backend: Any) -> None:
         self.kernel, self.backend = kernel, backend
@@ -72,7 +72,7 @@ class _Found:
         self.divisible: list[str] = []
 
     def take(self, path: str, value: Any, kind: Any, trait: Any) -> Signature:
-        """The signature of an argument, or of a field of one."""
+        """The signature of an argument or of one of its fields."""
         if isinstance(kind, tuple):
             fields = getattr(value, "_fields", None) or map(str, range(len(value)))
             parts = zip(fields, value, kind, trait, strict=True)
@@ -85,7 +85,7 @@ class _Found:
 
 
 def _constant(value: Any, what: str) -> Any:
-    value = getattr(value, "value", value)  # of a tl.constexpr
+    value = getattr(value, "value", value)  # unwraps a tl.constexpr
     if isinstance(value, tuple | list):
         return [_constant(item, what) for item in value]
     if not isinstance(value, _CONSTANTS):
@@ -94,14 +94,14 @@ def _constant(value: Any, what: str) -> Any:
 
 
 def _origin(kernel: Any) -> tuple[str, str]:
-    """Folder and name to import the kernel's module by where there is Triton alone."""
+    """Folder and name to import the kernel's module in an environment with only Triton."""
     module = kernel.fn.__module__.removeprefix(HOST)
     file = Path(inspect.getsourcefile(kernel.fn) or "").resolve()
     return str(file.parents[module.count(".")]), module
 
 
 def unique(cases: Iterable[tuple[str, list[Launch]]], arch: int) -> dict[str, tuple[Job, list[str]]]:
-    """By its JSON, each job once, with the names of the cases that need it."""
+    """Distinct jobs, keyed by their JSON, with the names of the cases that need them."""
     found: dict[str, tuple[Job, list[str]]] = {}
     for name, launches in cases:
         for launch in launches:
@@ -113,7 +113,7 @@ def unique(cases: Iterable[tuple[str, list[Launch]]], arch: int) -> dict[str, tu
 
 
 class _Worker:
-    """A process that compiles; one that dies over a job is replaced."""
+    """A compile process; if it dies on a job, it is replaced."""
 
     def __init__(self, python: str) -> None:
         self.python = python
@@ -121,7 +121,7 @@ class _Worker:
         self.triton = self._start()
 
     def _start(self) -> str:
-        # Interpreted kernels cannot be compiled, and Triton reads this when a kernel's module is imported.
+        # Interpreted kernels cannot be compiled; Triton reads this variable when a kernel's module is imported.
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         command = [self.python, "-m", "bench.static.compile"]
         self.log.truncate(0)
@@ -140,7 +140,7 @@ class _Worker:
             raise StaticError(f"{self.python} cannot compile: {self._last_words()}") from None
 
     def compile(self, one: Job) -> Result:
-        """Facts of a job, or why there are none."""
+        """Facts about the job's kernel, or why there are none."""
         limit = threading.Timer(SECONDS, self.process.kill)
         limit.start()
         try:
@@ -164,17 +164,17 @@ class _Worker:
         return lines[-1] if lines else "it said nothing"
 
     def stop(self) -> None:
-        """End the process; it holds nothing that could be lost."""
+        """Kill the process; it has no state to lose."""
         self.process.kill()
         self.process.wait()
         self.log.close()
 
 
 def compile_all(jobs: list[Job], python: str, workers: int) -> tuple[str, list[Result]]:
-    """Compile jobs in worker processes, with a progress bar on the terminal of errors.
+    """Compile jobs in worker processes, with a progress bar on standard error.
 
     Args:
-        python: the interpreter of the workers, with any Triton.
+        python: the workers' interpreter; its Triton may be another version.
 
     Returns:
         The version of the workers' Triton, and a result per job.

@@ -1,4 +1,4 @@
-"""What the gate says of compiled kernels: limits of the architectures, findings, records, tables."""
+"""The gate's report on compiled kernels: limits of the architectures, findings, records, tables."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from bench.static.compile import Facts, Job
 from bench.static.jobs import Result
 
 KIB = 1024
-_REGISTERS = 65536  # of a multiprocessor, in four equal parts
+_REGISTERS = 65536  # per multiprocessor, in four equal parts
 _TENSOR_MEMORY = 512  # columns
-_RESERVED = KIB  # of shared memory, with each program
+_RESERVED = KIB  # bytes of shared memory reserved per program
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of an architecture: KiB of shared memory for a program and for a multiprocessor, warps and programs on one."""
+    """Limits of an architecture: KiB of shared memory per program and per multiprocessor, warps and programs on one."""
 
     shared: int
     shared_all: int
@@ -40,7 +40,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Why a launch does not pass; the name is one of the keys of `FINDINGS`."""
+    """Why a launch does not pass; the name is a key of `FINDINGS`."""
 
     name: str
     detail: str
@@ -58,7 +58,7 @@ FINDINGS = {
 
 
 def findings(job: Job, result: Result) -> list[Finding]:
-    """What is wrong with a compiled job; nothing if it is clean."""
+    """What is wrong with a compiled job; empty if it is clean."""
     if isinstance(result, str):
         return [Finding("compile", " ".join(result.split())[:500])]
     facts, limits, found = result, LIMITS[job.arch], []
@@ -80,7 +80,7 @@ def findings(job: Job, result: Result) -> list[Finding]:
 
 
 def occupancy(facts: Facts, arch: int) -> int:
-    """Programs that a multiprocessor holds at a time."""
+    """Number of programs that fit on a multiprocessor at a time."""
     limits = LIMITS[arch]
     per_warp = math.ceil(facts.registers / 8) * 8 * 32
     by_registers = _REGISTERS // 4 // per_warp * 4 // facts.warps
@@ -92,7 +92,7 @@ def occupancy(facts: Facts, arch: int) -> int:
 
 
 def exponentials(job: Job, facts: Facts) -> float | None:
-    """Exponentials per element of a tile of resident by streamed rows; None where there is no loop over such tiles."""
+    """Exponentials per element of a tile of resident by streamed rows; None without a loop over such tiles."""
     constants = {path.rpartition(".")[2]: value for path, value in job.constants.items()}
     sides = [constants.get(name) for name in ("BLOCK_R", "BLOCK_S")]
     if facts.exponentials is None or None in sides:
@@ -101,7 +101,7 @@ def exponentials(job: Job, facts: Facts) -> float | None:
 
 
 def record(job: Job, cases: list[str], result: Result, triton: str) -> dict[str, Any]:
-    """One flat record: what was compiled, what it is like (null: it did not compile), what was found."""
+    """One flat record: the job, the facts (null if it did not compile) and the findings."""
     found = {
         "bench": "static",
         "triton": triton,
@@ -140,7 +140,7 @@ def report(records: list[dict[str, Any]], triton: str, only: str = "") -> str:
     """Markdown: a table per architecture, then every finding in full.
 
     Args:
-        only: the expression that has chosen the cases.
+        only: the expression that selected the cases.
     """
     chosen = f"Only cases with {only!r} in their names. " if only else ""
     parts = [f"# Compiled launches, Triton {triton}\n\n{chosen}{summary(records)}\n\n{_LEGEND}"]
@@ -155,7 +155,7 @@ def report(records: list[dict[str, Any]], triton: str, only: str = "") -> str:
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    """One line: how many launches, how many of them with which findings."""
+    """One line: number of launches, and numbers with findings."""
     names = [name for r in records for name in {f["name"] for f in r["findings"]}]
     bad = sum(bool(r["findings"]) for r in records)
     which = ", ".join(f"{name}: {names.count(name)}" for name in FINDINGS if name in names)
@@ -164,7 +164,7 @@ def summary(records: list[dict[str, Any]]) -> str:
 
 
 def launch_name(r: dict[str, Any]) -> str:
-    """Kernel, tile, warps and stages of a record, the flags that are set; with a minus what the call does not have."""
+    """Kernel, tile, warps, stages and set flags of a record; a minus marks arguments that are None."""
     constants = [(path.rpartition(".")[2], value) for path, value in r["constants"].items()]
     words = [r["kernel"]]
     for name, value in constants:

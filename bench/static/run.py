@@ -1,4 +1,4 @@
-"""The gate on compiled kernels: every launch of the table, compiled ahead of time for every architecture."""
+"""The static gate: every launch of the table, compiled ahead of time for every architecture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastcl.kernels.common.launch import ARCHITECTURES, Launch
 
 CASES = "bench.static.all_cases:cases"
 
-# From an architecture to its launches, by the name of what they are for.
+# Maps an architecture to the names and launches of its cases.
 Cases: TypeAlias = Callable[[int], Iterable[tuple[str, list[Launch]]]]
 
 _DESCRIPTION = """\
@@ -44,7 +44,7 @@ short.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the gate; returns the exit status (0 clean, 1 findings, 2 it could not run, 130 interrupted)."""
+    """Run the gate; return the exit status (0 clean, 1 findings, 2 it could not run, 130 interrupted)."""
     args = _arguments(argv)
     try:
         python = newest(args.newest) if args.newest else args.triton_python
@@ -70,14 +70,14 @@ def check(
     """Compile all launches of all cases.
 
     Args:
-        only: what the name of a case must contain.
-        python: interpreter of the workers.
+        only: pattern that must be found in the name of a case.
+        python: the workers' interpreter.
 
     Returns:
         A record per launch, and the version of the workers' Triton.
 
     Raises:
-        StaticError: Triton is too old, here or there, no case has a launch, or a worker does not start.
+        StaticError: Triton is too old here or in the workers, no case has a launch, or a worker does not start.
     """
     if reason := obstacle():
         raise StaticError(reason)
@@ -96,7 +96,7 @@ def load_cases(name: str) -> Cases:
     """The function that `module:function` names.
 
     Raises:
-        StaticError: there is none.
+        StaticError: there is no such function.
     """
     module, _, function = name.partition(":")
     try:
@@ -106,10 +106,10 @@ def load_cases(name: str) -> Cases:
 
 
 def newest(folder: Path) -> str:
-    """The interpreter of a virtual environment that has the newest Triton and nothing else, made where it is missing.
+    """The interpreter of a virtual environment with only the newest Triton, which is created if missing.
 
     Raises:
-        StaticError: it cannot be made.
+        StaticError: it cannot be created.
     """
     python = Path(os.path.abspath(folder)) / "bin" / "python"
     print(f"The newest Triton goes to {folder}.", file=sys.stderr)

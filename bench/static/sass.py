@@ -1,9 +1,9 @@
-"""Reading the machine code of a kernel, as nvdisasm prints it: instructions, loops, tensor-core use, WGMMA in flight.
+"""Analysis of a kernel's machine code, as printed by nvdisasm: instructions, loops, tensor-core use, WGMMA in flight.
 
-WGMMA (HGMMA and its kin, sm_90) runs while the program goes on. `gsb0` on an instruction closes a group of them and
-WARPGROUP.DEPBAR.LE gsb0, n waits until at most n groups run. Two things go wrong in what ptxas makes of it:
+WGMMA (HGMMA and its variants, sm_90) run asynchronously. `gsb0` on an instruction closes a group of them and
+WARPGROUP.DEPBAR.LE gsb0, n waits until at most n groups are running. ptxas can get two things wrong:
 
-    serialised  it puts a wait between the instructions that add to one accumulator, and nothing overlaps any more
+    serialised  it waits between instructions that add to the same accumulator, so that nothing overlaps
     hazard      it writes to registers that hold the first operand of a WGMMA which may still read them
 """
 
@@ -19,8 +19,8 @@ TENSOR = {
     "HMMA": re.compile(r"(?:[BDHIQ]|OM)MMA\b"),
     "UTCMMA": re.compile(r"UTC[A-Z]?MMA\b"),
 }
-_A_REGISTERS = 4  # of a WGMMA's first operand, per thread, whatever its type
-# Their first operand is read where it is a register, or they have none.
+_A_REGISTERS = 4  # registers of a WGMMA's first operand, per thread, for all types
+# Opcodes without a result register: they only read their first operand, or have none.
 _NO_RESULT = re.compile(
     r"ST|RED[G.]|RED$|BAR|BRA|BRX|CALL|RET|EXIT|SYNCS|WARP|NANOSLEEP|CCTL|R2P|R2B|FCHK|JM|DEPBAR|\w*SETP|\w*SETP2"
 )
@@ -37,13 +37,13 @@ class Instruction:
     """One line of machine code."""
 
     address: str
-    predicate: str  # "" or for example "@!P0"
+    predicate: str  # "" or a predicate such as "@!P0"
     opcode: str
     operands: tuple[str, ...]
 
     @property
     def target(self) -> str | None:
-        """The label it jumps to."""
+        """The label it jumps to, or None."""
         if not self.opcode.startswith(("BRA", "JMP")):
             return None
         found = _TARGET.search(", ".join(self.operands))
@@ -51,7 +51,7 @@ class Instruction:
 
     @property
     def falls_through(self) -> bool:
-        """Whether the next instruction may follow."""
+        """Whether execution may continue with the next instruction."""
         if self.opcode.startswith(("EXIT", "RET", "BRX", "JMX")):
             return bool(self.predicate)
         if self.target is None:
@@ -82,7 +82,7 @@ class Instruction:
 
 @dataclass
 class Block:
-    """Instructions without a jump into or out of their middle, and the blocks that may follow."""
+    """A basic block: instructions without jumps into or out of their middle, and the blocks that may follow."""
 
     code: list[Instruction]
     label: str | None
@@ -90,7 +90,7 @@ class Block:
 
 
 def blocks(text: str) -> list[Block]:
-    """Control flow of all functions in nvdisasm's output; a call is taken to return."""
+    """Control flow graph of all functions in nvdisasm's output; calls are assumed to return."""
     found: list[Block] = []
     starts = True  # the next instruction begins a block
     for line in text.splitlines():
@@ -117,13 +117,13 @@ def blocks(text: str) -> list[Block]:
 
 
 def count(code: list[Block], opcode: re.Pattern[str] | str) -> int:
-    """Instructions whose opcode begins with this."""
+    """Number of instructions whose opcode starts with a pattern."""
     pattern = re.compile(opcode)
     return sum(bool(pattern.match(one.opcode)) for block in code for one in block.code)
 
 
 def register_operands(code: list[Block]) -> int:
-    """WGMMA whose first operand lies in registers."""
+    """Number of WGMMA whose first operand is in registers."""
     return sum(bool(WGMMA.match(one.opcode) and _first_operand(one)) for block in code for one in block.code)
 
 
@@ -132,7 +132,7 @@ def _first_operand(wgmma: Instruction) -> re.Match[str] | None:
 
 
 def loops(code: list[Block]) -> list[frozenset[int]]:
-    """Natural loops as sets of numbers of blocks; those with the same first block are one."""
+    """Natural loops as sets of block numbers; loops with the same header are merged."""
     before: list[set[int]] = [set() for _ in code]
     for k, block in enumerate(code):
         for following in block.following:
@@ -153,7 +153,7 @@ def loops(code: list[Block]) -> list[frozenset[int]]:
 
 
 def _dominators(before: list[set[int]]) -> list[set[int]]:
-    """By block, the blocks that every way to it passes, itself included."""
+    """The dominators of each block: the blocks on every path to it, including itself."""
     everything = set(range(len(before)))
     above = [everything if previous else {k} for k, previous in enumerate(before)]
     if above:
@@ -170,7 +170,7 @@ def _dominators(before: list[set[int]]) -> list[set[int]]:
 
 
 def exponentials_in_a_loop(code: list[Block]) -> int | None:
-    """MUFU.EX2 in one turn of an innermost loop that has any, the largest number of all such loops; None: no loop."""
+    """Largest number of MUFU.EX2 in the body of an innermost loop that has any; None if there is no such loop."""
     numbers = [count([block], r"MUFU\.EX2\b") for block in code]
     hot = [body for body in loops(code) if any(numbers[k] for k in body)]
     inner = [body for body in hot if not any(other < body for other in hot)]
@@ -178,7 +178,7 @@ def exponentials_in_a_loop(code: list[Block]) -> int | None:
 
 
 def broken_chains(code: list[Block]) -> tuple[int, int]:
-    """(with a wait for all groups between them, all) pairs of WGMMA that add to one accumulator within a block."""
+    """Pairs of consecutive WGMMA on one accumulator within a block: (those with a full wait in between, all)."""
     broken = pairs = 0
     for block in code:
         accumulator, waited = None, False
@@ -193,14 +193,14 @@ def broken_chains(code: list[Block]) -> tuple[int, int]:
     return broken, pairs
 
 
-# Groups of WGMMA that may run, oldest first; the last one is still open. A WGMMA is (first A register, address).
+# Groups of WGMMA that may be running, oldest first; the last is still open. A WGMMA is (first A register, address).
 _Groups = tuple[frozenset[tuple[int, str]], ...]
 _NOTHING: _Groups = (frozenset(),)
-_MOST_GROUPS = 16  # the two oldest of more are taken for one, so that a loop without a wait comes to an end here
+_MOST_GROUPS = 16  # beyond this the two oldest are merged, so that the analysis of a loop without waits terminates
 
 
 def hazards(code: list[Block]) -> list[str]:
-    """Writes to a register that a WGMMA in flight may still read, on any way through the code, loops included."""
+    """Writes to a register that a WGMMA in flight may still read, on any path through the code, including loops."""
     found: dict[str, str] = {}
     seen: set[tuple[int, _Groups]] = set()
     entries = set(range(len(code))) - {k for block in code for k in block.following}
@@ -223,7 +223,7 @@ def _step(one: Instruction, groups: _Groups, found: dict[str, str]) -> _Groups:
             groups = (*groups[:-1], groups[-1] | {(int(first[1]), one.address)})
         if "gsb0" not in one.operands:
             return groups
-        # A group without an operand in registers is kept too: waits count groups.
+        # Keep groups without register operands too, since waits count groups.
         if len(groups) == _MOST_GROUPS:
             groups = (groups[0] | groups[1], *groups[2:])
         return (*groups, frozenset())

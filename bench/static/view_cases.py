@@ -1,4 +1,4 @@
-"""Every launch of the fused renderer, recorded without a GPU: what the check of the compiled code compiles."""
+"""Every launch of the Triton renderer, recorded without a GPU for the gate to compile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _VIEWS = 512
 
 
 def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
-    """Name and launches of each case on an architecture, for example 90."""
+    """Name and launches of each case on an architecture such as 90."""
     for source, size, channels, turns, kernel in (
         (32, 32, 3, False, 3),
         (64, 64, 3, False, 3),

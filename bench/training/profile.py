@@ -1,4 +1,4 @@
-"""What a training step is made of: times on the wall clock, then the shares of its parts by torch.profiler."""
+"""The parts of a training step: wall-clock times, then the shares of the parts by torch.profiler."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
     """Time and profile steps of a run that is never finished.
 
     Args:
-        folder: of the run; new.
-        repeats: timed steps.
+        folder: new folder of the run.
+        repeats: number of timed steps.
 
     Returns:
-        step_seconds, waiting_seconds: per timed step, in all and for its batch.
-        steps_per_epoch, twins: of the run.
-        shares: by SHARES, of the profiled steps without their views: of the device's time, on a CPU of the wall clock.
-        twin_share: of them the forward pass of twin_stats; None where no operator of that name ran.
-        peak_bytes: of the device's memory; None on a CPU.
+        step_seconds, waiting_seconds: per timed step, the total time and the wait for its batch.
+        steps_per_epoch, twins: steps per epoch and number of models of the run.
+        shares: by SHARES, the shares of profiled steps without views in device time, on a CPU in wall-clock time.
+        twin_share: the share of twin_stats' forward pass; None if its operator did not run.
+        peak_bytes: peak device memory; None on a CPU.
+        images_per_second: of the median step.
     """
     run = Lockstep(config, folder)
     if device.type == "cuda":
@@ -57,7 +58,7 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
         ahead = [next(batches) for _ in range(PROFILED)]
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # of cycles, of which there is one
+            warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # of each cycle; there is only one
             with profile(activities=activities) as found:
                 for k, batch in enumerate(ahead):
                     _step(run, k, batch)
@@ -71,19 +72,19 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
 
 
 def shares_of(events: Sequence[Any], on_device: bool) -> tuple[dict[str, float | None], float | None]:
-    """Shares of a step's parts, and of the forward pass of twin_stats; None where the profile holds no time.
+    """Shares of a step's parts, and of the forward pass of twin_stats; None if the profile has no times.
 
-    The backward passes of the losses are told from those of the encoders by fastcl's operators: the autograd thread of
-    a GPU works outside the spans of the step.
+    fastcl's operators separate the backward passes of the losses from those of the encoders: on a GPU the autograd
+    thread works outside the spans of the step.
 
     Args:
         events: `key_averages()` of a profile.
-        on_device: whether device time counts, else the CPU's.
+        on_device: use device time instead of CPU time.
     """
     hosts = [e for e in events if e.device_type == DeviceType.CPU]
     times = {e.key: e.device_time_total if on_device else e.cpu_time_total for e in hosts}
     spans = [times[name] for name in (ENCODERS, LOSSES, METRICS, OPTIMIZERS)]
-    if on_device:  # each kernel once: a span on the device is an event there too
+    if on_device:  # count each kernel once: spans are device events too
         kernels = (e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation)
         total = sum(e.self_device_time_total for e in kernels)
         backward = total - sum(spans)

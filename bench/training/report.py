@@ -1,4 +1,4 @@
-"""The Markdown of the benchmark of the trainer: conditions, targets, and a table for each section."""
+"""The Markdown of the training benchmark: conditions, targets, and a table for each section."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from bench.harness.markdown import TINY, Target, machine_line, outcome, target_t
 from bench.harness.records import Record, digits, table
 from bench.training.runs import ALIGNMENT
 
-LIMIT = 0.05  # of a step: what losses and waiting for views may take together on a card
+LIMIT = 0.05  # maximum share of losses and waiting for views, together, in a step on a GPU
 BATCH, PRECISIONS = 1024, ("fp32", "bf16")  # of the target
 
 
 def markdown(records: Sequence[Record], facts: Record, source: str, tiny: bool) -> str:
-    """Everything measured so far."""
+    """The report on everything measured so far."""
     text = f"""\
 # Training
 
@@ -45,7 +45,7 @@ twin_stats, which is shown by itself too: it returns the pair statistics of a st
 
 
 def targets(records: Sequence[Record]) -> Iterator[Target]:
-    """Rows: target, where, found, reached."""
+    """Rows of the target table: target, where, found, reached."""
     what = f"losses and waiting at most {LIMIT:.0%} of a step"
     for precision in PRECISIONS:
         wanted = {"section": "steps", "batch": BATCH, "precision": precision, "models": 4, "reason": None}
@@ -59,12 +59,12 @@ def targets(records: Sequence[Record]) -> Iterator[Target]:
 
 
 def waiting(r: Record) -> float:
-    """The share of the steps' time before their batches were there."""
+    """The share of the steps' time spent waiting for their batches."""
     return sum(r["waiting_seconds"]) / sum(r["step_seconds"])
 
 
 def steps_table(records: Sequence[Record]) -> str:
-    """A row for each case of the section of steps."""
+    """A table with one row per case of the section "steps"."""
     head = ("B", "precision", "models", "s a step", "images/s", "images/s and model", "waiting", "encoders", "losses",
             "twin_stats", "metrics", "optimisers", "peak GiB")  # fmt: skip
     return table(head, map(_step_row, records))
@@ -85,7 +85,7 @@ def _step_row(r: Record) -> tuple[str, ...]:
 
 
 def _cases(records: Sequence[Record], heading: str, body: Callable[[Record], str]) -> str:
-    """A part for each record: its heading, and what it measured or why it did not."""
+    """A part for each record: its heading, then its results or the reason for having none."""
     heading = f"\n{heading}, {{epochs}} epochs, B = {{batch:,}}\n\n"
     return "".join(heading.format(**r) + (f"{r['reason']}\n" if r["reason"] else body(r)) for r in records)
 
@@ -104,7 +104,7 @@ def _run(r: Record) -> str:
 
 
 def models(r: Record) -> Iterator[tuple[str, ...]]:
-    """Of a run, by model: its name, ALIGNMENT with dcl, accuracy of the nearest centre and of the probe."""
+    """Rows for the models of a run: name, ALIGNMENT with dcl, accuracy of the nearest centre and of the probe."""
     for model, ncc in r["ncc"].items():
         pair = r["pairs"].get(model)
         aligned = [_four(pair[name]) if pair else "" for name in ALIGNMENT]
@@ -117,7 +117,7 @@ def _precision(records: Sequence[Record]) -> str:
 
 
 def compared(r: Record) -> Iterator[tuple[str, ...]]:
-    """Of the comparison of precisions: which models, what that says, their ALIGNMENT."""
+    """Rows for a comparison of precisions: the two models, the meaning of their comparison, their ALIGNMENT."""
     rows = [("dcl fp32, dcl reseeded fp32", "the noise floor", r["floor"]),
             ("dcl fp32, dcl bf16", "what the precision changes", r["between"])]  # fmt: skip
     rows += [(f"dcl {p}, nscl {p}", "the alignment of interest", found) for p, found in r["alignment"].items()]

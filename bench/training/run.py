@@ -1,4 +1,4 @@
-"""The trainer itself: what a step is made of, how fast twins train, how they align, whether bfloat16 changes that."""
+"""The training benchmark: parts of a step, training speed, alignment of the models, and the effect of bfloat16."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ STEPS, RUNS, PRECISION = SECTIONS = ("steps", "runs", "precision")
 CIFAR = "cifar10_jpeg75.npz"
 MODELS = ("dcl", "nscl", "supcon", "ce")
 TEMPERATURES = (0.1, 1.0)
-# Batch and precision of the profiled steps. The largest batch trains one model: what two save for their backward passes
-# fits no card.
+# Batch and precision of the profiled steps. The largest batch trains one model: the activations that two models save
+# for their backward passes fit no GPU.
 CASES = {
     "cuda": ((1024, "fp32"), (1024, "bf16"), (4096, "bf16"), (16384, "bf16")),
     "cpu": ((64, "fp32"), (64, "bf16")),
     "tiny": ((16, "fp32"), (16, "bf16")),
 }
-FOUR_UP_TO = 4096  # images of a batch that all four models train on
-# Of the runs. A card trains in bfloat16: more epochs in the time, and the section precision says what that changes.
+FOUR_UP_TO = 4096  # largest batch on which all four models train
+# Settings of the runs. A GPU trains in bfloat16, for more epochs in the same time; the section "precision" measures its
+# effect.
 BATCH = {"cuda": 1024, "cpu": 64, "tiny": 16}
 PRECISION_OF_RUNS = {"cuda": "bf16", "cpu": "fp32", "tiny": "fp32"}
 _SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}
@@ -75,7 +76,7 @@ DIR/training.json holds the numbers, DIR/training.md the tables; they are rewrit
 
 @dataclass
 class Run:
-    """What all cases of a run share."""
+    """State shared by all cases of a run."""
 
     args: argparse.Namespace
     device: torch.device
@@ -86,7 +87,7 @@ class Run:
     failed: list[str] = field(default_factory=list)
 
     def save(self) -> None:
-        """Write what there is."""
+        """Write the results so far."""
         text = report.markdown(self.found, self.facts, self.source_name, self.args.tiny)
         write(self.args.out, BENCH, self.found, text)
 
@@ -96,7 +97,7 @@ class Run:
         return Path(self.source.partition(":")[2]).stem or self.source
 
     def add(self, case: Record, values: Record, reason: str | None = None) -> None:
-        """A record; printed and written."""
+        """Add a record, print a line and write the results."""
         self.found.append(record(BENCH, "fastcl", case | values, self.facts, reason=reason))
         print(f"{', '.join(f'{k} {v}' for k, v in case.items())}: {reason or 'done'}", flush=True)
         self.save()
@@ -104,7 +105,7 @@ class Run:
 
 def config(run: Run, models: tuple[str, ...], *, batch: int, epochs: int, temperature: float = 0.1,
            precision: str = "fp32", controls: tuple[str, ...] = ()) -> Config:  # fmt: skip
-    """A run of the trainer after the recipe of arXiv 2510.08852, with ResNet-18."""
+    """The config of a training run by the recipe of arXiv 2510.08852, with ResNet-18."""
     small = run.kind != "cuda"
     train = {
         "models": list(models), "controls": list(controls), "temperature": temperature, "batch_size": batch,
@@ -122,7 +123,7 @@ def config(run: Run, models: tuple[str, ...], *, batch: int, epochs: int, temper
 
 
 def measure_steps(run: Run, scratch: Path) -> None:
-    """The section of that name."""
+    """Run the section "steps"."""
     for batch, precision in CASES[run.kind]:
         models = MODELS if batch <= FOUR_UP_TO else MODELS[:1]
         case = {"section": STEPS, "batch": batch, "precision": precision, "models": len(models)}
@@ -130,12 +131,12 @@ def measure_steps(run: Run, scratch: Path) -> None:
             asked = config(run, models, batch=batch, epochs=1, precision=precision)
             values = profile.measure(asked, scratch / f"steps-{batch}-{precision}", run.device, run.args.repeats)
             run.add(case, values)
-        except Exception as problem:  # the other cases are still worth their numbers
+        except Exception as problem:  # go on with the other cases
             _failed(run, case, problem)
 
 
 def train_runs(run: Run, scratch: Path) -> None:
-    """The section of that name."""
+    """Run the section "runs"."""
     epochs = epochs_within(run, scratch)
     batch, precision = BATCH[run.kind], PRECISION_OF_RUNS[run.kind]
     for temperature in TEMPERATURES:
@@ -149,7 +150,7 @@ def train_runs(run: Run, scratch: Path) -> None:
 
 
 def compare_precisions(run: Run, scratch: Path) -> None:
-    """The section of that name."""
+    """Run the section "precision"."""
     case = {"section": PRECISION, "epochs": 2, "batch": BATCH[run.kind]}
     try:
         asked = {
@@ -163,8 +164,8 @@ def compare_precisions(run: Run, scratch: Path) -> None:
 
 
 def epochs_within(run: Run, scratch: Path) -> int:
-    """Epochs of a training run that take about --seconds, by the time of a step of four models; at least 2, which it is
-    where no step could be timed."""
+    """Number of epochs that take about --seconds, from the time of a step of four models; at least 2, and 2 if no step
+    could be timed."""
     case = {"batch": BATCH[run.kind], "precision": PRECISION_OF_RUNS[run.kind]}
     wanted = {"section": STEPS, **case, "models": len(MODELS)}
     values = next((r for r in run.found if wanted.items() <= r.items()), None)
@@ -190,7 +191,7 @@ _RUN = {STEPS: measure_steps, RUNS: train_runs, PRECISION: compare_precisions}
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Sources are named without a path there: the records and reports of a run read the same on every machine."""
+    """Work in a folder, so that a source there needs no path and records and reports are the same on every machine."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -200,7 +201,7 @@ def working_in(folder: Path) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status (0 done, 1 something failed, 130 interrupted)."""
+    """Run the benchmark; return the exit status (0 done, 1 something failed, 130 interrupted)."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.training", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""Training runs, and what is read from them when they end."""
+"""Training runs and their results."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from fastcl.train.measures.evaluate import encode, evaluate
 from fastcl.train.models import RESEEDED
 
 ALIGNMENT = ("cka", "cka_debiased", "rsa")
-_TENSORS = ("checkpoints", "features", "tensorboard", "weights")  # folders of a run: large, and no result
+_TENSORS = ("checkpoints", "features", "tensorboard", "weights")  # folders of a run that are large and not results
 
 
 def train(config: Config, folder: Path) -> Record:
-    """Train to the end and write the report; what the folder held is removed, and its tensors afterwards.
+    """Train to the end and write the report. The folder is emptied first, and its tensors are removed at the end.
 
     Returns:
         pairs: by model, its ALIGNMENT with the reference. ncc, probe: by model, held-out accuracy of the nearest class
         centre and of a ridge classifier on standardised features of the training images. epoch_seconds,
-        images_per_second: of the median epoch without its evaluation. evaluation_seconds: of one. peak_bytes: of the
-        device's memory; None on a CPU.
+        images_per_second: medians over the epochs, without evaluations. evaluation_seconds: time of one evaluation.
+        peak_bytes: peak device memory; None on a CPU.
     """
     shutil.rmtree(folder, ignore_errors=True)
     on_card = torch.cuda.is_available() and config.train.device != "cpu"
@@ -47,7 +47,7 @@ def train(config: Config, folder: Path) -> Record:
     reference = run.twins[0].name
     began = perf_counter()
     evaluate(run.epoch, run.twins, run.inputs.train, run.inputs.test, {})
-    evaluation = perf_counter() - began  # it ends with numbers on the host
+    evaluation = perf_counter() - began  # evaluate ends with numbers on the host
     labels = [torch.from_numpy(views.split.labels) for views in (run.inputs.train, run.inputs.test)]
     features = [encode(run.twins, views) for views in (run.inputs.train, run.inputs.test)]
     return {
@@ -68,11 +68,11 @@ def compare(configs: dict[str, Config], folder: Path) -> Record:
     """Train the same run in two precisions.
 
     Args:
-        configs: by precision; each with a reseeded twin.
+        configs: two configs by precision, each with a reseeded twin.
 
     Returns:
-        floor: by ALIGNMENT, between the first one's reference and its reseeded twin. between: of the references of both
-        precisions. alignment: by precision, of its reference and its second model.
+        floor: ALIGNMENT of the first run's reference with its reseeded twin. between: of the references in both
+        precisions. alignment: by precision, of its reference with its second model.
     """
     features = {}
     for precision, config in configs.items():
@@ -96,7 +96,7 @@ def alignment(x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def ridge_accuracy(x: Tensor, x_test: Tensor, labels: Tensor, labels_test: Tensor) -> float:
-    """Accuracy on (m, d) features of scikit-learn's ridge classifier, fitted on (n, d) standardised ones."""
+    """Accuracy on (m, d) features of scikit-learn's ridge classifier, fitted to (n, d) standardised features."""
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

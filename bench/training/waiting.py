@@ -1,4 +1,4 @@
-"""The share of a training step that waits for its data: short runs of the trainer, one for each renderer."""
+"""The share of a training step spent waiting for data: one short training run per renderer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from bench.data.providers import PROVIDERS
 from bench.harness.records import Record, record
 
 SECTION = "training"
-SIZE = {False: 96, True: 12}  # by whether it is tiny: side of the views
+SIZE = {False: 96, True: 12}  # side of the views by args.tiny
 LIMIT = 240  # seconds
 EPOCHS = 2  # the first one warms up
 
-# Deep enough that a GPU has something to do, and a CPU ends in a minute.
+# Models large enough to keep a GPU busy and small enough to finish in a minute on a CPU.
 _MODELS = {
     "cuda": ("resnet50", {}, 256, None),
     "cpu": ("resnet18", {}, 32, 4),
@@ -34,7 +34,7 @@ def configuration(renderer: str, kind: str, case: Case, photos: Photos, device: 
     """The run as TOML: one model, two epochs.
 
     Args:
-        kind: a key of the models: "cuda", "cpu" or "tiny".
+        kind: a key of _MODELS: "cuda", "cpu" or "tiny".
     """
     name, options, batch, classes = _MODELS[kind]
     shown = ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items())
@@ -68,7 +68,7 @@ device = "{device.type}"
 def run(
     case: Case, photos: Photos, scratch: Path, args: argparse.Namespace, device: torch.device, facts: Record
 ) -> tuple[list[Record], list[str]]:
-    """Records of all renderers, a line printed for each; and what failed.
+    """Measure all renderers and print a line for each; return the records and the messages of failures.
 
     Args:
         scratch: a folder for the runs.
@@ -92,12 +92,12 @@ def run(
 
 
 def share_of(r: Record) -> float:
-    """The share of the last epoch that waited for views."""
+    """The share of the last epoch spent waiting for views."""
     return r["rendering_seconds"] / r["seconds"]
 
 
 def _train(text: str, folder: Path) -> tuple[dict[str, float], str | None]:
-    """The last line of timing.jsonl, or why there is none. In a process of its own: training sets global options."""
+    """The last line of timing.jsonl, or why there is none. Uses a separate process: training sets global options."""
     path = folder.with_suffix(".toml")
     path.write_text(text, encoding="utf-8")
     command: Sequence[str] = (sys.executable, "-m", "fastcl", "train", str(path), "--out", str(folder))

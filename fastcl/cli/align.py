@@ -1,4 +1,4 @@
-"""`fastcl align`: every measure of two feature files in one table, or the CKA of all pairs of layers."""
+"""`fastcl align`: all measures for two feature files in one table, or the CKA of all pairs of layers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastcl.io.outputs import check_output
 from fastcl.similarity import PairStats, SpearmanResult, pair_stats, spearman_rsa
 from fastcl.similarity.sums.features import checked
 
-_PRINTED = 12  # columns of a table of layers that a terminal takes
+_PRINTED = 12  # columns of a table of layers that fit a terminal
 
-# name in the JSON file -> what the table calls it, the kernel, and the property of its PairStats
+# name in the JSON file -> label in the table, kernel, property of its PairStats
 _MEASURES = {
     "cka_linear": ("linear CKA, biased", "linear", "cka"),
     "cka_linear_debiased": ("linear CKA, debiased", "linear", "cka_debiased"),
@@ -40,21 +40,21 @@ _MEASURES = {
 
 
 def align(a: Path, b: Path, json_file: Path | None = None, out: Path | None = None, spearman: bool = False) -> None:
-    """Print how two models' features of the same samples align; what is undefined is shown with the reason.
+    """Print how two models' features of the same samples align; undefined measures are shown with the reason.
 
     Args:
-        a: of the first model: a feature file (see `read_features`), or its layers (see `read_layers`).
-        b: the same of the second model.
+        a: the first model: a feature file (see `read_features`) or its layers (see `read_layers`).
+        b: the same for the second model.
         json_file: file for the same numbers at full precision, null where undefined.
         out: .svg or .png, for the heat map of the layers.
-        spearman: rank all pairs of samples too, O(n^2 d + n^2 log n): half a minute at 8,192 samples on a CPU.
+        spearman: also rank all pairs of samples, O(n^2 d + n^2 log n): half a minute at 8,192 samples on a CPU.
 
     The files are written before anything is printed.
 
     Raises:
-        FastclError: files that cannot be read, hold values that are not finite or not the same number of samples, one
-            matrix against layers, `out` or `spearman` for what it does not fit, or a file that cannot be written or
-            would replace what is read; the last before anything is computed.
+        FastclError: files that cannot be read, hold values that are not finite or differ in the number of samples; one
+            matrix against layers; `out` without layers or `spearman` with them; an output that cannot be written or
+            would replace an input, which is checked before anything is computed.
     """
     _check_outputs(a, b, json_file, out)
     layers_a, layers_b = read_layers(a), read_layers(b)
@@ -78,7 +78,7 @@ def align(a: Path, b: Path, json_file: Path | None = None, out: Path | None = No
             write_atomic(json_file, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
         if heat_map is not None:
             lines.append(f"heat map: {shown(_draw(a, b, record, heat_map))}")
-    finally:  # a disk that is full does not take the numbers with it
+    finally:  # print the numbers even if the disk is full
         print("\n".join(lines))
 
 
@@ -97,7 +97,7 @@ def _check_outputs(a: Path, b: Path, json_file: Path | None, out: Path | None) -
 
 
 def _features(a: Path, b: Path, spearman: bool) -> tuple[dict[str, Any], list[str]]:
-    """What the file holds, and the lines to print."""
+    """The record for the JSON file, and the lines to print."""
     x, y = read_features(a), read_features(b)
     _check_rows(a, b, x, y)
     lines = [f"{shown(a)} {tuple(x.shape)} against {shown(b)} {tuple(y.shape)}"]
@@ -108,7 +108,7 @@ def _features(a: Path, b: Path, spearman: bool) -> tuple[dict[str, Any], list[st
     def show(name: str, label: str, measure: Callable[[], float | SpearmanResult]) -> None:
         try:
             value, note = measure(), ""
-        except FastclError as error:  # one undefined measure hides none of the others
+        except FastclError as error:  # one undefined measure must not hide the others
             undefined[name], text = str(error), f" {error}"
         else:
             if isinstance(value, SpearmanResult):
@@ -127,7 +127,7 @@ def _features(a: Path, b: Path, spearman: bool) -> tuple[dict[str, Any], list[st
 
 
 def _stats(x: Tensor, y: Tensor, kernel: str) -> PairStats | FastclError:
-    """The statistics, or why there are none: sums that overflow hide none of the other kernels."""
+    """The statistics or the error: sums that overflow must not hide the other kernels."""
     try:
         return pair_stats(x, y, kernel)
     except FastclError as error:
@@ -143,7 +143,7 @@ def _measure(stats: PairStats | FastclError, name: str) -> float:
 def _layers(
     a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor], out: Path | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the file holds, and the lines to print."""
+    """The record for the JSON file, and the lines to print."""
     for name, x in left.items():
         checked({f"{shown(a)}: {name}": x})
     for name, y in right.items():

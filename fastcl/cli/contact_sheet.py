@@ -1,4 +1,4 @@
-"""A picture of what the models see: source images, their views by every renderer, and how far those are apart."""
+"""A picture of what the models see: source images, their views by every renderer, and how much those differ."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastcl.errors import FastclError, shown, suggest
 from fastcl.io.files import write_atomic
 from fastcl.io.outputs import check_output
 
-_SPAN = 8  # grey levels: differences from -8 to 8 go from blue over white to red
-_NAME = 20  # letters of a class name
-_INCHES = 1.3  # of a picture in the sheet
+_SPAN = 8  # grey levels: the colour map runs from blue at -8 through white to red at 8
+_NAME = 20  # maximum letters of a class name
+_INCHES = 1.3  # size of one image in the sheet
 _REFERENCE = "torchvision"
 
 
@@ -36,18 +36,18 @@ def contact_sheet(
     epoch: int = 0,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Draw a row a sample: the image, its two views by torchvision, then for each other renderer that is available its
-    two views and, for each pixel, the largest difference of a channel from torchvision's, in colours.
+    """Draw one row per sample: the image, its two views by torchvision, then for each other available renderer its two
+    views and a colour map of each pixel's largest channel difference from torchvision.
 
     Args:
-        data: the first samples of its training images in the epoch's order are drawn.
-        spec: of the views.
+        data: its first training images in the epoch's order are drawn.
+        spec: settings of the views.
         out: the picture, .png or another format of matplotlib.
-        renderers: names among RENDERERS.
-        samples: rows.
-        seed: of the plan.
-        epoch: whose views.
-        device: of the renderers; None: CUDA where there is one.
+        renderers: names from RENDERERS.
+        samples: number of rows.
+        seed: seed of the view plan.
+        epoch: epoch whose views are drawn.
+        device: device of the renderers; None: CUDA if available.
 
     Returns:
         For each renderer (mean, max) of the absolute differences in grey levels, or why it is not available.
@@ -84,7 +84,7 @@ def contact_sheet(
 
 
 def preset_for(data: Dataset) -> str:
-    """The preset that fits a data set: by its channels, then by the median of the images' shorter sides."""
+    """The preset that fits a data set, by its channels, then by the median of the images' shorter sides."""
     if data.channels == 1:
         return "characters"
     side = float(np.median(data.train.sizes.min(1)))
@@ -92,8 +92,8 @@ def preset_for(data: Dataset) -> str:
 
 
 def show_views(args: Any) -> None:
-    """The command `fastcl views`: args are its parsed arguments. Raises FastclError as `load` and `contact_sheet`, and
-    before the work where the picture would be written over or among the images."""
+    """The command `fastcl views`; args are its parsed arguments. Raises FastclError as `load` and `contact_sheet` do,
+    and before any work if the picture would be written over or among the images."""
     _check_picture(args.out, _sources(args))
     data = load(args.data, root=args.root, corrupt=args.corrupt)
     preset = args.preset or preset_for(data)
@@ -115,20 +115,20 @@ def show_views(args: Any) -> None:
 
 
 def _check_picture(out: Path, inputs: list[Path]) -> None:
-    """Raise FastclError unless matplotlib draws pictures with this ending and the file can be written."""
+    """Raise FastclError unless matplotlib supports this ending and the file can be written."""
     if out.suffix.lower().lstrip(".") not in FigureCanvasBase.get_supported_filetypes():
         raise FastclError(f"--out: {shown(out)} must end in .png or another picture format of matplotlib")
     check_output(out, "--out", inputs)
 
 
 def _sources(args: Any) -> list[Path]:
-    """Files and folders of the images; torchvision's root may hold anything else, so there it is the folders in it."""
+    """Files and folders of the images. For torchvision the folders in its root, which may also hold other files."""
     kind, _, place = args.data.partition(":")
     if kind != "torchvision":
         return [Path(place)] if place else []
     try:
         return [path for path in Path(args.root).iterdir() if path.is_dir()] if args.root else []
-    except (OSError, ValueError):  # loading says what is wrong with the folder
+    except (OSError, ValueError):  # loading will report what is wrong with the folder
         return []
 
 
@@ -143,13 +143,13 @@ def _short(name: str) -> str:
 
 
 def _levels(views: Tensor, spec: ViewSpec) -> Tensor:
-    """(n, S, S, C) grey levels in [0, 255] of normalised views, float32 on the CPU."""
+    """Grey levels of normalised views: (n, S, S, C) in [0, 255], float32 on the CPU."""
     mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu")[:, None, None] for v in (spec.mean, spec.std))
     return ((views.cpu() * std + mean) * 255).permute(0, 2, 3, 1).clamp(0, 255)
 
 
 def _difference(x: Tensor, y: Tensor) -> np.ndarray:
-    """(n, S, S) x - y in the channel that differs most, grey levels."""
+    """x - y in the channel that differs most: (n, S, S) grey levels."""
     apart = x - y
     return apart.gather(3, apart.abs().argmax(3, keepdim=True)).squeeze(3).numpy()
 
@@ -196,7 +196,7 @@ def _draw(
 
 
 def _show(axis: Axes, image: np.ndarray) -> None:
-    """Pixels (H, W, C) uint8, or differences (H, W)."""
+    """Show pixels (H, W, C) uint8, or differences (H, W)."""
     if image.ndim == 2:
         axis.imshow(image, cmap="bwr", vmin=-_SPAN, vmax=_SPAN)
     else:

@@ -1,4 +1,4 @@
-"""What this machine has, and whether the numbers come out right on it."""
+"""What this machine has, and a numerical self-test on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PAIR_TOLERANCE = 1e-5  # of CKA and RSA, absolute
 
 
 def examine() -> bool:
-    """Print versions, devices and the self-test; returns whether every check that could run passed."""
+    """Print versions, devices and the self-test; return whether every check that could run passed."""
     print(f"fastcl {fastcl.__version__}, Python {platform.python_version()} on {platform.platform()}")
     for name in _PACKAGES:
         print(f"  {name:22}{_version(name)}")
@@ -45,7 +45,7 @@ def _gpu() -> str:
         return "none that torch can use"
     try:
         properties = torch.cuda.get_device_properties(0)
-    except RuntimeError as error:  # a driver in trouble; the checks below fail and say so
+    except RuntimeError as error:  # a broken driver; the checks below fail and report it
         return f"cannot be asked: {shown(error)}"
     memory = properties.total_memory / 2**30
     return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
@@ -56,7 +56,7 @@ def _report(name: str, check: Callable[[], str]) -> bool:
         print(f"  {name:28}ok: {check()}")
     except _Skipped as reason:
         print(f"  {name:28}not run: {reason}")
-    except Exception as error:  # whatever is wrong with this machine belongs in the report
+    except Exception as error:  # anything wrong with this machine belongs in the report
         print(f"  {name:28}FAILED: {type(error).__name__}: {error}")
         return False
     return True
@@ -68,15 +68,15 @@ class _Skipped(Exception):
 
 def _version(package: str) -> str:
     try:
-        return metadata.version(package) or "unknown"  # None where its description is damaged
+        return metadata.version(package) or "unknown"  # None if its metadata is damaged
     except metadata.PackageNotFoundError:
         return "not installed"
-    except Exception as error:  # its folder cannot be read, say
+    except Exception as error:  # for example, its folder cannot be read
         return f"cannot be told: {type(error).__name__}: {shown(error)}"
 
 
 def _check_losses(device: torch.device, backend: str) -> str:
-    """Every objective on a backend against the dense backend in float64, values and gradients."""
+    """Compare values and gradients of every objective on a backend with the dense backend in float64."""
     generator = torch.Generator("cpu").manual_seed(0)
     z = torch.randn(300, 48, generator=generator, dtype=torch.float32, device="cpu")
     sample = torch.arange(300, dtype=torch.int64, device="cpu") // 2
@@ -102,7 +102,7 @@ def _check_losses(device: torch.device, backend: str) -> str:
 
 
 def _check_pairs(device: torch.device, backend: str) -> str:
-    """Measures of both routes on a backend against their definitions on n x n matrices in float64."""
+    """Compare both routes on a backend with the definitions of CKA and RSA on n x n matrices in float64."""
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(150, 20, generator=generator, dtype=torch.float32, device="cpu") + 10
     y = x[:, :12].square() / 10 + torch.randn(150, 12, generator=generator, dtype=torch.float32, device="cpu")

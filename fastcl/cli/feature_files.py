@@ -1,4 +1,4 @@
-"""Feature files: (samples, width) matrices as .npy, .npz or .safetensors, one or one per layer."""
+"""Feature files: (samples, width) matrices as .npy, .npz or .safetensors, a single one or one per layer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def read_features(path: Path) -> Tensor:
     """Read a feature matrix.
 
     Args:
-        path: .npy, or .npz / .safetensors with a single array or one named "features"; what else is in the file is not
-            read. The content tells the format, so a wrong one of these endings does no harm.
+        path: .npy, or .npz / .safetensors with a single array or one named "features"; other arrays are not read. The
+            format is detected from the content, so any of these endings will do.
 
     Returns:
         (samples, width) float16, bfloat16, float32 or float64 on the CPU, whatever the byte order of the file.
 
     Raises:
-        FastclError: a missing or damaged file, an unknown ending, several arrays, or an array that is no float matrix.
+        FastclError: a missing or damaged file, an unknown ending, several arrays without one named "features", or an
+            array that is not a float matrix.
     """
     return _one(Path(path))
 
@@ -37,16 +38,16 @@ def read_layers(path: Path) -> dict[str, Tensor] | None:
     """Read the features of several layers of one model.
 
     Args:
-        path: a folder of feature files, one a layer (the layer's name is the file's without its ending), or an .npz /
-            .safetensors file of several arrays, none of which is named "features".
+        path: a folder of feature files, one per layer (the layer's name is the file name without its ending), or an
+            .npz / .safetensors file of several arrays, none of which is named "features".
 
     Returns:
-        Per layer (samples, width) floating point on the CPU, outputs of more dimensions flattened; in the order of the
-        file, or by name with numbers in their order (blocks.2 before blocks.10) for a folder and for .safetensors.
-        Names are escaped where they cannot be printed. None for a path that holds one matrix, for `read_features`.
+        Per layer (samples, width) floating point on the CPU, with further dimensions flattened. Layers keep the order
+        of the file; those of a folder or .safetensors file are sorted by name with numbers in numeric order (blocks.2
+        before blocks.10). Unprintable names are escaped. None if the path holds one matrix: use `read_features`.
 
     Raises:
-        FastclError: a missing or damaged file, a folder without feature files, an array that is no float array of
+        FastclError: a missing or damaged file, a folder without feature files, an array that is not a float array of
             samples, or layers with different numbers of samples.
     """
     path = Path(path)
@@ -62,7 +63,7 @@ def read_layers(path: Path) -> dict[str, Tensor] | None:
         layers = read_arrays(path, _several, layers=True)
         if not layers:
             return None
-        if path.suffix.lower() == ".safetensors":  # which keeps no order
+        if path.suffix.lower() == ".safetensors":  # it keeps no order
             layers = {name: layers[name] for name in sorted(layers, key=_natural)}
     rows = {name: len(x) for name, x in layers.items()}
     if len(set(rows.values())) > 1:
@@ -71,10 +72,10 @@ def read_layers(path: Path) -> dict[str, Tensor] | None:
 
 
 def feature_files(path: Path) -> list[Path]:
-    """The files that `read_features` or `read_layers` read: the path itself, or the feature files of a folder by name.
+    """The files that `read_features` or `read_layers` read: the path itself, or a folder's feature files by name.
 
     Raises:
-        FastclError: nothing is there, it cannot be reached, or a folder without feature files.
+        FastclError: the path does not exist or cannot be reached, or a folder has no feature files.
     """
     path = Path(path)
     return _folder(path)[0] if _is_folder(path) else [path]
@@ -85,7 +86,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _folder(path: Path) -> tuple[list[Path], list[Path]]:
-    """Feature files and what else there is; not what is hidden, such as the files that macOS leaves beside others."""
+    """Feature files and other files of a folder, without hidden ones, such as those that macOS creates."""
     try:
         found = [file for file in path.iterdir() if not file.name.startswith(".")]
     except OSError as error:
@@ -116,7 +117,7 @@ def _several(names: Sequence[str]) -> Sequence[str]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts digits by their number: without leading zeros, the longer one is the larger."""
-    parts = re.split(r"(\d+)", name)  # digits at the odd places
+    """Sort key that compares digits as numbers: without leading zeros, the longer one is larger."""
+    parts = re.split(r"(\d+)", name)  # digits at odd positions
     digits = [part.lstrip("0") for part in parts]
     return [(len(digits[k]), digits[k]) if k % 2 else (-1, part) for k, part in enumerate(parts)]

@@ -28,27 +28,27 @@ Train self-supervised and supervised contrastive models side by side on the same
 """
 
 
-# What training, reports and data import beyond the bare package.
+# Modules that training, reports and data import and the base package does not install.
 _TRAIN = {"PIL", "filelock", "jinja2", "matplotlib", "numpy", "safetensors", "sklearn", "tensorboard", "timm",
           "tomli", "torchvision", "tqdm"}  # fmt: skip
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # errors of a failed write
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: its arguments. None: those of this process, which is then the command's own: SIGINT, SIGTERM and SIGHUP
-            end it with one line and the status 130, 143 or 129.
+        argv: its arguments. None: those of this process, in which case SIGINT, SIGTERM and SIGHUP end the process with
+            one line and status 130, 143 or 129.
 
     Returns:
-        The exit status: 0 done, 1 a clear error, 130 interrupted.
+        The exit status: 0 success, 1 a reported error, 130 interrupted.
     """
     if argv is None:
         interrupts.install()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a terminal's encoding may lack a letter; a file must not wait for more
+        if isinstance(stream, TextIOWrapper):  # the encoding may lack a character; logs in files must not lag
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return _command(argv)
@@ -60,17 +60,17 @@ def main(argv: list[str] | None = None) -> int:
 def _command(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    logging.raiseExceptions = False  # a closed pipe must not fill the screen with tracebacks while a run goes on
+    logging.raiseExceptions = False  # no tracebacks for a closed pipe while a run goes on
     try:
         args.run(args)
     except FastclError as error:
         return _fail(str(error))
     except ImportError as error:
         return _fail(_why_not_imported(error))
-    except BrokenPipeError:  # the reader of our output has gone; what a run writes to its folder is complete
+    except BrokenPipeError:  # the reader of our output is gone; a run's folder is complete anyway
         sys.stdout = None
         return 1
-    except OSError as error:  # a file that is not ours (of Python, of a library), or standard output on a full disk
+    except OSError as error:  # a file of Python or a library, or standard output on a full disk
         sys.stdout = None if error.filename is None else sys.stdout
         where = " standard output" if error.errno in _FULL else ""
         where = where if error.filename is None else f" {shown(str(error.filename))}"
@@ -87,7 +87,7 @@ def _fail(message: str) -> int:
 
 
 def _why_not_imported(error: ImportError) -> str:
-    """A module that is not installed is worth another message than one that is there and cannot be loaded."""
+    """The message for a module that is not installed or, if it is, cannot be loaded."""
     root = (error.name or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and root in _TRAIN:
         return f"no module {error.name}; {install_hint('train')}"

@@ -1,1 +1,1 @@
-"""The settings of a run: every key with its meaning, read from TOML and written as TOML. Needs no extra package."""
+"""The settings of a run: every key with its meaning, read from and written to TOML. Needs no optional dependencies."""

@@ -1,4 +1,4 @@
-"""Keys of a config that explain themselves: the meaning of a key stands where the key is defined, and nowhere else."""
+"""Self-documenting config keys: the meaning of a key is written where the key is defined, and nowhere else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MEANING = "meaning"
 
 
 def key(default: Any, meaning: str) -> Any:
-    """A dataclass field that says what it is for, in one line of ASCII. A dict as default is copied for each object."""
+    """A dataclass field with its meaning, one line of ASCII. A dict as default is copied for each object."""
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata={_MEANING: meaning})
     return dataclasses.field(default=default, metadata={_MEANING: meaning})
@@ -20,9 +20,9 @@ def key(default: Any, meaning: str) -> Any:
 
 class Key(NamedTuple):
     """Attributes:
-    name: within its table.
-    form: its type in words, as TOML has it.
-    default: as the field holds it.
+    name: name within its table.
+    form: its TOML type in words.
+    default: the field's default value.
     meaning: one line.
     """
 
@@ -33,7 +33,7 @@ class Key(NamedTuple):
 
 
 def keys_of(kind: type) -> list[Key]:
-    """The keys of a dataclass, in order. Raises KeyError where a field was not made by `key`."""
+    """The keys of a dataclass, in order. Raises KeyError if a field was not made by `key`."""
     hints, defaults = typing.get_type_hints(kind), kind()
     return [
         Key(f.name, _form(hints[f.name]), getattr(defaults, f.name), f.metadata[_MEANING])
@@ -42,7 +42,7 @@ def keys_of(kind: type) -> list[Key]:
 
 
 def title_of(kind: type) -> str:
-    """What a table is about: the first line of its dataclass's docstring."""
+    """The title of a table: the first line of its dataclass's docstring."""
     return (inspect.getdoc(kind) or "").partition("\n")[0]
 
 

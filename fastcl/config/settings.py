@@ -1,4 +1,4 @@
-"""A run as one tree of frozen dataclasses; `tables` reads it from TOML and `--set key=value`."""
+"""The config of a run: a tree of frozen dataclasses. `tables` reads it from TOML and `--set key=value`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastcl.config.keys import key
 from fastcl.config.view_spec import ViewSpec
 
 PRECISIONS = ("fp32", "bf16")
-MAX_PIXELS = 1 << 26  # of an image, unless told otherwise: 8,192 x 8,192; decoding takes about 7 bytes a pixel
+MAX_PIXELS = 1 << 26  # default limit per image: 8,192 x 8,192; decoding takes about 7 bytes per pixel
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A config from TOML tables: every value is checked for its type and range before any work begins."""
+"""Reads a config from TOML tables and checks the type and range of every value before any work begins."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_LARGEST = 2**63 - 1  # of an integer, as TOML has it
-_DEEPEST = 8  # levels of model.options
-_WIDEST = 1 << 20  # of a layer
-_TEMPERATURES = (1e-30, 1e30)  # as the losses take them
+_LARGEST = 2**63 - 1  # TOML integers have 64 bits
+_DEEPEST = 8  # most nesting levels in model.options
+_WIDEST = 1 << 20  # widest layer
+_TEMPERATURES = (1e-30, 1e30)  # range that the losses accept
 _FORMS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
 
 
@@ -29,13 +29,13 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a TOML file.
 
     Args:
-        path: the file, UTF-8 whatever the locale, with or without a byte order mark. Its tables are data, views (with
-            `preset = NAME` to start from a known recipe), model, optim and train.
-        overrides: "table.key=value" items, which win; the value is TOML, or a bare string.
+        path: the file, in UTF-8 with or without a byte order mark, whatever the locale. Its tables are data, views
+            (with `preset = NAME` to start from a known recipe), model, optim and train.
+        overrides: "table.key=value" items, which take precedence; the value is TOML, or a bare string.
 
     Raises:
-        FastclError: a file that cannot be read or parsed, an unknown key (the nearest known one is named), a value of
-            the wrong type or out of range.
+        FastclError: a file that cannot be read or parsed, an unknown key (the message suggests the nearest known one),
+            or a value of the wrong type or out of range.
     """
     try:
         tables = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
@@ -43,7 +43,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise FastclError(f"cannot read config {shown(path)}: {cause(error)}") from None
     except UnicodeDecodeError as error:
         raise FastclError(f"config {shown(path)} is not UTF-8, as TOML must be: {error}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python reads
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer with more digits than Python converts
         raise FastclError(f"config {shown(path)} is not valid TOML: {_toml_fault(error)}") from None
     for item in overrides or []:
         _override(tables, item)
@@ -51,7 +51,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 
 
 def parse_config(tables: dict[str, Any]) -> Config:
-    """A Config from nested tables. Raises FastclError as `load_config`."""
+    """A Config from nested tables. Raises FastclError as `load_config` does."""
     sections = tables_of()
     _check_known(tables, sections, "")
     parts: dict[str, Any] = {}
@@ -92,8 +92,8 @@ def _override(tables: dict[str, Any], item: str) -> None:
 
 
 def _override_value(parts: list[str], text: str, item: str) -> Any:
-    """TOML, or a bare string where it is none, or where the key takes a string and the text only looks like a number,
-    a date or the like."""
+    """Parse the text as TOML. It is a bare string if it is not TOML, or if the key takes a string and the text merely
+    looks like a number, a date or the like."""
     try:
         found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -102,7 +102,7 @@ def _override_value(parts: list[str], text: str, item: str) -> Any:
             raise FastclError(f"--set takes one table.key=value and no line break, got {brief(item)}") from None
     except (ValueError, RecursionError) as error:
         raise FastclError(f"--set {brief(item)}: {_toml_fault(error)}") from None
-    if len(found) > 1:  # further lines
+    if len(found) > 1:  # the text contained further lines
         raise FastclError(f"--set takes one table.key=value, got {brief(item)}; repeat --set for each key")
     kind = tables_of().get(parts[0])
     hints = typing.get_type_hints(kind) if kind is not None and len(parts) == 2 else {}
@@ -118,7 +118,7 @@ def _check_known(table: dict[str, Any], known: dict[str, Any], prefix: str) -> N
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """A TOML value as the field's type; numbers are not taken for booleans nor strings for numbers."""
+    """Convert a TOML value to the field's type. Booleans are not accepted as numbers, nor strings as numbers."""
     options = typing.get_args(hint) if typing.get_origin(hint) not in (tuple, dict) else ()
     base = next((o for o in options if o is not type(None)), hint)
     if type(None) in options and typing.cast(object, value) == "none":
@@ -152,7 +152,7 @@ def _convert_list(value: Any, base: Any, name: str) -> tuple[Any, ...]:
 
 
 def _described(value: Any) -> str:
-    """A value as a message repeats it; what TOML alone knows, as TOML writes it."""
+    """A value as shown in messages; dates and times as TOML writes them."""
     kind = type(value).__name__
     if kind in ("date", "time", "datetime"):
         return f"the {kind} {value.isoformat()} (a string stands in quotes)"
@@ -160,7 +160,7 @@ def _described(value: Any) -> str:
 
 
 def _check_plain(value: Any, name: str, depth: int) -> None:
-    """What run.json can hold: no dates, nothing that is not finite, no deep nesting."""
+    """Refuse what run.json cannot hold: dates, numbers that are not finite, deep nesting."""
     if depth > _DEEPEST:
         raise FastclError(f"{name[:60]}... is nested more than {_DEEPEST} levels deep")
     if isinstance(value, dict | list):

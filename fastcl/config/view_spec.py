@@ -1,4 +1,4 @@
-"""What random views are drawn from, and known recipes."""
+"""The distribution of random views, and known recipes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class _Stats(TypedDict):
 
 _CIFAR_STATS: _Stats = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 _IMAGENET_STATS: _Stats = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_LARGEST = 1e12  # of a field of ViewSpec
-_WIDEST = 4096  # pixels of a view: 64 MiB a channel in float32
+_LARGEST = 1e12  # bound on the numbers in a ViewSpec
+_WIDEST = 4096  # pixels per side of a view: 64 MiB per channel in float32
 
 
 @dataclass(frozen=True)
 class ViewSpec:
     """What a random view is drawn from. Probabilities and strengths as torchvision's transforms define them.
 
-    Order of operations: crop and resize, flip, rotation, colour jitter in a drawn order, grayscale, blur, solarise,
+    Order of operations: crop and resize, flip, rotation, colour jitter in random order, grayscale, blur, solarise,
     normalise.
 
     Raises:
-        FastclError: a value of another type, a probability outside [0, 1], an empty or reversed range, a size or kernel
-            that cannot be.
+        FastclError: a value of the wrong type, a probability outside [0, 1], an empty or reversed range, an invalid
+            size or kernel.
     """
 
     size: int = key(32, "pixels of a view's side; views are square")
@@ -88,12 +88,12 @@ class ViewSpec:
         """A known recipe, with fields replaced.
 
         Args:
-            name: "cifar", "tiny-imagenet", "imagenet" (as the code of arXiv 2510.08852 has them), "simclr" (Chen et al.
-                2020, 224 pixels), or "characters" (grey glyphs: no flip, no colour).
+            name: "cifar", "tiny-imagenet", "imagenet" (these three as in the code of arXiv 2510.08852), "simclr" (Chen
+                et al. 2020, 224 pixels), or "characters" (grey glyphs: no flip, no colour).
             overrides: fields of ViewSpec.
 
         Raises:
-            FastclError: an unknown preset or field (the nearest known one is named).
+            FastclError: an unknown preset or field (the message suggests the nearest known one).
         """
         if name not in PRESETS:
             raise FastclError(f"unknown view preset {name!r}{suggest(name, PRESETS)}")
@@ -105,17 +105,17 @@ class ViewSpec:
 
 
 def _check_type(name: str, value: Any, default: object) -> None:
-    """A field's value is of its default's form, an integer, a number or a tuple of numbers, and finite."""
+    """Check that a field's value is finite and of its default's kind: an integer, a number or a tuple of numbers."""
     kind, form, items = Real, "a number", (value,)
     if isinstance(default, int):
         kind, form = Integral, "an integer"
     elif isinstance(default, tuple):
-        pair = len(default) == 2  # a range; else one value a channel
+        pair = len(default) == 2  # a range; otherwise one value per channel
         form = f"a tuple of {'two numbers' if pair else 'numbers'}"
         items = value if isinstance(value, tuple) and (len(value) == 2 if pair else value) else cast(Any, (None,))
     if not all(isinstance(v, kind) and not isinstance(v, bool) for v in items):
         raise FastclError(f"views.{name} must be {form}, got {value!r}")
-    if not all(-_LARGEST < v < _LARGEST for v in items):  # NaN does not
+    if not all(-_LARGEST < v < _LARGEST for v in items):  # False for NaN
         raise FastclError(f"views.{name} must be finite, got {value}")
 
 

@@ -1,5 +1,5 @@
-"""A config as text: TOML with the meaning of every key, the keys as `fastcl train --help` lists them, and the presets
-that are installed with the package."""
+"""A config as text: commented TOML, the list of keys for `fastcl train --help`, and the presets that are installed with
+the package."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _ABOUT = """\
 
 
 def preset_names() -> list[str]:
-    """The configs that come with the package."""
+    """Names of the configs that come with the package."""
     return sorted(path.name.removesuffix(".toml") for path in _folder().iterdir() if path.name.endswith(".toml"))
 
 
 @contextmanager
 def preset_file(name: str) -> Iterator[Path]:
-    """A preset as a file. Raises FastclError where there is none of that name (the nearest one is named)."""
+    """Path of a preset's file. Raises FastclError for an unknown name (and suggests the nearest one)."""
     if name not in preset_names():
         raise FastclError(f"--preset: unknown {name!r}{suggest(name, preset_names())}")
     with resources.as_file(_folder() / f"{name}.toml") as path:
@@ -45,14 +45,14 @@ def commented(preset: str | None = None) -> str:
     """A TOML file with every key, its meaning in a comment above it.
 
     Args:
-        preset: whose values; None: the defaults.
+        preset: the preset whose values to write; None: the defaults.
 
     Raises:
         FastclError: an unknown preset.
     """
     about, config = _ABOUT, Config()
     if preset is not None:
-        from fastcl.config.tables import load_config  # which needs tomli where Python has no tomllib
+        from fastcl.config.tables import load_config  # imported here: needs tomli on Python without tomllib
 
         with preset_file(preset) as path:
             config = load_config(path)
@@ -82,7 +82,7 @@ def listing() -> str:
 
 
 def toml(value: Any) -> str:
-    """A value of a config as TOML; None as "none", which the keys that may be left without a value take."""
+    """A config value as TOML; None becomes "none", which optional keys accept."""
     if value is None:
         return '"none"'
     if isinstance(value, dict):
@@ -90,7 +90,7 @@ def toml(value: Any) -> str:
         return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml, value))}]"
-    return json.dumps(value, ensure_ascii=False)  # TOML writes strings and numbers, true and false as JSON does
+    return json.dumps(value, ensure_ascii=False)  # same syntax as TOML for strings, numbers and booleans
 
 
 def _bare_or_quoted(name: str) -> str:
@@ -98,7 +98,7 @@ def _bare_or_quoted(name: str) -> str:
 
 
 def _row(head: str, text: str) -> str:
-    """A key and its meaning, which begins on a line of its own where the key is long, as in argparse."""
+    """A key and its meaning; after a long key the meaning starts on its own line, as in argparse."""
     column = 30
     lines = textwrap.wrap(text, _WIDTH - column)
     lines = [f"    {head:{column - 6}}  {lines.pop(0)}" if len(head) <= column - 6 else f"    {head}", *lines]

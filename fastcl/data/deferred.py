@@ -1,7 +1,7 @@
-"""Signals that would be lost, or leave work half done, kept until an exception can reach who should get it.
+"""Holds signals back during cleanup, so that they neither interrupt it nor get lost.
 
-What a signal's handler raises inside a finaliser, Python prints ("Exception ignored in ...") and forgets. An iterator
-that ends since the loop over it was left (`break`) ends in its finaliser.
+Python prints an exception that a signal handler raises inside a finaliser ("Exception ignored in ...") and drops it.
+An iterator abandoned by `break` is cleaned up in its finaliser.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _KEPT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def held() -> Iterator[None]:
-    """SIGINT (Ctrl-C), SIGTERM and SIGHUP count when the block is left, where Python code answers them."""
+    """Delay SIGINT (Ctrl-C), SIGTERM and SIGHUP until the block ends, for those that have a Python handler."""
     caught: list[int] = []
     try:
         with _recording(caught):
             yield
     finally:
-        for number in dict.fromkeys(caught):  # pressed twice, it is one request
+        for number in dict.fromkeys(caught):  # Ctrl-C pressed twice counts once
             signal.raise_signal(number)
 
 
 class Closing(Iterator[T]):
-    """What a generator gives, whose `finally` signals do not cut short when nobody wants the rest.
+    """Iterates over a generator and protects its `finally` blocks from signals when the iterator is dropped.
 
-    `close()` is the generator's. Without it the rest is given up when the last reference goes; a signal that comes
-    meanwhile is answered as soon as the caller goes on.
+    `close()` closes the generator. Otherwise it is closed when the last reference goes away; a signal that arrives
+    during this is handled as soon as the caller continues.
     """
 
     def __init__(self, results: Generator[T, None, None]) -> None:
@@ -45,16 +45,16 @@ class Closing(Iterator[T]):
         return next(self._results)
 
     def close(self) -> None:
-        """End what works for the iterator; it gives no more."""
+        """Close the generator; nothing more is yielded."""
         self._results.close()
 
     def __del__(self) -> None:
-        if self._results.gi_frame is not None:  # pyright: ignore[reportAttributeAccessIssue]  (generator functions give it)
+        if self._results.gi_frame is not None:  # pyright: ignore[reportAttributeAccessIssue]  (generator objects have it)
             close_in_finaliser(self.close, Closing.__del__.__code__)
 
 
 def close_in_finaliser(close: Callable[[], None], finaliser: CodeType) -> None:
-    """close(); a signal that comes meanwhile is sent again once the finaliser, which calls this, has returned."""
+    """Call close(); signals that arrive meanwhile are sent again after the calling finaliser has returned."""
     caught: list[int] = []
     with _recording(caught):
         close()
@@ -64,12 +64,12 @@ def close_in_finaliser(close: Callable[[], None], finaliser: CodeType) -> None:
 
 @contextmanager
 def _recording(caught: list[int]) -> Iterator[None]:
-    """Signals are noted, not answered. Only the main thread has handlers; what they raise never reaches another."""
+    """Record signals instead of handling them. Does nothing outside the main thread, where no handler ever runs."""
     with ExitStack() as restored:
         if threading.current_thread() is threading.main_thread():
             for number in _KEPT:
                 before = signal.getsignal(number)
-                if callable(before):  # neither ignored, nor the end of the process, nor somebody's C code
+                if callable(before):  # not SIG_IGN, not SIG_DFL, not a handler installed from C
                     restored.callback(signal.signal, number, before)
                     signal.signal(number, lambda n, _: caught.append(n))
         yield
@@ -83,7 +83,7 @@ def _send_again(thread: int, finaliser: CodeType, caught: list[int]) -> None:
 
 
 def _runs(frame: FrameType | None, code: CodeType) -> bool:
-    """Whether a frame, or one that it was called from, runs this code."""
+    """Whether the frame or one of its callers runs this code."""
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None

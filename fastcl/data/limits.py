@@ -1,4 +1,4 @@
-"""How much a value may ask of the machine: processes, threads, batches ahead, pixels of an image."""
+"""Limits on resources: worker processes, threads, prefetch depth, pixels per image."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fastcl.data.philox import check_integer
 from fastcl.errors import FastclError
 
 log = logging.getLogger("fastcl")
-_PER_CORE = 16  # processes or threads a core, beyond which a number can only be a mistake
+_PER_CORE = 16  # processes or threads per core; more can only be a mistake
 _DEPTH = 1000
-_FILE_BYTES = 8  # a pixel: four channels of 16 bits, not packed
-_FILE_REST = 1 << 24  # bytes of profiles, thumbnails and other things that a file may hold beside its pixels
+_FILE_BYTES = 8  # per pixel: four 16-bit channels, uncompressed
+_FILE_REST = 1 << 24  # bytes for profiles, thumbnails and other data besides the pixels
 
 
 def check_workers(workers: int, name: str = "data.workers", *, ranks: int = 1) -> None:
-    """Warn of more processes or threads than this rank's share of the cores.
+    """Warn about more processes or threads than this rank's share of the cores.
 
     Args:
-        workers: of this rank.
-        name: what they are called.
-        ranks: that share the cores, where the launcher does not tell (LOCAL_WORLD_SIZE).
+        workers: number of processes or threads of this rank.
+        name: the setting's name, for messages.
+        ranks: number of ranks that share the cores, if the launcher does not set LOCAL_WORLD_SIZE.
 
     Raises:
-        FastclError: no integer, below 0, or above 16 times the cores.
+        FastclError: not an integer, below 0, or above 16 times the number of cores.
     """
     check_integer(workers, name)
     cores = len(os.sched_getaffinity(0))
@@ -40,16 +40,16 @@ def check_workers(workers: int, name: str = "data.workers", *, ranks: int = 1) -
 
 
 def check_depth(depth: int) -> None:
-    """Raise FastclError unless this is an integer in [1, 1000]."""
+    """Raise FastclError unless depth is an integer in [1, 1000]."""
     check_integer(depth, "depth")
     if not 1 <= depth <= _DEPTH:
         raise FastclError(f"depth must lie in [1, {_DEPTH}], got {depth}")
 
 
 def check_max_pixels(max_pixels: int) -> None:
-    """Raise FastclError unless this is a positive integer up to which Pillow opens images."""
+    """Raise FastclError unless max_pixels is a positive integer within Pillow's own limit."""
     check_integer(max_pixels, "data.max_pixels")
-    # Pillow's own limit, for the whole process: it warns above MAX_IMAGE_PIXELS and refuses above twice that.
+    # Pillow's limit applies to the whole process: it warns above MAX_IMAGE_PIXELS and refuses above twice that.
     most = max_pixels if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
     if not 1 <= max_pixels <= most:
         raise FastclError(
@@ -59,7 +59,7 @@ def check_max_pixels(max_pixels: int) -> None:
 
 
 def check_pixels(picture: Image.Image, max_pixels: int) -> None:
-    """Raise FastclError if an opened, not yet decoded picture has more pixels than allowed."""
+    """Raise FastclError if an opened but not yet decoded picture has more pixels than allowed."""
     pixels = picture.width * picture.height
     if pixels > max_pixels:
         raise FastclError(
@@ -68,11 +68,11 @@ def check_pixels(picture: Image.Image, max_pixels: int) -> None:
 
 
 def most_bytes(max_pixels: int) -> int:
-    """The unpacked size up to which a file can be an image of so many pixels."""
+    """The largest uncompressed file size, in bytes, for an image of up to max_pixels pixels."""
     return _FILE_BYTES * max_pixels + _FILE_REST
 
 
 @lru_cache(maxsize=64)
 def _warn(message: str) -> None:
-    """Once a process: every loader of a run would say the same."""
+    """Log a message once per process; otherwise every loader of a run would repeat it."""
     log.warning(message)

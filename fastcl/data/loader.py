@@ -1,7 +1,6 @@
-"""Batches of views. The order of samples is a pure function of (seed, epoch, step), like the views themselves.
+"""Batches of views. The order of samples, like the views themselves, is a pure function of (seed, epoch, step).
 
-Nothing else enters: not the number of workers, nor how far they are ahead, nor the ranks that share a batch, nor where
-a run was resumed.
+It does not depend on the number of workers, the prefetch depth, the ranks that share a batch, or where a run resumed.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Batch(NamedTuple):
     """One batch of one rank, on the renderer's device.
 
     Attributes:
-        views: two of each sample for the loader's plan, then two for each further plan; (b, C, size, size) float32.
+        views: two per sample from the loader's plan, then two from each further plan; each (b, C, size, size) float32.
         labels: (b,) int64.
         ids: (b,) int64 sample ids.
     """
@@ -48,29 +47,30 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class ViewLoader:
-    """Two views of each sample of a batch. Iterating gives the rest of the current epoch, then the next one.
+    """Two views of each sample of a batch. Iterating yields the rest of the current epoch; the next loop starts the
+    next epoch.
 
-    Its state is where it stands: `epoch`, and `position`, the number of batches of that epoch handed out. A batch that
-    was only rendered ahead does not count.
+    Its state is `epoch` and `position`, the number of batches of that epoch already yielded. Batches that were only
+    prefetched do not count.
 
     Args:
         split: the images.
-        plan: seed and spec; the plan's seed also gives the order.
-        batch_size: samples per batch, over all ranks; the last incomplete batch of an epoch is left out.
-        order: "shuffled": a permutation of the samples each epoch. "balanced": each batch drawn by itself, without
+        plan: seed and spec; the plan's seed also determines the order of samples.
+        batch_size: samples per batch, over all ranks; the last incomplete batch of an epoch is dropped.
+        order: "shuffled": a permutation of the samples each epoch. "balanced": each batch drawn independently, without
             replacement, with probabilities inverse to the class sizes (the paper's main runs).
-        renderer: of the same split and spec; left out: torchvision's, to the CPU.
-        others: further plans, of other seeds, whose views of the same samples a batch also holds.
-        rank, world_size: this process and how many share each batch: rank r has the r-th of world_size equal parts, so
-            that the ranks' parts, one after the other, are the batch of a single process.
-        workers: 0 renders a batch when it is asked for. Else torchvision's renderer works ahead in so many processes,
-            and any other in one thread. More than this rank's share of the cores is warned of, more than 16 times the
-            cores refused.
+        renderer: for the same split and spec; default: torchvision's, on the CPU.
+        others: further plans with other seeds; a batch also holds their views of the same samples.
+        rank, world_size: this process's rank and the number of processes that share each batch: rank r gets the r-th
+            of world_size equal parts, so that the parts concatenated in rank order are a single process's batch.
+        workers: 0 renders each batch on demand. Otherwise torchvision's renderer prefetches in that many processes,
+            any other renderer in one thread. More than this rank's share of the cores gives a warning, more than 16
+            times the cores an error.
         depth: batches that each worker may be ahead, at most 1,000.
 
     Raises:
-        FastclError: an unknown order, a batch larger than the split or not divisible among the ranks, a rank, number
-            of workers or depth that cannot be.
+        FastclError: an unknown order, a batch larger than the split or not divisible among the ranks, an invalid rank,
+            number of workers or depth.
     """
 
     split: Split
@@ -120,11 +120,11 @@ class ViewLoader:
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """{"epoch", "position"}: all that `load_state_dict` needs to go on with the same batches."""
+        """{"epoch", "position"}: all that `load_state_dict` needs to continue with the same batches."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where another loader stood. Raises FastclError where there is no such batch, or the state is none."""
+        """Continue where another loader was. Raises FastclError for an invalid state or a batch that does not exist."""
         if not isinstance(state, Mapping) or not {"epoch", "position"} <= set(state):
             raise FastclError(f"state must hold epoch and position, got {state!r}")
         epoch, position = state["epoch"], state["position"]
@@ -135,11 +135,11 @@ class ViewLoader:
         self.epoch, self.position = epoch, position
 
     def batches(self, epoch: int, start: int = 0) -> Closing[Batch]:
-        """The batches of an epoch from the start-th on, whatever the loader's own state; close it to end its workers.
+        """The batches of an epoch from index start on, independent of the loader's state; close it to end its workers.
 
         Raises:
             FastclError: start outside [0, len(self)], an image that cannot be decoded (named), workers that cannot be
-                started, a worker that has died.
+                started, or a worker that died.
         """
         return Closing(self._batches(epoch, start))
 
@@ -159,24 +159,24 @@ class ViewLoader:
                 yield Batch(views, *(fact.to(views[0].device, non_blocking=True) for fact in facts))
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
-        """(batch_size / world_size,) positions in the split of this rank's samples of one batch.
+        """This rank's samples of one batch: (batch_size / world_size,) positions in the split.
 
         Args:
             epoch: from 0.
             step: 0 <= step < len(self), within the epoch.
 
         Raises:
-            FastclError: another step.
+            FastclError: a step outside this range.
         """
         check_integer(step, "step")
-        check_integer(epoch, "epoch")  # here, since the cache of orders takes 1.0 for 1
+        check_integer(epoch, "epoch")  # checked here because the cache of orders treats 1.0 as 1
         if not 0 <= step < len(self):
             raise FastclError(f"step must be that of one of the {len(self)} batches of an epoch, got {step}")
         share = self.batch_size // self.world_size
         return self._whole_batch(epoch, step)[self.rank * share : (self.rank + 1) * share]
 
     def views(self, positions: np.ndarray, epoch: int) -> tuple[Tensor, ...]:
-        """Both views of any samples, and those of the further plans, (b, C, size, size) float32 each.
+        """Both views of the given samples, then those of the further plans, each (b, C, size, size) float32.
 
         Args:
             positions: (b,) positions in the split.
@@ -193,7 +193,8 @@ class ViewLoader:
         n, seed = len(self.split.ids), self.plan.seed
         if self.order == "shuffled":
             return _shuffled(n, seed, epoch)[step * self.batch_size : (step + 1) * self.batch_size]
-        # Weighted sampling without replacement: the largest u^(1/w) (Efraimidis and Spirakis 2006), as -log(u)/w.
+        # Weighted sampling without replacement (Efraimidis and Spirakis 2006): take the largest u^(1/w), that is the
+        # smallest -log(u)/w.
         random = keys(n, seed=seed, stream=Stream.BATCH, epoch=epoch * len(self) + step)
         u = (random.astype(np.float64) + 0.5) * 2.0**-64
         class_sizes = np.bincount(self.split.labels)[self.split.labels]
@@ -202,13 +203,13 @@ class ViewLoader:
 
 @dataclass(frozen=True)
 class EvalViews:
-    """The unaugmented views of a split (see `center_view`): what evaluation sees.
+    """The unaugmented views of a split (see `center_view`), used for evaluation.
 
     Args:
         split: the images.
-        plan: its spec is used; nothing is drawn.
-        renderer: of the same split and spec; None: torchvision's, to the CPU.
-        workers, depth: as `ViewLoader` takes them.
+        plan: only its spec is used; nothing is drawn.
+        renderer: for the same split and spec; None: torchvision's, on the CPU.
+        workers, depth: as for `ViewLoader`.
     """
 
     split: Split
@@ -222,7 +223,7 @@ class EvalViews:
         check_depth(self.depth)
 
     def batches(self, batch_size: int) -> Closing[Tensor]:
-        """The whole split in order, (b, C, size, size) float32 a batch, on the renderer's device.
+        """The whole split in order, in batches of (b, C, size, size) float32 on the renderer's device.
 
         Raises:
             FastclError: batch_size below 1.
@@ -254,5 +255,5 @@ class EvalViews:
 @lru_cache(maxsize=1)
 def _shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
     order = permutation(n, seed=seed, stream=Stream.ORDER, epoch=epoch)
-    order.setflags(write=False)  # it is kept, and handed out in slices
+    order.setflags(write=False)  # the array is cached, and slices of it are returned
     return order

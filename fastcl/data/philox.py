@@ -1,7 +1,7 @@
 """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised in numpy.
 
-A counter-based generator has no state: every number is a pure function of a key and a counter. That is what makes
-a view depend on (seed, epoch, sample, view) alone and on nothing that happened before it.
+A counter-based generator has no state: every number is a pure function of a key and a counter. So a view depends
+only on (seed, epoch, sample, view), not on what was drawn before it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """What the numbers are for: streams of one seed never share a counter."""
+    """Purpose of the random numbers. Different streams of one seed never share a counter."""
 
     VIEW = 0
     ORDER = 1
@@ -30,7 +30,7 @@ class Stream(IntEnum):
 
 
 def check_integer(value: object, name: str) -> None:
-    """Raise FastclError unless it is an integer; a truth value is none."""
+    """Raise FastclError unless value is an integer; booleans do not count."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise FastclError(f"{name} must be an integer, got {value!r}")
 
@@ -43,7 +43,7 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
         key: two 32-bit words.
 
     Returns:
-        (..., 4) uint32 random words, the same as `tl.philox` and the Random123 library give.
+        (..., 4) uint32 random words, identical to those of `tl.philox` and the Random123 library.
     """
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key
@@ -61,7 +61,7 @@ def words(count: int, *, seed: int, stream: Stream, index: np.ndarray, epoch: in
     Args:
         count: words per index.
         seed: 0 <= seed < 2**64; the key.
-        stream: what the numbers are for.
+        stream: purpose of the numbers.
         index: (n,) integers in [0, 2**32): sample ids, or positions.
         epoch: 0 <= epoch < 2**32.
         view: 0 <= view < 2**16.
@@ -70,7 +70,7 @@ def words(count: int, *, seed: int, stream: Stream, index: np.ndarray, epoch: in
         (n, count) uint32.
 
     Raises:
-        FastclError: a value that is no integer, or outside its range (it would alias another counter).
+        FastclError: a value that is not an integer, or is outside its range (it would alias another counter).
     """
     index = np.asarray(index)
     for name, value, bound in (("seed", seed, 64), ("epoch", epoch, 32), ("view", view, 16)):
@@ -92,16 +92,16 @@ def words(count: int, *, seed: int, stream: Stream, index: np.ndarray, epoch: in
 
 
 def uniforms(count: int, *, seed: int, stream: Stream, index: np.ndarray, epoch: int = 0, view: int = 0) -> np.ndarray:
-    """(n, count) float64 uniforms in [0, 1), multiples of 2**-24 (exact in float32 too). Arguments as `words`."""
+    """(n, count) float64 uniforms in [0, 1), multiples of 2**-24 (exact in float32 too). Arguments as for `words`."""
     return (words(count, seed=seed, stream=stream, index=index, epoch=epoch, view=view) >> 8) * 2.0**-24
 
 
 def keys(n: int, *, seed: int, stream: Stream, epoch: int = 0, view: int = 0) -> np.ndarray:
-    """(n,) uint64: one random key per position, fine enough that ties do not matter. Arguments as `words`."""
+    """(n,) uint64: one random 64-bit key per position, so ties are negligible. Arguments as for `words`."""
     pair = words(2, seed=seed, stream=stream, index=np.arange(n), epoch=epoch, view=view).astype(np.uint64)
     return pair[:, 0] << _SHIFT | pair[:, 1]
 
 
 def permutation(n: int, *, seed: int, stream: Stream, epoch: int = 0) -> np.ndarray:
-    """(n,) int64 permutation of range(n): the order of random keys. Arguments as `words`."""
+    """(n,) int64 permutation of range(n), by sorting random keys. Arguments as for `words`."""
     return np.argsort(keys(n, seed=seed, stream=stream, epoch=epoch), kind="stable")

@@ -1,7 +1,7 @@
 """The view plan: augmentation parameters as data, each a pure function of (seed, epoch, sample, view).
 
-Nothing here looks at pixels. Renderers apply a plan and draw nothing, so every model, batch size, worker count, rank
-and resume point sees the same views.
+Nothing here looks at pixels. Renderers apply a plan and draw no random numbers, so views do not depend on the model,
+batch size, worker count, rank or resume point.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fastcl.data.philox import Stream, uniforms
 from fastcl.errors import FastclError
 
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
-_CHUNK = 2048  # samples drawn at a time: their random words stay in a core's cache, whatever the number of samples
+_CHUNK = 2048  # samples drawn at a time, so that their random words fit in a core's cache
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.int64)
 
-# Each parameter has its own random word: switching one option on or off leaves all others as they were.
+# Each parameter has its own random word, so switching one option on or off changes no other parameter.
 _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _ANGLE = range(12)
 _TOP, _LEFT, _AREA = 12, 13, 14
 _RATIO = _AREA + _CROP_ATTEMPTS
@@ -29,19 +29,19 @@ _SLOTS = _RATIO + _CROP_ATTEMPTS
 
 @dataclass(frozen=True)
 class ViewParams:
-    """Parameters of n views: a struct of arrays, one row a view. Neutral values change nothing."""
+    """Parameters of n views: a struct of arrays with one row per view."""
 
-    box: np.ndarray  # (n, 4) float64 top, left, height, width; pixels, or shares of a unit square without sizes
+    box: np.ndarray  # (n, 4) float64 top, left, height, width; in pixels, or without sizes in a unit square
     flip: np.ndarray  # (n,) bool
-    angle: np.ndarray  # (n,) float64 degrees, counter-clockwise; 0 is neutral
+    angle: np.ndarray  # (n,) float64 degrees, counter-clockwise; 0: none
     jitter: np.ndarray  # (n,) bool: whether the next five apply
-    order: np.ndarray  # (n, 4) int64: the operation (0 brightness, 1 contrast, 2 saturation, 3 hue) at each place
-    brightness: np.ndarray  # (n,) float64 factor; so contrast and saturation
+    order: np.ndarray  # (n, 4) int64: operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in order
+    brightness: np.ndarray  # (n,) float64 factor; likewise contrast and saturation
     contrast: np.ndarray
     saturation: np.ndarray
     hue: np.ndarray  # (n,) float64 turns
     grayscale: np.ndarray  # (n,) bool
-    blur_sigma: np.ndarray  # (n,) float64 pixels; 0 is no blur
+    blur_sigma: np.ndarray  # (n,) float64 pixels; 0: no blur
     solarize: np.ndarray  # (n,) bool
 
     def __len__(self) -> int:
@@ -66,11 +66,12 @@ class ViewPlan:
             epoch: 0 <= epoch < 2**32.
             samples: (n,) sample ids in [0, 2**32).
             view: 0, 1, ... < 2**16.
-            sizes: (n, 2) integer height and width of the images; boxes are then whole pixels. Without sizes boxes are
-                shares of a unit square, since a crop's acceptance depends on the aspect ratio.
+            sizes: (n, 2) integer height and width of the images; boxes are then in whole pixels. Without sizes, boxes
+                are drawn in a unit square. These are not the same crops rescaled, since whether a crop is accepted
+                depends on the aspect ratio.
 
         Returns:
-            ViewParams of n rows.
+            ViewParams with n rows.
 
         Raises:
             FastclError: a value outside its range.
@@ -119,7 +120,7 @@ class ViewPlan:
 
 
 def center_view(spec: ViewSpec, sizes: np.ndarray) -> ViewParams:
-    """The view that evaluation takes: a central square crop (the whole image where eval_crop is 1), colours kept.
+    """The view used for evaluation: a central square crop (the whole image if eval_crop is 1), colours unchanged.
 
     Args:
         sizes: (n, 2) integer height and width.
@@ -138,7 +139,7 @@ def center_view(spec: ViewSpec, sizes: np.ndarray) -> ViewParams:
 
 
 def _crop_boxes(u: np.ndarray, spec: ViewSpec, sizes: np.ndarray | None) -> np.ndarray:
-    """Random resized crops as torchvision draws them: the first of ten attempts that fits, else a central crop."""
+    """Random resized crops as in torchvision: the first of ten attempts that fits, otherwise a central crop."""
     snap = np.rint if sizes is not None else np.asarray
     height, width = np.ones((2, len(u))) if sizes is None else np.asarray(sizes, np.float64).T
     area = (spec.scale[0] + u[:, _AREA:_RATIO] * (spec.scale[1] - spec.scale[0])) * (height * width)[:, None]
@@ -148,11 +149,11 @@ def _crop_boxes(u: np.ndarray, spec: ViewSpec, sizes: np.ndarray | None) -> np.n
     fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
     first = fits.argmax(1)[:, None]
     w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]
-    # No attempt fits: the largest central crop whose ratio is allowed.
+    # No attempt fits: take the largest central crop with an allowed aspect ratio.
     central = ~fits.any(1)
     w = np.where(central, np.minimum(width, snap(height * spec.ratio[1])), w)
     h = np.where(central, np.minimum(height, snap(width / spec.ratio[0])), h)
-    if sizes is not None:  # a thin image and narrow ratios round to no pixel at all
+    if sizes is not None:  # a thin image and narrow ratios can round to zero pixels
         w, h = np.maximum(w, 1), np.maximum(h, 1)
     room_h, room_w = height - h, width - w
     if sizes is None:

@@ -1,8 +1,8 @@
-"""Rendering ahead of who consumes it, in processes or in a thread; bounded, in order, and gone when the iterator is.
+"""Renders batches ahead of the consumer, in processes or a thread: bounded, ordered, cleaned up with the iterator.
 
-torchvision's operators on small images are mostly Python, which threads do not share: two threads render no faster
-than one, two processes nearly twice as fast. So processes render where the CPU renders. A renderer that works on a
-device has threads of its own, and one thread keeps it busy.
+torchvision's operators on small images are mostly Python, which holds the GIL: two threads render no faster than one,
+two processes nearly twice as fast. So torchvision's renderer runs in processes. The other renderers have their own
+threads or work on the device, and one thread keeps them busy.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _END: Any = object()
 
 
 def rendered(renderer: Renderer, job: Job, steps: range, workers: int, depth: int) -> Generator[Rendered, None, None]:
-    """The positions of each step, and their views on the renderer's device.
+    """Yields the positions of each step and their views on the renderer's device.
 
     Args:
-        renderer: torchvision's works ahead in so many worker processes, any other in one thread.
-        job: what each step wants.
-        steps: in this order.
-        workers: 0 renders a step when it is asked for.
+        renderer: torchvision's prefetches in worker processes, any other in one thread.
+        job: positions and view parameters of a step.
+        steps: rendered in this order.
+        workers: number of processes; 0 renders each step on demand.
         depth: steps that each worker may be ahead.
     """
     if not workers:
@@ -52,16 +52,16 @@ def rendered(renderer: Renderer, job: Job, steps: range, workers: int, depth: in
 
 
 def in_thread(results: Generator[T, None, None], *, depth: int) -> Generator[T, None, None]:
-    """The results of an iterator, which one background thread asks for at most depth of them ahead.
+    """Runs a generator in one background thread, at most depth results ahead.
 
-    The thread ends with the returned iterator, after the result that it is at, and closes the given one.
+    When the returned generator ends, the thread finishes its current result and the given generator is closed.
 
     Raises:
-        Exception: whatever the iterator raises.
+        Exception: whatever the generator raises.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="fastcl-render")
     try:
-        with held():  # a pool that is interrupted as it starts its thread does not wait for it
+        with held():  # a pool interrupted while it starts its thread would not wait for that thread
             waiting = deque(pool.submit(next, results, _END) for _ in range(depth))
         while (result := waiting.popleft().result()) is not _END:
             waiting.append(pool.submit(next, results, _END))
@@ -76,7 +76,7 @@ def _in_processes(
     renderer: TorchvisionRenderer, job: Job, steps: range, workers: int, depth: int
 ) -> Generator[Rendered, None, None]:
     device = renderer.device
-    on_host = TorchvisionRenderer(renderer.split, renderer.spec, _CPU)  # without threads: the processes share the work
+    on_host = TorchvisionRenderer(renderer.split, renderer.spec, _CPU)  # no threads: processes share the work
 
     def render(step: int) -> tuple[np.ndarray, list[np.ndarray]]:
         positions, params = job(step)
@@ -84,7 +84,7 @@ def _in_processes(
 
     with closing(Processes(render, steps, workers=workers, depth=depth)) as arrays:
         results = _as_tensors(arrays, pin=device.type == "cuda")
-        if device.type == "cuda":  # copying into pinned memory is worth a thread: the device copies from it alone
+        if device.type == "cuda":  # pinning copies on the CPU, so it gets its own thread
             results = in_thread(results, depth=1)
         with closing(results):
             for positions, views in results:
@@ -98,7 +98,7 @@ def _as_tensors(arrays: Iterator[tuple[np.ndarray, list[np.ndarray]]], pin: bool
 
 
 def _streamed(renderer: Renderer, job: Job, steps: range) -> Generator[Rendered, None, None]:
-    """A renderer that works on several batches at once (`stream`) is asked that way."""
+    """Uses the renderer's `stream`, which works on several batches at once, if it has one."""
     stream = getattr(renderer, "stream", None)
     if stream is None:
         for positions, params in map(job, steps):

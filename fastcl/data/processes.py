@@ -1,8 +1,8 @@
-"""Worker processes: each does one step after the other, ahead of who consumes them, and is gone with the iterator.
+"""Worker processes that compute steps ahead of the consumer and end with the iterator.
 
-Not torch's DataLoader: when one of its workers dies, it raises that from a signal handler, in whatever code runs; and
-it takes a quarter of a second to end. Here each worker has a socket of its own and shares no lock, so that it can be
-ended, or killed, at any moment. Results come in shared memory, whose file descriptors go through the socket.
+torch's DataLoader is not used: when a worker dies, it raises from a signal handler, in whatever code is running, and
+it takes a quarter of a second to shut down. Here each worker has its own socket and shares no lock, so it can be
+stopped or killed at any moment. Results arrive in shared memory, whose file descriptors are sent through the socket.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ from fastcl.data.deferred import close_in_finaliser, held
 from fastcl.errors import FastclError
 
 T = TypeVar("T")
-_LOOK = 1.0  # seconds between looks whether the other side is alive
-_GRACE = 0.5  # seconds that workers have for what they are at when the iterator ends
+_LOOK = 1.0  # seconds between checks that the other side is alive
+_GRACE = 0.5  # seconds that workers have to finish their current step when the iterator ends
 _STEP = struct.Struct("<q")
 _ALIGNED = 64  # bytes
 
 
 class Processes(Iterator[T]):
-    """job(step) of each step, in order, from forked worker processes.
+    """Yields job(step) for each step, in order, computed in forked worker processes.
 
     The processes start now, and end when the iterator is exhausted, closed, dropped or fails, and within seconds of
     the death of this process.
 
     Args:
-        job: must not touch a CUDA device; returns arrays, or anything that can be pickled. Arrays are not copied again.
-        steps: what to ask it for.
-        workers: processes, at least 1.
-        depth: results each process may be ahead.
+        job: must not touch a CUDA device; returns arrays, or anything that can be pickled. The consumer gets arrays
+            in shared memory, without a further copy.
+        steps: arguments for the job.
+        workers: number of processes, at least 1.
+        depth: results that each process may be ahead.
 
     Raises:
-        FastclError: no process can be started here; when iterated, the job's own, or a process that has died.
+        FastclError: no process can be started here; while iterating: the job's own error, or a process that died.
     """
 
     def __init__(self, job: Callable[[int], T], steps: range, *, workers: int, depth: int) -> None:
@@ -62,7 +63,7 @@ class Processes(Iterator[T]):
                 "use data.workers = 0 here"
             )
         try:
-            with held():  # a forked process begins with the handlers of its parent
+            with held():  # a forked process starts with its parent's signal handlers
                 for _ in range(min(workers, len(steps))):
                     self._crew.append(_start(job))
             for _ in range(depth * len(self._crew)):
@@ -84,7 +85,7 @@ class Processes(Iterator[T]):
             answer = _taken(process, ours)
             self._ask()
         except OSError as error:
-            process.join(_LOOK)  # its exit code is known in a moment
+            process.join(_LOOK)  # wait for its exit code
             reason = _end_of(process)
             self.close()
             raise FastclError(
@@ -108,7 +109,7 @@ class Processes(Iterator[T]):
             close_in_finaliser(self._end, Processes.__del__.__code__)
 
     def _ask(self) -> None:
-        """Give the next step, if there is one, to the worker whose turn it is."""
+        """Send the next step, if any, to the worker whose turn it is."""
         step = next(self._steps, None)
         if step is None or not self._crew:
             return
@@ -121,12 +122,12 @@ class Processes(Iterator[T]):
         crew, self._crew = self._crew, []
         self._waiting.clear()
         if os.getpid() != self._owner:
-            return  # a forked process has a copy of this object, but not its workers
+            return  # in a forked process: a copy of this object, whose workers belong to the parent
         for _, ours in crew:
             try:
-                ours.shutdown(socket.SHUT_RDWR)  # close alone would leave the copies that other workers have
+                ours.shutdown(socket.SHUT_RDWR)  # close() would leave open the copies that other workers inherited
             except OSError:
-                pass  # the worker is gone
+                pass  # the worker has already ended
             ours.close()
         last = time.monotonic() + _GRACE
         for process, _ in crew:
@@ -138,7 +139,7 @@ class Processes(Iterator[T]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a job raised. A traceback does not travel, so its text does."""
+    """An exception raised by a job, with its traceback as text since tracebacks cannot be pickled."""
 
     error: Exception
     text: str
@@ -150,7 +151,7 @@ class _Failure:
 def _start(job: Callable[[int], Any]) -> tuple[BaseProcess, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        # Forked, so that it shares the images in memory.
+        # Forked, so that it shares the images in memory with the parent.
         process = multiprocessing.get_context("fork").Process(
             target=_serve, args=(job, ours, theirs, os.getpid()), name="fastcl-render", daemon=True
         )
@@ -165,8 +166,8 @@ def _start(job: Callable[[int], Any]) -> tuple[BaseProcess, socket.socket]:
 
 
 def _serve(job: Callable[[int], Any], ours: socket.socket, theirs: socket.socket, parent: int) -> None:
-    """The worker: answers steps until its socket ends or its parent is gone."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the whole group; the parent ends its workers itself
+    """The worker: answers steps until its socket is closed or its parent is gone."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # sent to the whole process group; the parent ends its workers itself
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
@@ -184,7 +185,7 @@ def _serve(job: Callable[[int], Any], ours: socket.socket, theirs: socket.socket
             finally:
                 os.close(file)
     except OSError:
-        return  # nobody listens any more
+        return  # the parent no longer listens
 
 
 def _answer(job: Callable[[int], T], step: int) -> T | _Failure:
@@ -200,7 +201,7 @@ def _answer(job: Callable[[int], T], step: int) -> T | _Failure:
 
 
 def _taken(process: BaseProcess, ours: socket.socket) -> Any:
-    """The next answer of a worker. Raises OSError where it has died."""
+    """The next answer of a worker. Raises OSError if it has died."""
     sizes, files, *_ = _patiently(lambda: socket.recv_fds(ours, 1 << 16, 1), process.is_alive)
     if not files:
         raise ConnectionResetError("the worker has closed its socket")
@@ -212,7 +213,7 @@ def _taken(process: BaseProcess, ours: socket.socket) -> Any:
 
 
 def _patiently(operation: Callable[[], T], alive: Callable[[], bool]) -> T:
-    """An operation on a socket with a timeout, tried until it is done. Raises OSError where the other side is gone."""
+    """Retry a socket operation after each timeout while the other side is alive. Raises OSError if it is gone."""
     while True:
         try:
             return operation()
@@ -222,7 +223,7 @@ def _patiently(operation: Callable[[], T], alive: Callable[[], bool]) -> T:
 
 
 def _packed(answer: Any) -> tuple[bytes, int]:
-    """(the sizes of its parts, a file descriptor of shared memory with those parts, one after the other)."""
+    """Pickle an answer into shared memory: (the sizes of its parts, the file descriptor that holds them in order)."""
     arrays: list[pickle.PickleBuffer] = []
     head = pickle.dumps(answer, protocol=5, buffer_callback=arrays.append)
     parts = [memoryview(head), *(array.raw() for array in arrays)]
@@ -230,7 +231,7 @@ def _packed(answer: Any) -> tuple[bytes, int]:
     starts = _starts(sizes)
     file = _shared_file()
     try:
-        os.posix_fallocate(file, 0, starts[-1])  # else a full /dev/shm would kill the process as it writes
+        os.posix_fallocate(file, 0, starts[-1])  # otherwise writing to a full /dev/shm would kill the process (SIGBUS)
     except OSError as error:
         os.close(file)
         if isinstance(answer, _Failure):
@@ -252,15 +253,15 @@ def _unpacked(packed: bytes, file: int) -> Any:
 
 
 def _starts(sizes: list[int] | tuple[int, ...]) -> list[int]:
-    """Where each part begins, and where the last one ends."""
+    """Offset of each aligned part, followed by the end of the last one."""
     return [0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
 
 
 def _shared_file() -> int:
-    """A file in memory, which goes with its last descriptor."""
+    """An in-memory file, freed with its last descriptor."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("fastcl")
-    with tempfile.TemporaryFile(dir="/dev/shm") as file:  # a Python made for an old C library has no memfd_create
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:  # Python built against an old C library lacks memfd_create
         return os.dup(file.fileno())
 
 

@@ -7,7 +7,7 @@ of arXiv 2510.08852), over C classes:
     directional CDNV  mean over i != j of  E_{x in i} ((x - mu_i) . u_ij)^2 / |mu_i - mu_j|^2,
                       u_ij = (mu_j - mu_i) / |mu_j - mu_i|
 
-Both do not change under shifts, rotations and scaling of the features. Rows are centred before they are squared.
+Both are invariant to shifts, rotations and scaling of the features. Rows are centred before squaring.
 """
 
 import sys
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fastcl.errors import FastclError
 
-# Two means closer than this fraction of their size differ by rounding alone.
+# Two means closer than this fraction of their norm may differ by rounding alone.
 _ROUNDING = 256 * sys.float_info.epsilon
 
 
@@ -30,21 +30,21 @@ class Classes:
     labels: Tensor  # (C,) distinct labels, ascending
     index: Tensor  # (n,) class of each row, in [0, C)
     order: Tensor  # (n,) rows sorted by class
-    starts: Tensor  # (C,) first place of each class in `order`
+    starts: Tensor  # (C,) start of each class in `order`
 
     def mean(self, rows: Tensor) -> Tensor:
-        """(n, k) rows to their (C, k) class means, added in the order of the rows on every device (no atomics)."""
+        """(C, k) class means of (n, k) rows, summed in row order on every device (no atomics)."""
         return F.embedding_bag(self.order, rows, self.starts, mode="mean")
 
 
 def group_by_class(labels: Tensor) -> Classes:
-    """Group (n,) integer labels of any values."""
+    """Group rows by (n,) integer labels, which may have any values."""
     distinct, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     return Classes(distinct, index, torch.argsort(index, stable=True), counts.cumsum(0) - counts)
 
 
 def labelled_features(features: Tensor, labels: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
-    """Features in float64 and labels on the same device, checked; `prefix` stands before the names in messages.
+    """Validate; returns float64 features, and labels on the same device. `prefix` goes before the names in messages.
 
     Raises:
         FastclError: unless features are (n, d) floating and finite, labels (n,) integers, n >= 1 and d >= 1.
@@ -70,9 +70,9 @@ def labelled_features(features: Tensor, labels: Tensor, prefix: str = "") -> tup
 
 
 def _around_means(features: Tensor, labels: Tensor) -> tuple[Classes, Tensor, Tensor, Tensor]:
-    """Classes, (n, d) rows less their class mean, (C, d) means and (C, C) squared distances, infinite on the diagonal.
+    """Classes, (n, d) rows minus class means, (C, d) means, and (C, C) squared distances with an infinite diagonal.
 
-    The features are scaled by their largest entry: no overflow, and no change in either CDNV.
+    The features are scaled by their largest entry, which prevents overflow and changes neither CDNV.
     """
     x, labels = labelled_features(features, labels)
     classes = group_by_class(labels)
@@ -80,7 +80,7 @@ def _around_means(features: Tensor, labels: Tensor) -> tuple[Classes, Tensor, Te
         raise FastclError(f"CDNV compares classes: at least 2 are needed, got labels {classes.labels.tolist()} only")
     x = x / x.abs().amax().clamp_min(sys.float_info.min)
     means = classes.mean(x)
-    # Differences, not |a|^2 + |b|^2 - 2ab: close means far from the origin keep their digits.
+    # Differences, not |a|^2 + |b|^2 - 2ab, which would cancel for close means far from the origin.
     distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist").square_()
     distances.fill_diagonal_(torch.inf)
     sizes = means.square().sum(dim=1)
@@ -102,7 +102,7 @@ def cdnv(features: Tensor, labels: Tensor) -> float:
         labels: (n,) integers of any values; absent classes do not count.
 
     Returns:
-        CDNV >= 0; 0 where every class is one point.
+        CDNV >= 0; 0 if every class is a single point.
 
     Raises:
         FastclError: for fewer than two classes, class means that coincide, shapes that do not match, or features that
@@ -110,13 +110,13 @@ def cdnv(features: Tensor, labels: Tensor) -> float:
     """
     classes, centred, _, distances = _around_means(features, labels)
     variances = classes.mean(centred.square().sum(dim=1, keepdim=True))  # (C, 1)
-    # Half the sum over i != j of v_i + v_j is the sum over i != j of v_i.
+    # By symmetry, averaging (v_i + v_j) / 2 over i != j is the same as averaging v_i.
     return _pair_mean(variances / distances)
 
 
 @torch.inference_mode()
 def directional_cdnv(features: Tensor, labels: Tensor) -> float:
-    """CDNV with the variance along the line between the two class means only (arXiv 2510.08852).
+    """CDNV with only the variance along the line between the two class means (arXiv 2510.08852).
 
     Args:
         features: (n, d), any floating dtype; computed in float64 in O(n C d) with (n, C) scratch memory.
@@ -126,7 +126,7 @@ def directional_cdnv(features: Tensor, labels: Tensor) -> float:
         Directional CDNV, between 0 and the CDNV.
 
     Raises:
-        FastclError: as `cdnv`.
+        FastclError: as for `cdnv`.
     """
     classes, centred, means, distances = _around_means(features, labels)
     along = centred @ (means - means.mean(dim=0)).mT  # (n, C): (x - mu_i) . mu_j
@@ -135,5 +135,5 @@ def directional_cdnv(features: Tensor, labels: Tensor) -> float:
 
 
 def _pair_mean(values: Tensor) -> float:
-    """Mean over i != j of a (C, C) matrix whose diagonal is zero."""
+    """Mean over i != j of a (C, C) matrix with zero diagonal."""
     return (values.sum() / (len(values) * (len(values) - 1))).item()

@@ -12,20 +12,20 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def weight_gap(a: nn.Module, b: nn.Module) -> float:
-    """Mean relative distance of the weights of two models of one architecture (arXiv 2510.08852).
+    """Mean relative distance between the weights of two models with the same architecture (arXiv 2510.08852).
 
     The mean over all parameters named `weight` (of convolutions, linear layers and normalisations; no biases, no
-    running statistics) of |w_a - w_b|_F / ((|w_a|_F + |w_b|_F) / 2). A tensor that is zero in both models counts 0.
+    running statistics) of |w_a - w_b|_F / ((|w_a|_F + |w_b|_F) / 2). A tensor that is zero in both models counts as 0.
 
     Args:
         a: a model. Pass the encoder alone to leave out heads.
-        b: a model with the same parameters, on any device; norms are formed in float64.
+        b: a model with the same parameters, on any device; norms are computed in float64.
 
     Returns:
         Gap in [0, 2]; exactly 0.0 for equal weights.
 
     Raises:
-        FastclError: where a weight is missing from one model, shapes differ, a weight is not finite, or there is none.
+        FastclError: a weight is missing from one model, shapes differ, a weight is not finite, or there are no weights.
     """
     wa, wb = _weights(a), _weights(b)
     for model, lacking in (("a", wb.keys() - wa.keys()), ("b", wa.keys() - wb.keys())):

@@ -1,4 +1,4 @@
-"""How far the similarities of two models drift apart, beside what arXiv 2510.08852 proves of them."""
+"""How far the similarities of two models drift apart, compared with the theorems of arXiv 2510.08852."""
 
 import math
 
@@ -11,9 +11,9 @@ from fastcl.report.run import CERTIFICATE_MEASURES, STEP_MEASURES, Number, Run, 
 from fastcl.theory import CouplingBound, largest_drift, similarity_coupling_bound
 
 THEOREM_PAIR = {"dcl", "nscl"}  # the theorem's CL and NSCL
-# Colours that no model has, light enough for a dark page.
+# Colours that no model uses, light enough for a dark page.
 STYLES = {"cka": ("#7b4fd0", "-"), "cka_debiased": ("#a3742c", (0, (4, 2))), "rsa": ("#8a8f98", (0, (1, 1)))}
-DRAWN = 1000  # points a line, at most
+DRAWN = 1000  # maximum number of points per line
 FAINTEST = 1e-6  # share of the largest drift below which nothing is drawn
 
 CERTIFICATES = (
@@ -26,7 +26,7 @@ CERTIFICATES = (
 
 
 def theorem(run: Run) -> CouplingBound | None:
-    """Theorem 1 for the run's steps; None where it does not speak of this pair or a number it needs is not recorded."""
+    """Theorem 1 for the run's steps; None if it does not cover this pair or the run lacks a number it needs."""
     pair, series = _measured(run)
     train = run.config["train"]
     if set(pair) != THEOREM_PAIR or sorted(series) != list(range(len(series))):
@@ -41,8 +41,8 @@ def theorem(run: Run) -> CouplingBound | None:
 
 
 def certificates(run: Run) -> tuple[list[str], dict[str, list[Number]]]:
-    """The head, and for each model against the reference CERTIFICATE_MEASURES at the last epoch, drift as a share of
-    the largest; no rows where none was recorded."""
+    """The header, and per model the CERTIFICATE_MEASURES against the reference at the last epoch, drift as a share of
+    the largest; models without a recorded drift have no row."""
     images = run.data.get("test")
     largest = largest_drift(images) if isinstance(images, int) and images > 1 else math.nan
     rows = {}
@@ -54,7 +54,7 @@ def certificates(run: Run) -> tuple[list[str], dict[str, list[Number]]]:
 
 
 def drift(run: Run) -> Figure:
-    """Per step: the drift over the theorem's line, and the alignment of the loss embeddings."""
+    """Per step: the drift with the theorem's line, and the alignment of the loss embeddings."""
     pair, series = _measured(run)
     figure, axes = panels(run, ["drift of the similarities", "alignment of the loss embeddings"], "")
     steps = _thinned(sorted(series))
@@ -86,7 +86,7 @@ def drift(run: Run) -> Figure:
 
 
 def remark(run: Run) -> str:
-    """What the theorem says of this run, and what not; begins with a space."""
+    """What the theorem says about this run and what it does not; begins with a space."""
     bound = theorem(run)
     if bound is None:
         return (
@@ -108,7 +108,7 @@ def remark(run: Run) -> str:
 
 
 def _vacuity(bound: CouplingBound, steps: int) -> list[str]:
-    """Where the theorem says nothing even of similarity descent."""
+    """Sentences on where the theorem is vacuous even for similarity descent."""
     found = []
     if bound.log10_gap > math.log10(2):
         delta = "not defined" if math.isinf(bound.log10_gap) else f"10^{bound.log10_gap:.1f}"
@@ -126,13 +126,13 @@ def _vacuity(bound: CouplingBound, steps: int) -> list[str]:
 
 
 def _measured(run: Run) -> tuple[tuple[str, str], Series]:
-    """The pair whose steps were recorded, the reference first, and its records."""
+    """The pair whose steps were recorded, reference first if it is one of them, and its records."""
     pair, series = next(iter(run.steps.items()))
     return (pair if pair[0] == run.reference else pair[::-1]), series
 
 
 def _rows(run: Run) -> int | None:
-    """Of a batch's similarity matrices: two views of each sample."""
+    """Rows of a batch's similarity matrices: two views per sample."""
     size = run.config["train"].get("batch_size")
     return 2 * size if type(size) is int and size > 0 else None
 
@@ -146,7 +146,7 @@ def _visible(share: float) -> float:
 
 
 def _thinned(steps: list[int]) -> list[int]:
-    """At most DRAWN of the steps, evenly, the last among them."""
+    """At most DRAWN evenly spaced steps, including the last."""
     every = math.ceil(len(steps) / DRAWN)
     return steps[(len(steps) - 1) % every :: every]
 

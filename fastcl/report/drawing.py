@@ -1,4 +1,4 @@
-"""How figures are drawn: inline SVG, one colour and one marker per model through all of them."""
+"""How figures are drawn: inline SVG, with the same colour and marker for a model in all figures."""
 
 import io
 import math
@@ -18,20 +18,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from fastcl.report.run import IDENTITY, RESEEDED, Run, Series, known
 
-# Okabe and Ito's palette for colour-blind readers, without black (ink) and yellow (too pale on white).
+# Okabe and Ito's colour-blind-safe palette, without black (ink) and yellow (too pale on white).
 REFERENCE_COLOUR = "#0072B2"
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("s", "^", "D", "v", "P", "X", "<")
 FLOOR_COLOUR = "#808080"
 FLOOR_BAND = {"facecolor": FLOOR_COLOUR, "alpha": 0.25, "linewidth": 0}
 
-# The SVG names two colours that the page decides on (light, dark, print): stand-ins that nothing else uses.
+# Placeholders in the SVG for two colours that the page sets (light, dark, print); nothing else uses these values.
 INK, GRID = "#010203", "#040506"
 PAGE_COLOURS = {INK: "var(--ink)", GRID: "var(--grid)"}
 
 STYLE = {
-    "svg.hashsalt": "fastcl",  # element ids, and so the bytes of the page, depend on the content alone
-    "svg.fonttype": "none",  # text stays text; DejaVu Sans sets the room, browsers put narrower letters in its place
+    "svg.hashsalt": "fastcl",  # element ids, and so the bytes of the page, depend only on the content
+    "svg.fonttype": "none",  # text stays text; laid out for DejaVu Sans, which browsers replace by a narrower font
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 9.0,
     "text.parse_math": False,
@@ -46,7 +46,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,  # a factor or an offset above the axis would run into the panel's title
+    "axes.formatter.useoffset": False,  # a factor or offset above the axis would overlap the panel's title
     "axes.formatter.limits": (-9, 9),
     "grid.color": GRID,
     "grid.linewidth": 0.6,
@@ -62,9 +62,9 @@ WIDTH = 11.5  # inches: 1104 CSS pixels
 
 @dataclass(frozen=True)
 class Plate:
-    """One figure of the report; the caption may name {reference} and {chance}, ``band`` explains the noise floor.
+    """One figure of the report; the caption may use {reference} and {chance}, ``band`` explains the noise floor.
 
-    ``note`` adds to the caption what depends on the run. A figure that is not ``shown`` is left out of the page.
+    ``note`` adds text about the run to the caption. The page omits the figure where ``shown`` is false.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Plate:
 
 
 def svg(plate: Plate, run: Run) -> str:
-    """The figure as an SVG element to be put into an HTML (or XHTML) page; the same run gives the same bytes."""
+    """The figure as an SVG element for an HTML (or XHTML) page; the same run gives the same bytes."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with styled():
@@ -89,7 +89,7 @@ def svg(plate: Plate, run: Run) -> str:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style of all figures, whatever a user's matplotlibrc says."""
+    """Set the style of all figures, independent of the user's matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -97,7 +97,7 @@ def styled() -> Iterator[None]:
 
 
 def _for_page(tag: str, name: str) -> str:
-    """Ids are unique per figure only: on a page with several each gets its figure's name."""
+    """Prefix ids with the figure's name, since they are unique only within a figure, and use the page's colours."""
     tag = tag.replace(' id="', f' id="{name}-').replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
     for stand_in, colour in PAGE_COLOURS.items():
         tag = tag.replace(stand_in, colour)
@@ -105,7 +105,7 @@ def _for_page(tag: str, name: str) -> str:
 
 
 def look(run: Run, model: str) -> dict[str, object]:
-    """Colour, marker and line of a model, the same in every figure."""
+    """Colour, marker and line style of a model, the same in every figure."""
     if model == run.reference:
         return {"color": REFERENCE_COLOUR, "marker": "o", "linewidth": 2.4, "zorder": 2.5}
     if model == IDENTITY:
@@ -117,17 +117,17 @@ def look(run: Run, model: str) -> dict[str, object]:
 
 
 def label(run: Run, model: str) -> str:
-    """A model's name in legends."""
+    """A model's label in legends."""
     notes = {run.reference: "reference", IDENTITY: "= reference", RESEEDED: "other views"}
     return f"{model} ({notes[model]})" if model in notes else model
 
 
 def curve(ax: Axes, run: Run, model: str, series: Series, measure: str, above: float = -math.inf) -> None:
-    """One model's values over epochs; values that are unknown or not above a limit leave a gap."""
+    """Plot one model's values over epochs; values that are unknown or not above a limit leave a gap."""
     epochs = sorted(series)
     found = [series[epoch][measure] for epoch in epochs]
     values = [value if known(value) and value > above else math.nan for value in found]
-    # markers that touch each other would hide the line: at most 30 a line, the last evaluation among them
+    # Touching markers would hide the line: draw at most 30, including one at the last evaluation.
     step = max(1, math.ceil(len(epochs) / 30))
     ax.plot(epochs, values, markevery=((len(epochs) - 1) % step, step), **look(run, model))
 
@@ -154,20 +154,20 @@ def panels(run: Run, titles: list[str], unit: str, rows: int = 1, **shared: bool
 
 
 def log_axis(ax: Axes) -> None:
-    """A log scale along y whose labels are plain numbers, enough of them whatever the range."""
+    """Set a log scale along y with plain-number labels, enough of them for any range."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     decades = math.log10(high / low)
     if decades > 0.7:
         ax.yaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2.5 else (1, 2, 5)))
-    else:  # a range that may hold no round number of a decade
+    else:  # the range may contain no 1, 2 or 5 of a decade
         ax.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def finish(figure: Figure, run: Run, models: list[str], extra: Sequence[Artist] = ()) -> Figure:
-    """Mark empty panels and put one legend below all panels, where it covers nothing."""
+    """Mark empty panels and add one legend below all panels."""
     for ax in figure.axes:
         if not any(known(y) for line in ax.lines for y in line.get_ydata()):
             ax.text(0.5, 0.5, "no values", transform=ax.transAxes, ha="center", va="center")
@@ -176,9 +176,9 @@ def finish(figure: Figure, run: Run, models: list[str], extra: Sequence[Artist] 
     if not handles:
         return figure
     labels = [handle.get_label() for handle in handles]
-    widths = [0.6 + 0.08 * len(text) for text in labels]  # inches, generously
+    widths = [0.6 + 0.08 * len(text) for text in labels]  # inches, a generous estimate
     columns = len(labels) if sum(widths) < WIDTH else max(1, int(WIDTH / max(widths)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     further_rows = math.ceil(len(labels) / columns) - 1
-    figure.set_figheight(figure.get_figheight() + 0.18 * further_rows)  # not at the panels' cost
+    figure.set_figheight(figure.get_figheight() + 0.18 * further_rows)  # so that the panels keep their height
     return figure

@@ -11,7 +11,7 @@ from fastcl.report.run import IDENTITY, PAIR_MEASURES, RESEEDED, Run, known
 
 
 def _against_reference(run: Run, measures: list[str], perfect: float, unit: str) -> Figure:
-    """One panel per measure: every other model's value against the reference, over the band of the noise floor."""
+    """One panel per measure: every other model against the reference, with the band of the noise floor."""
     models = [model for model in run.models if model != run.reference]
     figure, axes = panels(run, [PAIR_MEASURES[m] for m in measures], unit, sharey=True)
     for ax, measure in zip(axes, measures, strict=True):
@@ -35,7 +35,7 @@ def weight_gap(run: Run) -> Figure:
 
 
 def every_pair(run: Run) -> Figure:
-    """Debiased CKA over epochs, one panel per model: that model against each of the others."""
+    """Debiased CKA over epochs: one panel per model, with a line for each of the others."""
     models = [model for model in run.models if model not in (IDENTITY, RESEEDED)]
     figure, axes = panels(run, models, "debiased CKA (1 = same)", rows=math.ceil(len(models) / 4), sharey=True)
     for ax, model in zip(axes, models, strict=True):
@@ -46,7 +46,7 @@ def every_pair(run: Run) -> Figure:
 
 
 def training_losses(run: Run) -> Figure:
-    """One panel per objective; the controls share the reference's."""
+    """One panel per objective; the controls are drawn in the reference's panel."""
     objectives = [run.reference, *run.others]
     figure, axes = panels(run, objectives, "own training loss (nats)", rows=math.ceil(len(objectives) / 4))
     for ax, objective in zip(axes, objectives, strict=True):

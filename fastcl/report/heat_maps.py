@@ -1,4 +1,4 @@
-"""Heat maps of the CKA between all layers of two models: of a run in its report, of any table in a file."""
+"""Heat maps of the CKA between all layers of two models: for a run's report, or of any table as a file."""
 
 import io
 import math
@@ -21,15 +21,15 @@ from fastcl.report.run import Run
 
 _MAP = "viridis"
 _DARK = "#111111"
-_LABELS = 32  # along an axis; of more layers every second, third, ... is named
-_PRINTED, _CELL = 16, 0.27  # values stand in tables of so many columns at most, in cells of so many inches at least
-_LETTERS = 8  # of a title in an inch
-_VECTOR = 4096  # cells; a larger table is drawn as an image
+_LABELS = 32  # maximum per axis; with more layers only every second, third, ... is labelled
+_PRINTED, _CELL = 16, 0.27  # values are printed in tables of at most 16 columns with cells at least 0.27 inches wide
+_LETTERS = 8  # letters of a title per inch
+_VECTOR = 4096  # cells; larger tables are rasterised
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """CKA of the layers of `rows_of` (one row each) with those of `columns_of`; NaN where it is undefined."""
+    """CKA of the layers of `rows_of` (one row each) with those of `columns_of`; NaN where undefined."""
 
     rows_of: str
     columns_of: str
@@ -39,10 +39,10 @@ class LayerTable:
 
 
 def read_layer_tables(run_dir: Path) -> list[LayerTable]:
-    """The tables of a run's layers.json, one per model; none where there is no such file.
+    """The tables of a run's layers.json, one per model; empty if there is no such file.
 
     Raises:
-        FastclError: the file cannot be read or is not what it should be.
+        FastclError: the file cannot be read or is invalid.
     """
     path = Path(run_dir) / "layers.json"
     name = shown(path)
@@ -73,13 +73,13 @@ def read_layer_tables(run_dir: Path) -> list[LayerTable]:
 
 
 def check_ending(path: Path) -> None:
-    """Raise FastclError unless heat maps are written into files with this ending."""
+    """Raise FastclError unless heat maps can be written with this file ending."""
     if path.suffix not in (".svg", ".png"):
         raise FastclError(f"{path}: heat maps are written as .svg or .png")
 
 
 def write_heat_map(table: LayerTable, path: Path, title: str | None = None) -> Path:
-    """Draw one table into a file; the same table gives the same bytes of SVG.
+    """Draw one table into a file; the same table gives the same SVG bytes.
 
     Args:
         table: what to draw.
@@ -87,7 +87,7 @@ def write_heat_map(table: LayerTable, path: Path, title: str | None = None) -> P
         title: above it; None: the models' names.
 
     Raises:
-        FastclError: another ending, or a file that cannot be written.
+        FastclError: an unsupported ending, or a file that cannot be written.
     """
     path = Path(path)
     check_ending(path)
@@ -106,7 +106,7 @@ def write_heat_map(table: LayerTable, path: Path, title: str | None = None) -> P
 
 
 def layers_of_run(run: Run) -> Figure:
-    """One heat map per model: layers of the reference against its own."""
+    """One heat map per model: its layers against those of the reference."""
     tables = read_layer_tables(run.path)
     columns = 2 if len(tables) in (2, 4) else min(3, len(tables))
     rows = math.ceil(len(tables) / columns)
@@ -121,11 +121,11 @@ def layers_of_run(run: Run) -> Figure:
 
 
 def _draw(figure: Figure, axes: Sequence[Axes], tables: Sequence[LayerTable], width: float) -> None:
-    """Panels `width` inches wide, and one colour bar."""
+    """Draw panels `width` inches wide and one colour bar."""
     meshes = [_panel(ax, table, width) for ax, table in zip(axes, tables, strict=True)]
     extend = "min" if any(np.nanmin(table.values, initial=0.0) < 0 for table in tables) else "neither"
     bar = figure.colorbar(meshes[0], ax=list(axes), label="debiased CKA", extend=extend, aspect=30)
-    bar.solids.set_rasterized(False)  # an image would not scale with the page
+    bar.solids.set_rasterized(False)  # a rasterised bar would not scale with the page
     bar.solids.set_edgecolor("face")
     bar.outline.set_visible(False)
 
@@ -155,9 +155,9 @@ def _panel(ax: Axes, table: LayerTable, width: float) -> QuadMesh:
 
 
 def legible_on(colour: Sequence[float]) -> str:
-    """The ink, dark or white, that stands out more on a cell, by the contrast ratio of WCAG 2.
+    """Dark or white, whichever contrasts more with a cell by the contrast ratio of WCAG 2.
 
-    Not the page's ink: a cell stays as it is on a dark page.
+    The page's ink would not do: a cell keeps its colour on a dark page.
 
     Args:
         colour: red, green and blue in [0, 1], sRGB.
@@ -172,7 +172,7 @@ def _luminance(colour: Sequence[float]) -> float:
 
 
 def _shortened(names: Sequence[str]) -> tuple[str, list[str]]:
-    """What all names start with, in whole levels, and the rest of each."""
+    """The levels that all names start with, and the rest of each name."""
     parts = [name.split(".") for name in names]
     shared = 0
     while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):

@@ -1,4 +1,4 @@
-"""The report itself: findings, tables, figures and settings of a run in one HTML file that loads nothing."""
+"""The report: findings, tables, figures and settings of a run in one HTML file that loads nothing else."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ _TEMPLATES = Environment(
 )  # fmt: skip
 UNWRITABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
-)  # what neither HTML nor UTF-8 can hold
+)  # characters that HTML or UTF-8 cannot represent
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -30,15 +30,15 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 
     Args:
         run_dir: the directory of a run, finished or not: run.json, metrics.jsonl, and pairs.jsonl and timing.jsonl
-            where present.
-        out: the file to write, whole or not at all; ``report.html`` in ``run_dir`` where None.
+            if present.
+        out: the file to write, atomically; None: ``report.html`` in ``run_dir``.
 
     Returns:
         The path of the written file.
 
     Raises:
-        FastclError: a file of the run is missing or invalid, or ``out`` cannot be written, is a link or one of the
-            run's other files; that is found out before the work.
+        FastclError: a file of the run is missing or invalid, or ``out`` cannot be written, is a link or is one of the
+            run's other files; ``out`` is checked before anything is drawn.
     """
     run_dir = Path(run_dir)
     out = run_dir / REPORT if out is None else Path(out)
@@ -53,7 +53,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 
 
 def number(value: Number) -> str:
-    """Four decimals; an exact 0 or 1 bare, small or large magnitudes in scientific notation, no value as a dash."""
+    """Four decimals; exactly 0 or 1 without, small and large values in scientific notation, None as a dash."""
     if value is None:
         return "–"
     if not known(value):
@@ -64,7 +64,7 @@ def number(value: Number) -> str:
 
 
 def findings(run: Run) -> list[str]:
-    """What the last evaluation says, in plain sentences."""
+    """The results of the last evaluation in plain sentences."""
     if run.last_epoch == 0:
         lines = ["Nothing has been trained yet: at epoch 0 all models hold the same initial weights."]
     else:
@@ -82,7 +82,7 @@ def findings(run: Run) -> list[str]:
 
 
 def _closest(run: Run) -> list[str]:
-    """The closest model by each measure; measures that agree share a sentence."""
+    """The model closest to the reference by each measure; measures with the same winner share a sentence."""
     winners: dict[str, list[str]] = {}
     for measure, name in PAIR_MEASURES.items():
         values = {m: run.pair_value(run.reference, m, measure) for m in run.others}
@@ -122,7 +122,7 @@ def identity_control(run: Run) -> str:
 
 
 class Table(NamedTuple):
-    """Cells as text: `head` has a name for each column, the first cell of a row is its name. `kind` is a CSS class."""
+    """Cells as text: `head` names the columns, the first cell of a row names the row. `kind` is a CSS class."""
 
     head: list[str]
     rows: list[list[str]]
@@ -246,7 +246,7 @@ def _rate(value: float) -> str:
 
 
 def _outline(tree: dict[str, Any], depth: int = 0) -> list[list[str]]:
-    """One row per setting, in order; settings inside a section are indented below its name."""
+    """One row per setting, in order; the settings of a section are indented below its name."""
     rows = []
     for name, value in tree.items():
         section = isinstance(value, dict)

@@ -1,4 +1,4 @@
-"""A run directory as one checked record: run.json, metrics.jsonl, pairs.jsonl and timing.jsonl."""
+"""A run directory as one validated record: run.json, metrics.jsonl, pairs.jsonl and timing.jsonl."""
 
 import math
 import os
@@ -42,7 +42,7 @@ MODEL_MEASURES = {
 }
 
 Number = float | None
-Series = dict[int, dict[str, Number]]  # epoch or step -> measure -> value; None where the measure is not defined
+Series = dict[int, dict[str, Number]]  # epoch or step -> measure -> value; None where undefined
 
 
 def known(value: Number) -> bool:
@@ -52,10 +52,10 @@ def known(value: Number) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says.
+    """The contents of a run directory.
 
-    ``facts`` is run.json less its ``config``; ``pairs`` and ``steps`` are keyed by two model names in the order of
-    ``models``. An epoch is the number of completed epochs; a step is one batch, measured before its update.
+    ``facts`` is run.json without its ``config``; ``pairs`` and ``steps`` are keyed by two model names in the order of
+    ``models``. An epoch is a number of completed epochs; a step is one batch, measured before its update.
     """
 
     path: Path
@@ -87,7 +87,7 @@ class Run:
 
     @cached_property
     def last_epoch(self) -> int:
-        """The last fully written evaluation: a stopped writer leaves fewer records for its last epoch."""
+        """The last epoch with a full set of records; an interrupted run has fewer for its last epoch."""
         full = max(self._records_of.values())
         return max(epoch for epoch, count in self._records_of.items() if count == full)
 
@@ -97,7 +97,7 @@ class Run:
         return self.last_epoch >= self.planned_epochs
 
     def pair_series(self, a: str, b: str) -> Series:
-        """All evaluations of a pair, named in either order; empty where there are none."""
+        """All evaluations of a pair, in either order of names; empty if there are none."""
         return self.pairs.get(_key(self.models, a, b), {})
 
     def pair_value(self, a: str, b: str, measure: str) -> Number:
@@ -109,18 +109,18 @@ class Run:
         return self.per_model.get(model, {}).get(self.last_epoch, {}).get(measure)
 
     def noise_floor(self, measure: str) -> Number:
-        """The reseeded twin's value at the last epoch; None without that twin."""
+        """The reseeded twin's value at the last epoch; None if the run has no such twin."""
         return self.pair_value(self.reference, RESEEDED, measure) if RESEEDED in self.models else None
 
     def inside_floor(self, model: str, measure: str) -> bool | None:
-        """Whether a model is at least as close to the reference as the reseeded twin; None where not known."""
+        """Whether a model is at least as close to the reference as the reseeded twin; None if unknown."""
         value, floor = self.pair_value(self.reference, model, measure), self.noise_floor(measure)
         if not (known(value) and known(floor)):
             return None
         return value <= floor if measure == "weight_gap" else value >= floor
 
     def images_per_second(self) -> Number:
-        """The median over epochs; None where no epoch was timed."""
+        """The median over epochs; None if no epoch was timed."""
         rates = [row["images_per_second"] for row in self.timing if known(row["images_per_second"])]
         return median(rates) if rates else None
 
@@ -129,12 +129,12 @@ def load_run(run_dir: Path) -> Run:
     """Read a run directory, finished or not.
 
     Args:
-        run_dir: holds run.json, metrics.jsonl and, where steps of a pair were measured, pairs.jsonl, where epochs were
-            timed, timing.jsonl. A last line without its newline that is not whole is left out; of two lines for one
-            epoch or step the later one counts.
+        run_dir: holds run.json, metrics.jsonl, pairs.jsonl if steps of a pair were measured, and timing.jsonl if
+            epochs were timed. An incomplete last line is ignored; of two lines for one epoch or step the later one
+            counts.
 
     Raises:
-        FastclError: a file is missing, unreadable or not what it should be, or no evaluation has been written.
+        FastclError: a file is missing, unreadable or invalid, or no evaluation has been written.
     """
     run_dir = Path(run_dir)
     head = _read_header(run_dir / "run.json")
@@ -198,7 +198,7 @@ def _whole(row: dict[str, Any], name: str, where: str) -> int:
 
 
 def _names(row: dict[str, Any], models: tuple[str, ...], where: str) -> list[str]:
-    """The two models of a record with a ``pair``, the one of any other."""
+    """The two models of a record with a ``pair``, or the one of any other record."""
     wanted = 2 if "pair" in row else 1
     names = row["pair"] if wanted == 2 else [row.get("model")]
     if not isinstance(names, list) or len(names) != wanted or not all(name in models for name in names):
@@ -221,7 +221,7 @@ def _numbers(row: dict[str, Any], names: Iterable[str], where: str) -> dict[str,
 
 
 def _read_lines(path: Path, optional: bool = False) -> list[tuple[str, dict[str, Any]]]:
-    if optional and not os.path.lexists(path):  # asks no rights of the folders above, as exists() does
+    if optional and not os.path.lexists(path):  # unlike Path.exists(), raises no PermissionError
         return []
     *lines, tail = _read(path).split(b"\n")
     name = shown(path)
@@ -230,7 +230,7 @@ def _read_lines(path: Path, optional: bool = False) -> list[tuple[str, dict[str,
     where = f"{name}, line {len(lines) + 1}"
     try:
         return [*records, (where, _parse(tail, where))]
-    except FastclError:  # no newline: whoever wrote it was stopped in the middle of the line (or the file ends well)
+    except FastclError:  # an incomplete last line of a stopped writer, or the empty rest after the last newline
         return records
 
 

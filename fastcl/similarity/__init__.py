@@ -1,4 +1,4 @@
-"""Representational similarity: CKA, debiased CKA, RSA and drifts of Gram matrices, never stored, at any size."""
+"""Representational similarity: CKA, debiased CKA, RSA and drift at any n, without storing a Gram matrix."""
 
 from fastcl.similarity.accumulator import PairAccumulator
 from fastcl.similarity.functions import linear_cka, pair_stats, rsa

@@ -1,4 +1,4 @@
-"""Pair statistics of several models from one streaming pass over their features: no n x n matrix, any n."""
+"""Pair statistics of several models from one streaming pass over their features: any n, no n x n matrix."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 class PairAccumulator:
     """CKA, debiased CKA, RSA and drifts of all pairs of models from one streaming pass over their features.
 
-    Sums are kept in float64 on the device of the first batch: 8 (d_x + 3)(d_y + 3) bytes for each of the M(M+1)/2
-    pairs (a model with itself included) and each kernel, and the rows of an incomplete chunk. The same samples in the
-    same order give the same bits however they are split into batches.
+    Sums are kept in float64 on the device of the first batch: 8 (d_x + 3)(d_y + 3) bytes for each kernel and each of
+    the M(M+1)/2 pairs (including a model with itself), plus the rows of an incomplete chunk. The same samples in the
+    same order give the same bits, however they are split into batches.
 
     Args:
-        names: distinct names of at least two models; the order in which pairs are keyed.
-        kernels: of "linear", "cosine" and "correlation", see `fastcl.pair_stats`; each costs a pass of its own.
-        minibatch: accumulate minibatch CKA of the linear kernel too; a batch is what one `update` brings, and has at
-            least 4 samples.
+        names: distinct names of at least two models; their order is the order of the keys of pairs.
+        kernels: any of "linear", "cosine" and "correlation", see `fastcl.pair_stats`; cost grows with their number.
+        minibatch: also accumulate minibatch CKA of the linear kernel; each `update` is one batch of at least 4
+            samples.
 
     Raises:
-        FastclError: for fewer than two names, a name that is repeated, or an unknown or repeated kernel.
+        FastclError: for fewer than two names, a repeated name, or an unknown or repeated kernel.
     """
 
     def __init__(self, names: Sequence[str], kernels: Sequence[Inner] = INNER, minibatch: bool = False) -> None:
@@ -60,17 +60,17 @@ class PairAccumulator:
 
     @torch.inference_mode()
     def update(self, features: Mapping[str, Tensor]) -> None:
-        """Add one batch; nothing is added where an error is raised.
+        """Add one batch; if this raises, nothing is added.
 
         Args:
             features: per name, (b, d_name) features of the same b samples in the same order; any floating dtype and
-                device. Batches may differ in b. Where rows are normalised a zero row counts as the zero vector: its
-                cosine with every sample is 0.
+                device. Batches may differ in b. Kernels that normalise rows leave a zero row at zero: its cosine with
+                every sample is 0.
 
         Raises:
-            FastclError: on missing or unknown names, unequal numbers of rows, a width that differs from the batch
-                before, a shape that is not (b, d), a dtype that is not floating, features that are not finite, and
-                with minibatch a batch of fewer than 4 samples.
+            FastclError: on missing or unknown names, unequal numbers of rows, a width that differs from the previous
+                batch, a shape that is not (b, d), a dtype that is not floating, features that are not finite, and,
+                with minibatch, a batch of fewer than 4 samples.
         """
         if not isinstance(features, Mapping):
             raise FastclError(f"features must map the names {self.names} to tensors, got {type(features).__name__}")
@@ -79,7 +79,7 @@ class PairAccumulator:
         if missing or unknown:
             raise FastclError(f"features must be given for {self.names}: missing {missing}, unknown {unknown}")
         batch = checked({name: features[name] for name in self.names}, self.n, self._device)
-        # An error before anything is added, where a backend by name does not take these features or those that wait.
+        # Raise before anything is added if a backend chosen by name cannot take these features or the pending ones.
         on_triton(*batch, *(x for piece in self._pending for x in piece))
         widths = {name: x.shape[1] for name, x in zip(self.names, batch, strict=True)}
         if self._widths and widths != self._widths:
@@ -95,7 +95,7 @@ class PairAccumulator:
         self.n += rows
 
     def _take(self, batch: list[Tensor]) -> None:
-        """Add all whole chunks; keep the rest."""
+        """Add all complete chunks; keep the remaining rows."""
         chunk = chunk_rows(batch[0])
         held = sum(len(piece[0]) for piece in self._pending)
         start, rows = 0, len(batch[0])
@@ -105,10 +105,10 @@ class PairAccumulator:
             self._flush()
             held, start = 0, stop
         if start < rows:
-            self._pending.append([x[start:].clone() for x in batch])  # the caller may overwrite his batch
+            self._pending.append([x[start:].clone() for x in batch])  # the caller may reuse its buffer
 
     def _joined(self) -> list[Tensor]:
-        """Per model the rows of the incomplete chunk."""
+        """The rows of the incomplete chunk, per model."""
         return [p[0] if len(p) == 1 else torch.cat(p) for p in zip(*self._pending, strict=True)]
 
     def _flush(self) -> None:
@@ -118,8 +118,8 @@ class PairAccumulator:
         self._pending = []
 
     def _whole(self) -> Iterator[Moments]:
-        """Streams of all rows so far. An incomplete chunk is added to a copy, since later batches continue it; one copy
-        at a time is enough memory."""
+        """Streams of all rows so far. An incomplete chunk goes into a copy, since later batches continue it; streams
+        are copied one at a time to save memory."""
         for stream in self._streams:
             yield stream.with_rows(self._joined()) if self._pending else stream
 
@@ -131,17 +131,17 @@ class PairAccumulator:
             try:
                 found = statistics(x, y, "linear").hsic1_form()
                 found.self_terms("minibatch CKA", ADDITIVE)
-            except FastclError as error:  # one pair of models ends none of the others
+            except FastclError as error:  # one failing pair must not stop the others
                 self._undefined.setdefault((a, b), (self._batches, str(error)))
             else:
                 self._hsic1[a, b] = _plus(self._hsic1[a, b], found)
 
     @torch.inference_mode()
     def compute(self) -> AllPairs:
-        """The statistics of all samples so far; more batches may follow.
+        """Statistics of all samples so far; more batches may follow.
 
         Raises:
-            FastclError: if no sample was added. Where the sums of a pair overflow float64 its measures raise.
+            FastclError: if no sample was added. If the sums of a pair overflow float64, its measures raise instead.
         """
         if self.n == 0:
             raise FastclError(f"no features of {self.names} were added: n=0")
@@ -165,13 +165,13 @@ class PairAccumulator:
 
     @torch.inference_mode()
     def merge(self, other: PairAccumulator) -> None:
-        """Add what another accumulator holds of the same models, up to rounding as if this one had seen all samples.
+        """Add another accumulator's samples of the same models; up to rounding as if this one had seen them all.
 
         Args:
-            other: of the same names, kernels and minibatch, on any device; left as it is.
+            other: has the same names, kernels and minibatch; on any device; not modified.
 
         Raises:
-            FastclError: other is none, or the two differ in names, kernels, minibatch or widths.
+            FastclError: other is not a PairAccumulator, or the two differ in names, kernels, minibatch or widths.
         """
         if not isinstance(other, PairAccumulator):
             raise FastclError(f"other must be a PairAccumulator, got {type(other).__name__}")
@@ -190,12 +190,12 @@ class PairAccumulator:
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
         """Merge the accumulators of all ranks: afterwards each rank holds the statistics of all samples.
 
-        The sums of all pairs and kernels travel in one all-reduce; before it a few bytes agree on widths and pilots.
-        A rank may have seen no sample. To be called once, at the end: a second call would add everything again. In a
-        program without a process group nothing is to be done, and nothing is.
+        The sums of all pairs and kernels travel in one all-reduce, after a small exchange of widths and pilots. A rank
+        may have seen no sample. Call it once, at the end: a second call would add everything again. Without a process
+        group it does nothing.
 
         Args:
-            group: of torch.distributed; None is the default group.
+            group: of torch.distributed; None: the default group.
 
         Raises:
             FastclError: on every rank, if ranks differ in names, kernels, minibatch or widths.
@@ -222,7 +222,7 @@ class PairAccumulator:
         self._add_counts(ranks.add_up(streams, counts))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for `torch.save` (and `torch.load` with weights_only=True)."""
+        """The whole state, for `torch.save` (and `torch.load` with weights_only=True)."""
         pending = self._joined() if self._pending else []
         streams = [stream.state() for stream in self._streams]
         undefined = [[*pair, *noted] for pair, noted in self._undefined.items()]
@@ -230,11 +230,11 @@ class PairAccumulator:
         return {**self._description(), **found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`, on a CPU with the bits of a run without the interruption.
+        """Continue from a `state_dict`; on a CPU the result is bit-identical to an uninterrupted run.
 
         Raises:
-            FastclError: the state is of other names, kernels or minibatch or no state, or this accumulator has seen
-                samples.
+            FastclError: state is not a state_dict or has other names, kernels or minibatch, or this accumulator has
+                seen samples.
         """
         if self.n:
             raise FastclError(f"a state is loaded into a new PairAccumulator, this one has seen {self.n} samples")
@@ -253,14 +253,14 @@ class PairAccumulator:
         self._undefined = {(a, b): (batch, reason) for a, b, batch, reason in state.get("undefined", ())}
 
     def _description(self) -> dict[str, Any]:
-        """What two accumulators must share; no widths before the first sample."""
+        """What two accumulators must have in common; widths are empty before the first sample."""
         return {
             "names": list(self.names), "kernels": list(self.kernels), "minibatch": self._minibatch,
             "widths": dict(self._widths),
         }  # fmt: skip
 
     def _counts(self) -> list[float]:
-        """Samples, batches, and the sums of HSIC_1 of each pair."""
+        """Numbers of samples and batches, then the HSIC_1 sums of each pair."""
         return [float(self.n), float(self._batches)] + [v for sums in self._hsic1.values() for v in sums]
 
     def _reset_counts(self) -> None:
@@ -278,5 +278,5 @@ class PairAccumulator:
 
 
 def _plus(sums: tuple[float, float, float], more: Sequence[float]) -> tuple[float, float, float]:
-    """The sums, each with one of the first three numbers added."""
+    """Add the first three numbers of `more` to the sums."""
     return sums[0] + more[0], sums[1] + more[1], sums[2] + more[2]

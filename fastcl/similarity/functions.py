@@ -1,4 +1,4 @@
-"""Pair statistics of two feature matrices that are at hand as a whole."""
+"""Pair statistics of two feature matrices held in memory."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def pair_stats(
     Args:
         x: (n, d_x) features, any floating dtype.
         y: (n, d_y) features of the same samples in the same order.
-        kernel: "linear" (K = xx'), "cosine" (rows normalised first; a zero row stays zero), "correlation" (rows less
-            their own mean, then normalised) or "rbf" (exp(-|x_i - x_j|^2 / (2 sigma^2))).
-        bandwidth: of "rbf": sigma of each representation over the median distance between two of its samples (at most
-            2,048 of them, evenly spaced), as Kornblith et al. 2019 choose it.
+        kernel: "linear" (K = xx'), "cosine" (rows normalised first; a zero row stays zero), "correlation" (row means
+            subtracted, then rows normalised) or "rbf" (exp(-|x_i - x_j|^2 / (2 sigma^2))).
+        bandwidth: "rbf" only: each representation's sigma as a multiple of the median distance between its samples
+            (at most 2,048 of them, evenly spaced), as in Kornblith et al. 2019.
         route: "features" (O(n d^2), moments of the features), "tiles" (O(n^2 d), tiles of both Gram matrices; the only
             one for "rbf") or "auto", the cheaper one. Neither stores an n x n matrix.
 
     Returns:
         The `PairStats` whose properties are the measures. Float64 features are computed in float64. Narrower ones are
-        multiplied in float32, by the Triton kernels (for CUDA features) in split half precision, which is as good;
-        all else is float64. Relative to the whole variance of the features errors are then about 1e-6 or less, and a
-        drift is resolved to 1e-3 ||K - mean(K)||_F.
+        multiplied in float32, or by the Triton kernels (for CUDA features) in split half precision, which is equally
+        accurate; everything else is float64. Errors relative to the total variance of the features are then about 1e-6
+        or less, and a drift is resolved to 1e-3 ||K - mean(K)||_F.
 
     Raises:
         FastclError: on an unknown kernel or route, shapes that do not match, n = 0, a dtype that is not floating,
-            values that are not finite, a bandwidth that is not positive, and for "rbf" samples half of which are equal.
+            values that are not finite, a bandwidth that is not positive, and for "rbf" a median distance of 0.
     """
     if kernel not in KERNELS:
         raise FastclError(f"kernel must be one of {KERNELS}, got {kernel!r}")
@@ -54,14 +54,14 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
     Args:
         x: (n, d_x) features, any floating dtype.
         y: (n, d_y) features of the same samples in the same order.
-        debiased: use the unbiased HSIC_1 (Song et al. 2012, Nguyen et al. 2021; n >= 4) instead of HSIC_0, whose value
-            for independent features grows with d/n.
+        debiased: use the unbiased HSIC_1 (Song et al. 2012, Nguyen et al. 2021; n >= 4) instead of HSIC_0, which for
+            independent features grows with d/n.
 
     Returns:
-        CKA in [0, 1], or in [-1, 1] where debiased.
+        CKA in [0, 1], or in [-1, 1] if debiased.
 
     Raises:
-        FastclError: as `pair_stats`; where CKA is undefined (constant features); for n < 4 where debiased.
+        FastclError: as `pair_stats`; if CKA is undefined (constant features); for n < 4 if debiased.
     """
     stats = pair_stats(x, y, "linear")
     return stats.cka_debiased if debiased else stats.cka
@@ -78,6 +78,6 @@ def rsa(x: Tensor, y: Tensor) -> float:
         RSA in [-1, 1] (Kriegeskorte et al. 2008, as in arXiv 2510.08852).
 
     Raises:
-        FastclError: as `pair_stats`; where RSA is undefined (n < 3, or all dissimilarities of a model equal).
+        FastclError: as `pair_stats`; if RSA is undefined (n < 3, or all dissimilarities of a model are equal).
     """
     return pair_stats(x, y, "cosine").rsa

@@ -1,17 +1,17 @@
 """CKA between all layers of two models in one pass over a loader: the minibatch CKA of Nguyen et al. 2021.
 
-On each batch of b samples the unbiased HSIC_1 (Song et al. 2012) is taken of every pair of layers; CKA is the ratio of
-the means over the batches,
+For each batch of b samples the unbiased HSIC_1 (Song et al. 2012) of every pair of layers is computed; CKA is the ratio
+of its means over the batches,
 
     CKA(k, l) = mean HSIC_1(K, L) / sqrt(mean HSIC_1(K, K) mean HSIC_1(L, L)).
 
-HSIC_1 is an inner product. With K~ the Gram matrix less its diagonal, k = K~1 and t = 1'k, let
+HSIC_1 is an inner product. With K~ the Gram matrix without its diagonal, k = K~1 and t = 1'k, let
 
     U(K)_ij = K_ij - (k_i + k_j) / (b - 2) + t / ((b - 1)(b - 2))  for i != j,  U(K)_ii = 0
 
 (Szekely and Rizzo 2014): its rows sum to zero, and HSIC_1(K, L) = <U(K), U(L)> / (b (b - 3)). So with the matrices U of
-all layers as rows of length b^2, the whole table of a batch is one matrix product. No layer's width enters but through
-its Gram matrix: memory is 8 b^2 bytes a layer, whatever the layers' sizes.
+all layers as rows of length b^2, the whole table of a batch is one matrix product. Only Gram matrices are kept: 8 b^2
+bytes of memory per layer, whatever its width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastcl.rowstats.pair_sums import PairSums
 from fastcl.similarity.stats import PairStats
 from fastcl.similarity.sums.forms import ADDITIVE, ratio_table
 
-_COLUMNS = 1 << 16  # of a layer's outputs that are in float64 at a time
+_COLUMNS = 1 << 16  # columns of a layer's output converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class LayerCKA:
     """CKA of all layers of one model with all layers of another.
 
     Attributes:
-        names_a: names of the layers of the first model, in the order in which its forward pass leaves them.
-        names_b: the same of the second model.
-        matrix: (len(names_a), len(names_b)) float64 on the CPU, entries at most 1 (and a little below 0 for layers
-            that have nothing in common: the estimator is unbiased); NaN where one of the two layers is undefined.
+        names_a: names of the first model's layers, in the order in which its forward pass finishes them.
+        names_b: the same for the second model.
+        matrix: (len(names_a), len(names_b)) float64 on the CPU, entries at most 1 (and possibly slightly below 0 for
+            unrelated layers: the estimator is unbiased); NaN where either layer is undefined.
         batches: number of batches.
         samples: number of samples in all batches.
         left_out: modules that matched but gave no (b, ...) tensor in the first forward pass, or were not called.
-        undefined_a: layers of the first model on which CKA is undefined, each with the first batch where it is and why.
-        undefined_b: the same of the second model.
+        undefined_a: layers of the first model for which CKA is undefined, each with the first such batch and why.
+        undefined_b: the same for the second model.
     """
 
     names_a: tuple[str, ...]
@@ -74,33 +74,33 @@ def layer_cka(
 ) -> LayerCKA:
     """Minibatch CKA (Nguyen et al. 2021, with the unbiased HSIC_1) between the layers of two models.
 
-    A layer is a module, its features are its output on a batch, (b, ...) flattened to (b, d): the first tensor of a
-    tuple, list or dict, and the last call where a module is called several times. They are read as the module leaves
-    them: an in-place ReLU behind it does not count. Gram matrices are formed in float64, whatever the models' dtype.
+    A layer is a module; its features are its output on a batch, (b, ...) flattened to (b, d): the first tensor of a
+    tuple, list or dict, and the last call if a module is called several times. They are read as soon as the module
+    returns, before an in-place ReLU can change them. Gram matrices are float64, whatever the models' dtype.
 
     Both models run in evaluation mode, without gradients, on the device of their parameters, to which batches are
-    moved. Training flags are restored and hooks removed at the end, also after an exception.
+    moved. Training flags are restored and hooks removed at the end, even after an exception.
 
     Args:
         model_a: called with a batch of images.
-        model_b: the same; may be `model_a` (self-similarity), which then runs once a batch.
+        model_b: the same; may be `model_a` (self-similarity), which then runs once per batch.
         loader: batches of images, or tuples and lists whose first item is one. Each needs at least 4 samples; all
             batches weigh the same. The value depends on the batch size only through the estimator's noise.
-        layers_a: one or several patterns of the names in `model_a.named_modules()`. As in paths of files, * stays
-            within one level: "*" are the top-level modules, "layer*.*" the blocks of a ResNet, "**" all modules,
+        layers_a: one or several patterns for the names in `model_a.named_modules()`. As in file paths, * stays within
+            one level: "*" matches the top-level modules, "layer*.*" the blocks of a ResNet, "**" all modules,
             "**.attn" those named attn at any depth; "layer1.0" is one module.
-        layers_b: the same of `model_b`; `layers_a` where None.
-        progress: show a tqdm bar, where standard error is a terminal.
+        layers_b: the same for `model_b`; None: `layers_a`.
+        progress: show a tqdm bar if standard error is a terminal.
 
     Returns:
         The table with the names of its rows and columns. A layer whose outputs are constant over a batch, or whose
-        pairs of samples are all equally similar, up to rounding, is undefined, as `PairStats.cka_debiased` is; the
-        others keep their values.
+        pairs of samples are all equally similar, up to rounding, is undefined, as for `PairStats.cka_debiased`; the
+        other layers keep their values.
 
     Raises:
-        FastclError: a pattern that matches no module (with the nearest name), no matched module gives a (b, ...)
-            tensor, a batch that is no tensor or has fewer than 4 samples, an empty loader, layers that give another
-            number of rows than the batch or values that are not finite.
+        FastclError: a pattern that matches no module (with the nearest name), no matched module that gives a (b, ...)
+            tensor, a batch that is not a tensor or has fewer than 4 samples, an empty loader, layers whose number of
+            rows is not the batch's or whose values are not finite.
     """
     patterns_a = (layers_a,) if isinstance(layers_a, str) else tuple(layers_a)
     patterns_b = patterns_a if layers_b is None else (layers_b,) if isinstance(layers_b, str) else tuple(layers_b)
@@ -113,9 +113,9 @@ def layer_cka(
 
 
 def _measure(recorders: list[_Recorder], wanted: list[list[str]], loader: Iterable[Any]) -> LayerCKA:
-    """The pass over the loader; the recorder of model_a and that of model_b, which may be one."""
+    """Run the loader through both recorders, which are the same object if the models are."""
     sums, names, batches, samples = None, [], 0, 0
-    # Not inference_mode: what a model caches in its forward pass must stay fit for training.
+    # Not inference_mode: tensors that a model caches in its forward pass must stay usable in training.
     with ExitStack() as stack, torch.no_grad():
         for recorder in dict.fromkeys(recorders):
             stack.enter_context(recorder.recording())
@@ -145,7 +145,7 @@ def match_layers(model: nn.Module, patterns: Sequence[str], argument: str) -> li
     """Names of the modules that the patterns of `layer_cka` match.
 
     Raises:
-        FastclError: a pattern that matches none, or no pattern; names the argument.
+        FastclError: a pattern that matches nothing, or no pattern; the message names the argument.
     """
     names = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
@@ -199,7 +199,7 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 class _Recorder:
-    """One model, and the matrices U of its layers on the latest batch."""
+    """One model and the matrices U of its layers on the latest batch."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.model, self.names = model, names
@@ -212,7 +212,7 @@ class _Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Evaluation mode and hooks, both undone at the end."""
+        """Set evaluation mode and hooks; undo both at the end."""
         modes = {module: module.training for module in self.model.modules()}
         modules = dict(self.model.named_modules())
         hooks = []
@@ -231,14 +231,14 @@ class _Recorder:
         self.model(images if self.device is None else images.to(self.device, non_blocking=True))
 
     def _keep(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        # At once: a module behind this one may write into its output.
+        # Compute it now: a later module may modify this output in place.
         x = _first_tensor(output)
         self.matrices.pop(name, None)
         if x is not None and x.ndim >= 2 and len(x) == self.rows and x.is_floating_point() and x.numel():
             self.matrices[name], self.sums[name] = _u_centred_gram(x.flatten(1))
 
     def given(self, names: list[str], argument: str) -> list[str]:
-        """Those of the names that gave a matrix, in the order of the forward pass."""
+        """The names that gave a matrix, in the order of the forward pass."""
         kept = [name for name in self.matrices if name in names]
         if not kept:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -249,7 +249,7 @@ class _Recorder:
         return kept
 
     def stacked(self, names: list[str], batch: int) -> Tensor:
-        """(len(names), b^2) float64."""
+        """The matrices U of some layers as rows, (len(names), b^2) float64; NaN where CKA is undefined."""
         for name in names:
             if name not in self.matrices:
                 raise FastclError(f"layer {name!r} gave no float tensor of shape ({self.rows}, ...) on batch {batch}")
@@ -271,14 +271,14 @@ class _Recorder:
 
 
 def _u_centred_gram(x: Tensor) -> tuple[Tensor, Tensor]:
-    """U(K), (b, b) float64, of (b, d) outputs; and the (18,) numbers of `PairStats.unpacked` for K and K."""
+    """U(K), (b, b) float64, for (b, d) outputs, and the (18,) values of `PairStats.unpacked` for (K, K)."""
     b = len(x)
     gram = x.new_zeros(b, b, dtype=torch.float64)
     margins, shift = gram.new_zeros(b), gram.new_zeros(())
     for columns in x.split(_COLUMNS, dim=1):
         columns = columns.double()
         mean = columns.mean(dim=0)
-        columns = columns - mean  # changes no U, and spares the digits that a large mean would take
+        columns = columns - mean  # leaves U unchanged and avoids cancellation when the mean is large
         gram.addmm_(columns, columns.mT)
         margins += columns @ mean
         shift += mean @ mean
@@ -293,7 +293,7 @@ def _u_centred_gram(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _table(a: Tensor, b: Tensor, n: int) -> list[Tensor]:
-    """HSIC_1 of all pairs of layers, and of each layer with itself, on one batch of n."""
+    """HSIC_1 of all pairs of layers, and of each layer with itself, on one batch of n samples."""
     b = b.to(a.device)
-    # Products of whole stacks for the self-terms too: models with equal layers take equal arithmetic in all three.
+    # The self-terms also use whole-stack products, so that equal layers go through the same arithmetic in all three.
     return [v / (n * (n - 3)) for v in (a @ b.mT, (a @ a.mT).diagonal(), (b @ b.mT).diagonal())]

@@ -1,18 +1,18 @@
 """Spearman RSA: the rank correlation of two Gram matrices over the pairs of samples, exact or with a proven bound.
 
-Over the m = n(n-1)/2 pairs i < j let r and s be the average ranks of K_ij and L_ij, centred. Spearman's correlation is
-cos(r, s). Up to 2^25 pairs (n = 8,192) the ranks are formed by sorting. Beyond that the pairs are counted into bins,
-and every pair of a bin takes the bin's mean rank: vectors R and S in place of r and s, in O(n d + block + bins) memory.
+Over the m = n(n-1)/2 pairs i < j let r and s be the centred average ranks of K_ij and L_ij. Spearman's correlation is
+cos(r, s). Up to 2^25 pairs (n = 8,192) the ranks come from sorting. Beyond that the pairs are counted into bins and
+every pair gets the mean rank of its bin: vectors R and S instead of r and s, in O(n d + block + bins) memory.
 
-What the bins can spoil. R is the mean of r over each bin, so r = R + e with e orthogonal to R, and in a bin of c pairs
-|e|^2 is at most that of c distinct ranks, (c^3 - c)/12. With E the sum of these over the bins and T = (m^3 - m)/12,
+Error of the bins. R is the mean of r over each bin, so r = R + e with e orthogonal to R, and in a bin of c pairs |e|^2
+is at most that of c distinct ranks, (c^3 - c)/12. With E the sum of these over the bins and T = (m^3 - m)/12,
 |R|^2 = T - E and the angle between r and R is at most asin sqrt(E/T); the same holds for s. Angles between vectors obey
-the triangle inequality, so the true angle differs from that of R and S by at most the sum of the two. For bins of equal
-counts sqrt(E/T) is one over their number, whatever the values are; the bins are made nearly so: a first count in equal
-steps of value says where the pairs lie, and each step is then cut into as many bins as it has pairs to divide.
+the triangle inequality, so the true angle differs from that of R and S by at most the sum of the two. For B bins of
+equal counts sqrt(E/T) is 1/B, whatever the values. The bins are nearly equal: a first histogram with steps of equal
+width locates the pairs, then each step is split into a number of bins proportional to its count.
 
-What is a tie. Similarities that are equal in exact arithmetic (rows of two columns have correlations of +1 and -1
-alone, collapsed classes one cosine per pair of classes) differ by rounding, and ranks would turn that noise into an
+Ties. Similarities that are equal in exact arithmetic (rows of two columns can only have correlations +1 and -1,
+collapsed classes have one cosine per pair of classes) differ by rounding, and ranks would turn that noise into an
 order. So entries are first rounded to multiples of 2^-44 of the median |row|^2 (1 for unit rows).
 """
 
@@ -34,21 +34,21 @@ from fastcl.similarity.sums.rows import INNER, Inner, mapped
 
 _EXACT_PAIRS = 1 << 25
 _BINS = 1 << 20
-_BLOCK = 1 << 20  # entries of one block of rows of a Gram matrix
-_GRID = 44  # entries are rounded to 2^-44 of the median |row|^2; rounding of their products is about 2^-52
-_SPREAD = 2 * ROUNDING  # of the largest |row|^2: a spread of the entries that is rounding, twice the deviation
+_BLOCK = 1 << 20  # entries in one block of rows of a Gram matrix
+_GRID = 44  # entries are rounded to 2^-44 of the median |row|^2; their own rounding errors are about 2^-52
+_SPREAD = 2 * ROUNDING  # times the largest |row|^2: range of the entries that rounding explains, twice the deviation
 
 
 @dataclass(frozen=True)
 class SpearmanResult:
-    """A rank correlation and the interval that holds the exact one.
+    """A rank correlation and an interval that contains the exact one.
 
     Attributes:
         value: the correlation in [-1, 1].
-        low, high: the exact correlation lies in [low, high]; both equal `value` where ranks were exact. Rounding of
-            the sums, about 1e-13, comes on top.
+        low, high: the exact correlation lies in [low, high], up to rounding of the sums, about 1e-13; both equal
+            `value` if the ranks are exact.
         pairs: number of pairs i < j.
-        bins: bins asked for, per matrix; None where ranks were exact.
+        bins: bins requested per matrix; None if the ranks are exact.
     """
 
     value: float
@@ -59,7 +59,7 @@ class SpearmanResult:
 
     @property
     def error(self) -> float:
-        """The largest possible distance of `value` from the exact correlation."""
+        """The largest possible error of `value`."""
         return max(self.high - self.value, self.value - self.low)
 
     def __float__(self) -> float:
@@ -70,24 +70,24 @@ class SpearmanResult:
 def spearman_rsa(x: Tensor, y: Tensor, kernel: Inner = "cosine", bins: int | None = None) -> SpearmanResult:
     """Spearman rank correlation of the similarities K_ij and L_ij over all pairs i < j (ties take average ranks).
 
-    That of the dissimilarities 1 - K_ij is the same (Kriegeskorte et al. 2008, who advise ranks where no linear match
-    between dissimilarities can be assumed). Similarities closer than 2^-44 (for "linear": times the median |row|^2) are
-    rounded to one value, so that what differs by rounding alone is a tie.
+    The dissimilarities 1 - K_ij have the same correlation (Kriegeskorte et al. 2008, who recommend ranks where a linear
+    match between dissimilarities cannot be assumed). Similarities are rounded to multiples of 2^-44 (for "linear":
+    times the median |row|^2), so that values which differ only by rounding are ties.
 
     Args:
         x: (n, d_x) features, any floating dtype, n >= 3.
         y: (n, d_y) features of the same samples in the same order.
-        kernel: "cosine", "correlation" (cosine of rows less their own mean) or "linear".
-        bins: None: exact up to 2^25 pairs (n = 8,192; at most about 2 GB), from there on 2^20 bins. A number >= 2: so
-            many bins, whatever n is: at most 2 * bins counters of 8 bytes per matrix, and four passes over blocks of
-            a million entries. Counts are integers, so two runs give the same bits.
+        kernel: "cosine", "correlation" (cosine after subtracting row means) or "linear".
+        bins: None: exact up to 2^25 pairs (n = 8,192; at most about 2 GB), 2^20 bins beyond that. A number >= 2: that
+            many bins at any n: at most 2 * bins counters of 8 bytes per matrix, and four passes over blocks of a
+            million entries. Counts are integers, so two runs give the same bits.
 
     Returns:
-        The correlation with an interval that holds the exact one.
+        The correlation with an interval that contains the exact one.
 
     Raises:
         FastclError: on an unknown kernel, shapes that do not match, a dtype that is not floating, values that are not
-            finite or too large, n < 3, bins < 2, and where all similarities of a matrix are equal.
+            finite or too large, n < 3, bins < 2, or if all similarities of a matrix are equal.
     """
     if kernel not in INNER:
         raise FastclError(f"kernel must be one of {INNER}, got {kernel!r}")
@@ -108,19 +108,19 @@ def spearman_rsa(x: Tensor, y: Tensor, kernel: Inner = "cosine", bins: int | Non
 
 
 class _Matrix:
-    """One Gram matrix, never formed as a whole."""
+    """One Gram matrix, formed only block by block."""
 
     def __init__(self, x: Tensor, kernel: str, name: str, which: str) -> None:
         self.rows, self.kernel, self.which = mapped(x, kernel), kernel, which
         squares = self.rows.square().sum(dim=1)
-        self.limit = squares.max().item()  # of |K_ij|, by Cauchy-Schwarz
+        self.limit = squares.max().item()  # bound of |K_ij|, by Cauchy-Schwarz
         if not math.isfinite(self.limit * self.limit):
             raise FastclError(f"the {kernel} similarities of {name!r} are not finite (features too large for float64)")
         typical = max(squares.median().item(), self.limit * 2.0**-50) or 1.0
         self.grid = 2.0 ** max(round(math.log2(typical)) - _GRID, -1022)
 
     def blocks(self) -> Iterator[Tensor]:
-        """K_ij for i < j, rounded: the same values in the same order, each time."""
+        """Rounded K_ij for i < j; every call yields the same values in the same order."""
         n = len(self.rows)
         step = max(1, _BLOCK // n)
         for start in range(0, n - 1, step):
@@ -141,18 +141,18 @@ class _Matrix:
 
 
 def _cosine(rs: Tensor, rr: Tensor, ss: Tensor) -> float:
-    # Two ratios as in PairStats: exactly 1 where r and s are equal.
+    # Two ratios as in `forms.ratio`: exactly 1 if r and s are equal.
     rs, rr, ss = torch.stack([rs, rr, ss]).tolist()
     return max(-1.0, min(1.0, math.copysign(math.sqrt((rs / rr) * (rs / ss)), rs)))
 
 
 def _middles(counts: Tensor) -> Tensor:
-    """Twice the centred mean rank of each of the ordered groups: whole numbers, in float64."""
+    """Twice the centred mean rank of each group, in order: integers in float64."""
     return (2 * counts.cumsum(0) - counts - counts.sum()).double()
 
 
 def _exact_ranks(matrix: _Matrix, pairs: int) -> Tensor:
-    """(pairs,) twice the centred average ranks."""
+    """Twice the centred average ranks, (pairs,)."""
     keys, filled = matrix.rows.new_empty(pairs), 0
     for block in matrix.blocks():
         keys[filled : filled + len(block)] = block
@@ -165,7 +165,7 @@ def _exact_ranks(matrix: _Matrix, pairs: int) -> Tensor:
 
 
 class _Bins:
-    """Bins of nearly equal counts over one matrix's entries."""
+    """Bins of nearly equal counts for the entries of one matrix."""
 
     def __init__(self, matrix: _Matrix, pairs: int, bins: int) -> None:
         ends = torch.stack([torch.stack(block.aminmax()) for block in matrix.blocks() if len(block)])
@@ -180,14 +180,14 @@ class _Bins:
         self.middles = _middles(self.counts)
 
     def _place(self, values: Tensor) -> Tensor:
-        # The largest value belongs to the last step.
+        # The clamp keeps the largest value in the last step.
         return ((values - self.smallest) / self.spread * self.steps).clamp_(max=math.nextafter(self.steps, 0))
 
     def index(self, values: Tensor) -> Tensor:
-        """The bin of each value; a larger value is never in a lower bin, rounding included."""
+        """The bin of each value; even with rounding, a larger value is never in a lower bin."""
         place = self._place(values)
         step = place.long()
-        # place - step is at most 1 - 2^-53, which times a whole number rounds to less than that number.
+        # place - step is at most 1 - 2^-53; times an integer, this rounds to less than that integer.
         return self.starts[step] + ((place - step) * self.widths[step]).long()
 
     def angle(self, pairs: int) -> float:

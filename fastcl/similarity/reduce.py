@@ -1,4 +1,4 @@
-"""Sums of several accumulators: what they must share, and the exchange between the ranks of a process group."""
+"""Adding several accumulators: what they must have in common, and the exchange between ranks of a process group."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import distributed as dist
 from fastcl.errors import FastclError
 from fastcl.similarity.sums.moments import Moments
 
-# For pairs of models the first batch, of those so far, on which their minibatch CKA is undefined, and why.
+# For each pair of models whose minibatch CKA is undefined: the first batch where it is, and why.
 Undefined: TypeAlias = dict[tuple[str, str], tuple[int, str]]
 
 
 def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Raise FastclError unless two accumulators have the same names, kernels and minibatch, and widths if both have."""
+    """Raise FastclError unless names, kernels and minibatch are equal, and widths too if both accumulators have any."""
     for key in ("names", "kernels", "minibatch", "widths"):
         a, b = mine[key], theirs[key]
         if a != b and not (key == "widths" and not (a and b)):
@@ -26,7 +26,7 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
 
 
 def note(undefined: Undefined, more: Undefined, before: int) -> None:
-    """Add notes on batches that follow `before` others; of a pair the first one stays."""
+    """Add the notes of batches that follow `before` others; a pair keeps its first note."""
     for pair, (batch, reason) in more.items():
         undefined.setdefault(pair, (before + batch, reason))
 
@@ -37,14 +37,14 @@ def has_ranks() -> bool:
 
 
 class Ranks:
-    """The ranks of a group that put their sums together.
+    """The ranks of a group that add up their sums.
 
     Attributes:
-        source: the first rank, within the group, that has seen samples; None where none has.
-        widths: of its features.
+        source: the first rank, within the group, that has seen samples; None if none has.
+        widths: feature widths at the source.
         roundings: per kernel, the largest of any rank.
-        undefined: what all ranks' accumulators note on pairs of models, their batches counted from the first rank's on.
-        device: where this rank's sums travel from.
+        undefined: undefined pairs of models on all ranks, with batches numbered across the ranks in order.
+        device: device of this rank's tensors in the exchange.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Ranks:
         seen = [rank for rank, (_, count, *_) in enumerate(facts) if count]
         self.source = seen[0] if seen else None
         self.widths = facts[seen[0]][0]["widths"] if seen else {}
-        for theirs, *_ in facts:  # the same comparison, with the same outcome, on every rank
+        for theirs, *_ in facts:  # every rank makes the same comparisons, so all raise or none does
             check_same(facts[seen[0] if seen else 0][0], theirs)
         self.roundings = [max(values) for values in zip(*(fact[2] for fact in facts), strict=True)]
         self.undefined: Undefined = {}
@@ -66,11 +66,12 @@ class Ranks:
             note(self.undefined, notes, before)
             before += count
         on_gpu = "nccl" in str(dist.get_backend(group))
-        # A rank without samples has no device of its own; NCCL moves what lies on the current GPU.
+        # NCCL needs tensors on the current GPU. Other backends: a rank without samples has no device yet and uses the
+        # CPU.
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else device or torch.device("cpu")
 
     def pilots(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """The source's pilots of one kernel, where there is a source."""
+        """The source's pilots of one kernel; there must be a source."""
         assert self.source is not None
         rank = self.source if self._group is None else dist.get_global_rank(self._group, self.source)
         sizes = list(self.widths.values())
@@ -81,7 +82,7 @@ class Ranks:
         return list(flat.split(sizes))
 
     def add_up(self, streams: Sequence[Moments], counts: Sequence[float]) -> list[float]:
-        """Add all ranks' moments into the streams, which share their pilots; returns the added counts."""
+        """Add all ranks' moments into the streams, whose pilots are equal on all ranks; return the summed counts."""
         sizes = [d + 3 for d in self.widths.values()]
         keys = list(combinations_with_replacement(range(len(sizes)), 2))
         parts = [torch.tensor(counts, dtype=torch.float64, device=self.device)]

@@ -1,4 +1,4 @@
-"""What an accumulator computes: the statistics of every pair of models."""
+"""The results of a `PairAccumulator`: statistics of every pair of models."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ class PairResult:
     """The statistics of one pair of models.
 
     Attributes:
-        kernels: a `PairStats` for each kernel that was accumulated.
-        minibatch: means over the batches of HSIC_1(K, L), HSIC_1(K, K) and HSIC_1(L, L), where they were accumulated.
-        undefined: on which batch, the first one, and why `cka_minibatch` is undefined; None where it has a
-            value.
+        kernels: a `PairStats` for each accumulated kernel.
+        minibatch: means over the batches of HSIC_1(K, L), HSIC_1(K, K) and HSIC_1(L, L); None if not accumulated.
+        undefined: the first batch on which `cka_minibatch` is undefined, and why; None if it has a value.
     """
 
     kernels: Mapping[Inner, PairStats]
@@ -32,7 +31,7 @@ class PairResult:
 
     @property
     def linear(self) -> PairStats:
-        """Statistics of the linear kernel. Raises FastclError where it was not accumulated, as the other two."""
+        """Statistics of the linear kernel. Like the other two, raises FastclError if it was not accumulated."""
         return self._of("linear")
 
     @property
@@ -66,8 +65,8 @@ class PairResult:
     def cka_minibatch(self) -> float:
         """Minibatch CKA (Nguyen et al. 2021): the unbiased HSIC_1 of each batch, averaged over the batches.
 
-        It depends on how the samples are split into batches: for comparison with published numbers. `linear.
-        cka_debiased` is the same estimate from all samples at once.
+        It depends on how the samples are split into batches; use it to compare with published numbers.
+        `linear.cka_debiased` is the same estimate from all samples at once.
 
         Raises:
             FastclError: the accumulator was not made with minibatch=True, or `cka_debiased` of a batch is undefined.
@@ -83,9 +82,9 @@ class AllPairs:
     """The statistics of all pairs of models.
 
     Attributes:
-        names: of the models.
-        n: samples.
-        pairs: for names a before b; a's Gram matrix is K, b's is L.
+        names: names of the models.
+        n: number of samples.
+        pairs: keyed (a, b) with a before b in `names`; K is a's Gram matrix, L is b's.
     """
 
     names: tuple[str, ...]
@@ -104,7 +103,7 @@ class AllPairs:
         """(M, M) float64 matrix of a symmetric measure that is 1 for equal models.
 
         Args:
-            measure: "cka_minibatch", or a kernel with "cka", "cka_debiased" or "rsa", for example "cosine.rsa".
+            measure: "cka_minibatch", or a kernel and "cka", "cka_debiased" or "rsa", for example "cosine.rsa".
 
         Raises:
             FastclError: the measure is unknown, was not accumulated, or is undefined for a pair.

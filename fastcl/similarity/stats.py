@@ -1,7 +1,7 @@
 """Every measure of representational similarity as a function of a few sums over two Gram matrices.
 
 For two representations of the same n samples let K, L (n x n) be their Gram matrices, k = K1 and l = L1 the row
-sums, K~, L~ the matrices with their diagonals removed and H = I - 11'/n. All measures below are bilinear forms
+sums, K~, L~ the matrices with zero diagonals and H = I - 11'/n. All measures below are built from bilinear forms
 
     B(K, L) = <K, L> + alpha <k, l> + beta (1'k)(1'l)
 
@@ -31,12 +31,12 @@ from fastcl.similarity.sums.forms import ADDITIVE, CONSTANT, EQUAL, ROUNDING, Fo
 class PairStats:
     """Sufficient statistics of two Gram matrices K, L of the same n samples, and the measures they give.
 
-    `full` and `hollow` hold the sums of K - shift_k 11' and L - shift_l 11' with and without the diagonals. CKA and
-    RSA do not change by such a constant, and a drift undoes it; a shift near the mean entry of the matrix keeps
-    the digits that features with a large mean would otherwise lose. What is left of that loss: with features m
-    standard deviations from the origin, centred measures have relative rounding errors of about 1e-16 m^2.
+    `full` and `hollow` hold the sums of K - shift_k 11' and L - shift_l 11' with and without the diagonals. Such a
+    constant does not change CKA or RSA, and a drift undoes it; a shift near the mean entry of the matrix avoids the
+    cancellation that features with a large mean would cause. What remains: with features m standard deviations from
+    the origin, centred measures have relative rounding errors of about 1e-16 m^2.
 
-    Twins are exact: kl == kk == ll (bitwise) gives correlations of exactly 1.0 and drifts of exactly 0.0.
+    Equal models are exact: kl == kk == ll (bitwise) gives correlations of exactly 1.0 and drifts of exactly 0.0.
 
     Attributes:
         n: number of samples.
@@ -44,10 +44,10 @@ class PairStats:
         full: sums over all (i, j).
         hollow: sums over i != j.
         shift_k: constant that was subtracted from each entry of K.
-        shift_l: the same of L.
-        rounding: relative rounding error of the products that the sums are made of, where they are not float64's.
-        strains: for K and for L, how many times that error the sums may have, 1 at least; more where they were put
-            together from parts with means of their own.
+        shift_l: the same for L.
+        rounding: relative rounding error of the products behind the sums; 0 for float64 products.
+        strains: for K and for L, the factor by which the sums may exceed that error, at least 1; larger if they were
+            merged from parts with different pilots.
 
     Raises:
         FastclError: on n < 1 or sums that are not finite (features too large for float64).
@@ -67,7 +67,7 @@ class PairStats:
         cls, n: int, kernel: str, values: Sequence[float], rounding: float = 0.0,
         strains: tuple[float, float] = (1.0, 1.0),
     ) -> PairStats:  # fmt: skip
-        """From 18 numbers: the sums of `full`, those of `hollow`, both in the order of GramSums, and the two shifts."""
+        """From 18 values: the sums of `full` and of `hollow`, each in the order of GramSums, then the two shifts."""
         return cls(n, kernel, GramSums(*values[:8]), GramSums(*values[8:16]), values[16], values[17], rounding, strains)
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class PairStats:
         self._check_sums()
 
     def _check_sums(self) -> None:
-        # The unshifted sums must be finite too: they make up the drift.
+        # The unshifted sums must be finite too, since the drift is computed from them.
         shifts = (self.n * shift * self.n * shift for shift in (self.shift_k, self.shift_l))
         values = (*astuple(self.full), *astuple(self.hollow), *shifts)
         if not all(map(math.isfinite, values)):
@@ -86,7 +86,7 @@ class PairStats:
             )
 
     def __repr__(self) -> str:
-        """The measures, "undefined" where one is: the sums say little to a reader."""
+        """The measures, or "undefined", instead of the sums, which tell a reader little."""
         shown = []
         for name in ("cka", "cka_debiased", "rsa", "drift", "rho", "r"):
             try:
@@ -97,19 +97,19 @@ class PairStats:
 
     @property
     def cka(self) -> float:
-        """CKA with the biased HSIC_0 in [0, 1]; for kernel "linear" the linear CKA of Kornblith et al. 2019.
+        """CKA with the biased HSIC_0, in [0, 1]; for kernel "linear" the linear CKA of Kornblith et al. 2019.
 
         Raises:
-            FastclError: where a representation is constant over the samples (HKH = 0).
+            FastclError: if a representation is constant over the samples (HKH = 0).
         """
         return self._hsic0().correlation(self._measure("CKA"), CONSTANT)
 
     @property
     def cka_debiased(self) -> float:
-        """CKA with the unbiased HSIC_1 (Song et al. 2012, Nguyen et al. 2021) in [-1, 1]; negative is legitimate.
+        """CKA with the unbiased HSIC_1 (Song et al. 2012, Nguyen et al. 2021), in [-1, 1]; it may be negative.
 
         Raises:
-            FastclError: for n < 4, or where a self-term HSIC_1(K, K) is not positive.
+            FastclError: for n < 4, or if a self-term HSIC_1(K, K) is not positive.
         """
         return self._hsic1().correlation(self._measure("debiased CKA"), ADDITIVE)
 
@@ -118,7 +118,7 @@ class PairStats:
         return self.hsic1_form()[:3]
 
     def hsic1_form(self) -> Form:
-        """`hsic1` with the values of (K, K) and (L, L) that rounding alone explains. Raises FastclError for n < 4."""
+        """`hsic1` with the rounding floors of (K, K) and (L, L). Raises FastclError for n < 4."""
         form, count = self._hsic1(), self.n * (self.n - 3)
         return Form(*(value / count for value in form))
 
@@ -130,7 +130,7 @@ class PairStats:
         (Kriegeskorte et al. 2008).
 
         Raises:
-            FastclError: for n < 3, or where all off-diagonal entries of a matrix are equal.
+            FastclError: for n < 3, or if all off-diagonal entries of a matrix are equal.
         """
         return self._covariance().correlation(self._measure("RSA"), EQUAL)
 
@@ -138,13 +138,13 @@ class PairStats:
     def drift(self) -> float:
         """||K - L||_F, the left side of Theorem 1 (arXiv 2510.08852).
 
-        It is resolved to 1e-7 ||K - mean(K)||_F, or to sqrt(rounding) of it where that is more.
+        It is resolved to 1e-7 ||K - mean(K)||_F, or to sqrt(rounding) ||K - mean(K)||_F if that is more.
         """
         return math.sqrt(self._squared_distance(self.full, self.n * self.n))
 
     @property
     def drift_centered(self) -> float:
-        """||HKH - HLH||_F; resolved as `drift`."""
+        """||HKH - HLH||_F, resolved like `drift`."""
         form = self._hsic0()
         return math.sqrt(max(0.0, (form.kk - form.kl) + (form.ll - form.kl)))
 
@@ -153,26 +153,26 @@ class PairStats:
         """||HKH - HLH||_F / ||HKH||_F, so that cka >= (1 - rho) / (1 + rho) (Corollary 1, arXiv 2510.08852).
 
         Raises:
-            FastclError: where `cka` does: what certifies it is defined where it is.
+            FastclError: where `cka` does, so that the bound is defined exactly where `cka` is.
         """
         first, _ = self._hsic0().self_terms(self._measure("rho"), CONSTANT)
         return self.drift_centered / math.sqrt(first)
 
     @property
     def r(self) -> float:
-        """||K~ - L~||_F over sqrt(n(n-1)) times the standard deviation of K_ij, i != j.
+        """||K~ - L~||_F divided by sqrt(n(n-1)) times the standard deviation of K_ij, i != j.
 
         With it rsa >= (1 - r) / (1 + r) (Corollary 2, arXiv 2510.08852, with both norms over the same set of pairs).
 
         Raises:
-            FastclError: where `rsa` does: what certifies it is defined where it is.
+            FastclError: where `rsa` does, so that the bound is defined exactly where `rsa` is.
         """
         first, _ = self._covariance().self_terms(self._measure("r"), EQUAL)
         return math.sqrt(self._squared_distance(self.hollow, self.n * (self.n - 1)) / first)
 
     @property
     def cka_bound(self) -> float:
-        """(1 - rho) / (1 + rho), which CKA is never below (Corollary 1, arXiv 2510.08852); 0 where rho >= 1.
+        """(1 - rho) / (1 + rho), a lower bound of CKA (Corollary 1, arXiv 2510.08852); 0 if rho >= 1.
 
         Raises:
             FastclError: as `rho`.
@@ -181,7 +181,7 @@ class PairStats:
 
     @property
     def cka_bound_tight(self) -> float:
-        """sqrt(1 - rho^2), which CKA is never below: the cosine of the largest angle that rho allows; 0 from rho = 1.
+        """sqrt(1 - rho^2), a lower bound of CKA: the cosine of the largest angle that rho allows; 0 if rho >= 1.
 
         Raises:
             FastclError: as `rho`.
@@ -190,8 +190,8 @@ class PairStats:
 
     @property
     def rsa_bound(self) -> float:
-        """(1 - r) / (1 + r), which RSA is never below (Corollary 2, arXiv 2510.08852); -1 where r >= 1, which says
-        nothing about a correlation.
+        """(1 - r) / (1 + r), a lower bound of RSA (Corollary 2, arXiv 2510.08852); if r >= 1 it is -1, which is
+        trivial.
 
         Raises:
             FastclError: as `r`.
@@ -200,7 +200,7 @@ class PairStats:
 
     @property
     def rsa_bound_tight(self) -> float:
-        """sqrt(1 - r^2), which RSA is never below; -1 where r >= 1.
+        """sqrt(1 - r^2), a lower bound of RSA; -1 if r >= 1.
 
         Raises:
             FastclError: as `r`.
@@ -229,14 +229,14 @@ class PairStats:
             return inner + alpha * rows + (beta * left) * right
 
         def floor(which: str, rows: float, total: float, shift: float) -> float:
-            # The hollow sums are full sums minus a diagonal and inherit their rounding errors.
+            # Hollow sums are full sums minus a diagonal and inherit the rounding errors of the full sums.
             full, hollow, full_rows, hollow_rows, full_total = self._self_sums(which)
             sums = full + abs(alpha) * rows + abs(beta * total) * abs(total)
             entries = self.n * ROUNDING * shift
             products = 0.0
             if self.rounding and s is self.hollow:
-                # Products less accurate than the sums. About the mean, what a row adds to all its entries (a, a mean of
-                # its row) drops out; of the diagonal D + 2a it is D that comes from products.
+                # Products are less accurate than the sums. Centring removes the offset a that a row adds to all its
+                # entries (its row mean); of the diagonal D + 2a only D comes from products.
                 centred = full - 2 / self.n * full_rows + (full_total / self.n) ** 2
                 margins, diagonal = full_rows / self.n**2, full - hollow
                 mixed = (diagonal - hollow_rows - (4 - (self.n - 2) ** 2) * margins) / (2 * self.n)
@@ -253,14 +253,14 @@ class PairStats:
         )
 
     def _self_sums(self, which: str) -> tuple[float, float, float, float, float]:
-        """<K, K> and then <k, k>, with and without the diagonal, and 1'K1 ("k"), or those of L."""
+        """<K, K> and <k, k>, each with and without the diagonal, and 1'K1 (which="k"), or the same for L ("l")."""
         full, hollow = self.full, self.hollow
         if which == "k":
             return full.kk, hollow.kk, full.row_kk, hollow.row_kk, full.total_k
         return full.ll, hollow.ll, full.row_ll, hollow.row_ll, full.total_l
 
     def _squared_distance(self, s: GramSums, entries: int) -> float:
-        """||K - L||_F^2 over a set of `entries` pairs, with the two shifts undone."""
+        """||K - L||_F^2 over `entries` pairs, with both shifts undone."""
         shift = self.shift_k - self.shift_l
         unshifted = (s.kk - s.kl) + (s.ll - s.kl) + 2 * shift * (s.total_k - s.total_l) + entries * shift * shift
         return max(0.0, unshifted)
@@ -268,11 +268,11 @@ class PairStats:
 
 @dataclass(frozen=True, repr=False)
 class Overflown(PairStats):
-    """Statistics whose sums are not finite: the measures raise the reason, and not the pass that made them, so that
-    one pair of several models ends none of the others."""
+    """Statistics whose sums are not finite. The measures raise, not the constructor, so that one overflowing pair of
+    models does not stop the others."""
 
     def __post_init__(self) -> None:
-        """Nothing is checked before a measure is asked for."""
+        """Check nothing until a measure is requested."""
 
     def _form(self, s: GramSums, alpha: float, beta: float) -> Form:
         self._check_sums()

@@ -1,4 +1,4 @@
-"""Two models on the same samples: both models' row statistics and how their similarities compare, from one pass."""
+"""Two models on the same samples: row statistics of both and a comparison of their similarities, in one pass."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fastcl.similarity.sums.rows import mapped
 
 @dataclass(frozen=True)
 class TwinStats:
-    """What `twin_stats` finds.
+    """The result of `twin_stats`.
 
     Attributes:
         a: row statistics of the first model, differentiable.
         b: row statistics of the second model, differentiable.
-        sums: (18,) float64 on the device of the rows, without gradient: what `pairs` is made of.
-        n: rows.
-        rounding: relative rounding error of the products that the sums are made of, where they are not float64's.
+        sums: (18,) float64 on the device of the rows, without gradient: the input of `pairs`.
+        n: number of rows.
+        rounding: relative rounding error of the products behind the sums; 0 for float64 products.
     """
 
     a: RowStats
@@ -38,7 +38,7 @@ class TwinStats:
     rounding: float
 
     def pairs(self) -> PairStats:
-        """Statistics of the two cosine Gram matrices (n x n, over rows); reads the device once.
+        """Statistics of the two cosine Gram matrices (n x n, over rows); one transfer from the device.
 
         Raises:
             FastclError: a row is not finite.
@@ -62,21 +62,25 @@ def twin_stats(
         zb: (N, Db) embeddings of the same N rows by the second, of za's dtype and device. Rows of both are normalised.
         sample: (N,) integer ids; rows with the same id are views of one sample.
         labels: (N,) integer classes, -1 for unlabelled rows; None: no classes.
-        temperature: of both models' logits: positive number, or a tensor with one element (its gradient comes with the
-            rest).
-        precision: of the Triton backend's products, as `fastcl.row_stats`.
+        temperature: of both models' logits: a positive number, or a differentiable tensor with one element.
+        precision: of the Triton backend's products, as in `fastcl.row_stats`.
 
     Returns:
-        TwinStats. The row statistics are those of `fastcl.row_stats(za, ...)` and `fastcl.row_stats(zb, ...)`: bit by
-        bit on the torch backends, up to the order of sums on the Triton backend, where tiles of both models are formed
-        in one program and serve the matrices' sums too. There the matrices are those of the rows as the tiles see them
-        (in half precision, or split half precision for "fp32"), with entries summed in float32, and one whose entries
-        vary by less than 2^-21 of their mean, in root mean square, counts as constant; one whose entries vary by a
-        share s of it keeps 2^-22 / s of relative error, since the tiles hold the mean too. The torch backends form the
-        matrices' sums from moments of the rows: by products in float32 where both models are narrower than float64 and
-        of one width (a drift keeps its digits where the rows themselves are near, else it is resolved as
-        `PairStats.drift` says), else in float64. Both models' statistics share one graph: take both gradients in one
-        backward pass. With equal rows za and zb, all correlations are exactly 1 and all drifts exactly 0.
+        TwinStats. The row statistics equal those of `fastcl.row_stats(za, ...)` and `fastcl.row_stats(zb, ...)`:
+        bitwise on the torch backends, and up to the order of summation on the Triton backend.
+
+        On the Triton backend one program forms the tiles of both models and also uses them for the sums of the
+        matrices. Its matrices are those of the rows as the tiles see them (in half precision, or split half precision
+        for "fp32"), with entries summed in float32. A matrix whose entries vary by less than 2^-21 of their mean (root
+        mean square) counts as constant; one whose entries vary by a fraction s of the mean has a relative error of
+        2^-22 / s, since the tiles include the mean.
+
+        The torch backends form the sums of the matrices from moments of the rows: with float32 products if both models
+        are narrower than float64 and have the same width (a drift is accurate if the rows themselves are close,
+        otherwise it is resolved as `PairStats.drift` says), else in float64.
+
+        Both models' statistics share one graph: take both gradients in one backward pass. If za and zb are equal, all
+        correlations are exactly 1 and all drifts exactly 0.
 
     Raises:
         FastclError: as `fastcl.row_stats`; za and zb differ in their number of rows, dtype or device.

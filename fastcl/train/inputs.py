@@ -1,4 +1,4 @@
-"""What a run reads: its images, the renderer of their views, the training batches, the images of the evaluations."""
+"""The inputs of a run: its data set, renderer, training batches and evaluation views."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fastcl.errors import FastclError, brief, shown
 from fastcl.train.models import CROSS_ENTROPY, RESEEDED
 from fastcl.train.run_folder.identity import read_run, same_data
 
-_RESEED = 0x5EED_0000_0000_0000  # xor-ed into the seed of the reseeded twin's views
-_STREAMED = ("folder", "torchvision")  # sources whose images are decoded at each access
+_RESEED = 0x5EED_0000_0000_0000  # XORed into the seed for the reseeded twin's views
+_STREAMED = ("folder", "torchvision")  # sources that decode an image at each access
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Attributes:
     data: the data set.
-    renderer: the name of the one that renders all views.
-    loader: the training batches; where the run has a reseeded twin, its two views follow the others'.
+    renderer: name of the renderer of all views.
+    loader: the training batches; if the run has a reseeded twin, its two views come after the others'.
     train, test: unaugmented views of both splits.
     """
 
@@ -40,16 +40,16 @@ class Inputs:
 def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
     """Open a run's data.
 
-    Where torchvision renders files, and their pixels take at most DECODED_LIMIT bytes a split, they are decoded now and
-    kept. A run that is continued leaves out the images that it left out when it began, and checks none anew.
+    If torchvision renders files, splits whose pixels take at most DECODED_LIMIT bytes are decoded now and kept in
+    memory. A resumed run leaves out the same images as when it began, without checking them again.
 
     Args:
-        config: the run.
+        config: the run's config.
         out: its folder, which may hold its run.json.
-        device: where views are wanted.
+        device: device of the views.
 
     Raises:
-        FastclError: data that cannot be read, a renderer that cannot be used here, a batch size that cannot be.
+        FastclError: data that cannot be read, a renderer that cannot be used here, or an invalid batch size.
     """
     d, t = config.data, config.train
     before = read_run(out)
@@ -65,7 +65,7 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
     name = choose_renderer(d.renderer, (data.train, data.test), config.views, device)
     plan, other = (ViewPlan(config.views, seed) for seed in (t.seed, t.seed ^ _RESEED))
     options = {"others": (other,) if RESEEDED in t.controls else (), "workers": _workers(d.workers, device)}
-    ViewLoader(data.train, plan, t.batch_size, d.order, **options)  # refuses bad values before anything is decoded
+    ViewLoader(data.train, plan, t.batch_size, d.order, **options)  # validates the values before any image is decoded
     if name == "torchvision" and d.source.partition(":")[0] in _STREAMED:
         kept = {split: keep_decoded(getattr(data, split), data.channels) for split in ("train", "test")}
         data = dataclasses.replace(data, **kept)
@@ -81,7 +81,7 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
 
 
 def _check_classes(data: Dataset, models: Sequence[str]) -> None:
-    """Of one class, objectives that use classes have nothing to learn."""
+    """Refuse objectives that use labels if there is only one class: there is nothing to learn."""
     using = [name for name in models if name == CROSS_ENTROPY or (name in OBJECTIVES and OBJECTIVES[name].needs_labels)]
     if len(data.classes) < 2 and using:
         raise FastclError(
@@ -91,14 +91,14 @@ def _check_classes(data: Dataset, models: Sequence[str]) -> None:
 
 
 def data_paths(config: Config) -> list[Path]:
-    """Files and folders that a config names as its data."""
+    """The files and folders that a config names as data."""
     kind, _, where = config.data.source.partition(":")
     found = [where if kind != "torchvision" else "", config.data.root or ""]
     return [Path(path) for path in found if path]
 
 
 def image_folders(config: Config) -> list[Path]:
-    """Folders of which every file is taken for an image; torchvision's root may hold anything else."""
+    """Folders in which every file counts as an image. torchvision's root may hold other files."""
     kind, _, where = config.data.source.partition(":")
     return [Path(where)] if kind == "folder" and where else []
 
@@ -110,7 +110,7 @@ def _are_reasons(skipped: object) -> bool:
 
 
 def _workers(given: int | None, device: torch.device) -> int:
-    """On a CPU, where training takes all cores, workers would only stand in its way."""
+    """The configured number, or a default: none on a CPU, where training already uses all cores, else cores - 1."""
     if given is not None:
         return given
     return 0 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 1)

@@ -1,4 +1,4 @@
-"""Twins: networks that start equal and see the same views, each under its own objective."""
+"""Twins: networks with the same initial weights and the same views, each trained with its own objective."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _OPTIMIZERS = ("lars", "sgd", "adamw")
 class Twin:
     """One model of a run.
 
-    `objective` is a name of OBJECTIVES or "ce". `reseeded`: it sees views of another seed (the noise floor). `lowered`:
-    its network trains in bfloat16, as autocast has it.
+    `objective` is a name of OBJECTIVES or "ce". `reseeded`: it sees views from another seed (the noise floor).
+    `lowered`: its network trains in bfloat16 by autocast.
     """
 
     name: str
@@ -37,22 +37,22 @@ class Twin:
     lowered: bool
 
     def embed(self, views: tuple[Tensor, Tensor]) -> Tensor:
-        """Embeddings (2B, projection) float32 of two views (B, C, S, S), the first view's rows first, in training
-        mode."""
+        """Embeddings (2B, projection) float32 of two views (B, C, S, S), in training mode; the first view's rows come
+        first."""
         self.network.train()
         images = torch.cat(views)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.lowered):
             return self.network(images).float()
 
     def rows(self, z: Tensor) -> Tensor:
-        """Embeddings as row statistics take them: with their graph where these are what the twin minimises."""
+        """Embeddings for the row statistics, detached unless the twin's loss is computed from these statistics."""
         return z.detach() if self.objective == CROSS_ENTROPY else z
 
     def loss(self, z: Tensor, stats: RowStats, labels: Tensor) -> Tensor:
-        """What the twin minimises, a scalar.
+        """The twin's training loss, a scalar.
 
         Args:
-            z: as `embed` gives them.
+            z: embeddings from `embed`.
             stats: row statistics of `rows(z)`.
             labels: (B,) int64.
         """
@@ -64,11 +64,11 @@ class Twin:
 def step_values(loss: Tensor, stats: RowStats) -> Tensor:
     """STEP_VALUES of a twin, (5,) float64 without a graph.
 
-    The CL and NSCL losses, their gap and the same-class softmax mass are taken on its embeddings whatever its own
+    The DCL and NSCL losses, their gap and the same-class softmax mass are computed on its embeddings, whatever its own
     objective is.
 
     Args:
-        loss: as `Twin.loss` gives it.
+        loss: loss from `Twin.loss`.
         stats: row statistics of its embeddings.
     """
     with torch.no_grad():
@@ -77,7 +77,7 @@ def step_values(loss: Tensor, stats: RowStats) -> Tensor:
 
 
 def make_twins(config: Config, channels: int, classes: int, device: torch.device) -> list[Twin]:
-    """The models of a run from one initialisation, then the controls, which are copies of the first model.
+    """The models of a run, all from one initialisation, then the controls, which are copies of the first model.
 
     Raises:
         FastclError: an unknown or repeated model, control or optimiser.
@@ -93,7 +93,7 @@ def make_twins(config: Config, channels: int, classes: int, device: torch.device
     for name, objective in objectives.items():
         head = classes if objective == CROSS_ENTROPY else None
         network = copy_network(initial, head, config.train.seed).to(device)
-        if device.type == "cuda":  # the layout that tensor cores take; images follow the weights
+        if device.type == "cuda":  # the layout that tensor cores use; activations follow the weights
             network.to(memory_format=torch.channels_last)
         optimizer, lowered = make_optimizer(network, config.optim), config.train.precision == "bf16"
         twins.append(Twin(name, objective, network, optimizer, name == RESEEDED, lowered))
@@ -101,14 +101,14 @@ def make_twins(config: Config, channels: int, classes: int, device: torch.device
 
 
 def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimiser of that name; weight decay leaves biases and norms out, as timm does.
+    """timm's optimiser of that name. Weight decay excludes biases and norms, as is timm's default.
 
     Raises:
-        FastclError: another name, or values that it cannot take.
+        FastclError: another name, or values that the optimiser rejects.
     """
     if config.name not in _OPTIMIZERS:
         raise FastclError(f"optim.name must be one of {', '.join(_OPTIMIZERS)}; got {config.name!r}")
-    # timm's sgd is Nesterov's, which needs a momentum; without one both are plain gradient descent
+    # timm's sgd uses Nesterov momentum, which must not be zero; without momentum both are plain gradient descent
     name = "momentum" if config.name == "sgd" and not config.momentum else config.name
     try:
         return create_optimizer_v2(
@@ -119,10 +119,10 @@ def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimiz
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up to the peak over warmup_epochs, then half a cosine that reaches 0 as the run ends.
+    """Linear warm-up to the peak over warmup_epochs, then half a cosine that reaches 0 at the end of the run.
 
     Args:
-        step: from 0, over the whole run.
+        step: index from 0 over the whole run.
     """
     warmup = config.optim.warmup_epochs * steps_per_epoch
     if step + 1 < warmup:

@@ -16,13 +16,13 @@ from fastcl.config.settings import ModelConfig
 from fastcl.errors import FastclError, brief
 
 log = logging.getLogger("fastcl")
-_OURS = ("in_chans", "num_classes", "model_name")  # arguments of timm.create_model that no config gives
+_OURS = ("in_chans", "num_classes", "model_name")  # arguments of timm.create_model that fastcl sets itself
 
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """float32 and the CPU, whatever the process's default dtype and device are: timm's and PyTorch's own modules and
-    optimizers make their tensors by them."""
+    """Use float32 and the CPU as PyTorch's defaults, whatever the process has set: modules and optimisers of timm and
+    PyTorch create their tensors with these defaults."""
     dtype = torch.get_default_dtype()
     on_cpu = torch.get_default_device().type == "cpu"
     torch.set_default_dtype(torch.float32)
@@ -34,10 +34,10 @@ def plain_defaults() -> Iterator[None]:
 
 
 class Network(nn.Module):
-    """Encoder h = f(x), projector z = g(h), and for cross-entropy logits of a linear head on the unit rows of z.
+    """Encoder h = f(x), projector z = g(h), and for cross-entropy a linear head on the normalised rows of z.
 
-    The head reads the normalised projection, as the code of arXiv 2510.08852 does, so that all objectives train the
-    same two parts.
+    The head takes the normalised projection, as in the code of arXiv 2510.08852, so that all objectives train both
+    encoder and projector.
     """
 
     def __init__(self, encoder: nn.Module, width: int, hidden: int, projection: int) -> None:
@@ -69,12 +69,12 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
 
     Args:
         config: names the timm model.
-        channels, size: of the images; size in pixels.
-        seed: of the initial weights.
+        channels, size: channels and side in pixels of the images.
+        seed: seed of the initial weights.
 
     Raises:
-        FastclError: timm does not know the model or an option, the CIFAR stem does not fit it, or the encoder does not
-            turn images of that size into one vector each.
+        FastclError: timm does not know the model or an option, the model has no stem to replace by the CIFAR stem, or
+            the encoder does not map images of that size to one vector each.
     """
     for option in _OURS:
         if option in config.options:
@@ -86,7 +86,7 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
                 log.info("asking the hub for %s; where there is no network this takes a minute", config.name)
             with _quiet_hub():
                 encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
-        except Exception as error:  # of timm, of the hub that it asks for weights, or of a model's own code
+        except Exception as error:  # from timm, the hub that it fetches weights from, or a model's own code
             raise FastclError(_refusal(config, error)) from error
         if config.cifar_stem:
             _use_cifar_stem(encoder, config.name, channels)
@@ -105,7 +105,7 @@ def _asks_hub(config: ModelConfig) -> bool:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without a network the hub's client says at each of its tries that it tries again; one error says it all."""
+    """Silence the hub client's retry messages; without a network a single error is enough."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -134,7 +134,7 @@ def _first_line(error: Exception) -> str:
 
 @plain_defaults()
 def copy_network(network: Network, head_classes: int | None, seed: int) -> Network:
-    """A copy of the weights; with `head_classes` it also gets a head of so many logits, the same for one seed."""
+    """A copy of the network; with `head_classes` it also gets a head with that many logits, drawn from the seed."""
     twin = copy.deepcopy(network)
     if head_classes is not None:
         with torch.random.fork_rng():
@@ -144,7 +144,7 @@ def copy_network(network: Network, head_classes: int | None, seed: int) -> Netwo
 
 
 def _width(encoder: nn.Module, name: str, channels: int, size: int) -> int:
-    """Width of the encoder's output, by trying: timm's num_features is not that of every model."""
+    """Width of the encoder's output, from a trial forward pass: timm's num_features is wrong for some models."""
     try:
         with torch.no_grad():
             h = encoder.eval()(torch.zeros(1, channels, size, size, dtype=torch.float32, device="cpu"))
@@ -159,7 +159,7 @@ def _width(encoder: nn.Module, name: str, channels: int, size: int) -> int:
 
 
 def _use_cifar_stem(encoder: nn.Module, name: str, channels: int) -> None:
-    """Small images: a 3 x 3 stride-1 convolution in place of the strided stem, and no max-pool."""
+    """For small images: replace the strided stem by a 3 x 3 stride-1 convolution, and remove the max-pool."""
     if not all(hasattr(encoder, part) for part in ("conv1", "bn1", "maxpool")):
         raise FastclError(f"model.cifar_stem needs a ResNet of timm, {name!r} has no conv1, bn1 and maxpool")
     encoder.conv1 = nn.Conv2d(channels, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)

@@ -1,4 +1,4 @@
-"""One step of every twin on one batch, and how far the first two models' embeddings of that batch are apart."""
+"""One training step of every twin on one batch, and the similarity of the first two models' embeddings of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastcl import PairStats, RowStats, TwinStats, twin_stats, two_view_stats
 from fastcl.errors import FastclError
 from fastcl.train.models import CROSS_ENTROPY, IDENTITY, RESEEDED, Twin, step_values
 
-# Spans of a step in a profile by torch.profiler.
+# Names of a step's spans in torch.profiler.
 ENCODERS, LOSSES, METRICS, BACKWARD, OPTIMIZERS = (
     f"fastcl.{name}" for name in ("encoders", "losses", "metrics", "backward", "optimizers")
 )
@@ -23,13 +23,13 @@ PAIR_VALUES = ("drift", "cka", "cka_debiased", "rsa")
 
 @dataclass(frozen=True)
 class StepTable:
-    """What one step measured, before its updates.
+    """Measurements of one step, before its updates.
 
     Attributes:
         values: (twins, 5) float64, STEP_VALUES of every twin.
-        sums: (18,) float64, the sums of the cosine Gram matrices of the reference's and its partner's embeddings, as
-            `PairStats.unpacked` reads them; None without a partner.
-        rows: of those matrices: both views of each sample of the batch.
+        sums: (18,) float64, sums over the cosine Gram matrices of the reference's and its partner's embeddings, in the
+            format of `PairStats.unpacked`; None without a partner.
+        rows: number of rows of those matrices: both views of each sample of the batch.
         rounding: as `TwinStats.rounding`.
     """
 
@@ -39,7 +39,7 @@ class StepTable:
     rounding: float
 
     def pair(self) -> dict[str, float | None]:
-        """PAIR_VALUES of the two models; None where a measure is undefined."""
+        """PAIR_VALUES of the two models; None for undefined measures."""
         try:
             stats = PairStats.unpacked(self.rows, "cosine", self.sums.tolist(), self.rounding)
         except FastclError:
@@ -48,8 +48,8 @@ class StepTable:
 
 
 def partner_of(twins: Sequence[Twin]) -> Twin | None:
-    """The model that the reference, the first of the twins, is paired with at every step: the second that is none of
-    its controls; None for a run of one model."""
+    """The model that is compared with the reference (the first twin) at every step: the second twin, unless it is a
+    control. None for a run of one model."""
     return next((twin for twin in twins[1:2] if twin.name not in (IDENTITY, RESEEDED)), None)
 
 
@@ -65,16 +65,16 @@ def step_twins(
 ) -> StepTable:
     """Update every twin once.
 
-    The reference and its partner take their row statistics and their pair statistics from one `twin_stats`.
+    For the reference and its partner, one call of `twin_stats` gives both row statistics and pair statistics.
 
     Args:
         twins: the reference first.
-        views: (B, C, S, S) twice.
+        views: two tensors (B, C, S, S).
         reseeded: the views of the reseeded twin.
         labels: (B,) int64.
-        temperature: of the contrastive objectives.
+        temperature: temperature of the contrastive objectives.
         lr: learning rate of this step.
-        seed: of dropout and the like.
+        seed: seed of dropout and other random layers.
     """
     step = _Step(views, reseeded, labels, temperature, lr, seed)
     reference, partner = twins[0], partner_of(twins)
@@ -90,7 +90,7 @@ def step_twins(
             continue
         z = step.embed(twin)
         if twin.name == IDENTITY and partner is not None:
-            # The reference's operator in the reference's role: any other would round otherwise.
+            # Use the reference's operator in the same role: any other would round differently.
             stats = step.pair_stats(twin.rows(z), z_partner).a
         else:
             with record_function(METRICS if twin.objective == CROSS_ENTROPY else LOSSES):
@@ -98,7 +98,7 @@ def step_twins(
         found |= step.update({twin: (z, stats)})
     table = torch.stack([found[twin.name] for twin in twins])
     flat = table.flatten() if sums is None else torch.cat([table.flatten(), sums])
-    flat = flat.cpu().numpy()  # the step's one wait for the device
+    flat = flat.cpu().numpy()  # the step's only synchronisation with the device
     return StepTable(
         values=flat[: table.numel()].reshape(table.shape),
         sums=None if sums is None else flat[table.numel() :],
@@ -108,7 +108,7 @@ def step_twins(
 
 
 class _Step:
-    """One batch and how it is learnt."""
+    """One batch and the settings of its step."""
 
     def __init__(
         self, views: tuple[Tensor, Tensor], reseeded: tuple[Tensor, Tensor] | None, labels: Tensor,
@@ -118,7 +118,7 @@ class _Step:
         self.temperature, self.lr, self.seed = temperature, lr, seed
 
     def embed(self, twin: Twin) -> Tensor:
-        torch.manual_seed(self.seed)  # dropout: the same numbers for every twin, and nothing to restore on resume
+        torch.manual_seed(self.seed)  # dropout: same numbers for every twin, no state to restore on resume
         with record_function(ENCODERS):
             return twin.embed(self.reseeded if twin.reseeded else self.views)
 
@@ -128,7 +128,7 @@ class _Step:
             return twin_stats(za, zb, sample, self.labels.repeat(2), temperature=self.temperature)
 
     def update(self, found: dict[Twin, tuple[Tensor, RowStats]]) -> dict[str, Tensor]:
-        """Update twins from their embeddings and statistics; STEP_VALUES of each."""
+        """Update twins from their embeddings and statistics; returns STEP_VALUES of each."""
         with record_function(LOSSES):
             losses = {twin: twin.loss(z, stats, self.labels) for twin, (z, stats) in found.items()}
         with record_function(METRICS):
@@ -136,7 +136,7 @@ class _Step:
         for twin in losses:
             twin.optimizer.zero_grad(set_to_none=True)
         with record_function(BACKWARD):
-            torch.autograd.backward(list(losses.values()))  # together: their statistics share a graph
+            torch.autograd.backward(list(losses.values()))  # one call, since their statistics share a graph
         with record_function(OPTIMIZERS):
             for twin in losses:
                 for group in twin.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The lockstep trainer: one loop draws a batch and its views once, steps every twin on it, measures how they align."""
+"""The lockstep trainer: each batch is rendered once, every twin takes a step on it, and their alignment is measured."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Lockstep:
     """One run: its data, its twins, its folder. Switches PyTorch to deterministic algorithms for the whole process.
 
     Args:
-        config: the run.
-        out: its folder; made if absent. A folder that holds the same run is continued from its last checkpoint, and
-            the result equals that of an unbroken run bit for bit.
-        inputs: files beside the data that the run was read from, such as its config; it never writes over them.
+        config: the run's config.
+        out: its folder, created if absent. If it already holds the same run, training resumes from the last checkpoint,
+            and the result is bit-identical to that of an uninterrupted run.
+        inputs: other files that the run reads besides its data, such as its config; they are never overwritten.
 
     Raises:
-        FastclError: bad values of the config, data that cannot be read, a folder that holds another run or cannot be
+        FastclError: invalid config values, data that cannot be read, a folder that holds another run or cannot be
             written.
     """
 
@@ -59,10 +59,10 @@ class Lockstep:
         self.config, self.out = config, Path(out)
         check_run_folder(self.out, [*inputs, *data_paths(config)], image_folders(config))
         self.device = _device(config.train.device)
-        # cuBLAS reads this when it is first used; without it deterministic mode refuses to run on a GPU.
+        # cuBLAS reads this on first use; without it deterministic mode raises on a GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it, and filling takes time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # none is read here, and filling is slow
         self.inputs = open_inputs(config, self.out, self.device)
         self.data, self.loader = self.inputs.data, self.inputs.loader
         self.twins = make_twins(config, self.data.channels, len(self.data.classes), self.device)
@@ -74,18 +74,18 @@ class Lockstep:
 
     @plain_defaults()
     def run(self) -> None:
-        """Train to the end, from wherever the folder stands.
+        """Train to the end, from the last checkpoint in the folder if there is one.
 
-        Writes run.json, metrics.jsonl, steps.jsonl, pairs.jsonl (where there are two models), timing.jsonl,
-        tensorboard/, checkpoints/, and at the end weights/, features/ (held-out encoder outputs, in the order of the
-        split) and layers.json (CKA of the layers; where there are two models).
+        Writes run.json, metrics.jsonl, steps.jsonl, pairs.jsonl (if there are two models), timing.jsonl, tensorboard/,
+        checkpoints/, and at the end weights/, features/ (encoder outputs of the held-out images, in the order of the
+        split) and layers.json (CKA of the layers; if there are two models).
 
         Raises:
-            FastclError: a loss that is not finite (names the model and the step), an image that cannot be read, a
-                folder that cannot be written. Complete work stays intact.
+            FastclError: a loss that is not finite (names the model and the step), an image that cannot be read, or a
+                folder that cannot be written. Completed work stays intact.
         """
         with locked(self.out):
-            claim_folder(self.out, self._describe())  # another process may have had the folder since
+            claim_folder(self.out, self._describe())  # another process may have used the folder meanwhile
             warn_if_elsewhere(self.out, self._describe())
             self._run()
 
@@ -102,7 +102,7 @@ class Lockstep:
         self.epoch = max(done, 0)
         board = Board(self.out / "tensorboard", self.epoch * total)
         images = self.loader.batch_size * total
-        columns = shutil.get_terminal_size().columns  # tqdm's own guess is 0 where the terminal does not tell
+        columns = shutil.get_terminal_size().columns  # tqdm itself assumes 0 if the terminal gives no size
         done = images * self.epoch
         bar = tqdm(total=images * epochs, initial=done, unit="img", unit_scale=True, ncols=columns, disable=None)
         with board, bar:
@@ -155,7 +155,7 @@ class Lockstep:
         return {t.name: row.tolist() for t, row in zip(self.twins, sums / total, strict=True)}
 
     def _step(self, step: int, lr: float, batch: Batch) -> StepTable:
-        """Step every twin on its views."""
+        """Step every twin on its views and check that all values are finite."""
         t = self.config.train
         table = step_twins(
             self.twins, batch.views[:2], batch.views[2:] or None, batch.labels,
@@ -208,8 +208,8 @@ class Lockstep:
             },
             "device": _device_name(self.device),
             "renderer": self.inputs.renderer,
-            "skipped": data.skipped,  # images that cannot be decoded (data.corrupt): sample id, which one, why
-            "left_out": data.left_out,  # what else was found and not taken, in words
+            "skipped": data.skipped,  # images that cannot be decoded (data.corrupt): sample id -> which one and why
+            "left_out": data.left_out,  # what else was found but not used, in words
             "models": [t.name for t in self.twins],
             "reference": self.twins[0].name,
             "parameters": {t.name: sum(p.numel() for p in t.network.parameters()) for t in self.twins},

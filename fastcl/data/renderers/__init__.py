@@ -1,1 +1,1 @@
-"""Renderers: each applies a plan to images and draws nothing itself."""
+"""Renderers: each applies a plan to images and draws no random numbers itself."""

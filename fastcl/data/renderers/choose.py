@@ -1,4 +1,4 @@
-"""Renderers by name, and which of them a machine and a data set allow."""
+"""Renderers by name, and which of them can be used for a device and data set."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastcl.data.renderers.validate import check_request
 from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError, suggest
 
-_LOOKED_AT = 16  # images, for the choice of a renderer
+_LOOKED_AT = 16  # images sampled to choose a renderer
 RendererName: TypeAlias = Literal["auto", "triton", "dali", "torchvision"]
-RENDERERS = get_args(RendererName)[1:]  # "auto" takes the first that a CUDA device allows
+RENDERERS = get_args(RendererName)[1:]  # "auto" on CUDA takes the first that can be used
 
 
 class Renderer(Protocol):
-    """Applies a plan to the images of a split; draws nothing itself."""
+    """Applies a plan to the images of a split; draws no random numbers itself."""
 
     split: Split
     spec: ViewSpec
@@ -34,28 +34,28 @@ class Renderer(Protocol):
 
         Args:
             positions: (b,) positions in the split.
-            params: of each view, b rows.
+            params: parameters of each view, b rows each.
 
         Returns:
-            For each of params (b, C, size, size) float32 on the renderer's device.
+            One (b, C, size, size) float32 tensor per entry of params, on the renderer's device.
 
         Raises:
-            FastclError: as `check_request`, or an image that cannot be decoded (named).
+            FastclError: as for `check_request`, or an image that cannot be decoded (named).
         """
         ...
 
 
 class TorchvisionRenderer:
-    """`render_torchvision` over the images of a split: any image, on the CPU; the views are then moved to the device.
+    """Renders the images of a split with `render_torchvision`: any image, on the CPU; then moves views to the device.
 
     Args:
         split: the images.
         spec: output size, blur kernel and normalisation.
-        device: where the views go.
-        threads: size of a pool that reads and decodes the images; 0 reads them one after the other.
+        device: device of the views.
+        threads: size of the pool that reads and decodes images; 0 reads them one by one.
 
     Raises:
-        FastclError: when it is called: as `check_request`, or an image that cannot be decoded (named).
+        FastclError: when called: as for `check_request`, or an image that cannot be decoded (named).
     """
 
     def __init__(self, split: Split, spec: ViewSpec, device: torch.device | str, *, threads: int = 0) -> None:
@@ -68,28 +68,28 @@ class TorchvisionRenderer:
         check_request(self.split, self.spec, positions, params)
         where = positions.tolist()
         if self.threads:
-            with ThreadPoolExecutor(self.threads) as pool:  # made anew: a forked process has no threads of its parent's
+            with ThreadPoolExecutor(self.threads) as pool:  # one per call: a fork does not copy threads
                 images = list(pool.map(self.split.image, where))
         else:
             images = [self.split.image(p) for p in where]
         for image, size, i in zip(images, self.split.sizes[positions].tolist(), self.split.ids[positions], strict=True):
-            if image.shape[:2] != tuple(size):  # the file has been replaced
+            if image.shape[:2] != tuple(size):  # the file has changed since its header was read
                 raise FastclError(f"image of sample id {i} is {image.shape[:2]}, its header said {tuple(size)}")
         return tuple(render_torchvision(images, p, self.spec).to(self.device) for p in params)
 
 
 def choose_renderer(name: str, splits: Sequence[Split], spec: ViewSpec, device: torch.device | str) -> str:
-    """The name of the renderer to use for all of some splits, so that they get the same pixels from the same image.
+    """The name of one renderer for all splits, so that the same image gives the same pixels in each.
 
     Args:
-        name: one of RENDERERS; or "auto": on a CUDA device the first of them that nothing stands in the way of
-            (DALI only for files of JPEG images), else "torchvision".
-        splits: what it will render.
-        spec: of the views.
-        device: where they are wanted.
+        name: one of RENDERERS, or "auto": on a CUDA device the first of them that can be used (DALI only if most
+            images are JPEG files), otherwise "torchvision".
+        splits: splits to render.
+        spec: spec of the views.
+        device: device of the views.
 
     Raises:
-        FastclError: an unknown name, or a renderer that cannot be used here (says why).
+        FastclError: an unknown name, or a renderer that cannot be used here (with the reason).
     """
     device = torch.device(device)
     if name == "auto":
@@ -107,23 +107,23 @@ def choose_renderer(name: str, splits: Sequence[Split], spec: ViewSpec, device: 
 def make_renderer(
     name: RendererName, split: Split, spec: ViewSpec, device: torch.device | str, threads: int = 0
 ) -> Renderer:
-    """A renderer of a split.
+    """A renderer for a split.
 
     Args:
-        name: as `choose_renderer` takes it.
+        name: as for `choose_renderer`.
         split: the images.
-        spec: of the views.
-        device: where the views are wanted.
-        threads: of the renderer's own pool, where it has one.
+        spec: spec of the views.
+        device: device of the views.
+        threads: size of the renderer's own thread pool.
 
     Raises:
-        FastclError: as `choose_renderer`.
+        FastclError: as for `choose_renderer`.
     """
     return _kind(choose_renderer(name, [split], spec, device))(split, spec, torch.device(device), threads=threads)
 
 
 def obstacle(name: str, split: Split, spec: ViewSpec, device: torch.device | str) -> str | None:
-    """Why one of RENDERERS cannot render these views of this split on this device; None where it can."""
+    """Reason why a renderer cannot render these views of this split on this device, or None."""
     try:
         if name == "triton":
             from fastcl.data.renderers import triton as module
@@ -137,7 +137,7 @@ def obstacle(name: str, split: Split, spec: ViewSpec, device: torch.device | str
 
 
 def _kind(name: str) -> Callable[..., Renderer]:
-    """A renderer's class; imported only now, since the others need more than torchvision."""
+    """A renderer's class. Imported on demand, since the others need more packages than torchvision."""
     if name == "triton":
         from fastcl.data.renderers.triton import TritonRenderer
 
@@ -151,11 +151,11 @@ def _kind(name: str) -> Callable[..., Renderer]:
 
 def _suits(name: str, split: Split, spec: ViewSpec, device: torch.device | str) -> bool:
     if name == "dali" and not _mostly_encoded(split):
-        return False  # little for it to decode: images come from the split's own reader, through the host
+        return False  # DALI has little to decode: the split's own reader reads the images on the host
     return obstacle(name, split, spec, device) is None
 
 
 def _mostly_encoded(split: Split) -> bool:
-    """Whether most of some images from all over the split are files for a decoder."""
+    """Whether most images of an evenly spaced sample are JPEG files."""
     some = np.unique(np.linspace(0, len(split) - 1, _LOOKED_AT).astype(int)).tolist()
     return split.encoded is not None and 2 * sum(split.file(i) is not None for i in some) > len(some)

@@ -1,7 +1,8 @@
-"""The colour stage behind every renderer: jitter, grayscale, blur, solarise and normalise, in torch.
+"""The colour stage of the torchvision and DALI renderers: jitter, grayscale, blur, solarise and normalise, in torch.
 
-Formulas are torchvision's on float images in [0, 1]. Everything is elementwise, and the mean that contrast needs is a
-sum of integers, so a pixel does not depend on the batch around it or on the number of threads.
+The formulas are torchvision's for float images in [0, 1]. Everything is elementwise (the blur on shifted copies)
+except the mean that contrast needs, which is a sum of integers, so a pixel does not depend on the rest of the batch or
+the number of threads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.errors import FastclError
 
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's luma weights
-_MEAN_STEPS = 1 << 20  # resolution of the integer mean: far below a grey level
+_MEAN_STEPS = 1 << 20  # resolution of the integer mean: far finer than a grey level
 _SOLARIZE_THRESHOLD = 128 / 255
 
 
@@ -26,14 +27,14 @@ def colour_stage(images: Tensor, params: ViewParams, spec: ViewSpec) -> Tensor:
 
     Args:
         images: (n, C, H, W) uint8, C = 1 or 3.
-        params: n views.
-        spec: for the blur's kernel size and the normalisation.
+        params: parameters of the n views.
+        spec: gives the blur's kernel size and the normalisation.
 
     Returns:
         (n, C, H, W) float32, normalised.
 
     Raises:
-        FastclError: mean and std do not fit the number of channels.
+        FastclError: mean and std do not match the number of channels.
     """
     channels = images.shape[1]
     if len(spec.mean) not in (1, channels):
@@ -58,7 +59,7 @@ def gray(x: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Gaussian blur with one sigma per image, reflected at the border: shifted copies added up, rows then columns."""
+    """Gaussian blur with one sigma per image and reflected borders: sums shifted copies along rows, then columns."""
     half = kernel // 2
     offsets = torch.arange(-half, half + 1, dtype=x.dtype, device=x.device)
     weights = torch.exp(-0.5 * (offsets / sigma.reshape(-1, 1)) ** 2)
@@ -100,7 +101,7 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue in HSV space."""
+    """Shift the hue in HSV space."""
     if x.shape[1] == 1:
         return x
     high, low = x.amax(1), x.amin(1)

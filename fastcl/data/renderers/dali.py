@@ -1,7 +1,7 @@
-"""Views by NVIDIA DALI: decode, crop, resize, flip and turn, told what to do by the plan; then fastcl's colour stage.
+"""Views by NVIDIA DALI: decode, crop, resize, flip and rotate as the plan says; then fastcl's colour stage.
 
-DALI's own random operators key their values on the slot in the batch and on the samples seen so far. None is used
-here: every parameter of every sample is an input of the pipeline, so a view does not depend on the batch around it.
+DALI's own random operators depend on the slot in the batch and on the samples seen so far. None is used here: every
+parameter of every sample is an input of the pipeline, so a view does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError, install_hint
 
 Batch = tuple[np.ndarray, Sequence[ViewParams]]
-_Kind = tuple[bool, int]  # of pipeline: for JPEG files, or for pixels; how many views
+_Kind = tuple[bool, int]  # of pipeline: whether its inputs are JPEG files (else pixels), number of views
 
 
 class DaliRenderer:
     """Views of a split's images. JPEG files are decoded by DALI, everything else by the split's own reader.
 
-    A sample is decoded once for all its views, and only the region that they cover. On CUDA the decoder, crops,
-    resizes, flips and turns are GPU operators; that path has not been run.
+    Each sample is decoded once for all its views, and only the region that they cover. On CUDA the decoder, crop,
+    resize, flip and rotation are GPU operators; that path has not been run.
 
     Args:
         split: the images.
         spec: output size, rotation, blur kernel and normalisation.
-        device: where the operators run and the views are made.
-        threads: DALI's own threads, which work beside the caller's; 0 means 1. They change no pixel.
+        device: device on which the operators run and of the views.
+        threads: number of DALI's own threads; 0 means 1. Does not change the pixels.
 
     Raises:
         FastclError: DALI cannot be used here (see `obstacle`).
@@ -53,7 +53,7 @@ class DaliRenderer:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.split, self.spec, self.device, self.threads = split, spec, device, max(threads, 1)
-        # A pipeline gives its results back in the order of its runs, so each stream has pipelines of its own.
+        # A pipeline returns results in the order of its runs, so concurrent streams need separate pipelines.
         self._idle: dict[_Kind, list[Any]] = {}
 
     def __call__(self, positions: np.ndarray, params: Sequence[ViewParams]) -> tuple[Tensor, ...]:
@@ -61,22 +61,22 @@ class DaliRenderer:
 
         Args:
             positions: (b,) positions in the split.
-            params: for each view its b parameters, with boxes in pixels.
+            params: parameters of each view, b rows each, boxes in pixels.
 
         Returns:
-            For each view (b, C, size, size) float32 on the device.
+            One (b, C, size, size) float32 tensor per view, on the device.
 
         Raises:
-            FastclError: as `check_request`, or an image that cannot be decoded (named).
+            FastclError: as for `check_request`, or an image that cannot be decoded (named).
         """
         with closing(self.stream([(positions, params)])) as results:
             return next(results)
 
     def stream(self, batches: Iterable[Batch]) -> Generator[tuple[Tensor, ...], None, None]:
-        """The views of many batches, in their order, while DALI already works on those that follow.
+        """Yields the views of many batches in order, while DALI already works on the next ones.
 
         Args:
-            batches: (positions, params) as for a call; taken a few ahead of what has been yielded.
+            batches: (positions, params) as for a call; consumed a few ahead of the results.
 
         Raises:
             FastclError: as for a call.
@@ -102,7 +102,7 @@ class DaliRenderer:
         result = _Result(params, len(positions), [])
         for start in range(0, len(positions), CHUNK):
             chunk = positions[start : start + CHUNK]
-            files: list[bytes | Any] = [split.file(int(p)) for p in chunk]  # None: pixels
+            files: list[bytes | Any] = [split.file(int(p)) for p in chunk]  # None: not a JPEG file, use pixels
             for encoded in (True, False):
                 of_kind = np.flatnonzero([(file is not None) == encoded for file in files])
                 if not len(of_kind):
@@ -138,7 +138,7 @@ class DaliRenderer:
         job.pipeline.schedule_run()
 
     def _finish(self, flying: deque[_Job]) -> Iterator[tuple[Tensor, ...]]:
-        """Collects the first job, and yields the views of its batch if it was the last one of it."""
+        """Collects the first job, and yields its batch's views if this completes the batch."""
         job = flying.popleft()
         try:
             outputs = self._outputs(job)
@@ -157,7 +157,7 @@ class DaliRenderer:
             yield tuple(colour_stage(x, p, self.spec) for x, p in zip(result.pixels, result.params, strict=True))
 
     def _outputs(self, job: _Job) -> list[Tensor]:
-        """For each view (n, size, size, C) uint8. The stream's order, not the host, waits for GPU operators."""
+        """One (n, size, size, C) uint8 tensor per view. The CUDA stream, not the host, waits for GPU operators."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         outputs = job.pipeline.share_outputs(cuda_stream=stream)
         tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
@@ -165,7 +165,7 @@ class DaliRenderer:
         return tensors
 
     def _blame(self, job: _Job, error: RuntimeError) -> NoReturn:
-        """Finds the image that a failed run failed on, and raises."""
+        """Finds the image that made a run fail, and raises an error that names it."""
         for k, position in enumerate(job.positions.tolist()):
             one = slice(k, k + 1)
             alone = replace(job, positions=job.positions[one], rows=job.rows[one], images=job.images[one])
@@ -173,15 +173,15 @@ class DaliRenderer:
                 self._start(alone)
                 self._outputs(alone)
             except RuntimeError as reason:
-                self.split.image(position)  # a file that its own reader refuses too is named by it
+                self.split.image(position)  # if the split's reader fails too, its error names the file
                 lines = str(reason).strip().splitlines()
-                told = next((line for line in lines if "rror" in line), lines[-1])  # the rest is where it was raised
+                told = next((line for line in lines if "rror" in line), lines[-1])  # the rest is a stack trace
                 raise FastclError(f"DALI fails on the image of sample id {self.split.ids[position]}: {told}") from error
         raise FastclError(f"DALI fails on a batch, but on none of its images alone: {error}") from error
 
 
 def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | None:
-    """Why DALI cannot render this split here; None where it can."""
+    """Reason why DALI cannot render this split here, or None."""
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         return f"DALI works on cpu and cuda, not on {device.type}"
@@ -196,31 +196,31 @@ def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | 
 
 @dataclass
 class _Result:
-    """The views of one batch as they come together."""
+    """The views of one batch, filled in job by job."""
 
     params: Sequence[ViewParams]
-    missing: int  # images
-    pixels: list[Tensor]  # for each view (b, C, size, size) uint8; empty until the first job tells C
+    missing: int  # images not rendered yet
+    pixels: list[Tensor]  # per view (b, C, size, size) uint8; empty until the first job gives C
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One run of a pipeline: some rows of one batch."""
+    """One pipeline run, which renders some rows of one batch."""
 
     pipeline: Any
     encoded: bool
-    positions: np.ndarray  # (n,) in the split
-    rows: np.ndarray  # (n,) in the batch
+    positions: np.ndarray  # (n,) positions in the split
+    rows: np.ndarray  # (n,) rows of the batch
     images: list[np.ndarray]  # n JPEG files (bytes,), or n images (H, W, C), uint8
     result: _Result
 
 
 def _drain(flying: deque[_Job]) -> None:
-    """Takes unwanted results out of their pipelines, so that later runs get their own."""
+    """Removes unwanted results from their pipelines, so that later runs get their own."""
     while flying:
         pipeline = flying.popleft().pipeline
         try:
             pipeline.share_outputs()
         except RuntimeError:
-            continue  # nobody asked for it: the caller has left, or an earlier failure is being reported
+            continue  # not needed: the caller has stopped, or an earlier failure is being reported
         pipeline.release_outputs()

@@ -1,9 +1,9 @@
-"""The DALI pipeline behind `dali.py`, and the inputs that turn a plan's parameters into its arguments.
+"""The DALI pipeline of `dali.py`, and its inputs computed from a plan's parameters.
 
-Crops are resized as Pillow and torchvision do. Where a filter reaches over the border, these take the weights inside
-the image and scale them to a sum of 1, whereas DALI repeats the border's pixel, which differs by many grey levels in
-the outermost rows and columns of a reduced image. So each crop gets a margin of zeros, and what the filter makes of it
-is divided by the weight that fell on pixels.
+Crops are resized as in Pillow and torchvision. Where the filter reaches past the border, these use only the weights
+inside the image, normalised to a sum of 1; DALI repeats the border pixel, which differs by many grey levels in the
+outermost rows and columns of a downscaled image. So each crop gets a margin of zeros, and the filter's output is
+divided by the weight that fell on pixels.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import torch
 
 from fastcl.data.plan import ViewParams, ViewSpec
 
-CHUNK = 128  # images that one run of a pipeline takes at most: bounds the memory for decoded images
-DEPTH = 3  # runs under way at a time
-HW_DECODER_LOAD = 0.0  # of the GPU's JPEG engine: its pixels differ, and which images it gets depends on the batch
+CHUNK = 128  # maximum images per pipeline run; bounds the memory for decoded images
+DEPTH = 3  # pipeline runs in flight
+HW_DECODER_LOAD = 0.0  # share of the GPU's JPEG engine: its pixels differ, and the batch decides which images it gets
 
-# A decoder may upsample the chroma of a region without looking beyond it. One JPEG block more on each side keeps that
-# out of the crops. CPU decoding of a region equals the same part of a full decoding even without it.
+# Margin in pixels. A decoder may upsample the chroma of a region without the pixels around it; one more JPEG block on
+# each side keeps this effect out of the crops. On the CPU, decoding a region equals the same part of a full decoding
+# even without the margin.
 _REGION_MARGIN = 16
 
 
 def build(spec: ViewSpec, views: int, encoded: bool, device: torch.device, threads: int, most: int = CHUNK) -> Any:
     """A pipeline from images to views.
 
-    Its inputs: `images`, JPEG files (bytes,) or pixels (H, W, C), uint8; for files `region_start` and `region_extent`
-    (see `region_inputs`); and for each view v the names of `crop_inputs` with v behind them.
-    Its outputs: for each view (n, size, size, C) uint8.
+    Inputs: `images`, JPEG files (bytes,) or pixels (H, W, C), uint8; for files also `region_start` and `region_extent`
+    (see `region_inputs`); and for each view v the names of `crop_inputs` with v appended.
+    Outputs: one (n, size, size, C) uint8 per view.
 
     Args:
         spec: output size, and whether there is any rotation.
@@ -38,14 +39,14 @@ def build(spec: ViewSpec, views: int, encoded: bool, device: torch.device, threa
         encoded: whether images are JPEG files.
         device: CPU operators for cpu, GPU operators for cuda.
         threads: DALI's CPU threads.
-        most: images that one run takes at most.
+        most: maximum images per run.
     """
     from nvidia.dali.pipeline import Pipeline
 
     fn, types = _operators()
     gpu = device.type == "cuda"
-    # A deeper queue makes the first schedule_run ask for that many batches at once; runs queue up without it.
-    # exec_dynamic: outputs stay valid while further runs go on.
+    # With a deeper prefetch queue the first schedule_run would need that many batches at once; runs queue up anyway.
+    # exec_dynamic: outputs stay valid during further runs.
     pipeline = Pipeline(most, threads, device.index if gpu else None, prefetch_queue_depth=1, exec_dynamic=True)
     with pipeline:
         if encoded:
@@ -69,14 +70,14 @@ def build(spec: ViewSpec, views: int, encoded: bool, device: torch.device, threa
 
 
 def _operators() -> tuple[Any, Any]:
-    """DALI's operators and its types, which its stubs do not know: they are made when it is imported."""
+    """DALI's operators and types. They are created at import, so its type stubs lack them."""
     from nvidia.dali import fn, types
 
     return fn, types
 
 
 def _view(images: Any, v: int, spec: ViewSpec, gpu: bool) -> Any:
-    """The operators of one view. Operands must live where the operator runs, named arguments in CPU memory."""
+    """The operators of one view. Operands must be on the operator's device, named arguments in CPU memory."""
     fn, types = _operators()
 
     def given(name: str, dtype: Any, ndim: int) -> Any:
@@ -104,10 +105,10 @@ def _view(images: Any, v: int, spec: ViewSpec, gpu: bool) -> Any:
 
 
 def region_inputs(params: Sequence[ViewParams], sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """What to decode: for each image the smallest rectangle around the boxes of all its views, and a margin.
+    """The region of each image to decode: the bounding rectangle of its views' boxes, plus a margin.
 
     Args:
-        params: for each view n parameters with boxes in pixels.
+        params: parameters of each view, n rows each, boxes in pixels.
         sizes: (n, 2) height and width.
 
     Returns:
@@ -123,17 +124,17 @@ def crop_inputs(params: ViewParams, corner: np.ndarray, spec: ViewSpec) -> dict[
     """Arguments of one view's operators.
 
     Args:
-        params: n views with boxes in pixels.
+        params: parameters of n views, boxes in pixels.
         corner: (n, 2) int32 pixels: where in the image the decoded region starts.
         spec: output size, and whether there is any rotation.
 
     Returns:
-        `start` and `extent` of the crop and the `margin` of zeros around it, (n, 2) int32; the `rows` (n, size, 1, 1)
-        and `columns` (n, 1, size, 1) float32 that undo the zeros; `flip` (n,) int32; with rotation `angle` (n,)
-        float32 degrees.
+        `start` and `extent` of the crop and the `margin` of zeros around it, (n, 2) int32; factors `rows`
+        (n, size, 1, 1) and `columns` (n, 1, size, 1) float32 that compensate for the zeros; `flip` (n,) int32; with
+        rotation also `angle` (n,) float32 degrees.
     """
     extent = params.box[:, 2:].astype(np.int32)
-    reach = np.ceil(np.maximum(extent / spec.size, 1)).astype(np.int32)  # of the filter, from its centre
+    reach = np.ceil(np.maximum(extent / spec.size, 1)).astype(np.int32)  # the filter's radius
     inputs = {
         "start": params.box[:, :2].astype(np.int32) - corner,
         "extent": extent,
@@ -146,7 +147,7 @@ def crop_inputs(params: ViewParams, corner: np.ndarray, spec: ViewSpec) -> dict[
 
 
 def _gain(extent: np.ndarray, size: int) -> np.ndarray:
-    """(n, size) float32: the whole weight of the antialiased linear filter over its weight on the image."""
+    """(n, size) float32: total weight of the antialiased linear filter divided by its weight inside the image."""
     step = (extent / size)[:, None, None]  # source pixels per output pixel
     reach = np.maximum(step, 1)
     centre = (np.arange(size)[:, None] + 0.5) * step

@@ -1,4 +1,4 @@
-"""Renderers: they apply a plan to images and draw nothing themselves."""
+"""The reference renderer: torchvision's operators on the CPU, one image at a time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fastcl.data.renderers.colour import colour_stage
 
 
 def render_torchvision(images: Sequence[np.ndarray], params: ViewParams, spec: ViewSpec) -> Tensor:
-    """Views of images: torchvision crops, resizes (bilinear, antialiased), flips and turns; then the colour stage.
+    """Views of images: torchvision crops, resizes (bilinear, antialiased), flips and rotates; then the colour stage.
 
     Args:
         images: n arrays (H, W, C) uint8; sizes may differ.
-        params: n views with boxes in pixels.
+        params: parameters of the n views, boxes in pixels.
         spec: output size, blur kernel and normalisation.
 
     Returns:
-        (n, C, size, size) float32 on the CPU. A view depends on its image and its parameters alone, bit for bit.
+        (n, C, size, size) float32 on the CPU. A view depends only on its image and parameters, bit for bit.
     """
     rendered = [_geometry(image, params, k, spec.size) for k, image in enumerate(images)]
     return colour_stage(torch.stack(rendered), params, spec)

@@ -1,7 +1,7 @@
-"""Views by Triton, from images that stay on the device: crop, resize, flip, turn and colours without a copy between.
+"""Views by Triton, from images kept on the device: fused crop, resize, flip, rotation and colour operations.
 
-The pixels are those of `render_torchvision` to the bounds that tests/data/test_triton_views.py states. A view depends
-on its image and its parameters alone, bit for bit.
+The pixels equal those of `render_torchvision` within the bounds in tests/data/test_triton_views.py. A view depends
+only on its image and parameters, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from fastcl.data.renderers.validate import check_request
 from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError
 
-MEMORY_SHARE = 0.25  # of the device's memory, for the images; the rest is the training run's
-_CONTRAST = 1  # the operation that `ViewParams.order` has by this number
+MEMORY_SHARE = 0.25  # of the device's memory may hold the images; the rest is left for training
+_CONTRAST = 1  # its number in `ViewParams.order`
 
 
 class TritonRenderer:
-    """Views of a split of equally sized images, which are read once and kept on the device as uint8.
+    """Renders a split of equally sized images, which are read once and kept on the device as uint8.
 
     Args:
         split: the images.
         spec: output size, rotation, blur kernel and normalisation.
-        device: where the images are kept and the views are made.
-        threads: that read the images, once; 0 means 1. They change no pixel.
+        device: device of the images and views.
+        threads: number of threads that read the images, once; 0 means 1. Does not change the pixels.
 
     Raises:
-        FastclError: the renderer cannot be used here (see `obstacle`), mean and std do not fit the number of channels,
-            or an image cannot be read (named).
+        FastclError: the renderer cannot be used here (see `obstacle`), mean and std do not match the number of
+            channels, or an image cannot be read (named).
     """
 
     def __init__(self, split: Split, spec: ViewSpec, device: torch.device | str, *, threads: int = 0) -> None:
@@ -57,13 +57,13 @@ class TritonRenderer:
 
         Args:
             positions: (b,) positions in the split.
-            params: for each view its b parameters, with boxes in whole pixels.
+            params: parameters of each view, b rows each, boxes in whole pixels.
 
         Returns:
-            For each view (b, C, size, size) float32 on the device.
+            One (b, C, size, size) float32 tensor per view, on the device.
 
         Raises:
-            FastclError: as `check_request`.
+            FastclError: as for `check_request`.
         """
         from fastcl.data.renderers.triton_launch import render
 
@@ -71,7 +71,7 @@ class TritonRenderer:
         check_request(self.split, self.spec, positions, params)
         table = np.concatenate([_rows(positions, p) for p in params])
         blurred = np.flatnonzero(np.concatenate([p.blur_sigma > 0 for p in params])).astype(np.int32)
-        # One transfer: the views' parameters, then which of them are blurred.
+        # One transfer: the views' parameters, then the indices of the blurred views.
         words = torch.from_numpy(np.concatenate([table.ravel(), blurred]))
         if self.device.type == "cuda":
             words = words.pin_memory()
@@ -85,7 +85,7 @@ class TritonRenderer:
 
 
 def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | None:
-    """Why the fused renderer cannot render this split here; None where it can. Reads one image."""
+    """Reason why this renderer cannot render the split here, or None. Reads one image."""
     device = torch.device(device)
     try:
         import triton  # noqa: F401
@@ -114,20 +114,20 @@ def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | 
 
 
 def _read(split: Split, channels: int, threads: int) -> np.ndarray:
-    """(n, H, W, C) uint8: all images of a split."""
+    """All images of a split, (n, H, W, C) uint8."""
     images = np.empty((len(split), *split.sizes[0], channels), np.uint8)
 
     def read(i: int) -> None:
         images[i] = split.image(i)
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
-        for _ in pool.map(read, range(len(split))):  # raises what a read raised
+        for _ in pool.map(read, range(len(split))):  # re-raises errors of the reads
             pass
     return images
 
 
 def _rows(positions: np.ndarray, p: ViewParams) -> np.ndarray:
-    """(b, COLUMNS) int32: rows of the table that the kernels read, see fastcl.kernels.augment.parameters."""
+    """The kernels' parameter table, (b, COLUMNS) int32; see fastcl.kernels.augment.parameters."""
     from fastcl.kernels.augment import parameters as column
 
     table = np.zeros((len(positions), column.COLUMNS.value), np.int32)

@@ -1,4 +1,4 @@
-"""Launches of the augmentation kernels: views of images that are on the device."""
+"""Launches the augmentation kernels: views of images on the device."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import Tensor
 from fastcl.kernels.augment.views import blur_kernel, colour_kernel, levels_kernel, view_kernel
 from fastcl.kernels.common.launch import launch
 
-WHOLE = 64  # pixels: up to this size a program holds a whole view
-WHOLE_TURNED = 32  # its registers spill above this size where views are turned
-_TILE = 32  # pixels, of larger views and of blurs
+WHOLE = 64  # pixels: up to this size one program holds a whole view
+WHOLE_TURNED = 32  # with rotation, registers spill above this size
+_TILE = 32  # pixels, for larger views and for blurs
 
 
 def render(
     images: Tensor, table: Tensor, statistics: Tensor, blurred: Tensor, size: int, turns: bool, kernel: int
 ) -> Tensor:
-    """All views of a batch: one launch up to `WHOLE` (`WHOLE_TURNED`) pixels, two above; two more for blurs.
+    """All views of a batch: one launch up to `WHOLE` (rotated: `WHOLE_TURNED`) pixels, else two; two more for blurs.
 
     Args:
         images: (n, H, W, C) uint8, C = 1 or 3.
-        table: (views, COLUMNS) int32, the layout of fastcl.kernels.augment.parameters.
+        table: (views, COLUMNS) int32, laid out as in fastcl.kernels.augment.parameters.
         statistics: (2, 3) float32, means and standard deviations.
-        blurred: (k,) int32: the views with a blur.
-        size: of a view, pixels.
-        turns: whether views may be turned.
-        kernel: of the blur, pixels.
+        blurred: (k,) int32, indices of the blurred views.
+        size: side of a view in pixels.
+        turns: whether views may be rotated.
+        kernel: size of the blur kernel in pixels.
 
     Returns:
         (views, C, size, size) float32.
@@ -37,7 +37,7 @@ def render(
     shape = {"SIZE": size, "C": channels}
     if size <= (WHOLE_TURNED if turns else WHOLE):
         tile = triton.next_power_of_2(size)
-        pixels_a_warp = 128 if turns else 256  # what registers allow without spills
+        pixels_a_warp = 128 if turns else 256  # the most that fit in registers without spills
         launch(
             view_kernel, (n,), max(1, min(16, tile * tile // pixels_a_warp)), 1,
             images=images, table=table, statistics=statistics, views=views, height=height, width=width,

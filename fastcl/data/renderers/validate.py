@@ -1,4 +1,4 @@
-"""What every renderer asks of a call: as many parameters as images, images that there are, boxes within them."""
+"""Validates a render request: one parameter row per image, positions in the split, boxes inside the image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastcl.errors import FastclError
 
 
 def check_positions(split: Split, positions: np.ndarray) -> None:
-    """Raise FastclError unless these are (n,) integers, n >= 1, each the position of an image of the split."""
+    """Raise FastclError unless positions are (n,) integers, n >= 1, within the split."""
     if positions.ndim != 1 or not len(positions) or positions.dtype.kind not in "iu":
         raise FastclError(f"positions must be (n,) integers, n >= 1, got {positions.shape} {positions.dtype}")
     if not 0 <= positions.min() <= positions.max() < len(split):
@@ -23,9 +23,9 @@ def check_request(split: Split, spec: ViewSpec, positions: np.ndarray, params: S
     """Check the arguments of a `Renderer`'s call.
 
     Raises:
-        FastclError: no positions or no parameters, parameters of another length than the positions, a position that is
-            no integer or outside the split, a box that is not whole pixels within its image, a turned view where
-            views.rotation is 0.
+        FastclError: no positions or no parameters, parameters and positions of different lengths, a position that is
+            not an integer or is outside the split, a box that is not in whole pixels within its image, or a rotated
+            view although views.rotation is 0.
     """
     lengths = [len(p) for p in params]
     if not lengths or not len(positions) or set(lengths) != {len(positions)}:

@@ -1,4 +1,4 @@
-"""Passes over all images of a split before training: which of them can be decoded, and small sets kept as pixels."""
+"""Passes over all images of a split before training: find images that cannot be decoded, keep small splits decoded."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from fastcl.data.sources.load import Split
 
 T = TypeVar("T")
-DECODED_LIMIT = 1 << 30  # bytes of a split's pixels up to which they are kept in memory
-_AT_ONCE = 64  # images a thread takes at a time
+DECODED_LIMIT = 1 << 30  # bytes: largest decoded split that is kept in memory
+_AT_ONCE = 64  # images per task of a thread
 
 
 def unreadable(split: Split, what: str) -> dict[int, str]:
-    """Decode every image once, in threads (decoders leave Python's lock).
+    """Decode every image once, in threads (decoders release the GIL).
 
     Args:
         split: the images.
         what: the split's name, for the progress bar.
 
     Returns:
-        Position -> the error, which names the image, of each that cannot be decoded.
+        Position -> error message (which names the image), for each image that cannot be decoded.
     """
 
     def check(i: int) -> str | None:
@@ -47,11 +47,11 @@ def unreadable(split: Split, what: str) -> dict[int, str]:
 
 
 def keep_decoded(split: Split, channels: int, limit: int = DECODED_LIMIT) -> Split:
-    """The same split with its images decoded now and kept in memory as uint8; unchanged where they take more than
-    `limit` bytes. Forked processes share the memory.
+    """The same split with its images decoded now and kept in memory as uint8, or the split unchanged if they take more
+    than `limit` bytes. Forked processes share the memory.
 
     Raises:
-        FastclError: an image that cannot be decoded (named), or whose size is not the one its header told.
+        FastclError: an image that cannot be decoded (named), or whose size differs from its header's.
     """
     ends = np.cumsum(split.sizes.prod(1) * channels)
     if ends[-1] > limit:
@@ -72,7 +72,7 @@ def keep_decoded(split: Split, channels: int, limit: int = DECODED_LIMIT) -> Spl
 
 
 def _each(count: int, job: Callable[[int], T], what: str) -> Generator[T, None, None]:
-    """job(i) of each i below count, in order; shows progress on a terminal where it takes more than a second."""
+    """job(i) for each i below count, in order; on a terminal a progress bar appears after a second."""
     cores = len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(cores)
 

@@ -1,4 +1,4 @@
-"""Data sets by name: which images, which classes, which split. All of it is a function of the source and the seed."""
+"""Loads data sets by name. Images, classes and splits are a function of the source, the arguments and the seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastcl.errors import FastclError, brief, shown, suggest
 
 log = logging.getLogger("fastcl")
 KINDS = ("digits", "omniglot", "cifar10", "folder", "torchvision")
-_NAMED = 20  # unreadable images of a split that are named one by one
+_NAMED = 20  # unreadable images per split that the log names one by one
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,13 +31,13 @@ class Split:
     """The images of one split, in source order. Picklable, and safe to read from several threads or forked workers.
 
     Attributes:
-        ids: (n,) int64 sample ids: the image's position in the whole source, unique over train and test, the same
-            whatever classes are taken.
+        ids: (n,) int64 sample ids: the image's position in the whole source, unique over train and test and
+            independent of which classes are used.
         labels: (n,) int64 in [0, n_classes).
         sizes: (n, 2) int64 height and width in pixels.
         read: position in the split -> (H, W, C) uint8.
-        encoded: where the source keeps files: position in the split -> the bytes of a grey or RGB JPEG file, or None
-            for an image that is none or whose file is cut short.
+        encoded: for sources of files: position in the split -> the bytes of a grey or RGB JPEG file, or None if the
+            image is not one or its file is truncated.
     """
 
     ids: np.ndarray
@@ -53,7 +53,7 @@ class Split:
         return f"Split({len(self)} images)"
 
     def image(self, i: int) -> np.ndarray:
-        """The i-th image of the split, (H, W, C) uint8; the caller's own copy.
+        """The i-th image of the split, (H, W, C) uint8, as a copy.
 
         Raises:
             FastclError: i outside [0, n), or a file that cannot be decoded (named).
@@ -65,7 +65,7 @@ class Split:
             return self.read(i)
 
     def file(self, i: int) -> bytes | None:
-        """The bytes of the i-th image's JPEG file; None where it is none, or the source keeps no files.
+        """The bytes of the i-th image's JPEG file, or None if it is not a complete JPEG or the source keeps no files.
 
         Raises:
             FastclError: a file that cannot be read (named).
@@ -88,9 +88,9 @@ def _hinting() -> Iterator[None]:
 class Dataset:
     """A training and a test split over the same classes; `labels` are positions in `classes`.
 
-    Names are printable: what cannot be shown of a folder's or file's name stands escaped. `skipped` holds the images
-    that left their split since they cannot be decoded: sample id -> which one, and why. `left_out` says what else was
-    found and not taken, in words with counts.
+    Names are printable: unprintable characters of folder and file names are escaped. `skipped` lists the images
+    that were removed because they cannot be decoded: sample id -> which one, and why. `left_out` describes what else
+    was found but not used, with counts.
     """
 
     name: str
@@ -122,33 +122,33 @@ def load(
 
     Args:
         source: what to load.
-        classes: take the first so many of one seeded permutation of all classes, labelled by their place in it: the
-            classes and labels of a smaller subset are the beginning of a larger one's. None takes all classes with
-            the source's own order and numbers, whatever the seed.
-        seed: key of the class permutation and of the drawn split.
-        test_fraction: where the source has no split of its own, the fraction of each class that becomes test images
+        classes: number of classes to use: the first ones of a seeded permutation of all, labelled by their position
+            in it. The classes and labels of a smaller number are a prefix of a larger number's. None takes all classes
+            with the source's own order and numbers, whatever the seed.
+        seed: key of the class permutation and of the random split.
+        test_fraction: for sources without a split of their own, the fraction of each class that becomes test images
             (rounded; at least 1, and at least 1 stays for training). Which images depends on the seed and their
-            sample ids, not on the other classes taken, and a larger fraction contains a smaller one.
+            sample ids, not on the other classes used; a larger fraction contains the images of a smaller one.
         root: torchvision only: its folder.
         download: torchvision only: whether it may download.
-        corrupt: what an image does that cannot be decoded. "stop": nothing is checked now, beyond what its size needs;
-            reading it raises. "skip": every image is decoded once, now, and those that fail leave their split, with a
-            warning; the others keep their split, sample ids and so their views. What is not a file of a folder or
-            zip and whose size cannot be told stops either way.
-        skipped: what an earlier check found (`Dataset.skipped`): these leave their splits, and none is checked anew.
-        max_pixels: of an image; one with more cannot be decoded, and is not unpacked.
+        corrupt: what to do about images that cannot be decoded. "stop": only the sizes are read now, and an image
+            whose size cannot be read is an error; other bad images raise when read. "skip": every image is decoded once
+            now, and those that fail are removed from their split with a warning; the others keep their split and sample
+            ids, and so their views. Outside folders and zips, an image whose size cannot be read is always an error.
+        skipped: result of an earlier check (`Dataset.skipped`): these images are removed, and none is checked again.
+        max_pixels: limit per image; one with more counts as undecodable, and is not unpacked.
 
     Raises:
         FastclError: an unknown source, a missing, truncated or malformed file, more classes than there are (or fewer
-            than 2), a class without enough images, test_fraction outside (0, 1), an unknown `corrupt`, or a value of
-            another type.
+            than 2), a class with too few images, test_fraction outside (0, 1), an unknown `corrupt`, or an argument of
+            the wrong type.
     """
     _check_arguments(source, root, test_fraction, corrupt, max_pixels, download, skipped)
     found = _find(os.fspath(source), root, download, max_pixels)
     _tell(source, found)
     chosen = _choose(found, classes, seed)
     names = tuple(shown(found.classes[c]) for c in chosen)
-    label_of = np.full(len(found.classes) + 1, -1)  # the last entry serves the images of no split, labelled -1
+    label_of = np.full(len(found.classes) + 1, -1)  # the last entry is for images without a split, whose label is -1
     label_of[chosen] = np.arange(len(chosen))
     labels = label_of[found.labels]
     test = _draw_test(labels, names, test_fraction, seed) if found.test is None else found.test
@@ -158,13 +158,13 @@ def load(
     if corrupt == "skip" and skipped is None and (left_out := _unreadable(splits)):
         splits = _open(found, members, labels, names, left_out)
     for split in splits.values():
-        _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # raises what is wrong with a header
+        _ = [split.image(int(i)) for i in np.flatnonzero(split.sizes.min(1) == 0)]  # size 0: raises the header's error
     name = shown(found.name)
     return Dataset(name, names, found.channels, splits["training"], splits["test"], left_out, tuple(found.left_out))
 
 
 def _tell(source: str, found: Source) -> None:
-    """Log what a source leaves out. Raises FastclError where nothing is left."""
+    """Log what a source leaves out. Raises FastclError if no image remains."""
     for line, loud in found.left_out.items():
         log.log(logging.WARNING if loud else logging.INFO, "%s: left out %s", shown(found.name), line)
     if not len(found.labels):
@@ -222,7 +222,7 @@ def _open(
 
 
 def _unreadable(splits: dict[str, Split]) -> dict[int, str]:
-    """Sample id -> error of all images that cannot be decoded, which are warned of."""
+    """Sample id -> error of every image that cannot be decoded; logs warnings."""
     found: dict[int, str] = {}
     for what, split in splits.items():
         errors = unreadable(split, what)
@@ -248,7 +248,7 @@ def _find(source: str, root: str | None, download: bool, max_pixels: int) -> Sou
         return read_torchvision(where, None if root is None else os.fspath(root), download, max_pixels)
     try:
         path = Path(where).expanduser()
-    except RuntimeError as error:  # ~somebody
+    except RuntimeError as error:  # ~unknown_user
         raise FastclError(f"source {source!r}: {shown(error)}") from None
     if kind == "folder":
         return read_folder(path, max_pixels)
@@ -256,7 +256,7 @@ def _find(source: str, root: str | None, download: bool, max_pixels: int) -> Sou
 
 
 def _choose(found: Source, classes: int | None, seed: int) -> np.ndarray:
-    """(k,) positions in the source's classes, in the order of their labels."""
+    """The chosen classes in label order, (k,) positions in the source's classes."""
     total = len(found.classes)
     if classes is None:
         return np.arange(total)
@@ -268,7 +268,7 @@ def _choose(found: Source, classes: int | None, seed: int) -> np.ndarray:
 
 
 def _draw_test(labels: np.ndarray, names: tuple[str, ...], fraction: float, seed: int) -> np.ndarray:
-    """(n,) bool: the test images, those of each class whose random word (one per sample id) is among the smallest."""
+    """(n,) bool, the test images: those of each class with the smallest random keys (one key per sample id)."""
     ids = np.flatnonzero(labels >= 0)
     label = labels[ids]
     count = np.bincount(label, minlength=len(names))

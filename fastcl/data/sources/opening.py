@@ -1,4 +1,4 @@
-"""Files opened by other libraries: which formats they may try, and each of their failures in words of our own."""
+"""Opens files with other libraries: restricts the image formats, and turns their failures into FastclErrors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastcl.errors import FastclError, shown
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Turns whatever a decoder or another library raises into one error that says which file or item it was."""
+    """Turns any exception of a decoder or other library into a FastclError that names the file or item."""
     try:
         yield
     except Exception as error:
@@ -24,13 +24,13 @@ def naming(what: str) -> Iterator[None]:
 
 
 def open_image(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
-    """An image of the formats whose files are taken, not yet decoded. Of others some start a program (PostScript does)
-    whatever the file's name ends in, so Pillow is never asked to guess among all that it knows."""
+    """Open an image, not yet decoded, in one of the accepted formats only. Pillow guesses by content, whatever the
+    file's extension, and some other formats start an external program (PostScript does)."""
     return Image.open(file, formats=formats())
 
 
 def check_zip(file: BinaryIO) -> None:
-    """Raise FastclError for a file that is no zip, and leave the others at their beginning."""
+    """Raise FastclError unless the file is a zip; rewinds it."""
     size = file.seek(0, os.SEEK_END)
     if not size:
         raise FastclError("it is empty")

@@ -1,4 +1,4 @@
-"""The pixels of a picture in whatever mode its file has them."""
+"""Converts a picture of any mode to uint8 pixels."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from fastcl.config.settings import MAX_PIXELS
 from fastcl.data.limits import check_pixels
 from fastcl.errors import FastclError
 
-_BAND = 1 << 20  # pixels that are converted at a time
-_QUARTER = 1 << 14  # of a 16-bit range
-_PHOTOMETRIC = 262
+_BAND = 1 << 20  # pixels converted at a time
+_QUARTER = 1 << 14  # of the 16-bit range
+_PHOTOMETRIC = 262  # TIFF tag PhotometricInterpretation; 0: white is zero
 
 
 def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """(H, W, channels) uint8 pixels of an opened picture in any mode.
 
-    Transparent pixels show white (what lies under them is arbitrary); 16-bit pixels keep their high byte, and a .pgm's
-    are scaled by the greatest value that it states; a TIFF whose zero is white is turned round; the orientation tag is
-    not applied, as in torchvision.
+    Transparent areas become white (their stored colour is arbitrary); 16-bit pixels keep their high byte, those of a
+    .pgm after scaling by its stated maximum; white-is-zero TIFFs are inverted; the orientation tag is not applied, as
+    in torchvision.
 
     Raises:
-        FastclError: more pixels than allowed, 32-bit pixels, whose range no file states, or 16-bit pixels that reach
-            only a quarter of their range (10- or 12-bit data, say), of which few grey levels would be left.
+        FastclError: more pixels than allowed; 32-bit pixels, whose range no file states; or 16-bit pixels that use at
+            most a quarter of their range (10- or 12-bit data, say), which would leave few grey levels.
     """
     check_pixels(picture, max_pixels)
-    stored = [tile[3] for tile in getattr(picture, "tile", ())]  # how the pixels lie in the file
+    stored = [tile[3] for tile in getattr(picture, "tile", ())]  # Pillow's storage format (raw mode) of each tile
     # Pillow opens a .pgm of more than 8 bits in mode I, scaled to 16 bits.
     grey = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG"))
     if picture.mode in ("I", "F") and not grey:
         raise FastclError(f"mode {picture.mode}: 32-bit pixels have no agreed range; save the image in 8 or 16 bits")
-    twelve = "I;12" in str(stored)  # a TIFF that says so
-    # Pillow turns a TIFF whose zero is white (tag 262) round in 8 bits, but not in 16.
+    twelve = "I;12" in str(stored)  # 12-bit TIFF
+    # Pillow inverts white-is-zero TIFFs in 8 bits, but not in 16.
     negative = picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     colour = picture.mode in ("RGB", "RGBA") and any(map(_deep, stored))
     pixels = np.empty((picture.height, picture.width, channels), np.uint8)
     rows, peak = max(1, _BAND // picture.width), 0
-    for top in range(0, picture.height, rows):  # in bands, since conversions take many bytes a pixel
+    for top in range(0, picture.height, rows):  # in bands, since conversions take many bytes per pixel
         band = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
         if grey:
             values = np.asarray(band)
@@ -58,9 +58,9 @@ def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) ->
 
 
 def _deep(stored: Any) -> bool:
-    """Whether Pillow's words for how pixels lie in a file are those of 16-bit colours."""
+    """Whether Pillow's storage format of a tile is one of 16-bit colours."""
     if isinstance(stored, tuple) and len(stored) == 2 and isinstance(stored[1], int):
-        return stored[1] > 255  # a .ppm's greatest value
+        return stored[1] > 255  # a .ppm's stated maximum
     return ";16" in str(stored)
 
 

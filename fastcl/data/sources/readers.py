@@ -1,7 +1,7 @@
-"""Image collections as they are found: every image and label of a source, before any class or split is chosen.
+"""Readers of image collections: every image and label of a source, before classes and splits are chosen.
 
-A reader returns a `Source`; `fastcl.data.sources` picks classes and splits from it, and only then opens pixels.
-Image trees and zips have their own file, `fastcl.data.sources.trees.folders`.
+A reader returns a `Source`; `fastcl.data.sources.load` chooses classes and splits, and only then are pixels read.
+The reader of image trees and zips is in `fastcl.data.sources.trees.folders`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastcl.errors import FastclError, install_hint, shown, suggest
 OMNIGLOT_SIDE = 105
 CIFAR_SIDE = 32
 _GREY_MODES = {"1", "L", "I;16", "I;16B"}
-_NAME_BYTES = 4096  # of a class name in an archive
+_NAME_BYTES = 4096  # longest class name in an archive
 _TEST_SPLITS = ("test", "val", "valid")
 
 Read = Callable[[int], np.ndarray]
@@ -39,14 +39,14 @@ class Source:
     """Every image of a collection, unopened.
 
     Attributes:
-        name: what a report calls it.
+        name: name in reports.
         classes: class names in the source's own order.
         channels: 1 or 3.
-        labels: (n,) int64, a position in `classes`, or -1 for an image that no split uses; row = sample id.
-        test: (n,) bool, the official test images; None where the source has no split of its own.
-        open: (m,) int64 sample ids -> their (m, 2) int64 heights and widths, what reads the i-th of them, and where
-            there are files what gives the i-th as JPEG bytes (None if it is no JPEG), else None.
-        left_out: what was found and is no image of the collection, in words; True where a warning is due.
+        labels: (n,) int64 positions in `classes`, or -1 for images that no split uses; the row is the sample id.
+        test: (n,) bool, the official test images; None if the source has no split of its own.
+        open: (m,) int64 sample ids -> their (m, 2) int64 heights and widths, a function that reads the i-th of them,
+            and for sources of files a function that returns the i-th as JPEG bytes (None if not a JPEG), else None.
+        left_out: descriptions of what was found but is not part of the collection -> whether to warn about it.
     """
 
     name: str
@@ -64,7 +64,7 @@ def read_digits() -> Source:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise FastclError(f"source 'digits' needs scikit-learn ({install_hint('train')})") from error
-    digits = cast(Any, load_digits())  # its type depends on an argument
+    digits = cast(Any, load_digits())  # its declared type depends on an argument
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     names = tuple(str(name) for name in digits.target_names)
     return Source("digits", names, 1, digits.target.astype(np.int64), None, partial(_open_digits, pixels))
@@ -73,8 +73,8 @@ def read_digits() -> Source:
 def read_omniglot(path: Path) -> Source:
     """An .npz with `ink_bits` (n, 105, 14) uint8 (rows packed to bits, 1 = ink), `label` and `class_names`.
 
-    Images stay packed (1.5 kB each) and are unpacked at access: ink 255 on 0, so that padding with zeros is
-    background. The archive's background/evaluation division separates classes, not images: it is no split here.
+    Images stay packed (1.5 kB each) and are unpacked on access: ink is 255 on 0, so that padding with zeros is
+    background. The archive's background and evaluation sets divide classes, not images, so there is no official split.
     """
 
     def check(bits: _Header, label: _Header, names: _Header) -> None:
@@ -91,7 +91,7 @@ def read_omniglot(path: Path) -> Source:
 def read_cifar10(path: Path) -> Source:
     """An .npz with `jpeg` (encoded images end to end), `offset` (n + 1,), `label`, `split` (1 = test), `class_names`.
 
-    All images are 32 x 32. Those of the chosen classes are decoded when a split is opened and stay in memory as uint8.
+    All images are 32 x 32. Those of the chosen classes are decoded when a split is opened and kept as uint8.
     """
 
     def check(jpeg: _Header, offset: _Header, label: _Header, split: _Header, names: _Header) -> None:
@@ -118,9 +118,9 @@ def read_cifar10(path: Path) -> Source:
 def read_torchvision(name: str, root: str | None, download: bool, max_pixels: int) -> Source:
     """A torchvision data set by class name. Items must be (PIL image, int); each is visited once for label and size.
 
-    The official split is the class's own `train=` or `split=` argument (train against test, else val); sample ids
-    count the training images first. The root is passed on where the class takes one, and so is download.
-    Where the class takes a `loader`, files are opened and only their headers read during that visit.
+    The official split comes from the class's `train=` or `split=` argument (train and test, else val or valid); sample
+    ids count the training images first. root and download are passed to classes that accept them. If the class accepts
+    a `loader`, this visit reads only the headers of the files.
     """
     try:
         from torchvision import datasets
@@ -154,7 +154,7 @@ def read_torchvision(name: str, root: str | None, download: bool, max_pixels: in
 
 
 def _arrays(path: Path, check: Callable[..., None], *names: str) -> list[np.ndarray]:
-    """The named arrays of an .npz archive; `check` is asked about their shapes and dtypes before they are read."""
+    """The named arrays of an .npz archive; `check` gets their shapes and dtypes before the data is read."""
     check_file(path, "an .npz archive")
     with naming(f"cannot read {path} as an .npz archive"), open(path, "rb") as file:
         check_zip(file)
@@ -170,7 +170,7 @@ def _arrays(path: Path, check: Callable[..., None], *names: str) -> list[np.ndar
 
 @dataclass(frozen=True)
 class _Header:
-    """What an array in an archive says of itself."""
+    """Shape and dtype of an array in an archive, from its header."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -200,7 +200,7 @@ def _check_names(path: Path, header: _Header) -> None:
 
 
 def _checked(path: Path, name: str, values: np.ndarray, bound: int) -> np.ndarray:
-    """(n,) int64 of an archive's integers in [0, bound)."""
+    """An archive's integers as (n,) int64, checked to lie in [0, bound)."""
     if len(values) and not (0 <= values.min() and values.max() < bound):
         raise FastclError(f"{shown(path)}: {name} must lie in [0, {bound}), got {values.min()} to {values.max()}")
     return values.astype(np.int64)
@@ -237,7 +237,7 @@ def _ink(bits: np.ndarray, i: int) -> np.ndarray:
 
 
 def _torchvision_parts(kind: type, parameters: Any, options: dict[str, Any]) -> list[Any]:
-    """The data set's training and test parts, or the one part of a data set that has no split of its own."""
+    """The data set's training and test parts, or its only part if it has no split of its own."""
     if "train" in parameters:
         return [kind(train=True, **options), kind(train=False, **options)]
     if "split" not in parameters:
@@ -249,13 +249,13 @@ def _torchvision_parts(kind: type, parameters: Any, options: dict[str, Any]) -> 
     for split in _TEST_SPLITS:
         try:
             return [first, kind(split=split, **options)]
-        except ValueError as error:  # torchvision's answer to a split that the data set does not have
+        except ValueError as error:  # torchvision raises this for a split that does not exist
             reasons.append(f"{split}: {error}")
     raise FastclError(f"none of its possible test splits could be opened ({'; '.join(reasons)})")
 
 
 def _visit(name: str, parts: list[Any], max_pixels: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(n,) labels, (n, 2) sizes and the channel count of all items of all parts."""
+    """(n,) labels and (n, 2) sizes of all items of all parts, and the channel count."""
     labels, sizes, modes = [], [], set()
     for i in range(sum(map(len, parts))):
         with naming(f"torchvision:{name} item {i}"):

@@ -1,1 +1,1 @@
-"""The sums over two Gram matrices that every measure is made of: by moments of the features or by tiles."""
+"""Sums over two Gram matrices, from which all measures follow: by moments of the features or by tiles."""

@@ -1,6 +1,6 @@
-"""The algebra of extended rows: from their moments to sums over Gram matrices, and from one pilot to another.
+"""The algebra of extended rows: moments to sums over Gram matrices, and the change from one pilot to another.
 
-See `fastcl.similarity.sums.moments` for what an extended row is and why there is a pilot.
+`fastcl.similarity.sums.moments` defines extended rows and explains the pilot.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from torch import Tensor
 
 
 class Model(NamedTuple):
-    """Functionals of the extended row x+ of one model about its exact mean mu."""
+    """Linear functionals of one model's extended row x+, for its exact mean mu."""
 
     offset: Tensor  # (d,) mu - pilot
-    margin: Tensor  # (d + 3,): margin . x+ = mu . (row - mu) = mean of K's row i, less the mean of K
-    diagonal: Tensor  # (d + 3,): diagonal . x+ = K_ii, less the mean of K
+    margin: Tensor  # (d + 3,): margin . x+ = mu . (row - mu) = mean of row i of K minus the mean of K
+    diagonal: Tensor  # (d + 3,): diagonal . x+ = K_ii minus the mean of K
     shift: Tensor  # () |mu|^2, the mean of K
     trace: Tensor  # () sum of diagonal . x+
-    noise: Tensor  # () what merges may have done to <K, K>, as a multiple of the rounding of products
+    noise: Tensor  # () possible error of <K, K> from merges, in units of the rounding of products
 
 
 def model_of(pilot: Tensor, moments: Tensor, swept: Tensor) -> Model:
-    """swept: see `Moments`."""
+    """The functionals of a model from its pilot, its (d + 3, d + 3) moments and `swept` (see `Moments`)."""
     sums = moments[:, -1]
     offset = sums[:-3] / sums[-1]
     mean = pilot + offset
     one = torch.ones_like(offset[:1])
     spread = (sums[-3] - sums[-1] * (offset @ offset)).clamp_min(0)
     moved = torch.where(swept > 0, swept / spread, 0)
-    # mu . v is <p, v> plus what is left of mu, as far as mu points along p: where the mean is far from zero p is nearly
-    # mu and <p, v> has the digits; where it is zero p is but noise. Moments that came from another pilot, at a squared
-    # distance `moved`, brought the rounding of their products into <p, v>: the less of it is taken.
+    # Split mu into its component along p and the rest: mu . v = along <p, v> + left . v. If the mean is far from zero,
+    # p is nearly mu and <p, v> has the digits; if it is zero, p is only noise. Moments merged from another pilot, at a
+    # squared distance `moved`, bring the rounding of their products into <p, v>, so `moved` makes `along` smaller.
     along = mean @ pilot / (torch.where(pilot.any(), pilot @ pilot, 1.0) + moved)
     left = mean - along * pilot
     noise = torch.where(swept > 0, 2 * sums[-1] * (left @ left + along * along * moved) * spread, 0)
@@ -44,8 +44,9 @@ def model_of(pilot: Tensor, moments: Tensor, swept: Tensor) -> Model:
 def sums_of(moments: Tensor, x: Model, y: Model) -> Tensor:
     """Sums over K - mean(K) and L - mean(L) as a (4,) tensor: <K, L>, <k, l>, then both without the diagonals.
 
-    With a_i, b_i the margins, K_ij - mean(K) = (HKH)_ij + a_i + a_j, where HKH is the Gram matrix of the centred rows,
-    has zero row sums, and sum a_i = 0. So <K, L> = ||C||^2 + 2n<a, b> and the row sums are n a_i.
+    With margins a_i and b_i, K_ij - mean(K) = (HKH)_ij + a_i + a_j, where HKH is the Gram matrix of the centred rows
+    and has zero row sums, and sum a_i = 0. So <K, L> = ||C||^2 + 2n<a, b>, with C the cross-moment of the centred rows,
+    and the row sums are n a_i.
     """
     n = moments[-1, -1]
     centred = torch.addr(moments[:-3, :-3], -n * x.offset, y.offset)
@@ -59,18 +60,18 @@ def sums_of(moments: Tensor, x: Model, y: Model) -> Tensor:
 
 
 def strain(model: Model, sums: Tensor, n: Tensor) -> Tensor:
-    """() how many times the rounding of products merges may have brought into a matrix K, relative to ||HKH||^2.
+    """Possible error of K from merges, relative to ||HKH||^2, in units of the rounding of products; shape ().
 
     Args:
-        sums: those of `sums_of` for K and K.
-        n: () rows.
+        sums: `sums_of` for K and K.
+        n: () number of rows.
     """
     centred = sums[0] - 2 / n * sums[1]
     return torch.where((centred > 0) & (model.noise > 0), model.noise / centred, 0)
 
 
 def extended(x: Tensor, pilot: Tensor) -> Tensor:
-    """(b, d + 3) extended rows of (b, d) rows, which are overwritten."""
+    """(b, d + 3) extended rows; the (b, d) rows are overwritten."""
     rows = x.new_empty(len(x), x.shape[1] + 3)
     v = torch.sub(x, pilot, out=rows[:, :-3])
     torch.mv(v, pilot, out=rows[:, -2])
@@ -80,7 +81,7 @@ def extended(x: Tensor, pilot: Tensor) -> Tensor:
 
 
 def translation(old: Tensor, new: Tensor) -> Tensor:
-    """T that turns extended rows about one pilot into those about another."""
+    """The matrix T that turns extended rows about the old pilot into those about the new one."""
     delta, d = old - new, len(old)
     t = torch.eye(d + 3, dtype=delta.dtype, device=delta.device)
     t[:d, -1] = delta

@@ -1,4 +1,4 @@
-"""What every pair statistic asks of its features, and in which precision they are multiplied."""
+"""Validation of the features of pair statistics, and the precision of their products."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from fastcl import dispatch
 from fastcl.checks import check_not_meta, is_inside
 from fastcl.errors import FastclError
 
-# Of products of features narrower than float64, in split half precision (22 bits) or float32, and their float32 sums.
+# Relative error of products of features narrower than float64: split half precision (22 bits) or float32, summed in
+# float32.
 NARROW_ROUNDING = 2.0**-20
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device | None = None) -> list[Tensor]:
-    """The features on one device, after checking types, shapes and values; `seen` rows came before.
+    """The features on one device, after checking types, shapes and values; `seen` is the number of earlier rows.
 
     Raises:
-        FastclError: names the model, and for values the sample.
+        FastclError: a check failed; the message names the model, and for values the sample.
     """
     for name, x in features.items():
         if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.layout != torch.strided:
@@ -36,8 +37,8 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
         raise FastclError(f"all models need features of the same samples, got numbers of rows {rows}")
     device = device or next(iter(features.values())).device
     batch = [x.detach().to(device) for x in features.values()]
-    # A sum is finite only if all its terms are, and takes one pass; that of huge finite features is not. One question
-    # to the device for all models.
+    # A sum takes one pass and is finite only if all its terms are. Huge finite features may overflow it, so look again
+    # before raising. One device sync serves all models.
     if not torch.stack([x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in batch]).isfinite().all():
         broken = torch.stack([x.isfinite().all(dim=1).logical_not() for x in batch]).nonzero()
         if len(broken) == 0:
@@ -50,14 +51,14 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
 
 
 def multiplied_narrow(*features: Tensor) -> bool:
-    """Whether torch multiplies features in float32: narrower than float64, where a float32 product is one.
+    """Whether torch multiplies these features in float32: all narrower than float64, on a CPU with full float32.
 
-    A GPU may take TF32 for it, and a CPU half precision where float32's precision was lowered.
+    A GPU might use TF32 instead, and a CPU half precision if torch's float32 matmul precision was lowered.
     """
     on_cpu = features[0].device.type == "cpu"
     return on_cpu and dispatch.wants_float32() and all(x.dtype != torch.float64 for x in features)
 
 
 def rounding_of(*features: Tensor) -> float:
-    """Relative rounding error of products of features, where they are not float64's."""
+    """Relative rounding error of products of these features; 0 for float64 products."""
     return NARROW_ROUNDING if dispatch.on_triton(*features) or multiplied_narrow(*features) else 0.0

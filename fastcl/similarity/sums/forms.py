@@ -1,4 +1,4 @@
-"""Sums over two Gram matrices, and a bilinear form on them with the value that rounding alone explains."""
+"""Sums over two Gram matrices, and a bilinear form of them with its rounding floor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastcl.errors import FastclError
 
-# A form is a difference of sums; below this fraction of them it holds rounding errors and no information. So does a
-# spread of the entries of a Gram matrix below this fraction of their mean.
+# A form is a difference of sums; below this fraction of them it is only rounding error. The same holds for the spread
+# of a Gram matrix's entries below this fraction of their mean.
 ROUNDING = 256 * sys.float_info.epsilon
 
 CONSTANT = "the {which} representation is constant over the samples"
@@ -36,18 +36,18 @@ class GramSums:
 
 def ratio(kl: float, kk: float, ll: float) -> float:
     """kl / sqrt(kk ll) of positive kk and ll."""
-    # Two ratios, not sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 where kl == kk == ll.
-    # Cauchy and Schwarz allow no more than 1; rounding does.
+    # Two ratios instead of sqrt(kk * ll): no overflow at any scale, symmetric, and exactly 1 if kl == kk == ll.
+    # Rounding can exceed the 1 of Cauchy-Schwarz.
     return math.copysign(min(1.0, math.sqrt((kl / kk) * (kl / ll))), kl)
 
 
 def ratio_table(cross: Tensor, self_a: Tensor, self_b: Tensor) -> Tensor:
-    """`ratio` of (n, m) against (n,) and (m,) terms."""
+    """`ratio` of (n, m) cross terms with (n,) and (m,) self-terms."""
     return ((cross / self_a[:, None]) * (cross / self_b)).sqrt().clamp_max(1.0).copysign(cross)
 
 
 class Form(NamedTuple):
-    """One bilinear form at (K, L), (K, K), (L, L), and the values of the last two that rounding alone explains."""
+    """One bilinear form at (K, L), (K, K) and (L, L), with rounding floors for the last two."""
 
     kl: float
     kk: float
@@ -56,7 +56,7 @@ class Form(NamedTuple):
     floor_l: float
 
     def self_term(self, which: str, measure: str, reason: str) -> float:
-        """B(K, K) ("first") or B(L, L) ("second"), refused with `reason` where it holds nothing but rounding."""
+        """B(K, K) ("first") or B(L, L) ("second"). Raises FastclError with `reason` if it is only rounding."""
         value, floor = (self.kk, self.floor_k) if which == "first" else (self.ll, self.floor_l)
         if not value > floor:
             raise FastclError(
@@ -66,7 +66,7 @@ class Form(NamedTuple):
         return value
 
     def self_terms(self, measure: str, reason: str) -> tuple[float, float]:
-        """B(K, K) and B(L, L), neither of which may hold nothing but rounding."""
+        """B(K, K) and B(L, L). Raises FastclError if either is only rounding."""
         return self.self_term("first", measure, reason), self.self_term("second", measure, reason)
 
     def correlation(self, measure: str, reason: str) -> float:

@@ -1,20 +1,19 @@
 """The feature route: all sums over Gram matrices from d x d moments of the features, one pass, any number of samples.
 
-A sample is the extended row x+ = [v, |v|^2, <p, v>, 1] where p is the pilot and v = f(x) - p. For models x and y the
-one matrix M = sum x+ y+' (over the samples) holds the cross-moment of the features, both means, n, and all sums with
-|v|^2 and <p, v>: every sum that the Gram matrices' statistics need. O(n d^2) time, (d_x + 3)(d_y + 3) float64 memory a
-pair.
+A sample is the extended row x+ = [v, |v|^2, <p, v>, 1] where p is the pilot and v = f(x) - p. For models x and y one
+matrix M = sum x+ y+' (over the samples) holds the cross-moment of the features, both means, n, and all sums with |v|^2
+and <p, v>: every sum that the statistics of the Gram matrices need. O(n d^2) time, (d_x + 3)(d_y + 3) float64 values
+per pair.
 
-Why a pilot: with means far from zero (mean 1e3, spread 1) the entries of K are equal in their first 6 digits and
-their squares in 12. The pilot is the mean of the first chunk, taken about its first row, so constant features vanish
-exactly. <p, v> is a function of v, kept for its digits: where all cosines are nearly 1 it is as small as |v|^2.
+Why a pilot: with means far from zero (mean 1e3, spread 1) the entries of K agree in their first 6 digits and their
+squares in 12. The pilot is the mean of the first chunk, taken about its first row, so constant features vanish exactly.
+<p, v> is a function of v but stored for its digits: if all cosines are nearly 1, it is as small as |v|^2.
 
-Of features narrower than float64 the products v v' are float32 within a chunk (in the Triton kernels all products are
-split half precision); between chunks, and in all that is done to features before and to moments after, numbers are
-float64.
+For features narrower than float64 the products v v' are float32 within a chunk (in the Triton kernels all products are
+split half precision). Sums over chunks, and all work on features before and on moments after, are float64.
 
-Callers multiply rows in chunks that begin at multiples of `chunk_rows`, whatever the batches were: the same samples in
-the same order give the same bits however they were split.
+Callers multiply rows in chunks that begin at multiples of `chunk_rows`, whatever the batches: the same samples in the
+same order give the same bits however they were split.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
     from fastcl.similarity.sums.triton import StackedMoments
 
 _BLOCK = 256  # columns of a block of moments on a CPU
-_LARGEST = 1e30  # of |v|^2 in float32: sums over a chunk stay below 1e38
-# Rows of a chunk. A CPU's cache holds a few megabytes of them; a GPU wants long products, and its kernels add up a
-# chunk in float32.
+_LARGEST = 1e30  # largest |v|^2 for float32: sums over a chunk stay below 1e38
+# Rows of a chunk. A CPU's cache holds a few megabytes of them; a GPU needs long products, and its kernels sum a chunk
+# in float32.
 CHUNK = {"cpu": 512}
 CHUNK_ELSEWHERE = 4096
 
@@ -53,10 +52,10 @@ class Moments:
     Attributes:
         kernel: a member of rows.INNER.
         pilots: per model, (d_i,) float64; empty before the first chunk.
-        rounding: relative rounding error of products, where they are not float64's.
-        swept: per model, () float64: over the streams that were merged into this one, the sum of their |v|^2 times the
-            squared distance of their pilot from this one's. Times `rounding` it bounds what came with them into
-            <p, v>, which alone is free of it in a stream that saw all its rows itself.
+        rounding: relative rounding error of products; 0 for float64 products.
+        swept: per model, () float64: over the streams merged into this one, the sum of their |v|^2 times the squared
+            distance of their pilot from this one's. Times `rounding` it bounds the error that they brought into
+            <p, v>; it is 0 in a stream that saw all its rows itself.
     """
 
     def __init__(self, kernel: Inner) -> None:
@@ -64,12 +63,12 @@ class Moments:
         self.pilots: list[Tensor] = []
         self.swept: list[Tensor] = []
         self.rounding = 0.0
-        # Of torch; for i <= j, since K and L are symmetric, and for i = j the blocks on and right of the diagonal.
+        # Formed by torch, for i <= j, since K and L are symmetric; for i = j only blocks on and right of the diagonal.
         self._sums: dict[tuple[int, int], Tensor] = {}
-        self._stack: StackedMoments | None = None  # of the Triton kernels
+        self._stack: StackedMoments | None = None  # formed by the Triton kernels
 
     def start(self, pilots: Sequence[Tensor]) -> None:
-        """Set the pilots of a stream without rows: per model (d_i,) float64."""
+        """Set the pilots of an empty stream: per model (d_i,) float64."""
         self.pilots = list(pilots)
         self.swept = [pilot.new_zeros(()) for pilot in pilots]
 
@@ -114,7 +113,7 @@ class Moments:
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def with_rows(self, batch: Sequence[Tensor]) -> Moments:
-        """A stream that holds these rows too; this one is left as it is."""
+        """A new stream with these rows added; this one is not modified."""
         joined = Moments(self.kernel)
         joined.start(self.pilots)
         joined.add(batch)
@@ -123,7 +122,7 @@ class Moments:
         return joined
 
     def merge(self, other: Moments) -> None:
-        """Add the rows of another stream of the same models, which lies on the same device."""
+        """Add the rows of another stream of the same models on the same device."""
         if not self.pilots:
             self.start(other.pilots)
         self.rounding = max(self.rounding, other.rounding)
@@ -138,23 +137,23 @@ class Moments:
             self.load(i, j, moments if same else shifts[i] @ moments @ shifts[j].mT)
 
     def load(self, i: int, j: int, moments: Tensor) -> None:
-        """Add moments that were taken about this stream's pilots."""
+        """Add moments about this stream's pilots."""
         if (i, j) in self._sums:
             self._sums[i, j] += moments
         else:
             self._sums[i, j] = moments.clone()
 
     def clear(self) -> None:
-        """Forget all rows but keep the pilots."""
+        """Drop all rows but keep the pilots."""
         self._sums, self._stack = {}, None
         self.swept = [pilot.new_zeros(()) for pilot in self.pilots]
 
     def to(self, device: torch.device | None) -> Moments:
-        """The same stream on a device; None: where it is."""
+        """A copy of the stream on a device; None: on its own."""
         return Moments.of_state(self.kernel, self.state(), device)
 
     def state(self) -> dict[str, Any]:
-        """Pilots, moments, rounding and what was swept, for `of_state`."""
+        """Pilots, moments, rounding and swept, for `of_state`."""
         pairs = combinations_with_replacement(range(len(self.pilots)), 2)
         moments = [self.moments(i, j) for i, j in pairs]
         return {
@@ -163,11 +162,11 @@ class Moments:
 
     @classmethod
     def of_state(cls, kernel: Inner, state: Mapping[str, Any], device: torch.device | None = None) -> Moments:
-        """A stream from its `state`, on a device or where the state lies."""
+        """A stream from its `state`, on a device; None: on the state's."""
         stream = cls(kernel)
         stream.rounding = state["rounding"]
         stream.start([pilot.to(device) for pilot in state["pilots"]])
-        # States of versions that did not record it are taken for streams that saw all their rows themselves.
+        # States of versions that did not record it count as streams that saw all their rows themselves.
         stream.swept = [swept.to(device) for swept in state.get("swept", stream.swept)]
         pairs = combinations_with_replacement(range(len(stream.pilots)), 2)
         for (i, j), moments in zip(pairs, state["moments"], strict=True):
@@ -175,8 +174,8 @@ class Moments:
         return stream
 
     def pair_sums(self) -> Iterator[tuple[tuple[int, int], list[float], tuple[float, float]]]:
-        """For each pair i < j the 18 numbers and the strains of `PairStats.unpacked`, all read from the device at
-        once."""
+        """The 18 values and the strains of `PairStats.unpacked` for each pair i < j; the transfers from the device are
+        shared by all pairs."""
         count = len(self.pilots)
         found = {}
         blocks = [self.moments(i, i) for i in range(count)]
@@ -195,28 +194,28 @@ class Moments:
 
 
 def _pilots(rows: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each model's rows, about its first row."""
+    """The mean of each model's rows, computed about its first row."""
     return [x[0] + (x - x[0]).mean(dim=0) for x in rows]
 
 
 def _fit_float32(rows: Sequence[Tensor]) -> bool:
-    """Whether float32 can hold products of the rows' v: neither do squares overflow nor do the largest vanish."""
+    """Whether float32 can hold the products of v: squares do not overflow and the largest do not underflow."""
     largest = torch.stack([x[:, -3].amax() for x in rows])
     return bool((largest < _LARGEST).all() and (largest > 1 / _LARGEST).all())
 
 
 def _blocks(width: int) -> list[slice]:
-    """Columns in blocks of about _BLOCK."""
+    """Slices of about _BLOCK columns."""
     count = max(1, round(width / _BLOCK))
     edges = [width * k // count for k in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def _add_product(sums: Tensor, x: Tensor, y: Tensor, symmetric: bool) -> None:
-    """sums += x'y, by blocks of columns; symmetric: of those below the diagonal none.
+    """sums += x'y, by blocks of columns; symmetric: without the blocks below the diagonal.
 
-    A block below the diagonal is formed as the transpose of one above it, with x and y in each other's place. So models
-    with equal features take the same arithmetic in all three of a pair's products, and have equal moments bit for bit.
+    A block below the diagonal is formed as the transpose of one above it, with x and y swapped. So models with equal
+    features go through the same arithmetic in all three products of a pair, and their moments are bitwise equal.
     """
     for a, left in enumerate(_blocks(x.shape[1])):
         for b, right in enumerate(_blocks(y.shape[1])):

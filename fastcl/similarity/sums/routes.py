@@ -1,4 +1,4 @@
-"""The route by which the sums of two Gram matrices are formed: moments of the features or tiles, by cost."""
+"""How the sums of two Gram matrices are formed: by moments of the features or by tiles, whichever costs less."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fastcl.similarity.sums.tiles import tile_sums
 
 Route: TypeAlias = Literal["auto", "features", "tiles"]
 
-# What a tile costs beside its products, as so many columns of features more: sums over an element of K and of L.
+# Cost of the elementwise sums over a tile of K and of L, expressed as additional feature columns.
 _ELEMENTWISE = 64
 
 
 def choose_route(n: int, widths: tuple[int, int], kernel: str, route: Route) -> Literal["features", "tiles"]:
-    """The cheaper route, or the one that was asked for.
+    """The requested route, or the cheaper one for "auto".
 
     Raises:
-        FastclError: an unknown route, or moments for a kernel that is no inner product.
+        FastclError: an unknown route, or "features" for a kernel that is not an inner product.
     """
     if route not in ("auto", "features", "tiles"):
         raise FastclError(f"route must be 'auto', 'features' or 'tiles', got {route!r}")
@@ -38,7 +38,7 @@ def choose_route(n: int, widths: tuple[int, int], kernel: str, route: Route) -> 
 
 
 def statistics(x: Tensor, y: Tensor, kernel: str, bandwidth: float = 1.0, route: Route = "auto") -> PairStats:
-    """PairStats of two checked (n, d) features, n >= 1; arguments as `fastcl.pair_stats`."""
+    """PairStats of two checked (n, d) features, n >= 1; arguments as in `fastcl.pair_stats`."""
     if choose_route(len(x), (x.shape[1], y.shape[1]), kernel, route) == "features":
         stream, step = Moments(cast(Inner, kernel)), chunk_rows(x)
         for start in range(0, len(x), step):

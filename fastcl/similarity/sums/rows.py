@@ -17,33 +17,33 @@ import torch
 from torch import Tensor
 
 Kernel: TypeAlias = Literal["linear", "cosine", "correlation", "rbf"]
-# Kernels that are inner products of rows: they can be streamed.
+# Kernels that are inner products of rows and so can be streamed.
 Inner: TypeAlias = Literal["linear", "cosine", "correlation"]
 INNER: tuple[Inner, ...] = get_args(Inner)
 
-# A row whose entries agree up to this fraction of the largest is constant: what its mean leaves is rounding.
+# A row whose entries agree up to this fraction of the largest is constant: after its mean only rounding is left.
 _CONSTANT = 64 * torch.finfo(torch.float64).eps
 
 
 def _scaled(x: Tensor) -> Tensor:
-    """Rows divided by their largest entries, in place: no square overflows or vanishes."""
+    """Rows divided by their largest absolute entries, in place, so that squares neither overflow nor underflow."""
     largest = _largest(x)
     return x.div_(torch.where(largest > 0, largest, 1.0))
 
 
 def _largest(x: Tensor) -> Tensor:
-    """(n, 1) largest absolute values; on a CPU ten times faster than their norm by name, in memory of no size."""
+    """(n, 1) largest absolute values; on a CPU ten times faster than the infinity norm, without a copy of x."""
     return torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
 
 
 def _unit_rows(x: Tensor) -> Tensor:
-    """Rows divided by their lengths, in place; a zero row has no direction and stays zero. Safe at any scale."""
+    """Rows divided by their norms, in place; a zero row stays zero. Safe at any scale."""
     x = _scaled(x)
     return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1.0))
 
 
 def _standard_rows(x: Tensor) -> Tensor:
-    """Rows less their own mean, divided by their lengths, in place; a constant row becomes zero."""
+    """Rows minus their own mean, divided by their norms, in place; a constant row becomes zero."""
     x = _scaled(x)
     x.sub_(x.mean(dim=1, keepdim=True))
     return _unit_rows(x.masked_fill_(_largest(x) <= _CONSTANT, 0.0))
@@ -52,12 +52,12 @@ def _standard_rows(x: Tensor) -> Tensor:
 def mapped(x: Tensor, kernel: str) -> Tensor:
     """(n, d) float64 rows f(x) of features of any floating dtype.
 
-    Always in memory of its own: equal values take equal arithmetic only from buffers of equal layout and alignment.
+    Always a copy: equal values give equal bits only from buffers of equal layout and alignment.
     """
     return _ROWS[kernel](x.to(torch.float64, copy=True, memory_format=torch.contiguous_format))
 
 
-# Each overwrites its argument.
+# Each may overwrite its argument.
 _ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: x, "cosine": _unit_rows, "correlation": _standard_rows, "rbf": lambda x: x
 }  # fmt: skip

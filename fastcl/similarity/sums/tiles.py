@@ -1,16 +1,16 @@
 """The tile route: sums over Gram matrices from tiles of both, formed together and never stored. O(n^2 d) time, O(n d)
 memory.
 
-Cheaper than moments where there are fewer samples than features, and the only way for kernels that are no inner
-product. With v_i the rows less their mean mu, and the shifts as in `PairStats`,
+Cheaper than moments if there are fewer samples than features, and the only route for kernels that are not inner
+products. With v_i the rows minus their mean mu, and the shifts as in `PairStats`,
 
     inner products:  K_ij - |mu|^2 = <v_i, v_j> + a_i + a_j,   a_i = <mu, v_i>
     rbf:             K_ij - s      = exp(-|v_i - v_j|^2 / (2 sigma^2)) - s,   s = 1 for a wide kernel, else 0
 
-Tiles of inner products hold <v_i, v_j> alone. Its rows sum to 0, without the diagonal to -|v_i|^2, so what the margins
-add to a sum is known without tiles, and no digits are lost where the mean is large. Only tiles on and right of the
-diagonal are formed; each serves its rows and its columns. Diagonals are left out: in a narrow kernel they are all there
-is, and the rest would be lost beside them.
+Tiles of inner products hold only <v_i, v_j>. Its rows sum to 0, or to -|v_i|^2 without the diagonal, so the margins'
+share of each sum is known without tiles, and a large mean costs no digits. Only tiles on and right of the diagonal are
+formed; each serves its rows and its columns. Diagonals are left out: in a narrow kernel they dominate, and the rest
+would be lost to rounding.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from fastcl.similarity.sums.features import multiplied_narrow
 from fastcl.similarity.sums.rows import INNER, mapped
 
 TILE = 512
-_SAMPLED = 2048  # rows whose distances give the median
-_NEAR = 1e-6  # of the largest |v|^2: smaller squared distances are taken from differences, for 10 digits
-_REACH = 64.0  # largest |v|^2 / (2 sigma^2) up to which float32 leaves exponents with errors of 1e-5
+_SAMPLED = 2048  # rows used for the median distance
+_NEAR = 1e-6  # times the largest |v|^2: smaller squared distances are computed from differences, for 10 digits
+_REACH = 64.0  # largest |v|^2 / (2 sigma^2) for float32, where its errors in exponents are about 1e-5
 
 
 def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
-    """Sums of (n, d) features; arguments as `fastcl.pair_stats`, checked."""
+    """Sums of (n, d) features; checked arguments as in `fastcl.pair_stats`."""
     fused, narrow = on_triton(x, y), multiplied_narrow(x, y)
     if kernel in INNER:
         if fused:
@@ -49,7 +49,7 @@ def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
         return PairSums.of_centred(inner, squares, margins, means)
     shift = float(math.exp(-0.5 / bandwidth**2) > 0.5)
     scales = [0.5 / (bandwidth * median_distance(v, name)) ** 2 for v, name in ((x, "x"), (y, "y"))]
-    # Squared distances come from |v_i|^2 + |v_j|^2 - 2 <v_i, v_j>: beside a far outlier float32 would lose the others.
+    # Squared distances are |v_i|^2 + |v_j|^2 - 2 <v_i, v_j>: with a far outlier float32 would lose the others.
     reach = max(scale * _largest_square(v) for v, scale in zip((x, y), scales, strict=True))
     if fused and reach < _REACH:
         from fastcl.similarity.sums import triton as gram
@@ -69,14 +69,14 @@ def median_distance(x: Tensor, name: str) -> float:
     """Median distance between two of at most 2,048 evenly spaced rows.
 
     Raises:
-        FastclError: it is 0: half of the pairs or more are of equal rows.
+        FastclError: it is 0, that is, at least half of the pairs are equal rows.
     """
     sampled = mapped(x[:: -(-len(x) // _SAMPLED)], "rbf")
     rows = sampled - (sampled[0] + (sampled - sampled[0]).mean(0))
     squares = rows.square().sum(1)
     found = torch.cat([_squared_distances(rows, squares, i) for i in range(0, len(rows), TILE)])
     square = float(found.median()) if len(found) else 0.0
-    # Products cannot tell rows from equal ones that lie much nearer to each other than to the origin.
+    # If rows are much closer to each other than to the origin, products cannot tell them from equal rows.
     near = not square > _NEAR * float(squares.amax())
     median = float(torch.pdist(sampled).median()) if near and len(found) else math.sqrt(square)
     if not median > 0:
@@ -87,7 +87,7 @@ def median_distance(x: Tensor, name: str) -> float:
 
 
 def _squared_distances(rows: Tensor, squares: Tensor, start: int) -> Tensor:
-    """Those of TILE rows to every row before them, flat: many times faster than their differences."""
+    """Squared distances of TILE rows to every earlier row, flat; many times faster than from differences."""
     block = slice(start, start + TILE)
     before = slice(0, start + len(rows[block]))
     with torch.autocast(rows.device.type, enabled=False):
@@ -96,7 +96,7 @@ def _squared_distances(rows: Tensor, squares: Tensor, start: int) -> Tensor:
 
 
 def _largest_square(x: Tensor) -> float:
-    """The largest |v|^2 of rows v of zero mean."""
+    """The largest |v|^2 of the centred rows v."""
     v = mapped(x, "rbf")
     v -= v.mean(dim=0)
     return v.square_().sum(dim=1).amax().item()
@@ -104,17 +104,17 @@ def _largest_square(x: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Rows:
-    """One model's rows of zero mean, and what tiles of them need."""
+    """One model's centred rows and what their tiles need."""
 
-    rows: Tensor  # (n, d) float64; float32 times a power of two where that is as good as the features
-    factor: float  # from products of these rows to <v_i, v_j>
+    rows: Tensor  # (n, d) float64; float32, scaled by a power of two, if that is as accurate as the features
+    factor: float  # <v_i, v_j> divided by the product of these rows
     squares: Tensor  # (n,) float64: |v_i|^2
     margins: Tensor  # (n,) float64: a_i
     mean: Tensor  # (d,) float64
 
     @classmethod
     def of(cls, rows: Tensor, narrow: bool) -> _Rows:
-        # About the first row, so that equal rows give exact zeros.
+        # Computed about the first row, so that equal rows give exact zeros.
         mean = rows[0] + (rows - rows[0]).mean(dim=0)
         rows = rows - mean
         squares, margins, factor = rows.square().sum(1), rows @ mean, 1.0
@@ -138,7 +138,7 @@ class _Rows:
 def _over_tiles(
     models: Sequence[Callable[[slice, slice], Tensor]], n: int, row_sums: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """(3,) <K, L>, <K, K>, <L, L>, and the row sums of K and L where they are wanted."""
+    """(3,) <K, L>, <K, K>, <L, L>, and the row sums of K and L if requested."""
     inner, sums = torch.zeros(3, dtype=torch.float64, device="cpu"), []
     for top in range(0, n, TILE):
         i = slice(top, min(top + TILE, n))
@@ -148,7 +148,7 @@ def _over_tiles(
             if i == j:
                 tiles = [tile.fill_diagonal_(0) for tile in tiles]
             if row_sums:
-                # Buffers of equal alignment, or equal models would differ in a last bit.
+                # Buffers need equal alignment, or equal models would differ in the last bit.
                 sums = sums or [tile.new_zeros(n) for tile in tiles]
                 for total, tile in zip(sums, tiles, strict=True):
                     total[i] += tile.sum(1)

@@ -1,4 +1,4 @@
-"""Pair statistics on Triton: features into working copies, then moments of a chunk or tiles of two Gram matrices."""
+"""Pair statistics on Triton: working copies of the features, then moments of a chunk or tiles of two Gram matrices."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fastcl.kernels.gram import tiles as tile_kernels
 from fastcl.kernels.gram.moments import moments_kernel
 from fastcl.rowstats.triton.forward import splits
 
-ALIGN = 128  # rows of a working copy for tiles, and columns of a model's share of a stack, come in blocks of this many
-_ROW_TILE = {"BLOCK_N": 8, "BLOCK_D": 128}  # of the row-wise kernels
-_SUPERTILE = 8  # blocks of columns: neighbouring programs share what they read
+ALIGN = 128  # block size of the rows of a working copy for tiles, and of a model's columns in a stack
+_ROW_TILE = {"BLOCK_N": 8, "BLOCK_D": 128}  # tile of the row-wise kernels
+_SUPERTILE = 8  # blocks of columns per group of tiles, so that neighbouring programs read the same data
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What `measure_kernel` found of (n, d) rows: their factors, |v|^2, <pilot, v>, and the scale of v."""
+    """Output of `measure_kernel` for (n, d) rows: their factors, |v|^2, <pilot, v>, and the scale of v."""
 
     x: Tensor
     pilot: Tensor  # (d,) float64
-    factors: Tensor | None  # (3, n) float64; None: rows are taken as they are
+    factors: Tensor | None  # (3, n) float64: scale, mean and inverse norm; None: rows are used unchanged
     squares: Tensor  # (n,) float64
     margins: Tensor  # (n,) float64
     scale: Tensor  # (1,) float64, power of two
@@ -49,7 +49,7 @@ class _Measured:
         return cls(x, pilot, factors, squares, margins, _scale(peaks.amax().reshape(1)))
 
     def split_into(self, z: Tensor, first: int, columns: int) -> None:
-        """Write v into columns first .. first + columns of a working copy (2, rows, width)."""
+        """Write v into columns [first, first + columns) of a working copy (2, rows, width)."""
         n, d = self.x.shape
         _, rows, width = z.shape
         grid = (triton.cdiv(rows, _ROW_TILE["BLOCK_N"]), triton.cdiv(columns, _ROW_TILE["BLOCK_D"]))
@@ -61,14 +61,14 @@ class _Measured:
 
 
 def _scale(peaks: Tensor) -> Tensor:
-    """Powers of two that bring the peaks to between 128 and 256."""
+    """Powers of two that scale the peaks to between 128 and 256."""
     exponent = torch.frexp(peaks)[1]
-    # Of integers ldexp would form 2^x in PyTorch's default dtype.
+    # With an integer exponent ldexp would compute 2^x in PyTorch's default dtype.
     return torch.ldexp(torch.ones_like(peaks), (8 - exponent).to(peaks.dtype))
 
 
 def _first_row(x: Tensor, kernel: str) -> Tensor:
-    """(d,) float64: the first row as the kernels map it, so that rows equal to it vanish to rounding."""
+    """(d,) float64: the first row as the kernels map it, so that rows equal to it vanish up to rounding."""
     found = _Measured.of(x[:1], x.new_zeros(x.shape[1], dtype=torch.float64), kernel)
     row = x[0].double()
     if found.factors is None:
@@ -94,7 +94,7 @@ class StackedMoments:
         self.kernel = kernel
         self.pilots = list(pilots)
         device = pilots[0].device
-        # Blocks of columns; the last share is E of the kernel: |v|^2 and <pilot, v> of each model, then 1.
+        # In blocks of columns. The last share is E in the kernel: |v|^2 and <pilot, v> of each model, then 1.
         shares = [triton.cdiv(width, ALIGN) for width in (*map(len, pilots), 2 * len(pilots) + 1)]
         self._firsts = [ALIGN * sum(shares[:k]) for k in range(len(shares))]
         self._shares = [ALIGN * share for share in shares]
@@ -104,7 +104,7 @@ class StackedMoments:
         tiles = [(a, b) for a in range(len(blocks)) for b in range(a, len(blocks))]
         tiles.sort(key=lambda tile: (tile[0] // _SUPERTILE, tile[1] // _SUPERTILE, *tile))
         last = len(pilots)
-        # E has no counterpart in other models, its tiles are never turned around.
+        # E has no counterpart in other models, so its tiles are never transposed.
         turned = [blocks[a][1] > blocks[b][1] and blocks[b][0] != last for a, b in tiles]
         ordered = [(b, a) if turn else (a, b) for turn, (a, b) in zip(turned, tiles, strict=True)]
         self._tiles = torch.tensor(ordered, dtype=torch.int32, device=device) * ALIGN
@@ -138,7 +138,7 @@ class StackedMoments:
         )  # fmt: skip
 
     def moments(self, i: int, j: int) -> Tensor:
-        """(d_i + 3, d_j + 3) float64: sums of [v, |v|^2, <p, v>, 1] [w, |w|^2, <q, w>, 1]', i <= j."""
+        """(d_i + 3, d_j + 3) float64 sums of [v, |v|^2, <p, v>, 1] [w, |w|^2, <q, w>, 1]', i <= j."""
         d_i, d_j = len(self.pilots[i]), len(self.pilots[j])
         extra, one = self._firsts[-1], self._firsts[-1] + 2 * len(self.pilots)
         of_i, of_j = ([extra + 2 * k, extra + 2 * k + 1, one] for k in (i, j))
@@ -154,14 +154,14 @@ class StackedMoments:
         if i != j:
             return block
         whole = block.clone()
-        for k in range(ALIGN, d_i, ALIGN):  # what lies left of the diagonal's tiles is what lies above them
+        for k in range(ALIGN, d_i, ALIGN):  # mirror the tiles above the diagonal
             whole[k : k + ALIGN, :k] = block[:k, k : k + ALIGN].mT
         return whole
 
 
 @dataclass(frozen=True)
 class _Working:
-    """Rows of zero mean in split half precision."""
+    """Centred rows in split half precision."""
 
     z: Tensor  # (2, rows, D)
     measured: _Measured
@@ -180,7 +180,7 @@ class _Working:
         return cls(z, measured)
 
     def units(self, exponent: float) -> tuple[Tensor, Tensor]:
-        """An exponent (1,) and |v|^2 (n,), float32, in units of the scale: out of range at no scale of the rows."""
+        """The exponent (1,) and |v|^2 (n,) in units of the scale, float32: in range at any scale of the rows."""
         square = self.measured.scale.square()
         return (exponent / square).float(), (self.measured.squares * square).float()
 
@@ -188,7 +188,7 @@ class _Working:
 def inner_sums(
     x: Tensor, y: Tensor, kernel: str
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """Arguments of `PairSums.of_centred`: sums over tiles, then per model |v|^2, margins and |mu|^2; float64."""
+    """Arguments of `PairSums.of_centred`, float64: sums over tiles, then per model |v|^2, margins and |mu|^2."""
     with torch.cuda.device_of(x):
         models = [_Working.of(v, kernel) for v in (x, y)]
         inner, _ = _over_tiles(models, (0.0, 0.0), False, False)
@@ -199,10 +199,10 @@ def inner_sums(
 
 
 def rbf_sums(x: Tensor, y: Tensor, exponents: Sequence[float], shift: float) -> tuple[Tensor, list[Tensor]]:
-    """<K, L>, <K, K>, <L, L> and the row sums of K and L, both less the shift (0 or 1) and without diagonals; float64.
+    """<K, L>, <K, K>, <L, L> and the row sums of K and L, both minus the shift (0 or 1), without diagonals; float64.
 
     Args:
-        exponents: per model 1 / (2 sigma^2).
+        exponents: 1 / (2 sigma^2) per model.
     """
     with torch.cuda.device_of(x):
         models = [_Working.of(v, "rbf") for v in (x, y)]
@@ -218,7 +218,7 @@ def _over_tiles(
     blocks = triton.cdiv(n, chosen.block_r)
     shared = splits(blocks, blocks)
     widths = [model.z.shape[2] for model in models]
-    # Two pieces of columns at least: of a loop that is none, the compiler pipelines the wrong one.
+    # At least two blocks of columns: if the inner loop has one iteration, the compiler pipelines the wrong loop.
     block_d = min(chosen.block_d, *(width // 2 for width in widths))
     sums = torch.zeros(blocks, shared, 3, dtype=torch.float64, device=x.z.device)
     totals = list(torch.zeros(2, n, dtype=torch.int64, device=x.z.device)) if rbf else []

@@ -1,1 +1,1 @@
-"""What training measures of its models."""
+"""Measurements of the models during and after training."""

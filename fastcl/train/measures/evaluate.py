@@ -1,4 +1,4 @@
-"""Measurement of all twins at one point of training, in one pass over each split."""
+"""Evaluates all twins at one point of training, in one pass over each split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastcl.train.models import STEP_VALUES, Twin
 
 log = logging.getLogger("fastcl")
 EVAL_BATCH = 512
-# "cka" is CKA as the code of arXiv 2510.08852 computes it; its text means that of the cosine similarities.
+# "cka" is CKA as computed by the code of arXiv 2510.08852; the paper's text defines it on cosine similarities.
 _ALIGNMENT = {
     "cka": "linear.cka",
     "cka_debiased": "linear.cka_debiased",
@@ -37,13 +37,13 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Records of one evaluation: one per pair of twins, then one per twin.
 
-    Alignment, CDNV and test accuracy are those of the encoder outputs h of ALL held-out images; the class centres of
-    the nearest-class-centre classifier are those of all training images.
+    Alignment, CDNV and test accuracy are computed on the encoder outputs h of ALL held-out images; the class centres
+    of the nearest-class-centre classifier are computed on all training images.
 
     Args:
-        epoch: completed epochs.
-        train, test: the views of all training and of all held-out images.
-        means: for each twin the epoch's mean of STEP_VALUES; empty before the first epoch (recorded as null).
+        epoch: number of completed epochs.
+        train, test: views of all training images and of all held-out images.
+        means: each twin's STEP_VALUES averaged over the epoch; empty before the first epoch (recorded as null).
     """
     accumulator = PairAccumulator([t.name for t in twins]) if len(twins) > 1 else None
     held_out = encode(twins, test, accumulator)
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def _value(measure: Callable[..., float], *arguments: Any, of: str) -> float | None:
-    """A measure, or None (null in the records) with a warning where it is undefined: a collapsed model ends no run."""
+    """A measure, or None (null in the records) with a warning if undefined: a collapsed model does not stop the run."""
     try:
         return measure(*arguments)
     except FastclError as error:
@@ -91,7 +91,7 @@ def _value(measure: Callable[..., float], *arguments: Any, of: str) -> float | N
 def encode(twins: list[Twin], views: EvalViews, accumulator: PairAccumulator | None = None) -> dict[str, Tensor]:
     """Encoder outputs (n, width) float32 of a split for every twin; each batch is rendered once.
 
-    An accumulator is fed with the same batches.
+    The accumulator, if given, is updated with the same outputs.
     """
     features: dict[str, list[Tensor]] = {t.name: [] for t in twins}
     for twin in twins:

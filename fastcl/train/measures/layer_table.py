@@ -1,4 +1,4 @@
-"""The layers of the finished models: CKA of every layer of the reference with every layer of each other model."""
+"""Layers of the finished models: CKA of every layer of the reference with every layer of each other model."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from fastcl.train.models import IDENTITY, Twin
 from fastcl.train.run_folder.records import write_atomic
 
 log = logging.getLogger("fastcl")
-LAYER_IMAGES = 1024  # held-out images at most, evenly spaced over the split
+LAYER_IMAGES = 1024  # maximum number of held-out images, evenly spaced over the split
 _BATCH = 256
 
 
 def write_layers(path: Path, twins: Sequence[Twin], views: EvalViews, layers: Sequence[str]) -> None:
     """Write layers.json: minibatch CKA (see `fastcl.layer_cka`) of the first twin's layers with those of the others.
 
-    The reseeded twin is among them, as the noise floor; the identity twin is left out, and, with a warning, a model
-    whose CKA is undefined for all layers. Nothing is written where no model is left. A layer whose CKA is undefined
-    has nulls, with a warning. The same weights give the same bytes.
+    The reseeded twin is included as the noise floor. The identity twin is left out, and so, with a warning, is a model
+    whose CKA is undefined for all layers; if no model remains, nothing is written. A layer whose CKA is undefined gets
+    nulls, with a warning. The same weights give the same bytes.
 
     Args:
-        path: of the file: {"reference", "samples", "batches", "models": {name: {"layers": rows (of the reference),
+        path: the file: {"reference", "samples", "batches", "models": {name: {"layers": rows (of the reference),
             "other_layers": columns, "cka": rows of numbers}}}.
-        views: of the held-out split.
-        layers: patterns as `layer_cka` takes them, of the names in a twin's network; empty: `encoder_layers`.
+        views: views of the held-out split.
+        layers: patterns for layer names in a twin's network, as for `layer_cka`; empty: `encoder_layers`.
     """
     reference, *others = (twin for twin in twins if twin.name != IDENTITY)
     patterns = layers or encoder_layers(reference.network.encoder)
@@ -63,13 +63,13 @@ def write_layers(path: Path, twins: Sequence[Twin], views: EvalViews, layers: Se
 
 
 def check_layers(twin: Twin, layers: Sequence[str]) -> None:
-    """Refuse patterns that match nothing before a run starts. Raises FastclError."""
+    """Refuse patterns that match no layer, before a run starts. Raises FastclError."""
     if layers:
         match_layers(twin.network, layers, "train.layers")
 
 
 def encoder_layers(encoder: nn.Module, prefix: str = "encoder") -> list[str]:
-    """Names of an encoder's stages: its children, those of a Sequential in its place, less what passes data through."""
+    """Names of an encoder's stages: its children, with each Sequential expanded, without Identity and Dropout."""
     names = []
     for name, child in encoder.named_children():
         if isinstance(child, nn.Sequential) and len(child):
@@ -81,7 +81,7 @@ def encoder_layers(encoder: nn.Module, prefix: str = "encoder") -> list[str]:
 
 @dataclass(frozen=True)
 class _Images:
-    """Some images of a split in batches of nearly equal size; rendered anew each time, so few are in memory."""
+    """A sample of a split in batches of nearly equal size; rendered anew for each pass to save memory."""
 
     views: EvalViews
 

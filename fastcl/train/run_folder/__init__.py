@@ -1,1 +1,1 @@
-"""The folder of a run: who may write it, what it holds, and how a run goes on from it."""
+"""The folder of a run: which process may write it, what it holds, and how a run resumes from it."""

@@ -1,6 +1,6 @@
-"""Curves for TensorBoard, written by the run itself.
+"""Writes curves for TensorBoard, in the foreground.
 
-TensorBoard's own writer writes in a background thread: on a full disk its traceback appears at some later step.
+TensorBoard's own writer uses a background thread, so that on a full disk its traceback appears at some later step.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _WAIT = 30.0  # seconds between writes within an epoch
 
 
 class Board:
-    """An event file of its own for each start of a run.
+    """Writes one event file per start of a run.
 
     Args:
-        folder: of the event files; made if absent.
-        step: steps made so far; what earlier files hold from there on does not count.
+        folder: folder of the event files, created if absent.
+        step: steps completed so far; TensorBoard ignores points of earlier files from this step on.
 
     Raises:
         FastclError: from every method: the file cannot be written.
@@ -54,7 +54,7 @@ class Board:
             if kind is None:
                 self.flush()
         finally:
-            with suppress(OSError):  # nothing is left to write, or what could not be written was reported
+            with suppress(OSError):  # everything is written, or the failure has been reported
                 self._file.close()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
@@ -65,7 +65,7 @@ class Board:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been added."""
+        """Write all points added so far."""
         waiting, self._waiting = self._waiting, []
         with writing(self.folder):
             for event in waiting:

@@ -1,4 +1,4 @@
-"""Checkpoints: files whose names carry the digest of their bytes, and what a run goes on from."""
+"""Checkpoints, from which a run resumes: files whose names contain the digest of their bytes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fastcl.train.models import Twin
 from fastcl.train.run_folder.records import JsonLines, write_atomic
 
 log = logging.getLogger("fastcl")
-_KEPT = 2  # the latest, and one to fall back on
-_FREE = ("lr", "params")  # of an optimiser's groups: what differs from step to step
+_KEPT = 2  # the latest and a fallback
+_FREE = ("lr", "params")  # keys of an optimiser's groups that change from step to step
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Checkpoint:
     """A run after some epochs.
 
     Attributes:
-        path: of the file.
+        path: the file.
         epoch: completed epochs.
-        run: what tells this run from others (see `identity`); None in files of earlier versions.
-        lengths: bytes that each of RECORDS had.
-        digests: of those bytes, SHA-256; None in files of earlier versions.
+        run: the settings that identify the run (see `identity`); None in files of earlier versions.
+        lengths: length of each of RECORDS in bytes.
+        digests: SHA-256 of those bytes; None in files of earlier versions.
         twins: {name: {"network", "optimizer"}}, state dicts.
     """
 
@@ -46,7 +46,7 @@ class Checkpoint:
     twins: dict[str, Any]
 
     def restore(self, twins: Sequence[Twin]) -> None:
-        """Put the state into a run's models. Raises FastclError where it is not theirs."""
+        """Load the state into a run's models. Raises FastclError if it does not belong to them."""
         names = [twin.name for twin in twins]
         if sorted(self.twins) != sorted(names):
             raise self.foreign(f"its models are {brief(sorted(self.twins))}, the run's {names}")
@@ -58,7 +58,7 @@ class Checkpoint:
                 groups = [dict(group) for group in twin.optimizer.param_groups]
                 twin.network.load_state_dict(state["network"])
                 twin.optimizer.load_state_dict(state["optimizer"])
-            except Exception as error:  # whatever torch makes of it
+            except Exception as error:  # torch may raise anything
                 raise self.foreign(f"model {twin.name!r}: {brief(str(error))}") from error
             for group, before in zip(twin.optimizer.param_groups, groups, strict=True):
                 changed = [k for k in before if k not in _FREE and group.get(k, before[k]) != before[k]]
@@ -67,7 +67,7 @@ class Checkpoint:
                     raise self.foreign(f"model {twin.name!r}: its optimiser differs in {', '.join(changed[:3])}")
 
     def foreign(self, why: str) -> FastclError:
-        """The error that a file is whole, but not of this run."""
+        """The error for an intact file that does not belong to this run."""
         return FastclError(
             f"checkpoint {shown(self.path)} is not one of this run ({why}); remove it to go on from an earlier one, "
             "or choose another --out"
@@ -77,7 +77,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, epoch: int, run: dict[str, Any], records: dict[str, JsonLines], twins: Sequence[Twin]
 ) -> None:
-    """Write `epoch_NNNNNN-DIGEST.pt`, whose name carries the SHA-256 of its bytes, and drop all but the last two."""
+    """Write `epoch_NNNNNN-DIGEST.pt`, named after the (shortened) SHA-256 of its bytes; keep only the last two."""
     lengths = {name: lines.length() for name, lines in records.items()}
     buffer = io.BytesIO()
     torch.save({
@@ -100,15 +100,15 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 def last_epoch(folder: Path) -> int:
-    """Completed epochs by the names of the checkpoints; 0 where there is none."""
+    """Completed epochs according to the checkpoints' names; 0 if there is none."""
     return max((_epoch(path) for path in _found(folder)), default=0)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The latest whole checkpoint; None where there is none.
+    """The latest intact checkpoint, or None if there is no checkpoint.
 
     Raises:
-        FastclError: every checkpoint there is damaged, or the latest whole one holds something else.
+        FastclError: every checkpoint is damaged, or the latest intact one has unexpected content.
     """
     paths = _found(folder)
     for path in paths:
@@ -130,7 +130,7 @@ def _parsed(path: Path, payload: bytes) -> Checkpoint:
     nothing = Checkpoint(path, 0, None, {}, None, {})
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of another program, of which torch may say anything
+    except Exception as error:  # torch may raise anything for a foreign file
         raise nothing.foreign(f"torch cannot read it: {brief(str(error))}") from error
     if not isinstance(state, dict):
         raise nothing.foreign(f"it holds a {type(state).__name__}")
@@ -152,7 +152,7 @@ def _parsed(path: Path, payload: bytes) -> Checkpoint:
 
 
 def _found(folder: Path) -> list[Path]:
-    """The latest first."""
+    """The checkpoint files, latest first."""
     return sorted(folder.glob("epoch_*.pt"), key=lambda path: (_epoch(path), path.name), reverse=True)
 
 
@@ -170,7 +170,7 @@ def _whole(value: Any) -> bool:
 
 
 def _unfit(state: Any, twin: Twin, epoch: int) -> str:
-    """What torch would load without a word though the twin, which has its initial weights, cannot have left it."""
+    """Why a state that torch would load silently cannot come from this twin (at its initial weights); else empty."""
     network, optimizer = ((state.get(key) if isinstance(state, dict) else None) for key in ("network", "optimizer"))
     if not isinstance(network, dict) or not isinstance(optimizer, dict):
         return "it holds no weights or no optimiser"
@@ -189,7 +189,7 @@ def _unfit(state: Any, twin: Twin, epoch: int) -> str:
     numbers = [number for group in groups for number in group.get("params", ())]
     names = {parameter: name for name, parameter in twin.network.named_parameters()}
     ours = [(names[p], _kept_by(group)) for group in twin.optimizer.param_groups for p in group["params"]]
-    for number, (name, wanted) in zip(numbers, ours, strict=False):  # of other lengths: torch says so
+    for number, (name, wanted) in zip(numbers, ours, strict=False):  # torch checks the lengths
         held = {key: value for key, value in kept.get(number, {}).items() if isinstance(value, torch.Tensor)}
         moved = epoch > 0 and isinstance(network.get(name), torch.Tensor) and not _equal(network[name], initial[name])
         if (moved or held) and (gone := sorted(wanted - held.keys())):
@@ -202,7 +202,7 @@ def _unfit(state: Any, twin: Twin, epoch: int) -> str:
 
 
 def _kept_by(group: dict[str, Any]) -> set[str]:
-    """What one of our optimisers holds of a parameter that it has stepped."""
+    """Names of the state that one of our optimisers keeps for a parameter after a step."""
     if "betas" in group:
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"momentum_buffer"} if group["momentum"] else set()
@@ -213,6 +213,6 @@ def _equal(value: torch.Tensor, initial: torch.Tensor) -> bool:
 
 
 def _misshapen(state: dict[str, Any], parameter: torch.Tensor) -> list[str]:
-    """Names of an optimiser's tensors that do not fit their parameter."""
+    """Names of a parameter's optimiser tensors that do not have its shape."""
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return [name for name, value in tensors.items() if value.shape not in ((), parameter.shape)]

@@ -1,4 +1,4 @@
-"""Which run a folder holds, and how far it came: run.json, the checkpoints, and what trained epochs leave behind."""
+"""Which run a folder holds and how far it got: run.json, the checkpoints, and the other outputs of trained epochs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fastcl.train.run_folder.checkpoints import drop_checkpoints, last_epoch, lo
 from fastcl.train.run_folder.records import JsonLines, remove_leftovers, write_atomic
 
 log = logging.getLogger("fastcl")
-# What changes no number of a run (the images that max_pixels leaves out are in `skipped`); and the renderer asked for,
-# since the one that ran is compared.
+# Settings of data that do not change results (images excluded by max_pixels are listed in `skipped`). The requested
+# renderer is ignored, since the one that was used is compared.
 _FREE = ("workers", "renderer", "max_pixels")
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """A config as it is read back from run.json: tuples as lists, names that are not UTF-8 escaped."""
+    """A config as read back from run.json: tuples become lists, names that are not UTF-8 are escaped."""
     return escaped(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def escaped(tree: Any) -> Any:
-    """A tree of JSON values whose strings any program can read: half a surrogate pair, as Python holds a byte of a
-    name that is not UTF-8, would be none."""
+    """Escape the strings of a tree of JSON values so that any program can read them: Python represents bytes of a name
+    that are not UTF-8 as lone surrogates, which other programs reject."""
     if isinstance(tree, dict):
         return {escaped(key): escaped(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -42,12 +42,12 @@ def escaped(tree: Any) -> Any:
 
 
 def identity(run: dict[str, Any]) -> dict[str, Any]:
-    """What of a run.json tells one run from another: all that changes a number."""
+    """The part of a run.json that identifies the run: its config (without _FREE), data and renderer."""
     return {"config": _fixed(run.get("config")), **{key: escaped(run.get(key)) for key in ("data", "renderer")}}
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """The run.json of a folder; None where there is none. Raises FastclError if it cannot be read."""
+    """The run.json of a folder, or None if there is none. Raises FastclError if it cannot be read."""
     path = out / "run.json"
     try:
         text = path.read_bytes()
@@ -62,19 +62,20 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 
 def same_data(run: dict[str, Any], config: Config) -> bool:
-    """Whether a run read the images that a config asks for, split by the same seed."""
+    """Whether a run used the same data settings and seed as a config."""
     theirs, mine = _fixed(run.get("config")), _fixed(settings(config))
     return theirs["data"] == mine["data"] and run.get("seed") == config.train.seed
 
 
 def claim_folder(out: Path, mine: dict[str, Any]) -> None:
-    """Write run.json, or make sure that the folder holds this very run; for who holds the folder's lock.
+    """Write run.json, or verify that the folder holds this run. The caller must hold the folder's lock.
 
-    Another run that has not finished an epoch, for example since an image could not be decoded, gives way. One that has
-    is never touched, whichever of its files are missing.
+    Another run without a finished epoch, for example because an image could not be decoded, is replaced. One with
+    finished epochs is never touched, even if some of its files are missing.
 
     Raises:
-        FastclError: it holds another run (names what differs), or trained epochs of a run that nothing there describes.
+        FastclError: the folder holds another run (the message says what differs), or trained epochs of a run that
+            neither run.json nor a checkpoint describes.
     """
     theirs, found = read_run(out), traces(out)
     there = identity(theirs) if theirs is not None else None
@@ -96,7 +97,7 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
         remove_leftovers(out)
     if theirs is None or difference:
         if not found:
-            drop_checkpoints(out / "checkpoints")  # of the initial weights, at most
+            drop_checkpoints(out / "checkpoints")  # at most those of the initial weights
         write_atomic(out / "run.json", (json.dumps(mine, indent=1) + "\n").encode())
         if difference:
             log.warning(
@@ -107,7 +108,7 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
 
 
 def warn_if_elsewhere(out: Path, mine: dict[str, Any]) -> None:
-    """Warn where a claimed folder's run was begun with other versions or on another device."""
+    """Warn if a claimed folder's run was started with other versions or on another device."""
     there, here = ({key: run.get(key) for key in ("versions", "device")} for run in (read_run(out) or mine, mine))
     if there != here:
         log.warning("continuing a run made elsewhere: %s; the rest will not be bit-identical to it",
@@ -115,9 +116,9 @@ def warn_if_elsewhere(out: Path, mine: dict[str, Any]) -> None:
 
 
 def traces(out: Path) -> str:
-    """What of trained epochs is in a folder, in words; "" where there is none.
+    """Describes the outputs of trained epochs in a folder; "" if there are none.
 
-    The evaluation before the first epoch does not count: the same command makes it again.
+    The evaluation before the first epoch does not count: the same command repeats it.
     """
     found = []
     if (epoch := last_epoch(out / "checkpoints")) > 0:
@@ -132,9 +133,9 @@ def traces(out: Path) -> str:
 
 
 def lacks(out: Path, epochs: int, models: Sequence[str]) -> list[str]:
-    """What a folder lacks of a finished run, in words: the last evaluation, final weights and features of all models.
+    """Describes what a finished run would have and a folder lacks: last evaluation, final weights and features.
 
-    Files are opened, since one that is empty or cut short is no result.
+    Files are opened, since an empty or truncated file is not a result.
     """
     found = []
     for folder in ("weights", "features"):
@@ -159,10 +160,10 @@ def _unreadable(path: Path) -> str:
 
 
 def _untrained(path: Path) -> bool:
-    """Whether records are of epoch 0 alone; a last line without its end was cut by whoever stopped the writer."""
+    """Whether all records are of epoch 0. Ignores an incomplete last line, left by an interrupted write."""
     try:
         return all(row.get("epoch") == 0 for row in _rows(path))
-    except FastclError:  # somebody else's file
+    except FastclError:  # not a file of a run
         return False
 
 
@@ -180,7 +181,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _fixed(config: Any) -> dict[str, dict[str, Any]]:
-    """A config without what is free. A key that an earlier version did not know has its default."""
+    """A config without the _FREE keys. Keys that an earlier version did not have get their defaults."""
     found = {}
     for name, defaults in settings(Config()).items():
         table = config.get(name) if isinstance(config, dict) else None
@@ -190,7 +191,7 @@ def _fixed(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def differences(theirs: Any, mine: Any, prefix: str = "") -> str:
-    """Keys whose values differ, with both values; "" where none does."""
+    """The keys whose values differ, with both values; "" if none do."""
     if theirs == mine:
         return ""
     if not isinstance(theirs, dict) or not isinstance(mine, dict):

@@ -1,6 +1,6 @@
-"""What a run writes: atomic files, and append-only records with a known length and digest; and who may write them.
+"""The files of a run: atomic writes, append-only records with a known length and digest, and the folder's lock.
 
-Nothing is written through a link: whoever prepared a folder, a run changes no file outside of it.
+Nothing is written through a link, so a run changes no file outside its folder, whoever prepared the folder.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fastcl.io import files, outputs
 from fastcl.io.run_names import FILES, FOLDERS, REPORT
 
 _CHUNK = 1 << 20
-# What killed writes leave, of this version and of earlier ones; in the folder itself, a report, which needs no lock,
-# may be on its way under a name of this version.
+# Temporary files left by killed writes of this and earlier versions. In the folder itself only old names are listed: a
+# report, which is written without the lock, may be in progress under a name of this version.
 _LEFTOVERS = {
     ".": ("run.json.tmp", "layers.json.tmp"),
     "checkpoints": (".fastcl-*.part", "epoch_*.pt.tmp"),
@@ -50,7 +50,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
-    """Write a file of a run that is either whole or absent, also after a crash. Raises FastclError as `writing`."""
+    """Write a file of a run that is complete or absent, even after a crash. Raises FastclError as `writing` does."""
     try:
         files.write_atomic(path, payload)
     except FastclError as error:
@@ -59,19 +59,19 @@ def write_atomic(path: Path, payload: bytes) -> None:
 
 
 def check_run_folder(out: Path, inputs: Iterable[Path] = (), images: Iterable[Path] = ()) -> None:
-    """Refuse a folder that a run could not write, or in which it would write over something that is not its own.
+    """Refuse a folder that a run could not write, or in which it would overwrite something that is not its own.
 
-    Asked before the work; nothing is made.
+    Called before any work; creates nothing.
 
     Args:
         out: the folder of the run, which need not exist.
-        inputs: what the run reads, such as its config file and its data.
-        images: folders that are read whole, in which nothing may be written.
+        inputs: files and folders that the run reads, such as its config file and its data.
+        images: folders in which every file is read, so nothing may be written there.
 
     Raises:
-        FastclError: no folder, or none that can be made or written; a file of a run in it is a link, is known by
-            another name too, or is no file; one of the inputs is the folder itself or what the run writes there; it
-            lies among the images.
+        FastclError: out is not a folder or cannot be created or written; something that the run writes there is a
+            link or of the wrong kind, or its records have a second hard link; one of the inputs is the folder itself or
+            something that the run writes there; or out lies inside an image folder.
     """
     outputs.check_folder(out, "--out", inputs)
     for folder in images:
@@ -105,13 +105,13 @@ def check_run_folder(out: Path, inputs: Iterable[Path] = (), images: Iterable[Pa
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a run's folder to one process; the lock ends with the process, however it ends, and never passes to a child.
+    """Lock a run's folder for one process. The lock ends with the process in any case, and children do not inherit it.
 
     Raises:
-        FastclError: another process holds it, or it cannot be had.
+        FastclError: another process holds the lock, or it cannot be acquired.
     """
     path = folder / ".lock"
-    # Where a file system has no locks that is an error: a mere file would outlive a killed run.
+    # A file system without locks is an error: the fallback, a plain file, would outlive a killed run.
     lock = FileLock(path, blocking=False, fallback_to_soft=False)
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writes that were killed left in the folder of a run; for who holds its lock."""
+    """Remove temporary files that killed writes left in a run's folder. The caller must hold its lock."""
     for name, patterns in _LEFTOVERS.items():
         for path in (path for pattern in patterns for path in (folder / name).glob(pattern)):
             with suppress(OSError):
@@ -134,7 +134,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _open_own(path: Path, flags: int) -> int:
-    """A descriptor of a regular file; a link is not followed, a pipe not waited for. Raises OSError."""
+    """A descriptor of a regular file; does not follow a link or wait for a pipe. Raises OSError."""
     number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -143,11 +143,11 @@ def _open_own(path: Path, flags: int) -> int:
 
 
 class JsonLines:
-    """One JSON object a line, appended; can be cut back to where a checkpoint left it."""
+    """An append-only file with one JSON object per line, which can be truncated to its length at a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._hash, self._hashed = hashlib.sha256(), 0  # of so many first bytes
+        self._hash, self._hashed = hashlib.sha256(), 0  # hash and count of the first bytes
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records and sync them to disk; NaN is refused, since it is not JSON."""
@@ -158,14 +158,14 @@ class JsonLines:
             os.fsync(file.fileno())
 
     def length(self) -> int:
-        """Bytes so far."""
+        """Current length in bytes."""
         try:
             return self.path.stat().st_size
         except FileNotFoundError:
             return 0
 
     def digest(self, length: int) -> str:
-        """SHA-256, in hexadecimal digits, of the first so many bytes. Each byte is read once, if lengths only grow."""
+        """SHA-256 of the first `length` bytes, hexadecimal. Each byte is read only once if lengths only grow."""
         if length < self._hashed:
             self._hash, self._hashed = hashlib.sha256(), 0
         if length > self._hashed:
@@ -177,7 +177,7 @@ class JsonLines:
         return self._hash.hexdigest()
 
     def tail(self, length: int) -> bytes:
-        """What follows so many bytes."""
+        """The bytes after the first `length` bytes."""
         if self.length() <= length:
             return b""
         with writing(self.path), open(self.path, "rb") as file:
@@ -185,7 +185,7 @@ class JsonLines:
             return file.read()
 
     def cut(self, length: int) -> None:
-        """Drop what was written after a checkpoint."""
+        """Truncate to `length` bytes, dropping what was written after a checkpoint."""
         if self.length() > length:
             with writing(self.path):
                 number = _open_own(self.path, os.O_WRONLY)

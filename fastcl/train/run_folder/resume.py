@@ -1,4 +1,4 @@
-"""Going on from where a folder stands, and the refusals of what would lose or misdescribe finished work."""
+"""Resumes a run from its folder, and refuses to if finished work would be lost or misdescribed."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from fastcl.train.run_folder.records import JsonLines, write_atomic
 
 log = logging.getLogger("fastcl")
 NOT_BEGUN = -1
-_FREE = "timing"  # no number depends on these records, which may be gone
+_FREE = "timing"  # no result depends on these records, so they may be missing
 
 
 def resume(
     out: Path, run: dict[str, Any], epochs: int, every: int, records: dict[str, JsonLines], twins: Sequence[Twin]
 ) -> int | None:
-    """Bring models and records to where the last checkpoint left them; what was trained since is made again.
+    """Restore models and records to the last checkpoint; later training is repeated.
 
     Args:
-        out: the run's folder, whose lock is held.
-        run: what tells this run from others (see `identity`).
-        epochs: planned.
+        out: the run's folder, whose lock the caller holds.
+        run: the settings that identify the run (see `identity`).
+        epochs: planned epochs.
         every: epochs between checkpoints.
-        records: those of RECORDS.
+        records: one for each of RECORDS.
         twins: the models, with their initial weights.
 
     Returns:
-        Completed epochs; NOT_BEGUN where not even the initial weights were measured; None where the run is finished
-        and its last checkpoint is gone.
+        Completed epochs; NOT_BEGUN if there is no checkpoint, not even of the initial weights; None if the run is
+        finished but its last checkpoint is missing.
 
     Raises:
-        FastclError: trained epochs without a checkpoint, a checkpoint of another run, records that were changed or cut
-            since. Nothing is lost.
+        FastclError: trained epochs without a checkpoint, a checkpoint of another run, or records that were changed or
+            truncated since. Nothing is deleted then.
     """
     checkpoint = load_checkpoint(out / "checkpoints")
     missing: list[str] = []
@@ -74,7 +74,7 @@ def resume(
 
 
 def _keep_finished(out: Path, checkpoint: Checkpoint, upcoming: int, records: dict[str, JsonLines]) -> None:
-    """Copy records beyond a checkpoint aside, unless they are what a run leaves that is killed before its next one."""
+    """Save copies of records beyond a checkpoint, unless a run killed before its next checkpoint can have left them."""
     tails = {name: lines.tail(checkpoint.lengths[name]) for name, lines in records.items()}
     finished = any((out / name).exists() for name in ("weights", "features", "layers.json"))
     if not any(tails.values()) or not finished and all(
@@ -90,7 +90,7 @@ def _keep_finished(out: Path, checkpoint: Checkpoint, upcoming: int, records: di
 
 
 def _is_begun(name: str, tail: bytes, epoch: int, upcoming: int) -> bool:
-    """Whether lines are of the epochs between two checkpoints; the last one may be cut."""
+    """Whether all lines are of the epochs between two checkpoints; an incomplete last line is ignored."""
     offset = name in ("steps", "pairs")  # these count epochs from 0
     try:
         rows = [json.loads(line) for line in tail.split(b"\n")[:-1]]

@@ -1,1 +1,1 @@
-"""Images in folders and in zips of them."""
+"""Images in folders, and in zips of folders."""

@@ -1,4 +1,4 @@
-"""Image files in a zip, none of them unpacked further than it says, nor further than it is read."""
+"""Image files in a zip, unpacked only as far as they are read, and not beyond the size that the zip states."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_AT_ONCE = 1 << 16  # packed bytes
-_UNPACKED = 1 << 20  # bytes that one call of the decompressor may give
+_AT_ONCE = 1 << 16  # packed bytes per read
+_UNPACKED = 1 << 20  # maximum bytes from one call of the decompressor
 _DOUBLE, _LINKED = "earlier versions of an entry", "links and special files"
 
 
 class Zip:
-    """Image files in a zip. Every read opens the archive anew at the entry's offset, so that no file position is
-    shared between threads or forked workers, and the directory is parsed once however many of them read.
+    """Image files in a zip. Every read reopens the archive at the entry's offset, so that threads and forked workers
+    share no file position. The zip's directory is parsed only once.
 
-    Backslashes separate folders, as some programs for Windows write them, and `./` at a name's beginning says nothing.
-    Of entries of one name the last counts, as for every program that unpacks. What is not taken is counted in
+    Backslashes count as separators, since some Windows programs write them, and `.` parts of a path are ignored. Of
+    several entries with the same name the last one is used, as by unzip programs. Everything else is counted in
     `left_out`.
 
     Args:
         path: the zip.
-        max_pixels: of an image: bounds what an entry may unpack to.
+        max_pixels: limit per image; bounds the unpacked size of an entry.
 
     Raises:
-        FastclError: no zip, an entry that is neither stored nor deflated, encrypted, outside the archive's root, too
-            large for an image, or that shares bytes with another one.
+        FastclError: not a zip, or an entry that is neither stored nor deflated, is encrypted, lies outside the
+            archive's root, is too large for an image, or shares bytes with another entry.
     """
 
     def __init__(self, path: Path, max_pixels: int) -> None:
@@ -82,11 +82,11 @@ class Zip:
         self._deflated = np.array([info.compress_type == zipfile.ZIP_DEFLATED for info in chosen], bool)
 
     def label(self, i: int) -> str:
-        """What an error message calls image i."""
+        """Name of image i in error messages."""
         return shown(f"{self.path}!{self.names[i]}")
 
     def open(self, i: int) -> BinaryIO:
-        """Image i as a file that is unpacked as far as it is read."""
+        """Image i as a file, unpacked only as far as it is read."""
         file = open(self.path, "rb")
         try:
             file.seek(int(self._offset[i]))
@@ -102,7 +102,7 @@ class Zip:
         return io.BufferedReader(_Entry(file, *facts))
 
     def whole(self, i: int) -> BinaryIO:
-        """Image i, unpacked and checked to its last byte."""
+        """Image i as a file, fully unpacked and checked against its checksum."""
         return io.BytesIO(self.data(i))
 
     def data(self, i: int) -> bytes:
@@ -112,7 +112,7 @@ class Zip:
 
 
 class _Entry(io.RawIOBase):
-    """An entry as a file. Its checksum can be known, and is compared, once all of it has been read."""
+    """An entry as a file. The checksum is verified once the whole entry has been read."""
 
     def __init__(self, file: BinaryIO, packed: int, size: int, crc: int, deflated: bool) -> None:
         self._file, self._left, self._size, self._crc = file, packed, size, crc
@@ -148,7 +148,7 @@ class _Entry(io.RawIOBase):
         return data
 
     def _fill(self, end: int) -> None:
-        """Unpack up to a position; to the last byte where that is the end."""
+        """Unpack up to a position; at the end, unpack everything that is left (which verifies the checksum)."""
         while not self._done and (len(self._data) < end or end >= self._size):
             self._more()
             if len(self._data) > self._size:
@@ -173,7 +173,7 @@ class _Entry(io.RawIOBase):
 
 
 def _plain(name: str) -> str:
-    """An entry's path with forward slashes. Raises FastclError where it leads out of the archive."""
+    """An entry's path with forward slashes. Raises FastclError if it leads outside the archive's root."""
     parts = [part for part in name.replace("\\", "/").split("/") if part != "."]
     if name[:1] in ("/", "\\") or ".." in parts or (len(parts) > 1 and parts[0][1:] == ":"):
         raise FastclError(f"zip entry {name!r} lies outside the archive's root: pack the folder anew")
@@ -193,7 +193,7 @@ def _check(label: str, info: zipfile.ZipInfo, most: int) -> None:
 
 
 def _check_apart(path: Path, infos: list[zipfile.ZipInfo]) -> None:
-    """Refuse entries that share packed bytes: so a small file is made to unpack to a vast amount."""
+    """Refuse entries that share packed bytes, the trick of zip bombs."""
     infos = sorted(infos, key=lambda info: info.header_offset)
     for a, b in zip(infos, infos[1:], strict=False):
         if a.header_offset + _LOCAL_HEADER.size + a.compress_size > b.header_offset:

@@ -13,21 +13,21 @@ from fastcl.errors import FastclError, shown
 
 _TWICE = "links to files or folders that are taken already"
 _SPECIAL = "special files (pipes, sockets, devices)"
-_Key = tuple[int, int]  # of a file or folder: its device and its number there
+_Key = tuple[int, int]  # identifies a file or folder: device and inode number
 
 
 class Tree:
-    """Image files under a folder. Holds paths only, so threads, forked workers and pickles share nothing.
+    """Image files under a folder. Holds paths only, so threads, forked workers and pickled copies share no open file.
 
-    Links are followed, but no file is taken twice: real folders and files go before links to them, and a link before
-    those that sort after it. What is not taken is counted in `left_out`.
+    Symbolic links are followed, but no file is used twice: a real folder or file has priority over links to it, and
+    of several links the first in sorted order is used. Everything else is counted in `left_out`.
 
     Args:
         root: the folder.
-        max_pixels: of an image.
+        max_pixels: limit per image.
 
     Raises:
-        FastclError: a folder that cannot be listed, or whose images cannot be decoded here.
+        FastclError: a folder that cannot be listed, or none of whose images can be decoded here.
     """
 
     def __init__(self, root: Path, max_pixels: int) -> None:
@@ -46,12 +46,12 @@ class Tree:
         self.left_out.add_lost(walk.folders, self.names)
 
     def label(self, i: int) -> str:
-        """What an error message calls image i."""
+        """Name of image i in error messages."""
         return shown(self.root / self.names[i])
 
     def open(self, i: int) -> BinaryIO:
         """Image i as a file."""
-        # Without waiting: what was a file when the folder was listed could be a pipe by now.
+        # Non-blocking: since the listing, the file may have been replaced by a pipe.
         number = os.open(self.root / self.names[i], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(number).st_mode):
             os.close(number)
@@ -59,11 +59,11 @@ class Tree:
         return open(number, "rb")
 
     def whole(self, i: int) -> BinaryIO:
-        """Image i as a file; as for zips, but a decoder reads only what it wants."""
+        """Image i as a file. The counterpart of `Zip.whole`; here the decoder reads only what it needs."""
         return self.open(i)
 
     def data(self, i: int) -> bytes:
-        """Image i's bytes. Raises FastclError for more of them than an image can have."""
+        """Image i's bytes. Raises FastclError if there are more than an image can have."""
         with self.open(i) as file:
             size = os.fstat(file.fileno()).st_size
             if size > self._max_bytes:
@@ -76,8 +76,8 @@ class _Walk:
 
     Attributes:
         files: real files.
-        folders: real ones, and links to folders that no other path leads to.
-        links: links to files; a link that leads nowhere has no key: who reads it will hear of it.
+        folders: real folders, and links to folders that no earlier path leads to.
+        links: links to files; a broken link has no key (reading it raises).
     """
 
     def __init__(self, root: str, left_out: LeftOut) -> None:

@@ -1,4 +1,4 @@
-"""Image trees and zips of them: classes are folders, images stay encoded until they are asked for."""
+"""Image trees and zips of them: classes are folders, and images are decoded on access."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 
 
 def read_folder(path: Path, max_pixels: int) -> Source:
-    """An image tree, or a zip of one. RGB; a class is the image's folder, by its whole path below the root.
+    """An image tree, or a zip of one. RGB; an image's class is the full path of its folder below the root.
 
-    Where all top-level folders are split names (train or training; test or testing; val, valid, validation, dev, eval
-    or evaluation; unlabeled, unlabelled or unsupervised; in any case), they are the official splits, possibly below one
-    wrapping folder: the test images are `test` where there is one, else the validation images, else none. Unlabeled
-    images are left out, and with a test split the validation images.
-    Sample ids count all images, those of a left-out split too, in the order of their sorted paths. Hidden files and
-    folders and macOS's resource forks are passed over, and so is everything that this Pillow does not decode. What is
-    left out is counted (`Source.left_out`), and folders without any image that is taken are all named.
+    If all top-level folders are split names (train or training; test or testing; val, valid, validation, dev, eval or
+    evaluation; unlabeled, unlabelled or unsupervised; upper or lower case), they are the official splits. They may lie
+    below a single wrapping folder. The test images are those of `test`, otherwise the validation images. Unlabeled
+    images are left out, and so are validation images if there is a test split.
+    Sample ids count all images in the order of their sorted paths, including those of left-out splits. Hidden files and
+    folders, macOS's resource forks and everything that this Pillow cannot decode are left out. What is left out is
+    counted (`Source.left_out`), and every folder without a usable image is named.
 
-    Folders that look like splits in another layout are refused, not taken for classes. A name looks like a split that
-    is one of the words above, alone or followed by `-`, `_`, `.` or a digit (train_images, test-a, val2017); so
-    `trainer`, `valley` and `train station` do not. Refused are, at the top or below one wrapping folder:
-        - two or more folders that all look like splits, but are not the layout above (no train, or train1, train2);
-        - folders of two kinds (train and test, say) beside others, where a name is more than the word alone or both
-          hold class folders; a folder of one kind that holds class folders of the names beside it; unlabeled
-          beside classes;
-        - folders that hold train and test or validation folders themselves (images/train, images/test, labels/train).
-    What is left are classes: `bus`, `train` and `test` with images directly in them.
+    Folders that look like splits in another layout are refused rather than treated as classes. A name looks like a
+    split if it is one of the words above, alone or followed by `-`, `_`, `.` or a digit (train_images, test-a,
+    val2017); `trainer`, `valley` and `train station` do not. Refused are, at the top or below one wrapping folder:
+        - two or more folders that all look like splits, but not in the layout above (no train, or train1, train2);
+        - folders of two kinds (train and test, say) next to other folders, if one of the names is more than the word
+          alone or both hold class folders; a folder of one kind that holds class folders named like those next to it;
+          unlabeled next to classes;
+        - folders that themselves hold train and test or validation folders (images/train, images/test, labels/train).
+    Everything else is a class, such as `bus`, `train` and `test` with images directly in them.
 
     Raises:
-        FastclError: no folder or zip, no images, an image in no class folder, a class whose images cannot be decoded
+        FastclError: not a folder or zip, no images, an image in no class folder, a class whose images cannot be decoded
             here, splits in another layout, or a training and a test split without a common class.
     """
     mode = mode_of(path, "folder or zip")
@@ -87,8 +87,8 @@ def _open_files(store: Tree | Zip, max_pixels: int, ids: np.ndarray) -> Opened:
 
 
 def _header(store: Tree | Zip, max_pixels: int, i: int) -> tuple[tuple[int, int], bool]:
-    """(height, width), and whether it is a grey or RGB JPEG; (0, 0) for a file whose header cannot be read, or has more
-    pixels than allowed: reading the image will say so."""
+    """(height, width), and whether it is a grey or RGB JPEG. The size is (0, 0) if the header cannot be read or states
+    more pixels than allowed; reading the image then raises the error."""
     try:
         with naming(store.label(i)), store.open(i) as file, open_image(file) as picture:
             check_pixels(picture, max_pixels)
@@ -100,7 +100,7 @@ def _header(store: Tree | Zip, max_pixels: int, i: int) -> tuple[tuple[int, int]
 def _file_pixels(store: Tree | Zip, max_pixels: int, ids: np.ndarray, sizes: np.ndarray, i: int) -> np.ndarray:
     image = int(ids[i])
     with naming(store.label(image)):
-        if not sizes[i].all():  # what is wrong with its header is said before the rest is unpacked
+        if not sizes[i].all():  # raise the header's error before unpacking the rest
             with store.open(image) as file, open_image(file) as picture:
                 check_pixels(picture, max_pixels)
         with store.whole(image) as file, open_image(file) as picture:
@@ -116,6 +116,6 @@ def _jpeg_bytes(store: Tree | Zip, ids: np.ndarray, jpeg: np.ndarray, i: int) ->
 
 
 def _has_end(data: bytes) -> bool:
-    """Whether a JPEG file's last scan is followed by its end marker, as it is unless the file was cut short. Decoders
-    that skip the rest of a file would not notice; what reads it whole does, and names it."""
+    """Whether an end marker follows a JPEG file's last scan, that is, the file is not truncated. Decoders that skip the
+    rest of a file would not notice; the split's own reader reads it whole and reports the file."""
     return data.endswith(_JPEG_END) or data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)

@@ -1,4 +1,4 @@
-"""Which folders of an image tree are splits, and which look like splits but are laid out in another way."""
+"""Finds the splits among the folders of an image tree, and refuses folders that look like splits in another layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPLITS = {
     **dict.fromkeys(("unlabeled", "unlabelled", "unsupervised"), "unlabeled"),
 }
 _LIKE = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.0-9].*)?", re.DOTALL)
-_NAMED = 10  # folders in an error message
+_NAMED = 10  # most folders named in an error message
 _EXPECTED = (
     "expected are train and test (or val), and unlabeled for what shall be left out, as SPLIT/CLASS/image and nothing "
     "beside them, or class folders alone: move or rename folders"
@@ -27,15 +27,15 @@ def official_splits(path: str, folders: _Folders) -> tuple[int, list[str]]:
     """Tell splits from classes.
 
     Args:
-        path: what an error calls the tree.
-        folders: the folders that each image lies in, from the root.
+        path: name of the tree in errors.
+        folders: for each image, the folders that contain it, from the root down.
 
     Returns:
-        How many leading folders are not part of the class (0: no official split), and each image's split: train, test,
-        validation (where there is no test) or LEFT_OUT.
+        How many leading folders are not part of the class (0: no official split), and each image's split: train, test
+        (the validation images if there is no test split) or LEFT_OUT.
 
     Raises:
-        FastclError: folders that look like splits in a layout that is none, or whose train and test share no class.
+        FastclError: folders that look like splits in another layout, or whose train and test share no class.
     """
     wrapped = len({folder[0] for folder in folders if folder}) == 1 and all(len(folder) > 1 for folder in folders)
     for depth in (1, 2) if wrapped else (1,):
@@ -52,14 +52,14 @@ def official_splits(path: str, folders: _Folders) -> tuple[int, list[str]]:
 
 
 def _kind(name: str) -> str:
-    """The split that a folder's name is, or begins with; empty for other names."""
+    """The split that a folder's name equals or starts with; empty for other names."""
     match = _LIKE.fullmatch(name.lower())
     return _SPLITS[match[1]] if match else ""
 
 
 def _check_no_splits(path: str, folders: _Folders) -> None:
-    """Refuse folders that look like splits; their layout is known not to be the one that is read."""
-    below: dict[str, set[str]] = {}  # of each folder, the folders with images in it
+    """Refuse folders that look like splits; the caller has ruled out the accepted layout."""
+    below: dict[str, set[str]] = {}  # for each folder, its subfolders with images
     for folder in folders:
         below.setdefault(folder[0] if folder else ".", set()).update(folder[1:2])
     like = {name: kind for name in below if (kind := _kind(name))}
@@ -78,7 +78,7 @@ def _check_no_splits(path: str, folders: _Folders) -> None:
 
 
 def _check_below(path: str, folders: _Folders) -> None:
-    """Refuse folders that hold splits each (images/train, images/test beside labels/train)."""
+    """Refuse folders that each contain splits (images/train, images/test next to labels/train)."""
     kinds: dict[str, dict[str, str]] = {}
     for folder in folders:
         if len(folder) > 1 and (kind := _kind(folder[1])):
@@ -94,7 +94,7 @@ def _refuse(path: str, like: list[str], why: str) -> None:
 
 
 def _check_classes(path: str, folders: _Folders, depth: int, kinds: list[str], test: str) -> None:
-    """Refuse a training and a test split without a common class: folders of other kinds are taken for classes."""
+    """Refuse a training and a test split without a common class: their subfolders are probably not classes."""
     classes: dict[str, set[str]] = {"train": set(), test: set()}
     tops: dict[str, set[str]] = {"train": set(), test: set()}
     for folder, kind in zip(folders, kinds, strict=True):
@@ -102,7 +102,7 @@ def _check_classes(path: str, folders: _Folders, depth: int, kinds: list[str], t
             tops[kind].add(folder[depth - 1])
             classes[kind].add("/".join(folder[depth:]))
     if not classes[test] or "" in classes["train"] | classes[test] or classes["train"] & classes[test]:
-        return  # images in no class folder are named by whoever asked
+        return  # the caller reports images outside class folders
     sides = [f"{_names(tops[kind])} (class folders {_names(classes[kind])})" for kind in classes]
     flat = [_names(tops[kind]) for kind in classes if len(classes[kind]) == 1]
     hint = f"{' and '.join(flat)} is flat, all images in one folder: " if flat else ""
@@ -113,7 +113,7 @@ def _check_classes(path: str, folders: _Folders, depth: int, kinds: list[str], t
 
 
 def _names(names: Sequence[str] | set[str]) -> str:
-    """Names in quotes, the first few of many."""
+    """Names in quotes, shortened if there are many."""
     quoted = [f"'{shown(name)}'" for name in sorted(names)]
     more = f" and {len(quoted) - _NAMED} more" if len(quoted) > _NAMED else ""
     return ", ".join(quoted[:_NAMED]) + more

@@ -1,4 +1,4 @@
-"""Which files of a folder or zip are images, and what is left out: every file is one or the other, and counted."""
+"""Sorts the files of a folder or zip into images and others; everything left out is counted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image, features
 
 from fastcl.errors import FastclError, shown
 
-# Taken where this Pillow decodes them, by itself or by a plugin (pillow-heif) that has been imported.
+# Used if this Pillow decodes them, by itself or with an imported plugin (pillow-heif).
 _PHOTOS = tuple(
     ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .j2k .avif "
     ".heic .heif .jxl .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
 )
-_FEATURES = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # a plugin may stand without its library
+_FEATURES = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # a plugin may be registered without its library
 _SHOWN = 3
 HIDDEN, OTHER = "hidden files or folders", "files that are no images"
 UNREAD = "images that this Pillow cannot decode"
@@ -25,20 +25,20 @@ _QUIET = (HIDDEN, OTHER)
 
 
 def extensions() -> tuple[str, ...]:
-    """Endings of the files that are taken for images, in lower case."""
+    """Extensions of the files treated as images, in lower case."""
     known = Image.registered_extensions()
     return tuple(e for e in _PHOTOS if known.get(e) in Image.OPEN and features.check(_FEATURES.get(known[e], "pil")))
 
 
 def formats() -> list[str]:
-    """The formats of those files, as Pillow names them, in the order in which it tries them."""
+    """Pillow's names of the formats of `extensions`, in the order in which it tries them."""
     known = Image.registered_extensions()
     wanted = {known.get(e) for e in _PHOTOS}
     return [name for name in Image.ID if name in wanted]
 
 
 class LeftOut:
-    """What is not taken, by reason."""
+    """Files and folders that are left out, by reason."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}
@@ -48,29 +48,29 @@ class LeftOut:
         self._names.setdefault(reason, []).append(name)
 
     def add_lost(self, folders: Iterable[str], taken: Iterable[str]) -> None:
-        """Count the innermost of all visible folders that hold none of the images taken."""
+        """Count the innermost visible folders that hold no used image."""
         folders = set(folders) - {""}
         inner = folders - {parent for name in folders for parent in _parents(name)}
         for name in inner - {parent for image in taken for parent in _parents(image)}:
             self.add(_LOST, name)
 
     def lines(self) -> dict[str, bool]:
-        """Each reason with its count and the first names; True where a warning is due."""
+        """Each reason with its count and the first names -> whether to warn about it."""
         return {self._line(reason, sorted(names)): reason not in _QUIET for reason, names in self._names.items()}
 
     def _line(self, reason: str, names: list[str]) -> str:
-        most = len(names) if reason == _LOST else _SHOWN  # each may be a class that somebody misses
+        most = len(names) if reason == _LOST else _SHOWN  # each may be a missing class, so name them all
         more = ", ..." if len(names) > most else ""
         return f"{len(names)} {reason} ({', '.join(shown(name) for name in names[:most])}{more})"
 
 
 def hidden(name: str) -> bool:
-    """Whether a path or a part of it is hidden; macOS's resource forks (._name, below __MACOSX in zips) are."""
+    """Whether any part of a path is hidden, including macOS's resource forks (._name; __MACOSX in zips)."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _parents(name: str) -> Iterator[str]:
-    """The folders that a path lies in, from the inside."""
+    """The parent folders of a path, innermost first."""
     while name := name.rpartition("/")[0]:
         yield name
 
@@ -79,7 +79,7 @@ def images(names: Iterable[str], left_out: LeftOut, what: str) -> list[str]:
     """The image files among visible names, sorted; counts the others.
 
     Raises:
-        FastclError: a folder whose only images are of formats that this Pillow does not decode: its class would be
+        FastclError: a folder whose images are all in formats that this Pillow cannot decode; its class would be
             missing.
     """
     taken, lost, known = [], [], extensions()
@@ -105,21 +105,21 @@ def images(names: Iterable[str], left_out: LeftOut, what: str) -> list[str]:
 
 
 def mode_of(path: Path, wanted: str = "file") -> int:
-    """What kind of file a path names (`stat.st_mode`), where some kind of file is wanted.
+    """A path's `st_mode`; `wanted` is what the error message calls the missing file.
 
     Raises:
-        FastclError: there is none, or it may not be looked at.
+        FastclError: the path does not exist or cannot be accessed.
     """
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise FastclError(f"no such {wanted}: {shown(path)}") from None
-    except (OSError, ValueError) as error:  # no right to look into a folder on the way, a name too long, a zero byte
+    except (OSError, ValueError) as error:  # no permission for a parent folder, a name too long, a null byte
         raise FastclError(f"cannot open {shown(path)}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check_file(path: Path, wanted: str) -> None:
-    """Raise FastclError unless a path names a regular file: others (pipes) could block whoever opens them."""
+    """Raise FastclError unless a path is a regular file; opening another kind (a pipe) could block."""
     mode = mode_of(path)
     if not stat.S_ISREG(mode):
         raise FastclError(f"{shown(path)} is {'a folder' if stat.S_ISDIR(mode) else 'a special file'}, not {wanted}")
