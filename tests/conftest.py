@@ -31,9 +31,11 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
-# A shell's background job begins with SIGINT ignored, and so would every process that a test starts and interrupts.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background job begins with SIGINT ignored, under nohup with SIGHUP ignored. So would every process that a
+# test starts and interrupts.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
