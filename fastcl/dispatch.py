@@ -29,7 +29,7 @@ MAX_WIDTH = 4096  # maximum width of rows on the Triton backend
 
 _COMPILER_READS_CONTEXT = torch.__version__ >= (2, 14)  # pyright: ignore[reportOperatorIssue]
 _autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-_saved_tensors_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 lacks it
+_saved_tensors_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.7 lacks it
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -68,7 +68,7 @@ def backend(name: Backend) -> Iterator[None]:
 
     A thread started inside the block begins with "auto". Gradients are computed by the backend of the forward pass,
     wherever `backward` is called, and `torch.utils.checkpoint` repeats the forward pass on the same backend. In three
-    cases checkpoint cannot know it: with use_reentrant=True, around a compiled function, and on PyTorch 2.6. It then
+    cases checkpoint cannot know it: with use_reentrant=True, around a compiled function, and on PyTorch 2.7. It then
     uses the backend requested where `backward` is called, and a saved tensor may not match (CheckpointError); pass it
     the function together with its backend instead: `checkpoint(fastcl.backend("dense")(function), x)`.
 

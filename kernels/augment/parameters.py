@@ -1,6 +1,7 @@
 """Parameters of a view: one row of 32-bit words per view, written by the host and read by every kernel.
 
-Integers are stored as such and real numbers as float32 bits, so that a single array takes a single transfer.
+Integers are stored as such and real numbers as float32 bits, so that a single array takes a single transfer. Nothing
+is drawn here: boxes and all other parameters are drawn in fastcl/data/plan.py.
 """
 
 import triton

@@ -139,7 +139,7 @@ def _shared_or_apart(
             b_repel = _sigmoid(b_gap)
             b_pull = -b_repel
             b_with = _sigmoid(-b_gap) if not INSIDE else b_pull
-    else:
+    else:  # no positive in the denominator D. Positives = view and D = other: NSCL; D = peer, other: DCL
         b_den, b_neg_v, b_neg_p, b_neg_o = _log_sum_3(b_lse_v, b_lse_p, b_lse_o, DENOMINATOR)
         b_loss += b_den - b_pos
         b_repel += 1.0
