@@ -95,7 +95,7 @@ def _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, PEER
 
 @triton.jit
 def finish_kernel(
-    parts,  # Parts, with the slots of all waves; None: stats is already complete
+    parts,  # Parts, with the slots of all waves; no sums in it: stats is already complete
     layout_5N,
     stats,  # (5, n) float32 in source order: mean_view, spread_view, mean_peer, lse_peer, lse_other
     counts,  # (3, n) int64 in source order: n_view, n_peer, n_other; None: not requested
@@ -107,7 +107,7 @@ def finish_kernel(
     m_n = o_n < n
     b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
     b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_n, m_n, n, n_s, WAVE.SYMMETRIC)
-    if parts is not None:
+    if parts.resident is not None or parts.streamed is not None:
         run = n > 0
         if flag is not None:
             run = tl.load(flag) == 0

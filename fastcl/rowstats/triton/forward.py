@@ -153,8 +153,8 @@ def finish(
         counts = None
     launch(
         finish_kernel, (triton.cdiv(r.n, ALIGN),), 4, 1,
-        parts=made, layout_5N=r.order, stats=stats, counts=counts, losses=losses, flag=flag, temperature=call.degree,
-        n=r.n, n_s=s.n, rows=r.rows, WAVE=fixed(wave), CODES=fixed(codes),
+        parts=made or Parts(None, None, 0, 0, 0), layout_5N=r.order, stats=stats, counts=counts, losses=losses,
+        flag=flag, temperature=call.degree, n=r.n, n_s=s.n, rows=r.rows, WAVE=fixed(wave), CODES=fixed(codes),
     )  # fmt: skip
 
 
