@@ -17,7 +17,7 @@ CORE := $(addprefix tests/,losses project/test_structure.py project/test_rooms.p
 help:
 	@echo 'make demo    train small models on the same views, measure how they align, write a report to $(OUT)/demo'
 	@echo 'make check   style and types, then the tests of the core: run it after every change'
-	@echo 'make test    style and types, then all tests: about 20 minutes'
+	@echo 'make test    style and types, then all tests: about a quarter of an hour'
 	@echo 'make lint    style and types alone: about a minute'
 	@echo 'make coverage  the tests of the core, and which lines of fastcl they do not reach'
 	@echo 'make docs    build the documentation into $(OUT)/docs; needs no network once .venv is there'
