@@ -1,4 +1,4 @@
-"""Triton's interpreter without the work that it repeats: a third of the time of the kernels' tests."""
+"""Triton's interpreter without work that it repeats."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,7 +14,7 @@ def install() -> None:
     At every call of a function within a kernel it looks through its language for builtins to replace, all of which the
     launch has replaced already; and it builds the table of numpy's types anew for every operation.
     """
-    if not hasattr(interpreter, "_LangPatchScope"):  # Triton before 3.7
+    if not hasattr(interpreter, "_LangPatchScope"):  # an older Triton
         return
     patch_lang = interpreter._patch_lang
 

@@ -40,6 +40,15 @@ def test_nothing_is_written_through_a_link(tmp_path, name, present):
     assert target.exists() == present
 
 
+def wait_for_lock(folder):
+    """Until whoever keeps it has let go."""
+    for _ in range(1000):
+        with suppress(FastclError), locked(folder):
+            return
+        time.sleep(0.01)
+    pytest.fail("the lock is still held")
+
+
 def test_records_with_another_name_and_things_that_are_no_files(tmp_path):
     records = tmp_path / "metrics.jsonl"
     records.write_text("")
@@ -123,11 +132,7 @@ def test_a_worker_does_not_keep_the_lock_of_a_run_that_was_killed(tmp_path):
         os.set_blocking(reader, False)
         worker = int(pipe.read())
     try:
-        for _ in range(1000):  # until the worker has let go
-            with suppress(FastclError), locked(tmp_path):
-                return
-            time.sleep(0.01)
-        pytest.fail("the lock is still held")
+        wait_for_lock(tmp_path)
     finally:
         os.kill(worker, signal.SIGKILL)  # fails if it has ended by itself and so proves nothing
 
@@ -139,11 +144,7 @@ def test_a_worker_does_not_keep_the_lock_of_a_run_that_has_ended(tmp_path):
             time.sleep(60)
             os._exit(0)
     try:
-        for _ in range(1000):  # until the child has let go
-            with suppress(FastclError), locked(tmp_path):
-                return
-            time.sleep(0.01)
-        pytest.fail("the lock is still held")
+        wait_for_lock(tmp_path)
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
