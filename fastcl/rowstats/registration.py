@@ -22,12 +22,13 @@ def register(
 def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
     """Raise FastclError for batched gradients, such as those of torch.autograd.grad(is_grads_batched=True)."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    tests = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor  # torch.func, torch.autograd
-    if any(g is not None and any(test(g) for test in tests) for g in grads):
-        raise FastclError(
-            f"the {backend} backend takes one gradient at a time; for batched ones (is_grads_batched, vectorize) run "
-            "the forward pass inside `with fastcl.backend('dense')`"
-        )
+    for g in grads:
+        # Tensors of torch.func, and of torch.autograd.
+        if g is not None and (functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)):
+            raise FastclError(
+                f"the {backend} backend takes one gradient at a time; for batched ones (is_grads_batched, vectorize) "
+                "run the forward pass inside `with fastcl.backend('dense')`"
+            )
 
 
 def differentiable_once(backend: str) -> Callable:

@@ -34,9 +34,7 @@ def test_slopes_are_the_derivatives_of_the_closed_forms(
         return
     found = torch.autograd.grad(want.sum() + 0 * view.sum(), list(leaves.values()), materialize_grads=True)
     with torch.no_grad():
-        sides = Sides({"view": view, "other": lse_other, "peer": peers}, sum_peer, {
-            "view": 1, "other": 5, "peer": n_peer.double()
-        })  # fmt: skip
+        sides = Sides({"view": view, "other": lse_other, "peer": peers}, sum_peer, n_peer.double(), 5)
         rows, slopes = rows_and_slopes(objective, sides)
     torch.testing.assert_close(rows, want.detach(), rtol=1e-11, atol=1e-11)
     for name, grad in zip(leaves, found, strict=True):

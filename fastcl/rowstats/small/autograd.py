@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,6 @@ def losses(
         peers: whether statistics of peers are needed, because a form attracts or repels peers.
     """
     inputs = pairs.x, pairs.x2, temperature if isinstance(temperature, Tensor) else None
-    alone = len(forms) == 1 and reduction != "none"
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     with torch.no_grad(), _in_full():
         if (found := _forward(pairs, temperature, normalize, peers)) is None:
@@ -48,17 +47,18 @@ def losses(
         way, stats, kept = found
         sides = _sides(stats)
         rows, slopes = zip(*[rows_and_slopes(form, sides) for form in forms], strict=True)
-        loss = ready = None
-        if alone:
-            loss = rows[0].mean() if reduction == "mean" else rows[0].sum()
-        if alone and wanted:
+        if len(forms) > 1 or reduction == "none":
+            loss = None
+        else:
+            loss, count = (rows[0].mean(), rows[0].numel()) if reduction == "mean" else (rows[0].sum(), 1)
+            if not wanted:
+                return [loss]
             # Compute the gradient now, so that N x D numbers are kept for the backward pass instead of N x N.
-            dv = whole.backward(kept, way, *map(slopes[0].get, whole.PULLS))
+            dv = whole.backward(kept, way, 1 / count, *map(slopes[0].get, whole.PULLS))
             dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, inputs[2] is not None)
-            factor = 1 / (way.temperature * (len(rows[0]) if reduction == "mean" else 1))
-            ready = _restored(dx, pairs.order), dt, factor
+            dx = _restored(dx, pairs.order)
     if loss is not None:
-        return [loss if ready is None else _Ready.apply((loss,), *ready, *inputs)]
+        return [_Ready.apply((loss,), dx, dt, *inputs)]
     rows = _Attached.apply(rows, slopes, way, kept, pairs.order, *inputs)
     return rows if reduction == "none" else [getattr(v, reduction)() for v in rows]
 
@@ -70,10 +70,9 @@ def _in_full() -> AbstractContextManager:
 
 def _sides(stats: whole.Stats) -> Sides:
     lse = {"view": stats.mean_view, "other": stats.lse_other}
-    n: dict[str, Any] = {"view": 1, "other": stats.n_other}
     if stats.lse_peer is not None:
-        lse["peer"], n["peer"] = stats.lse_peer, stats.n_peer
-    return Sides(lse, stats.sum_peer, n)
+        lse["peer"] = stats.lse_peer
+    return Sides(lse, stats.sum_peer, stats.n_peer, stats.n_other)
 
 
 def row_stats(
@@ -89,7 +88,7 @@ def row_stats(
         zero = kept.v.new_zeros(n)
         n_view = torch.ones(n, dtype=torch.int64, device=zero.device)
         if peers:
-            n_peer = stats.n_peer.long()
+            n_peer = stats.n_peer.long().reshape(-1)
             inverse = 1 / stats.n_peer.clamp(min=1)
             peer = stats.sum_peer * inverse, stats.lse_peer
             slopes_peer = {"sum_peer": inverse}, {"peer": 1.0}
@@ -156,23 +155,20 @@ class _Given(NamedTuple):
 
 
 class _Ready(Function):
-    """A loss whose gradients, of the rows and of the temperature, are already known up to a factor."""
+    """A loss whose gradients, of the rows and of the temperature, are already known."""
 
     @staticmethod
-    def forward(ctx, boxed, dx, dt, factor, x, x2, temperature):
-        ctx.factor, ctx.given = factor, _Given.of(x, x2, temperature)
+    def forward(ctx, boxed, dx, dt, x, x2, temperature):
+        ctx.given = _Given.of(x, x2, temperature)
         ctx.save_for_backward(dx, dt)
         return boxed[0]
 
     @staticmethod
-    def backward(ctx, *grads):
-        refuse_batched("chunked", *grads)
+    def backward(ctx, grad):
+        refuse_batched("chunked", grad)
         dx, dt = ctx.saved_tensors
-        with torch.no_grad():
-            scale = grads[0].item() * ctx.factor
-            dt = dt * scale if ctx.needs_input_grad[6] else None
-            found = ctx.given.gradients(dx * scale, dt)
-        return None, None, None, None, *_once(found)
+        found = ctx.given.gradients(dx * grad, None if dt is None else dt * grad)
+        return None, None, None, *_once(found)
 
 
 class _Attached(Function):
@@ -185,7 +181,7 @@ class _Attached(Function):
         tensors = [v for s in slopes for v in s.values() if not isinstance(v, float)]
         ctx.save_for_backward(order, *kept, *tensors)
         ctx.set_materialize_grads(False)
-        return tuple(_restored(v, order) for v in results)
+        return tuple(_restored(v.reshape(-1), order) for v in results)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -195,7 +191,7 @@ class _Attached(Function):
             kept, tensors = Kept(*rest[: len(Kept._fields)]), iter(rest[len(Kept._fields) :])
             slopes = [{r: next(tensors) if v is None else v for r, v in s.items()} for s in ctx.slopes]
             scale, pulls = _pulls(slopes, grads, order)
-            dv = whole.backward(kept, ctx.way, *pulls).mul_(scale / ctx.way.temperature)
+            dv = whole.backward(kept, ctx.way, scale, *pulls)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[7])
             found = ctx.given.gradients(_restored(dx, order), dt)
         return None, None, None, None, None, *_once(found)
@@ -232,7 +228,7 @@ def _pulls(
     totals: dict[str, Tensor] = {}
     for s, g in given:
         for r, slope in s.items():
-            term = g / scale * slope
+            term = (g / scale).view(2, -1) * slope
             totals[r] = totals[r] + term if r in totals else term
     return scale, [totals.get(r) for r in whole.PULLS]
 

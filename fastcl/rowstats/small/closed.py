@@ -10,7 +10,8 @@ P, there is no cancellation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,13 +33,24 @@ class Form:
     inside: bool
 
 
-@dataclass(frozen=True)
-class Sides:
-    """Statistics by relation of N rows with one view each, whose logit is lse["view"]."""
+class Sides(NamedTuple):
+    """Statistics by relation of N rows with one view each, whose logit is lse["view"]; any one shape."""
 
     lse: dict[str, Tensor]  # "peer" is missing if statistics of peers were not computed
     sum_peer: Tensor | MaybeNone
-    n: dict[str, Any]  # (N,) tensors, or one number for all rows; 1 for views
+    n_peer: Tensor | MaybeNone
+    n_other: int  # 0: no row has others
+
+
+class Plan(NamedTuple):
+    """What follows from an objective and from the relations that are there, whatever their values."""
+
+    positives: tuple[str, ...]
+    denominator: tuple[str, ...]
+    repelled: tuple[str, ...]
+    softens: bool  # the denominator contains the positives, so that L_D - L_P is a softplus
+    is_empty: bool  # no row has a loss
+    needs_peer: bool  # a row without peers has no loss
 
 
 def has_slopes(form: Form) -> bool:
@@ -46,21 +58,34 @@ def has_slopes(form: Form) -> bool:
     return len(set(form.positives) - set(form.denominator)) in (0, len(form.positives))
 
 
+@lru_cache(maxsize=64)
+def _plan(wanted: tuple[str, ...], attracted: tuple[str, ...], peers: bool, others: bool) -> Plan:
+    """Plan of an objective with this denominator and these positives.
+
+    Args:
+        peers, others: whether statistics of peers were computed; whether the rows have others.
+    """
+    present = ("view", "other", "peer") if peers else ("view", "other")
+    positives, denominator = (tuple(r for r in present if r in group) for group in (attracted, wanted))
+    repelled = tuple(r for r in denominator if r not in positives)
+    needed = [positives, denominator, *([repelled] if set(wanted) - set(attracted) else [])]
+    uncertain = [g for g in needed if "view" not in g and not (others and "other" in g)]
+    is_empty = any("peer" not in g for g in uncertain)
+    return Plan(positives, denominator, repelled, attracted[0] in wanted, is_empty, bool(uncertain))
+
+
 def rows_and_slopes(form: Form, s: Sides) -> tuple[Tensor, Slopes]:
-    """(N,) row losses and their derivatives; a relation without influence has no entry. A row without a positive,
-    without a denominator or, if the objective has negatives, without a negative has loss 0."""
-    positives, denominator = ([r for r in s.lse if r in group] for group in (form.positives, form.denominator))
-    softens = form.positives[0] in form.denominator
-    repelled = [r for r in denominator if r not in positives]
-    needed = [positives, denominator, *([repelled] if set(form.denominator) - set(form.positives) else [])]
-    uncertain = [g for g in needed if not any(isinstance(s.n[r], int) and s.n[r] for r in g)]
-    if any(all(isinstance(s.n[r], int) for r in group) for group in uncertain):
+    """Row losses and their derivatives; a relation without influence has no entry. A row without a positive, without a
+    denominator or, if the objective has negatives, without a negative has loss 0."""
+    plan = _plan(form.denominator, form.positives, "peer" in s.lse, s.n_other > 0)
+    if plan.is_empty:
         return torch.zeros_like(s.lse["view"]), {}
+    softens, repelled = plan.softens, plan.repelled
     slopes: Slopes = {}
-    attraction: LogSum | MaybeNone = _log_sum(s, positives) if softens or form.inside else None
-    loss = _spread(form.inside, softens, s, positives, attraction, slopes)
+    attraction: LogSum | MaybeNone = _log_sum(s, plan.positives) if softens or form.inside else None
+    loss = _spread(form.inside, softens, s, plan.positives, attraction, slopes)
     if not softens:
-        top, shares = _log_sum(s, denominator)
+        top, shares = _log_sum(s, plan.denominator)
         loss = top + loss
         _add(slopes, shares)
     elif repelled:
@@ -69,13 +94,12 @@ def rows_and_slopes(form: Form, s: Sides) -> tuple[Tensor, Slopes]:
         force = torch.sigmoid(gap)
         _add(slopes, shares, force)
         _add(slopes, attraction[1], force, -1.0)
-        loss = torch.add(softplus(gap), loss)
+        loss = softplus(gap) + loss if isinstance(loss, Tensor) else softplus(gap)
     elif not isinstance(loss, Tensor):
         loss = torch.zeros_like(s.lse["view"])
-    if not uncertain:
+    if not plan.needs_peer:
         return loss, slopes
-    known: list[Any] = [sum(s.n[r] for r in group) > 0 for group in uncertain]
-    valid = torch.stack(known).all(0)
+    valid = s.n_peer > 0
     return loss.where(valid, 0), {r: torch.where(valid, slope, 0.0) for r, slope in slopes.items()}
 
 
@@ -85,7 +109,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def _spread(
-    inside: bool, softens: bool, s: Sides, positives: list[str], attraction: LogSum | MaybeNone, slopes: Slopes
+    inside: bool, softens: bool, s: Sides, positives: tuple[str, ...], attraction: LogSum | MaybeNone, slopes: Slopes
 ) -> Tensor | float:
     """The positives' term to be added to L_D - L_P or, without `softens`, to L_D; their derivatives go into `slopes`.
 
@@ -94,16 +118,16 @@ def _spread(
         attraction: `_log_sum` of the positives, if it is needed.
     """
     view = s.lse["view"]
-    if positives == ["view"]:
+    if positives == ("view",):
         if not softens:
             slopes["view"] = -1.0
         return 0.0 if softens else -view
-    n = s.n["peer"] + 1 if "view" in positives else s.n["peer"].clamp(min=1)
+    n = s.n_peer + 1 if "view" in positives else s.n_peer.clamp(min=1)
     if inside:
         if not softens:
             _add(slopes, attraction[1], sign=-1.0)
         return n.log() if softens else n.log() - attraction[0]
-    inverse = 1 / n
+    inverse = n.reciprocal()
     slopes["sum_peer"] = -inverse
     if "view" not in positives:
         _add(slopes, {"peer": 1.0} if softens else {})
@@ -117,7 +141,7 @@ def _spread(
     return lse - mean
 
 
-def _log_sum(s: Sides, relations: list[str]) -> LogSum:
+def _log_sum(s: Sides, relations: tuple[str, ...]) -> LogSum:
     """Log-sum-exp over one or two relations."""
     first, *rest = relations
     if not rest:
@@ -127,7 +151,7 @@ def _log_sum(s: Sides, relations: list[str]) -> LogSum:
         return torch.logaddexp(a, b), {first: torch.sigmoid(a - b), rest[0]: torch.sigmoid(b - a)}
     gap = b - a  # finite or -inf: every row has a view
     share = torch.sigmoid(gap)
-    return a + softplus(gap), {first: 1 - share, rest[0]: share}
+    return a + softplus(gap), {first: torch.rsub(share, 1), rest[0]: share}
 
 
 def _add(slopes: Slopes, parts: Slopes, factor: Tensor | None = None, sign: float = 1.0) -> None:

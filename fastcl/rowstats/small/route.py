@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,42 +20,65 @@ from fastcl.rowstats.small.closed import has_slopes
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+class Group(NamedTuple):
+    """Objectives that are computed together."""
+
+    labelled: bool  # classes matter; without them, peers count as others
+    positions: tuple[int, ...]  # in the list of objectives
+    forms: tuple[Any, ...]
+    peers: bool  # statistics of peers are needed where there are labels
+
+
 def losses(
     batch: Batch, objectives: Sequence[Any], temperature: float | Tensor, normalize: bool, reduction: str
 ) -> Sequence[Tensor] | None:
     """Reduced row losses of each objective, anchors and candidates together; None if tiles must be used."""
-    if not all(map(has_slopes, objectives)):
+    groups = _groups(tuple(objectives))
+    if groups is None or not _is_small(batch):
         return None
     found: dict[int, Tensor] = {}
-    for labelled in (False, True):
-        chosen = [k for k, o in enumerate(objectives) if o.needs_labels == labelled]
-        if not chosen:
-            continue
-        if (pairs := _pairs(batch, labelled)) is None:
+    for group in groups:
+        if (pairs := _pairs(batch, group.labelled)) is None:
             return None
-        forms = [objectives[k] for k in chosen]
-        peers = pairs.labels is not None and any("peer" in (*o.positives, *o.denominator) for o in forms)
-        values = autograd.losses(pairs, temperature, normalize, forms, peers, reduction)
+        peers = group.peers and pairs.labels is not None
+        values = autograd.losses(pairs, temperature, normalize, group.forms, peers, reduction)
         if values is None:
             return None
-        found |= zip(chosen, values, strict=True)
+        if len(groups) == 1:
+            return values
+        found |= zip(group.positions, values, strict=True)
     return [found[k] for k in range(len(objectives))]
+
+
+@lru_cache(maxsize=64)
+def _groups(objectives: tuple[Any, ...]) -> tuple[Group, ...] | None:
+    """Objectives without and with labels; None if one of them has no closed form."""
+    if not all(map(has_slopes, objectives)):
+        return None
+    groups = []
+    for labelled in (False, True):
+        positions = tuple(k for k, o in enumerate(objectives) if o.needs_labels == labelled)
+        forms = tuple(objectives[k] for k in positions)
+        if forms:
+            peers = any("peer" in (*o.positives, *o.denominator) for o in forms)
+            groups.append(Group(labelled, positions, forms, peers))
+    return tuple(groups)
 
 
 def row_stats(batch: Batch, temperature: float | Tensor, normalize: bool):
     """The five statistics and three counts of each row; None if tiles must be used."""
     if batch.y is not None:
         return None
+    if not _is_small(batch):
+        return None
     if (pairs := _pairs(batch, True)) is not None:
         return autograd.row_stats(pairs, temperature, normalize, pairs.labels is not None)
-    if batch.sample is None or len(batch.x) ** 2 > chunked.WHOLE // 4 or not _is_small(batch):
+    if batch.sample is None or len(batch.x) ** 2 > chunked.WHOLE // 4:
         return None
     return autograd.any_row_stats(batch.x, batch.sample, batch.labels, temperature, normalize)
 
 
 def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
-    if not _is_small(batch):
-        return None
     x, x2, y = batch.x, batch.x2, batch.y
     labels = batch.labels if needs_labels else None
     if batch.sample is None:
@@ -70,7 +94,7 @@ def _is_small(batch: Batch) -> bool:
     x = batch.x
     if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.device.type != "cpu" or _watched():
         return False
-    n = len(x) if batch.x2 is None else 2 * len(x)
+    n = x.shape[0] if batch.x2 is None else 2 * x.shape[0]
     return (4 if batch.y is None else 2) <= n and n * n <= chunked.WHOLE
 
 

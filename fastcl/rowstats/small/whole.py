@@ -39,21 +39,21 @@ class Kept(NamedTuple):
     v: Tensor  # (N, D) rows, normalised if requested
     norm: Tensor  # (N, 1) norms of the input rows
     e_other: Tensor  # exponentials of the logits of others, 0 elsewhere: (N, N), towers (B, B)
-    other: Tensor  # (N,) their sums, positive
+    other: Tensor  # (2, B) their sums, positive
     e_peer: Tensor | MaybeNone
     peer: Tensor | MaybeNone
-    same: Tensor | MaybeNone  # (B, B) of v's dtype: 1 within a class and on the diagonal
+    mask: Tensor | MaybeNone  # (N, N) of v's dtype: 1 for peers
 
 
 class Stats(NamedTuple):
-    """Statistics of N = 2B anchors; fields about peers are None if not requested."""
+    """Statistics of the 2B anchors, (2, B) each; fields about peers are None if not requested."""
 
-    mean_view: Tensor  # (N,) the logit of the only view
+    mean_view: Tensor  # the logit of the only view
     lse_other: Tensor
     lse_peer: Tensor | None
-    sum_peer: Tensor | MaybeNone  # (N,) sum of the peers' logits
+    sum_peer: Tensor | MaybeNone  # sum of the peers' logits
     n_other: int  # 0: no row has others; positive: every row has some (with labels, not their number)
-    n_peer: Tensor | MaybeNone  # (N,) of the rows' dtype
+    n_peer: Tensor | MaybeNone  # of the rows' dtype
 
 
 def forward(
@@ -68,44 +68,59 @@ def forward(
     """
     if x2 is not None:
         x = torch.cat([x, x2])
-    n, b = len(x), len(x) // 2
+    n = x.shape[0]
+    b = n // 2
     if (rows := unit_rows(x, way)) is None:
         return None
     v, norm, high = rows
-    one, two = (v[:b], v[b:]) if way.towers else (v, v)
-    s = torch.addmm(norm.new_empty(1), one, two.t(), beta=0, alpha=1 / way.temperature)
-    mean_view = s.diagonal().repeat(2) if way.towers else _partners(s).reshape(n)
+    scale = 1 / way.temperature
+    if way.towers:
+        one, two = v.chunk(2)
+        s = torch.addmm(norm[:b], one, two.t(), beta=0, alpha=scale)
+    else:
+        s = torch.addmm(norm, v, v.t(), beta=0, alpha=scale)
+    mean_view = s.diagonal(0 if way.towers else b).expand(2, b)
     if high * high > EXP_LIMIT * way.temperature:
+        mean_view = mean_view.clone()
         _hide(s, way.towers)
         low, high = s.aminmax()
         if not (-EXP_LIMIT <= low.item() and high.item() <= EXP_LIMIT):
             return None
-    e = s.exp() if peers else s.exp_()
-    _hide(e, way.towers)
+    e = s.exp()
     if labels is None:
-        other = torch.cat([e.sum(1), e.sum(0)]) if way.towers else e.sum(1)
+        _hide(e, way.towers)
+        other = torch.stack((e.sum(1), e.sum(0))) if way.towers else e.sum(1).view(2, b)
         n_other = b - 1 if way.towers else n - 2
-        return Stats(mean_view, other.log(), None, None, n_other, None), Kept(v, norm, e, other, *[None] * 3)
-    same, others = _same(labels, v.dtype)
-    apart = 1 - same
-    n_other = n - 2 if others else 0
-    tiny = torch.finfo(v.dtype).tiny  # avoids division by an empty sum of exponentials
-    if not peers:
-        e.view(2, b, 2, b).mul_(apart[:, None])
-        other = e.sum(1)
-        lse_other = other.log()
-        if not others:
-            other.clamp_(min=tiny)
-        return Stats(mean_view, lse_other, None, None, n_other, None), Kept(v, norm, e, other, *[None] * 3)
-    e_other = (e.view(2, b, 2, b) * apart[:, None]).view(n, n)
-    other, peer = e_other.sum(1), e.sub_(e_other).sum(1)
-    s.view(2, b, 2, b).mul_(same[:, None])
-    _hide(s, way.towers)
-    stats = Stats(mean_view, other.log(), peer.log(), s.sum(1), n_other, same.sum(1).mul_(2).sub_(2).repeat(2))
-    peer.clamp_(min=tiny)
-    if not others:
+        return Stats(mean_view, other.log(), None, None, n_other, None), Kept(v, norm, e, other, None, None, None)
+    return _classes(s, e, mean_view, labels, peers, v, norm)
+
+
+def _classes(
+    s: Tensor, e: Tensor, mean_view: Tensor, labels: Tensor, peers: bool, v: Tensor, norm: Tensor
+) -> tuple[Stats, Kept]:
+    """Split the exponentials `e` of the logits `s` by class; overwrites both."""
+    b, tiny = labels.shape[0], torch.finfo(v.dtype).tiny  # avoids division by an empty sum of exponentials
+    low, high = labels.aminmax()
+    low, high = low.item(), high.item()
+    n_other = 2 * b - 2 if low != high or low == UNLABELLED else 0
+    labels = labels.repeat(2)
+    apart = (labels[:, None] != labels).to(v.dtype)
+    if low < 0:
+        apart.masked_fill_((labels == UNLABELLED)[:, None], 1)
+        _hide(apart, False)
+    e_other = e * apart if peers else e.mul_(apart)
+    other = e_other.sum(1).view(2, b)
+    lse_other = other.log()
+    if not n_other:
         other.clamp_(min=tiny)
-    return stats, Kept(v, norm, e_other, other, e, peer, same)
+    if not peers:
+        return Stats(mean_view, lse_other, None, None, n_other, None), Kept(v, norm, e, other, None, None, None)
+    mask = torch.rsub(apart, 1)
+    _hide(mask, False)
+    peer = e.mul_(mask).sum(1).view(2, b)
+    sum_peer = (s * mask).sum(1).view(2, b)
+    stats = Stats(mean_view, lse_other, peer.log(), sum_peer, n_other, mask.sum(1).view(2, b))
+    return stats, Kept(v, norm, e_other, other, e, peer.clamp_(min=tiny), mask)
 
 
 def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
@@ -121,14 +136,17 @@ def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
     return (x / norm, norm, 1.0) if way.normalize else (x.clone(), norm, high)
 
 
-def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer: Tensor | MaybeNone) -> Tensor:
-    """(N, D) gradient of `Kept.v`, times the temperature.
+def backward(
+    kept: Kept, way: Way, factor: float, view: Pull, other: Pull, peer: Pull, sum_peer: Tensor | MaybeNone
+) -> Tensor:
+    """(N, D) gradient of `Kept.v`, times `factor`.
 
     Args:
-        view, other, peer, sum_peer: gradients of mean_view, lse_other, lse_peer, sum_peer: (N,), or one number for all
-            rows, or None for zero.
+        factor: a number, which includes the upstream gradient's magnitude.
+        view, other, peer, sum_peer: gradients of mean_view, lse_other, lse_peer, sum_peer: (2, B), or one number for
+            all rows, or None for zero.
     """
-    v, b = kept.v, len(kept.v) // 2
+    v = kept.v
     if other is None:
         pull = torch.zeros_like(kept.e_other)
     else:
@@ -136,17 +154,20 @@ def backward(kept: Kept, way: Way, view: Pull, other: Pull, peer: Pull, sum_peer
     if peer is not None:
         pull.addcmul_(weights(peer / kept.peer, way.towers), kept.e_peer)
     if sum_peer is not None:
-        each = weights(sum_peer, way.towers)
-        pull.view(2, b, 2, b).addcmul_(each.view(2, b, 2, b), kept.same[:, None])
-        pull.diagonal().zero_()
-    pair = view.view(2, b).sum(0) if isinstance(view, Tensor) else 2 * (view or 0.0)
+        pull.addcmul_(weights(sum_peer, way.towers), kept.mask)
+    pair = view.sum(0) if isinstance(view, Tensor) else 2 * (view or 0.0)
     places = pull.diagonal() if way.towers else _partners(pull)
     places.copy_(pair) if isinstance(pair, Tensor) else places.fill_(pair)
-    return torch.cat([torch.mm(pull, v[b:]), torch.mm(pull.t(), v[:b])]) if way.towers else torch.mm(pull, v)
+    scale = factor / way.temperature
+    if not way.towers:
+        return torch.addmm(v, pull, v, beta=0, alpha=scale)
+    one, two = v.chunk(2)
+    halves = (torch.addmm(one, p, w, beta=0, alpha=scale) for p, w in ((pull, two), (pull.t(), one)))
+    return torch.cat(tuple(halves))
 
 
 def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the input rows and of the temperature, both times the temperature, from dv, which is overwritten."""
+    """Gradients of the input rows and of the temperature, from dv, which is overwritten."""
     if not (way.normalize or need_temperature):
         return dv, None
     radial = (dv * v).sum(1, keepdim=True)
@@ -156,16 +177,16 @@ def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: b
 
 
 def weights(w: Tensor, towers: bool) -> Tensor:
-    """Factors of the matrix entries: the sum of the weights of row and column."""
+    """Factors of the matrix entries from those (2, B) of the rows: the sum of the weights of row and column."""
     if towers:
-        b = len(w) // 2
-        return w[:b, None] + w[b:]
-    return w[:, None] + w
+        return w[0, :, None] + w[1]
+    column = w.reshape(-1, 1)
+    return column + column.t()
 
 
 def _partners(matrix: Tensor) -> Tensor:
     """(2, B) view of the pairs' entries in a (2B, 2B) matrix: in the first half's rows, then in the second's."""
-    n = len(matrix)
+    n = matrix.shape[0]
     b = n // 2
     return matrix.as_strided((2, b), (b * n - b, n + 1), b)
 
@@ -175,19 +196,6 @@ def _hide(matrix: Tensor, towers: bool) -> None:
     if towers:
         matrix.diagonal().zero_()
     else:
-        n = len(matrix)
+        n = matrix.shape[0]
         b = n // 2
         matrix.as_strided((2, 2, b), (b * n, b, n + 1)).zero_()
-
-
-def _same(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """(B, B) matrix that is 1 within a class and on the diagonal; whether rows have others (all do or none does)."""
-    same = (labels[:, None] == labels).to(dtype)
-    low, high = labels.aminmax()
-    low, high = low.item(), high.item()
-    if low < 0:
-        unlabelled = labels == UNLABELLED
-        same.mul_(~unlabelled)
-        same.fill_diagonal_(1)
-        return same, low != high or low == UNLABELLED
-    return same, low != high
