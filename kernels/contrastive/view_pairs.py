@@ -11,6 +11,17 @@ from ..common.numerics import begin, inverse_temperature, unit_rows
 
 
 @triton.jit
+def view(b_x, y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, SYMMETRIC: tl.constexpr):
+    """One view of each row, at working positions b_j of the candidates: which rows have it, its unit rows and their
+    source rows, and the logits."""
+    m_j = m_n & (b_j < b_last)
+    if SYMMETRIC:
+        m_j = m_j & (b_j != o_n)
+    b_y, b_src, _ = unit_rows(y, b_j, m_j, o_d, m_d)
+    return m_j, b_y, b_src, tl.sum(b_x * b_y, 1) * inverse_t
+
+
+@triton.jit
 def views_kernel(
     x,  # Rows: the anchors
     y,  # Rows: the candidates; in the symmetric case the anchors again
@@ -39,12 +50,7 @@ def views_kernel(
     # corrects the rounding of the mean: equal logits have a spread of log n, a single one a spread of exactly 0.
     for i in range(0, 2 * most):
         i_k = tl.where(i < most, i, i - most)
-        b_j = b_first + i_k
-        m_j = m_n & (b_j < b_last)
-        if SYMMETRIC:
-            m_j = m_j & (b_j != o_n)
-        b_y, _, _ = unit_rows(y, b_j, m_j, o_d, m_d)
-        b_s = tl.sum(b_x * b_y, 1) * inverse_t
+        m_j, _, _, b_s = view(b_x, y, b_first + i_k, b_last, o_n, m_n, o_d, m_d, inverse_t, SYMMETRIC)
         if i < most:
             b_sum += tl.where(m_j, b_s, 0.0)
             b_max = tl.where(m_j, tl.maximum(b_max, b_s), b_max)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastcl.kernels.common.arguments import fixed
 from fastcl.kernels.common.launch import launch
-from fastcl.kernels.contrastive import backward_epilogue, backward_prologue, wide
-from fastcl.kernels.contrastive.backward import Accumulator, backward_kernel
-from fastcl.kernels.contrastive.backward_tile import Weights
+from fastcl.kernels.contrastive import backward_epilogue, wide
+from fastcl.kernels.contrastive.backward import Accumulator, Weights, backward_kernel
+from fastcl.kernels.contrastive.statistics import Losses, derivatives_kernel, weights_kernel
 from fastcl.rowstats.triton.forward import WORKSPACE, choose, parts, splits, tabled, tile
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, Call, Operand, row_block
 
@@ -93,9 +93,9 @@ def _sides(operands: list[Operand], call: Call, flag: Tensor | None, upstreams: 
         if upstream.any:
             other, losses = operands[len(operands) - len(found)], upstream.grad_losses
             launch(
-                backward_prologue.derivatives_kernel, (r.rows // ALIGN,), 4, 1,
+                derivatives_kernel, (r.rows // ALIGN,), 4, 1,
                 layout_5N=r.order, stats=upstream.stats, grad_stats=upstream.grad_stats,
-                upstream=None if losses is None else backward_prologue.Losses(losses, *losses.stride()),
+                upstream=None if losses is None else Losses(losses, *losses.stride()),
                 weights=weights, maxima=part, n=r.n, n_s=other.n, rows=r.rows, BLOCK_N=ALIGN,
                 SYMMETRIC=len(operands) == 1, CODES=fixed(() if losses is None else call.codes),
             )  # fmt: skip
@@ -103,7 +103,7 @@ def _sides(operands: list[Operand], call: Call, flag: Tensor | None, upstreams: 
         if side.upstream.any:
             r = side.operand
             launch(
-                backward_prologue.weights_kernel, (r.rows // ALIGN,), 4, 1,
+                weights_kernel, (r.rows // ALIGN,), 4, 1,
                 layout_5N=r.order, stats=side.upstream.stats, weights=side.weights, maxima=maxima, bound=bound,
                 flag=flag, temperature=call.degree, n=r.n, rows=r.rows, n_maxima=len(maxima), BLOCK_N=ALIGN,
             )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.kernels.common.arguments import Parts, Tile, fixed
 from fastcl.kernels.common.launch import Config, architecture, config, launch
 from fastcl.kernels.contrastive.forward import forward_kernel, forward_online_kernel
-from fastcl.kernels.contrastive.forward_epilogue import Wave, finish_kernel
+from fastcl.kernels.contrastive.statistics import Wave, finish_kernel
 from fastcl.kernels.contrastive.view_pairs import views_kernel
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, Call, Operand, row_block
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from fastcl.kernels.common.arguments import Resident, Rows, Streamed, Temperature
 from fastcl.kernels.common.launch import launch
 from fastcl.kernels.common.numerics import SAFE_INVERSE_T
-from fastcl.kernels.contrastive.order import layout_kernel
-from fastcl.kernels.contrastive.prepare import prepare_kernel
+from fastcl.kernels.contrastive.prepare import layout_kernel, prepare_kernel
 from fastcl.rowstats.order import Layout, Side
 
 ALIGN = 128  # working copies are padded to whole blocks of this many rows; every tile size divides it

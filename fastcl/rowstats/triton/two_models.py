@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.kernels.common.arguments import Parts, fixed
 from fastcl.kernels.common.launch import Config, launch
 from fastcl.kernels.common.numerics import SCALE
-from fastcl.kernels.contrastive.forward_epilogue import Wave
+from fastcl.kernels.contrastive.statistics import Wave
 from fastcl.kernels.contrastive.two_models import twin_kernel
 from fastcl.rowstats.pair_sums import PairSums, Profile, three
 from fastcl.rowstats.triton.forward import WORKSPACE, choose, finish, online, results, splits, tile, views
