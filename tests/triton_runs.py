@@ -109,7 +109,7 @@ def _sized(block_r: int, block_s: int) -> Callable[..., Config]:
 def tiles(block_r: int, block_s: int) -> Iterator[None]:
     """Inside, every kernel over tiles takes tiles of this size; 128 must be a multiple of each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "config", _sized(block_r, block_s))
+        patch.setattr(operand, "config", _sized(block_r, block_s))
         yield
 
 
@@ -117,7 +117,7 @@ def tiles(block_r: int, block_s: int) -> Iterator[None]:
 def tables_own_tiles() -> Iterator[None]:
     """Inside, tiles are those of the launch table again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "config", launch.config)
+        patch.setattr(operand, "config", launch.config)
         yield
 
 
@@ -125,7 +125,7 @@ def tables_own_tiles() -> Iterator[None]:
 def workspace(size: int) -> Iterator[None]:
     """Inside, partial results may take this many bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, two_models):
+        for module in (forward, backward):
             patch.setattr(module, "WORKSPACE", size)
         yield
 
@@ -137,7 +137,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         row_block = operand.row_block
         for module in (forward, backward, operand):
             monkeypatch.setattr(module, "row_block", lambda d, *_: row_block(d, 2**16))
-        monkeypatch.setattr(forward, "config", _sized(128, 128))
+        monkeypatch.setattr(operand, "config", _sized(128, 128))
 
 
 def leaf(v: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from typing import Any
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).with_name("table.json")
+# Target number of programs per launch: two per multiprocessor of the largest cards. Fixed, so that results do not
+# depend on the card.
+_PROGRAMS = 528
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,12 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
         if d <= (row["max_d"] or d) and n <= (row["max_n"] or n):
             return Config(*(row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")))
     return None
+
+
+def splits(blocks: int, tiles: int) -> int:
+    """Number of programs that share a block of resident rows: a power of two, so that few kernels are compiled."""
+    wanted = min(_PROGRAMS // max(blocks, 1), tiles // 2, 16)
+    return 1 << max(wanted.bit_length() - 1, 0)
 
 
 @lru_cache(maxsize=1)

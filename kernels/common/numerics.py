@@ -1,4 +1,5 @@
-"""Arithmetic shared by several kernels: temperature and shift, unit rows, products in split half precision.
+"""Arithmetic shared by several kernels: temperature and shift, unit rows, products in split half precision, and which
+tiles a block of rows visits.
 
 The working copy z of the rows is half precision. Entries of a unit row are at most 1; they are stored times SCALE, so
 that the remainder z - half(z), the second half of split precision, does not underflow.
@@ -8,6 +9,7 @@ of a program, s the streamed rows. Logits and log-sum-exps inside tiles are in u
 """
 
 import os
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -126,6 +128,16 @@ def dot(b_a, b_b, b_acc):
 
 
 @triton.jit
+def split_dot(b_a, b_a_low, b_b, b_b_low, b_acc, SPLIT: tl.constexpr):
+    """b_acc + a b; SPLIT: of blocks and their remainders, without the product of both remainders."""
+    b_acc = dot(b_a, b_b, b_acc)
+    if SPLIT:
+        b_acc = dot(b_a, b_b_low, b_acc)
+        b_acc = dot(b_a_low, b_b, b_acc)
+    return b_acc
+
+
+@triton.jit
 def split_half(b_x, dtype: tl.constexpr):
     """Split x into half(x) and half(x - half(x))."""
     b_high = b_x.to(dtype)
@@ -151,6 +163,26 @@ def load_block(r, start, TILE, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def pieces(
+    z_s, low_s, start_s, z_r, low_r, start_r,
+    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Tile (S, R) of inner products of rows of two working copies, BLOCK_D columns at a time. low_s, low_r: offsets of
+    the remainders."""
+    b_p = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
+    for i_d in tl.range(0, D, BLOCK_D):
+        b_s = load_tile(z_s + i_d, start_s, BLOCK_S, D, BLOCK_D)
+        b_r = load_tile(z_r + i_d, start_r, BLOCK_R, D, BLOCK_D)
+        b_s_low = b_s
+        b_r_low = b_r
+        if SPLIT:
+            b_s_low = load_tile(z_s + low_s + i_d, start_s, BLOCK_S, D, BLOCK_D)
+            b_r_low = load_tile(z_r + low_r + i_d, start_r, BLOCK_R, D, BLOCK_D)
+        b_p = split_dot(b_s, b_s_low, tl.trans(b_r), tl.trans(b_r_low), b_p, SPLIT)
+    return b_p
+
+
+@triton.jit
 def products(block, s, start_s, TILE, SPLIT: tl.constexpr):
     """Tile (S, R) of inner products; also the streamed rows (S, D) and their remainders if D == BLOCK_D.
 
@@ -160,25 +192,17 @@ def products(block, s, start_s, TILE, SPLIT: tl.constexpr):
     if TILE.D == TILE.BLOCK_D:
         b_s = load_tile(s.z, start_s, TILE.BLOCK_S, TILE.D, TILE.D)
         b_s_low = b_s
-        b_p = dot(b_s, tl.trans(block.b), tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32))
         if SPLIT:
             b_s_low = load_tile(s.z + low_s, start_s, TILE.BLOCK_S, TILE.D, TILE.D)
-            b_p = dot(b_s, tl.trans(block.b_low), b_p)
-            b_p = dot(b_s_low, tl.trans(block.b), b_p)
+        b_p = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
+        b_p = split_dot(b_s, b_s_low, tl.trans(block.b), tl.trans(block.b_low), b_p, SPLIT)
     else:
         low_r = block.rows.to(tl.int64) * TILE.D
         b_s = block.b
         b_s_low = block.b
-        b_p = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
-        for i_d in tl.range(0, TILE.D, TILE.BLOCK_D):
-            b_s1 = load_tile(s.z + i_d, start_s, TILE.BLOCK_S, TILE.D, TILE.BLOCK_D)
-            b_r1 = load_tile(block.z + i_d, block.start, TILE.BLOCK_R, TILE.D, TILE.BLOCK_D)
-            b_p = dot(b_s1, tl.trans(b_r1), b_p)
-            if SPLIT:
-                b_s2 = load_tile(s.z + low_s + i_d, start_s, TILE.BLOCK_S, TILE.D, TILE.BLOCK_D)
-                b_r2 = load_tile(block.z + low_r + i_d, block.start, TILE.BLOCK_R, TILE.D, TILE.BLOCK_D)
-                b_p = dot(b_s1, tl.trans(b_r2), b_p)
-                b_p = dot(b_s2, tl.trans(b_r1), b_p)
+        b_p = pieces(
+            s.z, low_s, start_s, block.z, low_r, block.start, TILE.BLOCK_S, TILE.BLOCK_R, TILE.D, TILE.BLOCK_D, SPLIT
+        )  # fmt: skip
     return b_p, b_s, b_s_low
 
 
@@ -200,6 +224,52 @@ def class_range(r, start, ALIGN: tl.constexpr):
     lo = begin(tl.load(r.lo_N + first)) // ALIGN * ALIGN
     hi = (tl.load(r.hi_N + last) + ALIGN - 1) // ALIGN * ALIGN
     return lo, hi
+
+
+class Walk(NamedTuple):
+    """Inside a kernel: the tiles of streamed rows that a resident block visits. Plain ones: the first n_before from row
+    0 on, the others from row hi on. Masked ones: the first n_class from row lo on, then one with padding at `whole`."""
+
+    lo: Any  # class range
+    hi: Any
+    whole: Any
+    n_before: Any
+    n_plain: Any
+    n_class: Any
+    n_masked: Any
+
+
+@triton.jit
+def walk_of(r, s, start_r, TILE, SYMMETRIC: tl.constexpr):
+    """The tiles of the resident block at start_r; SYMMETRIC: none behind its class range."""
+    lo, hi = class_range(r, start_r, TILE.ALIGN)
+    whole = s.n // TILE.BLOCK_S * TILE.BLOCK_S
+    n_before = lo // TILE.BLOCK_S
+    n_class = (tl.minimum(hi, (s.n + TILE.BLOCK_S - 1) // TILE.BLOCK_S * TILE.BLOCK_S) - lo) // TILE.BLOCK_S
+    n_plain = n_before
+    n_masked = n_class
+    if not SYMMETRIC:
+        n_plain += tl.maximum(whole - hi, 0) // TILE.BLOCK_S
+        n_masked += tl.where((hi <= whole) & (whole < s.n), 1, 0)
+    return Walk(lo, hi, whole, n_before, n_plain, n_class, n_masked)
+
+
+@triton.jit
+def plain_start(walk, i, TILE):
+    """First streamed row of plain tile i."""
+    return tl.where(i < walk.n_before, i * TILE.BLOCK_S, walk.hi + (i - walk.n_before) * TILE.BLOCK_S)
+
+
+@triton.jit
+def masked_start(walk, i, TILE):
+    """First streamed row of masked tile i."""
+    return tl.where(i < walk.n_class, walk.lo + i * TILE.BLOCK_S, walk.whole)
+
+
+@triton.jit
+def share(n, split, TILE):
+    """First and last + 1 of n tiles that the program `split` of a block processes."""
+    return n * split // TILE.SPLITS, n * (split + 1) // TILE.SPLITS
 
 
 @triton.jit

@@ -2,6 +2,15 @@
 
     acc = (G + G') Z    one product for S, one for the gradient: 4 N N D operations, and no element has two writers
 
+With G_ij = dL/ds_ij, the weight of rows i and j is G_ij + G_ji:
+
+    other   e_ij (a_i + a_j)                a_i = dL/dlse_other[i] exp(c - lse_other[i]), e_ij = exp(s_ij - c)
+    peer    e_ij (b_i + b_j) + h_i + h_j    b_i likewise, h_i = dL/dmean_peer[i] / n_peer[i]
+    view    0: view pairs are added separately
+
+One exponential per element serves both rows. With ONLINE, when no shift c fits all rows, the terms are
+exp(s_ij - lse[i]) dL/dlse[i] and the same for j: two exponentials.
+
 The accumulator is transposed, acc' (D, R) += Z_s' (D, S) W (S, R), so that both operands of both products are in shared
 memory: some versions of ptxas miscompile WGMMA with its first operand in registers, others serialise it.
 
@@ -13,8 +22,27 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common.numerics import class_range, dot, load_block, logits_of, products, split_half
-from .backward_tile import tile_weights
+from ..common.numerics import (
+    LOG2E,
+    load_block,
+    logits_of,
+    masked_start,
+    plain_start,
+    products,
+    relations,
+    share,
+    split_dot,
+    split_half,
+    walk_of,
+)
+
+
+class Weights(NamedTuple):
+    """Weights of one side's statistics in the gradient of the rows."""
+
+    weights: Any  # (5, rows) float32 as `weights_kernel` leaves them
+    stats: Any  # (5, n); stats and src_N are read only with ONLINE
+    src_N: Any  # (n,) int32
 
 
 class Accumulator(NamedTuple):
@@ -27,15 +55,64 @@ class Accumulator(NamedTuple):
 
 
 @triton.jit
-def _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT: tl.constexpr):
-    if SPLIT:
-        b_w_high, b_w_low = split_half(b_w, b_s.dtype)
-        b_acc = dot(tl.trans(b_s), b_w_high, b_acc)
-        b_acc = dot(tl.trans(b_s), b_w_low, b_acc)
-        b_acc = dot(tl.trans(b_s_low), b_w_high, b_acc)
+def load_lse(w, o_n, m_n, n, ROW: tl.constexpr):
+    """A row of the statistics at working positions, in units of log2; +inf, so that exp(s - lse) is 0, where empty."""
+    b_src = tl.load(w.src_N + o_n, mask=m_n, other=0)
+    b_lse = tl.load(w.stats + ROW * n + b_src, mask=m_n, other=float("inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+
+
+@triton.jit
+def _exponentials(
+    b_x, b_e, r, s, w_r, w_s, o_r, o_s, ROW: tl.constexpr, RELATION: tl.constexpr, ONLINE: tl.constexpr
+):  # fmt: skip
+    """Sum of both rows' exponentials times their weights. b_e: the exponential that serves both, unless ONLINE."""
+    b_w_r = tl.load(w_r.weights + RELATION * r.rows + o_r)
+    b_w_s = tl.load(w_s.weights + RELATION * s.rows + o_s)
+    if ONLINE:
+        b_l_r = load_lse(w_r, o_r, o_r < r.n, r.n, ROW)
+        b_l_s = load_lse(w_s, o_s, o_s < s.n, s.n, ROW)
+        b_w = _term(b_x, b_l_s[:, None], b_w_s[:, None]) + _term(b_x, b_l_r[None, :], b_w_r[None, :])
     else:
-        b_acc = dot(tl.trans(b_s), b_w.to(b_s.dtype), b_acc)
-    return b_acc
+        b_w = b_e * (b_w_s[:, None] + b_w_r[None, :])
+    return b_w
+
+
+@triton.jit
+def _term(b_x, b_lse, b_weight):
+    # A softmax is at most 1, even if logits are so large that rounding lifts one above its log-sum-exp. If the weight
+    # is 0, the log-sum-exp may be meaningless, so its exponential is not used.
+    b_power = tl.minimum(b_x - b_lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(b_weight == 0.0, 0.0, tl.exp2(b_power) * b_weight)
+
+
+@triton.jit
+def tile_weights(
+    b_x, shift, r, s, w_r, w_s, start_r, start_s, TILE, MASKED: tl.constexpr, ONLINE: tl.constexpr
+):  # fmt: skip
+    """Weights (S, R) of a tile of logits b_x in units of log2."""
+    o_r = start_r + tl.arange(0, TILE.BLOCK_R)
+    o_s = start_s + tl.arange(0, TILE.BLOCK_S)
+    b_e = b_x
+    if not ONLINE:
+        b_e = tl.exp2(b_x - shift)
+    b_w = _exponentials(b_x, b_e, r, s, w_r, w_s, o_r, o_s, 4, 0, ONLINE)
+    if MASKED:
+        m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
+        b_w = tl.where(m_other & (o_r < r.n)[None, :], b_w, 0.0)
+        if TILE.PEERS:
+            b_p = _exponentials(b_x, b_e, r, s, w_r, w_s, o_r, o_s, 3, 1, ONLINE)
+            # Softmax and mean are added in float32, because they cancel near the optimum.
+            b_linear_s = tl.load(w_s.weights + 2 * s.rows + o_s)
+            b_p += b_linear_s[:, None] + tl.load(w_r.weights + 2 * r.rows + o_r)[None, :]
+            b_w += tl.where(m_peer, b_p, 0.0)
+    return b_w
+
+
+@triton.jit
+def _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT: tl.constexpr):
+    b_w_high, b_w_low = split_half(b_w, b_s.dtype)
+    return split_dot(tl.trans(b_s), tl.trans(b_s_low), b_w_high, b_w_low, b_acc, SPLIT)
 
 
 @triton.jit
@@ -56,24 +133,21 @@ def backward_kernel(
     start_r = (acc.first_block + block_r) * TILE.BLOCK_R
     logits = logits_of(temperature, r, s)
     block = load_block(r, start_r, TILE, (TILE.SPLIT_PLAIN and PLAIN) or (TILE.SPLIT_MASKED and MASKED))
-    lo, hi = class_range(r, start_r, TILE.ALIGN)
-    # A last tile with padding must be masked: for a product of 0 the weight may overflow half precision.
-    whole = s.n // TILE.BLOCK_S * TILE.BLOCK_S
-    n_before = lo // TILE.BLOCK_S
-    n_plain = n_before + tl.maximum(whole - hi, 0) // TILE.BLOCK_S
-    n_class = (tl.minimum(hi, tl.cdiv(s.n, TILE.BLOCK_S) * TILE.BLOCK_S) - lo) // TILE.BLOCK_S
-    n_masked = n_class + tl.where((hi <= whole) & (whole < s.n), 1, 0)
+    # A last tile with padding is masked, because for a product of 0 the weight may overflow half precision.
+    walk = walk_of(r, s, start_r, TILE, False)
     b_acc = tl.zeros([TILE.D, TILE.BLOCK_R], tl.float32)
     if PLAIN:
-        for i in tl.range(n_plain * split // TILE.SPLITS, n_plain * (split + 1) // TILE.SPLITS):
-            start_s = tl.where(i < n_before, i * TILE.BLOCK_S, hi + (i - n_before) * TILE.BLOCK_S)
+        first, last = share(walk.n_plain, split, TILE)
+        for i in tl.range(first, last):
+            start_s = plain_start(walk, i, TILE)
             b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN)
             b_x = b_p * logits.factor
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, False, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_PLAIN)
     if MASKED:
-        for i in tl.range(n_masked * split // TILE.SPLITS, n_masked * (split + 1) // TILE.SPLITS):
-            start_s = tl.where(i < n_class, lo + i * TILE.BLOCK_S, whole)
+        first, last = share(walk.n_masked, split, TILE)
+        for i in tl.range(first, last):
+            start_s = masked_start(walk, i, TILE)
             b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
             b_x = b_p * logits.factor
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)

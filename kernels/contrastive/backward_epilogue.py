@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..common.numerics import FLOAT_MAX, SCALE, WEIGHT_SCALE, begin, inverse_temperature, unit_rows
+from .view_pairs import view
 
 
 class Gradient(NamedTuple):
@@ -64,20 +65,16 @@ def _view_pairs(b_x, b_src, x, y, x_views, y_views, o_n, m_n, o_d, m_d, inverse_
     b_dz = tl.zeros([CONSTANTS.BLOCK_N, CONSTANTS.BLOCK_D], tl.float32)
     for i_k in range(0, tl.max(b_last - b_first, 0)):
         b_j = b_first + i_k
-        m_j = m_n & (b_j < b_last)
-        if CONSTANTS.SYMMETRIC:
-            m_j = m_j & (b_j != o_n)
-        b_y, b_src_j, _ = unit_rows(y, b_j, m_j, o_d, m_d)
-        b_s = tl.sum(b_x * b_y, 1) * inverse_t
+        one = view(b_x, y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS.SYMMETRIC)
         b_g = tl.zeros([CONSTANTS.BLOCK_N], tl.float32)
         if x_views.weights is not None:
-            b_g += _pull(b_s, x_views, b_src, o_n, m_j, b_count, x.n)
+            b_g += _pull(one.logit, x_views, b_src, o_n, one.m, b_count, x.n)
         if y_views.weights is not None:
-            b_count_j = tl.load(y_views.last_N + b_j, mask=m_j, other=0)
-            b_count_j -= begin(tl.load(y_views.first_N + b_j, mask=m_j, other=0))
+            b_count_j = tl.load(y_views.last_N + b_j, mask=one.m, other=0)
+            b_count_j -= begin(tl.load(y_views.first_N + b_j, mask=one.m, other=0))
             b_count_j -= 1 if CONSTANTS.SYMMETRIC else 0
-            b_g += _pull(b_s, y_views, b_src_j, b_j, m_j, b_count_j, y.n)
-        b_dz += tl.where(m_j, b_g, 0.0)[:, None] * b_y
+            b_g += _pull(one.logit, y_views, one.src, b_j, one.m, b_count_j, y.n)
+        b_dz += tl.where(one.m, b_g, 0.0)[:, None] * one.b
     return b_dz
 
 

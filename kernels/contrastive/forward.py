@@ -16,92 +16,98 @@ There are no atomics and every element has one writer, so the sums do not depend
 up.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from ..common.arguments import Sums
-from ..common.numerics import LN2, begin, class_range, load_block, logits_of, products, relations
-
-
-class Plain(NamedTuple):
-    """Plain tiles first .. last - 1. Of all plain tiles the first n_before lie before the class range, the rest after
-    it, from row hi on."""
-
-    first: Any
-    last: Any
-    n_before: Any
-    hi: Any
+from ..common.numerics import (
+    LN2,
+    begin,
+    load_block,
+    logits_of,
+    masked_start,
+    plain_start,
+    products,
+    relations,
+    share,
+    walk_of,
+)
 
 
 @triton.jit
-def _plain_loop(block, s, parts, p_part, plain, logits, n_r, TILE, PADDED: tl.constexpr):
-    """(R,) sums over plain tiles. PADDED: keep resident rows from n_r on, padding, out of the streamed rows' sums."""
+def plain_tile(
+    b_sum, block, s, p_part, start_s, m_r, logits, TILE,
+    SPLIT: tl.constexpr, PADDED: tl.constexpr, STREAMED: tl.constexpr,
+):  # fmt: skip
+    """Add a tile's exponentials to sums (S, R); returns these and the products.
+
+    PADDED: keep resident rows outside m_r, padding, out of the sums. STREAMED: store the sums of the streamed rows.
+    """
+    b_p, _, _ = products(block, s, start_s, TILE, SPLIT)
+    b_e = tl.exp2(b_p * logits.factor - logits.shift)
+    if PADDED:
+        b_e = tl.where(m_r[None, :], b_e, 0.0)
+    b_sum += b_e
+    if STREAMED:
+        tl.store(p_part + start_s + tl.arange(0, TILE.BLOCK_S), tl.sum(b_e, 1))
+    return b_sum, b_p
+
+
+@triton.jit
+def masked_tile(sums, b_p, m_other, m_peer, logits, PEERS: tl.constexpr):
+    """Add a tile of products to the sums; returns these and the exponentials (S, R) over others."""
+    b_e = tl.exp2(b_p * logits.factor - logits.shift)
+    b_e_other = tl.where(m_other, b_e, 0.0)
+    b_other = sums.other + tl.sum(b_e_other, 0)
+    b_peer = sums.peer
+    b_linear = sums.linear
+    if PEERS:
+        b_peer += tl.sum(tl.where(m_peer, b_e, 0.0), 0)
+        b_linear += tl.sum(tl.where(m_peer, b_p, 0.0), 0)
+    return Sums(b_other, b_peer, b_linear), b_e_other
+
+
+@triton.jit
+def _plain_loop(block, s, parts, p_part, walk, first, last, logits, n_r, TILE, PADDED: tl.constexpr):
+    """(R,) sums over plain tiles first .. last - 1."""
     b_sum = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
     m_r = block.start + tl.arange(0, TILE.BLOCK_R) < n_r
-    for i in tl.range(plain.first, plain.last):
-        start_s = tl.where(
-            i < plain.n_before, i * TILE.BLOCK_S, plain.hi + (i - plain.n_before) * TILE.BLOCK_S
+    for i in tl.range(first, last):
+        b_sum, _ = plain_tile(
+            b_sum, block, s, p_part, plain_start(walk, i, TILE), m_r, logits, TILE, TILE.SPLIT_PLAIN, PADDED,
+            parts.streamed is not None,
         )  # fmt: skip
-        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN)
-        b_e = tl.exp2(b_p * logits.factor - logits.shift)
-        if PADDED:
-            b_e = tl.where(m_r[None, :], b_e, 0.0)
-        b_sum += b_e
-        if parts.streamed is not None:
-            tl.store(p_part + start_s + tl.arange(0, TILE.BLOCK_S), tl.sum(b_e, 1))
     return tl.sum(b_sum, 0)
 
 
 @triton.jit
-def _plain_tiles(
-    block, s, parts, p_part, lo, hi, split, logits, n_r, TILE, SYMMETRIC: tl.constexpr
-):  # fmt: skip
-    """(R,) sums over a split's share of the tiles outside the class range; SYMMETRIC: only of those before it."""
-    n_before = lo // TILE.BLOCK_S
-    n_plain = n_before
-    if not SYMMETRIC:
-        n_plain += tl.maximum(s.n // TILE.BLOCK_S * TILE.BLOCK_S - hi, 0) // TILE.BLOCK_S
-    first = (n_plain.to(tl.int64) * split // TILE.SPLITS).to(tl.int32)
-    last = (n_plain.to(tl.int64) * (split + 1) // TILE.SPLITS).to(tl.int32)
-    plain = Plain(first, last, n_before, hi)
+def _plain_tiles(block, s, parts, p_part, walk, split, logits, n_r, TILE):
+    """(R,) sums over a split's share of the plain tiles."""
+    first, last = share(walk.n_plain, split, TILE)
     if parts.streamed is not None and block.start + TILE.BLOCK_R > n_r:
-        b_sum = _plain_loop(block, s, parts, p_part, plain, logits, n_r, TILE, True)
+        b_sum = _plain_loop(block, s, parts, p_part, walk, first, last, logits, n_r, TILE, True)
     else:
-        b_sum = _plain_loop(block, s, parts, p_part, plain, logits, n_r, TILE, False)
+        b_sum = _plain_loop(block, s, parts, p_part, walk, first, last, logits, n_r, TILE, False)
     return b_sum
 
 
 @triton.jit
-def _masked_tiles(
-    block, r, s, parts, p_part, lo, hi, split, logits, TILE, SYMMETRIC: tl.constexpr
-):  # fmt: skip
-    """(R,) sums over a split's share of the class range and, unless SYMMETRIC, of a last tile with padding."""
+def _masked_tiles(block, r, s, parts, p_part, walk, split, logits, TILE, SYMMETRIC: tl.constexpr):
+    """Sums over a split's share of the masked tiles."""
     o_r = block.start + tl.arange(0, TILE.BLOCK_R)
     m_r = o_r < r.n
-    b_other = tl.zeros([TILE.BLOCK_R], tl.float32)
-    b_peer = b_other
-    b_linear = b_other
-    whole = s.n // TILE.BLOCK_S * TILE.BLOCK_S
-    n_class = (tl.minimum(hi, (s.n + TILE.BLOCK_S - 1) // TILE.BLOCK_S * TILE.BLOCK_S) - lo) // TILE.BLOCK_S
-    n_masked = n_class
-    if not SYMMETRIC:
-        n_masked += tl.where((hi <= whole) & (whole < s.n), 1, 0)
-    for i in tl.range(n_masked * split // TILE.SPLITS, n_masked * (split + 1) // TILE.SPLITS):
-        start_s = tl.where(i < n_class, lo + i * TILE.BLOCK_S, whole)
+    b_none = tl.zeros([TILE.BLOCK_R], tl.float32)
+    sums = Sums(b_none, b_none, b_none)
+    first, last = share(walk.n_masked, split, TILE)
+    for i in tl.range(first, last):
+        start_s = masked_start(walk, i, TILE)
         o_s = start_s + tl.arange(0, TILE.BLOCK_S)
         b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
         m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
-        b_e = tl.exp2(b_p * logits.factor - logits.shift)
-        b_e_other = tl.where(m_other, b_e, 0.0)
-        b_other += tl.sum(b_e_other, 0)
+        sums, b_e = masked_tile(sums, b_p, m_other, m_peer, logits, TILE.PEERS)
         if parts.streamed is not None and not SYMMETRIC:
-            tl.store(p_part + o_s, tl.sum(tl.where(m_r[None, :], b_e_other, 0.0), 1), mask=o_s < s.n)
-        if TILE.PEERS:
-            b_peer += tl.sum(tl.where(m_peer, b_e, 0.0), 0)
-            b_linear += tl.sum(tl.where(m_peer, b_p, 0.0), 0)
-    return Sums(b_other, b_peer, b_linear)
+            tl.store(p_part + o_s, tl.sum(tl.where(m_r[None, :], b_e, 0.0), 1), mask=o_s < s.n)
+    return sums
 
 
 @triton.jit
@@ -136,14 +142,14 @@ def forward_kernel(
     if parts.streamed is not None:
         p_part = parts.streamed + block_r.to(tl.int64) * s.rows
     block = load_block(r, start_r, TILE, (TILE.SPLIT_PLAIN and PLAIN) or (TILE.SPLIT_MASKED and MASKED))
-    lo, hi = class_range(r, start_r, TILE.ALIGN)
+    walk = walk_of(r, s, start_r, TILE, SYMMETRIC)
     b_other = tl.zeros([TILE.BLOCK_R], tl.float32)
     b_peer = b_other
     b_linear = b_other
     if PLAIN:
-        b_other += _plain_tiles(block, s, parts, p_part, lo, hi, split, logits, r.n, TILE, SYMMETRIC)
+        b_other += _plain_tiles(block, s, parts, p_part, walk, split, logits, r.n, TILE)
     if MASKED:
-        masked = _masked_tiles(block, r, s, parts, p_part, lo, hi, split, logits, TILE, SYMMETRIC)
+        masked = _masked_tiles(block, r, s, parts, p_part, walk, split, logits, TILE, SYMMETRIC)
         b_other += masked.other
         b_peer = masked.peer
         b_linear = masked.linear

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from ..common.arguments import Sums
-from ..common.numerics import SCALE, class_range, load_block, logits_of, products, relations
-from .forward import store_sums
+from ..common.numerics import SCALE, load_block, logits_of, products, relations, share, walk_of
+from .forward import masked_tile, plain_tile, store_sums
 
 
 class Model(NamedTuple):
@@ -57,66 +57,34 @@ def _add_pairs(pairs, b_k, b_l):
 
 @triton.jit
 def _plain_tile(b_sum, model, start_s, m_r, logits, TILE, SPLIT: tl.constexpr, PADDED: tl.constexpr):
-    """A tile of one model: add its exponentials to resident and streamed rows; return its cosines minus their mean."""
-    b_p, _, _ = products(model.block, model.block, start_s, TILE, SPLIT)
-    b_e = tl.exp2(b_p * logits.factor - logits.shift)
+    """`plain_tile` of one model; returns its cosines minus their mean instead of products."""
+    block = model.block
+    b_sum, b_p = plain_tile(b_sum, block, block, model.p_part, start_s, m_r, logits, TILE, SPLIT, PADDED, True)
     b_d = _deviations(b_p, model.mean)
     if PADDED:
-        b_e = tl.where(m_r, b_e, 0.0)
-        b_d = tl.where(m_r, b_d, 0.0)
-    tl.store(model.p_part + start_s + tl.arange(0, TILE.BLOCK_S), tl.sum(b_e, 1))
-    return b_sum + b_e, b_d
+        b_d = tl.where(m_r[None, :], b_d, 0.0)
+    return b_sum, b_d
 
 
 @triton.jit
-def _plain_loop(
-    a, b, n, first, last, logits, A, B, SPLIT: tl.constexpr, PADDED: tl.constexpr
-):  # fmt: skip
-    """(R,) sums of both models over tiles first .. last - 1, and pair sums. PADDED: as in `forward._plain_loop`."""
+def _plain_loop(a, b, n, first, last, logits, A, B, SPLIT: tl.constexpr, PADDED: tl.constexpr):
+    """Sums of both models over plain tiles first .. last - 1, and pair sums. PADDED: as in `plain_tile`."""
     b_sum_a = tl.zeros([A.BLOCK_S, A.BLOCK_R], tl.float32)
     b_sum_b = b_sum_a
-    b_none = tl.zeros([A.BLOCK_S], tl.float32)
-    pairs = PairSums(b_none, b_none, b_none)
-    m_r = (a.block.start + tl.arange(0, A.BLOCK_R) < n)[None, :]
+    b_none_s = tl.zeros([A.BLOCK_S], tl.float32)
+    pairs = PairSums(b_none_s, b_none_s, b_none_s)
+    m_r = a.block.start + tl.arange(0, A.BLOCK_R) < n
     for i in tl.range(first, last):
         # One model after the other, so that only one product and the first model's deviations are live at a time.
         b_sum_a, b_k = _plain_tile(b_sum_a, a, i * A.BLOCK_S, m_r, logits, A, SPLIT, PADDED)
         b_sum_b, b_l = _plain_tile(b_sum_b, b, i * A.BLOCK_S, m_r, logits, B, SPLIT, PADDED)
         pairs = _add_pairs(pairs, b_k, b_l)
-    return tl.sum(b_sum_a, 0), tl.sum(b_sum_b, 0), pairs
-
-
-@triton.jit
-def _plain_tiles(a, b, n, n_plain, split, logits, A, B, SPLIT: tl.constexpr):
-    """`_plain_loop` over a split's share of the tiles before the class range."""
-    first = (n_plain.to(tl.int64) * split // A.SPLITS).to(tl.int32)
-    last = (n_plain.to(tl.int64) * (split + 1) // A.SPLITS).to(tl.int32)
-    if a.block.start + A.BLOCK_R > n:
-        b_sum_a, b_sum_b, pairs = _plain_loop(a, b, n, first, last, logits, A, B, SPLIT, True)
-    else:
-        b_sum_a, b_sum_b, pairs = _plain_loop(a, b, n, first, last, logits, A, B, SPLIT, False)
     b_none = tl.zeros([A.BLOCK_R], tl.float32)
-    return Sums(b_sum_a, b_none, b_none), Sums(b_sum_b, b_none, b_none), pairs
+    return Sums(tl.sum(b_sum_a, 0), b_none, b_none), Sums(tl.sum(b_sum_b, 0), b_none, b_none), pairs
 
 
 @triton.jit
-def _masked_tile(sums, b_p, m_other, m_peer, logits, PEERS: tl.constexpr):
-    """Add a tile of one model to its sums."""
-    b_e = tl.exp2(b_p * logits.factor - logits.shift)
-    b_other = sums.other + tl.sum(tl.where(m_other, b_e, 0.0), 0)
-    b_peer = sums.peer
-    b_linear = sums.linear
-    if PEERS:
-        b_peer += tl.sum(tl.where(m_peer, b_e, 0.0), 0)
-        b_linear += tl.sum(tl.where(m_peer, b_p, 0.0), 0)
-    return Sums(b_other, b_peer, b_linear)
-
-
-@triton.jit
-def _masked_tiles(
-    a, b, r, lo, hi, split, logits, A, B, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+def _masked_tiles(a, b, r, walk, split, logits, A, B, SPLIT: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr):
     """Over a split's share of the class range: with ROWS, row sums of both models; with PAIRS, pair sums."""
     o_r = a.block.start + tl.arange(0, A.BLOCK_R)
     b_none = tl.zeros([A.BLOCK_R], tl.float32)
@@ -124,20 +92,20 @@ def _masked_tiles(
     sums_b = Sums(b_none, b_none, b_none)
     b_none_s = tl.zeros([A.BLOCK_S], tl.float32)
     pairs = PairSums(b_none_s, b_none_s, b_none_s)
-    n_class = (tl.minimum(hi, (r.n + A.BLOCK_S - 1) // A.BLOCK_S * A.BLOCK_S) - lo) // A.BLOCK_S
-    for i in tl.range(n_class * split // A.SPLITS, n_class * (split + 1) // A.SPLITS):
-        start_s = lo + i * A.BLOCK_S
+    first, last = share(walk.n_masked, split, A)
+    for i in tl.range(first, last):
+        start_s = walk.lo + i * A.BLOCK_S
         o_s = start_s + tl.arange(0, A.BLOCK_S)
         m_pair = (o_s < r.n)[:, None] & (o_r < r.n)[None, :]
         b_p, _, _ = products(a.block, a.block, start_s, A, SPLIT)
         if ROWS:
             m_other, m_peer = relations(r, r.lo_N, r.first_N, o_r, o_s, o_s < r.n)
-            sums_a = _masked_tile(sums_a, b_p, m_other, m_peer, logits, A.PEERS)
+            sums_a, _ = masked_tile(sums_a, b_p, m_other, m_peer, logits, A.PEERS)
         b_k = tl.where(m_pair, _deviations(b_p, a.mean), 0.0)
         b_p, _, _ = products(b.block, b.block, start_s, B, SPLIT)
         if ROWS:
             m_other, m_peer = relations(r, r.lo_N, r.first_N, o_r, o_s, o_s < r.n)
-            sums_b = _masked_tile(sums_b, b_p, m_other, m_peer, logits, A.PEERS)
+            sums_b, _ = masked_tile(sums_b, b_p, m_other, m_peer, logits, A.PEERS)
         if PAIRS:
             b_l = tl.where(m_pair, _deviations(b_p, b.mean), 0.0)
             pairs = _add_pairs(pairs, b_k, b_l)
@@ -164,18 +132,20 @@ def twin_kernel(
     offset = block_r.to(tl.int64) * a.rows
     model_a = Model(load_block(a, start_r, A, SPLIT), parts_a.streamed + offset, tl.load(means))
     model_b = Model(load_block(b, start_r, B, SPLIT), parts_b.streamed + offset, tl.load(means + 1))
-    lo, hi = class_range(a, start_r, A.ALIGN)
+    walk = walk_of(a, a, start_r, A, True)
     if MASKED:
         sums_a, sums_b, pairs = _masked_tiles(
-            model_a, model_b, a, lo, hi, split, logits, A, B, SPLIT, True, SPLIT == A.SPLIT_PLAIN
+            model_a, model_b, a, walk, split, logits, A, B, SPLIT, True, SPLIT == A.SPLIT_PLAIN
         )
         if SPLIT != A.SPLIT_PLAIN:
             # A separate loop: in a joint one the compiler would share a product and make the others wait for it.
-            _, _, pairs = _masked_tiles(
-                model_a, model_b, a, lo, hi, split, logits, A, B, A.SPLIT_PLAIN, False, True
-            )  # fmt: skip
+            _, _, pairs = _masked_tiles(model_a, model_b, a, walk, split, logits, A, B, A.SPLIT_PLAIN, False, True)
     else:
-        sums_a, sums_b, pairs = _plain_tiles(model_a, model_b, a.n, lo // A.BLOCK_S, split, logits, A, B, SPLIT)
+        first, last = share(walk.n_plain, split, A)
+        if start_r + A.BLOCK_R > a.n:
+            sums_a, sums_b, pairs = _plain_loop(model_a, model_b, a.n, first, last, logits, A, B, SPLIT, True)
+        else:
+            sums_a, sums_b, pairs = _plain_loop(model_a, model_b, a.n, first, last, logits, A, B, SPLIT, False)
     o_r = start_r + tl.arange(0, A.BLOCK_R)
     slot = parts_a.first_slot + split
     store_sums(parts_a, slot, sums_a, o_r, o_r < a.n, a.rows, logits.factor, A.PEERS)

@@ -4,10 +4,31 @@ They never go through a half-precision tile. In a converged run a view's softmax
 half-precision rounding would be all that is left.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..common.numerics import begin, inverse_temperature, unit_rows
+
+
+class View(NamedTuple):
+    """Inside a kernel: one view of each row."""
+
+    m: Any  # rows that have it
+    b: Any  # (N, D) unit rows
+    src: Any  # their source rows
+    logit: Any
+
+
+@triton.jit
+def view(b_x, y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, SYMMETRIC: tl.constexpr):
+    """The views at working positions b_j of the candidates; rows without one have b_j >= b_last."""
+    m_j = m_n & (b_j < b_last)
+    if SYMMETRIC:
+        m_j = m_j & (b_j != o_n)
+    b_y, b_src, _ = unit_rows(y, b_j, m_j, o_d, m_d)
+    return View(m_j, b_y, b_src, tl.sum(b_x * b_y, 1) * inverse_t)
 
 
 @triton.jit
@@ -39,19 +60,14 @@ def views_kernel(
     # corrects the rounding of the mean: equal logits have a spread of log n, a single one a spread of exactly 0.
     for i in range(0, 2 * most):
         i_k = tl.where(i < most, i, i - most)
-        b_j = b_first + i_k
-        m_j = m_n & (b_j < b_last)
-        if SYMMETRIC:
-            m_j = m_j & (b_j != o_n)
-        b_y, _, _ = unit_rows(y, b_j, m_j, o_d, m_d)
-        b_s = tl.sum(b_x * b_y, 1) * inverse_t
+        one = view(b_x, y, b_first + i_k, b_last, o_n, m_n, o_d, m_d, inverse_t, SYMMETRIC)
         if i < most:
-            b_sum += tl.where(m_j, b_s, 0.0)
-            b_max = tl.where(m_j, tl.maximum(b_max, b_s), b_max)
+            b_sum += tl.where(one.m, one.logit, 0.0)
+            b_max = tl.where(one.m, tl.maximum(b_max, one.logit), b_max)
             b_mean = b_sum / b_n
         else:
-            b_rest += tl.where(m_j, b_s - b_mean, 0.0)
-            b_total += tl.where(m_j, tl.exp(b_s - b_max), 0.0)
+            b_rest += tl.where(one.m, one.logit - b_mean, 0.0)
+            b_total += tl.where(one.m, tl.exp(one.logit - b_max), 0.0)
     b_spread = (b_max - b_mean) + tl.log(b_total) - b_rest / b_n
     # A single view has spread 0 by definition; a NaN then shows only in the mean.
     b_spread = tl.where(b_count > 1, b_spread, 0.0)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..common.arguments import Block
 from ..common.numerics import class_range, dot, logits_of, products, split_half
-from .backward_tile import tile_weights
+from .backward import tile_weights
 
 
 class Pairs(NamedTuple):

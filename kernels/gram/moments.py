@@ -14,7 +14,7 @@ for one model with itself, from the lower block of columns to the higher, and st
 import triton
 import triton.language as tl
 
-from ..common.numerics import dot
+from ..common.numerics import split_dot
 
 
 @triton.jit
@@ -61,9 +61,7 @@ def moments_kernel(
         b_b = _columns(z, i_n, b, width, BLOCK_N, BLOCK)
         b_b_low = _columns(z + low, i_n, b, width, BLOCK_N, BLOCK)
         b_a_low = _columns(z + low, i_n, a, width, BLOCK_N, BLOCK)
-        b_sum = dot(tl.trans(b_a), b_b, b_sum)
-        b_sum = dot(tl.trans(b_a), b_b_low, b_sum)
-        b_sum = dot(tl.trans(b_a_low), b_b, b_sum)
+        b_sum = split_dot(tl.trans(b_a), tl.trans(b_a_low), b_b, b_b_low, b_sum, True)
     is_turned = tl.load(turned + i_t) != 0
     stride_a = tl.where(is_turned, 1, width)
     stride_b = tl.where(is_turned, width, 1)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common.numerics import LOG2E, dot, load_tile
+from ..common.numerics import LOG2E, pieces
 
 FIXED_POINT = tl.constexpr(4294967296.0)  # 2^32: entries of at most 1, up to 2^31 of them
 
@@ -23,21 +23,6 @@ class Features(NamedTuple):
     exponent: Any  # (1,) float32: 1 / (2 sigma^2)
     squares: Any  # (n,) float32: |v|^2
     totals: Any  # (n,) int64 row sums; must be zero before the launch
-
-
-@triton.jit
-def _product(z, low, start_i, start_j, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tile (BLOCK, BLOCK) of inner products of rows of a working copy (2, ., D), in split half precision."""
-    b_p = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for i_d in tl.range(0, D, BLOCK_D):
-        b_i = load_tile(z + i_d, start_i, BLOCK, D, BLOCK_D)
-        b_j = load_tile(z + i_d, start_j, BLOCK, D, BLOCK_D)
-        b_i_low = load_tile(z + low + i_d, start_i, BLOCK, D, BLOCK_D)
-        b_j_low = load_tile(z + low + i_d, start_j, BLOCK, D, BLOCK_D)
-        b_p = dot(b_i, tl.trans(b_j), b_p)
-        b_p = dot(b_i, tl.trans(b_j_low), b_p)
-        b_p = dot(b_i_low, tl.trans(b_j), b_p)
-    return b_p
 
 
 @triton.jit
@@ -91,9 +76,9 @@ def gram_kernel(
     yy = xy
     for j in tl.range(i + split, blocks, SPLITS):
         o_j = j * BLOCK + tl.arange(0, BLOCK)
-        b_x = _product(x.z, low_x, i * BLOCK, j * BLOCK, BLOCK, DX, BLOCK_D)
+        b_x = pieces(x.z, low_x, i * BLOCK, x.z, low_x, j * BLOCK, BLOCK, BLOCK, DX, BLOCK_D, True)
         b_x = _entries(b_x, x, o_i, o_j, n, WIDE)
-        b_y = _product(y.z, low_y, i * BLOCK, j * BLOCK, BLOCK, DY, BLOCK_D)
+        b_y = pieces(y.z, low_y, i * BLOCK, y.z, low_y, j * BLOCK, BLOCK, BLOCK, DY, BLOCK_D, True)
         b_y = _entries(b_y, y, o_i, o_j, n, WIDE)
         weight = tl.where(i == j, 1.0, 2.0)
         xy += tl.sum(b_x * b_y).to(tl.float64) * weight

@@ -34,7 +34,7 @@ def on_triton(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(gram, "_ROW_TILE", {"BLOCK_N": 64, "BLOCK_D": 128})
-        monkeypatch.setattr(gram, "config", lambda kernel, *_: Config(128, 64, 64, 4, 1))
+        monkeypatch.setattr(gram, "tabled", lambda *_: Config(128, 64, 64, 4, 1))
     with fastcl.backend("triton"):
         yield ran
 

@@ -11,12 +11,11 @@ import triton
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import fixed
-from fastcl.kernels.common.launch import launch
-from fastcl.kernels.contrastive import backward_epilogue, backward_prologue, wide
-from fastcl.kernels.contrastive.backward import Accumulator, backward_kernel
-from fastcl.kernels.contrastive.backward_tile import Weights
-from fastcl.rowstats.triton.forward import WORKSPACE, choose, parts, splits, tabled, tile
-from fastcl.rowstats.triton.operand import ALIGN, NARROW, Call, Operand, row_block
+from fastcl.kernels.common.launch import launch, splits
+from fastcl.kernels.contrastive import backward_epilogue, wide
+from fastcl.kernels.contrastive.backward import Accumulator, Weights, backward_kernel
+from fastcl.kernels.contrastive.statistics import Losses, derivatives_kernel, weights_kernel
+from fastcl.rowstats.triton.operand import ALIGN, NARROW, WORKSPACE, Call, Operand, row_block
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ def _sides(operands: list[Operand], call: Call, flag: Tensor | None, upstreams: 
         if upstream.any:
             other, losses = operands[len(operands) - len(found)], upstream.grad_losses
             launch(
-                backward_prologue.derivatives_kernel, (r.rows // ALIGN,), 4, 1,
+                derivatives_kernel, (r.rows // ALIGN,), 4, 1,
                 layout_5N=r.order, stats=upstream.stats, grad_stats=upstream.grad_stats,
-                upstream=None if losses is None else backward_prologue.Losses(losses, *losses.stride()),
+                upstream=None if losses is None else Losses(losses, *losses.stride()),
                 weights=weights, maxima=part, n=r.n, n_s=other.n, rows=r.rows, BLOCK_N=ALIGN,
                 SYMMETRIC=len(operands) == 1, CODES=fixed(() if losses is None else call.codes),
             )  # fmt: skip
@@ -103,7 +102,7 @@ def _sides(operands: list[Operand], call: Call, flag: Tensor | None, upstreams: 
         if side.upstream.any:
             r = side.operand
             launch(
-                backward_prologue.weights_kernel, (r.rows // ALIGN,), 4, 1,
+                weights_kernel, (r.rows // ALIGN,), 4, 1,
                 layout_5N=r.order, stats=side.upstream.stats, weights=side.weights, maxima=maxima, bound=bound,
                 flag=flag, temperature=call.degree, n=r.n, rows=r.rows, n_maxima=len(maxima), BLOCK_N=ALIGN,
             )  # fmt: skip
@@ -114,14 +113,14 @@ def _gradient(r: _Side, s: _Side, call: Call, flag: Tensor | None, need_dot: boo
     n, d = r.operand.n, r.operand.x.shape[1]
     dx = torch.empty(n, d, dtype=r.operand.x.dtype, device=r.operand.z.device)
     dot = torch.empty(n, dtype=torch.float32, device=dx.device) if need_dot else None
-    if r.operand.width > NARROW or not all(tabled("backward", s.operand, mode) for mode, _, _ in parts(call)):
+    if r.operand.width > NARROW or not all(s.operand.tabled("backward", mode) for mode, _, _ in call.parts):
         acc = dx if dx.dtype == torch.float32 else torch.empty(n, d, dtype=torch.float32, device=dx.device)
         _wide(r, s, call, flag, acc)
         _finalize(r, s, call, acc[None], dx, dot, first=0, in_order=True)
         return dx, dot
-    plain = choose("backward", s.operand, parts(call)[0][0])
+    plain = s.operand.chosen("backward", call.parts[0][0])
     n_splits = splits(triton.cdiv(n, plain.block_r), triton.cdiv(s.operand.n, plain.block_s))
-    slots = n_splits * len(parts(call))
+    slots = n_splits * len(call.parts)
     wave = min(r.operand.rows, max(1, WORKSPACE // (4 * slots * ALIGN * r.operand.width)) * ALIGN)
     acc = torch.empty(slots, wave, r.operand.width, dtype=torch.float32, device=dx.device)
     for first in range(0, r.operand.rows, wave):
@@ -141,14 +140,14 @@ def _over_pairs(r: _Side, s: _Side, call: Call, flag: Tensor | None) -> dict:
 def _narrow(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor, n_splits: int, first: int) -> None:
     """Fill acc (slots, rows, width) for the resident rows from `first` on."""
     rows = min(acc.shape[1], r.operand.rows - first)
-    for part, (mode, takes_plain, takes_masked) in enumerate(parts(call)):
+    for part, (mode, takes_plain, takes_masked) in enumerate(call.parts):
         for online in (False,) if flag is None else (False, True):
-            chosen = choose("backward_online" if online else "backward", s.operand, mode)
+            chosen = s.operand.chosen("backward_online" if online else "backward", mode)
             launch(
                 backward_kernel, (rows // chosen.block_r, n_splits), chosen.warps, chosen.stages,
                 **_over_pairs(r, s, call, flag),
                 acc=Accumulator(acc, acc.shape[1], first // chosen.block_r, part * n_splits),
-                TILE=fixed(tile(call, r.operand, chosen, n_splits)), PLAIN=takes_plain, MASKED=takes_masked,
+                TILE=fixed(call.tile(r.operand, chosen, n_splits)), PLAIN=takes_plain, MASKED=takes_masked,
                 ONLINE=online,
             )  # fmt: skip
 
@@ -184,10 +183,10 @@ def _wide(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor) -> N
 
 
 def _pair_weights(r: _Side, s: _Side, call: Call, flag: Tensor | None, w: Tensor, i: int, j: int) -> None:
-    chosen = choose("weights", s.operand, call.split)
+    chosen = s.operand.chosen("weights", call.split)
     size = w.shape[1]
     grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
-    constants = tile(call, r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # even for narrow rows
+    constants = call.tile(r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # even for narrow rows
     for online in (False,) if flag is None else (False, True):
         launch(
             wide.pair_weights_kernel, grid, chosen.warps, chosen.stages,
@@ -199,7 +198,7 @@ def _product(
     rows: _Side, summed: _Side, call: Call, w: Tensor, acc: Tensor, i: int, k: int, transposed: bool, add: bool
 ) -> None:
     """Add to acc (or, without `add`, write) the gradient of rows i .. from rows k .. of the other side."""
-    chosen = choose("product", summed.operand, call.split)
+    chosen = summed.operand.chosen("product", call.split)
     x, y = rows.operand, summed.operand
     size = w.shape[1]
     m, count = min(size, x.rows - i), min(size, y.rows - k)

@@ -2,56 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import triton
 from torch import Tensor
 
-from fastcl.kernels.common.arguments import Parts, Tile, fixed
-from fastcl.kernels.common.launch import Config, architecture, config, launch
+from fastcl.kernels.common.arguments import Parts, fixed
+from fastcl.kernels.common.launch import Config, launch, splits
 from fastcl.kernels.contrastive.forward import forward_kernel, forward_online_kernel
-from fastcl.kernels.contrastive.forward_epilogue import Wave, finish_kernel
+from fastcl.kernels.contrastive.statistics import Wave, finish_kernel
 from fastcl.kernels.contrastive.view_pairs import views_kernel
-from fastcl.rowstats.triton.operand import ALIGN, NARROW, Call, Operand, row_block
-
-WORKSPACE = 256 * 2**20  # limit in bytes for partial results
-# Target number of programs per launch: two per multiprocessor of the largest cards. Fixed, so that results do not
-# depend on the card.
-_PROGRAMS = 528
-
-
-def choose(kernel: str, operand: Operand, mode: str) -> Config:
-    """Tile sizes of a launch that streams an operand's rows; the table must have them."""
-    return cast(Config, tabled(kernel, operand, mode))
-
-
-def tabled(kernel: str, operand: Operand, mode: str) -> Config | None:
-    """Tile sizes of a launch that streams an operand's rows, from the table; None if it has none."""
-    device = operand.z.device
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return config(kernel, architecture(capability), mode, operand.width, operand.n)
-
-
-def parts(call: Call) -> tuple[tuple[str, bool, bool], ...]:
-    """The launches over tiles: mode of the table, whether it processes plain tiles, whether masked ones.
-
-    If only masked tiles use split precision, they get a separate launch, because they need smaller tiles than others.
-    """
-    return (("none", True, False), ("peers", False, True)) if call.split == "peers" else ((call.split, True, True),)
-
-
-def splits(blocks: int, tiles: int) -> int:
-    """Number of programs that share a block of resident rows: a power of two, so that few kernels are compiled."""
-    wanted = min(_PROGRAMS // max(blocks, 1), tiles // 2, 16)
-    return 1 << max(wanted.bit_length() - 1, 0)
-
-
-def tile(call: Call, r: Operand, chosen: Config, n_splits: int = 1) -> Tile:
-    """Constants of a launch over tiles; narrow rows are processed in one piece."""
-    block_d = r.width if r.width <= NARROW else chosen.block_d
-    split = call.split == "all", call.split != "none"
-    return Tile(r.width, chosen.block_r, chosen.block_s, block_d, ALIGN, n_splits, call.peers, *split)
+from fastcl.rowstats.triton.operand import ALIGN, WORKSPACE, Call, Operand, row_block
 
 
 def statistics(
@@ -101,13 +61,9 @@ def _tiles(
 ) -> None:
     """Process resident rows in waves, each as large as the workspace allows for the sums of streamed rows."""
     both = symmetric or len(found) == 2
-    plain = choose("forward", s, parts(call)[0][0])
-    n_blocks = triton.cdiv(r.n, plain.block_r)
-    # Two fifths of the workspace hold sums of resident rows, the rest sums of streamed rows.
-    wave = min(n_blocks, max(1, WORKSPACE * 3 // 5 // (4 * s.rows))) if both else n_blocks
-    most = max(1, WORKSPACE * 2 // 5 // (12 * r.rows * len(parts(call))))
-    n_splits = min(splits(wave, triton.cdiv(s.n, plain.block_s)), 1 << (most.bit_length() - 1))
-    slots = n_splits * len(parts(call))
+    plain = s.chosen("forward", call.parts[0][0])
+    n_blocks, wave, n_splits = waves(r, s, plain, len(call.parts), int(both))
+    slots = n_splits * len(call.parts)
     part_r = torch.empty(slots, 3, r.rows, dtype=torch.float32, device=r.z.device)
     part_s = torch.empty(wave, s.rows, dtype=torch.float32, device=r.z.device) if both else None
     for first in range(0, n_blocks, wave):
@@ -115,8 +71,8 @@ def _tiles(
         last = first + count == n_blocks
         made = Parts(part_r, part_s, first, count, 0)
         _launch_tiles(r, s, call, flag, plain, n_splits, symmetric, made)
-        if last and len(parts(call)) == 2:
-            masked = choose("forward", s, "peers")
+        if last and len(call.parts) == 2:
+            masked = s.chosen("forward", "peers")
             whole = Parts(part_r, None, 0, triton.cdiv(r.n, masked.block_r), n_splits)
             _launch_tiles(r, s, call, flag, masked, n_splits, symmetric, whole)
         done = Wave(ALIGN, plain.block_r, slots, symmetric, call.peers, first == 0, last)
@@ -126,14 +82,29 @@ def _tiles(
             finish(s, r, call, flag, found[1], done, made._replace(resident=None))
 
 
+def waves(r: Operand, s: Operand, chosen: Config, slots: int, streamed: int) -> tuple[int, int, int]:
+    """Blocks of resident rows in all and in a wave, and the number of programs that share a block.
+
+    Two fifths of the workspace hold sums of resident rows, the rest sums of streamed rows.
+
+    Args:
+        slots: sums of resident rows that a program of each split stores.
+        streamed: sums of streamed rows that a block stores; 0: none, so that a single wave suffices.
+    """
+    n_blocks = triton.cdiv(r.n, chosen.block_r)
+    wave = min(n_blocks, max(1, WORKSPACE * 3 // 5 // (4 * s.rows * streamed))) if streamed else n_blocks
+    most = max(1, WORKSPACE * 2 // 5 // (12 * r.rows * slots))
+    return n_blocks, wave, min(splits(wave, triton.cdiv(s.n, chosen.block_s)), 1 << (most.bit_length() - 1))
+
+
 def _launch_tiles(
     r: Operand, s: Operand, call: Call, flag: Tensor | None, chosen: Config, n_splits: int, symmetric: bool, made: Parts
 ) -> None:
-    _, takes_plain, takes_masked = parts(call)[made.first_slot // n_splits]
+    _, takes_plain, takes_masked = call.parts[made.first_slot // n_splits]
     launch(
         forward_kernel, (made.n_blocks, n_splits), chosen.warps, chosen.stages,
         r=r.resident, s=s.streamed, parts=made, temperature=call.degree, flag=flag,
-        TILE=fixed(tile(call, r, chosen, n_splits)), SYMMETRIC=symmetric, PLAIN=takes_plain, MASKED=takes_masked,
+        TILE=fixed(call.tile(r, chosen, n_splits)), SYMMETRIC=symmetric, PLAIN=takes_plain, MASKED=takes_masked,
     )  # fmt: skip
 
 
@@ -160,9 +131,9 @@ def finish(
 
 def online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> None:
     """If the flag is set, compute r's statistics with running maxima."""
-    chosen = choose("online", s, "none" if call.split == "none" else "all")
+    chosen = s.chosen("online", "none" if call.split == "none" else "all")
     launch(
         forward_online_kernel, (triton.cdiv(r.n, chosen.block_r),), chosen.warps, 1,
         r=r.resident, s=s.streamed, last_N=r.order[4], src_N=r.order[0], stats=stats, temperature=call.degree,
-        flag=flag, TILE=fixed(tile(call, r, chosen)),
+        flag=flag, TILE=fixed(call.tile(r, chosen)),
     )  # fmt: skip

@@ -1,23 +1,24 @@
-"""The two sides of a call as the kernels see them: working order, layout and working copy of the rows."""
+"""The two sides of a call as the kernels see them: working order, layout and working copy of the rows; tile sizes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 import triton
 from torch import Tensor
 
-from fastcl.kernels.common.arguments import Resident, Rows, Streamed, Temperature
-from fastcl.kernels.common.launch import launch
+from fastcl.kernels.common.arguments import Resident, Rows, Streamed, Temperature, Tile
+from fastcl.kernels.common.launch import Config, architecture, config, launch
 from fastcl.kernels.common.numerics import SAFE_INVERSE_T
-from fastcl.kernels.contrastive.order import layout_kernel
-from fastcl.kernels.contrastive.prepare import prepare_kernel
+from fastcl.kernels.contrastive.prepare import layout_kernel, prepare_kernel
 from fastcl.rowstats.order import Layout, Side
 
 ALIGN = 128  # working copies are padded to whole blocks of this many rows; every tile size divides it
 NARROW = 256  # wider rows are processed in pieces
+WORKSPACE = 256 * 2**20  # limit in bytes for partial results
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 
 
@@ -46,6 +47,21 @@ class Call:
     def degree(self) -> Temperature:
         """The temperature, as kernels take it."""
         return Temperature(self.temperature, self.value)
+
+    @property
+    def parts(self) -> tuple[tuple[str, bool, bool], ...]:
+        """The launches over tiles: mode of the table, whether it processes plain tiles, whether masked ones.
+
+        If only masked tiles use split precision, they get a separate launch, because they need smaller tiles than
+        others.
+        """
+        return (("none", True, False), ("peers", False, True)) if self.split == "peers" else ((self.split, True, True),)
+
+    def tile(self, r: Operand, chosen: Config, n_splits: int = 1) -> Tile:
+        """Constants of a launch over tiles; narrow rows are processed in one piece."""
+        block_d = r.width if r.width <= NARROW else chosen.block_d
+        split = self.split == "all", self.split != "none"
+        return Tile(r.width, chosen.block_r, chosen.block_s, block_d, ALIGN, n_splits, self.peers, *split)
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,20 @@ class Operand:
         own = (5, 6) if len(self.order) > 5 else (1, 3)
         return Streamed(self.z, self.scale, self.order[own[0]], self.order[own[1]], self.n, self.rows)
 
+    def tabled(self, kernel: str, mode: str) -> Config | None:
+        """Tile sizes of a launch that streams these rows, from the table; None if it has none."""
+        return tabled(kernel, self.z.device, mode, self.width, self.n)
+
+    def chosen(self, kernel: str, mode: str) -> Config:
+        """The same; the table must have them."""
+        return cast(Config, self.tabled(kernel, mode))
+
+
+def tabled(kernel: str, device: torch.device, mode: str, d: int, n: int) -> Config | None:
+    """`config` for a device."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return config(kernel, architecture(capability), mode, d, n)
+
 
 def padded_width(d: int) -> int:
     """Width of a working copy: a power of two up to NARROW, a multiple of 64 beyond."""
@@ -137,14 +167,20 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def half_scale(peaks: Tensor) -> Tensor:
+    """Powers of two that bring the peaks to between 128 and 256, so that remainders do not underflow in half precision;
+    256 for a peak of 0."""
+    exponent = torch.frexp(peaks)[1]
+    # With an integer exponent ldexp would compute 2^x in PyTorch's default dtype.
+    return torch.ldexp(torch.ones_like(peaks), (8 - exponent).to(peaks.dtype))
+
+
 def _scale(*rows: Tensor | None) -> Tensor:
-    """(1,) power of two that brings the largest entry of all finite rows to between 128 and 256."""
+    """(1,) `half_scale` of the largest entry of all finite rows."""
     peaks = [torch.linalg.vector_norm(x, torch.inf, 1, dtype=torch.float32) for x in rows if x is not None]
     peaks = torch.cat(peaks)
     peak = peaks.masked_fill(~peaks.isfinite(), 0).amax().reshape(1)
-    exponent = torch.frexp(peak.masked_fill(peak == 0, 1))[1]
-    # With integer exponents ldexp would compute 2^x in PyTorch's default dtype.
-    return torch.ldexp(torch.ones_like(peak), (8 - exponent).clamp(-126, 126).to(peak.dtype))
+    return half_scale(peak).clamp(max=2.0**126)  # so that its reciprocal is a normal number
 
 
 def known_order(samples: int, views: int, labels: Tensor | None, device: torch.device) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor
 from fastcl.kernels.common.arguments import Parts, fixed
 from fastcl.kernels.common.launch import Config, launch
 from fastcl.kernels.common.numerics import SCALE
-from fastcl.kernels.contrastive.forward_epilogue import Wave
+from fastcl.kernels.contrastive.statistics import Wave
 from fastcl.kernels.contrastive.two_models import twin_kernel
 from fastcl.rowstats.pair_sums import PairSums, Profile, three
-from fastcl.rowstats.triton.forward import WORKSPACE, choose, finish, online, results, splits, tile, views
+from fastcl.rowstats.triton.forward import finish, online, results, views, waves
 from fastcl.rowstats.triton.operand import ALIGN, Call, Operand
 
 # Cosines come from float32 sums. If a matrix's root mean square deviation is below this fraction of its mean, it is
@@ -51,12 +51,10 @@ def _tiles(
 ) -> Tensor:  # fmt: skip
     """Waves of resident rows, as in the forward pass of one model; returns |K - L|^2, |K|^2, |L|^2, (3,) float64."""
     wide = max((a, b), key=lambda operand: operand.width)
-    plain = choose("twin", wide, "all" if call.split == "all" else "none")
-    masked = choose("twin_masked", wide, "none" if call.split == "none" else "all")
-    n_blocks, n_masked = (triton.cdiv(a.n, chosen.block_r) for chosen in (plain, masked))
-    wave = min(n_blocks, max(1, WORKSPACE * 3 // 5 // (8 * a.rows)))
-    most = max(1, WORKSPACE * 2 // 5 // (48 * a.rows))
-    n_splits = min(splits(wave, triton.cdiv(a.n, plain.block_s)), 1 << (most.bit_length() - 1))
+    plain = wide.chosen("twin", "all" if call.split == "all" else "none")
+    masked = wide.chosen("twin_masked", "none" if call.split == "none" else "all")
+    n_blocks, wave, n_splits = waves(a, a, plain, slots=4, streamed=2)  # of both models
+    n_masked = triton.cdiv(a.n, masked.block_r)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=a.z.device)
@@ -82,7 +80,7 @@ def _launch_tiles(
     a: Operand, b: Operand, call: Call, chosen: Config, n_splits: int, made: list[Parts], pairs: Tensor, means: Tensor,
     takes_masked: bool,
 ) -> None:  # fmt: skip
-    sizes = [tile(call, model, chosen, n_splits) for model in (a, b)]
+    sizes = [call.tile(model, chosen, n_splits) for model in (a, b)]
     # Plain tiles do not depend on the precision of masked ones: clearing it saves compiling kernels.
     sizes = [
         size._replace(BLOCK_D=min(size.D, chosen.block_d), SPLIT_MASKED=takes_masked and size.SPLIT_MASKED)

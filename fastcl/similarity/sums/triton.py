@@ -11,11 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from fastcl.kernels.common.launch import Config, architecture, config, launch
+from fastcl.kernels.common.launch import Config, launch, splits
 from fastcl.kernels.gram import rows as row_kernels
 from fastcl.kernels.gram import tiles as tile_kernels
 from fastcl.kernels.gram.moments import moments_kernel
-from fastcl.rowstats.triton.forward import splits
+from fastcl.rowstats.triton.operand import half_scale, tabled
 
 ALIGN = 128  # block size of the rows of a working copy for tiles, and of a model's columns in a stack
 _ROW_TILE = {"BLOCK_N": 8, "BLOCK_D": 128}  # tile of the row-wise kernels
@@ -46,7 +46,7 @@ class _Measured:
             features=row_kernels.Features(x, n, d, x.stride(0)), pilot=pilot, factors=factors, squares=squares,
             margins=margins, peaks=peaks, **_ROW_TILE, CENTRE=kernel == "correlation",
         )  # fmt: skip
-        return cls(x, pilot, factors, squares, margins, _scale(peaks.amax().reshape(1)))
+        return cls(x, pilot, factors, squares, margins, half_scale(peaks.amax().reshape(1)))
 
     def split_into(self, z: Tensor, first: int, columns: int) -> None:
         """Write v into columns [first, first + columns) of a working copy (2, rows, width)."""
@@ -60,13 +60,6 @@ class _Measured:
         )  # fmt: skip
 
 
-def _scale(peaks: Tensor) -> Tensor:
-    """Powers of two that scale the peaks to between 128 and 256."""
-    exponent = torch.frexp(peaks)[1]
-    # With an integer exponent ldexp would compute 2^x in PyTorch's default dtype.
-    return torch.ldexp(torch.ones_like(peaks), (8 - exponent).to(peaks.dtype))
-
-
 def _first_row(x: Tensor, kernel: str) -> Tensor:
     """(d,) float64: the first row as the kernels map it, so that rows equal to it vanish up to rounding."""
     found = _Measured.of(x[:1], x.new_zeros(x.shape[1], dtype=torch.float64), kernel)
@@ -78,8 +71,7 @@ def _first_row(x: Tensor, kernel: str) -> Tensor:
 
 
 def _choose(kernel: str, device: torch.device, d: int, n: int) -> Config:
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return cast(Config, config(kernel, architecture(capability), "all", d, n))  # the table has all widths
+    return cast(Config, tabled(kernel, device, "all", d, n))  # the table has all widths
 
 
 class StackedMoments:
@@ -126,7 +118,7 @@ class StackedMoments:
         columns = [column for m in models for column in (m.squares, m.margins)]
         extra = torch.stack([*columns, torch.ones_like(columns[0])], 1)
         extra = torch.nn.functional.pad(extra, (0, self._shares[-1] - extra.shape[1], 0, rows - len(extra)))
-        scale_e = _scale(extra.abs().amax(0))
+        scale_e = half_scale(extra.abs().amax(0))
         extra = (extra * scale_e).float()
         z[0, :, self._firsts[-1] :] = extra
         z[1, :, self._firsts[-1] :] = extra - z[0, :, self._firsts[-1] :].float()
