@@ -47,18 +47,17 @@ def losses(
         way, stats, kept = found
         sides = _sides(stats)
         rows, slopes = zip(*[rows_and_slopes(form, sides) for form in forms], strict=True)
-        if len(forms) > 1 or reduction == "none":
-            loss = None
-        else:
+        ready = None
+        if len(forms) == 1 and reduction != "none":
             loss, count = (rows[0].mean(), rows[0].numel()) if reduction == "mean" else (rows[0].sum(), 1)
             if not wanted:
                 return [loss]
             # Compute the gradient now, so that N x D numbers are kept for the backward pass instead of N x N.
             dv = whole.backward(kept, way, 1 / count, *map(slopes[0].get, whole.PULLS))
             dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, inputs[2] is not None)
-            dx = _restored(dx, pairs.order)
-    if loss is not None:
-        return [_Ready.apply((loss,), dx, dt, *inputs)]
+            ready = (loss,), _restored(dx, pairs.order), dt
+    if ready is not None:
+        return [_Ready.apply(*ready, *inputs)]
     rows = _Attached.apply(rows, slopes, way, kept, pairs.order, *inputs)
     return rows if reduction == "none" else [getattr(v, reduction)() for v in rows]
 
@@ -164,9 +163,10 @@ class _Ready(Function):
         return boxed[0]
 
     @staticmethod
-    def backward(ctx, grad):
-        refuse_batched("chunked", grad)
+    def backward(ctx, *grads):
+        refuse_batched("chunked", *grads)
         dx, dt = ctx.saved_tensors
+        (grad,) = grads
         found = ctx.given.gradients(dx * grad, None if dt is None else dt * grad)
         return None, None, None, *_once(found)
 
