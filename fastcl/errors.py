@@ -27,10 +27,16 @@ def _escaped(character: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """End of a message about an unknown name: suggests the nearest known one (with the prefix) or lists them all."""
+    """End of a message about an unknown name: suggests the nearest known one (with the prefix) or lists all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(known)}"
+    return f"; did you mean '{prefix}{near[0]}'?" if near else f"; expected one of: {', '.join(known)}"
+
+
+def one_of(name: str, choices: Iterable[str | None], value: object) -> str:
+    """Message about a value that is none of the choices; the last choice may be None."""
+    *most, last = map(repr, choices)
+    return f"{name} must be {', '.join(most)} or {last}, got {brief(value)}"
 
 
 def brief(value: object, letters: int = 200) -> str:

@@ -49,7 +49,7 @@ class Objective:
             ("positives", self.positives, RELATIONS[:2]),
         ):
             if not value or len(set(value)) != len(value) or not set(value) <= set(allowed):
-                raise FastclError(f"{name} must be distinct relations out of {allowed}, got {value!r}")
+                raise FastclError(f"{name} must be distinct relations from {allowed}, got {value!r}")
 
     @property
     def negatives(self) -> tuple[Relation, ...]:
@@ -136,7 +136,9 @@ def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
             raise FastclError(f"unknown objective {objective!r}{suggest(objective, OBJECTIVES)}")
         return OBJECTIVES[objective]
     if not callable(objective):
-        raise FastclError(f"objective must be a name, an Objective or a callable on RowStats, got {objective!r}")
+        raise FastclError(
+            f"objective must be a name, an Objective or a callable that takes RowStats, got {objective!r}"
+        )
     return objective
 
 

@@ -25,8 +25,8 @@ def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
     tests = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor  # torch.func, torch.autograd
     if any(g is not None and any(test(g) for test in tests) for g in grads):
         raise FastclError(
-            f"the {backend} backend takes one gradient at a time; for batched ones (is_grads_batched, vectorize) run "
-            "the forward pass inside `with fastcl.backend('dense')`"
+            f"the {backend} backend does not support batched gradients (is_grads_batched, vectorize); run the forward "
+            "pass inside `with fastcl.backend('dense')`"
         )
 
 
@@ -35,8 +35,8 @@ def differentiable_once(backend: str) -> Callable:
 
     def refuse(*_: object) -> None:
         raise FastclError(
-            f"the {backend} backend is differentiable once; for second derivatives run the forward pass "
-            "inside `with fastcl.backend('dense')`"
+            f"the {backend} backend does not support second derivatives; run the forward pass inside `with "
+            "fastcl.backend('dense')`"
         )
 
     return refuse

@@ -130,7 +130,7 @@ def _measure(recorders: list[_Recorder], wanted: list[list[str]], loader: Iterab
             sums = table if sums is None else [total + value for total, value in zip(sums, table, strict=True)]
             batches, samples = batches + 1, samples + len(images)
     if sums is None:
-        raise FastclError("loader gave no batch")
+        raise FastclError("loader yielded no batches")
     choose_torch()
     matrix = ratio_table(*(value.cpu() for value in sums))
     lost = [name for asked, kept in zip(wanted, names, strict=True) for name in asked if name not in kept]
@@ -156,7 +156,7 @@ def match_layers(model: nn.Module, patterns: Sequence[str], argument: str) -> li
             raise FastclError(f"{argument}: {pattern!r} matches none of {len(names)} modules{near}")
         found += matched
     if not found:
-        raise FastclError(f"{argument} names no layer: give at least one pattern, such as '*'")
+        raise FastclError(f"{argument} is empty: give at least one pattern, such as '*'")
     return list(dict.fromkeys(found))
 
 
@@ -184,7 +184,7 @@ def _images(batch: Tensor | Sequence[Any], at: int) -> Tensor:
         )
     if len(images) < 4:
         raise FastclError(
-            f"batch {at} of loader has {len(images)} samples; HSIC_1 needs at least 4 (drop_last=True leaves out a "
+            f"batch {at} of loader has {len(images)} samples; HSIC_1 needs at least 4 (drop_last=True drops a "
             "short last batch)"
         )
     return images
@@ -243,8 +243,8 @@ class _Recorder:
         if not kept:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise FastclError(
-                f"{argument}: none of {len(names)} matched modules ({shown}) is called in the forward pass and gives a "
-                f"float tensor of shape ({self.rows}, ...)"
+                f"{argument}: none of {len(names)} matched modules ({shown}) is called in the forward pass and returns "
+                f"a float tensor of shape ({self.rows}, ...)"
             )
         return kept
 
@@ -252,7 +252,9 @@ class _Recorder:
         """The matrices U of some layers as rows, (len(names), b^2) float64; NaN where CKA is undefined."""
         for name in names:
             if name not in self.matrices:
-                raise FastclError(f"layer {name!r} gave no float tensor of shape ({self.rows}, ...) on batch {batch}")
+                raise FastclError(
+                    f"layer {name!r} returned no float tensor of shape ({self.rows}, ...) on batch {batch}"
+                )
         stack = torch.stack([self.matrices[name] for name in names]).flatten(1)
         check_not_meta(stack, f"outputs of layer {names[0]!r}")
         sums = torch.stack([self.sums[name] for name in names])

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import fastcl
 from fastcl.config.settings import Config
 from fastcl.data import Batch
-from fastcl.errors import FastclError, shown
+from fastcl.errors import FastclError, one_of, shown
 from fastcl.io.run_names import RECORDS
 from fastcl.train.inputs import data_paths, image_folders, open_inputs
 from fastcl.train.measures.evaluate import encode, evaluate
@@ -195,7 +195,7 @@ class Lockstep:
             h = {"features": features[twin.name].contiguous().cpu()}
             write_atomic(self.out / "features" / f"{twin.name}.safetensors", safetensors.torch.save(h))
         write_layers(self.out / "layers.json", self.twins, self.inputs.test, self.config.train.layers)
-        log.info("done: %d epochs in %s", self.epoch, shown(self.out))
+        log.info("finished: %d epochs in %s", self.epoch, shown(self.out))
 
     def _describe(self) -> dict[str, Any]:
         data = self.data
@@ -223,9 +223,9 @@ class Lockstep:
 
 def _device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
-        raise FastclError(f"train.device must be auto, cpu or cuda; got {name!r}")
+        raise FastclError(one_of("train.device", ("auto", "cpu", "cuda"), name))
     if name == "cuda" and not torch.cuda.is_available():
-        raise FastclError("train.device is 'cuda', but torch sees no CUDA device")
+        raise FastclError("train.device is 'cuda', but torch finds no CUDA device")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -78,7 +78,7 @@ class TestClassesAndSplits:
             ("digit", "'digit'.*digits"),
             ("cifar:x.npz", "cifar10"),
             ("", "unknown source ''.*folder"),
-            ("digits:x", "take no path, got 'x'"),
+            ("digits:x", "takes no path, got 'x'"),
             ("omniglot", "needs a path: 'omniglot:...'"),
             ("torchvision:", "needs a name"),
             ("omniglot:nowhere/o.npz", "no such file: nowhere/o.npz"),

@@ -16,7 +16,7 @@ def test_only_names_of_a_run_are_removed_and_only_from_a_run(done):  # noqa: F81
                                      "checkpoints/epoch_000001-01.pt.tmp")]  # fmt: skip
     for path in (*kept, *ours):
         path.write_bytes(b"half")
-    with pytest.raises(FastclError, match="holds another run"):
+    with pytest.raises(FastclError, match="contains another run"):
         Lockstep(small(optim__lr=0.1), done)
     assert all(path.exists() for path in (*kept, *ours))
     Lockstep(small(), done)
@@ -63,7 +63,7 @@ def test_records_of_more_epochs_than_a_kill_leaves_are_kept_aside(done):  # noqa
     assert (done / "metrics.jsonl.after-epoch-2").read_text() == row(7)
 
 
-@pytest.mark.parametrize("content, why", ((b"", "damaged, 0 bytes"), (b"\2\0\0\0\0\0\0\0{}", "it holds no tensor"),
+@pytest.mark.parametrize("content, why", ((b"", "damaged, 0 bytes"), (b"\2\0\0\0\0\0\0\0{}", "it contains no tensor"),
                                           (None, "gone")))  # fmt: skip
 def test_damaged_weights_are_not_done(done, content, why):  # noqa: F811
     shutil.rmtree(done / "checkpoints")
@@ -72,7 +72,7 @@ def test_damaged_weights_are_not_done(done, content, why):  # noqa: F811
     if content is not None:
         path.write_bytes(content)
     before = files(done)
-    with pytest.raises(FastclError, match=rf"of a finished run it lacks weights/dcl.safetensors \({why}\)"):
+    with pytest.raises(FastclError, match=rf"for a finished run it lacks weights/dcl.safetensors \({why}\)"):
         Lockstep(small(), done).run()
     assert files(done) == before
 
@@ -85,18 +85,18 @@ def test_a_missing_layers_json_is_mentioned(tmp_path, caplog):
     assert "layers.json" not in caplog.text
     (tmp_path / "layers.json").unlink()
     Lockstep(config, tmp_path).run()
-    assert "holds no layers.json" in caplog.text
+    assert "has no layers.json" in caplog.text
 
 
 def test_a_report_does_not_give_way(tmp_path):
     Lockstep(small(), tmp_path)
     (tmp_path / "report.html").write_text("precious")
-    with pytest.raises(FastclError, match="holds another run, which differs in optim.lr"):
+    with pytest.raises(FastclError, match="contains another run, which differs in optim.lr"):
         Lockstep(small(optim__lr=0.1), tmp_path)
 
 
 def test_a_run_does_not_lie_among_its_images(tmp_path):
     (tmp_path / "images" / "a").mkdir(parents=True)
-    with pytest.raises(FastclError, match=f"--out: .* lies in {tmp_path}/images, whose images the run reads"):
+    with pytest.raises(FastclError, match=f"--out: .* is inside {tmp_path}/images, whose images the run reads"):
         Lockstep(small(data__source=f"folder:{tmp_path}/images"), tmp_path / "images" / "runs" / "x")
     assert not (tmp_path / "images" / "runs").exists()

@@ -31,10 +31,10 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
             raise FastclError(f"features of {name!r} must have shape (b, d) with d >= 1, got {tuple(x.shape)}")
         check_not_meta(x, f"features of {name!r}")
         if is_inside(x, "vmap"):
-            raise FastclError(f"features of {name!r} are of torch.func.vmap: similarities are numbers, take one by one")
+            raise FastclError(f"features of {name!r} are inside torch.func.vmap, which similarities do not support")
     rows = {name: len(x) for name, x in features.items()}
     if len(set(rows.values())) > 1:
-        raise FastclError(f"all models need features of the same samples, got numbers of rows {rows}")
+        raise FastclError(f"all models must have the same number of rows, got {rows}")
     device = device or next(iter(features.values())).device
     batch = [x.detach().to(device) for x in features.values()]
     # A sum takes one pass and is finite only if all its terms are. Huge finite features may overflow it, so look again
