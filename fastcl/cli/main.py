@@ -14,6 +14,7 @@ from fastcl.config.written import DEMO, commented, listing, preset_file, preset_
 from fastcl.errors import FastclError, install_hint, shown
 from fastcl.io.files import cause
 from fastcl.io.outputs import named_path
+from fastcl.io.run_names import REPORT
 
 _DESCRIPTION = """\
 Train self-supervised and supervised contrastive models side by side on the same views, and measure how they align.
@@ -176,7 +177,16 @@ def _run(config: Path, args: argparse.Namespace) -> None:
     )
     with logging_redirect_tqdm():
         run.run()
-    print(f"report: {shown(write_report(args.out))}")
+    report = args.out / REPORT
+    if not _is_newest(report, args.out):
+        write_report(args.out)
+    print(f"report: {shown(report)}")
+
+
+def _is_newest(report: Path, out: Path) -> bool:
+    """Whether a run's report exists and was written after what it shows."""
+    shows = [path for name in ("metrics.jsonl", "layers.json") if (path := out / name).is_file()]
+    return report.is_file() and all(report.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in shows)
 
 
 def _report(args: argparse.Namespace) -> None:

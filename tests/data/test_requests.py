@@ -21,9 +21,9 @@ def _moved(box: list[float]) -> Callable[[ViewParams], ViewParams]:
 @pytest.mark.parametrize(
     ("positions", "change", "message"),
     [
-        ([0, 1], lambda p: p, r"2 positions .* got \[2, 3\]"),
-        ([], lambda p: p, r"0 positions .* got \[3, 3\]"),
-        ([0, 1, 2], None, r"3 positions .* got \[\]"),
+        ([0, 1], lambda p: p, r"per position \(2\), got \[2, 3\]"),
+        ([], lambda p: p, r"per position \(0\), got \[3, 3\]"),
+        ([0, 1, 2], None, r"per position \(3\), got \[\]"),
         ([0, 1, 3], lambda p: p, r"positions must be in \[0, 3\), got 0 to 3"),
         ([-1, 1, 2], lambda p: p, r"positions must be in \[0, 3\), got -1 to 2"),
         ([0.0, 1.0, 1.5], lambda p: p, "positions must be .* integers.* float64"),

@@ -234,8 +234,10 @@ def test_paths_that_cannot_be(kind, where, message):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"source": 3}, "data.source must be a string, got 3"), ({"source": None}, "data.source must be a string, got None"),
-    ({"root": np.datetime64("2024-01-01")}, "data.root must be a string"), ({"test_fraction": "0.2"}, "must be a number"),
+    ({"source": 3}, "data.source must be a string, got 3"),
+    ({"source": None}, "data.source must be a string, got None"),
+    ({"root": np.datetime64("2024-01-01")}, "data.root must be a string"),
+    ({"test_fraction": "0.2"}, "must be a number"),
     ({"max_pixels": 0}, r"data.max_pixels must be in \[1, "), ({"max_pixels": 1 << 40}, "Pillow refuses more"),
     ({"max_pixels": 1.5}, "data.max_pixels must be an integer"),
 ])  # fmt: skip

@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused() -> None:
             fastcl.twin_stats(za, zb, sample, temperature=0.5)
     for options, message in (
         ({"temperature": 0.0}, "temperature must be a positive"),
-        ({"temperature": 0.5, "precision": "tf32"}, "precision must be 'ieee'"),
+        ({"temperature": 0.5, "precision": "tf32"}, "precision must be 'fp16', 'bf16', 'fp32' or None, got 'tf32'"),
         ({"temperature": 0.5, "labels": sample.float()}, "labels must be an integer tensor"),
         ({"temperature": 0.5, "sample": sample[:2]}, r"sample must have one id per row, shape \(4,\)"),
     ):

@@ -125,10 +125,10 @@ class _Offline(FileNotFoundError):
 
 
 @pytest.mark.parametrize("changes, error, message", (
-    (dict(options={"pretrained": True}), _Offline("no connection\nat all"), "get the weights or settings: no connection. Without"),
-    (dict(name="hf-hub:timm/resnet18", options={}), _Offline("no connection"), "plain model name and load weights from a file"),
+    (dict(options={"pretrained": True}), _Offline("no connection\nat all"), "or settings: no connection. Without"),
+    (dict(name="hf-hub:timm/resnet18", options={}), _Offline("no connection"), "plain model name and load weights"),
     (dict(name="hf_hub:timm/resnet18", options={}), _Offline("no network."), r"no network\. Without a network, use"),
-    (dict(options={"checkpoint_path": "absent"}), FileNotFoundError(), "cannot get the weights or settings: FileNotFoundError"),
+    (dict(options={"checkpoint_path": "absent"}), FileNotFoundError(), "the weights or settings: FileNotFoundError"),
     (dict(options={"odd": 1}), ZeroDivisionError("division by zero"), "cannot create 'resnet18' .*: division by zero"),
 ))  # fmt: skip
 def test_whatever_timm_raises_is_one_error(changes, error, message, monkeypatch):

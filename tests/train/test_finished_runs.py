@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 from test_resume_refusals import done, files, last, original, small  # noqa: F401
+from tiny_run import tiny_toml
 
 from fastcl import FastclError
+from fastcl.cli.main import main
 from fastcl.train import Lockstep
 
 
@@ -100,3 +102,29 @@ def test_a_run_does_not_lie_among_its_images(tmp_path):
     with pytest.raises(FastclError, match=f"--out: .* is inside {tmp_path}/images, whose images the run reads"):
         Lockstep(small(data__source=f"folder:{tmp_path}/images"), tmp_path / "images" / "runs" / "x")
     assert not (tmp_path / "images" / "runs").exists()
+
+
+def times(out):
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_the_command_of_a_finished_run_writes_only_what_is_missing(tmp_path, capsys):
+    config, out = tiny_toml(tmp_path / "tiny.toml"), tmp_path / "run"
+    command = ["train", str(config), "--out", str(out), "--set", "train.epochs=1"]
+    assert main(command) == 0
+    first, wanted = times(out), files(out)
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"already finished: 1 epochs in {out}\n" in said and "resuming" not in said
+    assert times(out) == first
+    gone = ("weights/dcl.safetensors", "features/nscl.safetensors", "layers.json", "report.html")
+    for name in gone:
+        (out / name).unlink()
+    assert main(command) == 0
+    assert f"wrote what was missing: {', '.join(gone[:3])}\n" in capsys.readouterr().out
+    assert {path for path, time in times(out).items() if first[path] != time} == {out / name for name in gone}
+    assert files(out) == wanted
+    (out / "layers.json").write_bytes(wanted["layers.json"])  # newer than the report
+    assert main(command) == 0
+    assert times(out)[out / "report.html"] >= times(out)[out / "layers.json"]

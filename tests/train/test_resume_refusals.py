@@ -69,7 +69,7 @@ def test_a_finished_run_without_checkpoints_is_left_as_it_is(done, caplog):
     before = files(done)
     with caplog.at_level("INFO", "fastcl"):
         Lockstep(small(), done).run()
-    assert files(done) == before and "done before: 2 epochs" in caplog.text
+    assert files(done) == before and "already finished: 2 epochs" in caplog.text
     with pytest.raises(FastclError, match=r"another run, which differs in optim.lr \(0.05 there, 0.1 here\)"):
         Lockstep(small(optim__lr=0.1), done)
     (done / "run.json").unlink()

@@ -132,19 +132,19 @@ def traces(out: Path) -> str:
     return ", ".join(found)
 
 
-def lacks(out: Path, epochs: int, models: Sequence[str]) -> list[str]:
-    """Describes what a finished run would have and a folder lacks: last evaluation, final weights and features.
+def missing_files(out: Path, models: Sequence[str]) -> dict[str, str]:
+    """Final weights and features that a folder lacks: {"weights/dcl.safetensors": why}.
 
     Files are opened, since an empty or truncated file is not a result.
     """
-    found = []
-    for folder in ("weights", "features"):
-        for model in models:
-            path = out / folder / f"{model}.safetensors"
-            if why := _unreadable(path):
-                found.append(f"{folder}/{path.name} ({why})")
-    if found:
-        return found
+    names = [f"{folder}/{model}.safetensors" for folder in ("weights", "features") for model in models]
+    return {name: why for name in names if (why := _unreadable(out / name))}
+
+
+def lacks(out: Path, epochs: int, models: Sequence[str]) -> list[str]:
+    """Describes what a finished run would have and a folder lacks: last evaluation, final weights and features."""
+    if found := missing_files(out, models):
+        return [f"{name} ({why})" for name, why in found.items()]
     measured = {row.get("model") for row in _rows(out / "metrics.jsonl") if row.get("epoch") == epochs}
     return [] if measured >= set(models) else [f"the evaluation of epoch {epochs} in metrics.jsonl"]
 

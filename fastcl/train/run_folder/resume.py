@@ -69,7 +69,8 @@ def resume(
     _keep_finished(out, checkpoint, min(epochs, (checkpoint.epoch // every + 1) * every), records)
     for name, lines in records.items():
         lines.cut(checkpoint.lengths[name])
-    log.info("resuming from %s", shown(checkpoint.path))
+    if checkpoint.epoch < epochs:
+        log.info("resuming from %s", shown(checkpoint.path))
     return checkpoint.epoch
 
 
