@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, type_of
 
 _SMALLEST = 1e-30  # lower bound of temperatures and scales: inverses stay in float32's range, with room for the logits
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,7 +37,7 @@ def check_positive(value: float | Tensor, name: str) -> None:
 def check_rows(x: Tensor, name: str) -> None:
     """Raise FastclError unless x is a non-empty matrix of a supported dtype."""
     if not isinstance(x, Tensor):
-        raise FastclError(f"{name} must be a tensor, got {type(x).__name__}")
+        raise FastclError(f"{name} must be a tensor, got {type_of(x)}")
     if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         raise FastclError(f"{name} must be a non-empty (rows, width) matrix, got {describe(x)}")
     if x.layout != torch.strided:
@@ -101,7 +101,7 @@ def check_all_ids(
 def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:
     """Raise FastclError unless `ids` holds one integer for each row of `rows`, on the same device."""
     if not isinstance(ids, Tensor):
-        raise FastclError(f"{name} must be an integer tensor, got {type(ids).__name__}")
+        raise FastclError(f"{name} must be an integer tensor, got {type_of(ids)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise FastclError(f"{name} must be an integer tensor, got {describe(ids)}")
     if ids.shape != rows.shape[:1] or ids.device != rows.device:

@@ -166,9 +166,14 @@ def _layers(
         lines += _table(list(left), list(right), table)
     elif out is None:
         lines.append(f"  more than {_PRINTED} columns: draw the table with --out or write it with --json")
-    lines += [f"  {names}: {reason}" for names, reason in list(undefined.items())[:3]]
-    if len(undefined) > 3:
-        lines.append(f"  and {len(undefined) - 3} more undefined")
+    reasons: dict[str, list[str]] = {}
+    for names, reason in undefined.items():
+        reasons.setdefault(reason, []).append(names)
+    for reason, pairs in list(reasons.items())[:3]:
+        more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
+        lines.append(f"  {pairs[0]}{more}: {reason}")
+    if len(reasons) > 3:
+        lines.append(f"  and {len(reasons) - 3} more reasons, for {sum(map(len, list(reasons.values())[3:]))} pairs")
     return {
         "a": shown(a), "b": shown(b), "samples": samples, "layers_a": list(left), "layers_b": list(right),
         "cka_linear_debiased": table, "undefined": undefined,

@@ -102,8 +102,8 @@ def show_views(args: Any) -> None:
     found = contact_sheet(
         data, spec, args.out, renderers=renderers, samples=args.samples, seed=args.seed, epoch=args.epoch
     )
-    print(f"{shown(data.name)}: views of {args.samples} training images, preset {preset} at {spec.size} pixels, "
-          f"seed {args.seed}, epoch {args.epoch}")  # fmt: skip
+    print(f"{shown(data.name)}: views of {args.samples} training images, preset {preset} at {spec.size} pixels "
+          f"(--preset, --size), seed {args.seed}, epoch {args.epoch}")  # fmt: skip
     for name, result in found.items():
         if isinstance(result, str):
             print(f"  {name:12} not available: {result}")

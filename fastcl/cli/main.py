@@ -254,9 +254,10 @@ versions."""),
     "views": (_views, "a contact sheet of images and their views", """
 Each row is a training image and its two views: by torchvision, and by every other renderer that this machine and the
 images support, with the difference from torchvision (blue: darker, red: brighter; mean and maximum in grey levels).
-For a renderer that cannot be used, the reason is given. The same seed and epoch give the views that training sees.
+For a renderer that cannot be used, the reason is given. With the preset, size and seed of a run, these are the views
+that it trains on.
 
-  fastcl views --data digits --out digits.png
+  fastcl views --data digits --size 16 --out digits.png   # what fastcl demo trains
   fastcl views --data folder:photos.zip --preset simclr --size 96 --samples 4 --out grid.png"""),
     "doctor": (_doctor, "versions and devices of this machine, and a numerical self-test", """
 Prints versions, devices and optional packages, then checks losses and similarities against float64. The exit status is

@@ -66,7 +66,7 @@ class TrainConfig:
 
     models: tuple[str, ...] = key(
         ("dcl", "nscl", "supcon", "ce"),
-        "one model per objective: names from fastcl.OBJECTIVES, or ce (cross-entropy); the first is the reference",
+        "one model each: names from fastcl.OBJECTIVES, or ce (cross-entropy); the first is the reference",
     )
     controls: tuple[str, ...] = key(
         ("identity", "reseeded"),

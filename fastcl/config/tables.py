@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import typing
@@ -85,13 +86,21 @@ def _override(tables: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        raise FastclError(f"--set takes table.key=value, got {brief(item)}")
+        meant = [f"'{name}=...'" for name in _keys() if name.endswith(f".{parts[0]}")] if len(parts) == 1 else []
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        raise FastclError(f"--set takes table.key=value, got {brief(item)}{hint}")
     table = tables
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise FastclError(f"--set {shown(item)}: {part!r} is not a table")
     table[parts[-1]] = _override_value(parts, text.strip(), item)
+
+
+def _keys() -> list[str]:
+    """Every key, as "table.key"."""
+    names = [f"{table}.{field.name}" for table, kind in tables_of().items() for field in dataclasses.fields(kind)]
+    return [*names, "views.preset"]
 
 
 def _override_value(parts: list[str], text: str, item: str) -> Any:

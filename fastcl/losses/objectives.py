@@ -123,6 +123,11 @@ OBJECTIVES: dict[str, Objective] = {
     "supcon_in": Objective(_ALL, ("view", "peer"), inside=True),
     "supcon_negatives": Objective(("other",), ("view", "peer")),
 }
+# Names in use elsewhere, as `suggest` takes them; "ce" is one of the trainer's.
+SYNONYMS = {
+    "simclr": "ntxent", "infonce": "ntxent", "ntxentloss": "ntxent", "decoupled": "dcl", "decoupledcontrastive": "dcl",
+    "supervisedcontrastive": "supcon", "supconout": "supcon", "crossentropy": "ce", "xent": "ce",
+}  # fmt: skip
 
 
 def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
@@ -133,7 +138,7 @@ def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
     """
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
-            raise FastclError(f"unknown objective {objective!r}{suggest(objective, OBJECTIVES)}")
+            raise FastclError(f"unknown objective {objective!r}{suggest(objective, OBJECTIVES, synonyms=SYNONYMS)}")
         return OBJECTIVES[objective]
     if not callable(objective):
         raise FastclError(

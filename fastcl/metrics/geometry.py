@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, type_of
 
 # Two means closer than this fraction of their norm may differ by rounding alone.
 _ROUNDING = 256 * sys.float_info.epsilon
@@ -51,7 +51,7 @@ def labelled_features(features: Tensor, labels: Tensor, prefix: str = "") -> tup
     """
     for name, value in (("features", features), ("labels", labels)):
         if not isinstance(value, Tensor):
-            raise FastclError(f"{prefix}{name} must be a tensor, got {type(value).__name__}")
+            raise FastclError(f"{prefix}{name} must be a tensor, got {type_of(value)}")
     if not features.is_floating_point() or features.ndim != 2 or 0 in features.shape:
         raise FastclError(
             f"{prefix}features must be a non-empty (n, d) floating-point tensor, got shape {tuple(features.shape)} "

@@ -61,19 +61,20 @@ def drift(run: Run) -> Figure:
     colours = look(run, pair[1])
     handles = [Line2D([], [], label=f"left: {pair[1]} and {pair[0]}, measured", color=colours["color"])]
     shares = [_share(series[step]["drift"], run) for step in steps]
-    axes[0].plot(steps, shares, color=colours["color"])
+    dot = {"marker": "o"} if len(steps) == 1 else {}  # one step makes no line
+    axes[0].plot(steps, shares, color=colours["color"], **dot)
     shown = [share for share in shares if known(share)]
     bound = theorem(run)
     if bound is not None:
         shares = [_visible(10 ** (bound.log10[step] - bound.log10_largest)) for step in steps]
-        axes[0].plot(steps, shares, color=INK, linestyle="--", linewidth=1.2)
+        axes[0].plot(steps, shares, color=INK, linestyle="--", linewidth=1.2, **dot)
         name = "left: Theorem 1 for similarity descent (not a bound on this run)"
         handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=1.2, label=name))
         shown += [share for share in shares if known(share)]
     for measure, (colour, style) in STYLES.items():
         values = [value if known(value := series[step][measure]) else math.nan for step in steps]
         given = {"color": colour, "linestyle": style, "linewidth": 1.2}
-        axes[1].plot(steps, values, **given)
+        axes[1].plot(steps, values, **given, **dot)
         handles.append(Line2D([], [], label=f"right: {STEP_MEASURES[measure]}", **given))
     if shown:
         axes[0].set_ylim(min(shown) / 1.3, 1.5)

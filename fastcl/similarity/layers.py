@@ -152,7 +152,7 @@ def match_layers(model: nn.Module, patterns: Sequence[str], argument: str) -> li
     for pattern in patterns:
         matched = [name for name in names if _matches(name.split("."), pattern.split("."))]
         if not matched:
-            near = suggest(pattern, names) if len(names) <= 20 else suggest(pattern, names).partition("; known")[0]
+            near = suggest(pattern, names) if len(names) <= 20 else suggest(pattern, names).partition("; expected")[0]
             raise FastclError(f"{argument}: {pattern!r} matches none of {len(names)} modules{near}")
         found += matched
     if not found:
@@ -243,7 +243,7 @@ class _Recorder:
         if not kept:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise FastclError(
-                f"{argument}: none of {len(names)} matched modules ({shown}) is called in the forward pass and returns "
+                f"{argument}: none of {len(names)} matched modules ({shown}) is called in the forward pass and gives "
                 f"a float tensor of shape ({self.rows}, ...)"
             )
         return kept
@@ -252,9 +252,7 @@ class _Recorder:
         """The matrices U of some layers as rows, (len(names), b^2) float64; NaN where CKA is undefined."""
         for name in names:
             if name not in self.matrices:
-                raise FastclError(
-                    f"layer {name!r} returned no float tensor of shape ({self.rows}, ...) on batch {batch}"
-                )
+                raise FastclError(f"layer {name!r} gave no float tensor of shape ({self.rows}, ...) on batch {batch}")
         stack = torch.stack([self.matrices[name] for name in names]).flatten(1)
         check_not_meta(stack, f"outputs of layer {names[0]!r}")
         sums = torch.stack([self.sums[name] for name in names])

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from fastcl import OBJECTIVES, RowStats, same_class_mass
 from fastcl.config.settings import Config, OptimConfig
 from fastcl.errors import FastclError, brief, one_of, suggest
+from fastcl.losses.objectives import SYNONYMS
 from fastcl.train.network import Network, build_network, copy_network
 
 IDENTITY, RESEEDED = "identity", "reseeded"
@@ -134,6 +135,6 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 def _check_names(names: tuple[str, ...], known: tuple[str, ...], key: str) -> None:
     for name in names:
         if name not in known:
-            raise FastclError(f"{key}: unknown name {brief(name)}{suggest(name, known)}")
+            raise FastclError(f"{key}: unknown name {brief(name)}{suggest(name, known, synonyms=SYNONYMS)}")
     if len(set(names)) != len(names):
         raise FastclError(f"{key} must not repeat a name, got {', '.join(names)}")

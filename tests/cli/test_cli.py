@@ -90,7 +90,8 @@ def test_align_of_layers_from_files_and_folders(tmp_path, capsys):
         assert other != "b" or lines.pop(0).endswith("/b: skipped 1 files that are not feature files: notes.txt")
         assert "30 samples: 4 layers of" in lines[0] and lines[1].split() == list(maps)  # 2 before 10
         assert lines[2].split() == ["blocks.0", *(f"{stats.cka_debiased:.4f}" for stats in wanted.values())]
-        assert lines[5].split() == ["dead", "-", "-", "-"] and "dead, blocks.0: debiased CKA" in lines[6]
+        assert lines[5].split() == ["dead", "-", "-", "-"] and len(lines) == 8
+        assert lines[6].startswith("  dead, blocks.0 (and 2 more pairs): debiased CKA")  # one reason, once
         written = json.loads((tmp_path / "o.json").read_text())
         assert written["layers_a"] == [*maps, "dead"] and written["layers_b"] == list(maps)
         assert written["cka_linear_debiased"][3] == [None] * 3 and len(written["undefined"]) == 3
@@ -150,7 +151,7 @@ def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path
     arguments = ["--data", "digits", "--out", str(out), "--samples", "3", "--size", "12"]
     assert main(["views", *arguments, "--renderers", "triton,torchvision"]) == 0
     text = capsys.readouterr().out
-    assert "views of 3 training images, preset characters at 12 pixels, seed 0, epoch 0" in text
+    assert "views of 3 training images, preset characters at 12 pixels (--preset, --size), seed 0, epoch 0" in text
     assert "torchvision  the reference" in text and "triton       differs by 0.0" in text
     pixels = np.asarray(Image.open(out).convert("L"))
     assert pixels.shape[0] > 400 and pixels.std() > 20

@@ -145,7 +145,7 @@ def test_names_that_are_not_utf8_are_shown_escaped(folder, capsys):
     assert "layers of caf\\xe9" in text and "caf\\xe9: " not in text
     assert main(["views", "--data", "folder:photos", "--out", f"{LATIN}.png", "--samples", "2", "--renderers",
                  "torchvision", "--size", "8"]) == 0  # fmt: skip
-    assert Path(f"{LATIN}.png").stat().st_size and "picture: caf\\xe9.png" in capsys.readouterr().out
+    assert Path(f"{LATIN}.png").stat().st_size and "contact sheet: caf\\xe9.png" in capsys.readouterr().out
     assert shown("a\nb\x1b[0m caf\u00e9") == "a\\nb\\x1b[0m caf\u00e9"
 
 

@@ -125,3 +125,11 @@ def test_a_broken_step_record_is_named_with_its_line(tmp_path: Path, line: str, 
     (run / "pairs.jsonl").write_text(lines([step_line(0, "dcl", "nscl")]) + line + "\n")
     with pytest.raises(FastclError, match=r"pairs\.jsonl, line 2: " + re.escape(message)):
         write_report(run)
+
+
+def test_a_single_step_is_drawn_as_points(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for steps, marker in ((1, "o"), (2, "None")):
+        (run / "pairs.jsonl").write_text(lines([step_line(s, "dcl", "nscl") for s in range(steps)]))
+        left, right = coupling.DRIFT.draw(load_run(run)).axes
+        assert {line.get_marker() for line in (*left.lines, *right.lines)} == {marker}

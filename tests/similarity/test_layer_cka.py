@@ -264,3 +264,12 @@ def test_progress_needs_tqdm_alone_and_is_silent_without_a_terminal(capsys, monk
 
 def test_it_is_public():
     assert fastcl.layer_cka is layer_cka and fastcl.LayerCKA is module.LayerCKA
+
+
+def test_a_pattern_without_a_match_does_not_list_many_layers():
+    for count, listed in ((20, True), (21, False)):
+        model = nn.Sequential(*(nn.Identity() for _ in range(count)))
+        with pytest.raises(FastclError, match=rf"'head' matches none of {count} modules") as error:
+            module.match_layers(model, ["head"], "layers")
+        assert ("expected one of: 0, 1, 10," in str(error.value)) == listed
+        assert str(error.value).endswith("modules") != listed

@@ -108,7 +108,8 @@ def test_bad_features_name_the_model_and_leave_the_sums_alone():
         ({"cl": normal(5, 3), "nscl": normal(5, 2)[0]}, r"'nscl' must have shape \(b, d\) with d >= 1, got \(2,\)"),
         ({"cl": normal(5, 3), "nscl": normal(5, 0)}, r"got \(5, 0\)"),
         ({"cl": normal(5, 3).long(), "nscl": normal(5, 2)}, r"'cl' must be a dense .* tensor, got torch.int64"),
-        ({"cl": normal(5, 3).tolist(), "nscl": normal(5, 2)}, r"'cl' must be a dense .* tensor, got list"),
+        ({"cl": normal(5, 3).tolist(), "nscl": normal(5, 2)}, r"'cl' must be a dense .* tensor, got list$"),
+        ({"cl": normal(5, 3).numpy(), "nscl": normal(5, 2)}, r"tensor, got ndarray; convert it with torch.from_numpy"),
     ]
     for features, message in cases:
         with pytest.raises(FastclError, match=message):

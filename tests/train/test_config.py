@@ -82,6 +82,8 @@ def test_bare_strings_where_a_key_takes_one(loaded):
     ("train.epochs=" + "9" * 5000, "--set 'train.epochs=9*.: an integer has too many digits"),
     ("model.options=" + "[" * 5000, "nested too deeply"), ("train.models=dcl", "train.models must be a list"),
     ("train.epochs.x=3", "train.epochs must be an integer, got {'x': 3}"), ("=3", "--set takes"), ("train.=1", "--set"),
+    ("epochs=3", r"got 'epochs=3'; did you mean 'train.epochs=...'\?$"), ("epoch=3", "got 'epoch=3'$"),
+    ("name=x", "did you mean 'model.name=...' or 'optim.name=...'"), ("preset=cifar", "'views.preset=...'"),
 ))  # fmt: skip
 def test_overrides_drop_nothing(loaded, item, message):
     with pytest.raises(FastclError, match=message):

@@ -102,6 +102,8 @@ def test_geometry_refuses_bad_input(metric):
         metric(x[:, 0], labels)
     with pytest.raises(FastclError, match=r"labels must be integers of shape \(12,\).*got shape \(11,\)"):
         metric(x, labels[:11])
+    with pytest.raises(FastclError, match=r"features must be a tensor, got ndarray; convert it with torch.from_numpy"):
+        metric(x.numpy(), labels)
     with pytest.raises(FastclError, match="labels must be a tensor, got list"):
         metric(x, labels.tolist())
     with pytest.raises(FastclError, match="labels must be integers.*torch.float32"):

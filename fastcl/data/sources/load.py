@@ -60,7 +60,7 @@ class Split:
         """
         check_integer(i, "the position of an image")
         if not 0 <= i < len(self.ids):
-            raise FastclError(f"image {i} of a split of {len(self.ids)}")
+            raise FastclError(f"the position of an image must be in [0, {len(self.ids)}), got {i}")
         with _hinting():
             return self.read(i)
 
@@ -237,7 +237,12 @@ def _unreadable(splits: dict[str, Split]) -> dict[int, str]:
 def _find(source: str, root: str | None, download: bool, max_pixels: int) -> Source:
     kind, _, where = source.partition(":")
     if kind not in KINDS:
-        raise FastclError(f"unknown source {source!r}{suggest(kind, KINDS)}")
+        is_path = os.sep in source or os.path.exists(source)
+        meant = ("omniglot", "cifar10") if source.endswith(".npz") else ("folder",)
+        hint = (
+            f"; did you mean {' or '.join(repr(f'{k}:{source}') for k in meant)}?" if is_path else suggest(kind, KINDS)
+        )
+        raise FastclError(f"unknown source {source!r}{hint}")
     if kind == "digits":
         if where:
             raise FastclError(

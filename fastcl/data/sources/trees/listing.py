@@ -113,7 +113,7 @@ def mode_of(path: Path, wanted: str = "file") -> int:
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FastclError(f"no such {wanted}: {shown(path)}") from None
+        raise FastclError(f"data.source: no such {wanted}: {shown(path)}") from None
     except (OSError, ValueError) as error:  # no permission for a parent folder, a name too long, a null byte
         raise FastclError(f"cannot open {shown(path)}: {getattr(error, 'strerror', None) or error}") from None
 
