@@ -29,7 +29,7 @@ class DataConfig:
     corrupt: str = key(
         "stop", "if an image cannot be decoded: stop | skip: check all images first, leave out the bad ones"
     )
-    max_pixels: int = key(MAX_PIXELS, "maximum pixels per image; larger images count as ones that cannot be decoded")
+    max_pixels: int = key(MAX_PIXELS, "maximum pixels per image; larger images count as undecodable")
     renderer: str = key(
         "auto", "torchvision | dali | triton | auto: the fastest that supports the device and the images"
     )

@@ -158,7 +158,7 @@ def _convert_list(value: Any, base: Any, name: str) -> tuple[Any, ...]:
     example = '["first", "second"]' if kinds[0] is str else "[0.5, 1.0]"
     if not isinstance(value, list) or (fixed and len(value) != len(kinds)):
         count = f" of {len(kinds)}" if fixed else ""
-        raise FastclError(f"{name} must be a list{count}, such as {example}; got {_described(value)}")
+        raise FastclError(f"{name} must be a list{count} such as {example}, got {_described(value)}")
     kinds = kinds if fixed else kinds * len(value)
     return tuple(_convert(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
 

@@ -24,7 +24,7 @@ _WIDEST = 4096  # pixels per side of a view: 64 MiB per channel in float32
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """What a random view is drawn from. Probabilities and strengths as torchvision's transforms define them.
+    """The distribution of random views. Probabilities and strengths are defined as in torchvision's transforms.
 
     Order of operations: crop and resize, flip, rotation, colour jitter in random order, grayscale, blur, solarise,
     normalise.
@@ -41,8 +41,8 @@ class ViewSpec:
     rotation: float = key(0.0, "largest rotation in degrees; the angle is uniform in [-rotation, rotation]")
     jitter: float = key(0.8, "probability of colour jitter: brightness, contrast, saturation and hue")
     brightness: float = key(0.4, "strength; the factor is uniform in [max(0, 1 - brightness), 1 + brightness]")
-    contrast: float = key(0.4, "a factor, as for brightness")
-    saturation: float = key(0.4, "a factor, as for brightness")
+    contrast: float = key(0.4, "strength, as for brightness")
+    saturation: float = key(0.4, "strength, as for brightness")
     hue: float = key(0.1, "largest hue shift in turns; the shift is uniform in [-hue, hue]")
     grayscale: float = key(0.2, "probability of conversion to greyscale")
     blur: float = key(0.0, "probability of a Gaussian blur")

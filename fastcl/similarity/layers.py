@@ -180,7 +180,7 @@ def _images(batch: Tensor | Sequence[Any], at: int) -> Tensor:
     images = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(images, Tensor) or images.ndim == 0:
         raise FastclError(
-            f"batch {at} of loader must be a tensor, or a tuple whose first item is one; got {type(images).__name__}"
+            f"batch {at} of loader must be a tensor or a tuple whose first item is one, got {type(images).__name__}"
         )
     if len(images) < 4:
         raise FastclError(

@@ -94,7 +94,7 @@ class Lockstep:
         every = self.config.train.checkpoint_every
         done = resume(self.out, identity(self._describe()), epochs, every, self.records, self.twins)
         if done is None:
-            log.info("already finished: %d epochs in %s (its last checkpoint is gone)", epochs, shown(self.out))
+            log.info("already finished: %d epochs in %s (its last checkpoint is missing)", epochs, shown(self.out))
             return
         if done == epochs:
             self.epoch = epochs

@@ -50,9 +50,9 @@ def test_files_are_utf_8_with_or_without_a_mark_whatever_the_locale(loaded, monk
     (b"[data]\nroot = 12:30:00", "got the time 12:30:00"),
     (b"[model]\noptions = { x = 2024-01-01 }", "model.options.x must be a string, .*got the date 2024-01-01"),
     (b"[model]\noptions = { x = [nan] }", "model.options.x.0 must be finite, got nan"),
-    (b"[train]\nmodels = 'dcl'", r'train.models must be a list, such as \["first", "second"\]; got \'dcl\''),
+    (b"[train]\nmodels = 'dcl'", r'train.models must be a list such as \["first", "second"\], got \'dcl\''),
     (b"[train]\nmodels = [1]", r"train.models\[0\] must be a string, got 1"),
-    (b"[views]\nscale = 0.5", r"views.scale must be a list of 2, such as \[0.5, 1.0\]; got 0.5"),
+    (b"[views]\nscale = 0.5", r"views.scale must be a list of 2 such as \[0.5, 1.0\], got 0.5"),
     (b'["a\\nb"]', "unknown key 'a.nb'"),
 ))  # fmt: skip
 def test_a_file_that_cannot_be_is_one_error(loaded, content, message):

@@ -66,7 +66,7 @@ def test_records_of_more_epochs_than_a_kill_leaves_are_kept_aside(done):  # noqa
 
 
 @pytest.mark.parametrize("content, why", ((b"", "damaged, 0 bytes"), (b"\2\0\0\0\0\0\0\0{}", "it contains no tensor"),
-                                          (None, "gone")))  # fmt: skip
+                                          (None, "missing")))  # fmt: skip
 def test_damaged_weights_are_not_done(done, content, why):  # noqa: F811
     shutil.rmtree(done / "checkpoints")
     path = done / "weights" / "dcl.safetensors"

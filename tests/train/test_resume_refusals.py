@@ -193,7 +193,7 @@ def foreign(state):
 
     return {
         "bytes": (b"no archive", "torch cannot read it"),
-        "list": ([1, 2], "it holds a list"),
+        "list": ([1, 2], "it contains a list"),
         "epoch": (state | {"epoch": 1}, "its name says epoch 2, its content 1"),
         "lengths": (state | {"lengths": {"metrics": -1}}, "its lengths are"),
         "digests": (state | {"digests": [1]}, "its digests are"),

@@ -198,7 +198,7 @@ def _check_arguments(
 
 def _check_skipped(skipped: object) -> None:
     if not isinstance(skipped, Mapping):
-        raise FastclError(f"skipped must map sample ids to reasons, as Dataset.skipped does; got {brief(skipped)}")
+        raise FastclError(f"skipped must map sample ids to reasons, as Dataset.skipped does, got {brief(skipped)}")
     for i in skipped:
         check_integer(i, "a sample id of skipped")
 

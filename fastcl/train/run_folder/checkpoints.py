@@ -133,7 +133,7 @@ def _parsed(path: Path, payload: bytes) -> Checkpoint:
     except Exception as error:  # torch may raise anything for a foreign file
         raise nothing.foreign(f"torch cannot read it: {brief(str(error))}") from error
     if not isinstance(state, dict):
-        raise nothing.foreign(f"it holds a {type(state).__name__}")
+        raise nothing.foreign(f"it contains a {type(state).__name__}")
     epoch, lengths, digests = (state.get(name) for name in ("epoch", "lengths", "digests"))
     if type(epoch) is not int or epoch != _epoch(path):
         raise nothing.foreign(f"its name says epoch {_epoch(path)}, its content says {brief(epoch)}")
@@ -173,7 +173,7 @@ def _unfit(state: Any, twin: Twin, epoch: int) -> str:
     """Why a state that torch would load silently cannot come from this twin (at its initial weights); else empty."""
     network, optimizer = ((state.get(key) if isinstance(state, dict) else None) for key in ("network", "optimizer"))
     if not isinstance(network, dict) or not isinstance(optimizer, dict):
-        return "it holds no weights or no optimiser"
+        return "it contains no weights or no optimiser"
     initial = twin.network.state_dict()
     for name, value in network.items():
         if isinstance(value, torch.Tensor) and name in initial:

@@ -151,7 +151,7 @@ def lacks(out: Path, epochs: int, models: Sequence[str]) -> list[str]:
 
 def _unreadable(path: Path) -> str:
     if not os.path.lexists(path):
-        return "gone"
+        return "missing"
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
             return "" if opened.keys() else "it contains no tensor"
