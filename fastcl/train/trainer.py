@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -199,8 +199,12 @@ class Lockstep:
         log.info("finished: %d epochs in %s", self.epoch, shown(self.out))
 
     def _complete(self) -> None:
-        """Write the final outputs that a finished run lacks, if any."""
+        """Write the final outputs that a finished run lacks; all of them if weights are not those of the checkpoint."""
         missing = list(missing_files(self.out, [twin.name for twin in self.twins]))
+        for twin in self.twins:
+            path = self.out / "weights" / f"{twin.name}.safetensors"
+            if path.is_file() and path.read_bytes() != _saved(twin.network.state_dict()):
+                return self._finish()
         self._write_tensors(missing)
         if not (self.out / "layers.json").is_file():  # also if the CKA of all layers is undefined
             write_layers(self.out / "layers.json", self.twins, self.inputs.test, self.config.train.layers)
@@ -215,8 +219,7 @@ class Lockstep:
             tensors = {"weights": twin.network.state_dict(), "features": {"features": features.get(twin.name)}}
             for folder, content in tensors.items():
                 if (name := f"{folder}/{twin.name}.safetensors") in names:
-                    content = {key: value.contiguous().cpu() for key, value in content.items()}
-                    write_atomic(self.out / name, safetensors.torch.save(content))
+                    write_atomic(self.out / name, _saved(content))
 
     def _describe(self) -> dict[str, Any]:
         data = self.data
@@ -240,6 +243,10 @@ class Lockstep:
                 "largest_class": int(np.bincount(data.train.labels).max()) / len(data.train),
             },
         })  # fmt: skip
+
+
+def _saved(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    return safetensors.torch.save({name: value.contiguous().cpu() for name, value in tensors.items()})
 
 
 def _device(name: str) -> torch.device:

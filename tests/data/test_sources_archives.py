@@ -57,7 +57,10 @@ class TestOmniglot:
             ({"label": None}, r"missing arrays \['label'\].*class_names"),
             ({"ink_bits": np.zeros((20, 105, 13), np.uint8)}, r"\(n, 105, 14\).*\(20, 105, 13\)"),
             ({"ink_bits": np.zeros((20, 105, 14), np.int32)}, "int32"),
-            ({"ink_bits": np.zeros((19, 105, 14), np.uint8)}, r"label must be \(19,\) integers, got \(20,\)"),
+            (
+                {"ink_bits": np.zeros((19, 105, 14), np.uint8)},
+                r"label must be a \(19,\) array of integers, got \(20,\)",
+            ),
             ({"label": np.zeros(20)}, "label must be .* integers.* float64"),
             ({"label": np.full(20, 4)}, r"label must be in \[0, 4\), got 4 to 4"),
             ({"label": np.full(20, -1)}, "got -1 to -1"),
@@ -109,7 +112,7 @@ class TestCifar10:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"offset": np.arange(8)}, r"offset must be \(9,\) integers, got \(8,\)"),
+            ({"offset": np.arange(8)}, r"offset must be a \(9,\) array of integers, got \(8,\)"),
             ({"offset": np.zeros(9, np.int64)}, "offset must increase from 0"),
             ({"jpeg": np.zeros((2, 4), np.uint8)}, r"jpeg must be .*\(2, 4\)"),
             ({"jpeg": np.zeros(20, np.uint8)}, r"offset must be in \[0, 21\)"),

@@ -125,6 +125,8 @@ def test_the_command_of_a_finished_run_writes_only_what_is_missing(tmp_path, cap
     assert f"wrote what was missing: {', '.join(gone[:3])}\n" in capsys.readouterr().out
     assert {path for path, time in times(out).items() if first[path] != time} == {out / name for name in gone}
     assert files(out) == wanted
+    (out / "weights" / "dcl.safetensors").write_bytes(wanted["weights/nscl.safetensors"])
+    assert main(command) == 0 and files(out) == wanted
     (out / "layers.json").write_bytes(wanted["layers.json"])  # newer than the report
     assert main(command) == 0
     assert times(out)[out / "report.html"] >= times(out)[out / "layers.json"]
