@@ -262,7 +262,7 @@ def test_obstacles(device, monkeypatch):
         TritonRenderer(mixed, spec, device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=960))
-    assert "take 729 bytes, more than 25% of the device's 960" in obstacle(split, spec, "cuda")
+    assert "need 729 bytes, more than 25% of the device's 960" in obstacle(split, spec, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in obstacle(split, spec, "cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -200,7 +200,7 @@ def test_an_image_that_was_replaced_is_named(split):
     images = [split.read(k) for k in range(3)]
     images[1] = images[1][:-1]
     renderer.split = dataclasses.replace(split, read=lambda i: images[i])
-    with pytest.raises(FastclError, match=r"image of sample id 4 is \(6, 8\), its header said \(7, 8\)"):
+    with pytest.raises(FastclError, match=r"image of sample id 4 has size \(6, 8\), but its header said \(7, 8\)"):
         renderer(np.arange(3), params)
 
 
