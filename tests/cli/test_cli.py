@@ -173,7 +173,8 @@ def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path
     text = capsys.readouterr().out
     assert "skipped: " in text and "tree: views of 2 training images" in text
     for change, message in (
-        (["--samples", "5"], "3 training images, got 5"), (["--renderers", "dal"], "'dali'"),
+        (["--samples", "5"], "--samples must be in [1, 3] (training images), got 5"),
+        (["--renderers", "dal"], "'dali'"),
         (["--out", "grid"], "grid must end in .png"), (["--out", "grid.xyz"], "grid.xyz must end in .png"),
     ):  # fmt: skip
         assert main(["views", *arguments, *change]) == 1

@@ -165,7 +165,9 @@ def test_eval_views_cover_the_split_in_order():
 
 @pytest.mark.parametrize("batch_size", [0, 51])
 def test_batch_sizes_that_cannot_be(batch_size):
-    with pytest.raises(FastclError, match=f"batch_size.*50 training images, got {batch_size}"):
+    with pytest.raises(
+        FastclError, match=rf"train.batch_size must be in \[1, 50\] \(training images\), got {batch_size}"
+    ):
         ViewLoader(_split(), ViewPlan(ViewSpec(), 0), batch_size)
 
 

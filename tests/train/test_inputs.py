@@ -221,7 +221,7 @@ def test_small_sets_are_kept_decoded_and_large_ones_stay_files(tmp_path):
 
 def test_renderers_by_name(split, monkeypatch):
     assert isinstance(make_renderer("auto", split, SPEC, CPU, 2), TorchvisionRenderer)
-    with pytest.raises(FastclError, match="data.renderer: unknown 'tritn'; did you mean 'triton'"):
+    with pytest.raises(FastclError, match="data.renderer: unknown renderer 'tritn'; did you mean 'triton'"):
         make_renderer("tritn", split, SPEC, CPU)
     with pytest.raises(FastclError, match="'triton' cannot be used here: .*the same size, got 6x7 and 7x8|CUDA device"):
         make_renderer("triton", split, SPEC, CPU)

@@ -254,10 +254,10 @@ def test_bad_settings(change, message):
 
 
 BAD_RUNS = [
-    (dict(train__models=["dcl", "nsl"]), "train.models holds 'nsl'.*did you mean 'nscl'"),
+    (dict(train__models=["dcl", "nsl"]), "train.models: unknown name 'nsl'.*did you mean 'nscl'"),
     (dict(train__models=["dcl", "dcl"]), "train.models repeats"),
     (dict(train__models=[]), "train.models is empty"),
-    (dict(train__controls=["twin"]), "train.controls holds 'twin'"),
+    (dict(train__controls=["twin"]), "train.controls: unknown name 'twin'"),
     (dict(train__batch_size=10_000), r"train.batch_size must be in \[1, \d+\] \(training images\), got 10000"),
     (dict(train__device="gpu"), "train.device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     (dict(optim__name="adam"), "optim.name.*'adam'"),
@@ -270,7 +270,7 @@ BAD_RUNS = [
     (dict(model__name="vit_tiny_patch16_224", model__options={}, model__cifar_stem=False), "images of 8 x 8 pixels"),
     (dict(data__classes=11), "11"),
     (dict(data__source="digit"), "digit"),
-    (dict(data__renderer="dally"), "data.renderer: unknown 'dally'.*did you mean 'dali'"),
+    (dict(data__renderer="dally"), "data.renderer: unknown renderer 'dally'.*did you mean 'dali'"),
     (dict(data__corrupt="ignore"), "data.corrupt must be 'stop' or 'skip', got 'ignore'"),
     (dict(data__workers=-1), "data.workers must be in.*got -1"),
 ]
