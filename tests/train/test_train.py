@@ -255,7 +255,7 @@ def test_bad_settings(change, message):
 
 BAD_RUNS = [
     (dict(train__models=["dcl", "nsl"]), "train.models: unknown name 'nsl'.*did you mean 'nscl'"),
-    (dict(train__models=["dcl", "dcl"]), "train.models repeats"),
+    (dict(train__models=["dcl", "dcl"]), "train.models must not repeat a name, got dcl, dcl"),
     (dict(train__models=[]), "train.models is empty"),
     (dict(train__controls=["twin"]), "train.controls: unknown name 'twin'"),
     (dict(train__batch_size=10_000), r"train.batch_size must be in \[1, \d+\] \(training images\), got 10000"),
