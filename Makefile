@@ -15,33 +15,33 @@ CORE := $(addprefix tests/,losses project/test_structure.py project/test_rooms.p
 .PHONY: help demo check test lint coverage docs matrix bench clean
 
 help:
-	@echo 'make demo    train small models on the same views, measure how they align, write a report to $(OUT)/demo'
-	@echo 'make check   style and types, then the tests of the core: run it after every change'
-	@echo 'make test    style and types, then all tests: about a quarter of an hour'
-	@echo 'make lint    style and types alone: about a minute'
-	@echo 'make coverage  the tests of the core, and which lines of fastcl they do not reach'
-	@echo 'make docs    build the documentation into $(OUT)/docs; needs no network once .venv is there'
-	@echo 'make matrix  other versions of PyTorch and Triton, with Python 3.12 and 3.10 where they are: 6 GB each in .matrix'
-	@echo 'make bench   benchmarks ($(BENCHES)); results in $(OUT)/bench'
-	@echo 'make clean   remove .venv, .matrix, build output and caches; results in $(OUT)/ stay'
+	@echo 'make demo      train small models on the same views, measure how they align, write a report to $(OUT)/demo'
+	@echo 'make check     style, types and the core tests: run it after every change'
+	@echo 'make test      style, types and all tests: about a quarter of an hour'
+	@echo 'make lint      style and types only: about a minute'
+	@echo 'make coverage  the core tests, with the lines of fastcl that they do not reach'
+	@echo 'make docs      build the documentation into $(OUT)/docs; needs no network once .venv exists'
+	@echo 'make matrix    other versions of PyTorch and Triton, on Python 3.12 and 3.10 if installed: 6 GB each in .matrix'
+	@echo 'make bench     benchmarks ($(BENCHES)); results go to $(OUT)/bench'
+	@echo 'make clean     remove .venv, .matrix, build output and caches; keeps the results in $(OUT)/'
 	@echo
-	@echo 'The first of demo, check, test, lint, docs and bench installs everything into .venv: a few minutes and about 6 GB.'
-	@echo 'Another interpreter: make PYTHON=python3.12 demo (3.11 or newer).'
+	@echo 'The first demo, check, test, lint, docs or bench installs everything into .venv: a few minutes and about 6 GB.'
+	@echo 'To use another interpreter (3.11 or newer): make PYTHON=python3.12 demo'
 
 # The stamp is removed before an update and restored only after the last step, so an interrupted install never counts as
 # complete. Without a stamp the next run starts from an empty .venv, with an old one it updates the existing .venv.
 $(STAMP): pyproject.toml setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required; $(PYTHON) is " + sys.version.split()[0])'
 	@if [ -e $@ ]; then \
-	    echo 'Updating $(VENV): the list of dependencies has changed.'; rm $@; \
+	    echo 'Updating $(VENV): the dependencies have changed.'; rm $@; \
 	else \
-	    echo 'Making $(VENV) with $(PYTHON).'; $(PYTHON) -m venv --clear $(VENV); \
+	    echo 'Creating $(VENV) with $(PYTHON).'; $(PYTHON) -m venv --clear $(VENV); \
 	fi
-	@echo 'Installing fastcl, PyTorch and the tools into $(VENV); pip reports to $(VENV)/install.log meanwhile.'
+	@echo 'Installing fastcl, PyTorch and the tools into $(VENV); pip writes its log to $(VENV)/install.log.'
 	@echo 'The first time this takes a few minutes and about 6 GB.'
 	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input \
 	    -c constraints.txt -e '.[train,dali,bench,docs,dev]' > $(VENV)/install.log 2>&1 \
-	    || { tail -n 20 $(VENV)/install.log >&2; echo 'The install has failed; above is the end of $(VENV)/install.log.' >&2; exit 1; }
+	    || { tail -n 20 $(VENV)/install.log >&2; echo 'Installation failed; above is the end of $(VENV)/install.log.' >&2; exit 1; }
 	@touch $@
 	@echo 'Installed. Later runs reuse $(VENV).'
 
@@ -57,11 +57,11 @@ lint: $(STAMP)
 	@$(BIN)/python .ci/type_errors.py
 
 check: lint
-	@echo 'Running the tests of the core in $(WORKERS) processes.'
+	@echo 'Running the core tests in $(WORKERS) processes.'
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not dist' $(CORE)
 
 coverage: $(STAMP)
-	@echo 'Running the tests of the core in $(WORKERS) processes, and counting the lines of fastcl that they reach.'
+	@echo 'Running the core tests in $(WORKERS) processes and measuring which lines of fastcl they reach.'
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not dist' --cov --cov-report=term-missing:skip-covered $(CORE)
 
 test: lint
@@ -83,6 +83,6 @@ bench: $(STAMP)
 	done
 
 clean:
-	@echo 'Removing $(VENV), .matrix, build output and caches; $(OUT)/ stays.'
+	@echo 'Removing $(VENV), .matrix, build output and caches; keeping $(OUT)/.'
 	@rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks .coverage
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

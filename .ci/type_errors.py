@@ -37,9 +37,9 @@ def verdict(errors: Mapping[str, Sequence[str]], ceilings: Mapping[str, int]) ->
     for folder, ceiling in ceilings.items():
         lines = found[folder]
         if len(lines) > ceiling:
-            failed += [*lines, f"{folder}: {len(lines)} type errors, {ceiling} are allowed (pyproject.toml)"]
+            failed += [*lines, f"{folder}: {len(lines)} type errors, but only {ceiling} are allowed (pyproject.toml)"]
         elif len(lines) < ceiling:
-            lower.append(f"{folder}: {len(lines)} type errors, lower its ceiling of {ceiling} in pyproject.toml")
+            lower.append(f"{folder}: only {len(lines)} type errors; lower the ceiling of {ceiling} in pyproject.toml")
     return failed, lower
 
 
@@ -48,7 +48,7 @@ def errors_now() -> dict[str, list[str]]:
     command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 1):
-        sys.exit(f"basedpyright ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        sys.exit(f"basedpyright exited with status {done.returncode}:\n{done.stdout}{done.stderr}")
     found: dict[str, list[str]] = defaultdict(list)
     for one in json.loads(done.stdout)["generalDiagnostics"]:
         if one["severity"] == "error":

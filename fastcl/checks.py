@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, type_of
 
 _SMALLEST = 1e-30  # lower bound of temperatures and scales: inverses stay in float32's range, with room for the logits
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -21,7 +21,7 @@ def check_positive(value: float | Tensor, name: str) -> None:
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
-            raise FastclError(f"{name} must be a number or one float in a tensor, got {describe(value)}")
+            raise FastclError(f"{name} must be a number or a float tensor with one element, got {describe(value)}")
         check_not_meta(value, name)
         if not _readable(value):
             return
@@ -31,13 +31,13 @@ def check_positive(value: float | Tensor, name: str) -> None:
     # Type checkers know no ordering of numbers.Real.
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not _SMALLEST <= value <= 1 / _SMALLEST:  # pyright: ignore[reportOperatorIssue]
-        raise FastclError(f"{name} must be a positive finite number, at least {_SMALLEST:g}, got {value!r}")
+        raise FastclError(f"{name} must be a positive number ({_SMALLEST:g} to {1 / _SMALLEST:g}), got {value!r}")
 
 
 def check_rows(x: Tensor, name: str) -> None:
     """Raise FastclError unless x is a non-empty matrix of a supported dtype."""
     if not isinstance(x, Tensor):
-        raise FastclError(f"{name} must be a tensor, got {type(x).__name__}")
+        raise FastclError(f"{name} must be a tensor, got {type_of(x)}")
     if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         raise FastclError(f"{name} must be a non-empty (rows, width) matrix, got {describe(x)}")
     if x.layout != torch.strided:
@@ -51,8 +51,7 @@ def check_not_meta(x: Tensor, name: str) -> None:
     """Raise FastclError if x is on the meta device."""
     if x.device.type == "meta":
         raise FastclError(
-            f"{name} must hold values, got {describe(x)}: move it to cpu or cuda (FakeTensorMode tells shapes "
-            "without values)"
+            f"{name} must be on cpu or cuda, got {describe(x)} (to trace shapes without values, use FakeTensorMode)"
         )
 
 
@@ -88,7 +87,7 @@ def check_all_ids(
     for name, (ids, rows, required) in wanted.items():
         if ids is None:
             if required:
-                raise FastclError(f"{name} is required here: one integer id per row")
+                raise FastclError(f"{name} is required: one integer id per row")
             continue
         if rows is None or (name == "labels_y" and labels is None):
             raise FastclError(f"{name} was given without {'y' if rows is None else 'labels'}")
@@ -102,11 +101,13 @@ def check_all_ids(
 def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:
     """Raise FastclError unless `ids` holds one integer for each row of `rows`, on the same device."""
     if not isinstance(ids, Tensor):
-        raise FastclError(f"{name} must be an integer tensor, got {type(ids).__name__}")
+        raise FastclError(f"{name} must be an integer tensor, got {type_of(ids)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise FastclError(f"{name} must be integers, got {describe(ids)}")
+        raise FastclError(f"{name} must be an integer tensor, got {describe(ids)}")
     if ids.shape != rows.shape[:1] or ids.device != rows.device:
-        raise FastclError(f"{name} must hold one id per row, {len(rows)} on {rows.device}, got {describe(ids)}")
+        raise FastclError(
+            f"{name} must have one id per row, shape ({len(rows)},) on {rows.device}, got {describe(ids)}"
+        )
 
 
 def _check_views_agree(sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None) -> None:
@@ -120,8 +121,8 @@ def _check_views_agree(sample: Tensor, labels: Tensor | None, sample_y: Tensor |
     if wrong.any():
         k = int(wrong.nonzero()[0, 0])
         raise FastclError(
-            f"labels must agree within a sample: sample {ordered[k].item()} has labels "
-            f"{classes[k].item()} and {classes[k + 1].item()}"
+            f"labels must be the same for all views of a sample, got {classes[k].item()} and {classes[k + 1].item()} "
+            f"for sample {ordered[k].item()}"
         )
 
 

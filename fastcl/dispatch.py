@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastcl.checks import describe
 from fastcl.choices import BACKENDS, Backend, UsedBackend
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, one_of
 
 MAX_WIDTH = 4096  # maximum width of rows on the Triton backend
 
@@ -82,7 +82,7 @@ def backend(name: Backend) -> Iterator[None]:
         FastclError: an unknown name.
     """
     if name not in BACKENDS:
-        raise FastclError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+        raise FastclError(one_of("backend", BACKENDS, name))
     if torch.compiler.is_compiling():
         compiled = _thread.compiled
         previous, compiled.backend = compiled.backend, name
@@ -148,7 +148,7 @@ def choose(*rows: Tensor, widest: int | None = MAX_WIDTH) -> UsedBackend:
     on_gpu = rows[0].device.type == "cuda"
     obstacle = _obstacle(rows, widest) if on_gpu or wanted == "triton" else None
     if wanted == "triton" and obstacle:
-        raise FastclError(f"the triton backend {obstacle}; got {', '.join(map(describe, rows))}")
+        raise FastclError(f"the triton backend {obstacle}, got {', '.join(map(describe, rows))}")
     return ran_on("triton" if wanted == "triton" or (on_gpu and not obstacle) else "chunked")
 
 
@@ -201,13 +201,13 @@ def _wanted() -> Backend:
 def _obstacle(rows: tuple[Tensor, ...], widest: int | None) -> str | None:
     """Reason why the Triton backend does not support these rows, or None."""
     if not _has_triton():
-        return "needs Triton, which is not installed here (pip install triton, on Linux)"
+        return "needs Triton, which is not installed (on Linux: pip install triton)"
     if any(x.dtype == torch.float64 for x in rows):
-        return "computes in float32 at most"
+        return "does not support float64"
     if widest is not None and any(x.shape[1] > widest for x in rows):
-        return f"takes rows of at most {widest} columns"
+        return f"supports at most {widest} columns"
     if rows[0].device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs CUDA tensors; on a CPU it runs slowly, if TRITON_INTERPRET=1 was set before Python started"
+        return "needs CUDA tensors (to run it on a CPU, slowly, set TRITON_INTERPRET=1 before Python starts)"
     return None
 
 

@@ -1,7 +1,7 @@
 """The package's exception, and helpers for its messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class FastclError(ValueError):
@@ -26,11 +26,28 @@ def _escaped(character: str) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ascii(character)[1:-1]
 
 
-def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """End of a message about an unknown name: suggests the nearest known one (with the prefix) or lists them all."""
+def suggest(word: str, known: Iterable[str], prefix: str = "", synonyms: Mapping[str, str] | None = None) -> str:
+    """End of a message about an unknown name: suggests the nearest known one (with the prefix) or lists all of them.
+
+    Args:
+        synonyms: other names, in lower case and without "-", "_" and spaces, -> the known name that each stands for.
+    """
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(known)}"
+    plain = _plain(word)
+    meant = (synonyms or {}).get(plain)
+    near = [name for name in known if name == meant or _plain(name) == plain]
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{prefix}{near[0]}'?" if near else f"; expected one of: {', '.join(known)}"
+
+
+def _plain(word: str) -> str:
+    return "".join(c for c in word.lower() if c not in "-_ ")
+
+
+def one_of(name: str, choices: Iterable[str | None], value: object) -> str:
+    """Message about a value that is none of the choices; the last choice may be None."""
+    *most, last = map(repr, choices)
+    return f"{name} must be {', '.join(most)} or {last}, got {brief(value)}"
 
 
 def brief(value: object, letters: int = 200) -> str:
@@ -40,6 +57,12 @@ def brief(value: object, letters: int = 200) -> str:
     except (ValueError, RecursionError):  # an integer with more digits than Python converts; deep nesting
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= letters else f"{text[:letters]}…"
+
+
+def type_of(x: object) -> str:
+    """The name of a type for messages that ask for a tensor; of a NumPy array with what makes it one."""
+    hint = "; convert it with torch.from_numpy" if type(x).__module__ == "numpy" and hasattr(x, "shape") else ""
+    return f"{type(x).__name__}{hint}"
 
 
 def install_hint(extra: str) -> str:

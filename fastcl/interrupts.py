@@ -60,7 +60,7 @@ class removing:
 
 def line(word: str, arguments: Sequence[str]) -> str:
     """Message of a command that was stopped: how, and whether it can resume."""
-    more = "; the same command continues from the last checkpoint" if arguments and arguments[0] in _CONTINUED else ""
+    more = "; the same command resumes from the last checkpoint" if arguments and arguments[0] in _CONTINUED else ""
     return f"{word}{more}\n"
 
 

@@ -83,7 +83,7 @@ def similarity_coupling_bound(
     rates = list(learning_rates)
     for t, rate in enumerate(rates):
         if not _is_number(rate) or not 0 <= rate <= _LARGEST:
-            raise FastclError(f"learning_rates must lie in [0, {_LARGEST:g}], got {rate!r} at step {t}")
+            raise FastclError(f"learning_rates must be in [0, {_LARGEST:g}], got {rate!r} at step {t}")
     epsilon = sampling_error(len(rates), batch_size, delta)
     gap = _log_gap(temperature, largest_class, epsilon)
     per_rate = -math.log(temperature) - math.log(batch_size) / 2  # log of 1 / (tau sqrt(B)): its square is 1/(tau^2 B)
@@ -152,10 +152,10 @@ def _is_number(value: object) -> bool:
 
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise FastclError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise FastclError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def _check_range(name: str, value: float, low: float, high: float, includes_high: bool = False) -> None:
     if not _is_number(value) or not (low < value < high or (includes_high and value == high)):
         bracket = "]" if includes_high else ")"
-        raise FastclError(f"{name} must lie in ({low:g}, {high:g}{bracket}, got {value!r}")
+        raise FastclError(f"{name} must be in ({low:g}, {high:g}{bracket}, got {value!r}")

@@ -61,16 +61,16 @@ def align(a: Path, b: Path, json_file: Path | None = None, out: Path | None = No
     heat_map = None
     if layers_a is not None and layers_b is not None:
         if spearman:
-            raise FastclError("--spearman ranks the pairs of samples of two matrices, not of layers")
+            raise FastclError("--spearman compares two matrices, not layers")
         record, lines = _layers(a, b, layers_a, layers_b, out)
         heat_map = out
     elif layers_a is not None or layers_b is not None:
         several, one = (a, b) if layers_a is not None else (b, a)
         raise FastclError(
-            f"{shown(several)} holds layers, {shown(one)} one matrix; name the matrix to compare 'features'"
+            f"{shown(several)} contains layers, {shown(one)} only one matrix; name the matrix to compare 'features'"
         )
     elif out is not None:
-        raise FastclError(f"--out draws the layers of two models, but {shown(a)} and {shown(b)} hold one matrix each")
+        raise FastclError(f"--out draws layers, but {shown(a)} and {shown(b)} contain one matrix each")
     else:
         record, lines = _features(a, b, spearman)
     try:
@@ -91,7 +91,7 @@ def _check_outputs(a: Path, b: Path, json_file: Path | None, out: Path | None) -
     if json_file is not None:
         check_output(json_file, "--json", inputs)
         if json_file.suffix.lower() in ENDINGS:
-            raise FastclError(f"--json: {shown(json_file)} would be taken for a feature file; name it .json")
+            raise FastclError(f"--json: {shown(json_file)} looks like a feature file; use the ending .json")
     if out is not None:
         check_output(out, "--out", [*inputs, *([json_file] if json_file else [])])
 
@@ -165,10 +165,15 @@ def _layers(
     if len(right) <= _PRINTED:
         lines += _table(list(left), list(right), table)
     elif out is None:
-        lines.append(f"  more than {_PRINTED} columns: --out draws the table, --json writes it")
-    lines += [f"  {names}: {reason}" for names, reason in list(undefined.items())[:3]]
-    if len(undefined) > 3:
-        lines.append(f"  and {len(undefined) - 3} more that are undefined")
+        lines.append(f"  more than {_PRINTED} columns: draw the table with --out or write it with --json")
+    reasons: dict[str, list[str]] = {}
+    for names, reason in undefined.items():
+        reasons.setdefault(reason, []).append(names)
+    for reason, pairs in list(reasons.items())[:3]:
+        more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
+        lines.append(f"  {pairs[0]}{more}: {reason}")
+    if len(reasons) > 3:
+        lines.append(f"  and {len(reasons) - 3} more reasons, for {sum(map(len, list(reasons.values())[3:]))} pairs")
     return {
         "a": shown(a), "b": shown(b), "samples": samples, "layers_a": list(left), "layers_b": list(right),
         "cka_linear_debiased": table, "undefined": undefined,
@@ -203,5 +208,5 @@ def _check_rows(a: Path, b: Path, x: Tensor, y: Tensor) -> None:
     checked({shown(b): y})
     if len(x) != len(y):
         raise FastclError(
-            f"row k of both files must be one sample: {shown(a)} has {len(x)} rows, {shown(b)} has {len(y)}"
+            f"row k of both files must be the same sample: {shown(a)} has {len(x)} rows, {shown(b)} has {len(y)}"
         )

@@ -59,9 +59,9 @@ def contact_sheet(
     _check_picture(out, [])
     for name in renderers:
         if name not in RENDERERS:
-            raise FastclError(f"--renderers: unknown {name!r}{suggest(name, RENDERERS)}")
+            raise FastclError(f"--renderers: unknown renderer {name!r}{suggest(name, RENDERERS)}")
     if not 0 < samples <= len(data.train):
-        raise FastclError(f"--samples must lie between 1 and the {len(data.train)} training images, got {samples}")
+        raise FastclError(f"--samples must be in [1, {len(data.train)}] (training images), got {samples}")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = ViewLoader(data.train, ViewPlan(spec, seed), len(data.train))
     chosen = loader.batch(epoch, 0)[:samples]
@@ -102,8 +102,8 @@ def show_views(args: Any) -> None:
     found = contact_sheet(
         data, spec, args.out, renderers=renderers, samples=args.samples, seed=args.seed, epoch=args.epoch
     )
-    print(f"{shown(data.name)}: views of {args.samples} training images, preset {preset} at {spec.size} pixels, "
-          f"seed {args.seed}, epoch {args.epoch}")  # fmt: skip
+    print(f"{shown(data.name)}: views of {args.samples} training images, preset {preset} at {spec.size} pixels "
+          f"(--preset, --size), seed {args.seed}, epoch {args.epoch}")  # fmt: skip
     for name, result in found.items():
         if isinstance(result, str):
             print(f"  {name:12} not available: {result}")
@@ -111,13 +111,13 @@ def show_views(args: Any) -> None:
             print(f"  {name:12} the reference")
         else:
             print(f"  {name:12} differs by {result[0]:.2f} grey levels on average, {result[1]:.1f} at most")
-    print(f"picture: {shown(args.out)}")
+    print(f"contact sheet: {shown(args.out)}")
 
 
 def _check_picture(out: Path, inputs: list[Path]) -> None:
     """Raise FastclError unless matplotlib supports this ending and the file can be written."""
     if out.suffix.lower().lstrip(".") not in FigureCanvasBase.get_supported_filetypes():
-        raise FastclError(f"--out: {shown(out)} must end in .png or another picture format of matplotlib")
+        raise FastclError(f"--out: {shown(out)} must end in .png or another image format of matplotlib")
     check_output(out, "--out", inputs)
 
 

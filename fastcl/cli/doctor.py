@@ -42,11 +42,11 @@ def examine() -> bool:
 
 def _gpu() -> str:
     if not torch.cuda.is_available():
-        return "none that torch can use"
+        return "none available to torch"
     try:
         properties = torch.cuda.get_device_properties(0)
     except RuntimeError as error:  # a broken driver; the checks below fail and report it
-        return f"cannot be asked: {shown(error)}"
+        return f"query failed: {shown(error)}"
     memory = properties.total_memory / 2**30
     return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
 
@@ -72,7 +72,7 @@ def _version(package: str) -> str:
     except metadata.PackageNotFoundError:
         return "not installed"
     except Exception as error:  # for example, its folder cannot be read
-        return f"cannot be told: {type(error).__name__}: {shown(error)}"
+        return f"unknown ({type(error).__name__}: {shown(error)})"
 
 
 def _check_losses(device: torch.device, backend: str) -> str:
@@ -97,7 +97,7 @@ def _check_losses(device: torch.device, backend: str) -> str:
     loss_error = ((values - true_values) / true_values).abs().max().item()
     gradient_error = ((gradient - true_gradient).norm() / true_gradient.norm()).item()
     if not (loss_error < _LOSS_TOLERANCE and gradient_error < _GRADIENT_TOLERANCE):
-        raise ArithmeticError(f"relative error {loss_error:.1e} of the losses, {gradient_error:.1e} of the gradient")
+        raise ArithmeticError(f"relative error {loss_error:.1e} (losses), {gradient_error:.1e} (gradient)")
     return f"{len(values)} objectives, relative error {loss_error:.0e} (losses), {gradient_error:.0e} (gradient)"
 
 
@@ -118,11 +118,11 @@ def _check_pairs(device: torch.device, backend: str) -> str:
             stats = fastcl.pair_stats(x.to(device), y.to(device), route=route)
             errors += [abs(stats.cka - cka), abs(stats.rsa - rsa)]
     if not max(errors) < _PAIR_TOLERANCE:
-        raise ArithmeticError(f"errors {', '.join(f'{error:.1e}' for error in errors)} of CKA and RSA by two routes")
+        raise ArithmeticError(f"CKA and RSA by two routes, errors {', '.join(f'{error:.1e}' for error in errors)}")
     return f"CKA and RSA by two routes, error {max(errors):.0e}"
 
 
 def _on_triton(check: Callable[[torch.device, str], str]) -> str:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise _Skipped("no GPU (with TRITON_INTERPRET=1 they run on the CPU)")
+        raise _Skipped("no GPU (set TRITON_INTERPRET=1 to run them on the CPU)")
     return check(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "triton")

@@ -55,10 +55,12 @@ def read_layers(path: Path) -> dict[str, Tensor] | None:
         files, others = _folder(path)
         if others:
             names = listed(shown(file.name) for file in others)
-            log.warning("%s: left out %d that are no feature files: %s", shown(path), len(others), names)
+            log.warning("%s: skipped %d files that are not feature files: %s", shown(path), len(others), names)
         layers = {shown(file.stem): _one(file, layers=True) for file in files}
         if len(layers) < len(files):
-            raise FastclError(f"{shown(path)} holds two files of one name: {listed(shown(f.name) for f in files)}")
+            raise FastclError(
+                f"{shown(path)} contains two files of the same name: {listed(shown(f.name) for f in files)}"
+            )
     else:
         layers = read_arrays(path, _several, layers=True)
         if not layers:
@@ -67,7 +69,7 @@ def read_layers(path: Path) -> dict[str, Tensor] | None:
             layers = {name: layers[name] for name in sorted(layers, key=_natural)}
     rows = {name: len(x) for name, x in layers.items()}
     if len(set(rows.values())) > 1:
-        raise FastclError(f"{shown(path)}: row k of every layer must be one sample, got numbers of rows {rows}")
+        raise FastclError(f"{shown(path)}: all layers must have the same number of rows, got {rows}")
     return layers
 
 
@@ -94,7 +96,7 @@ def _folder(path: Path) -> tuple[list[Path], list[Path]]:
     found.sort(key=lambda file: _natural(file.stem))
     files = [file for file in found if file.suffix.lower() in ENDINGS]
     if not files:
-        raise FastclError(f"{shown(path)} holds no feature file ({', '.join(ENDINGS)})")
+        raise FastclError(f"{shown(path)} contains no feature files ({', '.join(ENDINGS)})")
     return files, [file for file in found if file.suffix.lower() not in ENDINGS]
 
 
@@ -104,7 +106,7 @@ def _one(path: Path, layers: bool = False) -> Tensor:
             return ["features"]
         if len(names) > 1:
             raise FastclError(
-                f"{shown(path)} holds {len(names)} arrays ({listed(names)}); name the one to read 'features'"
+                f"{shown(path)} contains {len(names)} arrays ({listed(names)}); name the one to read 'features'"
             )
         return names
 

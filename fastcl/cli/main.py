@@ -14,17 +14,18 @@ from fastcl.config.written import DEMO, commented, listing, preset_file, preset_
 from fastcl.errors import FastclError, install_hint, shown
 from fastcl.io.files import cause
 from fastcl.io.outputs import named_path
+from fastcl.io.run_names import REPORT
 
 _DESCRIPTION = """\
 Train self-supervised and supervised contrastive models side by side on the same views, and measure how they align.
 
-  fastcl demo --out runs/demo                  the whole job on scikit-learn's digits, a few minutes on two CPU cores
-  fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; run it again to continue after a stop
-  fastcl config > CONFIG.toml                  every key of such a file with its meaning; --preset NAME: a whole run
-  fastcl report runs/x                         one self-contained HTML page of a run, finished or not
-  fastcl align A.npy B.npy                     CKA, RSA and drift of two feature files, or of all their layers
+  fastcl demo --out runs/demo                  a complete run on scikit-learn's digits, a few minutes on two CPU cores
+  fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; the same command resumes a stopped run
+  fastcl config > CONFIG.toml                  a config with every key and its meaning; --preset NAME: a complete run
+  fastcl report runs/x                         one self-contained HTML page for a run, finished or not
+  fastcl align A.npy B.npy                     CKA, RSA and drift of two feature files, or CKA of all their layers
   fastcl views --data SOURCE --out views.png   what the models see: images and their views by every renderer
-  fastcl doctor                                what this machine has, and a numeric self-test
+  fastcl doctor                                versions and devices of this machine, and a numerical self-test
 """
 
 
@@ -72,9 +73,9 @@ def _command(argv: list[str] | None) -> int:
         return 1
     except OSError as error:  # a file of Python or a library, or standard output on a full disk
         sys.stdout = None if error.filename is None else sys.stdout
-        where = " standard output" if error.errno in _FULL else ""
-        where = where if error.filename is None else f" {shown(str(error.filename))}"
-        return _fail(f"the system refused{where}: {cause(error)}")
+        where = "standard output" if error.errno in _FULL else "a file"
+        where = where if error.filename is None else shown(str(error.filename))
+        return _fail(f"cannot read or write {where}: {cause(error)}")
     except KeyboardInterrupt:
         print(interrupts.line("interrupted", sys.argv[1:] if argv is None else argv), end="", file=sys.stderr)
         return 130
@@ -93,7 +94,7 @@ def _why_not_imported(error: ImportError) -> str:
         return f"no module {error.name}; {install_hint('train')}"
     owner = {"fastcl": "fastcl itself", "": "a module"}.get(root, f"module {error.name}")
     owner = f"Python's own module {error.name}" if root in sys.stdlib_module_names else owner
-    return f"{owner} cannot be loaded ({error}); is its installation complete, and may you read it?"
+    return f"{owner} cannot be loaded ({error}); check that it is completely installed and readable"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,19 +108,21 @@ def _parser() -> argparse.ArgumentParser:
         subs[name].set_defaults(run=run)
     subs["train"].add_argument("config", type=named_path, metavar="CONFIG.toml")
     subs["train"].epilog = listing()
-    presets = f"with the values of an example: {', '.join(preset_names())} (default: the defaults of the keys)"
+    presets = f"a complete run: {', '.join(preset_names())} (default: every key with its default)"
     subs["config"].add_argument("--preset", metavar="NAME", help=presets)
     for name in ("demo", "train"):
         subs[name].add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the run")
         subs[name].add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-            help="override a value of the config, such as train.epochs=3; repeatable; TOML or a bare string",
+            help="override a config value, such as train.epochs=3; the value is TOML or a bare string; repeatable",
         )  # fmt: skip
     for name in ("a", "b"):
         text = "feature file, or folder of layers"
         subs["align"].add_argument(name, type=named_path, metavar=name.upper(), help=text)
     subs["align"].add_argument("--json", type=named_path, metavar="FILE", help="write the numbers at full precision")
-    subs["align"].add_argument("--spearman", action="store_true", help="RSA by ranks too: some 20 s for 8,192 samples")
+    subs["align"].add_argument(
+        "--spearman", action="store_true", help="also RSA by ranks: about 20 s for 8,192 samples"
+    )
     subs["align"].add_argument("--out", type=named_path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
     subs["report"].add_argument("dir", type=named_path, metavar="DIR", help="folder of the run")
     text = "page to write (default: DIR/report.html)"
@@ -129,18 +132,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_views(views: argparse.ArgumentParser) -> None:
-    views.add_argument("--data", required=True, metavar="SOURCE", help="as data.source of a config, such as digits")
-    views.add_argument("--root", metavar="DIR", help="folder of a torchvision data set")
-    text = "picture to write, such as grid.png"
+    views.add_argument("--data", required=True, metavar="SOURCE", help="data source as in a config, such as digits")
+    views.add_argument("--root", metavar="DIR", help="folder of the torchvision data set")
+    text = "image file to write, such as grid.png"
     views.add_argument("--out", type=named_path, required=True, metavar="FILE", help=text)
-    corrupt = "at an image that cannot be decoded (default: %(default)s); skip: leave all such images out"
+    corrupt = "if an image cannot be decoded: stop, or leave out all such images (default: %(default)s)"
     views.add_argument("--corrupt", choices=("stop", "skip"), default="stop", help=corrupt)
-    presets = "cifar, tiny-imagenet, imagenet, simclr or characters (default: by the images)"
+    presets = "cifar, tiny-imagenet, imagenet, simclr or characters (default: chosen by the images)"
     views.add_argument("--preset", metavar="NAME", help=presets)
     views.add_argument("--renderers", default="torchvision,dali,triton", metavar="NAMES", help="default: %(default)s")
     for name, default, text in (
-        ("samples", 8, "rows"), ("seed", 0, "of the view plan"), ("epoch", 0, "whose views"),
-        ("size", None, "of the views, in pixels (default: the preset's)"),
+        ("samples", 8, "number of images"), ("seed", 0, "seed of the view plan"), ("epoch", 0, "epoch of the views"),
+        ("size", None, "side of a view in pixels (default: the preset's)"),
     ):  # fmt: skip
         shown = text if default is None else f"{text} (default: {default})"
         views.add_argument(f"--{name}", type=int, default=default, metavar="N", help=shown)
@@ -174,7 +177,16 @@ def _run(config: Path, args: argparse.Namespace) -> None:
     )
     with logging_redirect_tqdm():
         run.run()
-    print(f"report: {shown(write_report(args.out))}")
+    report = args.out / REPORT
+    if not _is_newest(report, args.out):
+        write_report(args.out)
+    print(f"report: {shown(report)}")
+
+
+def _is_newest(report: Path, out: Path) -> bool:
+    """Whether a run's report exists and was written after what it shows."""
+    shows = [path for name in ("metrics.jsonl", "layers.json") if (path := out / name).is_file()]
+    return report.is_file() and all(report.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in shows)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -203,12 +215,12 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 _COMMANDS = {
-    "demo": (_demo, "the main job on scikit-learn's digits", """
+    "demo": (_demo, "a complete run on scikit-learn's digits", """
 Trains CL (dcl), NSCL, SupCon and cross-entropy from one initialisation on the same batches and views, with two
 controls: an identity twin, which must stay bit-identical, and a reseeded twin, the noise floor. Writes the run and
-report.html into --out. The same command continues a stopped run."""),
+report.html into --out. The same command resumes a stopped run."""),
     "train": (_train, "train from a TOML file", """
-`fastcl config` prints a file to begin with; its keys are listed below. Writes into --out:
+`fastcl config` prints a config to start from; the keys are listed below. Writes into --out:
 
   run.json          settings, seed, versions, device
   metrics.jsonl     alignment of every pair and accuracy of every model, per epoch
@@ -216,37 +228,38 @@ report.html into --out. The same command continues a stopped run."""),
   pairs.jsonl       drift, CKA and RSA of the loss embeddings of the first two models, per step
   timing.jsonl      seconds and images per second, per epoch
   tensorboard/      the same curves
-  checkpoints/      the last two; the same command continues a stopped run, bit for bit
-  layers.json       CKA of every layer of the reference with those of the others, at the end
+  checkpoints/      the last two; the same command resumes a stopped run, bit for bit
+  layers.json       CKA of the reference's layers with those of every other model, at the end
   weights/, features/, report.html   at the end"""),
-    "config": (_config, "a commented TOML file for train", """
-Prints every key with its meaning and its default, or an example's value. Train the file as it is, or change it:
+    "config": (_config, "a commented config for train", """
+Prints every key with its meaning and its default (with --preset: the preset's value). Edit it or train it as it is:
 
   fastcl config --preset omniglot > run.toml
   fastcl train run.toml --out runs/x --set data.source=omniglot:PATH"""),
-    "align": (_align, "CKA, RSA and drift of two feature files, or of all pairs of layers", """
+    "align": (_align, "CKA, RSA and drift of two feature files, or CKA of all pairs of layers", """
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
-Row k of both files must be the same sample. Printed are CKA (linear, cosine; biased, debiased), RSA (Pearson, with
---spearman by ranks too), the drift of the similarities and what rho and r, its relative sizes, certify (arXiv
-2510.08852).
+Row k of both files must be the same sample. Prints CKA (linear, cosine; biased, debiased), RSA (Pearson; with
+--spearman also by ranks), the drift of the similarities, its relative sizes rho and r, and the lower bounds of CKA and
+RSA that follow from them (arXiv 2510.08852).
 
-Layers: A and B are files of several arrays, one a layer, or folders of feature files, one a layer (outputs with more
-dimensions are flattened). Printed is the debiased linear CKA of every layer of A with every layer of B; --out draws it:
+Layers: A and B are files with one array per layer, or folders with one feature file per layer (outputs with more than
+two dimensions are flattened). Prints the debiased linear CKA of every layer of A with every layer of B; --out draws it:
 
   fastcl align resnet.npz vit.npz --out layers.svg"""),
-    "report": (_report, "one self-contained HTML page of a run", """
+    "report": (_report, "one self-contained HTML page for a run", """
 Works on unfinished runs too. Figures: alignment with the reference model per epoch and the noise floor, weight gap,
 drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, alignment of every pair and of every layer,
 losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, settings,
 versions."""),
     "views": (_views, "a contact sheet of images and their views", """
 Each row is a training image and its two views: by torchvision, and by every other renderer that this machine and the
-images allow, with the difference from torchvision's (blue: darker, red: brighter; mean and maximum in grey levels).
-Those that cannot be used are named with the reason. The same seed and epoch give the views that training sees.
+images support, with the difference from torchvision (blue: darker, red: brighter; mean and maximum in grey levels).
+For a renderer that cannot be used, the reason is given. With the preset, size and seed of a run, these are the views
+that it trains on.
 
-  fastcl views --data digits --out digits.png
+  fastcl views --data digits --size 16 --out digits.png   # what fastcl demo trains
   fastcl views --data folder:photos.zip --preset simclr --size 96 --samples 4 --out grid.png"""),
-    "doctor": (_doctor, "what this machine has, and a numeric self-test", """
-Prints versions, devices and optional parts, then checks losses and similarities against float64. Exit status 1 if one
-fails."""),
+    "doctor": (_doctor, "versions and devices of this machine, and a numerical self-test", """
+Prints versions, devices and optional packages, then checks losses and similarities against float64. The exit status is
+1 if a check fails."""),
 }  # fmt: skip

@@ -19,18 +19,22 @@ class DataConfig:
     """Where images come from; see `fastcl.data.load`."""
 
     source: str = key("digits", "digits | folder:PATH | torchvision:NAME | cifar10:FILE.npz | omniglot:FILE.npz")
-    root: str | None = key(None, "folder of torchvision data sets")
-    download: bool = key(False, "let torchvision download the data set into root")
-    classes: int | None = key(None, "how many classes, the first of a seeded permutation; none: all")
-    test_fraction: float = key(0.2, "share of each class that is held out, where the source has no split of its own")
-    order: str = key("shuffled", "shuffled | balanced: draw batches with probabilities inverse to the class sizes")
-    corrupt: str = key(
-        "stop", "at an image that cannot be decoded: stop | skip: check all first, leave the bad ones out"
+    root: str | None = key(None, "folder of the torchvision data set")
+    download: bool = key(False, "whether torchvision may download the data set into root")
+    classes: int | None = key(None, "number of classes, the first of a seeded permutation; none: all")
+    test_fraction: float = key(0.2, "fraction of each class to hold out if the source has no test split")
+    order: str = key(
+        "shuffled", "shuffled | balanced: images are drawn with probability inverse to the size of their class"
     )
-    max_pixels: int = key(MAX_PIXELS, "an image with more pixels counts as one that cannot be decoded")
-    renderer: str = key("auto", "torchvision | dali | triton | auto: the fastest that device and images allow")
+    corrupt: str = key(
+        "stop", "if an image cannot be decoded: stop | skip: check all images first, leave out the bad ones"
+    )
+    max_pixels: int = key(MAX_PIXELS, "maximum pixels per image; larger images count as undecodable")
+    renderer: str = key(
+        "auto", "torchvision | dali | triton | auto: the fastest that supports the device and the images"
+    )
     workers: int | None = key(
-        None, "processes that render ahead (dali, triton: a thread); none: 0 on a CPU, else cores - 1"
+        None, "worker processes that render ahead (dali, triton: a thread); none: 0 on a CPU, else cores - 1"
     )
 
 
@@ -38,11 +42,11 @@ class DataConfig:
 class ModelConfig:
     """The encoder (timm) and the SimCLR projector."""
 
-    name: str = key("resnet18", "a model of timm")
-    options: dict[str, Any] = key({}, "further arguments of timm.create_model")
-    cifar_stem: bool = key(True, "of a ResNet: 3 x 3 stride-1 first convolution and no max-pool")
+    name: str = key("resnet18", "name of a timm model")
+    options: dict[str, Any] = key({}, "extra arguments for timm.create_model")
+    cifar_stem: bool = key(True, "ResNets only: 3 x 3 stride-1 first convolution, no max-pool")
     hidden: int = key(2048, "width of the projector's hidden layer")
-    projection: int = key(128, "width of the embeddings that enter the loss")
+    projection: int = key(128, "width of the embeddings passed to the loss")
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,10 @@ class OptimConfig:
     """Optimiser and learning-rate schedule: linear warm-up, then cosine to zero, per step."""
 
     name: str = key("lars", "lars | sgd | adamw")
-    lr: float = key(1.2, "peak of the learning rate")
-    momentum: float = key(0.9, "of lars and sgd")
-    weight_decay: float = key(1e-6, "of all weights but biases and norms")
-    warmup_epochs: float = key(10.0, "epochs in which the learning rate rises to its peak")
+    lr: float = key(1.2, "peak learning rate")
+    momentum: float = key(0.9, "momentum of lars and sgd")
+    weight_decay: float = key(1e-6, "weight decay, for all weights except biases and norms")
+    warmup_epochs: float = key(10.0, "epochs of linear warm-up to the peak learning rate")
 
 
 @dataclass(frozen=True)
@@ -61,23 +65,25 @@ class TrainConfig:
     """Which models, and for how long."""
 
     models: tuple[str, ...] = key(
-        ("dcl", "nscl", "supcon", "ce"), "names of fastcl.OBJECTIVES, or ce: cross-entropy; the first is the reference"
+        ("dcl", "nscl", "supcon", "ce"),
+        "one model each: names from fastcl.OBJECTIVES, or ce (cross-entropy); the first is the reference",
     )
     controls: tuple[str, ...] = key(
-        ("identity", "reseeded"), "copies of the reference: identity must equal it, reseeded sees other views"
+        ("identity", "reseeded"),
+        "extra copies of the reference: identity (must stay equal), reseeded (sees other views)",
     )
-    temperature: float = key(0.5, "of the contrastive losses")
+    temperature: float = key(0.5, "temperature of the contrastive losses")
     precision: str = key(
-        "fp32", "of the networks in training: fp32 | bf16, by autocast; losses and evaluations stay fp32"
+        "fp32", "precision of the networks in training: fp32 | bf16 (autocast); losses and evaluation stay fp32"
     )
-    batch_size: int = key(256, "images in a batch; an epoch leaves out the last incomplete one")
+    batch_size: int = key(256, "images per batch; the last incomplete batch of an epoch is dropped")
     epochs: int = key(100, "passes over the training images")
-    eval_every: int = key(1, "epochs between evaluations; epoch 0 and the last are always measured")
+    eval_every: int = key(1, "epochs between evaluations; epoch 0 and the last are always evaluated")
     checkpoint_every: int = key(1, "epochs between checkpoints")
     layers: tuple[str, ...] = key(
-        (), "names or patterns for the layers' CKA at the end, such as encoder.layer*; empty: the stages"
+        (), "layers compared by CKA at the end: names or patterns such as encoder.layer*; empty: the stages"
     )
-    seed: int = key(0, "of initial weights, views, batches and drawn splits")
+    seed: int = key(0, "seed of the initial weights, views, batches and random splits")
     device: str = key("auto", "auto | cpu | cuda")
 
 

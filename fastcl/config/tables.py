@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import typing
@@ -10,7 +11,7 @@ from typing import Any
 
 from fastcl.config.settings import PRECISIONS, Config, tables_of
 from fastcl.config.view_spec import ViewSpec
-from fastcl.errors import FastclError, brief, shown, suggest
+from fastcl.errors import FastclError, brief, one_of, shown, suggest
 from fastcl.io.files import cause
 
 if sys.version_info >= (3, 11):
@@ -22,6 +23,9 @@ _LARGEST = 2**63 - 1  # TOML integers have 64 bits
 _DEEPEST = 8  # most nesting levels in model.options
 _WIDEST = 1 << 20  # widest layer
 _TEMPERATURES = (1e-30, 1e30)  # range that the losses accept
+_POSITIVE = (
+    "train.epochs", "train.eval_every", "train.checkpoint_every", "optim.lr", "model.hidden", "model.projection",
+)  # fmt: skip
 _FORMS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
 
 
@@ -74,7 +78,7 @@ def parse_config(tables: dict[str, Any]) -> Config:
 
 def _toml_fault(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "it is nested too deeply"
+        return "nested too deeply"
     return str(error) if isinstance(error, tomllib.TOMLDecodeError) else "an integer has too many digits"
 
 
@@ -82,13 +86,21 @@ def _override(tables: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        raise FastclError(f"--set takes table.key=value, got {brief(item)}")
+        meant = [f"'{name}=...'" for name in _keys() if name.endswith(f".{parts[0]}")] if len(parts) == 1 else []
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        raise FastclError(f"--set takes table.key=value, got {brief(item)}{hint}")
     table = tables
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise FastclError(f"--set {shown(item)}: {part!r} is not a table")
     table[parts[-1]] = _override_value(parts, text.strip(), item)
+
+
+def _keys() -> list[str]:
+    """Every key, as "table.key"."""
+    names = [f"{table}.{field.name}" for table, kind in tables_of().items() for field in dataclasses.fields(kind)]
+    return [*names, "views.preset"]
 
 
 def _override_value(parts: list[str], text: str, item: str) -> Any:
@@ -99,7 +111,7 @@ def _override_value(parts: list[str], text: str, item: str) -> Any:
     except tomllib.TOMLDecodeError:
         found = {"value": text}
         if "\n" in text or "\r" in text:
-            raise FastclError(f"--set takes one table.key=value and no line break, got {brief(item)}") from None
+            raise FastclError(f"--set takes one table.key=value without line breaks, got {brief(item)}") from None
     except (ValueError, RecursionError) as error:
         raise FastclError(f"--set {brief(item)}: {_toml_fault(error)}") from None
     if len(found) > 1:  # the text contained further lines
@@ -134,7 +146,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if plain is dict:
         _check_plain(value, name, 0)
     if plain is int and abs(value) > _LARGEST:
-        raise FastclError(f"{name} must lie within 64 bits, got an integer of {value.bit_length()} bits")
+        raise FastclError(f"{name} must fit in 64 bits, got an integer of {value.bit_length()} bits")
     if plain is float and not math.isfinite(value):
         raise FastclError(f"{name} must be finite, got {value}")
     return value
@@ -146,7 +158,7 @@ def _convert_list(value: Any, base: Any, name: str) -> tuple[Any, ...]:
     example = '["first", "second"]' if kinds[0] is str else "[0.5, 1.0]"
     if not isinstance(value, list) or (fixed and len(value) != len(kinds)):
         count = f" of {len(kinds)}" if fixed else ""
-        raise FastclError(f"{name} must be a list{count}, such as {example}; got {_described(value)}")
+        raise FastclError(f"{name} must be a list{count} such as {example}, got {_described(value)}")
     kinds = kinds if fixed else kinds * len(value)
     return tuple(_convert(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
 
@@ -155,7 +167,7 @@ def _described(value: Any) -> str:
     """A value as shown in messages; dates and times as TOML writes them."""
     kind = type(value).__name__
     if kind in ("date", "time", "datetime"):
-        return f"the {kind} {value.isoformat()} (a string stands in quotes)"
+        return f"the {kind} {value.isoformat()} (strings need quotes)"
     return brief(value)
 
 
@@ -168,7 +180,7 @@ def _check_plain(value: Any, name: str, depth: int) -> None:
         for key, inner in pairs:
             _check_plain(inner, f"{name}.{key}", depth + 1)
     elif isinstance(value, int) and abs(value) > _LARGEST:
-        raise FastclError(f"{name} must lie within 64 bits, got an integer of {value.bit_length()} bits")
+        raise FastclError(f"{name} must fit in 64 bits, got an integer of {value.bit_length()} bits")
     elif isinstance(value, float) and not math.isfinite(value):
         raise FastclError(f"{name} must be finite, got {value}")
     elif not isinstance(value, str | int | float):
@@ -177,29 +189,22 @@ def _check_plain(value: Any, name: str, depth: int) -> None:
 
 def _check_ranges(config: Config) -> None:
     train, optim, model = config.train, config.optim, config.model
-    positive = {
-        "train.batch_size": train.batch_size - 1,  # one sample has no negatives
-        "train.epochs": train.epochs,
-        "train.eval_every": train.eval_every,
-        "train.checkpoint_every": train.checkpoint_every,
-        "train.temperature": train.temperature,
-        "optim.lr": optim.lr,
-        "model.hidden": model.hidden,
-        "model.projection": model.projection,
-    }
-    for name, value in positive.items():
+    if train.batch_size < 2:  # one sample has no negatives
+        raise FastclError(f"train.batch_size must be at least 2, got {train.batch_size}")
+    for name in _POSITIVE:
+        table, key = name.split(".")
+        value = getattr(getattr(config, table), key)
         if not value > 0:
-            table, key = name.split(".")
-            raise FastclError(f"{name} is too small: {getattr(getattr(config, table), key)}")
+            raise FastclError(f"{name} must be positive, got {value}")
     for name, value in (("hidden", model.hidden), ("projection", model.projection)):
         if value > _WIDEST:
             raise FastclError(f"model.{name} must be at most {_WIDEST}, got {value}")
     if not _TEMPERATURES[0] <= train.temperature <= _TEMPERATURES[1]:
-        raise FastclError(f"train.temperature must lie between 1e-30 and 1e30, got {train.temperature}")
+        raise FastclError(f"train.temperature must be a positive number (1e-30 to 1e+30), got {train.temperature}")
     for key in ("warmup_epochs", "weight_decay", "momentum"):
         if getattr(optim, key) < 0:
             raise FastclError(f"optim.{key} must not be negative, got {getattr(optim, key)}")
     if train.precision not in PRECISIONS:
-        raise FastclError(f"train.precision must be one of {', '.join(PRECISIONS)}; got {train.precision!r}")
+        raise FastclError(one_of("train.precision", PRECISIONS, train.precision))
     if not 0 <= train.seed < 1 << 32:
-        raise FastclError(f"train.seed must lie in [0, 2**32), got {train.seed}")
+        raise FastclError(f"train.seed must be in [0, 2**32), got {train.seed}")

@@ -24,7 +24,7 @@ _WIDEST = 4096  # pixels per side of a view: 64 MiB per channel in float32
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """What a random view is drawn from. Probabilities and strengths as torchvision's transforms define them.
+    """The distribution of random views. Probabilities and strengths are defined as in torchvision's transforms.
 
     Order of operations: crop and resize, flip, rotation, colour jitter in random order, grayscale, blur, solarise,
     normalise.
@@ -34,24 +34,30 @@ class ViewSpec:
             size or kernel.
     """
 
-    size: int = key(32, "pixels of a view's side; views are square")
-    scale: tuple[float, float] = key((0.08, 1.0), "lowest and highest share of the image's area that a crop takes")
-    ratio: tuple[float, float] = key((3 / 4, 4 / 3), "lowest and highest width / height of a crop")
+    size: int = key(32, "side of a view in pixels; views are square")
+    scale: tuple[float, float] = key((0.08, 1.0), "smallest and largest crop area, as a fraction of the image's area")
+    ratio: tuple[float, float] = key((3 / 4, 4 / 3), "smallest and largest aspect ratio of a crop, width / height")
     flip: float = key(0.5, "probability of a horizontal flip")
-    rotation: float = key(0.0, "degrees; the angle is uniform in [-rotation, rotation]")
-    jitter: float = key(0.8, "probability of the four colour operations")
-    brightness: float = key(0.4, "a factor uniform in [max(0, 1 - brightness), 1 + brightness]")
-    contrast: float = key(0.4, "a factor, as for brightness")
-    saturation: float = key(0.4, "a factor, as for brightness")
-    hue: float = key(0.1, "turns; the shift is uniform in [-hue, hue]")
-    grayscale: float = key(0.2, "probability of dropping the colour")
+    rotation: float = key(0.0, "largest rotation in degrees; the angle is uniform in [-rotation, rotation]")
+    jitter: float = key(0.8, "probability of colour jitter: brightness, contrast, saturation and hue")
+    brightness: float = key(0.4, "strength; the factor is uniform in [max(0, 1 - brightness), 1 + brightness]")
+    contrast: float = key(0.4, "strength, as for brightness")
+    saturation: float = key(0.4, "strength, as for brightness")
+    hue: float = key(0.1, "largest hue shift in turns; the shift is uniform in [-hue, hue]")
+    grayscale: float = key(0.2, "probability of conversion to greyscale")
     blur: float = key(0.0, "probability of a Gaussian blur")
-    blur_sigma: tuple[float, float] = key((0.1, 2.0), "pixels, lowest and highest")
-    blur_kernel: int = key(3, "pixels of the kernel's side, odd")
-    solarize: float = key(0.0, "probability of inverting what is at least 128 of 255")
-    mean: tuple[float, ...] = key((0.5,), "subtracted from pixels in [0, 1]: one value for all channels, or one each")
-    std: tuple[float, ...] = key((0.5,), "what the difference is divided by: one value for all channels, or one each")
-    eval_crop: float = key(1.0, "side of evaluation's central square crop, as a share of the image's shorter side")
+    blur_sigma: tuple[float, float] = key((0.1, 2.0), "smallest and largest standard deviation of the blur, in pixels")
+    blur_kernel: int = key(3, "side of the blur kernel in pixels, odd")
+    solarize: float = key(0.0, "probability of solarisation: values from 128 of 255 up are inverted")
+    mean: tuple[float, ...] = key(
+        (0.5,), "mean to subtract from pixels in [0, 1]: one value for all channels or one per channel"
+    )
+    std: tuple[float, ...] = key(
+        (0.5,), "standard deviation to divide by: one value for all channels or one per channel"
+    )
+    eval_crop: float = key(
+        1.0, "side of the central square crop in evaluation, as a fraction of the image's shorter side"
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -67,21 +73,23 @@ class ViewSpec:
             if getattr(self, name) < 0:
                 raise FastclError(f"views.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.hue <= 0.5:
-            raise FastclError(f"views.hue must lie in [0, 0.5] turns, got {self.hue}")
-        if self.size > _WIDEST:
-            raise FastclError(f"views.size must be at most {_WIDEST} pixels, got {self.size}")
-        if self.size < 2 or not 0 < self.eval_crop <= 1 or self.scale[1] > 1:
+            raise FastclError(f"views.hue must be in [0, 0.5] turns, got {self.hue}")
+        if not 2 <= self.size <= _WIDEST:
+            raise FastclError(f"views.size must be in [2, {_WIDEST}] pixels, got {self.size}")
+        if not 0 < self.eval_crop <= 1:
+            raise FastclError(f"views.eval_crop must be in (0, 1], got {self.eval_crop}")
+        if self.scale[1] > 1:
+            raise FastclError(f"views.scale must be at most 1, got {self.scale}")
+        if self.blur_kernel % 2 == 0 or self.blur_kernel < 1:
+            raise FastclError(f"views.blur_kernel must be odd and positive, got {self.blur_kernel}")
+        if self.blur and self.blur_kernel >= 2 * self.size:
             raise FastclError(
-                f"views.size must be at least 2, eval_crop in (0, 1] and scale at most 1; "
-                f"got {self.size}, {self.eval_crop} and {self.scale}"
+                f"views.blur_kernel must be less than 2 * views.size, got {self.blur_kernel} and size {self.size}"
             )
-        if self.blur_kernel % 2 == 0 or self.blur_kernel < 1 or (self.blur and self.blur_kernel >= 2 * self.size):
-            raise FastclError(
-                f"views.blur_kernel must be odd and, where views blur, below 2 * size; got {self.blur_kernel} "
-                f"for {self.size} pixels"
-            )
-        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
-            raise FastclError(f"views.mean and std must have one length and std be positive: {self.mean}, {self.std}")
+        if len(self.mean) != len(self.std):
+            raise FastclError(f"views.mean and views.std must have the same length, got {self.mean} and {self.std}")
+        if not all(s > 0 for s in self.std):
+            raise FastclError(f"views.std must be positive, got {self.std}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ViewSpec:

@@ -20,10 +20,10 @@ from fastcl.errors import FastclError, suggest
 
 DEMO = "digits"  # the preset that `fastcl demo` trains
 _WIDTH = 116
-_RECIPE = f"start from a known recipe: {', '.join(PRESETS)}; the keys that are given win over it"
+_RECIPE = f"start from a known recipe: {', '.join(PRESETS)}; keys given here override it"
 _ABOUT = """\
-# A run of fastcl. Above each key: its meaning and type, and its default where that is another value. A key that is
-# left out has its default.
+# Settings of a fastcl run. The comment above a key gives its meaning and type, and its default if the value below
+# differs from it. Keys that are left out take their defaults.
 """
 
 
@@ -36,7 +36,7 @@ def preset_names() -> list[str]:
 def preset_file(name: str) -> Iterator[Path]:
     """Path of a preset's file. Raises FastclError for an unknown name (and suggests the nearest one)."""
     if name not in preset_names():
-        raise FastclError(f"--preset: unknown {name!r}{suggest(name, preset_names())}")
+        raise FastclError(f"--preset: unknown preset {name!r}{suggest(name, preset_names())}")
     with resources.as_file(_folder() / f"{name}.toml") as path:
         yield path
 

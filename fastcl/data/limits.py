@@ -32,18 +32,18 @@ def check_workers(workers: int, name: str = "data.workers", *, ranks: int = 1) -
     check_integer(workers, name)
     cores = len(os.sched_getaffinity(0))
     if not 0 <= workers <= _PER_CORE * cores:
-        raise FastclError(f"{name} must lie in [0, {_PER_CORE * cores}] on {cores} cores, got {workers}")
+        raise FastclError(f"{name} must be in [0, {_PER_CORE * cores}] on {cores} cores, got {workers}")
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
     share = max(1, cores // max(1, int(told) if told.isdecimal() else ranks))
     if workers > share:
-        _warn(f"{name} is {workers}, more than the {share} cores a rank: they will stand in each other's way")
+        _warn(f"{name} is {workers}, more than the {share} cores per rank: the workers will compete for them")
 
 
 def check_depth(depth: int) -> None:
     """Raise FastclError unless depth is an integer in [1, 1000]."""
     check_integer(depth, "depth")
     if not 1 <= depth <= _DEPTH:
-        raise FastclError(f"depth must lie in [1, {_DEPTH}], got {depth}")
+        raise FastclError(f"depth must be in [1, {_DEPTH}], got {depth}")
 
 
 def check_max_pixels(max_pixels: int) -> None:
@@ -53,7 +53,7 @@ def check_max_pixels(max_pixels: int) -> None:
     most = max_pixels if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
     if not 1 <= max_pixels <= most:
         raise FastclError(
-            f"data.max_pixels must lie in [1, {most}] (Pillow refuses more; see PIL.Image.MAX_IMAGE_PIXELS), "
+            f"data.max_pixels must be in [1, {most}] (Pillow refuses more; see PIL.Image.MAX_IMAGE_PIXELS), "
             f"got {max_pixels}"
         )
 
@@ -63,7 +63,7 @@ def check_pixels(picture: Image.Image, max_pixels: int) -> None:
     pixels = picture.width * picture.height
     if pixels > max_pixels:
         raise FastclError(
-            f"{picture.height} x {picture.width} is {pixels:,} pixels, and data.max_pixels allows {max_pixels:,}"
+            f"{picture.height} x {picture.width} is {pixels:,} pixels, more than data.max_pixels ({max_pixels:,})"
         )
 
 

@@ -23,7 +23,7 @@ from fastcl.data.prefetch import rendered
 from fastcl.data.renderers.choose import Renderer, TorchvisionRenderer
 from fastcl.data.renderers.validate import check_positions
 from fastcl.data.sources.load import Split
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, one_of
 
 Order: TypeAlias = Literal["shuffled", "balanced"]
 ORDERS = get_args(Order)
@@ -89,21 +89,23 @@ class ViewLoader:
         for name in ("batch_size", "rank", "world_size"):
             check_integer(getattr(self, name), name)
         if self.order not in ORDERS:
-            raise FastclError(f"data.order must be one of {', '.join(ORDERS)}; got {self.order!r}")
+            raise FastclError(one_of("data.order", ORDERS, self.order))
         n = len(self.split.ids)
         if not 0 < self.batch_size <= n:
-            raise FastclError(f"train.batch_size must lie between 1 and the {n} training images, got {self.batch_size}")
+            raise FastclError(f"train.batch_size must be in [1, {n}] (training images), got {self.batch_size}")
         if not 0 <= self.rank < self.world_size:
-            raise FastclError(f"rank must lie in [0, world_size), got {self.rank} of {self.world_size}")
+            raise FastclError(f"rank must be in [0, world_size), got {self.rank} with world_size {self.world_size}")
         if self.batch_size % self.world_size:
-            raise FastclError(f"train.batch_size {self.batch_size} does not divide among {self.world_size} ranks")
+            raise FastclError(
+                f"train.batch_size must be divisible by world_size, got {self.batch_size} and {self.world_size}"
+            )
         check_workers(self.workers, ranks=self.world_size)
         check_depth(self.depth)
         self.renderer = self.renderer or TorchvisionRenderer(self.split, self.plan.spec, _CPU)
         if any(spec != self.plan.spec for spec in (self.renderer.spec, *(plan.spec for plan in self.others))):
-            raise FastclError("the renderer and all further plans must have the spec of the loader's plan")
+            raise FastclError("the renderer and all other plans must have the same spec as the loader's plan")
         if self.renderer.split is not self.split:
-            raise FastclError("the renderer must be one of the loader's split")
+            raise FastclError("the renderer must have been made for the loader's split")
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
@@ -126,12 +128,12 @@ class ViewLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where another loader was. Raises FastclError for an invalid state or a batch that does not exist."""
         if not isinstance(state, Mapping) or not {"epoch", "position"} <= set(state):
-            raise FastclError(f"state must hold epoch and position, got {state!r}")
+            raise FastclError(f"state must have the keys epoch and position, got {state!r}")
         epoch, position = state["epoch"], state["position"]
         check_integer(epoch, "epoch")
         check_integer(position, "position")
         if epoch < 0 or not 0 <= position < len(self):
-            raise FastclError(f"no batch {position} of epoch {epoch}: an epoch has {len(self)} batches")
+            raise FastclError(f"epoch must be >= 0 and position in [0, {len(self)}), got {epoch} and {position}")
         self.epoch, self.position = epoch, position
 
     def batches(self, epoch: int, start: int = 0) -> Closing[Batch]:
@@ -146,7 +148,7 @@ class ViewLoader:
     def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         check_integer(start, "start")
         if not 0 <= start <= len(self):
-            raise FastclError(f"start must lie between 0 and the {len(self)} batches of an epoch, got {start}")
+            raise FastclError(f"start must be in [0, {len(self)}] (batches of an epoch), got {start}")
 
         def job(step: int) -> tuple[np.ndarray, list[ViewParams]]:
             positions = self.batch(epoch, step)
@@ -171,7 +173,7 @@ class ViewLoader:
         check_integer(step, "step")
         check_integer(epoch, "epoch")  # checked here because the cache of orders treats 1.0 as 1
         if not 0 <= step < len(self):
-            raise FastclError(f"step must be that of one of the {len(self)} batches of an epoch, got {step}")
+            raise FastclError(f"step must be in [0, {len(self)}) (batches of an epoch), got {step}")
         share = self.batch_size // self.world_size
         return self._whole_batch(epoch, step)[self.rank * share : (self.rank + 1) * share]
 

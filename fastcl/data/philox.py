@@ -76,11 +76,11 @@ def words(count: int, *, seed: int, stream: Stream, index: np.ndarray, epoch: in
     for name, value, bound in (("seed", seed, 64), ("epoch", epoch, 32), ("view", view, 16)):
         check_integer(value, name)
         if not 0 <= value < 1 << bound:
-            raise FastclError(f"{name} must lie in [0, 2**{bound}), got {value}")
+            raise FastclError(f"{name} must be in [0, 2**{bound}), got {value}")
     if index.size and index.dtype.kind not in "iu":
         raise FastclError(f"sample ids must be integers, got {index.dtype}")
     if index.size and not (0 <= index.min() and index.max() < 1 << 32):
-        raise FastclError(f"sample ids must lie in [0, 2**32), got {index.min()} to {index.max()}")
+        raise FastclError(f"sample ids must be in [0, 2**32), got {index.min()} to {index.max()}")
     seed, epoch, view = int(seed), int(epoch), int(view)
     blocks = -(-count // 4)
     counter = np.empty((len(index), blocks, 4), np.uint32)

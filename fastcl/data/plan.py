@@ -78,12 +78,12 @@ class ViewPlan:
         """
         samples = np.asarray(samples)
         if samples.ndim != 1:
-            raise FastclError(f"samples must be (n,) sample ids, got {samples.shape}")
+            raise FastclError(f"samples must have shape (n,), got {samples.shape}")
         sizes = None if sizes is None else np.asarray(sizes)
         if sizes is not None and sizes.shape != (len(samples), 2):
-            raise FastclError(f"sizes must be ({len(samples)}, 2) for {len(samples)} samples, got {sizes.shape}")
+            raise FastclError(f"sizes must have shape ({len(samples)}, 2), got {sizes.shape}")
         if sizes is not None and sizes.size and (sizes.dtype.kind not in "iu" or sizes.min() < 1):
-            raise FastclError(f"sizes must be whole pixels, at least 1; got {sizes.dtype} from {sizes.min()}")
+            raise FastclError(f"sizes must be integers >= 1, got {sizes.dtype} with minimum {sizes.min()}")
         starts = range(0, max(1, len(samples)), _CHUNK)
         parts = [
             self._draw(epoch, samples[k : k + _CHUNK], view, None if sizes is None else sizes[k : k + _CHUNK])

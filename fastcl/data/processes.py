@@ -59,8 +59,7 @@ class Processes(Iterator[T]):
         self._steps, self._waiting = iter(steps), deque()
         if multiprocessing.current_process().daemon:
             raise FastclError(
-                f"data.workers is {workers}, but this is a daemonic process, which may have no processes of its own: "
-                "use data.workers = 0 here"
+                f"data.workers must be 0 in a daemonic process, which cannot start processes of its own, got {workers}"
             )
         try:
             with held():  # a forked process starts with its parent's signal handlers
@@ -71,7 +70,7 @@ class Processes(Iterator[T]):
         except OSError as error:
             number = len(self._crew) + 1
             self.close()
-            raise FastclError(f"data.workers: process {number} of {workers} cannot be started ({error})") from error
+            raise FastclError(f"data.workers: cannot start process {number} of {workers} ({error})") from error
         except BaseException:
             self.close()
             raise
@@ -88,9 +87,7 @@ class Processes(Iterator[T]):
             process.join(_LOOK)  # wait for its exit code
             reason = _end_of(process)
             self.close()
-            raise FastclError(
-                f"one of the {self._workers} processes that render (data.workers) has died: {reason}"
-            ) from error
+            raise FastclError(f"one of the {self._workers} worker processes (data.workers) died: {reason}") from error
         except BaseException:
             self.close()
             raise
@@ -204,7 +201,7 @@ def _taken(process: BaseProcess, ours: socket.socket) -> Any:
     """The next answer of a worker. Raises OSError if it has died."""
     sizes, files, *_ = _patiently(lambda: socket.recv_fds(ours, 1 << 16, 1), process.is_alive)
     if not files:
-        raise ConnectionResetError("the worker has closed its socket")
+        raise ConnectionResetError("the worker closed its socket")
     (file,) = files
     try:
         return _unpacked(sizes, file)
@@ -236,7 +233,7 @@ def _packed(answer: Any) -> tuple[bytes, int]:
         os.close(file)
         if isinstance(answer, _Failure):
             raise
-        room = FastclError(f"data.workers: no shared memory for a batch of {starts[-1]:,} bytes ({error})")
+        room = FastclError(f"data.workers: cannot allocate shared memory for a batch of {starts[-1]:,} bytes ({error})")
         return _packed(_Failure(room, ""))
     with mmap.mmap(file, starts[-1]) as memory:
         for start, part in zip(starts, parts, strict=False):
@@ -270,5 +267,5 @@ def _end_of(process: BaseProcess) -> str:
     if code is None or code >= 0:
         return f"it ended with exit code {code}"
     name = signal.Signals(-code).name
-    hint = "; the system kills what takes too much memory: use fewer data.workers" if name == "SIGKILL" else ""
+    hint = "; the system may be out of memory: use fewer data.workers" if name == "SIGKILL" else ""
     return f"signal {-code}, {name}{hint}"

@@ -59,9 +59,9 @@ def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, T
             array that is not a float matrix, or is empty.
     """
     if not stat.S_ISREG(file_status(path).st_mode):
-        raise FastclError(f"{shown(path)} is no plain file")
+        raise FastclError(f"{shown(path)} is not a regular file")
     if path.suffix.lower() not in ENDINGS:
-        raise FastclError(f"{shown(path)}: features are read from {', '.join(ENDINGS)}; save them as one of these")
+        raise FastclError(f"{shown(path)}: unsupported file type; save features as {', '.join(ENDINGS)}")
     try:
         with open(path, "rb") as file:
             read = _reader(file.read(9), path)
@@ -72,7 +72,7 @@ def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, T
     except OSError as error:
         raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
     except MemoryError:
-        raise FastclError(f"{shown(path)} cannot be read: it does not fit into memory") from None
+        raise FastclError(f"{shown(path)} cannot be read: it does not fit in memory") from None
 
 
 def _reader(start: bytes, path: Path) -> Callable[[Path, BinaryIO, Choose, bool], dict[str, Tensor]]:
@@ -83,9 +83,9 @@ def _reader(start: bytes, path: Path) -> Callable[[Path, BinaryIO, Choose, bool]
         return _read_npz
     if start[8:] == b"{":
         return _read_safetensors
-    what = "holds neither NumPy arrays nor safetensors" if start else "is empty (0 bytes)"
+    what = "is neither a NumPy nor a safetensors file" if start else "is empty (0 bytes)"
     if start.startswith(b"\x80"):
-        what = "is a pickle, which could run code; save the array itself with np.save"
+        what = "is a pickle, which could run code; save the array with np.save"
     raise FastclError(f"{shown(path)} cannot be read: it {what}")
 
 
@@ -102,8 +102,8 @@ def _read_npz(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[
             unpacked, packed = sum(found[name].file_size for name in chosen), os.fstat(file.fileno()).st_size
             if unpacked > max(_SMALL, _RATIO * packed):
                 raise FastclError(
-                    f"{shown(path)}: {packed:,} bytes that unpack to {unpacked:,} are not taken for features; "
-                    "if they are, save them with np.savez, which does not pack"
+                    f"{shown(path)}: {packed:,} bytes that unpack to {unpacked:,} look like a decompression bomb; "
+                    "if they are features, save them uncompressed, with np.savez"
                 )
             _check_memory(unpacked, shown(path))
             arrays = {}
@@ -115,7 +115,7 @@ def _read_npz(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[
         raise
     except (NotImplementedError, RuntimeError) as error:  # raised by zipfile for compression methods and passwords
         raise FastclError(
-            f"{shown(path)} cannot be read: it is encrypted or packed in a way unknown here; save it with np.savez"
+            f"{shown(path)} cannot be read: it is encrypted or its compression is not supported; save it with np.savez"
         ) from error
     except Exception as error:  # each compression method raises its own exceptions
         raise FastclError(f"{shown(path)} cannot be read: the .npz is damaged") from error
@@ -130,12 +130,12 @@ def _entries(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
             continue
         name = shown(info.filename.removesuffix(".npy"))
         if name in found:
-            raise FastclError(f"{shown(path)} holds two arrays of the name {name!r}")
+            raise FastclError(f"{shown(path)} contains two arrays named {name!r}")
         found[name] = info
     if not found:
         raise FastclError(
-            f"{shown(path)} holds no array of NumPy (np.savez, not torch.save, writes .npz; of tensors, "
-            "safetensors.torch.save_file writes .safetensors)"
+            f"{shown(path)} contains no NumPy array (write .npz with np.savez, not torch.save; save tensors "
+            "with safetensors.torch.save_file)"
         )
     return found
 
@@ -147,7 +147,7 @@ def _read_safetensors(path: Path, _file: BinaryIO, choose: Choose, layers: bool)
         with safe_open(path, framework="pt", device="cpu") as opened:
             names = {shown(name): name for name in opened.keys()}
             if not names:
-                raise FastclError(f"{shown(path)} holds no array")
+                raise FastclError(f"{shown(path)} contains no array")
             arrays = {}
             for name in choose(list(names)):
                 array, where = opened.get_slice(names[name]), f"{shown(path)}: {name!r}"
@@ -169,8 +169,8 @@ def _array(file: IO[bytes], size: int, where: str, layers: bool) -> Tensor:
     needed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
     if needed != there:
         raise FastclError(
-            f"{where} cannot be read: by its header it holds {needed:,} bytes of values {_text(shape)}, but {there:,} "
-            "are there" + ("; several arrays belong into an .npz" if there > needed else "")
+            f"{where} cannot be read: its header promises {needed:,} bytes for shape {_text(shape)}, but {there:,} "
+            "follow" + ("; save several arrays as .npz" if there > needed else "")
         )
     _check_memory(needed, where)
     values = np.empty(math.prod(shape), dtype)
@@ -178,7 +178,7 @@ def _array(file: IO[bytes], size: int, where: str, layers: bool) -> Tensor:
     for begin in range(0, needed, _CHUNK):
         part = file.read(min(_CHUNK, needed - begin))
         if len(part) < min(_CHUNK, needed - begin):
-            raise FastclError(f"{where} cannot be read: it is cut short")
+            raise FastclError(f"{where} cannot be read: it is truncated")
         raw[begin : begin + len(part)] = np.frombuffer(part, np.uint8)
     values = values.astype(dtype.newbyteorder("="), copy=False)
     return torch.from_numpy(values.reshape(shape[::-1]).T if fortran else values.reshape(shape)).flatten(1)
@@ -190,13 +190,13 @@ def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtyp
     try:
         version = npy.read_magic(file)
         if version == (3, 0):  # only for field names that are not Latin-1
-            raise FastclError(f"{where} must hold a float matrix (samples, width), got a table of named fields")
+            raise FastclError(f"{where} must be a float matrix (samples, width), got a structured array")
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file)
     except (FastclError, OSError, zipfile.BadZipFile, zlib.error):
         raise
     except Exception as error:  # a damaged header fails in many ways, and NumPy's message suggests unpickling it
-        raise FastclError(f"{where} cannot be read: its header is not that of a NumPy array") from error
+        raise FastclError(f"{where} cannot be read: its header is not a valid NumPy header") from error
     if not all(type(length) is int and 0 <= length < 1 << 63 for length in shape) or len(shape) > 32:
         raise FastclError(f"{where} cannot be read: its header gives an impossible shape")
     return shape, fortran, dtype
@@ -204,22 +204,22 @@ def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtyp
 
 def _described(dtype: np.dtype) -> str:
     if dtype.names:
-        return f"a table of the fields {listed(map(shown, dtype.names))}"
+        return f"a structured array with the fields {listed(map(shown, dtype.names))}"
     return _KINDS.get(dtype.kind) or dtype.newbyteorder("=").name
 
 
 def _check(shape: Sequence[int], dtype: str, where: str, layers: bool) -> None:
     """Raise FastclError unless it is a non-empty float matrix (with `layers`, of two or more dimensions)."""
     if dtype not in _FLOATS:
-        more = "; a file of layers holds nothing else: name a matrix that is to be read alone 'features'"
+        more = "; in a file of layers every array must be one; to read only one matrix, name it 'features'"
         raise FastclError(
-            f"{where} must hold a float matrix (samples, width), got {_text(shape)} {dtype}; float16 to float64 are "
-            f"read, as x.astype(np.float32) makes them{more if layers else ''}"
+            f"{where} must be a float matrix (samples, width), got {_text(shape)} {dtype}; convert it to float16, "
+            f"float32 or float64, for example with x.astype(np.float32){more if layers else ''}"
         )
     if len(shape) < 2 or (len(shape) > 2 and not layers):
-        raise FastclError(f"{where} must hold a float matrix (samples, width), got {_text(shape)} {dtype}")
+        raise FastclError(f"{where} must be a float matrix (samples, width), got {_text(shape)} {dtype}")
     if not math.prod(shape):
-        raise FastclError(f"{where} holds no values, got {_text(shape)} {dtype}")
+        raise FastclError(f"{where} must not be empty, got {_text(shape)} {dtype}")
 
 
 def _check_memory(needed: int, where: str) -> None:
@@ -228,7 +228,9 @@ def _check_memory(needed: int, where: str) -> None:
     except (AttributeError, ValueError, OSError):  # not available on every system
         return
     if needed > memory:
-        raise FastclError(f"{where} holds {needed / 2**30:,.1f} GiB, this machine has {memory / 2**30:,.1f} of memory")
+        raise FastclError(
+            f"{where} needs {needed / 2**30:,.1f} GiB, but this machine has {memory / 2**30:,.1f} GiB of memory"
+        )
 
 
 def _text(shape: Sequence[int]) -> str:

@@ -38,7 +38,7 @@ def check_output(path: Path, option: str, inputs: Iterable[Path] = ()) -> None:
     """
     with _naming(path, option):
         if path == Path():
-            raise FastclError(f"{option}: names no file (an empty path, or '.')")
+            raise FastclError(f"{option}: not a file name (an empty path, or '.')")
         info = _lstat(path)
         if info is not None:
             _check_plain(path, option, info)
@@ -46,10 +46,10 @@ def check_output(path: Path, option: str, inputs: Iterable[Path] = ()) -> None:
         for other in inputs:
             if same(target, other):
                 raise FastclError(
-                    f"{option}: {shown(path)} is an input or another output of this command; name another file"
+                    f"{option}: {shown(path)} is an input or another output of this command; choose another file"
                 )
             if any(same(folder, other) for folder in target.parents):
-                raise FastclError(f"{option}: {shown(path)} lies in {shown(other)}, which this command reads")
+                raise FastclError(f"{option}: {shown(path)} is inside {shown(other)}, which this command reads")
         _check_room(path)
 
 
@@ -68,12 +68,12 @@ def check_folder(path: Path, option: str, inputs: Iterable[Path] = ()) -> None:
     with _naming(path, option):
         info = _lstat(path)
         if info is not None and stat.S_ISLNK(info.st_mode) and not path.exists():
-            raise FastclError(f"{option}: {shown(path)} is a link to {shown(os.readlink(path))}, which is not there")
+            raise FastclError(f"{option}: {shown(path)} is a link to {shown(os.readlink(path))}, which does not exist")
         if info is not None and not path.is_dir():
-            raise FastclError(f"{option}: {shown(path)} is a file; name a folder")
+            raise FastclError(f"{option}: {shown(path)} is a file; choose a folder")
         for other in inputs:
             if same(path, other):
-                raise FastclError(f"{option}: {shown(path)} is read by this command; name another folder")
+                raise FastclError(f"{option}: {shown(path)} is read by this command; choose another folder")
         _check_room(path / "file")
 
 
@@ -108,11 +108,11 @@ def _lstat(path: Path) -> os.stat_result | None:
 
 def _check_plain(path: Path, option: str, info: os.stat_result) -> None:
     if stat.S_ISLNK(info.st_mode):
-        raise FastclError(f"{option}: {shown(path)} is a link to {shown(os.readlink(path))}; name the file itself")
+        raise FastclError(f"{option}: {shown(path)} is a link to {shown(os.readlink(path))}; give the file itself")
     if stat.S_ISDIR(info.st_mode):
-        raise FastclError(f"{option}: {shown(path)} is a folder; name a file")
+        raise FastclError(f"{option}: {shown(path)} is a folder; choose a file name")
     if not stat.S_ISREG(info.st_mode):
-        raise FastclError(f"{option}: {shown(path)} is a device, pipe or socket; name a file")
+        raise FastclError(f"{option}: {shown(path)} is a device, pipe or socket; choose a file name")
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 

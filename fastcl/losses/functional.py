@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcl.checks import check_positive, check_rows
 from fastcl.choices import PRECISIONS, REDUCTIONS, ObjectiveName, Precision, Reduction
 from fastcl.dispatch import choose
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, one_of
 from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
 from fastcl.rowstats.api import RowStats, fused, statistics
 from fastcl.rowstats.request import Batch
@@ -78,7 +78,7 @@ def contrastive_losses(
     _check_reduction(reduction)
     check_rows(z, "z")
     if isinstance(objectives, str):
-        raise FastclError(f"objectives must be several names, got the one string {objectives!r}")
+        raise FastclError(f"objectives must be a sequence of names, got the string {objectives!r}")
     losses = {name: _labelled(name, labels) for name in objectives}
     batch = Batch.of(z, None, sample, labels, None, None)
     found = _losses(batch, list(losses.values()), temperature, normalize, reduction, precision=precision)
@@ -227,7 +227,7 @@ def _losses(
 def _labelled(objective: ObjectiveLike, labels: Tensor | None) -> Callable[[RowStats], Tensor]:
     loss = resolve(objective)
     if labels is None and isinstance(loss, Objective) and loss.needs_labels:
-        raise FastclError(f"labels are required by objective {objective!r}, which treats classes apart")
+        raise FastclError(f"labels are required by objective {objective!r}")
     return loss
 
 
@@ -237,4 +237,4 @@ def _reduce(rows: Tensor, reduction: str) -> Tensor:
 
 def _check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
-        raise FastclError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+        raise FastclError(one_of("reduction", REDUCTIONS, reduction))

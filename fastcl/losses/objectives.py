@@ -49,7 +49,7 @@ class Objective:
             ("positives", self.positives, RELATIONS[:2]),
         ):
             if not value or len(set(value)) != len(value) or not set(value) <= set(allowed):
-                raise FastclError(f"{name} must be distinct relations out of {allowed}, got {value!r}")
+                raise FastclError(f"{name} must be distinct relations from {allowed}, got {value!r}")
 
     @property
     def negatives(self) -> tuple[Relation, ...]:
@@ -123,6 +123,11 @@ OBJECTIVES: dict[str, Objective] = {
     "supcon_in": Objective(_ALL, ("view", "peer"), inside=True),
     "supcon_negatives": Objective(("other",), ("view", "peer")),
 }
+# Names in use elsewhere, as `suggest` takes them; "ce" is one of the trainer's.
+SYNONYMS = {
+    "simclr": "ntxent", "infonce": "ntxent", "ntxentloss": "ntxent", "decoupled": "dcl", "decoupledcontrastive": "dcl",
+    "supervisedcontrastive": "supcon", "supconout": "supcon", "crossentropy": "ce", "xent": "ce",
+}  # fmt: skip
 
 
 def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
@@ -133,10 +138,12 @@ def resolve(objective: ObjectiveLike) -> Callable[[RowStats], Tensor]:
     """
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
-            raise FastclError(f"unknown objective {objective!r}{suggest(objective, OBJECTIVES)}")
+            raise FastclError(f"unknown objective {objective!r}{suggest(objective, OBJECTIVES, synonyms=SYNONYMS)}")
         return OBJECTIVES[objective]
     if not callable(objective):
-        raise FastclError(f"objective must be a name, an Objective or a callable on RowStats, got {objective!r}")
+        raise FastclError(
+            f"objective must be a name, an Objective or a callable that takes RowStats, got {objective!r}"
+        )
     return objective
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, type_of
 
 # Two means closer than this fraction of their norm may differ by rounding alone.
 _ROUNDING = 256 * sys.float_info.epsilon
@@ -51,7 +51,7 @@ def labelled_features(features: Tensor, labels: Tensor, prefix: str = "") -> tup
     """
     for name, value in (("features", features), ("labels", labels)):
         if not isinstance(value, Tensor):
-            raise FastclError(f"{prefix}{name} must be a tensor, got {type(value).__name__}")
+            raise FastclError(f"{prefix}{name} must be a tensor, got {type_of(value)}")
     if not features.is_floating_point() or features.ndim != 2 or 0 in features.shape:
         raise FastclError(
             f"{prefix}features must be a non-empty (n, d) floating-point tensor, got shape {tuple(features.shape)} "
@@ -59,7 +59,7 @@ def labelled_features(features: Tensor, labels: Tensor, prefix: str = "") -> tup
         )
     if labels.is_floating_point() or labels.is_complex() or labels.shape != features.shape[:1]:
         raise FastclError(
-            f"{prefix}labels must be integers of shape ({len(features)},) like the rows of {prefix}features, "
+            f"{prefix}labels must be integers of shape ({len(features)},), one per row of {prefix}features, "
             f"got shape {tuple(labels.shape)} of {labels.dtype}"
         )
     x = features.double()
@@ -77,7 +77,7 @@ def _around_means(features: Tensor, labels: Tensor) -> tuple[Classes, Tensor, Te
     x, labels = labelled_features(features, labels)
     classes = group_by_class(labels)
     if len(classes.labels) < 2:
-        raise FastclError(f"CDNV compares classes: at least 2 are needed, got labels {classes.labels.tolist()} only")
+        raise FastclError(f"CDNV needs at least 2 classes, got only labels {classes.labels.tolist()}")
     x = x / x.abs().amax().clamp_min(sys.float_info.min)
     means = classes.mean(x)
     # Differences, not |a|^2 + |b|^2 - 2ab, which would cancel for close means far from the origin.

@@ -29,7 +29,9 @@ def ncc_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor,
     train, train_labels = labelled_features(train_features, train_labels, "train_")
     x, labels = (value.to(train.device) for value in labelled_features(features, labels))
     if x.shape[1] != train.shape[1]:
-        raise FastclError(f"features have width {x.shape[1]}, train_features {train.shape[1]}: they must be the same")
+        raise FastclError(
+            f"features and train_features must have the same width, got {x.shape[1]} and {train.shape[1]}"
+        )
     scale = torch.maximum(train.abs().amax(), x.abs().amax()).clamp_min(torch.finfo(torch.float64).tiny)
     classes = group_by_class(train_labels)
     centres = classes.mean(train / scale)

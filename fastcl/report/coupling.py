@@ -1,6 +1,7 @@
 """How far the similarities of two models drift apart, compared with the theorems of arXiv 2510.08852."""
 
 import math
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,11 +18,11 @@ DRAWN = 1000  # maximum number of points per line
 FAINTEST = 1e-6  # share of the largest drift below which nothing is drawn
 
 CERTIFICATES = (
-    "Drift is the distance of the two models' cosine similarities of all held-out images, as a share of the largest "
-    "that it can be; ρ and r measure it against the spread of the reference's similarities. From ρ and r alone follow "
-    "lower bounds of CKA and RSA (Corollaries 1 and 2 of arXiv 2510.08852); where ρ or r reaches 1 they are 0 and -1 "
-    "and say nothing. CKA is that of the cosines here, as in the paper's text; the table above has that of the "
-    "features themselves, as in its code."
+    "Drift is the distance between the two models' cosine similarities of all held-out images, as a fraction of the "
+    "largest possible distance; ρ and r measure it relative to the spread of the reference's similarities. ρ and r "
+    "imply lower bounds on CKA and RSA (Corollaries 1 and 2 of arXiv 2510.08852); where ρ or r reaches 1, the bounds "
+    "are 0 and -1 and say nothing. Here CKA compares cosine similarities, as in the paper's text; the table above "
+    "compares the features themselves, as in its code."
 )
 
 
@@ -61,24 +62,25 @@ def drift(run: Run) -> Figure:
     colours = look(run, pair[1])
     handles = [Line2D([], [], label=f"left: {pair[1]} and {pair[0]}, measured", color=colours["color"])]
     shares = [_share(series[step]["drift"], run) for step in steps]
-    axes[0].plot(steps, shares, color=colours["color"])
+    dot: dict[str, Any] = {"marker": "o"} if len(steps) == 1 else {}  # one step makes no line
+    axes[0].plot(steps, shares, color=colours["color"], **dot)
     shown = [share for share in shares if known(share)]
     bound = theorem(run)
     if bound is not None:
         shares = [_visible(10 ** (bound.log10[step] - bound.log10_largest)) for step in steps]
-        axes[0].plot(steps, shares, color=INK, linestyle="--", linewidth=1.2)
-        name = "left: Theorem 1 for similarity descent (no bound on this run)"
+        axes[0].plot(steps, shares, color=INK, linestyle="--", linewidth=1.2, **dot)
+        name = "left: Theorem 1 for similarity descent (not a bound on this run)"
         handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=1.2, label=name))
         shown += [share for share in shares if known(share)]
     for measure, (colour, style) in STYLES.items():
         values = [value if known(value := series[step][measure]) else math.nan for step in steps]
-        given = {"color": colour, "linestyle": style, "linewidth": 1.2}
-        axes[1].plot(steps, values, **given)
+        given: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 1.2}
+        axes[1].plot(steps, values, **given, **dot)
         handles.append(Line2D([], [], label=f"right: {STEP_MEASURES[measure]}", **given))
     if shown:
         axes[0].set_ylim(min(shown) / 1.3, 1.5)
         log_axis(axes[0])
-    for ax, unit in zip(axes, ("share of the largest drift (log scale)", "alignment (1 = same)"), strict=True):
+    for ax, unit in zip(axes, ("fraction of the largest drift (log scale)", "alignment (1 = same)"), strict=True):
         ax.set_xlim(0, max(1, *steps))
         ax.set_xlabel("training steps")
         ax.set_ylabel(unit)
@@ -90,18 +92,18 @@ def remark(run: Run) -> str:
     bound = theorem(run)
     if bound is None:
         return (
-            " There is no line of Theorem 1 of arXiv 2510.08852 here: it speaks of the pair dcl and nscl and needs the "
-            "run's learning rates, batch size, temperature and class frequencies."
+            " Theorem 1 of arXiv 2510.08852 is not drawn: it covers the pair dcl and nscl and needs the run's learning "
+            "rates, batch size, temperature and class frequencies."
         )
     _, series = _measured(run)
     drifts = [series[step]["drift"] for step in range(len(series))]
     above = sum(known(d) and d > 0 and math.log10(d) > b for d, b in zip(drifts, bound.log10, strict=False))
     return " ".join(
         [
-            f" The dashed line is no bound on this training: the drift lies above it at {above:,} of {len(series):,} "
-            "steps. It is what Theorem 1 of arXiv 2510.08852 allows, with this run's learning rates, batch size, "
-            "temperature and class frequencies, where gradient descent moves the similarities themselves (similarity "
-            "descent). A network's weights move them by other amounts, and LARS, momentum or AdamW by others again.",
+            f" The dashed line is not a bound on this run: the drift is above it at {above:,} of {len(series):,} "
+            "steps. It is the bound of Theorem 1 of arXiv 2510.08852, with this run's learning rates, batch size, "
+            "temperature and class frequencies, for gradient descent on the similarities themselves (similarity "
+            "descent). Descent on a network's weights changes them by other amounts, as do LARS, momentum and AdamW.",
             *_vacuity(bound, len(series)),
         ]
     )
@@ -113,15 +115,15 @@ def _vacuity(bound: CouplingBound, steps: int) -> list[str]:
     if bound.log10_gap > math.log10(2):
         delta = "not defined" if math.isinf(bound.log10_gap) else f"10^{bound.log10_gap:.1f}"
         found.append(
-            f"Its Delta, the most by which the two losses' softmax weights can differ, is {delta} for this batch size, "
-            "temperature and largest class, where 2 always holds: the line is drawn with 2."
+            f"Its Delta, a bound on the difference of the two losses' softmax weights, is {delta} for this batch size, "
+            "temperature and largest class; since 2 is always a bound, the line is drawn with 2."
         )
     start = bound.vacuous_from
     if start is not None and start < steps:
-        found.append(f"From step {start:,} on it is vacuous: no better than the largest drift.")
+        found.append(f"From step {start:,} on it is vacuous: it exceeds the largest drift.")
     if math.isfinite(bound.log10_printed):
         share = bound.log10_printed - bound.log10_largest
-        found.append(f"The closed form as printed comes to 10^{share:.1f} of the largest drift after the last step.")
+        found.append(f"The closed form in the paper gives 10^{share:.1f} times the largest drift after the last step.")
     return found
 
 
@@ -154,10 +156,10 @@ def _thinned(steps: list[int]) -> list[int]:
 DRIFT = Plate(
     "drift",
     "Drift of the similarities per step, and Theorem 1",
-    "Left: how far the two models' cosine similarities of the same batch are apart, before each update, as a share of "
-    "the largest distance that similarities can have (0.1 means a tenth of it). The models start equal, so the drift "
-    "starts from 0. Right: how alike the same similarities are. Both are of the embeddings that enter the loss, not "
-    "of the encoder outputs of the other figures; at most 1,000 steps are drawn.",
+    "Left: the distance between the two models' cosine similarities of the same batch, before each update, as a "
+    "fraction of the largest possible distance (0.1 is a tenth of it). The models start equal, so the drift starts at "
+    "0. Right: how well the same similarities agree. Both use the embeddings passed to the loss, not the encoder "
+    "outputs of the other figures; at most 1,000 steps are drawn.",
     drift,
     note=remark,
     shown=lambda run: bool(run.steps) and _rows(run) is not None,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from textwrap import fill
+from typing import Any
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -104,7 +105,7 @@ def _for_page(tag: str, name: str) -> str:
     return tag
 
 
-def look(run: Run, model: str) -> dict[str, object]:
+def look(run: Run, model: str) -> dict[str, Any]:
     """Colour, marker and line style of a model, the same in every figure."""
     if model == run.reference:
         return {"color": REFERENCE_COLOUR, "marker": "o", "linewidth": 2.4, "zorder": 2.5}
@@ -132,7 +133,7 @@ def curve(ax: Axes, run: Run, model: str, series: Series, measure: str, above: f
     ax.plot(epochs, values, markevery=((len(epochs) - 1) % step, step), **look(run, model))
 
 
-def panels(run: Run, titles: list[str], unit: str, rows: int = 1, **shared: bool) -> tuple[Figure, list[Axes]]:
+def panels(run: Run, titles: list[str], unit: str, rows: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
     """A figure with one panel per title, epochs along x."""
     columns = math.ceil(len(titles) / rows)
     figure = Figure(figsize=(WIDTH, 0.65 + 2.75 * rows), layout="constrained")

@@ -20,7 +20,7 @@ def _against_reference(run: Run, measures: list[str], perfect: float, unit: str)
         floor = run.pair_series(run.reference, RESEEDED) if RESEEDED in models else {}
         known_floor = {e: floor[e][measure] for e in sorted(floor) if known(floor[e][measure])}
         ax.fill_between(list(known_floor), list(known_floor.values()), perfect, **FLOOR_BAND)
-    band = Patch(**FLOOR_BAND, label="noise floor: no farther than reseeded")
+    band = Patch(**FLOOR_BAND, label="noise floor: as close as the reseeded twin")
     return finish(figure, run, models, (band,) if RESEEDED in models else ())
 
 
@@ -99,58 +99,57 @@ PLATES = (
     Plate(
         "alignment",
         "Alignment with the reference",
-        "How alike the encoder outputs of two models are on the same held-out images: linear CKA as usually computed "
-        "(biased: with few samples for the number of features even unrelated models score high), CKA without that "
-        "bias, and RSA (the Pearson correlation of the pairwise cosine similarities). Each line compares one model "
-        "with {reference}; markers sit at evaluations. All models start from the same weights, hence 1 at epoch 0.",
+        "How similar the encoder outputs of two models are on the same held-out images: linear CKA as usually computed "
+        "(biased: with few samples relative to the number of features, even unrelated models score high), debiased "
+        "CKA, and RSA (the Pearson correlation of the pairwise cosine similarities). Each line compares one model with "
+        "{reference}; markers are evaluations. All models start from the same weights, so the curves start at 1.",
         alignment,
-        " The grey band reaches from the reseeded twin to 1.",
+        " The grey band extends from the reseeded twin to 1.",
     ),
     Plate(
         "weight-gap",
         "Weight gap to the reference",
-        "How far the encoders' weights are apart, relative to their size (mean over weight tensors). Models may be "
-        "alike in what they represent and still lie far apart here.",
+        "Distance between the encoders' weights, relative to their size (mean over weight tensors). Models can have "
+        "similar representations and still be far apart here.",
         weight_gap,
-        " The grey band reaches from 0 to the gap of the reseeded twin: weights part even where the loss is the same.",
+        " The grey band extends from 0 to the gap of the reseeded twin: weights diverge even under the same loss.",
     ),
     Plate(
         "every-pair",
         "Alignment of every pair",
-        "Debiased CKA of each model, one panel each, with each of the others; the panel of {reference} repeats the "
-        "figure above.",
+        "Debiased CKA of each model with each of the others, one panel per model; the panel of {reference} repeats "
+        "the figure above.",
         every_pair,
     ),
     DRIFT,
     Plate(
         "training-losses",
         "Training losses",
-        "What each model minimises, as the mean over the batches of an epoch (so there is none at epoch 0). These are "
-        "different objectives: read the trend within a panel, do not compare heights between panels.",
+        "The loss that each model minimises, averaged over the batches of an epoch (so there is none at epoch 0). The "
+        "objectives differ: read the trend within a panel, but do not compare values between panels.",
         training_losses,
     ),
     Plate(
         "contrastive-losses",
         "The self-supervised and the supervised contrastive loss on the same batches",
-        "Both losses computed from the embeddings of every model, on the same batches, whatever that model trains on. "
-        "DCL repels all other images, NSCL only those of other classes; their gap is what the labels change. The "
-        "softmax mass on the same class is the share of the repulsion that DCL spends on images of the anchor's own "
-        "class.",
+        "Both losses computed from the embeddings of every model on the same batches, whatever its training loss. DCL "
+        "repels all other images, NSCL only those of other classes; their gap is the effect of the labels. The softmax "
+        "mass on the same class is the fraction of DCL's repulsion that acts on images of the anchor's own class.",
         contrastive_losses,
     ),
     Plate(
         "accuracy",
         "Accuracy of the nearest class centre",
-        "Images are assigned to the class with the nearest mean representation; the means come from the training "
-        "images in both panels. Guessing would reach about {chance}.",
+        "Images are assigned to the class with the nearest mean representation; in both panels the means come from "
+        "the training images. Chance level is about {chance}.",
         accuracy,
     ),
     Plate(
         "cdnv",
         "Class-distance normalised variance",
-        "Variance within classes over the squared distance between class means, averaged over pairs of classes, on "
-        "the held-out images: lower means tighter, better separated classes. The directional version counts only the "
-        "variance along the line between the two means. Values that are zero or not defined are left out.",
+        "Variance within classes divided by the squared distance between class means, averaged over pairs of classes, "
+        "on the held-out images: lower means tighter, better separated classes. The directional version uses only the "
+        "variance along the line between the two means. Values that are zero or undefined are left out.",
         collapse,
     ),
 )

@@ -75,7 +75,7 @@ def read_layer_tables(run_dir: Path) -> list[LayerTable]:
 def check_ending(path: Path) -> None:
     """Raise FastclError unless heat maps can be written with this file ending."""
     if path.suffix not in (".svg", ".png"):
-        raise FastclError(f"{path}: heat maps are written as .svg or .png")
+        raise FastclError(f"{path}: heat maps must be .svg or .png")
 
 
 def write_heat_map(table: LayerTable, path: Path, title: str | None = None) -> Path:
@@ -183,12 +183,12 @@ def _shortened(names: Sequence[str]) -> tuple[str, list[str]]:
 LAYERS = Plate(
     "layers",
     "Alignment layer by layer",
-    "CKA of every layer of {reference} (upwards) with every layer of another model (to the right), on up to 1,024 "
-    "held-out images at the end of the run: the ratio of the unbiased HSIC over batches (Nguyen et al. 2021), the "
-    "outputs of each layer flattened. A bright diagonal means that both models compute the same things at the same "
-    "depth.",
+    "CKA of every layer of {reference} (vertical) with every layer of another model (horizontal), on up to 1,024 "
+    "held-out images at the end of the run, computed as the ratio of the unbiased HSIC over batches (Nguyen et al. "
+    "2021) with flattened layer outputs. A bright diagonal means that both models compute similar features at the "
+    "same depth.",
     layers_of_run,
-    band=" The panel of the reseeded twin is the noise floor: where the diagonal of another model fades more than "
-    "there, the loss has made a larger difference than other views did.",
+    band=" The panel of the reseeded twin is the noise floor: where another model's diagonal is darker than there, "
+    "the loss made a larger difference than other random views did.",
     shown=lambda run: bool(read_layer_tables(run.path)),
 )

@@ -66,7 +66,7 @@ def number(value: Number) -> str:
 def findings(run: Run) -> list[str]:
     """The results of the last evaluation in plain sentences."""
     if run.last_epoch == 0:
-        lines = ["Nothing has been trained yet: at epoch 0 all models hold the same initial weights."]
+        lines = ["Nothing has been trained yet: at epoch 0 all models have the same initial weights."]
     else:
         lines = _closest(run) + [_floor_line(run, model) for model in run.others if RESEEDED in run.models]
     if IDENTITY in run.models:
@@ -105,7 +105,7 @@ def _floor_line(run: Run, model: str) -> str:
     parts = [
         f"{side} the noise floor by {', '.join(by)}" for side, by in (("inside", inside), ("outside", outside)) if by
     ]
-    return f"{model}: {'; '.join(parts) or 'not measured against the noise floor'}."
+    return f"{model}: {'; '.join(parts) or 'not compared with the noise floor'}."
 
 
 def identity_control(run: Run) -> str:
@@ -116,9 +116,9 @@ def identity_control(run: Run) -> str:
     for epoch in sorted(series):
         cka, gap = series[epoch]["cka"], series[epoch]["weight_gap"]
         if cka != 1 or gap != 0:
-            off = f" ({abs(cka - 1):.1e} off 1)" if known(cka) and cka != 1 else ""
+            off = f" (off by {abs(cka - 1):.1e})" if known(cka) and cka != 1 else ""
             return f"BROKEN: at epoch {epoch} CKA is {number(cka)}{off} and the weight gap is {number(gap)}"
-    return f"held: CKA 1, weight gap 0 (exactly; evaluations: {len(series)})"
+    return f"holds: CKA 1 and weight gap 0, exactly, at all {len(series)} evaluations"
 
 
 class Table(NamedTuple):
@@ -168,7 +168,7 @@ def _figures(run: Run) -> list[dict[str, str]]:
 def _progress(run: Run) -> str:
     return (
         f"Unfinished run: the last complete evaluation is after epoch {run.last_epoch} of {run.planned_epochs}. "
-        "Everything below is what had been written by then."
+        "Everything below covers what had been written by then."
     )
 
 
@@ -176,22 +176,22 @@ def _guide(run: Run) -> str:
     text = (
         "Several copies of one network were trained side by side from the same initial weights, on the same views of "
         f"the same images in the same order; only the loss differs{' (ce adds a linear head)' * ('ce' in run.models)}. "
-        f"Every copy is compared with {run.reference}, the "
-        "reference: an alignment of 1 means that both represent the images alike, up to rotation and scale. "
+        f"Every copy is compared with {run.reference}, the reference: "
+        "an alignment of 1 means that both representations are the same up to rotation and scale. "
     )
     if RESEEDED in run.models:
         text += (
             "How close is close? The reseeded twin has the reference's loss and initial weights but saw other random "
-            "views. The grey band (the noise floor) lies between it and perfect agreement: a model inside the band is "
-            "as close to the reference as a rerun of the reference is; outside it, the loss made a larger difference "
-            "than other views did. The floor is one rerun, not a confidence interval. "
+            "views. The grey band (the noise floor) spans the range from it to perfect agreement: a model inside the "
+            "band is as close to the reference as a rerun of the reference; outside it, the loss made a larger "
+            "difference than other views did. The floor is a single rerun, not a confidence interval. "
         )
     else:
         text += "This run has no reseeded twin, so there is no noise floor to tell small differences from chance. "
     if IDENTITY in run.models:
         text += (
-            "The identity twin repeats the reference exactly and must coincide with it; anything else would be a fault "
-            "of the experiment."
+            "The identity twin repeats the reference exactly and must coincide with it; if not, the experiment is "
+            "broken."
         )
     return text
 
@@ -237,7 +237,7 @@ def _throughput(run: Run) -> str:
     if rate is None:
         return "not recorded"
     seconds = sum(row["seconds"] for row in run.timing if known(row["seconds"]))
-    epochs = f"median of {len(run.timing)} epochs; {seconds:,.1f} s in all, all models together"
+    epochs = f"median of {len(run.timing)} epochs; {seconds:,.1f} s in total, all models together"
     return f"{_rate(rate)} images per second ({epochs})"
 
 

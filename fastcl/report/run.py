@@ -20,13 +20,13 @@ CONTROLS = (IDENTITY, RESEEDED)
 
 PAIR_MEASURES = {"cka": "CKA", "cka_debiased": "debiased CKA", "rsa": "RSA", "weight_gap": "weight gap"}
 CERTIFICATE_MEASURES = {
-    "drift": "drift (share of the largest)",
+    "drift": "drift (fraction of the largest)",
     "rho": "ρ",
     "cka_cosine": "CKA of the cosines",
-    "cka_bound": "is at least",
+    "cka_bound": "lower bound of CKA",
     "r": "r",
     "rsa": "RSA",
-    "rsa_bound": "is at least",
+    "rsa_bound": "lower bound of RSA",
 }
 STEP_MEASURES = {"drift": "drift", "cka": "CKA", "cka_debiased": "debiased CKA", "rsa": "RSA"}
 MODEL_MEASURES = {
@@ -162,7 +162,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     train = config.get("train")
     epochs = train.get("epochs") if isinstance(train, dict) else None
     if type(epochs) is not int or epochs < 0:
-        raise FastclError(f"{name}: config.train.epochs must be a whole number, got {brief(epochs)}")
+        raise FastclError(f"{name}: config.train.epochs must be an integer, got {brief(epochs)}")
     own = {"models": tuple(models), "reference": head["reference"], "data": head["data"]}
     return {"config": config, "facts": head, "planned_epochs": epochs, **own}
 
@@ -193,7 +193,7 @@ def _read_steps(models: tuple[str, ...], path: Path) -> dict[tuple[str, str], Se
 def _whole(row: dict[str, Any], name: str, where: str) -> int:
     value = row.get(name)
     if type(value) is not int or value < 0:
-        raise FastclError(f"{where}: '{name}' must be a whole number, got {brief(value)}")
+        raise FastclError(f"{where}: '{name}' must be an integer, got {brief(value)}")
     return value
 
 
@@ -239,7 +239,7 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         folder = shown(path.parent)
-        raise FastclError(f"{shown(path)}: there is no such file; is {folder} the folder of a run?") from error
+        raise FastclError(f"{shown(path)}: no such file; is {folder} the folder of a run?") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise FastclError(f"{shown(path)}: cannot be read ({cause(error)})") from error
 
@@ -247,5 +247,5 @@ def _read(path: Path) -> bytes:
 def _parse(text: bytes, where: str) -> dict[str, Any]:
     value = parse_json(text, where)
     if not isinstance(value, dict):
-        raise FastclError(f"{where}: must hold a JSON object, got {type(value).__name__}")
+        raise FastclError(f"{where}: must be a JSON object, got {type(value).__name__}")
     return value

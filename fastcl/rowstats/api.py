@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from fastcl.checks import check_positive, is_inside
 from fastcl.choices import PRECISIONS, Precision
 from fastcl.dispatch import choose, wants_float32
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, one_of
 from fastcl.rowstats import dense
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.small import route as small
@@ -114,7 +114,7 @@ def row_stats(
     """
     batch = Batch.of(x, y, sample, labels, sample_y, labels_y)
     if columns and y is None:
-        raise FastclError("columns=True needs y: without it the rows' statistics are the columns' too")
+        raise FastclError("columns=True requires y: without y, rows and columns have the same statistics")
     anchors, *candidates = statistics(batch, temperature, normalize, columns, precision)
     return (anchors, candidates[0]) if columns else anchors
 
@@ -202,7 +202,7 @@ def _precision(precision: str | None, x: Tensor) -> str:
 
 def _check_precision(precision: str | None) -> None:
     if precision is not None and precision not in PRECISIONS:
-        raise FastclError(f"precision must be one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
+        raise FastclError(one_of("precision", (*PRECISIONS, None), precision))
 
 
 def normalize_rows(x: Tensor) -> Tensor:
@@ -233,11 +233,13 @@ def _check_transforms(chosen: str, *tensors: Tensor | None) -> None:
     given = [v for v in tensors if v is not None]
     instead = "use `with fastcl.backend('dense')`"
     if any(forward_ad.unpack_dual(v).tangent is not None for v in given):
-        raise FastclError(f"the {chosen} backend has no forward-mode derivative; {instead} for jvp and jacfwd")
+        raise FastclError(
+            f"the {chosen} backend does not support forward-mode differentiation; {instead} for jvp and jacfwd"
+        )
     if any(is_inside(v, "grad") for v in given):
         raise FastclError(
-            f"the {chosen} backend is differentiable by backward() and torch.autograd.grad alone; {instead} for "
-            "torch.func.grad, vjp, jacrev and hessian"
+            f"the {chosen} backend supports only backward() and torch.autograd.grad; {instead} for torch.func.grad, "
+            "vjp, jacrev and hessian"
         )
 
 

@@ -26,8 +26,8 @@ def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
         # Tensors of torch.func, and of torch.autograd.
         if g is not None and (functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)):
             raise FastclError(
-                f"the {backend} backend takes one gradient at a time; for batched ones (is_grads_batched, vectorize) "
-                "run the forward pass inside `with fastcl.backend('dense')`"
+                f"the {backend} backend does not support batched gradients (is_grads_batched, vectorize); run the "
+                "forward pass inside `with fastcl.backend('dense')`"
             )
 
 
@@ -36,8 +36,8 @@ def differentiable_once(backend: str) -> Callable:
 
     def refuse(*_: object) -> None:
         raise FastclError(
-            f"the {backend} backend is differentiable once; for second derivatives run the forward pass "
-            "inside `with fastcl.backend('dense')`"
+            f"the {backend} backend does not support second derivatives; run the forward pass inside `with "
+            "fastcl.backend('dense')`"
         )
 
     return refuse

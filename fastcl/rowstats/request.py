@@ -37,7 +37,9 @@ class Batch:
         if y is not None:
             check_rows(y, "y")
             if (y.shape[1], y.dtype, y.device) != (x.shape[1], x.dtype, x.device):
-                raise FastclError(f"y must match x in width, dtype and device: x is {describe(x)}, y is {describe(y)}")
+                raise FastclError(
+                    f"x and y must have the same width, dtype and device, got {describe(x)} and {describe(y)}"
+                )
         ids = check_all_ids(x, y, sample, labels, sample_y, labels_y)
         return cls(x, None, y, *ids, y is None and is_stacked(sample, None))
 
@@ -76,4 +78,6 @@ def _check_pair(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
     check_rows(a, name_a)
     check_rows(b, name_b)
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-        raise FastclError(f"{name_a} and {name_b} must agree: {name_a} is {describe(a)}, {name_b} is {describe(b)}")
+        raise FastclError(
+            f"{name_a} and {name_b} must have the same shape, dtype and device, got {describe(a)} and {describe(b)}"
+        )

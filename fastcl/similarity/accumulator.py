@@ -48,9 +48,9 @@ class PairAccumulator:
                 raise FastclError(f"{what} must be a sequence of strings, got {values!r}")
         self.names, self.kernels = tuple(names), tuple(kernels)
         if len(self.names) < 2 or len(set(self.names)) < len(self.names):
-            raise FastclError(f"names must be at least two distinct names of models, got {self.names}")
+            raise FastclError(f"names must be at least two distinct model names, got {self.names}")
         if not self.kernels or set(self.kernels) - set(INNER) or len(set(self.kernels)) < len(self.kernels):
-            raise FastclError(f"kernels must be distinct, of {INNER}; got {self.kernels}")
+            raise FastclError(f"kernels must be distinct kernels from {INNER}, got {self.kernels}")
         self._widths: dict[str, int] = {}
         self._device: torch.device | None = None
         self._streams = [Moments(kernel) for kernel in self.kernels]
@@ -77,13 +77,13 @@ class PairAccumulator:
         missing = [name for name in self.names if name not in features]
         unknown = [name for name in features if name not in self.names]
         if missing or unknown:
-            raise FastclError(f"features must be given for {self.names}: missing {missing}, unknown {unknown}")
+            raise FastclError(f"features must have the keys {self.names}: missing {missing}, unknown {unknown}")
         batch = checked({name: features[name] for name in self.names}, self.n, self._device)
         # Raise before anything is added if a backend chosen by name cannot take these features or the pending ones.
         on_triton(*batch, *(x for piece in self._pending for x in piece))
         widths = {name: x.shape[1] for name, x in zip(self.names, batch, strict=True)}
         if self._widths and widths != self._widths:
-            raise FastclError(f"widths of the features changed from {self._widths} to {widths} at sample {self.n}")
+            raise FastclError(f"feature widths changed from {self._widths} to {widths} at sample {self.n}")
         rows = len(batch[0])
         if rows == 0:
             return
@@ -144,7 +144,7 @@ class PairAccumulator:
             FastclError: if no sample was added. If the sums of a pair overflow float64, its measures raise instead.
         """
         if self.n == 0:
-            raise FastclError(f"no features of {self.names} were added: n=0")
+            raise FastclError(f"no features were added for {self.names}: n=0")
         found: dict[tuple[str, str], dict[Inner, PairStats]] = {pair: {} for pair in combinations(self.names, 2)}
         for stream in self._whole():
             for (i, j), values, strains in stream.pair_sums():
@@ -237,12 +237,12 @@ class PairAccumulator:
                 seen samples.
         """
         if self.n:
-            raise FastclError(f"a state is loaded into a new PairAccumulator, this one has seen {self.n} samples")
+            raise FastclError(f"load_state_dict needs a new PairAccumulator, but this one has seen {self.n} samples")
         if not isinstance(state, Mapping):
             raise FastclError(f"state must be the state_dict of a PairAccumulator, got {type(state).__name__}")
         absent = {"names", "kernels", "minibatch", "widths", "counts", "pending", "streams"} - set(state)
         if absent:
-            raise FastclError(f"state is no state_dict of a PairAccumulator: it lacks {sorted(absent)}")
+            raise FastclError(f"state is not a state_dict of a PairAccumulator: missing {sorted(absent)}")
         check_same(self._description(), state)
         self._widths = dict(state["widths"])
         self._streams = [Moments.of_state(k, s) for k, s in zip(self.kernels, state["streams"], strict=True)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcl.checks import check_positive
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, one_of
 from fastcl.similarity.stats import PairStats
 from fastcl.similarity.sums.features import checked
 from fastcl.similarity.sums.routes import Route, statistics
@@ -40,11 +40,11 @@ def pair_stats(
             values that are not finite, a bandwidth that is not positive, and for "rbf" a median distance of 0.
     """
     if kernel not in KERNELS:
-        raise FastclError(f"kernel must be one of {KERNELS}, got {kernel!r}")
+        raise FastclError(one_of("kernel", KERNELS, kernel))
     check_positive(bandwidth, "bandwidth")
     x, y = checked({"x": x, "y": y})
     if len(x) == 0:
-        raise FastclError(f"x and y hold no samples: shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        raise FastclError(f"x and y must have at least one row, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
     return statistics(x, y, kernel, float(bandwidth), route)
 
 

@@ -130,7 +130,7 @@ def _measure(recorders: list[_Recorder], wanted: list[list[str]], loader: Iterab
             sums = table if sums is None else [total + value for total, value in zip(sums, table, strict=True)]
             batches, samples = batches + 1, samples + len(images)
     if sums is None:
-        raise FastclError("loader gave no batch")
+        raise FastclError("loader yielded no batches")
     choose_torch()
     matrix = ratio_table(*(value.cpu() for value in sums))
     lost = [name for asked, kept in zip(wanted, names, strict=True) for name in asked if name not in kept]
@@ -152,11 +152,11 @@ def match_layers(model: nn.Module, patterns: Sequence[str], argument: str) -> li
     for pattern in patterns:
         matched = [name for name in names if _matches(name.split("."), pattern.split("."))]
         if not matched:
-            near = suggest(pattern, names) if len(names) <= 20 else suggest(pattern, names).partition("; known")[0]
+            near = suggest(pattern, names) if len(names) <= 20 else suggest(pattern, names).partition("; expected")[0]
             raise FastclError(f"{argument}: {pattern!r} matches none of {len(names)} modules{near}")
         found += matched
     if not found:
-        raise FastclError(f"{argument} names no layer: give at least one pattern, such as '*'")
+        raise FastclError(f"{argument} is empty: give at least one pattern, such as '*'")
     return list(dict.fromkeys(found))
 
 
@@ -180,11 +180,11 @@ def _images(batch: Tensor | Sequence[Any], at: int) -> Tensor:
     images = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(images, Tensor) or images.ndim == 0:
         raise FastclError(
-            f"batch {at} of loader must be a tensor, or a tuple whose first item is one; got {type(images).__name__}"
+            f"batch {at} of loader must be a tensor or a tuple whose first item is one, got {type(images).__name__}"
         )
     if len(images) < 4:
         raise FastclError(
-            f"batch {at} of loader has {len(images)} samples; HSIC_1 needs at least 4 (drop_last=True leaves out a "
+            f"batch {at} of loader has {len(images)} samples; HSIC_1 needs at least 4 (drop_last=True drops a "
             "short last batch)"
         )
     return images
@@ -243,8 +243,8 @@ class _Recorder:
         if not kept:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise FastclError(
-                f"{argument}: none of {len(names)} matched modules ({shown}) is called in the forward pass and gives a "
-                f"float tensor of shape ({self.rows}, ...)"
+                f"{argument}: none of {len(names)} matched modules ({shown}) is called in the forward pass and gives "
+                f"a float tensor of shape ({self.rows}, ...)"
             )
         return kept
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastcl.dispatch import choose_torch
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, one_of
 from fastcl.similarity.sums.features import checked
 from fastcl.similarity.sums.forms import EQUAL, ROUNDING
 from fastcl.similarity.sums.rows import INNER, Inner, mapped
@@ -90,9 +90,9 @@ def spearman_rsa(x: Tensor, y: Tensor, kernel: Inner = "cosine", bins: int | Non
             finite or too large, n < 3, bins < 2, or if all similarities of a matrix are equal.
     """
     if kernel not in INNER:
-        raise FastclError(f"kernel must be one of {INNER}, got {kernel!r}")
+        raise FastclError(one_of("kernel", INNER, kernel))
     if bins is not None and (isinstance(bins, bool) or not isinstance(bins, int) or bins < 2):
-        raise FastclError(f"bins must be a whole number >= 2 or None, got {bins!r}")
+        raise FastclError(f"bins must be an integer >= 2 or None, got {bins!r}")
     x, y = checked({"x": x, "y": y})
     choose_torch()
     n = len(x)

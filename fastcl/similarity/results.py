@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, one_of
 from fastcl.similarity.stats import PairStats
 from fastcl.similarity.sums.forms import ratio
 from fastcl.similarity.sums.rows import INNER, Inner
@@ -93,7 +93,7 @@ class AllPairs:
 
     def __getitem__(self, pair: tuple[str, str]) -> PairResult:
         if pair not in self.pairs:
-            raise FastclError(f"no pair {pair!r}: pairs are two of {self.names}, in this order")
+            raise FastclError(f"no pair {pair!r}: a pair is two of {self.names}, in this order")
         return self.pairs[pair]
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -110,7 +110,7 @@ class AllPairs:
         """
         known = [f"{kernel}.{name}" for kernel in INNER for name in ("cka", "cka_debiased", "rsa")] + ["cka_minibatch"]
         if measure not in known:
-            raise FastclError(f"measure must be one of {', '.join(known)}; got {measure!r}")
+            raise FastclError(one_of("measure", known, measure))
         table = torch.eye(len(self.names), dtype=torch.float64, device="cpu")
         for (a, b), result in self.pairs.items():
             i, j = self.names.index(a), self.names.index(b)

@@ -81,7 +81,7 @@ class PairStats:
         values = (*astuple(self.full), *astuple(self.hollow), *shifts)
         if not all(map(math.isfinite, values)):
             raise FastclError(
-                f"sums of the {self.kernel} Gram matrices are not finite: features that are not, or too large for "
+                f"sums of the {self.kernel} Gram matrices are not finite: features are not finite or too large for "
                 f"float64; full={self.full}, hollow={self.hollow}"
             )
 

@@ -91,7 +91,7 @@ def twin_stats(
     check_rows(zb, "zb")
     if (len(zb), zb.dtype, zb.device) != (len(za), za.dtype, za.device):
         raise FastclError(
-            f"zb must match za in number of rows, dtype and device: za is {describe(za)}, zb is {describe(zb)}"
+            f"za and zb must have the same number of rows, dtype and device, got {describe(za)} and {describe(zb)}"
         )
     batch = Batch.of(za, None, sample, labels, None, None)
     check_positive(temperature, "temperature")

@@ -85,8 +85,8 @@ def _check_classes(data: Dataset, models: Sequence[str]) -> None:
     using = [name for name in models if name == CROSS_ENTROPY or (name in OBJECTIVES and OBJECTIVES[name].needs_labels)]
     if len(data.classes) < 2 and using:
         raise FastclError(
-            f"classes must be at least 2 for the models {', '.join(using)}, which learn from them; "
-            f"{data.name} has {len(data.classes)}, {data.classes[0]!r}"
+            f"the models {', '.join(using)} need at least 2 classes; {data.name} has {len(data.classes)}: "
+            f"{data.classes[0]!r}"
         )
 
 

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from fastcl import OBJECTIVES, RowStats, same_class_mass
 from fastcl.config.settings import Config, OptimConfig
-from fastcl.errors import FastclError, brief, suggest
+from fastcl.errors import FastclError, brief, one_of, suggest
+from fastcl.losses.objectives import SYNONYMS
 from fastcl.train.network import Network, build_network, copy_network
 
 IDENTITY, RESEEDED = "identity", "reseeded"
@@ -107,7 +108,7 @@ def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimiz
         FastclError: another name, or values that the optimiser rejects.
     """
     if config.name not in _OPTIMIZERS:
-        raise FastclError(f"optim.name must be one of {', '.join(_OPTIMIZERS)}; got {config.name!r}")
+        raise FastclError(one_of("optim.name", _OPTIMIZERS, config.name))
     # timm's sgd uses Nesterov momentum, which must not be zero; without momentum both are plain gradient descent
     name = "momentum" if config.name == "sgd" and not config.momentum else config.name
     try:
@@ -115,7 +116,7 @@ def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimiz
             network, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
     except (ValueError, TypeError, AssertionError) as error:
-        raise FastclError(f"optim: {config.name} cannot take these values: {error}; got {config}") from error
+        raise FastclError(f"optim: {config.name} rejects these values: {error}, got {config}") from error
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -134,6 +135,6 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 def _check_names(names: tuple[str, ...], known: tuple[str, ...], key: str) -> None:
     for name in names:
         if name not in known:
-            raise FastclError(f"{key} holds {brief(name)}, which is unknown{suggest(name, known)}")
+            raise FastclError(f"{key}: unknown name {brief(name)}{suggest(name, known, synonyms=SYNONYMS)}")
     if len(set(names)) != len(names):
-        raise FastclError(f"{key} repeats a name: {', '.join(names)}")
+        raise FastclError(f"{key} must not repeat a name, got {', '.join(names)}")

@@ -78,12 +78,12 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
     """
     for option in _OURS:
         if option in config.options:
-            raise FastclError(f"model.options.{option} follows from the data and the projector; leave it out")
+            raise FastclError(f"model.options.{option} is set from the data and the projector; leave it out")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             if _asks_hub(config):
-                log.info("asking the hub for %s; where there is no network this takes a minute", config.name)
+                log.info("asking the model hub for %s; without a network this takes a minute", config.name)
             with _quiet_hub():
                 encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
         except Exception as error:  # from timm, the hub that it fetches weights from, or a model's own code
@@ -95,7 +95,7 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
             return Network(encoder, width, config.hidden, config.projection)
         except (RuntimeError, MemoryError) as error:
             raise FastclError(
-                f"there is no memory for model.hidden = {config.hidden} and model.projection = {config.projection}"
+                f"not enough memory for model.hidden = {config.hidden} and model.projection = {config.projection}"
             ) from error
 
 
@@ -121,11 +121,11 @@ def _refusal(config: ModelConfig, error: Exception) -> str:
     asked, why = f"{config.name!r} with model.options = {brief(config.options)}", _first_line(error)
     if _asks_hub(config) or "checkpoint_path" in config.options:
         return (
-            f"timm cannot make {asked}, whose weights or settings it must fetch or read: {why.rstrip('.')}. "
-            "Without a network, take a model by its plain name, and weights from a file by "
+            f"timm cannot create {asked}, because it cannot get the weights or settings: {why.rstrip('.')}. "
+            "Without a network, use a plain model name and load weights from a file with "
             'model.options = { checkpoint_path = "FILE" }'
         )
-    return f"timm cannot make {asked}: {why}"
+    return f"timm cannot create {asked}: {why}"
 
 
 def _first_line(error: Exception) -> str:
@@ -150,17 +150,17 @@ def _width(encoder: nn.Module, name: str, channels: int, size: int) -> int:
             h = encoder.eval()(torch.zeros(1, channels, size, size, dtype=torch.float32, device="cpu"))
     except Exception as error:  # a model's own code may raise anything
         why = _first_line(error)
-        raise FastclError(f"model {name!r} cannot take images of {size} x {size} pixels: {why}") from error
+        raise FastclError(f"model {name!r} does not accept images of {size} x {size} pixels: {why}") from error
     encoder.train()
     if not isinstance(h, Tensor) or h.ndim != 2 or not h.shape[1]:
         gives = f"{tuple(h.shape[1:])}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
-        raise FastclError(f"model {name!r} must give one vector per image, it gives {gives}")
+        raise FastclError(f"model {name!r} must return one vector per image, got {gives}")
     return h.shape[1]
 
 
 def _use_cifar_stem(encoder: nn.Module, name: str, channels: int) -> None:
     """For small images: replace the strided stem by a 3 x 3 stride-1 convolution, and remove the max-pool."""
     if not all(hasattr(encoder, part) for part in ("conv1", "bn1", "maxpool")):
-        raise FastclError(f"model.cifar_stem needs a ResNet of timm, {name!r} has no conv1, bn1 and maxpool")
+        raise FastclError(f"model.cifar_stem requires a timm ResNet; {name!r} has no conv1, bn1 and maxpool")
     encoder.conv1 = nn.Conv2d(channels, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
     encoder.maxpool = nn.Identity()

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tqdm import tqdm
 import fastcl
 from fastcl.config.settings import Config
 from fastcl.data import Batch
-from fastcl.errors import FastclError, shown
+from fastcl.errors import FastclError, one_of, shown
 from fastcl.io.run_names import RECORDS
 from fastcl.train.inputs import data_paths, image_folders, open_inputs
 from fastcl.train.measures.evaluate import encode, evaluate
@@ -32,7 +32,7 @@ from fastcl.train.models import STEP_VALUES, learning_rate, make_twins
 from fastcl.train.network import plain_defaults
 from fastcl.train.run_folder.board import Board
 from fastcl.train.run_folder.checkpoints import save_checkpoint
-from fastcl.train.run_folder.identity import claim_folder, escaped, identity, settings, warn_if_elsewhere
+from fastcl.train.run_folder.identity import claim_folder, escaped, identity, missing_files, settings, warn_if_elsewhere
 from fastcl.train.run_folder.records import JsonLines, check_run_folder, locked, write_atomic
 from fastcl.train.run_folder.resume import NOT_BEGUN, resume
 from fastcl.train.step import StepTable, partner_of, step_twins
@@ -74,7 +74,7 @@ class Lockstep:
 
     @plain_defaults()
     def run(self) -> None:
-        """Train to the end, from the last checkpoint in the folder if there is one.
+        """Train to the end, from the last checkpoint in the folder if there is one. A finished run is left as it is.
 
         Writes run.json, metrics.jsonl, steps.jsonl, pairs.jsonl (if there are two models), timing.jsonl, tensorboard/,
         checkpoints/, and at the end weights/, features/ (encoder outputs of the held-out images, in the order of the
@@ -94,7 +94,11 @@ class Lockstep:
         every = self.config.train.checkpoint_every
         done = resume(self.out, identity(self._describe()), epochs, every, self.records, self.twins)
         if done is None:
-            log.info("done before: %d epochs in %s, whose last checkpoint is gone", epochs, shown(self.out))
+            log.info("already finished: %d epochs in %s (its last checkpoint is missing)", epochs, shown(self.out))
+            return
+        if done == epochs:
+            self.epoch = epochs
+            self._complete()
             return
         if done == NOT_BEGUN:
             self._measure({})
@@ -188,14 +192,34 @@ class Lockstep:
         save_checkpoint(self.out / "checkpoints", self.epoch, run, self.records, self.twins)
 
     def _finish(self) -> None:
-        features = encode(self.twins, self.inputs.test)
-        for twin in self.twins:
-            weights = {k: v.contiguous().cpu() for k, v in twin.network.state_dict().items()}
-            write_atomic(self.out / "weights" / f"{twin.name}.safetensors", safetensors.torch.save(weights))
-            h = {"features": features[twin.name].contiguous().cpu()}
-            write_atomic(self.out / "features" / f"{twin.name}.safetensors", safetensors.torch.save(h))
+        self._write_tensors(
+            [f"{folder}/{t.name}.safetensors" for folder in ("weights", "features") for t in self.twins]
+        )
         write_layers(self.out / "layers.json", self.twins, self.inputs.test, self.config.train.layers)
-        log.info("done: %d epochs in %s", self.epoch, shown(self.out))
+        log.info("finished: %d epochs in %s", self.epoch, shown(self.out))
+
+    def _complete(self) -> None:
+        """Write the final outputs that a finished run lacks; all of them if weights are not those of the checkpoint."""
+        missing = list(missing_files(self.out, [twin.name for twin in self.twins]))
+        for twin in self.twins:
+            path = self.out / "weights" / f"{twin.name}.safetensors"
+            if path.is_file() and path.read_bytes() != _saved(twin.network.state_dict()):
+                return self._finish()
+        self._write_tensors(missing)
+        if not (self.out / "layers.json").is_file():  # also if the CKA of all layers is undefined
+            write_layers(self.out / "layers.json", self.twins, self.inputs.test, self.config.train.layers)
+            missing += ["layers.json"] if (self.out / "layers.json").is_file() else []
+        wrote = f"; wrote what was missing: {', '.join(missing)}" if missing else ""
+        log.info("already finished: %d epochs in %s%s", self.epoch, shown(self.out), wrote)
+
+    def _write_tensors(self, names: Sequence[str]) -> None:
+        """Write the named ones of "weights/MODEL.safetensors" and "features/MODEL.safetensors"."""
+        features = encode(self.twins, self.inputs.test) if any(name.startswith("features/") for name in names) else {}
+        for twin in self.twins:
+            tensors = {"weights": twin.network.state_dict(), "features": {"features": features.get(twin.name)}}
+            for folder, content in tensors.items():
+                if (name := f"{folder}/{twin.name}.safetensors") in names:
+                    write_atomic(self.out / name, _saved(content))
 
     def _describe(self) -> dict[str, Any]:
         data = self.data
@@ -221,11 +245,15 @@ class Lockstep:
         })  # fmt: skip
 
 
+def _saved(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    return safetensors.torch.save({name: value.contiguous().cpu() for name, value in tensors.items()})
+
+
 def _device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
-        raise FastclError(f"train.device must be auto, cpu or cuda; got {name!r}")
+        raise FastclError(one_of("train.device", ("auto", "cpu", "cuda"), name))
     if name == "cuda" and not torch.cuda.is_available():
-        raise FastclError("train.device is 'cuda', but torch sees no CUDA device")
+        raise FastclError("train.device is 'cuda', but torch finds no CUDA device")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

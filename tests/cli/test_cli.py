@@ -87,10 +87,11 @@ def test_align_of_layers_from_files_and_folders(tmp_path, capsys):
         more = ["--json", str(tmp_path / "o.json"), "--out", str(tmp_path / "maps" / "heat.svg")]
         assert main(["align", *arguments, *more]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert other != "b" or lines.pop(0).endswith("/b: left out 1 that are no feature files: notes.txt")
+        assert other != "b" or lines.pop(0).endswith("/b: skipped 1 files that are not feature files: notes.txt")
         assert "30 samples: 4 layers of" in lines[0] and lines[1].split() == list(maps)  # 2 before 10
         assert lines[2].split() == ["blocks.0", *(f"{stats.cka_debiased:.4f}" for stats in wanted.values())]
-        assert lines[5].split() == ["dead", "-", "-", "-"] and "dead, blocks.0: debiased CKA" in lines[6]
+        assert lines[5].split() == ["dead", "-", "-", "-"] and len(lines) == 8
+        assert lines[6].startswith("  dead, blocks.0 (and 2 more pairs): debiased CKA")  # one reason, once
         written = json.loads((tmp_path / "o.json").read_text())
         assert written["layers_a"] == [*maps, "dead"] and written["layers_b"] == list(maps)
         assert written["cka_linear_debiased"][3] == [None] * 3 and len(written["undefined"]) == 3
@@ -106,7 +107,7 @@ def test_align_errors_name_the_file(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("")
     for name, message in (
         ("short.npy", "4 rows"), ("ints.npy", "float matrix (samples, width), got (4, 2) int64"),
-        ("two.npz", "holds layers, "), ("broken.npy", "cannot be read"), ("x.txt", ".npy, .npz, .safetensors"),
+        ("two.npz", "contains layers, "), ("broken.npy", "cannot be read"), ("x.txt", ".npy, .npz, .safetensors"),
         ("absent.npy", "does not exist"),
     ):  # fmt: skip
         assert main(["align", str(tmp_path / "a.npy"), str(tmp_path / name)]) == 1
@@ -117,10 +118,10 @@ def test_align_errors_name_the_file(tmp_path, capsys):
     np.save(tmp_path / "one" / "x.npy", np.zeros((4, 2), np.float32))
     np.savez(tmp_path / "uneven.npz", p=np.zeros((4, 2)), q=np.zeros((5, 2)))
     for arguments, message in (
-        (("a.npy", "empty"), "holds no feature file"), (("a.npy", "one"), "holds layers, "),
-        (("uneven.npz", "two.npz"), "got numbers of rows {'p': 4, 'q': 5}"),
-        (("a.npy", "a.npy", "--out", "x.svg"), "--out draws the layers of two models"),
-        (("two.npz", "one", "--out", "x.pdf"), "heat maps are written as .svg or .png"),
+        (("a.npy", "empty"), "contains no feature files"), (("a.npy", "one"), "contains layers, "),
+        (("uneven.npz", "two.npz"), "must have the same number of rows, got {'p': 4, 'q': 5}"),
+        (("a.npy", "a.npy", "--out", "x.svg"), "--out draws layers, but"),
+        (("two.npz", "one", "--out", "x.pdf"), "heat maps must be .svg or .png"),
     ):  # fmt: skip
         paths = [name if name == "--out" else str(tmp_path / name) for name in arguments]
         assert main(["align", *paths]) == 1
@@ -150,7 +151,7 @@ def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path
     arguments = ["--data", "digits", "--out", str(out), "--samples", "3", "--size", "12"]
     assert main(["views", *arguments, "--renderers", "triton,torchvision"]) == 0
     text = capsys.readouterr().out
-    assert "views of 3 training images, preset characters at 12 pixels, seed 0, epoch 0" in text
+    assert "views of 3 training images, preset characters at 12 pixels (--preset, --size), seed 0, epoch 0" in text
     assert "torchvision  the reference" in text and "triton       differs by 0.0" in text
     pixels = np.asarray(Image.open(out).convert("L"))
     assert pixels.shape[0] > 400 and pixels.std() > 20
@@ -163,7 +164,7 @@ def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path
             Image.new("RGB", (20 + k, 30), "red").save(tmp_path / "tree" / name / f"{k}.png")
     arguments[1] = f"folder:{tmp_path / 'tree'}"
     assert main(["views", *arguments, "--renderers", "triton"]) == 0
-    assert "triton       not available: images must be of one size" in capsys.readouterr().out
+    assert "triton       not available: images must all have the same size" in capsys.readouterr().out
     (tmp_path / "tree" / "a" / "1.png").write_bytes(b"no image")
     assert main(["views", *arguments, "--renderers", "triton"]) == 1
     assert "a/1.png" in capsys.readouterr().err
@@ -172,7 +173,8 @@ def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path
     text = capsys.readouterr().out
     assert "skipped: " in text and "tree: views of 2 training images" in text
     for change, message in (
-        (["--samples", "5"], "3 training images, got 5"), (["--renderers", "dal"], "'dali'"),
+        (["--samples", "5"], "--samples must be in [1, 3] (training images), got 5"),
+        (["--renderers", "dal"], "'dali'"),
         (["--out", "grid"], "grid must end in .png"), (["--out", "grid.xyz"], "grid.xyz must end in .png"),
     ):  # fmt: skip
         assert main(["views", *arguments, *change]) == 1

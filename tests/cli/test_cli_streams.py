@@ -67,11 +67,11 @@ def test_the_config_is_no_folder_of_a_run(tmp_path, capsys):
     config = tmp_path / "c.toml"
     config.write_text("[train]\nepochs = 1\n")
     assert main(["train", str(config), "--out", str(config)]) == 1
-    assert "c.toml is a file; name a folder" in capsys.readouterr().err
+    assert "c.toml is a file; choose a folder" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     inside = config.rename(tmp_path / "run" / "layers.json")
     assert main(["train", str(inside), "--out", str(tmp_path / "run")]) == 1
-    assert f"the run would write over {inside}" in capsys.readouterr().err
+    assert f"the run would overwrite {inside}" in capsys.readouterr().err
     assert inside.read_text() == "[train]\nepochs = 1\n"
 
 
@@ -87,15 +87,15 @@ def failing(monkeypatch, error):
      "no module timm; in a checkout: pip install '.[train]'; from a wheel: pip install 'FILE.whl[train]'"),
     (ModuleNotFoundError("No module named 'PIL.Image'", name="PIL.Image"), "no module PIL.Image; in a checkout"),
     (ModuleNotFoundError("No module named 'importlib.readers'", name="importlib.readers"),
-     "Python's own module importlib.readers cannot be loaded (No module named 'importlib.readers'); is its"),
+     "Python's own module importlib.readers cannot be loaded (No module named 'importlib.readers'); check that it is"),
     (ModuleNotFoundError("No module named 'fastcl.train'", name="fastcl.train"), "fastcl itself cannot be loaded (No"),
     (ModuleNotFoundError("No module named 'httpx'", name="httpx"), "module httpx cannot be loaded"),
     (ImportError("libx.so: cannot open shared object file"), "a module cannot be loaded (libx.so: cannot open"),
     (ImportError("libjpeg.so: cannot open", name="PIL._imaging"), "module PIL._imaging cannot be loaded (libjpeg.so"),
     (PermissionError(13, "Permission denied", "/x/caf\udce9.py"),
-     "the system refused /x/caf\\xe9.py: Permission denied"),
-    (OSError(24, "Too many open files"), "the system refused: Too many open files"),
-    (OSError(28, "No space left on device"), "the system refused standard output: No space left on device"),
+     "cannot read or write /x/caf\\xe9.py: Permission denied"),
+    (OSError(24, "Too many open files"), "cannot read or write a file: Too many open files"),
+    (OSError(28, "No space left on device"), "cannot read or write standard output: No space left on device"),
     (FastclError("bad \udce9"), "bad \\xe9"),
 ))  # fmt: skip
 def test_what_fails_around_a_command_is_one_line(error, message, capsys, monkeypatch):

@@ -86,9 +86,9 @@ def test_what_is_printed_loads_as_it_is(preset, tmp_path, capsys):
 
 def test_the_demo_and_the_examples_are_presets(capsys):
     assert DEMO in preset_names() and {"omniglot", "cifar10"} <= set(preset_names())
-    assert commented("omniglot").startswith("# The twins on 200 characters of Omniglot")
+    assert commented("omniglot").startswith("# All objectives and controls on 200 characters of Omniglot")
     assert main(["config", "--preset", "omnigloT"]) == 1
-    assert capsys.readouterr().err == "error: --preset: unknown 'omnigloT'; did you mean 'omniglot'?\n"
+    assert capsys.readouterr().err == "error: --preset: unknown preset 'omnigloT'; did you mean 'omniglot'?\n"
     assert main(["config", "--preset", "../keys"]) == 1
 
 

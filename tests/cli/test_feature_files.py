@@ -88,40 +88,40 @@ def damaged(folder) -> dict[str, tuple[bytes, str]]:
     flipped[zipped.index(X.tobytes())] ^= 1
     return {
         "empty.npy": (b"", "is empty"),
-        "short.npy": (whole[:-8], "by its header it holds 168 bytes of values (7, 3), but 160 are there"),
-        "header.npy": (whole[:40], "not that of a NumPy array"),
-        "two.npy": (whole + whole, "several arrays belong into an .npz"),
-        "huge.npy": (header(f"({1 << 60}, 4)"), "by its header it holds 18,446,744"),
+        "short.npy": (whole[:-8], "its header promises 168 bytes for shape (7, 3), but 160 follow"),
+        "header.npy": (whole[:40], "its header is not a valid NumPy header"),
+        "two.npy": (whole + whole, "save several arrays as .npz"),
+        "huge.npy": (header(f"({1 << 60}, 4)"), "its header promises 18,446,744"),
         "truth.npy": (header("(True, 1)") + bytes(4), "its header gives an impossible shape"),
-        "deep.npy": (header("(2,) * 3"), "not that of a NumPy array"),
+        "deep.npy": (header("(2,) * 3"), "its header is not a valid NumPy header"),
         "wide.npy": (header(str((1,) * 60)), "impossible shape"),
         "digits.npy": (header(f"(1{'0' * 4000}, 2)"), "impossible shape"),
         "negative.npy": (header("(-1, 2)"), "impossible shape"),
-        "long.npy": (header("(1, 2)", more=", " + " " * 20000), "not that of a NumPy array"),
-        "nested.npy": (header("(" * 5000), "not that of a NumPy array"),
+        "long.npy": (header("(1, 2)", more=", " + " " * 20000), "its header is not a valid NumPy header"),
+        "nested.npy": (header("(" * 5000), "its header is not a valid NumPy header"),
         "objects.npy": (npy(np.array([[1, None], [2, []]], object)), "got (2, 2) Python objects"),
         "text.npy": (npy(np.array([["a", "b"]])), "got (1, 2) text"),
-        "table.npy": (npy(np.zeros((3, 2), [("p", "f4"), ("q", "i4")])), "a table of the fields p, q"),
-        "unicode.npy": (npy(np.zeros((3, 2), [("\u03c1", "f4")])), "a table of named fields"),
+        "table.npy": (npy(np.zeros((3, 2), [("p", "f4"), ("q", "i4")])), "a structured array with the fields p, q"),
+        "unicode.npy": (npy(np.zeros((3, 2), [("\u03c1", "f4")])), "a structured array"),
         "scalar.npy": (npy(np.float32(1)), "got () float32"),
         "vector.npy": (npy(X[:, 0]), "got (7,) float64"),
         "maps.npy": (npy(np.zeros((2, 3, 4))), "got (2, 3, 4) float64"),
-        "none.npy": (npy(X[:0]), "holds no values, got (0, 3) float64"),
-        "thin.npy": (npy(X[:, :0]), "holds no values, got (7, 0) float64"),
-        "ints.npy": (npy(np.ones((4, 2), np.int32)), "got (4, 2) int32; float16 to float64 are read"),
+        "none.npy": (npy(X[:0]), "must not be empty, got (0, 3) float64"),
+        "thin.npy": (npy(X[:, :0]), "must not be empty, got (7, 0) float64"),
+        "ints.npy": (npy(np.ones((4, 2), np.int32)), "got (4, 2) int32; convert it to float16, float32 or float64"),
         "bools.npy": (npy(np.ones((4, 2), bool)), "got (4, 2) bool"),
         "complex.npy": (npy(np.ones((4, 2), np.complex64)), "got (4, 2) complex64"),
         "bfloat.npy": (header("(4, 2)", "'|V2'") + bytes(16), "raw bytes (as NumPy keeps bfloat16)"),
         "pickle.npy": (b"\x80\x04K\x01.", "is a pickle, which could run code"),
-        "other.npy": (b"\x89HDF\r\n\x1a\n....", "neither NumPy arrays nor safetensors"),
+        "other.npy": (b"\x89HDF\r\n\x1a\n....", "is neither a NumPy nor a safetensors file"),
         "cut.npz": (zipped[:-30], "the .npz is damaged"),
         "flipped.npz": (bytes(flipped), "the .npz is damaged"),
-        "none.npz": (notes, "holds no array of NumPy"),
+        "none.npz": (notes, "contains no NumPy array"),
         "lies.npz": (lies, "but 0 are there"),
         "bomb.npz": (bomb, "that unpack to 1,048,"),
         "cut.safetensors": (tensors[:-8], "the .safetensors is damaged"),
         "header.safetensors": (struct.pack("<Q", 1 << 40) + b"{}", "the .safetensors is damaged"),
-        "none.safetensors": (struct.pack("<Q", 2) + b"{}", "holds no array"),
+        "none.safetensors": (struct.pack("<Q", 2) + b"{}", "contains no array"),
         "float8.safetensors": (safetensors.torch.save(float8), "got (4, 2) F8_E4M3"),
         "ints.safetensors": (safetensors.torch.save({"h": torch.ones(4, 2).long()}), "got (4, 2) I64"),
     }  # fmt: skip
@@ -144,12 +144,12 @@ def test_what_cannot_be_read_is_refused_in_our_words(tmp_path, capsys, monkeypat
 
 def test_a_file_of_layers_names_what_is_no_layer(tmp_path):
     np.savez(tmp_path / "a.npz", h=X, names=np.array(["a"]))
-    with pytest.raises(FastclError, match=r"a.npz: 'names' must hold .*got \(1,\) text.* read alone 'features'"):
+    with pytest.raises(FastclError, match=r"a.npz: 'names' must be .*got \(1,\) text.* name it 'features'"):
         read_layers(tmp_path / "a.npz")
     packed(tmp_path / "twice.npz", **{"h.npy": npy(X)})
     with zipfile.ZipFile(tmp_path / "twice.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("h.npy", npy(X))
-    with pytest.raises(FastclError, match="two arrays of the name 'h'"):
+    with pytest.raises(FastclError, match="two arrays named 'h'"):
         read_features(tmp_path / "twice.npz")
 
 
@@ -161,13 +161,13 @@ def test_a_folder_of_layers_takes_what_is_meant_and_names_the_rest(tmp_path, cap
         (tmp_path / name).write_bytes(b"Mac OS X")
     (tmp_path / "older").mkdir()
     assert list(read_layers(tmp_path)) == ["l2", "l10", "l\u00b2"]
-    assert "left out 3 that are no feature files: " in caplog.text and "._l2" not in caplog.text
+    assert "skipped 3 files that are not feature files: " in caplog.text and "._l2" not in caplog.text
     for name in ("l3.pt", "notes.txt", "older"):
         assert name in caplog.text
     (tmp_path / "l10.safetensors").write_bytes(safetensors.torch.save({"h": torch.from_numpy(X)}))
-    with pytest.raises(FastclError, match="two files of one name"):
+    with pytest.raises(FastclError, match="two files of the same name"):
         read_layers(tmp_path)
     (tmp_path / "l10.safetensors").unlink()
     (tmp_path / "l4.npy").mkdir()
-    with pytest.raises(FastclError, match=r"l4.npy is no plain file"):
+    with pytest.raises(FastclError, match=r"l4.npy is not a regular file"):
         read_layers(tmp_path)

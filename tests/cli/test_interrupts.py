@@ -70,7 +70,7 @@ def test_one_line_and_a_status_at_any_moment(moment, times):
 
 
 def test_a_run_says_how_it_goes_on():
-    more = "; the same command continues from the last checkpoint\n"
+    more = "; the same command resumes from the last checkpoint\n"
     assert end(launch(SLEEP, "train"), "SIGINT") == (130, "interrupted" + more)
     assert end(launch(SLEEP, "report"), "SIGINT") == (130, "interrupted\n")
 
@@ -150,7 +150,7 @@ def test_the_command_itself(name, tmp_path):
     while early.poll() is None and "libtorch" not in maps.read_text():
         time.sleep(0.005)
     assert end_of(early, number) == (128 + number, LINES[name])
-    more = "; the same command continues from the last checkpoint"
+    more = "; the same command resumes from the last checkpoint"
     settings = ["--set", "data.workers=2", "--set", "train.epochs=200", "--set", 'train.models=["dcl"]']
     late = start("train", tiny_toml(tmp_path / "c.toml"), "--out", tmp_path / "run", *settings, start_new_session=True)
     while late.poll() is None and not (tmp_path / "run" / "steps.jsonl").exists():

@@ -64,7 +64,7 @@ def test_no_output_takes_the_place_of_an_input(folder, capsys):
     assert "error: --out: " in refused(capsys, "align", "a", "b", "--json", "o.svg", "--out", "./o.svg")
     for output in ("photos/p/0.png", "photos/p/new.png", "photos/new/new.png", "here/photos/new.png"):
         message = refused(capsys, "views", "--data", "folder:photos", "--out", output, "--samples", "1")
-        assert "lies in photos, which this command reads" in message
+        assert "is inside photos, which this command reads" in message
     assert contents(folder) == before
     assert main(["align", "a", "b", "--json", "a/cka.json", "--out", "a/cka.svg"]) == 0  # no layer, destroys none
     assert contents(folder).keys() - before.keys() == {str(folder / "a" / name) for name in ("cka.json", "cka.svg")}
@@ -83,7 +83,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(folder, caps
     monkeypatch.setattr("fastcl.cli.align.read_layers", work)
     monkeypatch.setattr("fastcl.cli.contact_sheet.load", work)
     cases = {
-        ".": "names no file", "a": "is a folder", "/dev/null": "is a device", "pipe.json": "pipe",
+        ".": "not a file name", "a": "is a folder", "/dev/null": "is a device", "pipe.json": "pipe",
         "dangling.json": "is a link to absent/o.json", "/dev/stdout": "is a link", "file/o.json": "Not a directory",
         "loop/o.json": "symbolic links", "n" * 300: "File name too long", f"new/{'n' * 300}/o.json": "name too long",
         "e\u00e9" * 90: "name too long", "o\0.json": "null", "/proc/o.json": "cannot be written",
@@ -127,7 +127,7 @@ def test_what_may_not_be_read_or_cannot_be_a_path_is_one_line(folder, capsys):
             assert "Permission denied" in refused(capsys, *arguments)
     for name, reason in {
         "n" * 300: "File name too long", "loop": "symbolic links", "x.npy/z.npy": "Not a directory", "z\0.npy": "null",
-        "pipe.npy": "no plain file", "absent\n.npy": "absent\\n.npy does not exist",
+        "pipe.npy": "not a regular file", "absent\n.npy": "absent\\n.npy does not exist",
     }.items():  # fmt: skip
         for arguments in ((name, "y.npy"), ("y.npy", name)):
             assert reason in refused(capsys, "align", *arguments), arguments
@@ -145,7 +145,7 @@ def test_names_that_are_not_utf8_are_shown_escaped(folder, capsys):
     assert "layers of caf\\xe9" in text and "caf\\xe9: " not in text
     assert main(["views", "--data", "folder:photos", "--out", f"{LATIN}.png", "--samples", "2", "--renderers",
                  "torchvision", "--size", "8"]) == 0  # fmt: skip
-    assert Path(f"{LATIN}.png").stat().st_size and "picture: caf\\xe9.png" in capsys.readouterr().out
+    assert Path(f"{LATIN}.png").stat().st_size and "contact sheet: caf\\xe9.png" in capsys.readouterr().out
     assert shown("a\nb\x1b[0m caf\u00e9") == "a\\nb\\x1b[0m caf\u00e9"
 
 

@@ -100,7 +100,7 @@ def test_file_that_only_dali_refuses_is_named_by_its_sample_id():
     split = file_split(files)
     broken = Split(split.ids + 70, split.labels, split.sizes, split.read, lambda i: b"\xff\xd8" if i == 2 else files[i])
     spec, positions = ViewSpec(size=16), np.arange(5)
-    with pytest.raises(FastclError, match="DALI fails on the image of sample id 72"):
+    with pytest.raises(FastclError, match="DALI cannot render the image of sample id 72"):
         DaliRenderer(broken, spec, "cpu")(positions, drawn(broken, positions, spec))
 
 

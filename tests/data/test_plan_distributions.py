@@ -196,5 +196,5 @@ def test_no_samples_are_no_views_and_sizes_must_be_one_each():
     empty = plan.draw(0, np.arange(0), 0, np.zeros((0, 2), np.int64))
     assert len(empty) == 0 and empty.box.shape == (0, 4) and empty.order.shape == (0, 4)
     for shape in ((1, 2), (3,), (3, 3)):
-        with pytest.raises(FastclError, match=r"sizes must be \(3, 2\) for 3 samples"):
+        with pytest.raises(FastclError, match=r"sizes must have shape \(3, 2\), got"):
             plan.draw(0, np.arange(3), 0, np.ones(shape, np.int64))

@@ -45,5 +45,7 @@ class TestResults:
             real(file, start, length)
 
         monkeypatch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(FastclError, match="no shared memory for a batch of 8,000,.* bytes .*No space left"):
+        with pytest.raises(
+            FastclError, match="cannot allocate shared memory for a batch of 8,000,.* bytes .*No space left"
+        ):
             next(Processes(lambda step: np.zeros(10**6), range(1), workers=1, depth=1))

@@ -78,12 +78,14 @@ class TestClassesAndSplits:
             ("digit", "'digit'.*digits"),
             ("cifar:x.npz", "cifar10"),
             ("", "unknown source ''.*folder"),
-            ("digits:x", "take no path, got 'x'"),
+            ("digits:x", "takes no path, got 'x'"),
             ("omniglot", "needs a path: 'omniglot:...'"),
             ("torchvision:", "needs a name"),
-            ("omniglot:nowhere/o.npz", "no such file: nowhere/o.npz"),
-            ("cifar10:nowhere/c.npz", "no such file: nowhere/c.npz"),
-            ("folder:nowhere/tree", "no such folder or zip: nowhere/tree"),
+            ("omniglot:nowhere/o.npz", "data.source: no such file: nowhere/o.npz"),
+            ("cifar10:nowhere/c.npz", "data.source: no such file: nowhere/c.npz"),
+            ("folder:nowhere/tree", "data.source: no such folder or zip: nowhere/tree"),
+            ("some/tree", r"did you mean 'folder:some/tree'\?$"),
+            ("../o.npz", r"did you mean 'omniglot:../o.npz' or 'cifar10:../o.npz'\?$"),
         ],
     )
     def test_source_that_is_not_there(self, source, message):
@@ -93,7 +95,7 @@ class TestClassesAndSplits:
     def test_position_outside_the_split(self):
         split = load("digits").test
         for i in (-1, len(split)):
-            with pytest.raises(FastclError, match=f"image {i} of a split of {len(split)}"):
+            with pytest.raises(FastclError, match=rf"position of an image must be in \[0, {len(split)}\), got {i}"):
                 split.image(i)
 
     def test_images_are_the_callers_own(self):

@@ -54,12 +54,15 @@ class TestOmniglot:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"label": None}, r"lacks the arrays \['label'\].*class_names"),
+            ({"label": None}, r"missing arrays \['label'\].*class_names"),
             ({"ink_bits": np.zeros((20, 105, 13), np.uint8)}, r"\(n, 105, 14\).*\(20, 105, 13\)"),
             ({"ink_bits": np.zeros((20, 105, 14), np.int32)}, "int32"),
-            ({"ink_bits": np.zeros((19, 105, 14), np.uint8)}, r"label must be \(19,\) integers, got \(20,\)"),
+            (
+                {"ink_bits": np.zeros((19, 105, 14), np.uint8)},
+                r"label must be a \(19,\) array of integers, got \(20,\)",
+            ),
             ({"label": np.zeros(20)}, "label must be .* integers.* float64"),
-            ({"label": np.full(20, 4)}, r"label must lie in \[0, 4\), got 4 to 4"),
+            ({"label": np.full(20, 4)}, r"label must be in \[0, 4\), got 4 to 4"),
             ({"label": np.full(20, -1)}, "got -1 to -1"),
             ({"label": np.array(["a"] * 20)}, "integers.*<U1"),
             ({"label": np.array([None] * 20)}, "o.npz"),  # needs pickle, which is never allowed
@@ -74,7 +77,7 @@ class TestOmniglot:
 
     def test_archive_without_images(self, tmp_path):
         arrays = {name: value[:0] for name, value in omniglot_arrays()[0].items()}
-        with pytest.raises(FastclError, match="o.npz holds no images"):
+        with pytest.raises(FastclError, match="o.npz contains no images"):
             load(f"omniglot:{save(tmp_path / 'o.npz', arrays)}")
 
     def test_truncated_or_corrupt_archive(self, tmp_path):
@@ -109,11 +112,11 @@ class TestCifar10:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"offset": np.arange(8)}, r"offset must be \(9,\) integers, got \(8,\)"),
-            ({"offset": np.zeros(9, np.int64)}, "offset must rise from 0"),
+            ({"offset": np.arange(8)}, r"offset must be a \(9,\) array of integers, got \(8,\)"),
+            ({"offset": np.zeros(9, np.int64)}, "offset must increase from 0"),
             ({"jpeg": np.zeros((2, 4), np.uint8)}, r"jpeg must be .*\(2, 4\)"),
-            ({"jpeg": np.zeros(20, np.uint8)}, r"offset must lie in \[0, 21\)"),
-            ({"split": np.full(8, 2)}, r"split must lie in \[0, 2\)"),
+            ({"jpeg": np.zeros(20, np.uint8)}, r"offset must be in \[0, 21\)"),
+            ({"split": np.full(8, 2)}, r"split must be in \[0, 2\)"),
             ({"split": np.zeros(8, np.uint8)}, "class 'cat' has no test images"),
             ({"label": np.int64([0, 0, 0, 0, 0, 0, 0, 1])}, "class 'dog' has no training images"),
             ({"label": np.linspace(0, 1, 8)}, "label must be .* float64"),
@@ -237,7 +240,7 @@ class TestTorchvision:
         [
             ("CIFAR1O", None, "no 'CIFAR1O'; did you mean 'CIFAR10'"),
             ("CIFAR10", None, "torchvision:CIFAR10 needs data.root"),
-            ("ByTrain", "x", "torchvision:ByTrain: the files are not in data.root.*data.download = true"),
+            ("ByTrain", "x", "torchvision:ByTrain: files are missing from data.root.*data.download = true"),
             ("OnlyTrain", "x", "torchvision:OnlyTrain: none of its possible test splits.*no such split"),
             ("Boxes", None, r"torchvision:Boxes item 4: .*integer label.*\(Image, \{'box'"),
             ("Broken", None, "torchvision:Broken item 2: OSError: image file is truncated"),

@@ -76,7 +76,7 @@ class TestSixteenBits:
         got = read(tmp_path, encode(self.full), extension)
         np.testing.assert_array_equal(got, np.repeat((self.full // 256)[..., None], 3, 2))
         for bits, few in ((10, 1023), (12, 4095), (14, 16383)):
-            with pytest.raises(FastclError, match=r"a/\d.*16-bit pixels that reach only .* of 65,535, .*full range"):
+            with pytest.raises(FastclError, match=r"a/\d.*16-bit pixels reach only .* of 65,535, .*full range"):
                 read(tmp_path, encode(self.full >> 16 - bits), extension)
             assert self.full.max() >> 16 - bits == few
         assert (read(tmp_path, encode(0 * self.full), extension) == 0).all(), "a black image is one"
@@ -116,7 +116,7 @@ class TestPixels:
         source, options = large
         load(source, **options, max_pixels=2000)
         with pytest.raises(
-            FastclError, match=r"(a/9.png|item 9).*40 x 50 is 2,000 pixels, and data.max_pixels allows 1,999"
+            FastclError, match=r"(a/9.png|item 9).*40 x 50 is 2,000 pixels, more than data.max_pixels \(1,999\)"
         ):
             load(source, **options, max_pixels=1999)
         if not options:
@@ -129,7 +129,7 @@ class TestPixels:
             + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
             + chunk(b"IDAT", b"")
         )
-        with pytest.raises(FastclError, match=f"{side} x {side} is .* data.max_pixels allows {MAX_PIXELS:,}"):
+        with pytest.raises(FastclError, match=rf"{side} x {side} is .* more than data.max_pixels \({MAX_PIXELS:,}\)"):
             load(write_tree(tmp_path, {f"{c}/{i}.png": bomb for c in "ab" for i in range(2)}))
 
 
@@ -148,7 +148,7 @@ class TestZips:
         end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, len(names), len(names), len(central), len(local), 0)
         (tmp_path / "z.zip").write_bytes(local + central + end)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with pytest.raises(FastclError, match="z.zip: the entries 'a/0.png' and 'a/1.png' share bytes"):
+        with pytest.raises(FastclError, match="z.zip: the entries 'a/0.png' and 'a/1.png' overlap"):
             load(f"folder:{tmp_path / 'z.zip'}")
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10 << 10  # KiB
 
@@ -159,7 +159,7 @@ class TestZips:
         data = bytearray((tmp_path / "z.zip").read_bytes())
         size = data.index(b"PK\1\2") + 24
         for stated, message in (
-            (most_bytes(100) + 1, "data.max_pixels takes"),
+            (most_bytes(100) + 1, "data.max_pixels needs"),
             (most_bytes(100), "a/0.png: checksum .* over 1 bytes, expected"),
         ):
             data[size : size + 4] = struct.pack("<I", stated)
@@ -225,7 +225,7 @@ class TestArchives:
         huge = np.zeros(30 << 20, np.uint8) if name == "label" else np.array(["x" * 2000] * 3)
         source = f"{kind}:{save(tmp_path / 'x.npz', {**arrays, name: huge})}"
         start = time.process_time()
-        with pytest.raises(FastclError, match=f"{name} must be|labels of images in"):
+        with pytest.raises(FastclError, match=f"{name} must be|labels but only"):
             load(source)
         assert time.process_time() - start < 5
 

@@ -67,7 +67,9 @@ class TestSplits:
             load(make(files))
 
     def test_flat_splits_say_what_is_expected(self, make):
-        with pytest.raises(FastclError, match=r"test/0.png lies in no class folder \(2 such.*: test, train are splits"):
+        with pytest.raises(
+            FastclError, match=r"test/0.png is not in a class folder \(2 such.*: test, train are splits"
+        ):
             load(make(plain("test/0.png", "test/1.png", "train/a/0.png", "train/a/1.png")))
 
 
@@ -77,7 +79,7 @@ class TestFilesThatAreNotTaken:
         with caplog.at_level(logging.INFO, "fastcl"):
             data = load(make({**TWO, **extra}))
         assert set(data.left_out) == {
-            "2 files that are no images (LICENSE, a/x.txt)",
+            "2 files that are not images (LICENSE, a/x.txt)",
             "2 hidden files or folders (.DS_Store, a/._0.png)",
             "1 images that this Pillow cannot decode (a/raw.dng)",
         }
@@ -108,7 +110,7 @@ class TestFilesThatAreNotTaken:
 
     def test_no_images_at_all(self, make):
         with pytest.raises(
-            FastclError, match=r"holds no image files .*; it holds 1 files that are no images \(a/x.txt\)"
+            FastclError, match=r"contains no image files .*; it contains 1 files that are not images \(a/x.txt\)"
         ):
             load(make({"a/x.txt": b"x"}))
 
@@ -141,7 +143,7 @@ class TestLinks:
         os.symlink("../a", tmp_path / "b/to_a")
         data = load(source)
         assert data.classes == ("a", "b") and len(data.train) + len(data.test) == 6
-        assert data.left_out == ("2 links to files or folders that are taken already (a/to_b, b/to_a)",)
+        assert data.left_out == ("2 links to files or folders that are already included (a/to_b, b/to_a)",)
 
     def test_two_links_to_one_folder(self, tmp_path):
         write_tree(tmp_path / "store", plain("x/0.png", "x/1.png", "y/0.png", "y/1.png"))
@@ -150,7 +152,7 @@ class TestLinks:
             os.symlink(tmp_path / "store" / target, tmp_path / "links" / name)
         data = load(f"folder:{tmp_path / 'links'}")
         assert data.classes == ("a", "b") and len(by_id(data)) == 4
-        assert data.left_out == ("1 links to files or folders that are taken already (c)",)
+        assert data.left_out == ("1 links to files or folders that are already included (c)",)
 
     def test_links_to_files(self, tmp_path):
         source = write_tree(tmp_path / "t", TWO)
@@ -162,7 +164,7 @@ class TestLinks:
         data = load(source)
         assert len(by_id(data)) == 6
         assert data.left_out == (
-            "2 links to files or folders that are taken already (a/twice.png, b/further.png)",
+            "2 links to files or folders that are already included (a/twice.png, b/further.png)",
         )  # fmt: skip
 
     def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(self, tmp_path):
@@ -201,7 +203,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", ["../a/0.png", "/a/0.png", "a/../../0.png", "C:\\a\\0.png", "\\a\\0.png"])
     def test_entries_outside_the_archive(self, tmp_path, name):
-        with pytest.raises(FastclError, match="lies outside the archive's root"):
+        with pytest.raises(FastclError, match="points outside the archive"):
             load(write_zip(tmp_path / "z.zip", {**TWO, name: png(noise(0))}))
 
     @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -232,9 +234,11 @@ def test_paths_that_cannot_be(kind, where, message):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"source": 3}, "data.source must be a text, got 3"), ({"source": None}, "data.source must be a text, got None"),
-    ({"root": np.datetime64("2024-01-01")}, "data.root must be a text"), ({"test_fraction": "0.2"}, "must be a number"),
-    ({"max_pixels": 0}, r"data.max_pixels must lie in \[1, "), ({"max_pixels": 1 << 40}, "Pillow refuses more"),
+    ({"source": 3}, "data.source must be a string, got 3"),
+    ({"source": None}, "data.source must be a string, got None"),
+    ({"root": np.datetime64("2024-01-01")}, "data.root must be a string"),
+    ({"test_fraction": "0.2"}, "must be a number"),
+    ({"max_pixels": 0}, r"data.max_pixels must be in \[1, "), ({"max_pixels": 1 << 40}, "Pillow refuses more"),
     ({"max_pixels": 1.5}, "data.max_pixels must be an integer"),
 ])  # fmt: skip
 def test_values_of_another_type(options, message):

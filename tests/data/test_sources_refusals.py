@@ -50,7 +50,7 @@ class TestLayouts:
     ])  # fmt: skip
     def test_what_looks_like_splits_is_not_taken_for_classes(self, make, folders, seen):
         message = refusal(make(two_each(*folders)))
-        assert f": {seen} look like splits in a layout that is not read" in message and "SPLIT/CLASS/image" in message
+        assert f": {seen} look like splits in an unsupported layout" in message and "SPLIT/CLASS/image" in message
 
     @pytest.mark.parametrize("folders", [
         ("trainer", "testudo", "valley"), ("train station", "validator", "bus"), ("bus", "test", "train"),
@@ -70,7 +70,7 @@ class TestLostFolders:
     def test_each_is_named(self, make, caplog):
         lost = {f"c{k}/0{ending}": b"x" for k, ending in enumerate((".ico", ".psd", ".svg", ".npy", ""))}
         data = load(make(two_each("a", "b") | lost))
-        line = "5 folders without any image that is taken, so no classes (c0, c1, c2, c3, c4)"
+        line = "5 folders without a usable image, which are no classes (c0, c1, c2, c3, c4)"
         assert line in data.left_out
         assert f"left out {line}" in [r.message for r in caplog.records if r.levelname == "WARNING"][0]
 
@@ -78,19 +78,19 @@ class TestLostFolders:
         source = write_tree(tmp_path, two_each("a/x", "b"))
         for name in ("empty", "a/y/z", ".hidden/w", "__MACOSX/b"):
             (tmp_path / name).mkdir(parents=True)
-        expected = "2 folders without any image that is taken, so no classes (a/y/z, empty)"
+        expected = "2 folders without a usable image, which are no classes (a/y/z, empty)"
         assert expected in load(source).left_out
 
     def test_empty_ones_of_a_zip(self, tmp_path):
         files = two_each("a", "b") | {"empty/": b"", "c/.x": b"", "__MACOSX/d/._0.png": b""}
         left_out = load(write_zip(tmp_path / "z.zip", files)).left_out
-        assert "2 folders without any image that is taken, so no classes (c, empty)" in left_out
+        assert "2 folders without a usable image, which are no classes (c, empty)" in left_out
 
     def test_a_folder_of_links_to_what_is_taken(self, tmp_path):
         source = write_tree(tmp_path, two_each("a", "b"))
         (tmp_path / "c").mkdir()
         (tmp_path / "c/0.png").symlink_to("../a/0.png")
-        assert "1 folders without any image that is taken, so no classes (c)" in load(source).left_out
+        assert "1 folders without a usable image, which are no classes (c)" in load(source).left_out
 
 
 class TestMessages:
@@ -108,21 +108,23 @@ class TestMessages:
             assert "\\nx" in message and message.isprintable()
 
     def test_no_image_at_all(self, make):
-        assert "b/1.png: is no image that can be decoded;" in refusal(make(two_each("a", "b") | {"b/1.png": b"x"}))
+        assert "b/1.png: cannot be decoded as an image;" in refusal(make(two_each("a", "b") | {"b/1.png": b"x"}))
 
     def test_more_pixels_than_pillow_opens(self, make):
         header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
         bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
         message = refusal(make(two_each("a", "b") | {"b/1.png": bomb}))
         most = f"{2 * Image.MAX_IMAGE_PIXELS:,}"
-        assert f"b/1.png: has more than {most} pixels, the most that data.max_pixels can allow" in message
+        assert f"b/1.png: has more than {most} pixels, the upper limit of data.max_pixels" in message
 
     def test_text_that_is_never_unpacked(self, make):
         text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2 << 20)))
         message = refusal(make(two_each("a", "b") | {"b/1.png": PNG[:33] + text + PNG[33:]}))
-        assert "b/1.png: holds more text beside its pixels than Pillow unpacks" in message
+        assert "b/1.png: has more text metadata than Pillow decompresses" in message
 
-    @pytest.mark.parametrize(("data", "why"), [(b"", "it is empty"), (b"no zip", "its 6 bytes are no zip archive")])
+    @pytest.mark.parametrize(
+        ("data", "why"), [(b"", "the file is empty"), (b"no zip", "not a zip archive, or a truncated one (6 bytes)")]
+    )
     def test_no_zip(self, tmp_path, data, why):
         (tmp_path / "z").write_bytes(data)
         for kind, what in (("folder", "a zip"), ("omniglot", "an .npz archive"), ("cifar10", "an .npz archive")):
@@ -133,7 +135,7 @@ class TestMessages:
         monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **_: started.append(args))
         eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 6\n%%EndComments\nshowpage\n%%EOF\n"
         message = refusal(make(two_each("a", "b") | {"b/1.jpg": eps}), corrupt="stop")
-        assert "b/1.jpg: is no image that can be decoded" in message and not started
+        assert "b/1.jpg: cannot be decoded as an image" in message and not started
 
     def test_torchvision_class_that_needs_more(self, monkeypatch):
         class Clips:
@@ -141,7 +143,7 @@ class TestMessages:
                 raise AssertionError
 
         monkeypatch.setattr(datasets, "Clips", Clips, raising=False)
-        assert refusal("torchvision:Clips").endswith("needs arguments that a config cannot give: frames")
+        assert refusal("torchvision:Clips").endswith("needs arguments that a config cannot provide: frames")
 
     @pytest.mark.parametrize(("options", "message"), [
         ({"skipped": [1]}, r"skipped must map sample ids to reasons.*got \[1\]"),
@@ -167,5 +169,7 @@ def test_a_dark_image_of_sixteen_bits_can_be_left_out(tmp_path):
     assert list(load(source, corrupt="skip", test_fraction=0.5).skipped) == [8]
     whole = load(source)
     part = whole.train if 8 in whole.train.ids else whole.test
-    with pytest.raises(FastclError, match=r"b/9.tif: .*only dark, save it in 8 bits; corrupt=skip leaves out"):
+    with pytest.raises(
+        FastclError, match=r"b/9.tif: .*save the image with 8 bits if it is just dark; corrupt=skip leaves out"
+    ):
         part.image(part.ids.tolist().index(8))

@@ -254,7 +254,7 @@ def test_obstacles(device, monkeypatch):
     spec, images = ViewSpec(size=8), smooth(3, 9, 9)
     split = split_of(images)
     assert obstacle(split, spec, device) is None
-    assert "these have 2" in obstacle(split_of(images[..., :2]), spec, device)
+    assert "got 2" in obstacle(split_of(images[..., :2]), spec, device)
     assert "no images" in obstacle(split_of(images[:0]), spec, device)
     mixed = replace(split, sizes=np.array([[9, 9], [9, 9], [8, 9]]))
     assert "9x9 and 8x9" in obstacle(mixed, spec, device)
@@ -262,7 +262,7 @@ def test_obstacles(device, monkeypatch):
         TritonRenderer(mixed, spec, device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=960))
-    assert "take 729 bytes, more than 25% of the device's 960" in obstacle(split, spec, "cuda")
+    assert "need 729 bytes, more than 25% of the device's 960" in obstacle(split, spec, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in obstacle(split, spec, "cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -270,5 +270,5 @@ def test_obstacles(device, monkeypatch):
 
 
 def test_means_that_do_not_fit_the_channels(device):
-    with pytest.raises(FastclError, match="3 values for images of 1 channels"):
+    with pytest.raises(FastclError, match=r"1 value or one per channel \(1\), got 3"):
         TritonRenderer(split_of(smooth(2, 9, 9, 1)), ViewSpec.preset("cifar", size=8), device)

@@ -70,10 +70,10 @@ def test_who_changes_the_rows_afterwards_changes_no_gradient(route, options):
 def test_batched_and_second_derivatives_are_refused_by_name(route, reduction):
     z1, z2 = rows()
     loss = fastcl.ntxent_loss(z1, z2, 0.5, reduction=reduction)
-    with pytest.raises(fastcl.FastclError, match="one gradient at a time.*dense"):
+    with pytest.raises(fastcl.FastclError, match="does not support batched gradients.*dense"):
         torch.autograd.grad(loss, z1, torch.ones(3, *loss.shape, dtype=loss.dtype), is_grads_batched=True)
     (first,) = torch.autograd.grad(fastcl.ntxent_loss(z1, z2, 0.5, reduction=reduction).sum(), z1, create_graph=True)
-    with pytest.raises(fastcl.FastclError, match="differentiable once.*dense"):
+    with pytest.raises(fastcl.FastclError, match="second derivatives.*dense"):
         first.sum().backward()
 
 

@@ -6,12 +6,14 @@ text that it can fail. `make docs` builds the site itself.
 
 import importlib
 import importlib.util
+import pkgutil
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +176,26 @@ def test_an_unknown_name_is_found():
     assert unknown_names("`fastcl.rsa` `fastcl.rsaa` `fastcl.data.load`\n::: fastcl.data.loads\n") == [
         "fastcl.rsaa", "fastcl.data.loads"
     ]  # fmt: skip
+
+
+def undocumented(text: str, packages: Sequence[str]) -> list[str]:
+    """Public names of the packages that a text refers to under no name."""
+    documented = [_named(name) for name in re.findall(r"^::: (\S+)", text, re.MULTILINE)]
+    public = {f"{name}.{one}": _named(f"{name}.{one}") for name in packages for one in _named(name).__all__}
+    return [name for name, thing in public.items() if not any(thing is known for known in documented)]
+
+
+def _named(name: str) -> Any:
+    return pkgutil.resolve_name(name)
+
+
+PUBLIC = ("fastcl", *(f"fastcl.{name}" for name in ("data", "metrics", "report", "similarity", "train")))
+
+
+def test_the_pages_of_the_api_have_every_public_name():
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    assert undocumented(text, PUBLIC) == []
+    assert undocumented(text.replace("::: fastcl.OBJECTIVES\n", ""), PUBLIC) == ["fastcl.OBJECTIVES"]
 
 
 def slug(heading: str) -> str:

@@ -82,9 +82,11 @@ def test_more_type_errors_than_a_ceiling_fail_and_fewer_ask_to_lower_it(type_err
     held = {"fastcl/train/step.py": ["a", "b"], "bench/losses/run.py": ["c"]}
     assert type_errors.verdict(held, ceilings) == ([], [])
     failed, lower = type_errors.verdict(held | {"fastcl/train/models.py": ["d"]}, ceilings)
-    assert failed == ["a", "b", "d", "fastcl/train: 3 type errors, 2 are allowed (pyproject.toml)"] and not lower
+    assert (
+        failed == ["a", "b", "d", "fastcl/train: 3 type errors, but only 2 are allowed (pyproject.toml)"] and not lower
+    )
     assert type_errors.verdict(held | {"fastcl/losses/x.py": ["e"]}, ceilings) == (["e"], [])
     failed, _ = type_errors.verdict(held | {"fastcl/train/measures/x.py": ["f"]}, ceilings)
-    assert failed == ["f", "fastcl/train/measures: 1 type errors, 0 are allowed (pyproject.toml)"]
+    assert failed == ["f", "fastcl/train/measures: 1 type errors, but only 0 are allowed (pyproject.toml)"]
     failed, lower = type_errors.verdict({"fastcl/train/step.py": ["a"], "bench/run.py": ["c"]}, ceilings)
-    assert not failed and lower == ["fastcl/train: 1 type errors, lower its ceiling of 2 in pyproject.toml"]
+    assert not failed and lower == ["fastcl/train: only 1 type errors; lower the ceiling of 2 in pyproject.toml"]

@@ -74,7 +74,7 @@ def test_tables_hold_the_last_numbers_with_the_reference_first(six_page: Element
     last = model_line(3, "ce")
     assert per_model["ce"] == [f"{value:.4f}" for name, value in last.items() if name not in ("epoch", "model")]
     assert facts["seed"] == ["17"] and facts["classes"] == ["10"] and facts["torch"] == ["2.11.0"]
-    assert facts["throughput"] == ["1,002 images per second (median of 3 epochs; 6.0 s in all, all models together)"]
+    assert facts["throughput"] == ["1,002 images per second (median of 3 epochs; 6.0 s in total, all models together)"]
     assert config["batch_size"] == ["256"] and config["deterministic"] == ["yes"] and config["scale"] == ["0.5, 1.0"]
 
 
@@ -88,7 +88,7 @@ def test_findings_follow_from_the_numbers(six: Path) -> None:
         "0.9675), RSA (0.7914; reseeded twin 0.9618), weight gap (0.6159; reseeded twin 0.1357).",
         "ce: outside the noise floor by CKA (0.5488; reseeded twin 0.9704), debiased CKA (0.5169; reseeded twin "
         "0.9675), RSA (0.4584; reseeded twin 0.9618), weight gap (1.0911; reseeded twin 0.1357).",
-        "Identity control held: CKA 1, weight gap 0 (exactly; evaluations: 4).",
+        "Identity control holds: CKA 1 and weight gap 0, exactly, at all 4 evaluations.",
         "Test accuracy of the nearest class centre: ce 0.8752, supcon 0.8670, nscl 0.8636, dcl 0.8631.",
     ]
 
@@ -101,7 +101,7 @@ def test_measures_may_disagree_on_the_closest_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("broken", "said"), [
-    ({"cka": 1 - 2**-53}, "BROKEN: at epoch 2 CKA is 1.0000 (1.1e-16 off 1) and the weight gap is 0"),
+    ({"cka": 1 - 2**-53}, "BROKEN: at epoch 2 CKA is 1.0000 (off by 1.1e-16) and the weight gap is 0"),
     ({"weight_gap": 3e-9}, "BROKEN: at epoch 2 CKA is 1 and the weight gap is 3.00e-09"),
     ({"cka": None}, "BROKEN: at epoch 2 CKA is – and the weight gap is 0"),
 ])  # fmt: skip
@@ -182,8 +182,8 @@ def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize(("head", "message"), [
-    ({"config": {}}, "config.train.epochs must be a whole number, got None"),
-    ({"config": {"train": {"epochs": "3"}}}, "config.train.epochs must be a whole number, got '3'"),
+    ({"config": {}}, "config.train.epochs must be an integer, got None"),
+    ({"config": {"train": {"epochs": "3"}}}, "config.train.epochs must be an integer, got '3'"),
     ({"reference": "simclr"}, "'reference' 'simclr' is not one of"),
     ({"reference": "identity"}, "'reference' 'identity' is not one of"),
     ({"models": ["dcl", "dcl"]}, "'models' must be distinct"),
@@ -198,8 +198,8 @@ def test_a_broken_header_is_named(tmp_path: Path, head, message: str) -> None:
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("[1, 2]", "must hold a JSON object, got list"),
-    ('{"model": "dcl"}', "'epoch' must be a whole number, got None"),
+    ("[1, 2]", "must be a JSON object, got list"),
+    ('{"model": "dcl"}', "'epoch' must be an integer, got None"),
     ('{"epoch": 1, "model": "moco"}', "['moco'] does not name 1 of the models"),
     ('{"epoch": 1, "pair": ["dcl", "moco"]}', "['dcl', 'moco'] does not name 2 of the models"),
     ('{"epoch": 1, "pair": [["dcl"], "ce"]}', "[['dcl'], 'ce'] does not name 2 of the models"),

@@ -46,7 +46,7 @@ def test_the_figure_holds_the_recorded_drift_and_the_bound(tmp_path: Path) -> No
 def test_the_caption_says_what_the_line_is_worth(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     caption = _remark(run)
-    assert "no bound on this training: the drift lies above it at 14 of 15 steps." in caption
+    assert "not a bound on this run: the drift is above it at 14 of 15 steps." in caption
     assert "Its Delta" in caption and "vacuous" not in caption
     _change_head(run, temperature=0.01)
     assert "From step 5 on it is vacuous" in _remark(run)
@@ -54,10 +54,10 @@ def test_the_caption_says_what_the_line_is_worth(tmp_path: Path) -> None:
     (run / "pairs.jsonl").write_text(lines(rows))
     _change_head(run, temperature=8.0, batch_size=1024)
     caption = _remark(run)
-    assert "at 0 of 15 steps" in caption and "Delta" not in caption and "comes to 10^" in caption
+    assert "at 0 of 15 steps" in caption and "Delta" not in caption and "the paper gives 10^" in caption
     _change_head(run, batch_size=4)
     assert "Its Delta" in (caption := _remark(run)) and "is not defined for this" in caption
-    assert "comes to" not in caption
+    assert "the paper gives" not in caption
 
 
 @pytest.mark.parametrize("change", [
@@ -66,7 +66,7 @@ def test_the_caption_says_what_the_line_is_worth(tmp_path: Path) -> None:
 def test_without_what_the_theorem_needs_there_is_no_line(tmp_path: Path, change) -> None:
     run = make_run(tmp_path)
     _change_head(run, **change)
-    assert "There is no line of Theorem 1" in _remark(run)
+    assert "is not drawn: it covers the pair dcl and nscl" in _remark(run)
     assert len(coupling.DRIFT.draw(load_run(run)).axes[0].lines) == 1
 
 
@@ -77,7 +77,7 @@ def test_the_theorem_speaks_of_one_pair_and_of_all_steps(tmp_path: Path) -> None
     (run / "pairs.jsonl").write_text(lines([step_line(s, "dcl", "nscl") for s in (0, 2)]))
     assert coupling.theorem(load_run(run)) is None
     (run / "pairs.jsonl").write_text(lines([step_line(0, "dcl", "nscl") | {"lr": None}]))
-    assert coupling.theorem(load_run(run)) is None and "no line" in _remark(run)
+    assert coupling.theorem(load_run(run)) is None and "is not drawn" in _remark(run)
 
 
 def test_long_runs_are_thinned_and_undefined_steps_left_out(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_certificates_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ('{"pair": ["dcl", "nscl"]}', "'step' must be a whole number, got None"),
+    ('{"pair": ["dcl", "nscl"]}', "'step' must be an integer, got None"),
     ('{"step": 1}', "None does not name 2 of the models"),
     ('{"step": 1, "pair": ["dcl", "moco"]}', "['dcl', 'moco'] does not name 2 of the models"),
     ('{"step": 1, "pair": ["dcl", "dcl"]}', "the pair ['dcl', 'dcl'] is one model twice"),
@@ -125,3 +125,11 @@ def test_a_broken_step_record_is_named_with_its_line(tmp_path: Path, line: str, 
     (run / "pairs.jsonl").write_text(lines([step_line(0, "dcl", "nscl")]) + line + "\n")
     with pytest.raises(FastclError, match=r"pairs\.jsonl, line 2: " + re.escape(message)):
         write_report(run)
+
+
+def test_a_single_step_is_drawn_as_points(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for steps, marker in ((1, "o"), (2, "None")):
+        (run / "pairs.jsonl").write_text(lines([step_line(s, "dcl", "nscl") for s in range(steps)]))
+        left, right = coupling.DRIFT.draw(load_run(run)).axes
+        assert {line.get_marker() for line in (*left.lines, *right.lines)} == {marker}

@@ -24,7 +24,7 @@ def test_every_figure_names_its_axes_and_its_models(six: Path) -> None:
     run = load_run(six)
     images = {name: ElementTree.fromstring(drawing.svg(plate, run)) for name, plate in PLATES.items()}
     drawn = {name: [text_of(text) for text in image.iter(f"{SVG}text")] for name, image in images.items()}
-    band = "noise floor: no farther than reseeded"
+    band = "noise floor: as close as the reseeded twin"
     models = ["dcl (reference)", "nscl", "supcon", "ce", "identity (= reference)", "reseeded (other views)"]
     for name, wanted in {
         "alignment": ["CKA", "debiased CKA", "RSA", "alignment (1 = same)", band, *models[1:]],
@@ -38,8 +38,8 @@ def test_every_figure_names_its_axes_and_its_models(six: Path) -> None:
         assert set(wanted) <= set(drawn[name]), name
         assert "completed epochs" in drawn[name]
         assert (band in drawn[name]) == (band in wanted)
-    axes = ["training steps", "share of the largest drift (log scale)", "alignment (1 = same)"]
-    theorem = "left: Theorem 1 for similarity descent (no bound on this run)"
+    axes = ["training steps", "fraction of the largest drift (log scale)", "alignment (1 = same)"]
+    theorem = "left: Theorem 1 for similarity descent (not a bound on this run)"
     lines = ["left: nscl and dcl, measured", theorem, "right: CKA", "right: debiased CKA", "right: RSA"]
     assert {*axes, *lines} <= set(drawn["drift"])
 

@@ -146,7 +146,7 @@ def test_a_broken_file_is_named(tmp_path: Path, text, message) -> None:
 
 
 def test_a_heat_map_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(FastclError, match=r"heat maps are written as \.svg or \.png"):
+    with pytest.raises(FastclError, match=r"heat maps must be \.svg or \.png"):
         write_heat_map(table(2, 2), tmp_path / "x.jpg")
     (tmp_path / "file").write_text("")
     with pytest.raises(FastclError, match="cannot be written"):

@@ -209,7 +209,7 @@ def test_the_meta_device_holds_no_values(name):
     }
     calls["outputs of layer '0'"] = lambda: fastcl.layer_cka(*[torch.nn.Sequential(torch.nn.ReLU())] * 2, [meta])
     for argument, call in calls.items():
-        with fastcl.backend(name), pytest.raises(FastclError, match=f"{argument} must hold values.* on meta"):
+        with fastcl.backend(name), pytest.raises(FastclError, match=f"{argument} must be on cpu or cuda.* on meta"):
             call()
 
 

@@ -65,8 +65,8 @@ def test_compiled_whole_for_any_number_of_rows(width: int, rows: tuple[int, ...]
 def test_what_does_not_fit_is_refused() -> None:
     z, sample = torch.zeros(4, 3), torch.arange(4)
     for za, zb, message in (
-        (z, z[:3], r"za is \(4, 3\) float32 on cpu, zb is \(3, 3\) float32 on cpu"),
-        (z, z.double(), "zb must match za in number of rows, dtype and device"),
+        (z, z[:3], r"got \(4, 3\) float32 on cpu and \(3, 3\) float32 on cpu"),
+        (z, z.double(), "za and zb must have the same number of rows, dtype and device"),
         (z, z[0], "zb must be a non-empty"),
         (z.long(), z, "za must be float16"),
         (z, None, "zb must be a tensor"),
@@ -75,9 +75,9 @@ def test_what_does_not_fit_is_refused() -> None:
             fastcl.twin_stats(za, zb, sample, temperature=0.5)
     for options, message in (
         ({"temperature": 0.0}, "temperature must be a positive"),
-        ({"temperature": 0.5, "precision": "tf32"}, "precision must be one of"),
-        ({"temperature": 0.5, "labels": sample.float()}, "labels must be integers"),
-        ({"temperature": 0.5, "sample": sample[:2]}, "sample must hold one id per row, 4"),
+        ({"temperature": 0.5, "precision": "tf32"}, "precision must be 'fp16', 'bf16', 'fp32' or None, got 'tf32'"),
+        ({"temperature": 0.5, "labels": sample.float()}, "labels must be an integer tensor"),
+        ({"temperature": 0.5, "sample": sample[:2]}, r"sample must have one id per row, shape \(4,\)"),
     ):
         with pytest.raises(FastclError, match=message):
             fastcl.twin_stats(z, z, **({"sample": sample} | options))

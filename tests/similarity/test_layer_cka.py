@@ -196,9 +196,9 @@ def test_errors_name_the_layer_and_the_numbers():
     few = "batch 1 of loader has 3 samples; HSIC_1 needs at least 4 (drop_last=True"
     for arguments, message in (
         ((a, b, [images(5), images(3)]), few),
-        ((a, b, []), "loader gave no batch"), ((a, b, ["x"]), "batch 0 of loader must be a tensor"),
+        ((a, b, []), "loader yielded no batches"), ((a, b, ["x"]), "batch 0 of loader must be a tensor"),
         ((a, b, [images(5)], "*", "1.0.konv1"), "layers_b: '1.0.konv1' matches none of 17 modules; did you mean '1.0."),
-        ((a, b, [images(5)], ["*", "9"]), "layers_a: '9' matches none"), ((a, b, [images(5)], []), "names no layer"),
+        ((a, b, [images(5)], ["*", "9"]), "layers_a: '9' matches none"), ((a, b, [images(5)], []), "layers_a is empty"),
         ((a, b, [images(5)], "1.*.spare"), "layers_a: none of 2 matched modules (1.0.spare, 1.1.spare) is called"),
         ((nan, b, [images(5)], "*"), "outputs of layer '1' are not finite"),
     ):  # fmt: skip
@@ -245,7 +245,7 @@ def test_an_undefined_layer_leaves_the_others_alone():
         reason = found.undefined_a["layers.2"]
         start = f"batch {at}: CKA of layer 'layers.2' is undefined: HSIC_1 of the first representation with itself"
         assert reason.startswith(start) and "is not above its rounding error" in reason
-        with pytest.raises(FastclError, match="HSIC_1 of the first representation with itself vanishes"):
+        with pytest.raises(FastclError, match="HSIC_1 of the first representation with itself is zero"):
             _ = pair_stats(of(batches[at]), batches[at]).cka_debiased
     for kind in (lambda x: 1 + 1e-5 * x, lambda x: 100 + 1e-2 * x):  # what is above the threshold has its value
         found = layer_cka(Model(*good, kind), Model(*good), batches[:1], "layers.*").matrix[2]
@@ -264,3 +264,12 @@ def test_progress_needs_tqdm_alone_and_is_silent_without_a_terminal(capsys, monk
 
 def test_it_is_public():
     assert fastcl.layer_cka is layer_cka and fastcl.LayerCKA is module.LayerCKA
+
+
+def test_a_pattern_without_a_match_does_not_list_many_layers():
+    for count, listed in ((20, True), (21, False)):
+        model = nn.Sequential(*(nn.Identity() for _ in range(count)))
+        with pytest.raises(FastclError, match=rf"'head' matches none of {count} modules") as error:
+            module.match_layers(model, ["head"], "layers")
+        assert ("expected one of: 0, 1, 10," in str(error.value)) == listed
+        assert str(error.value).endswith("modules") != listed

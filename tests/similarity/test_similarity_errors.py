@@ -39,7 +39,7 @@ def test_orthonormal_rows_have_biased_cka_only(n):
     x = torch.linalg.qr(normal(n, n))[0]
     stats = pair_stats(x, x, route="features")
     assert stats.cka == 1.0
-    with pytest.raises(FastclError, match="HSIC_1 of the first representation with itself vanishes"):
+    with pytest.raises(FastclError, match="HSIC_1 of the first representation with itself is zero"):
         _ = stats.cka_debiased
     with pytest.raises(FastclError, match="all similarities of distinct samples are equal in the first"):
         rsa(x, normal(n, 3))
@@ -62,9 +62,9 @@ def test_too_few_samples():
         rsa(normal(2, 5), normal(2, 4, seed=1))
     with pytest.raises(FastclError, match=r"CKA \(linear kernel, n=1\) is undefined"):
         linear_cka(normal(1, 5), normal(1, 4))
-    with pytest.raises(FastclError, match=r"no samples: shapes \(0, 5\) and \(0, 4\)"):
+    with pytest.raises(FastclError, match=r"at least one row, got shapes \(0, 5\) and \(0, 4\)"):
         linear_cka(normal(0, 5), normal(0, 4))
-    with pytest.raises(FastclError, match=r"no features of \('a', 'b'\) were added: n=0"):
+    with pytest.raises(FastclError, match=r"no features were added for \('a', 'b'\): n=0"):
         PairAccumulator(["a", "b"]).compute()
 
 
@@ -101,14 +101,15 @@ def test_bad_features_name_the_model_and_leave_the_sums_alone():
     cases = [
         ({"cl": broken, "nscl": normal(5, 2)}, r"'cl' are not finite: first in row 2 of 5 of this batch, sample 8"),
         ({"cl": normal(5, 3), "nscl": infinite}, r"'nscl' are not finite: first in row 4 of 5 .*, sample 10"),
-        ({"cl": normal(5, 3), "nscl": normal(4, 2)}, r"numbers of rows \{'cl': 5, 'nscl': 4\}"),
+        ({"cl": normal(5, 3), "nscl": normal(4, 2)}, r"the same number of rows, got \{'cl': 5, 'nscl': 4\}"),
         ({"cl": normal(5, 3), "nscl": normal(5, 4)}, widths),
         ({"cl": normal(5, 3)}, r"missing \['nscl'\], unknown \[\]"),
         ({**good, "ce": normal(6, 3)}, r"missing \[\], unknown \['ce'\]"),
         ({"cl": normal(5, 3), "nscl": normal(5, 2)[0]}, r"'nscl' must have shape \(b, d\) with d >= 1, got \(2,\)"),
         ({"cl": normal(5, 3), "nscl": normal(5, 0)}, r"got \(5, 0\)"),
         ({"cl": normal(5, 3).long(), "nscl": normal(5, 2)}, r"'cl' must be a dense .* tensor, got torch.int64"),
-        ({"cl": normal(5, 3).tolist(), "nscl": normal(5, 2)}, r"'cl' must be a dense .* tensor, got list"),
+        ({"cl": normal(5, 3).tolist(), "nscl": normal(5, 2)}, r"'cl' must be a dense .* tensor, got list$"),
+        ({"cl": normal(5, 3).numpy(), "nscl": normal(5, 2)}, r"tensor, got ndarray; convert it with torch.from_numpy"),
     ]
     for features, message in cases:
         with pytest.raises(FastclError, match=message):
@@ -118,20 +119,22 @@ def test_bad_features_name_the_model_and_leave_the_sums_alone():
 
 def test_bad_arguments():
     for names in ([], ["a"], ["a", "b", "a"]):
-        with pytest.raises(FastclError, match="at least two distinct names"):
+        with pytest.raises(FastclError, match="at least two distinct model names"):
             PairAccumulator(names)
     for bad in (["linear", "rbf"], [], ["cosine", "cosine"]):
-        with pytest.raises(FastclError, match=r"kernels must be distinct, of \('linear', 'cosine', 'correlation'\)"):
+        with pytest.raises(
+            FastclError, match=r"kernels must be distinct kernels from \('linear', 'cosine', 'correlation'\)"
+        ):
             PairAccumulator(["a", "b"], bad)
     with pytest.raises(FastclError, match="route must be 'auto', 'features' or 'tiles', got 'fast'"):
         pair_stats(normal(5, 2), normal(5, 2), route="fast")
-    with pytest.raises(FastclError, match="route 'features' takes the kernels .*; 'rbf' needs 'tiles'"):
+    with pytest.raises(FastclError, match="route 'features' supports the kernels .*; 'rbf' needs route 'tiles'"):
         pair_stats(normal(5, 2), normal(5, 2), "rbf", route="features")
-    with pytest.raises(FastclError, match="bandwidth must be a positive finite number.* got 0"):
+    with pytest.raises(FastclError, match="bandwidth must be a positive number.* got 0"):
         pair_stats(normal(5, 2), normal(5, 2), "rbf", bandwidth=0)
     with pytest.raises(FastclError, match="no scale for y: the median distance between its 9 samples is 0"):
         pair_stats(normal(9, 2), normal(9, 2) * (torch.arange(9) > 6)[:, None], "rbf")
-    with pytest.raises(FastclError, match=r"kernel must be one of \('linear', .*, 'rbf'\), got 'poly'"):
+    with pytest.raises(FastclError, match=r"kernel must be 'linear', .* or 'rbf', got 'poly'"):
         pair_stats(normal(5, 2), normal(5, 2), kernel="poly")
     sums = GramSums(*[1.0] * 8)
     with pytest.raises(FastclError, match="n >= 1 samples, got n=0"):
@@ -188,6 +191,6 @@ def test_rows_that_wait_are_refused_before_anything_is_added():
     accumulator = PairAccumulator(["a", "b"])
     accumulator.update({"a": x[:100], "b": y[:100]})
     before = accumulator.compute()
-    with fastcl.backend("triton"), pytest.raises(FastclError, match="computes in float32 at most"):
+    with fastcl.backend("triton"), pytest.raises(FastclError, match="does not support float64"):
         accumulator.update({"a": x[100:].float(), "b": y[100:].float()})
     assert accumulator.n == 100 and accumulator.compute() == before

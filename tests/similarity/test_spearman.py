@@ -165,7 +165,7 @@ def test_errors_name_the_argument_and_the_numbers():
         ((x, y[:9]), "{'x': 12, 'y': 9}"), ((x[:2], y[:2]), "n >= 3 samples (more than one pair), got n=2"),
         ((x.long(), y), "'x' must be a dense float16 to float64"), ((x[0], y), "shape (b, d)"),
         ((x, broken), "'y' are not finite: first in row 5"), ((x, y, "rbf"), "got 'rbf'"),
-        ((x, y, "cosine", 1), "bins must be a whole number >= 2 or None, got 1"),
+        ((x, y, "cosine", 1), "bins must be an integer >= 2 or None, got 1"),
         ((x, y, "cosine", 2.5), "got 2.5"), ((x.double() * 1e200, y, "linear"), "too large for float64"),
     ):  # fmt: skip
         with pytest.raises(FastclError) as error:

@@ -41,18 +41,18 @@ def test_files_are_utf_8_with_or_without_a_mark_whatever_the_locale(loaded, monk
     (b"[data]\nsource = 'caf\xe9'", "is not UTF-8, as TOML must be"),
     (b"a = " + b"9" * 5000, "an integer has too many digits"), (b"a = " + b"[" * 100_000, "nested too deeply"),
     (b"a = " + b"{a=" * 100_000, "nested too deeply"), (b"[a", "is not valid TOML"),
-    (b"[train]\nepochs = 0x" + b"f" * 5000, "train.epochs must lie within 64 bits, got an integer of 20000 bits"),
+    (b"[train]\nepochs = 0x" + b"f" * 5000, "train.epochs must fit in 64 bits, got an integer of 20000 bits"),
     (b"[optim]\nlr = 0x" + b"f" * 5000, "optim.lr must be finite"),
-    (b"[model]\noptions.a = 0x" + b"f" * 5000, "model.options.a must lie within 64 bits"),
+    (b"[model]\noptions.a = 0x" + b"f" * 5000, "model.options.a must fit in 64 bits"),
     (b"data = 0x" + b"f" * 5000, "data must be a table, got a int too large to show"),
     (b"model.options." + b".".join([b"a"] * 2000) + b" = 1", "nested more than 8 levels"),
     (b"[data]\nroot = 2024-01-01", "data.root must be a string or \"none\", got the date 2024-01-01"),
     (b"[data]\nroot = 12:30:00", "got the time 12:30:00"),
     (b"[model]\noptions = { x = 2024-01-01 }", "model.options.x must be a string, .*got the date 2024-01-01"),
     (b"[model]\noptions = { x = [nan] }", "model.options.x.0 must be finite, got nan"),
-    (b"[train]\nmodels = 'dcl'", r'train.models must be a list, such as \["first", "second"\]; got \'dcl\''),
+    (b"[train]\nmodels = 'dcl'", r'train.models must be a list such as \["first", "second"\], got \'dcl\''),
     (b"[train]\nmodels = [1]", r"train.models\[0\] must be a string, got 1"),
-    (b"[views]\nscale = 0.5", r"views.scale must be a list of 2, such as \[0.5, 1.0\]; got 0.5"),
+    (b"[views]\nscale = 0.5", r"views.scale must be a list of 2 such as \[0.5, 1.0\], got 0.5"),
     (b'["a\\nb"]', "unknown key 'a.nb'"),
 ))  # fmt: skip
 def test_a_file_that_cannot_be_is_one_error(loaded, content, message):
@@ -78,10 +78,12 @@ def test_bare_strings_where_a_key_takes_one(loaded):
 @pytest.mark.parametrize("item, message", (
     ("train.epochs=3\ntrain.seed=5", "--set takes one table.key=value, got .*repeat --set"),
     ("train.epochs=3\n[optim]\nlr=5", "--set takes one table.key=value, got .*repeat --set"),
-    ("data.source=folder:a\nb", "no line break"), ("data.root=a\rb", "no line break"),
+    ("data.source=folder:a\nb", "without line breaks"), ("data.root=a\rb", "without line breaks"),
     ("train.epochs=" + "9" * 5000, "--set 'train.epochs=9*.: an integer has too many digits"),
     ("model.options=" + "[" * 5000, "nested too deeply"), ("train.models=dcl", "train.models must be a list"),
     ("train.epochs.x=3", "train.epochs must be an integer, got {'x': 3}"), ("=3", "--set takes"), ("train.=1", "--set"),
+    ("epochs=3", r"got 'epochs=3'; did you mean 'train.epochs=...'\?$"), ("epoch=3", "got 'epoch=3'$"),
+    ("name=x", "did you mean 'model.name=...' or 'optim.name=...'"), ("preset=cifar", "'views.preset=...'"),
 ))  # fmt: skip
 def test_overrides_drop_nothing(loaded, item, message):
     with pytest.raises(FastclError, match=message):
@@ -111,7 +113,7 @@ def test_every_value_for_every_key_is_taken_or_refused_by_name(section):
 @pytest.mark.parametrize(
     "changes, message",
     (
-        (dict(train__temperature=1e-40), r"train.temperature must lie between 1e-30 and 1e30, got 1e-40"),
+        (dict(train__temperature=1e-40), r"train.temperature must be a positive number \(1e-30 to 1e\+30\), got 1e-40"),
         (dict(model__hidden=1 << 30), "model.hidden must be at most 1048576, got 1073741824"),
     ),
 )
@@ -125,11 +127,11 @@ class _Offline(FileNotFoundError):
 
 
 @pytest.mark.parametrize("changes, error, message", (
-    (dict(options={"pretrained": True}), _Offline("no connection\nat all"), "fetch or read: no connection. Without"),
-    (dict(name="hf-hub:timm/resnet18", options={}), _Offline("no connection"), "plain name, and weights from a file"),
-    (dict(name="hf_hub:timm/resnet18", options={}), _Offline("no network."), r"no network\. Without a network, take"),
-    (dict(options={"checkpoint_path": "absent"}), FileNotFoundError(), "must fetch or read: FileNotFoundError"),
-    (dict(options={"odd": 1}), ZeroDivisionError("division by zero"), "cannot make 'resnet18' .*: division by zero"),
+    (dict(options={"pretrained": True}), _Offline("no connection\nat all"), "or settings: no connection. Without"),
+    (dict(name="hf-hub:timm/resnet18", options={}), _Offline("no connection"), "plain model name and load weights"),
+    (dict(name="hf_hub:timm/resnet18", options={}), _Offline("no network."), r"no network\. Without a network, use"),
+    (dict(options={"checkpoint_path": "absent"}), FileNotFoundError(), "the weights or settings: FileNotFoundError"),
+    (dict(options={"odd": 1}), ZeroDivisionError("division by zero"), "cannot create 'resnet18' .*: division by zero"),
 ))  # fmt: skip
 def test_whatever_timm_raises_is_one_error(changes, error, message, monkeypatch):
     def fail(*_, **__):
@@ -144,12 +146,12 @@ def test_whatever_timm_raises_is_one_error(changes, error, message, monkeypatch)
 def test_models_that_cannot_be():
     model = tiny_config().model
     for options, message in (
-        ({"num_classes": 3}, "model.options.num_classes follows from the data"), ({"in_chans": 3}, "in_chans"),
-        ({**model.options, "features_only": True}, "must give one vector per image, it gives a list"),
+        ({"num_classes": 3}, "model.options.num_classes is set from the data"), ({"in_chans": 3}, "in_chans"),
+        ({**model.options, "features_only": True}, "must return one vector per image, got a list"),
     ):  # fmt: skip
         with pytest.raises(FastclError, match=message):
             build_network(dataclasses.replace(model, options=options, cifar_stem=False), 1, 32, 0)
-    with pytest.raises(FastclError, match="there is no memory for model.hidden = 1048576"):
+    with pytest.raises(FastclError, match="not enough memory for model.hidden = 1048576"):
         build_network(dataclasses.replace(model, hidden=1 << 20, projection=1 << 40), 1, 8, 0)
 
 

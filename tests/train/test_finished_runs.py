@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 from test_resume_refusals import done, files, last, original, small  # noqa: F401
+from tiny_run import tiny_toml
 
 from fastcl import FastclError
+from fastcl.cli.main import main
 from fastcl.train import Lockstep
 
 
@@ -16,7 +18,7 @@ def test_only_names_of_a_run_are_removed_and_only_from_a_run(done):  # noqa: F81
                                      "checkpoints/epoch_000001-01.pt.tmp")]  # fmt: skip
     for path in (*kept, *ours):
         path.write_bytes(b"half")
-    with pytest.raises(FastclError, match="holds another run"):
+    with pytest.raises(FastclError, match="contains another run"):
         Lockstep(small(optim__lr=0.1), done)
     assert all(path.exists() for path in (*kept, *ours))
     Lockstep(small(), done)
@@ -63,8 +65,8 @@ def test_records_of_more_epochs_than_a_kill_leaves_are_kept_aside(done):  # noqa
     assert (done / "metrics.jsonl.after-epoch-2").read_text() == row(7)
 
 
-@pytest.mark.parametrize("content, why", ((b"", "damaged, 0 bytes"), (b"\2\0\0\0\0\0\0\0{}", "it holds no tensor"),
-                                          (None, "gone")))  # fmt: skip
+@pytest.mark.parametrize("content, why", ((b"", "damaged, 0 bytes"), (b"\2\0\0\0\0\0\0\0{}", "it contains no tensor"),
+                                          (None, "missing")))  # fmt: skip
 def test_damaged_weights_are_not_done(done, content, why):  # noqa: F811
     shutil.rmtree(done / "checkpoints")
     path = done / "weights" / "dcl.safetensors"
@@ -72,7 +74,7 @@ def test_damaged_weights_are_not_done(done, content, why):  # noqa: F811
     if content is not None:
         path.write_bytes(content)
     before = files(done)
-    with pytest.raises(FastclError, match=rf"of a finished run it lacks weights/dcl.safetensors \({why}\)"):
+    with pytest.raises(FastclError, match=rf"for a finished run it lacks weights/dcl.safetensors \({why}\)"):
         Lockstep(small(), done).run()
     assert files(done) == before
 
@@ -85,18 +87,46 @@ def test_a_missing_layers_json_is_mentioned(tmp_path, caplog):
     assert "layers.json" not in caplog.text
     (tmp_path / "layers.json").unlink()
     Lockstep(config, tmp_path).run()
-    assert "holds no layers.json" in caplog.text
+    assert "has no layers.json" in caplog.text
 
 
 def test_a_report_does_not_give_way(tmp_path):
     Lockstep(small(), tmp_path)
     (tmp_path / "report.html").write_text("precious")
-    with pytest.raises(FastclError, match="holds another run, which differs in optim.lr"):
+    with pytest.raises(FastclError, match="contains another run, which differs in optim.lr"):
         Lockstep(small(optim__lr=0.1), tmp_path)
 
 
 def test_a_run_does_not_lie_among_its_images(tmp_path):
     (tmp_path / "images" / "a").mkdir(parents=True)
-    with pytest.raises(FastclError, match=f"--out: .* lies in {tmp_path}/images, whose images the run reads"):
+    with pytest.raises(FastclError, match=f"--out: .* is inside {tmp_path}/images, whose images the run reads"):
         Lockstep(small(data__source=f"folder:{tmp_path}/images"), tmp_path / "images" / "runs" / "x")
     assert not (tmp_path / "images" / "runs").exists()
+
+
+def times(out):
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_the_command_of_a_finished_run_writes_only_what_is_missing(tmp_path, capsys):
+    config, out = tiny_toml(tmp_path / "tiny.toml"), tmp_path / "run"
+    command = ["train", str(config), "--out", str(out), "--set", "train.epochs=1"]
+    assert main(command) == 0
+    first, wanted = times(out), files(out)
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"already finished: 1 epochs in {out}\n" in said and "resuming" not in said
+    assert times(out) == first
+    gone = ("weights/dcl.safetensors", "features/nscl.safetensors", "layers.json", "report.html")
+    for name in gone:
+        (out / name).unlink()
+    assert main(command) == 0
+    assert f"wrote what was missing: {', '.join(gone[:3])}\n" in capsys.readouterr().out
+    assert {path for path, time in times(out).items() if first[path] != time} == {out / name for name in gone}
+    assert files(out) == wanted
+    (out / "weights" / "dcl.safetensors").write_bytes(wanted["weights/nscl.safetensors"])
+    assert main(command) == 0 and files(out) == wanted
+    (out / "layers.json").write_bytes(wanted["layers.json"])  # newer than the report
+    assert main(command) == 0
+    assert times(out)[out / "report.html"] >= times(out)[out / "layers.json"]

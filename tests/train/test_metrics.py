@@ -90,7 +90,7 @@ def test_isotropic_clusters_have_a_known_geometry():
 @pytest.mark.parametrize("metric", [cdnv, directional_cdnv])
 def test_geometry_refuses_bad_input(metric):
     x, labels = clusters(12, 3, 3)
-    with pytest.raises(FastclError, match=r"at least 2 are needed, got labels \[7\] only"):
+    with pytest.raises(FastclError, match=r"at least 2 classes, got only labels \[7\]"):
         metric(x, torch.full((12,), 7))
     with pytest.raises(FastclError, match=r"classes 0 and 2 have the same mean \(1 such pairs\)"):
         metric(torch.cat([x[:6], x[:6], x]), torch.tensor([0] * 6 + [2] * 6 + [1] * 12))
@@ -102,6 +102,8 @@ def test_geometry_refuses_bad_input(metric):
         metric(x[:, 0], labels)
     with pytest.raises(FastclError, match=r"labels must be integers of shape \(12,\).*got shape \(11,\)"):
         metric(x, labels[:11])
+    with pytest.raises(FastclError, match=r"features must be a tensor, got ndarray; convert it with torch.from_numpy"):
+        metric(x.numpy(), labels)
     with pytest.raises(FastclError, match="labels must be a tensor, got list"):
         metric(x, labels.tolist())
     with pytest.raises(FastclError, match="labels must be integers.*torch.float32"):
@@ -134,7 +136,7 @@ def test_ncc_ties_and_absent_classes():
 
 def test_ncc_refuses_bad_input():
     x, labels = clusters(10, 3, 2)
-    with pytest.raises(FastclError, match="features have width 2, train_features 3"):
+    with pytest.raises(FastclError, match="features and train_features must have the same width, got 2 and 3"):
         ncc_accuracy(x, labels, x[:, :2], labels)
     with pytest.raises(FastclError, match=r"train_labels must be integers of shape \(10,\)"):
         ncc_accuracy(x, labels[:4], x, labels)

@@ -69,11 +69,11 @@ def test_a_finished_run_without_checkpoints_is_left_as_it_is(done, caplog):
     before = files(done)
     with caplog.at_level("INFO", "fastcl"):
         Lockstep(small(), done).run()
-    assert files(done) == before and "done before: 2 epochs" in caplog.text
+    assert files(done) == before and "already finished: 2 epochs" in caplog.text
     with pytest.raises(FastclError, match=r"another run, which differs in optim.lr \(0.05 there, 0.1 here\)"):
         Lockstep(small(optim__lr=0.1), done)
     (done / "run.json").unlink()
-    with pytest.raises(FastclError, match="but neither run.json nor a checkpoint says of which run"):
+    with pytest.raises(FastclError, match="but neither run.json nor a checkpoint tells which run they belong to"):
         Lockstep(small(), done)
     assert files(done) == {name: data for name, data in before.items() if name != "run.json"}
 
@@ -91,7 +91,7 @@ def test_trained_epochs_without_a_checkpoint_are_never_cut(done, gone):
     shutil.rmtree(done / gone, ignore_errors=True)
     (done / gone).unlink(missing_ok=True)
     before = files(done)
-    with pytest.raises(FastclError, match="but no checkpoint to go on from"):
+    with pytest.raises(FastclError, match="but no checkpoint to resume from"):
         Lockstep(small(), done).run()
     assert files(done) == before
 
@@ -122,7 +122,7 @@ def test_a_run_without_run_json_is_told_by_its_checkpoint(done, caplog):
         Lockstep(small(train__temperature=0.1), done)
     assert not (done / "run.json").exists()
     Lockstep(small(), done).run()
-    assert (done / "run.json").read_bytes() == described and "had lost its run.json" in caplog.text
+    assert (done / "run.json").read_bytes() == described and "run.json was missing from" in caplog.text
     assert results(done, ("metrics.jsonl", "steps.jsonl")) == before
 
 
@@ -130,7 +130,9 @@ def test_a_run_json_of_other_settings_does_not_rename_the_weights(done):
     config = json.loads((done / "run.json").read_text())["config"]
     change(done / "run.json", config=config | {"optim": config["optim"] | {"lr": 0.1}})
     before = files(done)
-    with pytest.raises(FastclError, match=r"not one of this run \(it differs in optim.lr \(0.05 there, 0.1 here\)\)"):
+    with pytest.raises(
+        FastclError, match=r"does not belong to this run \(it differs in optim.lr \(0.05 there, 0.1 here\)\)"
+    ):
         Lockstep(small(optim__lr=0.1), done).run()
     assert files(done) == before
 
@@ -142,10 +144,14 @@ def test_a_changed_digit_before_the_checkpoint_is_noticed(done, name):
     at = next(k for k in range(len(data) // 2, len(data)) if data[k : k + 1].isdigit())
     data[at] = ord("1") if data[at] != ord("1") else ord("2")
     path.write_bytes(data)
-    with pytest.raises(FastclError, match=rf"{name}.jsonl was changed: its first {len(data)} bytes are not those"):
+    with pytest.raises(
+        FastclError, match=rf"{name}.jsonl was changed: its first {len(data)} bytes are not as they were"
+    ):
         Lockstep(small(), done).run()
     path.write_bytes(data[:-1])
-    with pytest.raises(FastclError, match=rf"{name}.jsonl has {len(data) - 1} bytes, epoch_000002.* at {len(data)}"):
+    with pytest.raises(
+        FastclError, match=rf"{name}.jsonl has {len(data) - 1} bytes, but had {len(data)} when epoch_000002"
+    ):
         Lockstep(small(), done).run()
     assert path.read_bytes() == data[:-1]
 
@@ -159,10 +165,10 @@ def test_checkpoints_of_earlier_versions_go_on(done, caplog):
     del config["data"]["corrupt"], config["train"]["layers"]
     change(done / "run.json", config=config)
     Lockstep(small(), done).run()
-    assert "is of an earlier version" in caplog.text
+    assert "was written by an earlier version" in caplog.text
     assert results(done, ("metrics.jsonl", "steps.jsonl")) == before
     (done / "run.json").unlink()
-    with pytest.raises(FastclError, match="but neither run.json nor a checkpoint says of which run"):
+    with pytest.raises(FastclError, match="but neither run.json nor a checkpoint tells which run they belong to"):
         Lockstep(small(), done)
 
 
@@ -189,8 +195,8 @@ def foreign(state):
 
     return {
         "bytes": (b"no archive", "torch cannot read it"),
-        "list": ([1, 2], "it holds a list"),
-        "epoch": (state | {"epoch": 1}, "its name says epoch 2, its content 1"),
+        "list": ([1, 2], "it contains a list"),
+        "epoch": (state | {"epoch": 1}, "its name says epoch 2, its content says 1"),
         "lengths": (state | {"lengths": {"metrics": -1}}, "its lengths are"),
         "digests": (state | {"digests": [1]}, "its digests are"),
         "settings": (state | {"run": "{"}, "settings in checkpoint .* not valid JSON"),
@@ -200,10 +206,10 @@ def foreign(state):
         "empty": (state | {"twins": {"dcl": 1}}, "model 'dcl': "),
         "shapes": (state | {"twins": {"dcl": twins["dcl"] | {"network": network}}}, "model 'dcl': .*size mismatch"),
         "groups": (state | {"twins": {"dcl": twins["dcl"] | {"optimizer": optimizer}}}, "differs in weight_decay"),
-        "halves": (with_network(lambda value: value.half()), "is torch.float16, the run's torch.float32"),
+        "halves": (with_network(lambda value: value.half()), "is torch.float16, the run's is torch.float32"),
         "not finite": (with_network(lambda value: value * float("nan")), "is not finite"),
-        "no state": (with_state({}), r"after 2 epochs its optimiser holds no momentum_buffer of encoder\."),
-        "half state": (with_state(halves), "momentum_buffer of .* is torch.float16, the run's torch.float32"),
+        "no state": (with_state({}), r"after 2 epochs its optimiser has no momentum_buffer for encoder\."),
+        "half state": (with_state(halves), "momentum_buffer for .* is torch.float16, not torch.float32"),
         "infinite state": (with_state(infinite), "momentum_buffer of .* is not finite"),
         "odd state": (with_state([1]), r"state is \[1\]"),
         "buffers": (state | {"twins": {"dcl": twins["dcl"] | {"optimizer": twins["dcl"]["optimizer"] |
@@ -222,10 +228,10 @@ def test_a_checkpoint_with_the_right_digest_and_foreign_content_is_one_error(don
 
 @pytest.mark.parametrize("content, message", (
     ("[" * 100_000, "nested too deeply"), ("[" * 50 + "]" * 50, "nested more than 32 levels"),
-    ("[1]", "no description"),
-    ("{}", "no description"), ('{"config": 3}', "no description"),
+    ("[1]", "does not describe a run"),
+    ("{}", "does not describe a run"), ('{"config": 3}', "does not describe a run"),
     ('{"config": {}, "seed": 1' + "0" * 5000 + "}", "digits"),
-    ('{"config": {}, "seed": 1' + "0" * 400 + "}", "401 digits"), ('{"config": {"data": []}}', "holds another run"),
+    ('{"config": {}, "seed": 1' + "0" * 400 + "}", "401 digits"), ('{"config": {"data": []}}', "contains another run"),
     ("\udce9", "not valid JSON"),
 ))  # fmt: skip
 def test_a_run_json_that_was_edited_is_one_error(done, content, message):
@@ -264,4 +270,4 @@ def test_what_killed_writes_left_is_removed_under_the_lock(done):
 def test_a_run_that_was_begun_elsewhere_says_so_once(done, caplog):
     change(done / "run.json", device="cpu (97 threads)")
     Lockstep(small(), done).run()
-    assert caplog.text.count("continuing a run made elsewhere: device ('cpu (97 threads)' there") == 1
+    assert caplog.text.count("resuming a run made elsewhere: device ('cpu (97 threads)' there") == 1

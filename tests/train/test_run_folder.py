@@ -34,7 +34,7 @@ def test_nothing_is_written_through_a_link(tmp_path, name, present):
     elif present:
         target.mkdir()
     (out / name).symlink_to(target)
-    with pytest.raises(FastclError, match=f"{name} is a link to {target}; a run writes only what lies in its own"):
+    with pytest.raises(FastclError, match=f"{name} is a link to {target}; a run writes only inside its own"):
         Lockstep(small(), out)
     assert target.read_text() == "precious" if present and "." in name else not present or not list(target.iterdir())
     assert target.exists() == present
@@ -53,15 +53,15 @@ def test_records_with_another_name_and_things_that_are_no_files(tmp_path):
     records = tmp_path / "metrics.jsonl"
     records.write_text("")
     os.link(records, tmp_path / "kept.jsonl")
-    with pytest.raises(FastclError, match=r"metrics.jsonl is a file with another name too \(a hard link\)"):
+    with pytest.raises(FastclError, match=r"metrics.jsonl has a second name \(a hard link\)"):
         Lockstep(small(), tmp_path)
     records.unlink()
     os.mkfifo(records)
-    with pytest.raises(FastclError, match="metrics.jsonl is no plain file"):
+    with pytest.raises(FastclError, match="metrics.jsonl is not a regular file"):
         Lockstep(small(), tmp_path)
     records.unlink()
     (tmp_path / "weights").write_text("")
-    with pytest.raises(FastclError, match="weights is no plain folder"):
+    with pytest.raises(FastclError, match="weights is not a regular folder"):
         Lockstep(small(), tmp_path)
 
 
@@ -83,9 +83,9 @@ def test_inputs_are_not_written_over(tmp_path):
     (out / "weights").mkdir(parents=True)
     for given in (out / "report.html", out / "weights" / "data.zip"):
         given.write_text("input")
-        with pytest.raises(FastclError, match=f"the run would write over {given}"):
+        with pytest.raises(FastclError, match=f"the run would overwrite {given}"):
             Lockstep(small(), out, inputs=[given])
-        with pytest.raises(FastclError, match=f"the run would write over {given}"):
+        with pytest.raises(FastclError, match=f"the run would overwrite {given}"):
             Lockstep(small(data__source=f"folder:{given}"), out)
         given.unlink()
     with pytest.raises(FastclError, match="run is read by this command"):

@@ -87,5 +87,5 @@ def test_networks_in_bfloat16_under_losses_in_float32():
     whole, lowered = embeddings["fp32"], embeddings["bf16"]
     assert lowered.dtype == torch.float32 and torch.equal(lowered, lowered.bfloat16().float())
     assert 1e-4 < (whole - lowered).norm() / whole.norm() < 0.1
-    with pytest.raises(fastcl.FastclError, match="train.precision must be one of fp32, bf16; got 'fp16'"):
+    with pytest.raises(fastcl.FastclError, match="train.precision must be 'fp32' or 'bf16', got 'fp16'"):
         tiny_config(train__precision="fp16")

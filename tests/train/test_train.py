@@ -230,9 +230,9 @@ BAD = [
     (("views", "szie", 3), r"views.szie.*did you mean '(views\.)?size'"),
     (("train", "epochs", "three"), "train.epochs must be an integer, got 'three'"),
     (("train", "epochs", True), "train.epochs must be an integer, got True"),
-    (("train", "epochs", 0), "train.epochs is too small: 0"),
-    (("train", "batch_size", 1), "train.batch_size is too small: 1"),
-    (("train", "temperature", 0.0), "train.temperature is too small: 0.0"),
+    (("train", "epochs", 0), "train.epochs must be positive, got 0"),
+    (("train", "batch_size", 1), "train.batch_size must be at least 2, got 1"),
+    (("train", "temperature", 0.0), "train.temperature must be a positive number .*, got 0.0"),
     (("train", "temperature", math.nan), "train.temperature must be finite, got nan"),
     (("views", "rotation", math.inf), "views.rotation must be finite, got inf"),
     (("optim", "momentum", -1.0), "optim.momentum must not be negative, got -1.0"),
@@ -240,7 +240,7 @@ BAD = [
     (("train", "models", "dcl"), "train.models must be a list"),
     (("views", "scale", [0.1]), "views.scale must be a list"),
     (("views", "preset", "cifra"), "unknown view preset 'cifra'"),
-    (("train", "seed", -1), r"train.seed must lie in \[0, 2\*\*32\), got -1"),
+    (("train", "seed", -1), r"train.seed must be in \[0, 2\*\*32\), got -1"),
 ]
 
 
@@ -254,25 +254,25 @@ def test_bad_settings(change, message):
 
 
 BAD_RUNS = [
-    (dict(train__models=["dcl", "nsl"]), "train.models holds 'nsl'.*did you mean 'nscl'"),
-    (dict(train__models=["dcl", "dcl"]), "train.models repeats"),
+    (dict(train__models=["dcl", "nsl"]), "train.models: unknown name 'nsl'.*did you mean 'nscl'"),
+    (dict(train__models=["dcl", "dcl"]), "train.models must not repeat a name, got dcl, dcl"),
     (dict(train__models=[]), "train.models is empty"),
-    (dict(train__controls=["twin"]), "train.controls holds 'twin'"),
-    (dict(train__batch_size=10_000), r"train.batch_size must lie between 1 and the \d+ training images, got 10000"),
-    (dict(train__device="gpu"), "train.device must be auto, cpu or cuda; got 'gpu'"),
+    (dict(train__controls=["twin"]), "train.controls: unknown name 'twin'"),
+    (dict(train__batch_size=10_000), r"train.batch_size must be in \[1, \d+\] \(training images\), got 10000"),
+    (dict(train__device="gpu"), "train.device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     (dict(optim__name="adam"), "optim.name.*'adam'"),
-    (dict(model__name="resnet19"), "timm cannot make 'resnet19'"),
-    (dict(model__options={"layrs": 1}), "timm cannot make 'resnet18' with model.options = .*layrs"),
+    (dict(model__name="resnet19"), "timm cannot create 'resnet19'"),
+    (dict(model__options={"layrs": 1}), "timm cannot create 'resnet18' with model.options = .*layrs"),
     (
         dict(model__name="mobilenetv3_small_050", model__options={"global_pool": ""}, model__cifar_stem=False),
-        "must give one vector per image",
+        "must return one vector per image",
     ),
     (dict(model__name="vit_tiny_patch16_224", model__options={}, model__cifar_stem=False), "images of 8 x 8 pixels"),
     (dict(data__classes=11), "11"),
     (dict(data__source="digit"), "digit"),
-    (dict(data__renderer="dally"), "data.renderer: unknown 'dally'.*did you mean 'dali'"),
-    (dict(data__corrupt="ignore"), "data.corrupt must be stop or skip; got 'ignore'"),
-    (dict(data__workers=-1), "data.workers must lie in.*got -1"),
+    (dict(data__renderer="dally"), "data.renderer: unknown renderer 'dally'.*did you mean 'dali'"),
+    (dict(data__corrupt="ignore"), "data.corrupt must be 'stop' or 'skip', got 'ignore'"),
+    (dict(data__workers=-1), "data.workers must be in.*got -1"),
 ]
 
 

@@ -74,7 +74,9 @@ class TorchvisionRenderer:
             images = [self.split.image(p) for p in where]
         for image, size, i in zip(images, self.split.sizes[positions].tolist(), self.split.ids[positions], strict=True):
             if image.shape[:2] != tuple(size):  # the file has changed since its header was read
-                raise FastclError(f"image of sample id {i} is {image.shape[:2]}, its header said {tuple(size)}")
+                raise FastclError(
+                    f"image of sample id {i} has size {image.shape[:2]}, but its header said {tuple(size)}"
+                )
         return tuple(render_torchvision(images, p, self.spec).to(self.device) for p in params)
 
 
@@ -97,7 +99,7 @@ def choose_renderer(name: str, splits: Sequence[Split], spec: ViewSpec, device: 
             return "torchvision"
         return next(n for n in RENDERERS if all(_suits(n, split, spec, device) for split in splits))
     if name not in RENDERERS:
-        raise FastclError(f"data.renderer: unknown {name!r}{suggest(name, ('auto', *RENDERERS))}")
+        raise FastclError(f"data.renderer: unknown renderer {name!r}{suggest(name, ('auto', *RENDERERS))}")
     for split in splits:
         if reason := obstacle(name, split, spec, device):
             raise FastclError(f"data.renderer: {name!r} cannot be used here: {reason}")
@@ -132,7 +134,7 @@ def obstacle(name: str, split: Split, spec: ViewSpec, device: torch.device | str
         else:
             return None
     except ImportError as error:
-        return f"what it needs cannot be imported ({error})"
+        return f"a module that it needs cannot be imported ({error})"
     return module.obstacle(split, spec, device)
 
 

@@ -38,7 +38,7 @@ def colour_stage(images: Tensor, params: ViewParams, spec: ViewSpec) -> Tensor:
     """
     channels = images.shape[1]
     if len(spec.mean) not in (1, channels):
-        raise FastclError(f"views.mean has {len(spec.mean)} values for images of {channels} channels")
+        raise FastclError(f"views.mean must have 1 value or one per channel ({channels}), got {len(spec.mean)}")
     x = images.float() / 255
     for place in range(4):
         for number, (name, operation) in enumerate(_JITTER):

@@ -176,8 +176,12 @@ class DaliRenderer:
                 self.split.image(position)  # if the split's reader fails too, its error names the file
                 lines = str(reason).strip().splitlines()
                 told = next((line for line in lines if "rror" in line), lines[-1])  # the rest is a stack trace
-                raise FastclError(f"DALI fails on the image of sample id {self.split.ids[position]}: {told}") from error
-        raise FastclError(f"DALI fails on a batch, but on none of its images alone: {error}") from error
+                raise FastclError(
+                    f"DALI cannot render the image of sample id {self.split.ids[position]}: {told}"
+                ) from error
+        raise FastclError(
+            f"DALI cannot render a batch, although it renders each of its images alone: {error}"
+        ) from error
 
 
 def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | None:

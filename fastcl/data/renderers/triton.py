@@ -47,7 +47,7 @@ class TritonRenderer:
         self.split, self.spec, self.device = split, spec, device
         channels = split.image(0).shape[2]
         if len(spec.mean) not in (1, channels):
-            raise FastclError(f"views.mean has {len(spec.mean)} values for images of {channels} channels")
+            raise FastclError(f"views.mean must have 1 value or one per channel ({channels}), got {len(spec.mean)}")
         self._images = torch.from_numpy(_read(split, channels, threads)).to(device)
         self._statistics = torch.tensor([spec.mean, spec.std], dtype=torch.float32, device=device)
         self._statistics = self._statistics.expand(2, 3 if len(spec.mean) == 1 else -1).contiguous()
@@ -92,8 +92,8 @@ def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | 
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        slowly = "without one it runs slowly, if TRITON_INTERPRET=1 was set before Python started"
-        return f"it needs a CUDA device, not {device.type}; {slowly}"
+        slowly = "to run it on a CPU, slowly, set TRITON_INTERPRET=1 before Python starts"
+        return f"it needs a CUDA device, not {device.type} ({slowly})"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
     if not len(split):
@@ -101,15 +101,15 @@ def obstacle(split: Split, spec: ViewSpec, device: torch.device | str) -> str | 
     other = np.flatnonzero((split.sizes != split.sizes[0]).any(1))
     if len(other):
         (h0, w0), (h1, w1) = split.sizes[0], split.sizes[other[0]]
-        return f"images must be of one size, and these are of {h0}x{w0} and {h1}x{w1} pixels"
+        return f"images must all have the same size, got {h0}x{w0} and {h1}x{w1} pixels"
     channels = split.image(0).shape[2]
     if channels not in (1, 3):
-        return f"images must have 1 or 3 channels, and these have {channels}"
+        return f"images must have 1 or 3 channels, got {channels}"
     if device.type == "cuda":
         needed = len(split) * int(split.sizes[0].prod()) * channels
         total = torch.cuda.get_device_properties(device).total_memory
         if needed > MEMORY_SHARE * total:
-            return f"the images take {needed} bytes, more than {MEMORY_SHARE:.0%} of the device's {total}"
+            return f"the images need {needed} bytes, more than {MEMORY_SHARE:.0%} of the device's {total}"
     return None
 
 

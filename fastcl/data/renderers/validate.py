@@ -14,9 +14,11 @@ from fastcl.errors import FastclError
 def check_positions(split: Split, positions: np.ndarray) -> None:
     """Raise FastclError unless positions are (n,) integers, n >= 1, within the split."""
     if positions.ndim != 1 or not len(positions) or positions.dtype.kind not in "iu":
-        raise FastclError(f"positions must be (n,) integers, n >= 1, got {positions.shape} {positions.dtype}")
+        raise FastclError(
+            f"positions must be a non-empty (n,) array of integers, got {positions.shape} {positions.dtype}"
+        )
     if not 0 <= positions.min() <= positions.max() < len(split):
-        raise FastclError(f"positions {positions.min()} to {positions.max()} of a split of {len(split)} images")
+        raise FastclError(f"positions must be in [0, {len(split)}), got {positions.min()} to {positions.max()}")
 
 
 def check_request(split: Split, spec: ViewSpec, positions: np.ndarray, params: Sequence[ViewParams]) -> None:
@@ -29,7 +31,7 @@ def check_request(split: Split, spec: ViewSpec, positions: np.ndarray, params: S
     """
     lengths = [len(p) for p in params]
     if not lengths or not len(positions) or set(lengths) != {len(positions)}:
-        raise FastclError(f"{len(positions)} positions need as many parameters for each view, got {lengths}")
+        raise FastclError(f"each view must have one row of parameters per position ({len(positions)}), got {lengths}")
     check_positions(split, positions)
     height, width = split.sizes[positions].T
     for p in params:
@@ -39,8 +41,8 @@ def check_request(split: Split, spec: ViewSpec, positions: np.ndarray, params: S
         if outside.any():
             k = int(outside.argmax())
             raise FastclError(
-                f"box (top, left, height, width) {p.box[k].tolist()} does not lie in a {height[k]}x{width[k]} image, "
-                "in whole pixels"
+                f"box (top, left, height, width) must be whole pixels within the {height[k]}x{width[k]} image, "
+                f"got {p.box[k].tolist()}"
             )
         if spec.rotation == 0 and p.angle.any():
-            raise FastclError(f"views.rotation is 0, and a view is turned by {p.angle[p.angle != 0][0]} degrees")
+            raise FastclError(f"views.rotation is 0, but a view is rotated by {p.angle[p.angle != 0][0]} degrees")

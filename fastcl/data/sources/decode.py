@@ -62,7 +62,7 @@ def keep_decoded(split: Split, channels: int, limit: int = DECODED_LIMIT) -> Spl
     def store(i: int) -> None:
         image, shape = split.image(i), (*split.sizes[i].tolist(), channels)
         if image.shape != shape:
-            raise FastclError(f"image of sample id {split.ids[i]} is {image.shape}, its header says {shape}")
+            raise FastclError(f"image of sample id {split.ids[i]} has shape {image.shape}, but its header says {shape}")
         pixels[starts[i] : ends[i]] = image.ravel()
 
     with closing(_each(len(split), store, "decoding images")) as stored:

@@ -19,7 +19,7 @@ from fastcl.data.philox import Stream, check_integer, permutation, words
 from fastcl.data.sources.decode import unreadable
 from fastcl.data.sources.readers import Source, read_cifar10, read_digits, read_omniglot, read_torchvision
 from fastcl.data.sources.trees.folders import read_folder
-from fastcl.errors import FastclError, brief, shown, suggest
+from fastcl.errors import FastclError, brief, one_of, shown, suggest
 
 log = logging.getLogger("fastcl")
 KINDS = ("digits", "omniglot", "cifar10", "folder", "torchvision")
@@ -60,7 +60,7 @@ class Split:
         """
         check_integer(i, "the position of an image")
         if not 0 <= i < len(self.ids):
-            raise FastclError(f"image {i} of a split of {len(self.ids)}")
+            raise FastclError(f"the position of an image must be in [0, {len(self.ids)}), got {i}")
         with _hinting():
             return self.read(i)
 
@@ -81,7 +81,7 @@ def _hinting() -> Iterator[None]:
     try:
         yield
     except FastclError as error:
-        raise FastclError(f"{error}; corrupt=skip leaves out what cannot be decoded") from error
+        raise FastclError(f"{error}; corrupt=skip leaves out images that cannot be decoded") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ def _tell(source: str, found: Source) -> None:
     for line, loud in found.left_out.items():
         log.log(logging.WARNING if loud else logging.INFO, "%s: left out %s", shown(found.name), line)
     if not len(found.labels):
-        raise FastclError(f"{shown(source)} holds no images")
+        raise FastclError(f"{shown(source)} contains no images")
 
 
 def _check_arguments(
@@ -182,7 +182,7 @@ def _check_arguments(
 ) -> None:
     for key, value in {"source": source, "root": root}.items():
         if not isinstance(value, str | os.PathLike) and (key, value) != ("root", None):
-            raise FastclError(f"data.{key} must be a text, got {value!r} ({type(value).__name__})")
+            raise FastclError(f"data.{key} must be a string, got {value!r} ({type(value).__name__})")
     if isinstance(test_fraction, bool) or not isinstance(test_fraction, Real):
         raise FastclError(f"test_fraction must be a number, got {test_fraction!r}")
     if not isinstance(download, bool):
@@ -191,14 +191,14 @@ def _check_arguments(
         _check_skipped(skipped)
     check_max_pixels(max_pixels)
     if corrupt not in ("stop", "skip"):
-        raise FastclError(f"data.corrupt must be stop or skip; got {corrupt!r}")
+        raise FastclError(one_of("data.corrupt", ("stop", "skip"), corrupt))
     if not 0 < test_fraction < 1:
-        raise FastclError(f"test_fraction must lie in (0, 1), got {test_fraction}")
+        raise FastclError(f"test_fraction must be in (0, 1), got {test_fraction}")
 
 
 def _check_skipped(skipped: object) -> None:
     if not isinstance(skipped, Mapping):
-        raise FastclError(f"skipped must map sample ids to reasons, as Dataset.skipped does; got {brief(skipped)}")
+        raise FastclError(f"skipped must map sample ids to reasons, as Dataset.skipped does, got {brief(skipped)}")
     for i in skipped:
         check_integer(i, "a sample id of skipped")
 
@@ -237,10 +237,17 @@ def _unreadable(splits: dict[str, Split]) -> dict[int, str]:
 def _find(source: str, root: str | None, download: bool, max_pixels: int) -> Source:
     kind, _, where = source.partition(":")
     if kind not in KINDS:
-        raise FastclError(f"unknown source {source!r}{suggest(kind, KINDS)}")
+        is_path = os.sep in source or os.path.exists(source)
+        meant = ("omniglot", "cifar10") if source.endswith(".npz") else ("folder",)
+        hint = (
+            f"; did you mean {' or '.join(repr(f'{k}:{source}') for k in meant)}?" if is_path else suggest(kind, KINDS)
+        )
+        raise FastclError(f"unknown source {source!r}{hint}")
     if kind == "digits":
         if where:
-            raise FastclError(f"source {source!r}: digits come with scikit-learn and take no path, got {where!r}")
+            raise FastclError(
+                f"source {source!r}: digits takes no path, got {where!r} (its images come with scikit-learn)"
+            )
         return read_digits()
     if not where:
         raise FastclError(f"source {source!r} needs a {'name' if kind == 'torchvision' else 'path'}: '{kind}:...'")

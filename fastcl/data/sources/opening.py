@@ -33,23 +33,23 @@ def check_zip(file: BinaryIO) -> None:
     """Raise FastclError unless the file is a zip; rewinds it."""
     size = file.seek(0, os.SEEK_END)
     if not size:
-        raise FastclError("it is empty")
+        raise FastclError("the file is empty")
     if not zipfile.is_zipfile(file):
-        raise FastclError(f"its {size:,} bytes are no zip archive, or one that was cut short")
+        raise FastclError(f"not a zip archive, or a truncated one ({size:,} bytes)")
     file.seek(0)
 
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UnidentifiedImageError):
-        return "is no image that can be decoded"
+        return "cannot be decoded as an image"
     if isinstance(error, Image.DecompressionBombError):
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        return f"has more than {most:,} pixels, the most that data.max_pixels can allow"
+        return f"has more than {most:,} pixels, the upper limit of data.max_pixels"
     if "MAX_TEXT_" in text:
-        return "holds more text beside its pixels than Pillow unpacks: save it anew without"
+        return "has more text metadata than Pillow decompresses; save it again without the text"
     if isinstance(error, zipfile.BadZipFile):
         return f"the archive is damaged ({text})"
     if "download=True" in text:
-        return "the files are not in data.root, or not complete: set data.root to their folder, or data.download = true"
+        return "files are missing from data.root or incomplete; set data.root to their folder, or data.download = true"
     return f"{type(error).__name__}: {text}"

@@ -32,7 +32,9 @@ def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) ->
     # Pillow opens a .pgm of more than 8 bits in mode I, scaled to 16 bits.
     grey = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG"))
     if picture.mode in ("I", "F") and not grey:
-        raise FastclError(f"mode {picture.mode}: 32-bit pixels have no agreed range; save the image in 8 or 16 bits")
+        raise FastclError(
+            f"mode {picture.mode}: 32-bit pixels have no standard range; save the image with 8 or 16 bits"
+        )
     twelve = "I;12" in str(stored)  # 12-bit TIFF
     # Pillow inverts white-is-zero TIFFs in 8 bits, but not in 16.
     negative = picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == 0
@@ -51,8 +53,8 @@ def decode(picture: Image.Image, channels: int, max_pixels: int = MAX_PIXELS) ->
         pixels[top : top + rows] = _converted(band, channels)
     if 0 < peak < _QUARTER and not twelve:
         raise FastclError(
-            f"16-bit pixels that reach only {peak:,} of 65,535, which leaves {(peak >> 8) + 1} of 256 levels: if "
-            "they are 10- or 12-bit data, scale them to the full range; if the image is only dark, save it in 8 bits"
+            f"16-bit pixels reach only {peak:,} of 65,535, which leaves {(peak >> 8) + 1} of 256 levels: scale 10- or "
+            "12-bit data to the full range, or save the image with 8 bits if it is just dark"
         )
     return pixels
 

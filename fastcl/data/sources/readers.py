@@ -79,7 +79,7 @@ def read_omniglot(path: Path) -> Source:
 
     def check(bits: _Header, label: _Header, names: _Header) -> None:
         if bits.shape[1:] != (OMNIGLOT_SIDE, -(-OMNIGLOT_SIDE // 8)) or bits.dtype != np.uint8:
-            raise FastclError(f"{shown(path)}: ink_bits must be (n, 105, 14) uint8, got {bits}")
+            raise FastclError(f"{shown(path)}: ink_bits must be a (n, 105, 14) uint8 array, got {bits}")
         _check_integers(path, "label", label, bits.shape[0])
         _check_names(path, names)
 
@@ -96,9 +96,9 @@ def read_cifar10(path: Path) -> Source:
 
     def check(jpeg: _Header, offset: _Header, label: _Header, split: _Header, names: _Header) -> None:
         if len(jpeg.shape) != 1 or jpeg.dtype != np.uint8:
-            raise FastclError(f"{shown(path)}: jpeg must be (bytes,) uint8, got {jpeg}")
+            raise FastclError(f"{shown(path)}: jpeg must be a (bytes,) uint8 array, got {jpeg}")
         if label.shape[0] > jpeg.shape[0]:
-            raise FastclError(f"{shown(path)}: {label.shape[0]} labels of images in {jpeg.shape[0]} bytes")
+            raise FastclError(f"{shown(path)}: got {label.shape[0]} labels but only {jpeg.shape[0]} bytes of images")
         for name, header, more in (("offset", offset, 1), ("label", label, 0), ("split", split, 0)):
             _check_integers(path, name, header, label.shape[0] + more)
         _check_names(path, names)
@@ -107,7 +107,7 @@ def read_cifar10(path: Path) -> Source:
     offset = _checked(path, "offset", offset, len(jpeg) + 1)
     if len(label) and (offset[0] != 0 or offset[-1] != len(jpeg) or np.diff(offset).min() < 1):
         raise FastclError(
-            f"{shown(path)}: offset must rise from 0 to the {len(jpeg)} bytes of jpeg, "
+            f"{shown(path)}: offset must increase from 0 to {len(jpeg)}, the bytes of jpeg, "
             f"got {offset[0]} to {offset[-1]}, smallest step {np.diff(offset).min()}"
         )
     labels = _checked(path, "label", label, len(names))
@@ -131,7 +131,9 @@ def read_torchvision(name: str, root: str | None, download: bool, max_pixels: in
         raise FastclError(f"torchvision.datasets has no {name!r}{suggest(name, known)}")
     parameters = inspect.signature(known[name]).parameters
     if "root" in parameters and root is None:
-        raise FastclError(f"torchvision:{name} needs data.root, the folder of the data (data.download fetches them)")
+        raise FastclError(
+            f"torchvision:{name} needs data.root, the folder of the data (data.download = true downloads it)"
+        )
     offered = {"root": root, "download": download, "loader": open_image}
     options = {key: value for key, value in offered.items() if key in parameters}
     needed = [
@@ -140,7 +142,7 @@ def read_torchvision(name: str, root: str | None, download: bool, max_pixels: in
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     if unknown := [key for key in needed if key not in (*options, "train", "split")]:
-        raise FastclError(f"torchvision:{name} needs arguments that a config cannot give: {', '.join(unknown)}")
+        raise FastclError(f"torchvision:{name} needs arguments that a config cannot provide: {', '.join(unknown)}")
     with naming(f"torchvision:{name}"):
         parts = _torchvision_parts(known[name], parameters, options)
     labels, sizes, channels = _visit(name, parts, max_pixels)
@@ -161,7 +163,7 @@ def _arrays(path: Path, check: Callable[..., None], *names: str) -> list[np.ndar
         with np.load(file) as archive:
             missing = [name for name in names if name not in archive.files]
             if missing:
-                raise FastclError(f"it lacks the arrays {missing}; it has {sorted(archive.files)}")
+                raise FastclError(f"missing arrays {missing}; it contains {sorted(archive.files)}")
             headers = [_npy_header(archive, name) for name in names]
     check(*headers)
     with naming(f"cannot read {path} as an .npz archive"), open(path, "rb") as file, np.load(file) as archive:
@@ -185,13 +187,13 @@ def _npy_header(archive: Any, name: str) -> _Header:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
     if dtype.hasobject:
-        raise FastclError(f"{name} holds Python objects, which are never loaded")
+        raise FastclError(f"{name} contains Python objects, which are never loaded")
     return _Header(shape or (1,), dtype)
 
 
 def _check_integers(path: Path, name: str, header: _Header, count: int) -> None:
     if header.dtype.kind not in "iu" or header.shape != (count,):
-        raise FastclError(f"{shown(path)}: {name} must be ({count},) integers, got {header}")
+        raise FastclError(f"{shown(path)}: {name} must be a ({count},) array of integers, got {header}")
 
 
 def _check_names(path: Path, header: _Header) -> None:
@@ -202,7 +204,7 @@ def _check_names(path: Path, header: _Header) -> None:
 def _checked(path: Path, name: str, values: np.ndarray, bound: int) -> np.ndarray:
     """An archive's integers as (n,) int64, checked to lie in [0, bound)."""
     if len(values) and not (0 <= values.min() and values.max() < bound):
-        raise FastclError(f"{shown(path)}: {name} must lie in [0, {bound}), got {values.min()} to {values.max()}")
+        raise FastclError(f"{shown(path)}: {name} must be in [0, {bound}), got {values.min()} to {values.max()}")
     return values.astype(np.int64)
 
 

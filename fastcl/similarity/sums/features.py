@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastcl import dispatch
 from fastcl.checks import check_not_meta, is_inside
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, type_of
 
 # Relative error of products of features narrower than float64: split half precision (22 bits) or float32, summed in
 # float32.
@@ -25,16 +25,16 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
     """
     for name, x in features.items():
         if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.layout != torch.strided:
-            kind = f"{x.dtype}, {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+            kind = f"{x.dtype}, {x.layout}" if isinstance(x, Tensor) else type_of(x)
             raise FastclError(f"features of {name!r} must be a dense float16 to float64 tensor, got {kind}")
         if x.ndim != 2 or x.shape[1] == 0:
             raise FastclError(f"features of {name!r} must have shape (b, d) with d >= 1, got {tuple(x.shape)}")
         check_not_meta(x, f"features of {name!r}")
         if is_inside(x, "vmap"):
-            raise FastclError(f"features of {name!r} are of torch.func.vmap: similarities are numbers, take one by one")
+            raise FastclError(f"features of {name!r} are inside torch.func.vmap, which similarities do not support")
     rows = {name: len(x) for name, x in features.items()}
     if len(set(rows.values())) > 1:
-        raise FastclError(f"all models need features of the same samples, got numbers of rows {rows}")
+        raise FastclError(f"all models must have the same number of rows, got {rows}")
     device = device or next(iter(features.values())).device
     batch = [x.detach().to(device) for x in features.values()]
     # A sum takes one pass and is finite only if all its terms are. Huge finite features may overflow it, so look again

@@ -17,7 +17,7 @@ ROUNDING = 256 * sys.float_info.epsilon
 
 CONSTANT = "the {which} representation is constant over the samples"
 EQUAL = "all similarities of distinct samples are equal in the {which} representation"
-ADDITIVE = "HSIC_1 of the {which} representation with itself vanishes"
+ADDITIVE = "HSIC_1 of the {which} representation with itself is zero"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, cast
 
 from torch import Tensor
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, one_of
 from fastcl.similarity.stats import PairStats
 from fastcl.similarity.sums.features import rounding_of
 from fastcl.similarity.sums.moments import Moments, chunk_rows
@@ -26,10 +26,12 @@ def choose_route(n: int, widths: tuple[int, int], kernel: str, route: Route) -> 
         FastclError: an unknown route, or "features" for a kernel that is not an inner product.
     """
     if route not in ("auto", "features", "tiles"):
-        raise FastclError(f"route must be 'auto', 'features' or 'tiles', got {route!r}")
+        raise FastclError(one_of("route", ("auto", "features", "tiles"), route))
     if kernel not in INNER:
         if route == "features":
-            raise FastclError(f"route 'features' takes the kernels {', '.join(INNER)}; {kernel!r} needs 'tiles'")
+            raise FastclError(
+                f"route 'features' supports the kernels {', '.join(INNER)}; {kernel!r} needs route 'tiles'"
+            )
         return "tiles"
     if route != "auto":
         return route

@@ -49,9 +49,9 @@ def write_layers(path: Path, twins: Sequence[Twin], views: EvalViews, layers: Se
             continue
         for model, undefined in ((reference, found.undefined_a), (other, found.undefined_b)):
             if undefined:
-                more = f" (and of {len(undefined) - 1} more layers)" if len(undefined) > 1 else ""
+                more = f" (and {len(undefined) - 1} more layers)" if len(undefined) > 1 else ""
                 reason = next(iter(undefined.values()))
-                log.warning("layers of %s, %s: of %s %s%s", reference.name, other.name, model.name, reason, more)
+                log.warning("layers of %s, %s: in %s, %s%s", reference.name, other.name, model.name, reason, more)
         if found.matrix.isnan().all():
             continue
         cka = [[None if math.isnan(value) else value for value in row] for row in found.matrix.tolist()]

@@ -49,7 +49,7 @@ class Checkpoint:
         """Load the state into a run's models. Raises FastclError if it does not belong to them."""
         names = [twin.name for twin in twins]
         if sorted(self.twins) != sorted(names):
-            raise self.foreign(f"its models are {brief(sorted(self.twins))}, the run's {names}")
+            raise self.foreign(f"its models are {brief(sorted(self.twins))}, the run's are {names}")
         for twin in twins:
             state = self.twins[twin.name]
             if wrong := _unfit(state, twin, self.epoch):
@@ -69,8 +69,8 @@ class Checkpoint:
     def foreign(self, why: str) -> FastclError:
         """The error for an intact file that does not belong to this run."""
         return FastclError(
-            f"checkpoint {shown(self.path)} is not one of this run ({why}); remove it to go on from an earlier one, "
-            "or choose another --out"
+            f"checkpoint {shown(self.path)} does not belong to this run ({why}); remove it to resume from an earlier "
+            "one, or choose another --out"
         )
 
 
@@ -119,7 +119,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         if _digest(payload) == path.stem.partition("-")[2]:
             return _parsed(path, payload)
         log.warning(
-            "checkpoint %s is damaged (%d bytes, wrong digest); trying the one before", shown(path), len(payload)
+            "checkpoint %s is damaged (%d bytes, wrong digest); trying the previous one", shown(path), len(payload)
         )
     if paths:
         raise FastclError(f"every checkpoint in {shown(folder)} is damaged: {', '.join(shown(p.name) for p in paths)}")
@@ -133,10 +133,10 @@ def _parsed(path: Path, payload: bytes) -> Checkpoint:
     except Exception as error:  # torch may raise anything for a foreign file
         raise nothing.foreign(f"torch cannot read it: {brief(str(error))}") from error
     if not isinstance(state, dict):
-        raise nothing.foreign(f"it holds a {type(state).__name__}")
+        raise nothing.foreign(f"it contains a {type(state).__name__}")
     epoch, lengths, digests = (state.get(name) for name in ("epoch", "lengths", "digests"))
     if type(epoch) is not int or epoch != _epoch(path):
-        raise nothing.foreign(f"its name says epoch {_epoch(path)}, its content {brief(epoch)}")
+        raise nothing.foreign(f"its name says epoch {_epoch(path)}, its content says {brief(epoch)}")
     if not isinstance(lengths, dict) or not all(_whole(lengths.get(name)) for name in RECORDS):
         raise nothing.foreign(f"its lengths are {brief(lengths)}")
     if digests is not None and not (isinstance(digests, dict) and all(name in digests for name in RECORDS)):
@@ -173,12 +173,12 @@ def _unfit(state: Any, twin: Twin, epoch: int) -> str:
     """Why a state that torch would load silently cannot come from this twin (at its initial weights); else empty."""
     network, optimizer = ((state.get(key) if isinstance(state, dict) else None) for key in ("network", "optimizer"))
     if not isinstance(network, dict) or not isinstance(optimizer, dict):
-        return "it holds no weights or no optimiser"
+        return "it contains no weights or no optimiser"
     initial = twin.network.state_dict()
     for name, value in network.items():
         if isinstance(value, torch.Tensor) and name in initial:
             if value.dtype != initial[name].dtype:
-                return f"{name} is {value.dtype}, the run's {initial[name].dtype}"
+                return f"{name} is {value.dtype}, the run's is {initial[name].dtype}"
             if not value.isfinite().all():
                 return f"{name} is not finite"
     kept, groups = optimizer.get("state"), optimizer.get("param_groups")
@@ -193,11 +193,11 @@ def _unfit(state: Any, twin: Twin, epoch: int) -> str:
         held = {key: value for key, value in kept.get(number, {}).items() if isinstance(value, torch.Tensor)}
         moved = epoch > 0 and isinstance(network.get(name), torch.Tensor) and not _equal(network[name], initial[name])
         if (moved or held) and (gone := sorted(wanted - held.keys())):
-            return f"after {epoch} epochs its optimiser holds no {gone[0]} of {name}"
+            return f"after {epoch} epochs its optimiser has no {gone[0]} for {name}"
         for key, value in held.items():
             if value.dtype != torch.float32 or not value.isfinite().all():
-                how = "not finite" if value.dtype == torch.float32 else f"{value.dtype}, the run's torch.float32"
-                return f"its optimiser's {key} of {name} is {how}"
+                how = "not finite" if value.dtype == torch.float32 else f"{value.dtype}, not torch.float32"
+                return f"its optimiser's {key} for {name} is {how}"
     return ""
 
 

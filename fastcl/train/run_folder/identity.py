@@ -57,7 +57,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
         raise FastclError(f"{shown(path)} cannot be read: {cause(error)}") from error
     run = parse_json(text, shown(path))
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
-        raise FastclError(f"{shown(path)} holds no description of a run")
+        raise FastclError(f"{shown(path)} does not describe a run")
     return run
 
 
@@ -84,14 +84,14 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
         there = checkpoint.run if checkpoint else None
         if there is None:
             raise FastclError(
-                f"{shown(out)} holds {found}, but neither run.json nor a checkpoint says of which run; "
-                "choose another --out, or put run.json back"
+                f"{shown(out)} contains {found}, but neither run.json nor a checkpoint tells which run they belong to; "
+                "choose another --out, or restore run.json"
             )
     difference = differences(there, identity(mine)) if there is not None else ""
     if difference and found:
         raise FastclError(
-            f"{shown(out)} holds another run, which differs in {difference}; "
-            "choose another --out, or repeat that run's settings to continue it"
+            f"{shown(out)} contains another run, which differs in {difference}; "
+            "choose another --out, or use that run's settings to resume it"
         )
     if theirs is not None or found:
         remove_leftovers(out)
@@ -101,17 +101,17 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
         write_atomic(out / "run.json", (json.dumps(mine, indent=1) + "\n").encode())
         if difference:
             log.warning(
-                "%s held another run, of which no trained epoch is there; it gives way (%s)", shown(out), difference
+                "%s contained another run without a trained epoch, which is replaced (%s)", shown(out), difference
             )
         elif found:
-            log.warning("%s had lost its run.json, which is written anew", shown(out))
+            log.warning("run.json was missing from %s and is written again", shown(out))
 
 
 def warn_if_elsewhere(out: Path, mine: dict[str, Any]) -> None:
     """Warn if a claimed folder's run was started with other versions or on another device."""
     there, here = ({key: run.get(key) for key in ("versions", "device")} for run in (read_run(out) or mine, mine))
     if there != here:
-        log.warning("continuing a run made elsewhere: %s; the rest will not be bit-identical to it",
+        log.warning("resuming a run made elsewhere: %s; the rest will not be bit-identical to it",
                     differences(there, here))  # fmt: skip
 
 
@@ -132,29 +132,29 @@ def traces(out: Path) -> str:
     return ", ".join(found)
 
 
-def lacks(out: Path, epochs: int, models: Sequence[str]) -> list[str]:
-    """Describes what a finished run would have and a folder lacks: last evaluation, final weights and features.
+def missing_files(out: Path, models: Sequence[str]) -> dict[str, str]:
+    """Final weights and features that a folder lacks: {"weights/dcl.safetensors": why}.
 
     Files are opened, since an empty or truncated file is not a result.
     """
-    found = []
-    for folder in ("weights", "features"):
-        for model in models:
-            path = out / folder / f"{model}.safetensors"
-            if why := _unreadable(path):
-                found.append(f"{folder}/{path.name} ({why})")
-    if found:
-        return found
+    names = [f"{folder}/{model}.safetensors" for folder in ("weights", "features") for model in models]
+    return {name: why for name in names if (why := _unreadable(out / name))}
+
+
+def lacks(out: Path, epochs: int, models: Sequence[str]) -> list[str]:
+    """Describes what a finished run would have and a folder lacks: last evaluation, final weights and features."""
+    if found := missing_files(out, models):
+        return [f"{name} ({why})" for name, why in found.items()]
     measured = {row.get("model") for row in _rows(out / "metrics.jsonl") if row.get("epoch") == epochs}
     return [] if measured >= set(models) else [f"the evaluation of epoch {epochs} in metrics.jsonl"]
 
 
 def _unreadable(path: Path) -> str:
     if not os.path.lexists(path):
-        return "gone"
+        return "missing"
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
-            return "" if opened.keys() else "it holds no tensor"
+            return "" if opened.keys() else "it contains no tensor"
     except (SafetensorError, OSError):
         return f"damaged, {path.stat().st_size} bytes" if path.is_file() else "no file"
 
@@ -176,7 +176,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
     rows = [parse_json(line, f"{shown(path)}, line {n}") for n, line in enumerate(lines, 1)]
     if not all(isinstance(row, dict) for row in rows):
-        raise FastclError(f"{shown(path)} does not hold one JSON object a line")
+        raise FastclError(f"{shown(path)} must contain one JSON object per line")
     return rows
 
 

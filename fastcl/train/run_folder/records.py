@@ -42,10 +42,10 @@ def writing(path: Path) -> Iterator[None]:
             raise
         why = files.cause(error)
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
-            why = "it is a link, and a run writes only what lies in its own folder"
+            why = "it is a link, and a run writes only inside its own folder"
         raise FastclError(
-            f"cannot write {shown(path)}: {why}. What was complete before is intact; "
-            "the same command continues from the last checkpoint"
+            f"cannot write {shown(path)}: {why}. Earlier files are intact; "
+            "the same command resumes from the last checkpoint"
         ) from error
 
 
@@ -77,7 +77,7 @@ def check_run_folder(out: Path, inputs: Iterable[Path] = (), images: Iterable[Pa
     for folder in images:
         if any(outputs.same(parent, folder) for parent in Path(os.path.realpath(out)).parents):
             raise FastclError(
-                f"--out: {shown(out)} lies in {shown(folder)}, whose images the run reads; name a folder outside of it"
+                f"--out: {shown(out)} is inside {shown(folder)}, whose images the run reads; choose a folder outside"
             )
     for name in (*FOLDERS, *FILES, REPORT):
         path = out / name
@@ -88,19 +88,19 @@ def check_run_folder(out: Path, inputs: Iterable[Path] = (), images: Iterable[Pa
         except OSError as error:
             raise FastclError(f"--out: {shown(path)} cannot be read ({files.cause(error)})") from error
         wanted, form = (stat.S_ISDIR, "folder") if name in FOLDERS else (stat.S_ISREG, "file")
-        wrong = f"is no plain {form}" if not wanted(found.st_mode) else ""
+        wrong = f"is not a regular {form}" if not wanted(found.st_mode) else ""
         if stat.S_ISLNK(found.st_mode):
             wrong = f"is a link to {shown(os.readlink(path))}"
         elif path.suffix == ".jsonl" and found.st_nlink > 1:  # appended to in place
-            wrong = "is a file with another name too (a hard link)"
+            wrong = "has a second name (a hard link)"
         if wrong:
             raise FastclError(
-                f"--out: {shown(path)} {wrong}; a run writes only what lies in its own folder. "
+                f"--out: {shown(path)} {wrong}; a run writes only inside its own folder. "
                 "Remove it, or choose another folder"
             )
         for given in inputs:
             if any(outputs.same(place, path) for place in (given, *Path(os.path.abspath(given)).parents)):
-                raise FastclError(f"--out: the run would write over {shown(given)}, which it reads")
+                raise FastclError(f"--out: the run would overwrite {shown(given)}, which it reads")
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def _open_own(path: Path, flags: int) -> int:
     number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(errno.EINVAL, "it is no plain file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return number
 
 

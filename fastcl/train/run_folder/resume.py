@@ -48,14 +48,14 @@ def resume(
         missing = lacks(out, epochs, [twin.name for twin in twins])
         if not missing:
             if sum(twin.name != IDENTITY for twin in twins) > 1 and not (out / "layers.json").is_file():
-                log.warning("%s holds no layers.json: it is gone, or the CKA of all layers was undefined", shown(out))
+                log.warning("%s has no layers.json: it was removed, or the CKA of all layers was undefined", shown(out))
             return None
     if checkpoint is None:
         if found := traces(out):
             raise FastclError(
-                f"{shown(out)} holds {found}, but no checkpoint to go on from, and of a finished run it lacks "
-                f"{', '.join(missing)}; put the checkpoints back, choose "
-                "another --out, or move these elsewhere to train anew"
+                f"{shown(out)} contains {found}, but no checkpoint to resume from, and for a finished run it lacks "
+                f"{', '.join(missing)}; restore the checkpoints, choose "
+                "another --out, or move these files away to train from the start"
             )
         for lines in records.values():
             lines.cut(0)
@@ -69,7 +69,8 @@ def resume(
     _keep_finished(out, checkpoint, min(epochs, (checkpoint.epoch // every + 1) * every), records)
     for name, lines in records.items():
         lines.cut(checkpoint.lengths[name])
-    log.info("resuming from %s", shown(checkpoint.path))
+    if checkpoint.epoch < epochs:
+        log.info("resuming from %s", shown(checkpoint.path))
     return checkpoint.epoch
 
 
@@ -85,7 +86,7 @@ def _keep_finished(out: Path, checkpoint: Checkpoint, upcoming: int, records: di
         if tail:
             aside = _free_name(records[name].path.with_name(f"{name}.jsonl.after-epoch-{checkpoint.epoch}"))
             write_atomic(aside, tail)
-            log.warning("%s goes on past %s; what follows is kept in %s",
+            log.warning("%s continues past %s; the rest is kept in %s",
                         records[name].path.name, checkpoint.path.name, shown(aside))  # fmt: skip
 
 
@@ -106,14 +107,16 @@ def _free_name(path: Path) -> Path:
 
 def _check_records(checkpoint: Checkpoint, records: dict[str, JsonLines]) -> None:
     if checkpoint.digests is None:
-        log.warning("%s is of an earlier version: whether the records were changed since cannot be told",
+        log.warning("%s was written by an earlier version: cannot tell whether the records were changed since",
                     checkpoint.path.name)  # fmt: skip
     for name, lines in records.items():
         length, there = checkpoint.lengths[name], lines.length()
-        wrong = f"has {there} bytes, {checkpoint.path.name} was written at {length}" if there < length else ""
+        wrong = f"has {there} bytes, but had {length} when {checkpoint.path.name} was written" if there < length else ""
         if not wrong and checkpoint.digests is not None and lines.digest(length) != checkpoint.digests[name]:
-            wrong = f"was changed: its first {length} bytes are not those that {checkpoint.path.name} was written at"
+            wrong = (
+                f"was changed: its first {length} bytes are not as they were when {checkpoint.path.name} was written"
+            )
         if wrong and name == _FREE:
             log.warning("%s %s", shown(lines.path), wrong)
         elif wrong:
-            raise FastclError(f"{shown(lines.path)} {wrong}; put the file back as it was, or choose another --out")
+            raise FastclError(f"{shown(lines.path)} {wrong}; restore the file, or choose another --out")

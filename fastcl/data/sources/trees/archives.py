@@ -152,7 +152,7 @@ class _Entry(io.RawIOBase):
         while not self._done and (len(self._data) < end or end >= self._size):
             self._more()
             if len(self._data) > self._size:
-                raise FastclError(f"unpacks to more than the {self._size} bytes that the zip states")
+                raise FastclError(f"unpacks to more than the {self._size} bytes stated in the zip")
 
     def _more(self) -> None:
         packed = self._waiting or self._file.read(min(_AT_ONCE, self._left))
@@ -176,19 +176,19 @@ def _plain(name: str) -> str:
     """An entry's path with forward slashes. Raises FastclError if it leads outside the archive's root."""
     parts = [part for part in name.replace("\\", "/").split("/") if part != "."]
     if name[:1] in ("/", "\\") or ".." in parts or (len(parts) > 1 and parts[0][1:] == ":"):
-        raise FastclError(f"zip entry {name!r} lies outside the archive's root: pack the folder anew")
+        raise FastclError(f"zip entry {name!r} points outside the archive: create the archive again")
     return "/".join(part for part in parts if part)
 
 
 def _check(label: str, info: zipfile.ZipInfo, most: int) -> None:
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise FastclError(
-            f"{label}: only plain stored or deflated entries are read, "
+            f"{label}: only unencrypted stored or deflated entries are supported, "
             f"got method {info.compress_type}, {'encrypted' if info.flag_bits & 1 else 'not encrypted'}"
         )
     if info.file_size > most:
         raise FastclError(
-            f"{label} unpacks to {info.file_size:,} bytes, more than an image of data.max_pixels takes ({most:,})"
+            f"{label} unpacks to {info.file_size:,} bytes, more than an image of data.max_pixels needs ({most:,})"
         )
 
 
@@ -197,4 +197,4 @@ def _check_apart(path: Path, infos: list[zipfile.ZipInfo]) -> None:
     infos = sorted(infos, key=lambda info: info.header_offset)
     for a, b in zip(infos, infos[1:], strict=False):
         if a.header_offset + _LOCAL_HEADER.size + a.compress_size > b.header_offset:
-            raise FastclError(f"{shown(path)}: the entries {a.filename!r} and {b.filename!r} share bytes of the file")
+            raise FastclError(f"{shown(path)}: the entries {a.filename!r} and {b.filename!r} overlap")

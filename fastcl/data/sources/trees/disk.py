@@ -11,7 +11,7 @@ from fastcl.data.limits import most_bytes
 from fastcl.data.sources.trees.listing import HIDDEN, LeftOut, hidden, images
 from fastcl.errors import FastclError, shown
 
-_TWICE = "links to files or folders that are taken already"
+_TWICE = "links to files or folders that are already included"
 _SPECIAL = "special files (pipes, sockets, devices)"
 _Key = tuple[int, int]  # identifies a file or folder: device and inode number
 
@@ -67,7 +67,7 @@ class Tree:
         with self.open(i) as file:
             size = os.fstat(file.fileno()).st_size
             if size > self._max_bytes:
-                raise FastclError(f"{size:,} bytes are more than an image of data.max_pixels takes")
+                raise FastclError(f"{size:,} bytes are more than an image of data.max_pixels needs")
             return file.read()
 
 

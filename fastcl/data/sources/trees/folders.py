@@ -52,8 +52,8 @@ def read_folder(path: Path, max_pixels: int) -> Source:
         raise FastclError(f"{shown(path)} is a special file, neither a folder nor a zip")
     store = Tree(path, max_pixels) if stat.S_ISDIR(mode) else Zip(path, max_pixels)
     if not store.names:
-        seen = "; it holds " + ", ".join(store.left_out.lines()) if store.left_out.lines() else ""
-        raise FastclError(f"{shown(path)} holds no image files ({' '.join(extensions())}){seen}")
+        seen = "; it contains " + ", ".join(store.left_out.lines()) if store.left_out.lines() else ""
+        raise FastclError(f"{shown(path)} contains no image files ({' '.join(extensions())}){seen}")
     folders = [name.split("/")[:-1] for name in store.names]
     depth, split = official_splits(str(path), folders)
     _count_left_out(store, folders, depth, split)
@@ -61,8 +61,8 @@ def read_folder(path: Path, max_pixels: int) -> Source:
     bare = [i for i, folder in enumerate(folders) if used[i] and len(folder) <= depth]
     if bare:
         tops = ", ".join(sorted({folder[depth - 1] for folder in folders})) if depth else ""
-        hint = f": {tops} are splits, whose images lie in SPLIT/CLASS/" if depth else ""
-        raise FastclError(f"{store.label(bare[0])} lies in no class folder ({len(bare)} such images){hint}")
+        hint = f": {tops} are splits, whose images belong in SPLIT/CLASS/" if depth else ""
+        raise FastclError(f"{store.label(bare[0])} is not in a class folder ({len(bare)} such images){hint}")
     classes = ["/".join(folder[depth:]) for folder in folders]
     names = sorted({name for name, use in zip(classes, used, strict=True) if use})
     index = {name: i for i, name in enumerate(names)}

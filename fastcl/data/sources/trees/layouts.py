@@ -17,8 +17,8 @@ _SPLITS = {
 _LIKE = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.0-9].*)?", re.DOTALL)
 _NAMED = 10  # most folders named in an error message
 _EXPECTED = (
-    "expected are train and test (or val), and unlabeled for what shall be left out, as SPLIT/CLASS/image and nothing "
-    "beside them, or class folders alone: move or rename folders"
+    "expected train and test (or val), and unlabeled for images to leave out, as SPLIT/CLASS/image with nothing else "
+    "beside them, or class folders only: move or rename folders"
 )
 _Folders = Sequence[Sequence[str]]
 
@@ -74,7 +74,7 @@ def _check_no_splits(path: str, folders: _Folders) -> None:
         or any(below[name] & others for name in like)
     ):
         beside = [folder[0] if folder else "." for folder in folders if not folder or folder[0] in others]
-        _refuse(path, sorted(like), f"beside them there are {len(beside)} images in {_names(others)}" if beside else "")
+        _refuse(path, sorted(like), f"there are also {len(beside)} images in {_names(others)}" if beside else "")
 
 
 def _check_below(path: str, folders: _Folders) -> None:
@@ -85,12 +85,12 @@ def _check_below(path: str, folders: _Folders) -> None:
             kinds.setdefault(folder[0], {})["/".join(folder[:2])] = kind
     for inner in kinds.values():
         if "train" in inner.values() and {"test", "validation"} & set(inner.values()):
-            _refuse(path, sorted(inner), "they lie one folder too deep")
+            _refuse(path, sorted(inner), "they are one folder too deep")
 
 
 def _refuse(path: str, like: list[str], why: str) -> None:
     why = f" ({why})" if why else ""
-    raise FastclError(f"{shown(path)}: {_names(like)} look like splits in a layout that is not read{why}; {_EXPECTED}")
+    raise FastclError(f"{shown(path)}: {_names(like)} look like splits in an unsupported layout{why}; {_EXPECTED}")
 
 
 def _check_classes(path: str, folders: _Folders, depth: int, kinds: list[str], test: str) -> None:
@@ -105,10 +105,10 @@ def _check_classes(path: str, folders: _Folders, depth: int, kinds: list[str], t
         return  # the caller reports images outside class folders
     sides = [f"{_names(tops[kind])} (class folders {_names(classes[kind])})" for kind in classes]
     flat = [_names(tops[kind]) for kind in classes if len(classes[kind]) == 1]
-    hint = f"{' and '.join(flat)} is flat, all images in one folder: " if flat else ""
+    hint = f"{' and '.join(flat)} is flat (all images in one folder); " if flat else ""
     raise FastclError(
-        f"{shown(path)}: {' and '.join(sides)} share no class; {hint}expected is SPLIT/CLASS/image with the same "
-        "classes in every split"
+        f"{shown(path)}: {' and '.join(sides)} have no class in common; {hint}expected SPLIT/CLASS/image with the "
+        "same classes in every split"
     )
 
 

@@ -18,9 +18,9 @@ _PHOTOS = tuple(
 )
 _FEATURES = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # a plugin may be registered without its library
 _SHOWN = 3
-HIDDEN, OTHER = "hidden files or folders", "files that are no images"
+HIDDEN, OTHER = "hidden files or folders", "files that are not images"
 UNREAD = "images that this Pillow cannot decode"
-_LOST = "folders without any image that is taken, so no classes"
+_LOST = "folders without a usable image, which are no classes"
 _QUIET = (HIDDEN, OTHER)
 
 
@@ -113,7 +113,7 @@ def mode_of(path: Path, wanted: str = "file") -> int:
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FastclError(f"no such {wanted}: {shown(path)}") from None
+        raise FastclError(f"data.source: no such {wanted}: {shown(path)}") from None
     except (OSError, ValueError) as error:  # no permission for a parent folder, a name too long, a null byte
         raise FastclError(f"cannot open {shown(path)}: {getattr(error, 'strerror', None) or error}") from None
 
