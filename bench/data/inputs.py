@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from PIL import Image
 from fastcl.data import Split, ViewSpec, load
 from fastcl.data.philox import Stream, permutation
 
-ROOT = Path(__file__).resolve().parents[2]
 MADE_UP_CLASSES, QUALITY = 4, 75
 CIFAR_CLASS = 5000  # training images per class; at least two classes are loaded, decoded beforehand
 
@@ -82,11 +80,6 @@ class Photos:
     def equally_sized(self) -> bool:
         """Whether all images have the same size."""
         return bool((self.split.sizes == self.split.sizes[0]).all())
-
-
-def data_folder(given: Path | None) -> Path:
-    """The folder of real images: the given one, else FASTCL_DATA, else ../shared/data relative to the checkout."""
-    return given or Path(os.environ.get("FASTCL_DATA") or ROOT.parent / "shared" / "data")
 
 
 def read(case: Case, folder: Path, scratch: Path) -> Photos:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.data import peers
 from bench.data.inputs import Case, Photos
-from bench.losses.providers import absence
+from bench.harness import suite
 from fastcl.data import ViewLoader, ViewParams, ViewPlan, render_torchvision
 from fastcl.data.renderers.choose import Renderer, choose_renderer, make_renderer
 from fastcl.errors import FastclError
@@ -31,33 +31,27 @@ LEVELS = 1.5  # maximum mean difference of our views from the reference function
 
 
 @dataclass(frozen=True)
-class Provider:
-    """One way to make views.
+class Provider(suite.Provider):
+    """One way to make views; ours are the renderers of fastcl.
 
     Args:
         open: makes the feed; may raise any error of its library.
-        devices, module, package: as in `bench.losses.providers.Provider`.
         views: whether it makes views; a provider without views measures a part, or a bound, of the others' time.
-        renderer: name of the renderer if it is one of fastcl's; then a failure or a wrong view sets exit status 1.
+        renderer: name of the renderer if it is one of fastcl's.
         unfit: returns why it cannot run on the images, or None.
     """
 
-    name: str
     open: Open
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    module: str | None = None
-    package: str | None = None
     views: bool = True
     renderer: str | None = None
     unfit: Callable[[Photos], str | None] = lambda photos: None
+    ours: bool = field(default=False, kw_only=True)
 
     def obstacle(self, photos: Photos, case: Case, device: torch.device) -> str | None:
         """Why it cannot run on these images, or None."""
-        if reason := absence(self.devices, self.module, self.package, device):
+        if reason := self.absence(device):
             return reason
-        if self.renderer:
-            return _obstacle(self.renderer, photos, case, device)
-        return self.unfit(photos)
+        return _obstacle(self.renderer, photos, case, device) if self.renderer else self.unfit(photos)
 
 
 def loader_of(photos: Photos, case: Case, renderer: Renderer | None = None) -> ViewLoader:
@@ -134,7 +128,7 @@ def _nothing_to_decode(photos: Photos) -> str | None:
 
 
 def _ours(name: str, **fields: tuple[str, ...]) -> Provider:
-    return Provider(f"fastcl {name}", partial(_planned, name), renderer=name, **fields)
+    return Provider(f"fastcl {name}", partial(_planned, name), renderer=name, ours=True, **fields)
 
 
 DALI_RENDERER, TRITON_RENDERER, DECODING = "fastcl dali", "fastcl triton", "decoding alone, DALI"
@@ -148,6 +142,5 @@ PROVIDERS = (
     Provider("kornia", peers.kornia, module="kornia", package="kornia", unfit=_sizes_differ),
     Provider("drawing the plan alone", _plan_alone, views=False),
     Provider("reading alone", _reading_alone, views=False),
-    Provider(DECODING, partial(peers.dali, False), views=False,
-        unfit=_nothing_to_decode),
+    Provider(DECODING, partial(peers.dali, False), views=False, unfit=_nothing_to_decode),
 )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from bench.gpu.workload import SCALES, Case, cases
 from bench.harness.clocks import Graphs, first_line
-from bench.harness.records import check_out, table, write
-from fastcl.io.outputs import named_path
+from bench.harness.command import Command
+from bench.harness.records import table, write
 
 TOLERANCE = 1e-6  # relative; torch.compile sums the row losses in another order
 
@@ -76,33 +75,26 @@ def _compiled(case: Case, first: tuple[Tensor, Tensor]) -> tuple[bool, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run all checks and write the results; return 1 if one fails."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.repeat", description=_DESCRIPTION)
-    parser.add_argument("--out", type=named_path, metavar="DIR",
-        help="folder of the results; none: print digests alone")  # fmt: skip
+    parser = Command("gpu.repeat", _DESCRIPTION, "Without --out it prints digests alone.", required=False)
     parser.add_argument("--scale", choices=SCALES, required=True, help="sizes; tiny is for the interpreter")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.out is None:
         print(json.dumps({case.name: digest(case.run()) for case in cases(args.scale, device)}))
         return 0
-    check_out(args, parser)
     command = [sys.executable, "-m", "bench.gpu.repeat", "--scale", args.scale]
     other = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if other.returncode:
         print(other.stderr, file=sys.stderr)
     expected = {} if other.returncode else json.loads(other.stdout.splitlines()[-1])
-    found = []
+    found, rows = [], []
     for case in cases(args.scale, device):
         for what, passed, detail in checks(case, expected.get(case.name)):
             found.append({"bench": "repeat", "case": case.name, "check": what, "passed": passed, "detail": detail})
-            print(f"{case.name}: {what}: {_word(passed)} {detail}", flush=True)
-        rows = [(r["case"], r["check"], _word(r["passed"]), r["detail"]) for r in found]
+            rows.append((case.name, what, "not run" if passed is None else "same" if passed else "FAILED", detail))
+            print("{}: {}: {} {}".format(*rows[-1]), flush=True)
         write(args.out, "repeat", found, f"# The same again\n\n{table(('case', 'check', 'outcome', 'detail'), rows)}")
     return int(other.returncode != 0 or any(r["passed"] is False for r in found))
-
-
-def _word(passed: bool | None) -> str:
-    return "not run" if passed is None else "same" if passed else "FAILED"
 
 
 if __name__ == "__main__":

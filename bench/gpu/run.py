@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -20,9 +19,9 @@ from typing import TextIO
 
 import torch
 
-from bench.gpu.plan import PART_MINUTES, PARTS, REHEARSAL_MINUTES, ROOT, Step, plan
-from bench.harness.records import check_out, machine, table, write_file
-from fastcl.io.outputs import named_path
+from bench.gpu.plan import PART_MINUTES, PARTS, REHEARSAL_MINUTES, Step, plan
+from bench.harness.command import ROOT, Command
+from bench.harness.records import machine, table, write_file
 
 GRACE = 15  # seconds for a step to exit after an interrupt, so that benchmarks can write their results
 
@@ -152,10 +151,7 @@ def _run_part(steps: Sequence[Step], out: Path, minutes: float, environment: dic
 
 def main(argv: list[str] | None = None) -> int:
     """Run the parts; return the exit status (0 all steps that ran are ok, 1 one failed, 130 interrupted)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of logs and results")
+    parser = Command("gpu", _DESCRIPTION)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:1], metavar="PART",
         help=f"of {', '.join(PARTS)}, in the order given (default: {PARTS[0]})")  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="M",
@@ -163,12 +159,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{REHEARSAL_MINUTES:g})")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true",
         help="the same steps, tiny, on the CPU under Triton's interpreter")  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.minutes is not None and not 0 < args.minutes < math.inf:
         parser.error(f"--minutes: must be positive and finite, got {args.minutes}")
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --rehearse runs without one")
-    check_out(args, parser)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import resource
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -23,19 +22,20 @@ Prepare: TypeAlias = Callable[..., tuple[Callable[[], object], Callable[[], obje
 
 
 class Sample(NamedTuple):
-    """Times of one pass of one call in ms; None if a clock does not apply."""
+    """Times of one pass of one call in ms, `cores`: of all processor cores together; None if a clock does not apply."""
 
     wall: float | None
     gpu: float | None = None
+    cores: float | None = None
 
 
 Timer: TypeAlias = Callable[[], dict[str, Sample]]
 
 
 class Peak(NamedTuple):
-    """Peak memory of a call beyond its inputs, and its duration in seconds."""
+    """Peak memory of a call beyond its inputs, None if it was not measured, and its duration in seconds."""
 
-    bytes: int
+    bytes: int | None
     seconds: float
 
 
@@ -47,42 +47,43 @@ def time_passes(forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample
         leaf: tensor that requires a gradient.
     """
     leaf.grad = None
-    if leaf.device.type == "cuda":
-        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    cuda = leaf.device.type == "cuda"
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if cuda else []
+    if cuda:
         torch.cuda.synchronize(leaf.device)
-        began = perf_counter()
-        start.record()
-        loss = forward()
-        middle.record()
-        loss.backward()
-        end.record()
-        torch.cuda.synchronize(leaf.device)
-        wall = (perf_counter() - began) * 1e3
-        spans = (start.elapsed_time(middle), middle.elapsed_time(end), start.elapsed_time(end))
-        return {run: Sample(wall if run == "both" else None, gpu) for run, gpu in zip(PASSES, spans, strict=True)}
     start = perf_counter()
+    if cuda:
+        events[0].record()
     loss = forward()
     middle = perf_counter()
+    if cuda:
+        events[1].record()
     loss.backward()
+    if cuda:
+        events[2].record()
+        torch.cuda.synchronize(leaf.device)
     end = perf_counter()
-    spans = (middle - start, end - middle, end - start)
-    return {run: Sample(seconds * 1e3) for run, seconds in zip(PASSES, spans, strict=True)}
+    walls = [1e3 * seconds for seconds in (middle - start, end - middle, end - start)]
+    if not cuda:
+        return {run: Sample(wall) for run, wall in zip(PASSES, walls, strict=True)}
+    spans = [events[k].elapsed_time(events[j]) for k, j in ((0, 1), (1, 2), (0, 2))]
+    return dict(zip(PASSES, map(Sample, (None, None, walls[2]), spans), strict=True))
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> Sample:
     """Times of one call without a backward pass: wall clock until it has finished, on CUDA also between events."""
-    if device.type != "cuda":
-        began = perf_counter()
-        call()
-        return Sample((perf_counter() - began) * 1e3)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
+    cuda = device.type == "cuda"
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+    if cuda:
+        torch.cuda.synchronize(device)
     began = perf_counter()
-    start.record()
+    if cuda:
+        events[0].record()
     call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return Sample((perf_counter() - began) * 1e3, start.elapsed_time(end))
+    if cuda:
+        events[1].record()
+        torch.cuda.synchronize(device)
+    return Sample((perf_counter() - began) * 1e3, events[0].elapsed_time(events[1]) if cuda else None)
 
 
 class Graphs:
@@ -120,8 +121,9 @@ class Graphs:
         self.bwd.replay()
         return self.loss.clone(), self.grad.clone()
 
-    def time(self) -> dict[str, float]:
-        """Time of a replay of each pass in ms."""
+    def time(self, forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
+        """Times of a replay of each pass in ms, and the wall-clock time of an eager call."""
+        eager = time_passes(forward, leaf)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]
         # Keep the device busy until everything is queued, so that it never waits for this process.
         torch.cuda._sleep(_HEAD_START)
@@ -134,14 +136,8 @@ class Graphs:
         self.both.replay()
         events[4].record()
         torch.cuda.synchronize()
-        spans = (events[0], events[1]), (events[1], events[2]), (events[3], events[4])
-        return {run: start.elapsed_time(end) for run, (start, end) in zip(PASSES, spans, strict=True)}
-
-
-def replayed(graphs: Graphs, forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
-    """Times as in `time_passes`: device times from replays, the wall-clock time from an eager call."""
-    eager = time_passes(forward, leaf)
-    return {run: Sample(eager[run].wall, gpu) for run, gpu in graphs.time().items()}
+        spans = {"fwd": (0, 1), "bwd": (1, 2), "both": (3, 4)}
+        return {run: Sample(eager[run].wall, events[k].elapsed_time(events[j])) for run, (k, j) in spans.items()}
 
 
 def timer_of(forward: Callable[[], Tensor], leaf: Tensor, capture: bool) -> tuple[Timer, str | None]:
@@ -159,7 +155,7 @@ def timer_of(forward: Callable[[], Tensor], leaf: Tensor, capture: bool) -> tupl
         graphs = Graphs(forward, leaf)
         if not torch.allclose(graphs.result()[0], forward().detach(), rtol=1e-2):
             raise RuntimeError("its replay gives another loss")
-        return partial(replayed, graphs, forward, leaf), "graph"
+        return partial(graphs.time, forward, leaf), "graph"
     except Exception as error:  # any library may do something that cannot be captured, with its own error
         print(f"  no CUDA graph: {first_line(error)}", flush=True)
         torch.cuda.synchronize()
@@ -227,20 +223,18 @@ def measure_peak(prepare: Prepare, device: str, *args: Any) -> Peak:
 
 def _peak_here(prepare: Prepare, device: str, *args: Any) -> Peak:
     cuda = torch.device(device).type == "cuda"
+    wait = torch.cuda.synchronize if cuda else bool
     warm_up, call = prepare(device, *args)
     warm_up()
+    wait()
     if cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     before, began = _high_water(cuda), perf_counter()
     call()
-    if cuda:
-        torch.cuda.synchronize()
+    wait()
     return Peak(_high_water(cuda) - before, perf_counter() - began)
 
 
 def _high_water(cuda: bool) -> int:
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    # ru_maxrss is in KiB on Linux, in bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # ru_maxrss is in KiB on Linux.
+    return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
-from bench.harness.markdown import TINY, Target, machine_line, outcome, target_table
+from bench.harness import markdown as md
 from bench.harness.records import Record, digits, table
 from bench.training.runs import ALIGNMENT
 
@@ -13,17 +14,13 @@ LIMIT = 0.05  # maximum share of losses and waiting for views, together, in a st
 BATCH, PRECISIONS = 1024, ("fp32", "bf16")  # of the target
 
 
-def markdown(records: Sequence[Record], facts: Record, source: str, tiny: bool) -> str:
+def markdown(records: Sequence[Record], facts: Record, source: str, args: argparse.Namespace) -> str:
     """The report on everything measured so far."""
-    text = f"""\
-# Training
-
-{machine_line(facts)}
-- Images: {source}. ResNet-18 with the CIFAR stem{", made small" if "cuda" not in facts["versions"] else ""}; LARS.
-"""
-    text += f"{TINY}\n" if tiny else ""
-    sections = {"steps": _steps, "runs": _runs, "precision": _precision}
-    for name, write in sections.items():
+    small = ", made small" if "cuda" not in facts["versions"] else ""
+    text = (
+        f"# Training\n\n{md.conditions(facts, args)}\n- Images: {source}. ResNet-18 with the CIFAR stem{small}; LARS.\n"
+    )
+    for name, write in (("steps", _steps), ("runs", _runs), ("precision", _precision)):
         mine = [r for r in records if r["section"] == name]
         text += write(mine) if mine else ""
     return text
@@ -39,23 +36,21 @@ views, by a profile of two more steps. "Losses" holds the backward pass of fastc
 twin_stats, which is shown by itself too: it returns the pair statistics of a step with the losses of two models.
 "Metrics" is what every model records besides its loss, with the row statistics of the one that trains without them.
 
-{target_table(targets(records))}
+{md.target_table(targets(records))}
 """
     return text + steps_table(records)
 
 
-def targets(records: Sequence[Record]) -> Iterator[Target]:
-    """Rows of the target table: target, where, found, reached."""
-    what = f"losses and waiting at most {LIMIT:.0%} of a step"
+def targets(records: Sequence[Record]) -> Iterator[md.Target]:
+    """Rows of the target table."""
     for precision in PRECISIONS:
         wanted = {"section": "steps", "batch": BATCH, "precision": precision, "models": 4, "reason": None}
         r = next((r for r in records if wanted.items() <= r.items() and "cuda" in r["versions"]), None)
         share = None
         if r is not None and r["shares"]["losses"] is not None:
-            waits = waiting(r)
-            share = waits + (1 - waits) * r["shares"]["losses"]
-        reached = outcome(share, lambda s: f"{s:.1%}", lambda s: s <= LIMIT)
-        yield what, f"four models, B = {BATCH:,}, {precision}, CUDA", *reached
+            share = waiting(r) + (1 - waiting(r)) * r["shares"]["losses"]
+        where = f"four models, B = {BATCH:,}, {precision}, CUDA"
+        yield md.goal(f"losses and waiting at most {LIMIT:.0%} of a step", where, share, LIMIT, "{:.1%}".format)
 
 
 def waiting(r: Record) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -11,9 +10,12 @@ from pathlib import Path
 
 import torch
 
-from bench.data.inputs import ROOT, Case, Photos
+from bench.data.inputs import Case, Photos
 from bench.data.providers import PROVIDERS
+from bench.harness.command import ROOT
 from bench.harness.records import Record, record
+from bench.harness.suite import Run
+from bench.training.run import SMALL
 
 SECTION = "training"
 SIZE = {False: 96, True: 12}  # side of the views by args.tiny
@@ -24,9 +26,8 @@ EPOCHS = 2  # the first one warms up
 _MODELS = {
     "cuda": ("resnet50", {}, 256, None),
     "cpu": ("resnet18", {}, 32, 4),
-    "tiny": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}, 4,
-             None),
-}  # fmt: skip
+    "tiny": ("resnet18", SMALL, 4, None),
+}
 _KEYS = ("epoch", "seconds", "images_per_second", "rendering_seconds")
 
 
@@ -65,30 +66,21 @@ device = "{device.type}"
 """
 
 
-def run(
-    case: Case, photos: Photos, scratch: Path, args: argparse.Namespace, device: torch.device, facts: Record
-) -> tuple[list[Record], list[str]]:
-    """Measure all renderers and print a line for each; return the records and the messages of failures.
-
-    Args:
-        scratch: a folder for the runs.
-    """
-    found, failed = [], []
-    kind = "tiny" if args.tiny else device.type
-    for provider in (p for p in PROVIDERS if p.renderer and p.name in args.providers):
-        timing, reason = {}, provider.obstacle(photos, case, device)
+def measure(run: Run, case: Case, photos: Photos, scratch: Path) -> None:
+    """Measure all renderers, with the folders of their runs in `scratch`, and print a line for each."""
+    kind = "tiny" if run.args.tiny else run.device.type
+    for provider in (p for p in PROVIDERS if p.renderer and p.name in run.args.providers):
+        timing, reason = {}, provider.obstacle(photos, case, run.device)
         if not reason:
-            folder = scratch / f"training-{provider.renderer}"
-            text = configuration(provider.renderer, kind, case, photos, device)
-            timing, reason = _train(text, folder)
-            failed += [f"training: {provider.name}: {reason}"] if reason else []
+            text = configuration(provider.renderer, kind, case, photos, run.device)
+            timing, reason = _train(text, scratch / f"training-{provider.renderer}")
+            run.failed += [f"training: {provider.name}: {reason}"] if reason else []
         name, _, batch, _ = _MODELS[kind]
         full = {"section": SECTION, "size": case.size, "source": photos.name, "preset": case.preset, "batch": batch,
                 "model": name, **{key: timing.get(key) for key in _KEYS}}  # fmt: skip
-        found.append(record("data", provider.name, full, facts, "both", reason=reason))
-        share = reason or f"{100 * share_of(found[-1]):.1f} % of an epoch waits for views"
+        run.found.append(record(run.bench, provider.name, full, run.facts, reason=reason))
+        share = reason or f"{100 * share_of(run.found[-1]):.1f} % of an epoch waits for views"
         print(f"training, {case}: {provider.name}: {share}", flush=True)
-    return found, failed
 
 
 def share_of(r: Record) -> float:
