@@ -67,9 +67,7 @@ def _of(params: Sequence[ViewParams], chosen: np.ndarray) -> list[ViewParams]:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare and write the results; return the exit status."""
-    parser = Command("data.decoder", _DESCRIPTION)
-    parser.add_images(CASE.file)
-    args = parser.parse(argv)
+    args = Command("data.decoder", [_DESCRIPTION], "data", "tiny").parse(argv)
     device, case = torch.device("cuda" if torch.cuda.is_available() else "cpu"), TINY if args.tiny else CASE
     run = Run("decoder", args, machine(device), str)
     with tempfile.TemporaryDirectory() as scratch:

@@ -6,6 +6,7 @@ all the setup that a training run does once.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -116,11 +117,10 @@ def _sizes_differ(photos: Photos) -> str | None:
 
 
 def _no_dali(photos: Photos) -> str | None:
-    try:
-        found = importlib.util.find_spec("nvidia.dali")
-    except ModuleNotFoundError:  # there is no nvidia package at all
-        found = None
-    return None if found else "nvidia-dali is not installed"
+    with contextlib.suppress(ModuleNotFoundError):  # there is no nvidia package at all
+        if importlib.util.find_spec("nvidia.dali"):
+            return None
+    return "nvidia-dali is not installed"
 
 
 def _nothing_to_decode(photos: Photos) -> str | None:

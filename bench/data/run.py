@@ -40,11 +40,12 @@ Before they are timed, the views of each renderer of fastcl are compared with th
 {LEVELS:g} grey levels in the mean it is not timed, and the exit status is 1. The others draw their own random numbers:
 of them the views' shape and finite values are checked. What cannot run here is named with its reason.
 """
-_EPILOG = """\
+_EPILOG = f"""\
 examples:
   python -m bench.data --out runs/bench                     everything
   python -m bench.data --out runs/try --sizes 32            one table
 
+Real images are {", ".join(case.file for case in CASES["cpu"])}.
 DIR/data.json holds every single time, DIR/data.md the tables; both are rewritten after each size. For numbers worth
 quoting leave the machine to the run alone.
 """
@@ -158,14 +159,13 @@ def comparisons(run: Run, scratch: Path) -> Iterator[Callable[[], None]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    parser, sizes = Command(BENCH, _DESCRIPTION, _EPILOG), [case.size for case in CASES["cpu"]]
-    parser.add_rounds(repeats=5, seconds=20)
+    options, sizes = ("device", "repeats", "seconds", "data", "tiny"), [case.size for case in CASES["cpu"]]
+    parser = Command(BENCH, (_DESCRIPTION, _EPILOG), *options, repeats=5, seconds=20)
     parser.add_names("--sections", SECTIONS, "views: every provider; training: what a step of the trainer waits, at "
         f"{waiting.SIZE[False]} pixels (default: both)")  # fmt: skip
     parser.add_argument("--sizes", type=int, nargs="+", choices=sizes, default=sizes, metavar="PIXELS",
         help=f"sides of the views (default: {' '.join(map(str, sizes))})")  # fmt: skip
     parser.add_names("--providers", [p.name for p in PROVIDERS])
-    parser.add_images(*(case.file for case in CASES["cpu"]))
     args = parser.parse(argv)
     facts = machine(args.device, PACKAGES)
     head = report.header(facts, args)

@@ -58,10 +58,8 @@ class Ceilings:
         return 1e3 * max(flops / self.flops, exponentials / self.exponentials, size / self.bytes)
 
     def __str__(self) -> str:
-        return (
-            f"matrix products {self.flops / 1e12:.4g} TFLOP/s, copies {self.bytes / 1e9:.4g} GB/s, exponentials "
-            f"{self.exponentials:.3g}/s"
-        )
+        products, copies = f"matrix products {self.flops / 1e12:.4g} TFLOP/s", f"copies {self.bytes / 1e9:.4g} GB/s"
+        return f"{products}, {copies}, exponentials {self.exponentials:.3g}/s"
 
 
 class Rate(NamedTuple):
@@ -82,11 +80,10 @@ def measure(device: torch.device, repeats: int = 15) -> tuple[Ceilings, list[Rat
     from bench.harness.exponentials import exponentials_kernel  # benchmarks also run without Triton
 
     cuda = device.type == "cuda"
-    size, found = 8192 if cuda else 128, []
-    for dtype in (torch.float16, torch.bfloat16):
-        found.append(_products(dtype, size, device, repeats))
+    size = 8192 if cuda else 128
+    found = [_products(dtype, size, device, repeats) for dtype in (torch.float16, torch.bfloat16)]
     found.append(_copies(2**28 if cuda else 2**16, device, repeats))
-    rounds, block = (4096, 1024) if cuda else (4, 1024)
+    rounds, block = 4096 if cuda else 4, 1024
     x = torch.rand(2**22 if cuda else 2**12, device=device)
     y = torch.empty_like(x)
     call = partial(exponentials_kernel[(len(x) // block,)], x, y, ROUNDS=rounds, BLOCK=block)
@@ -139,8 +136,7 @@ def records(found: Sequence[Rate], facts: Record) -> list[Record]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write the results; return the exit status."""
-    parser = Command("harness.ceilings", _DESCRIPTION)
-    parser.add_rounds(repeats=15, seconds=60)
+    parser = Command("harness.ceilings", [_DESCRIPTION], "device", "repeats", repeats=15)
     args = parser.parse(argv)
     if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("on a CPU the kernel of the exponentials needs TRITON_INTERPRET=1")

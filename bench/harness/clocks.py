@@ -39,6 +39,34 @@ class Peak(NamedTuple):
     seconds: float
 
 
+class Laps:
+    """Marks in time: of the host, and on CUDA also of the device's stream."""
+
+    def __init__(self, device: torch.device, marks: int) -> None:
+        self.cuda, self.walls = device.type == "cuda", []
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(marks if self.cuda else 0)]
+        if self.cuda:
+            torch.cuda.synchronize(device)
+
+    def mark(self) -> None:
+        """Mark this time."""
+        self.walls.append(perf_counter())
+        if self.cuda:
+            self.events[len(self.walls) - 1].record()
+
+    def stop(self) -> None:
+        """Mark the time at which the device is done."""
+        if self.cuda:
+            self.events[-1].record()
+            torch.cuda.synchronize()
+        self.walls.append(perf_counter())
+
+    def span(self, first: int, last: int, wall: bool = True) -> Sample:
+        """The times between two marks; `wall`: whether the host's means anything on CUDA."""
+        gpu = self.events[first].elapsed_time(self.events[last]) if self.cuda else None
+        return Sample(1e3 * (self.walls[last] - self.walls[first]) if wall or not self.cuda else None, gpu)
+
+
 def time_passes(forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
     """Times of one forward and one backward pass on the device of `leaf`; clears its gradient first.
 
@@ -47,43 +75,22 @@ def time_passes(forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample
         leaf: tensor that requires a gradient.
     """
     leaf.grad = None
-    cuda = leaf.device.type == "cuda"
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if cuda else []
-    if cuda:
-        torch.cuda.synchronize(leaf.device)
-    start = perf_counter()
-    if cuda:
-        events[0].record()
+    laps = Laps(leaf.device, 3)
+    laps.mark()
     loss = forward()
-    middle = perf_counter()
-    if cuda:
-        events[1].record()
+    laps.mark()
     loss.backward()
-    if cuda:
-        events[2].record()
-        torch.cuda.synchronize(leaf.device)
-    end = perf_counter()
-    walls = [1e3 * seconds for seconds in (middle - start, end - middle, end - start)]
-    if not cuda:
-        return {run: Sample(wall) for run, wall in zip(PASSES, walls, strict=True)}
-    spans = [events[k].elapsed_time(events[j]) for k, j in ((0, 1), (1, 2), (0, 2))]
-    return dict(zip(PASSES, map(Sample, (None, None, walls[2]), spans), strict=True))
+    laps.stop()
+    return {"fwd": laps.span(0, 1, wall=False), "bwd": laps.span(1, 2, wall=False), "both": laps.span(0, 2)}
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> Sample:
     """Times of one call without a backward pass: wall clock until it has finished, on CUDA also between events."""
-    cuda = device.type == "cuda"
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
-    if cuda:
-        torch.cuda.synchronize(device)
-    began = perf_counter()
-    if cuda:
-        events[0].record()
+    laps = Laps(device, 2)
+    laps.mark()
     call()
-    if cuda:
-        events[1].record()
-        torch.cuda.synchronize(device)
-    return Sample((perf_counter() - began) * 1e3, events[0].elapsed_time(events[1]) if cuda else None)
+    laps.stop()
+    return laps.span(0, 1)
 
 
 class Graphs:
@@ -123,21 +130,19 @@ class Graphs:
 
     def time(self, forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
         """Times of a replay of each pass in ms, and the wall-clock time of an eager call."""
-        eager = time_passes(forward, leaf)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]
+        eager, laps = time_passes(forward, leaf), Laps(leaf.device, 5)
         # Keep the device busy until everything is queued, so that it never waits for this process.
         torch.cuda._sleep(_HEAD_START)
-        events[0].record()
+        laps.mark()
         self.fwd.replay()
-        events[1].record()
+        laps.mark()
         self.bwd.replay()
-        events[2].record()
-        events[3].record()
+        laps.mark()
+        laps.mark()
         self.both.replay()
-        events[4].record()
-        torch.cuda.synchronize()
+        laps.stop()
         spans = {"fwd": (0, 1), "bwd": (1, 2), "both": (3, 4)}
-        return {run: Sample(eager[run].wall, events[k].elapsed_time(events[j])) for run, (k, j) in spans.items()}
+        return {run: Sample(eager[run].wall, laps.span(*marks).gpu) for run, marks in spans.items()}
 
 
 def timer_of(forward: Callable[[], Tensor], leaf: Tensor, capture: bool) -> tuple[Timer, str | None]:

@@ -1,4 +1,4 @@
-"""The command line of every benchmark: shared options, their checks, and the folder of the real images."""
+"""The command line of every benchmark: options that several share, and their checks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,44 +19,34 @@ from fastcl.io.outputs import check_folder, named_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "out": {"type": named_path, "metavar": "DIR", "help": "folder of the results; older ones in it are replaced"},
+    "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto",
+               "help": "auto: cuda where there is one (the default)"},
+    "repeats": {"type": int, "metavar": "R", "help": "rounds per case at most (default: %(default)s)"},
+    "seconds": {"type": float, "metavar": "S", "help": "per case and provider: no round begins after it, and a "
+                "provider is skipped where one call takes longer (default: %(default)s)"},
+    "memory": {"type": float, "metavar": "GIB", "help": "skip what would need more, or three quarters of the device's "
+               f"memory (default: {MEMORY_GIB}; CUDA: that)"},
+    "data": {"type": named_path, "metavar": "FOLDER", "help": "folder of the real images (default: $FASTCL_DATA, else "
+             "../shared/data); other images where they are absent"},
+    "tiny": {"action": "store_true", "help": "sizes that prove that it works and measure nothing"},
+}  # fmt: skip
+
 
 class Command(argparse.ArgumentParser):
-    """A parser of `python -m bench.NAME` with the option --out; the methods add other options that benchmarks share."""
+    """A parser of `python -m bench.NAME` with --out and others of OPTIONS."""
 
-    def __init__(self, name: str, description: str, epilog: str | None = None, required: bool = True) -> None:
-        super().__init__(f"python -m bench.{name}", description=description, epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-        self.add_argument("--out", type=named_path, required=required, metavar="DIR",
-            help="folder of the results; older ones in it are replaced")  # fmt: skip
-
-    def add_rounds(self, repeats: int, seconds: float) -> None:
-        """Add --device, --repeats and --seconds with their defaults."""
-        self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-            help="auto: cuda where there is one (the default)")  # fmt: skip
-        self.add_argument("--repeats", type=int, default=repeats, metavar="R",
-            help="rounds per case at most (default: %(default)s)")  # fmt: skip
-        self.add_argument("--seconds", type=float, default=seconds, metavar="S",
-            help="per case and provider: no round begins after it, and a provider is skipped where one call takes "
-            "longer (default: %(default)s)")  # fmt: skip
-
-    def add_memory(self) -> None:
-        """Add --memory."""
-        self.add_argument("--memory", type=float, metavar="GIB", help="skip what would need more, or three quarters of "
-            f"the device's memory (default: {MEMORY_GIB}; CUDA: that)")  # fmt: skip
+    def __init__(self, name: str, texts: Sequence[str], *options: str, **defaults: object) -> None:
+        """A parser of some options, with their defaults; `texts` are the description and what follows the options."""
+        super().__init__(f"python -m bench.{name}", None, *texts, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for option in ("out", *options):
+            self.add_argument(f"--{option}", required=option == "out" and "out" not in defaults, **OPTIONS[option])
+        self.set_defaults(**defaults)
 
     def add_names(self, option: str, names: Sequence[str], text: str = "default: all") -> None:
         """Add an option that takes any of some names; all of them by default."""
         self.add_argument(option, nargs="+", choices=names, default=names, metavar="NAME", help=text)
-
-    def add_images(self, *files: str) -> None:
-        """Add --data, the folder of files with real images, and --tiny."""
-        self.add_argument("--data", type=named_path, metavar="FOLDER", help=f"folder of {', '.join(files)} (default: "
-            "$FASTCL_DATA, else ../shared/data); other images where they are absent")  # fmt: skip
-        self.add_tiny()
-
-    def add_tiny(self) -> None:
-        """Add --tiny."""
-        self.add_argument("--tiny", action="store_true", help="sizes that prove that it works and measure nothing")
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
         """The arguments, of which --device is the device, --data a folder and --memory a number; exits with a message
@@ -66,12 +57,7 @@ class Command(argparse.ArgumentParser):
             sys.stdout.reconfigure(errors="backslashreplace")
         if hasattr(args, "data"):
             args.data = args.data or Path(os.environ.get("FASTCL_DATA") or ROOT.parent / "shared" / "data")
-        try:
-            if args.out is not None:
-                check_folder(args.out, "--out", [args.data] if hasattr(args, "data") else [])
-        except FastclError as error:
-            self.error(str(error))
-        self._check_images(getattr(args, "data", None))
+        self._check_folders(args.out, getattr(args, "data", None))
         if hasattr(args, "device"):
             if args.device == "cuda" and not torch.cuda.is_available():
                 self.error("--device cuda: torch finds no CUDA device")
@@ -85,10 +71,14 @@ class Command(argparse.ArgumentParser):
                 self.error(f"--{name}: must be positive, got {bad[0]}")
         return args
 
-    def _check_images(self, folder: Path | None) -> None:
-        """Exit with a message if the folder is there and cannot be read."""
+    def _check_folders(self, out: Path | None, data: Path | None) -> None:
+        """Exit with a message if --out cannot be written or is the folder of the images, or if that cannot be read."""
         try:
-            if folder is not None and folder.exists():
-                os.scandir(folder).close()
+            if out is not None:
+                check_folder(out, "--out", [data] if data else [])
+            if data is not None and data.exists():
+                os.scandir(data).close()
+        except FastclError as error:
+            self.error(str(error))
         except OSError as error:
-            self.error(f"--data: {shown(folder)} cannot be read ({cause(error)})")
+            self.error(f"--data: {shown(data)} cannot be read ({cause(error)})")

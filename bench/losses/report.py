@@ -38,26 +38,23 @@ def header(facts: Record, args: argparse.Namespace, ceilings: Ceilings | None, w
   temperature {TEMPERATURE}; float32, matrix products at precision
   "{torch.get_float32_matmul_precision()}" where a provider does not lower it.
 - Time: ms, {md.rounds(args)}; warm-up
-  calls before.
-- All providers of a size agreed with the first on the loss and its gradient before they were timed, by the precision of
-  their products to {md.allowed(TOLERANCES)}.
+  calls before. All providers of a size agreed with the first on the loss and its gradient, by the precision of their
+  products to {md.allowed(TOLERANCES)}.
 - TFLOP/s: what a provider really computes, recomputation and split precision included. Dense TFLOP/s: the same count
   for all, n x n x d x 2 forward, twice that backward, n x n x d x 2 x 3 together; a quarter for clip.
 - nscl has other classes alone in its denominator; the published code adds the positive, at the same cost.
-"""
+- Memory: peak of one eager forward and backward pass beyond the inputs, """
     if ceilings is None:
-        return f"""{text}\
-- Memory: peak of one forward and backward pass beyond the inputs, in a fresh process after a warm-up on {warm_up_rows}
-  rows: the high-water mark of the resident set, with what the C allocator keeps back (more than the arrays while they
-  are small). No bound of the machine was measured.
+        return f"""{text}in a fresh process after a warm-up on
+  {warm_up_rows} rows: the high-water mark of the resident set, with what the C allocator keeps back (more than the
+  arrays while they are small). No bound of the machine was measured.
 """
-    return f"""{text}\
+    return f"""{text}by PyTorch's allocator.
 - On the device: replays of CUDA graphs of the forward pass, the backward pass and both, queued behind other work, so
   that the device never waits for Python; "e" marks eager calls between CUDA events, for what no graph can hold. Caches
   are as the provider before leaves them. Wall: an eager forward and backward pass to its synchronisation.
 - Bound: {ceilings}, measured at the start of the run: the slowest of the three in each pass. Of the bound: the bound's
   share of the time of forward and backward together.
-- Memory: peak of PyTorch's allocator in an eager forward and backward pass beyond the inputs.
 """
 
 

@@ -130,13 +130,12 @@ class Losses(Comparison):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    parser = Command(BENCH, _DESCRIPTION, _EPILOG)
-    parser.add_rounds(repeats=15, seconds=60)
+    options = ("device", "repeats", "seconds", "memory")
+    parser = Command(BENCH, (_DESCRIPTION, _EPILOG), *options, repeats=15, seconds=60)
     defaults = "; ".join(f"{kind}: {' '.join(map(str, sizes))}" for kind, sizes in SIZES.items())
     parser.add_argument("--n", type=int, nargs="+", metavar="N",
         help=f"rows: two views of N / 2 samples, even, at least 8 (default: {defaults})")  # fmt: skip
     parser.add_argument("--d", type=int, nargs="+", default=[128], metavar="D", help="widths of rows (default: 128)")
-    parser.add_memory()
     parser.add_names("--objectives", OBJECTIVES, f"default: all, {' '.join(OBJECTIVES)}")
     parser.add_names("--providers", [p.name for p in PROVIDERS])
     args = parser.parse(argv)

@@ -150,15 +150,13 @@ def size_of(text: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    parser = Command(BENCH, _DESCRIPTION, _EPILOG)
-    parser.add_rounds(repeats=7, seconds=10)
+    options = ("device", "repeats", "seconds", "memory", "tiny")
+    parser = Command(BENCH, (_DESCRIPTION, _EPILOG), *options, repeats=7, seconds=10)
     parser.add_names("--sections", SECTIONS, f"in this order, twins last (default: {' '.join(SECTIONS)})")
     defaults = "; ".join(f"{kind}: {' '.join(f'{n}x{d}' for n, d in sizes)}" for kind, sizes in SIZES.items())
     parser.add_argument("--sizes", type=size_of, nargs="+", metavar="NxD",
         help=f"rows and width of the section pair, n at least 4 (default: {defaults})")  # fmt: skip
-    parser.add_memory()
     parser.add_names("--providers", [p.name for p in PROVIDERS])
-    parser.add_tiny()
     args = parser.parse(argv)
     facts = machine(args.device, PACKAGES)
     bounds = ceilings.measure(args.device)[0] if args.device.type == "cuda" else ceilings.of_host(args.tiny)

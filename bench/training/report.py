@@ -65,18 +65,17 @@ def steps_table(records: Sequence[Record]) -> str:
     return table(head, map(_step_row, records))
 
 
-def _step_row(r: Record) -> tuple[str, ...]:
-    start = (f"{r['batch']:,}", r["precision"], str(r["models"]))
+def _step_row(r: Record) -> list[str]:
+    start = [f"{r['batch']:,}", r["precision"], str(r["models"])]
     if r["reason"]:
-        return (*start, r["reason"], *[""] * 9)
-    seconds, rate = r["step_seconds"], r["images_per_second"]
-    peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}"
-    shares = [r["shares"]["encoders"], r["shares"]["losses"], r["twin_share"]]
-    shares += [r["shares"]["metrics"], r["shares"]["optimisers"]]
-    return (
+        return [*start, r["reason"], *[""] * 9]
+    seconds, rate, of = r["step_seconds"], r["images_per_second"], r["shares"]
+    shares = (of["encoders"], of["losses"], r["twin_share"], of["metrics"], of["optimisers"])
+    return [
         *start, f"{digits(median(seconds))} ({digits(min(seconds))}-{digits(max(seconds))})", f"{rate:,.0f}",
-        f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}", *("-" if s is None else f"{s:.1%}" for s in shares), peak,
-    )  # fmt: skip
+        f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}", *("-" if s is None else f"{s:.1%}" for s in shares),
+        "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
+    ]  # fmt: skip
 
 
 def _cases(records: Sequence[Record], heading: str, body: Callable[[Record], str]) -> str:
@@ -98,12 +97,10 @@ def _run(r: Record) -> str:
     return f"{table(head, models(r), left=1)}\n{rate}; {evaluation}; peak memory {peak}.\n"
 
 
-def models(r: Record) -> Iterator[tuple[str, ...]]:
+def models(r: Record) -> Iterator[list[str]]:
     """Rows for the models of a run: name, ALIGNMENT with dcl, accuracy of the nearest centre and of the probe."""
     for model, ncc in r["ncc"].items():
-        pair = r["pairs"].get(model)
-        aligned = [_four(pair[name]) if pair else "" for name in ALIGNMENT]
-        yield (model, *aligned, _four(ncc), _four(r["probe"][model]))
+        yield [model, *_aligned(r["pairs"].get(model)), f"{ncc:.4f}", f"{r['probe'][model]:.4f}"]
 
 
 def _precision(records: Sequence[Record]) -> str:
@@ -111,14 +108,15 @@ def _precision(records: Sequence[Record]) -> str:
     return _cases(records, "## Precision of the networks", lambda r: table(head, compared(r)))
 
 
-def compared(r: Record) -> Iterator[tuple[str, ...]]:
+def compared(r: Record) -> Iterator[list[str]]:
     """Rows for a comparison of precisions: the two models, the meaning of their comparison, their ALIGNMENT."""
-    rows = [("dcl fp32, dcl reseeded fp32", "the noise floor", r["floor"]),
-            ("dcl fp32, dcl bf16", "what the precision changes", r["between"])]  # fmt: skip
-    rows += [(f"dcl {p}, nscl {p}", "the alignment of interest", found) for p, found in r["alignment"].items()]
-    for names, what, values in rows:
-        yield (names, what, *(_four(values[name]) for name in ALIGNMENT))
+    yield ["dcl fp32, dcl reseeded fp32", "the noise floor", *_aligned(r["floor"])]
+    yield ["dcl fp32, dcl bf16", "what the precision changes", *_aligned(r["between"])]
+    for p, found in r["alignment"].items():
+        yield [f"dcl {p}, nscl {p}", "the alignment of interest", *_aligned(found)]
 
 
-def _four(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
+def _aligned(pair: Record | None) -> list[str]:
+    """ALIGNMENT of a pair of models; empty for the reference itself."""
+    values = [pair[name] for name in ALIGNMENT] if pair else [""] * len(ALIGNMENT)
+    return ["undefined" if v is None else v and f"{v:.4f}" for v in values]

@@ -40,8 +40,8 @@ BATCH = {"cuda": 1024, "cpu": 64, "tiny": 16}
 PRECISION_OF_RUNS = {"cuda": "bf16", "cpu": "fp32", "tiny": "fp32"}
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}
 
-_DESCRIPTION = """\
-The lockstep trainer on CIFAR-10 (digits where the file is absent): ResNet-18 with the CIFAR stem.
+_DESCRIPTION = f"""\
+The lockstep trainer on CIFAR-10 ({CIFAR}; digits where it is absent): ResNet-18 with the CIFAR stem.
 
 sections, in this order:
   steps      seconds of a step of all models together, images/s, peak memory, and the shares of views, encoders, losses,
@@ -153,10 +153,9 @@ def working_in(folder: Path) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    parser = Command(BENCH, _DESCRIPTION)
-    parser.add_rounds(repeats=10, seconds=120)
+    options = ("device", "repeats", "seconds", "data", "tiny")
+    parser = Command(BENCH, [_DESCRIPTION], *options, repeats=10, seconds=120)
     parser.add_names("--sections", SECTIONS, f"default: {' '.join(SECTIONS)}")
-    parser.add_images(CIFAR)
     args = parser.parse(argv)
     file = args.data / CIFAR
     if any(same(args.out / "runs", folder) for folder in file.parents):
