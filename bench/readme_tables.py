@@ -69,7 +69,7 @@ def losses(records: Sequence[Record]) -> str:
         small = min((r["peak_bytes"] for r in others if r["wall_ms"] and r["peak_bytes"] is not None), default=None)
         rows.append([
             f"{key[2]:,}", key[0], f"{key[1]:,}", *(_cell(at.get(name)) for name in names),
-            *(_share(losses_report.share(mine)) for _ in bound), md.times(best and best / duration(mine)),
+            *(_share(losses_report.share(mine)) for _ in bound), md.times(best / duration(mine) if best else None),
             _mib(mine["peak_bytes"]), _mib(small),
         ])  # fmt: skip
     return table(head, rows)
@@ -110,8 +110,8 @@ def similarity(records: Sequence[Record]) -> str:
             dense = digits(rival["wall_ms"]) if rival else next(filter(None, map(reason_word, as_much)), "")
             rows.append([
                 str(case), mine["computes"], digits(mine["wall_ms"]), _share(similarity_report.share(mine)), dense,
-                md.times(rival and rival["wall_ms"] / mine["wall_ms"]), _mib(mine["peak_bytes"]),
-                _mib(rival and rival["peak_bytes"]),
+                md.times(rival["wall_ms"] / mine["wall_ms"] if rival else None), _mib(mine["peak_bytes"]),
+                _mib(rival["peak_bytes"] if rival else None),
             ])  # fmt: skip
     return table(head, rows)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -20,8 +20,8 @@ from bench.harness.command import Command
 from bench.harness.markdown import conditions
 from bench.harness.records import machine, table, write
 from bench.harness.suite import Run
-from fastcl.data import Split, ViewParams, ViewPlan, ViewSpec, make_renderer
-from fastcl.data.renderers.choose import obstacle
+from fastcl.data import Split, ViewPlan, ViewSpec, make_renderer
+from fastcl.data.renderers.choose import RendererName, obstacle
 
 LOADS = (0.0, 0.65)  # share of the JPEG engine: fastcl's setting and DALI's default
 CASE = inputs.Case(224, "clothing10.zip", ((400, 533), (533, 400)), "simclr", 64, 64)
@@ -40,12 +40,10 @@ def compared(split: Split, spec: ViewSpec, device: torch.device) -> Iterator[tup
     params = [ViewPlan(spec, 0).draw(0, split.ids, view, split.sizes) for view in (0, 1)]
     levels = 255 * torch.tensor(spec.std, device=device)[:, None, None]
 
-    def views(name: str, threads: int = 1, order: np.ndarray = positions, size: int = len(split)) -> Tensor:
-        renderer, parts = make_renderer(name, split, spec, device, threads), []
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            parts.append(torch.stack(renderer(positions[chosen], _of(params, chosen)), 1))
-        found = torch.cat(parts)
+    def views(name: RendererName, threads: int = 1, order: np.ndarray = positions, size: int = len(split)) -> Tensor:
+        renderer = make_renderer(name, split, spec, device, threads)
+        batches = (order[start : start + size] for start in range(0, len(order), size))
+        found = torch.cat([torch.stack(renderer(batch, [p[batch] for p in params]), 1) for batch in batches])
         return found[torch.from_numpy(np.argsort(order)).to(found.device)].to(device)
 
     whole = views("dali")
@@ -59,10 +57,6 @@ def compared(split: Split, spec: ViewSpec, device: torch.device) -> Iterator[tup
     for what, other in others.items():
         apart = (whole - other).abs() * levels
         yield what, apart.mean().item(), apart.max().item()
-
-
-def _of(params: Sequence[ViewParams], chosen: np.ndarray) -> list[ViewParams]:
-    return [p[chosen] for p in params]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -46,7 +46,7 @@ class Case:
         return f"{self.size} x {self.size}"
 
 
-CASES = {
+CASES: dict[str, tuple[Case, ...]] = {
     "cpu": (
         Case(32, "cifar10_jpeg75.npz", ((32, 32),), "cifar", 2048, 256),
         Case(96, "fruits65.zip", ((100, 100),), "tiny-imagenet", 512, 64),

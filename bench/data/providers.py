@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from bench.data import peers
 from bench.data.inputs import Case, Photos
 from bench.harness import suite
 from fastcl.data import ViewLoader, ViewParams, ViewPlan, render_torchvision
-from fastcl.data.renderers.choose import Renderer, choose_renderer, make_renderer
+from fastcl.data.renderers.choose import Renderer, RendererName, choose_renderer, make_renderer
 from fastcl.errors import FastclError
 
 Batch: TypeAlias = tuple[Tensor, ...]
@@ -44,7 +44,7 @@ class Provider(suite.Provider):
 
     open: Open
     views: bool = True
-    renderer: str | None = None
+    renderer: RendererName | None = None
     unfit: Callable[[Photos], str | None] = lambda photos: None
     ours: bool = field(default=False, kw_only=True)
 
@@ -73,7 +73,7 @@ def _plan(loader: ViewLoader, epoch: int, step: int) -> list[ViewParams]:
     return [loader.plan.draw(epoch, split.ids[positions], view, split.sizes[positions]) for view in range(2)]
 
 
-def _planned(name: str, photos: Photos, case: Case, device: torch.device) -> Feed:
+def _planned(name: RendererName, photos: Photos, case: Case, device: torch.device) -> Feed:
     renderer = make_renderer(name, photos.split, case.spec, device, threads=peers.WORKERS)
     loader = loader_of(photos, case, renderer)
 
@@ -104,7 +104,7 @@ def _reading_alone(photos: Photos, case: Case, device: torch.device) -> Feed:
     return feed
 
 
-def _obstacle(name: str, photos: Photos, case: Case, device: torch.device) -> str | None:
+def _obstacle(name: RendererName, photos: Photos, case: Case, device: torch.device) -> str | None:
     try:
         choose_renderer(name, [photos.split], case.spec, device)
     except FastclError as error:
@@ -127,7 +127,7 @@ def _nothing_to_decode(photos: Photos) -> str | None:
     return "the images are decoded beforehand" if photos.split.encoded is None else _no_dali(photos)
 
 
-def _ours(name: str, **fields: tuple[str, ...]) -> Provider:
+def _ours(name: RendererName, **fields: Any) -> Provider:
     return Provider(f"fastcl {name}", partial(_planned, name), renderer=name, ours=True, **fields)
 
 

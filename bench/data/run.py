@@ -54,15 +54,13 @@ quoting leave the machine to the run alone.
 class Views(Comparison):
     """A pass over the images of a case."""
 
+    table = PROVIDERS
     reported = "fwd"
     measured = "over the limit of {limit:g} s: one pass takes {seconds:.3g} s"
 
     def __init__(self, run: Run, case: Case, photos: Photos) -> None:
         super().__init__(run, case)
         self.photos = photos
-
-    def providers(self) -> list[Provider]:
-        return [p for p in PROVIDERS if p.name in self.run.args.providers]
 
     def obstacle(self, provider: Provider) -> str | None:
         return provider.obstacle(self.photos, self.case, self.device)

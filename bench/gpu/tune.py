@@ -112,7 +112,7 @@ def tune(row: Row, plan: Plan) -> Row:
         except Exception as error:  # compilers report limits with many exception types
             print(f"  {axis}={value}: dropped: {first_line(error)}", flush=True)
             continue
-        present, candidate = ([s.gpu or s.wall for s in times[name][which]] for name in ("present", "candidate"))
+        present, candidate = ([s.ms for s in times[name][which]] for name in ("present", "candidate"))
         won = beats(candidate, present)
         text = f"{digits(median(candidate))} ms against {digits(median(present))} ms"
         print(f"  {axis}={value}: {text}{', kept' if won else ''}", flush=True)

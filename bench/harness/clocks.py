@@ -28,6 +28,11 @@ class Sample(NamedTuple):
     gpu: float | None = None
     cores: float | None = None
 
+    @property
+    def ms(self) -> float:
+        """The time on the device if it was taken, else the wall-clock time."""
+        return self.gpu or self.wall or 0.0
+
 
 Timer: TypeAlias = Callable[[], dict[str, Sample]]
 
@@ -35,8 +40,8 @@ Timer: TypeAlias = Callable[[], dict[str, Sample]]
 class Peak(NamedTuple):
     """Peak memory of a call beyond its inputs, None if it was not measured, and its duration in seconds."""
 
-    bytes: int | None
-    seconds: float
+    bytes: int | None = None
+    seconds: float = 0.0
 
 
 class Laps:

@@ -51,7 +51,7 @@ class Line(NamedTuple):
 def similarity(records: Sequence[Record], folder: Path) -> str | None:
     """Draw two models held in memory, at the width with the most sizes; return the file name, None if not drawn."""
     chosen = _most([r for r in records if r["section"] == "pair"], SIMILARITY)
-    lines = _lines(chosen, SIMILARITY, lambda r: f"{r['provider']}: {r['computes']}", itemgetter("wall_ms"))
+    lines = _lines(chosen, SIMILARITY, "{provider}: {computes}", itemgetter("wall_ms"))
     title = "Two models, d = {d}; {device}".format(**chosen[0]) if chosen else ""
     return _draw(folder / "similarity.svg", title, lines, "peak memory beyond the features (MiB)")
 
@@ -59,7 +59,7 @@ def similarity(records: Sequence[Record], folder: Path) -> str | None:
 def losses(records: Sequence[Record], folder: Path) -> str | None:
     """Draw NT-Xent, forward and backward together, and its bound if any; returns what `similarity` does."""
     chosen = _most([r for r in records if r["objective"] == "ntxent" and r["pass"] == "both"], LOSSES)
-    lines = _lines(chosen, LOSSES, itemgetter("provider"), duration)
+    lines = _lines(chosen, LOSSES, "{provider}", duration)
     if bounds := {r["n"]: (r["bound_ms"], None) for r in chosen if r["bound_ms"]}:
         lines.append(Line("bound", ("#000000", "", ":"), bounds))
     title = "NT-Xent, forward and backward, D = {d}; {device}".format(**chosen[0]) if chosen else ""
@@ -75,15 +75,13 @@ def _most(records: Sequence[Record], styles: Mapping[str, object]) -> list[Recor
 
 
 def _lines(
-    records: Sequence[Record],
-    styles: Mapping[str, Any],
-    label: Callable[[Record], str],
-    time: Callable[[Record], float | None],
+    records: Sequence[Record], styles: Mapping[str, Any], label: str, time: Callable[[Record], float]
 ) -> list[Line]:
+    """A line for each provider, named by the format `label` of its fields."""
     lines = []
     for name, style in styles.items():
         if mine := [r for r in records if r["provider"] == name]:
-            lines.append(Line(label(mine[0]), style, {r["n"]: (time(r), r["peak_bytes"]) for r in mine}))
+            lines.append(Line(label.format(**mine[0]), style, {r["n"]: (time(r), r["peak_bytes"]) for r in mine}))
     return lines
 
 

@@ -187,8 +187,8 @@ def milliseconds(times: Sequence[float]) -> str:
     return f"{digits(median(times))} ({digits(min(times))}-{digits(max(times))})"
 
 
-def duration(r: Record) -> float | None:
-    """Time of a record in ms: on the device if timed there, else wall clock; None if not timed."""
+def duration(r: Record) -> float:
+    """Time of a timed record in ms: on the device if timed there, else wall clock."""
     return r["gpu_ms"] or r["wall_ms"]
 
 

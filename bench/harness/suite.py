@@ -120,7 +120,7 @@ class Entry:
     not timed."""
 
     provider: Any
-    peak: Peak | None = None
+    peak: Peak = Peak()
     result: Any = None
     timing: str | None = None
     fields: Record = field(default_factory=dict)
@@ -133,6 +133,7 @@ class Comparison:
     A benchmark overrides the methods up to `fields`. The defaults suit providers that cannot be wrong and have no cost.
     """
 
+    table: ClassVar[Sequence[Any]] = ()  # all providers
     reported: ClassVar[str] = "both"  # the pass that has the peak memory, and that of records without times
     overhead: ClassVar[Mapping[str, float]] = {}  # by device, at most the seconds of a call that do not grow with n
     expected = "over the limit of {limit:g} s by its time on fewer rows"
@@ -140,12 +141,13 @@ class Comparison:
 
     def __init__(self, run: Run, case: Any) -> None:
         """A comparison on a case; its inputs are made when it is measured."""
-        self.run, self.case, self.device, self.inputs = run, case, run.args.device, None
+        self.run, self.case, self.device = run, case, run.args.device
+        self.inputs: Any = None
         self.where = self.label = str(case)  # the case in errors and in printed lines
 
     def providers(self) -> Sequence[Any]:
-        """The providers to compare."""
-        raise NotImplementedError
+        """The providers to compare: those that are asked for."""
+        return [p for p in self.table if p.name in self.run.args.providers]
 
     @staticmethod
     def prepare(case: Any, device: torch.device) -> Any:
@@ -205,8 +207,9 @@ class Comparison:
             entries = [Entry(provider) for provider in self.providers()]
             for entry in entries:
                 self.probe(entry)
-                memory = "" if not entry.peak or entry.peak.bytes is None else f"{entry.peak.bytes / 2**20:.1f} MiB"
-                self._say(entry, entry.reason or f"peak memory {memory or 'not measured'}")
+                used = entry.peak.bytes
+                memory = "not measured" if used is None else f"{used / 2**20:.1f} MiB"
+                self._say(entry, entry.reason or f"peak memory {memory}")
             self.compare([e for e in entries if not e.reason])
             rounds = self._rounds([e for e in entries if not e.reason])
         except torch.OutOfMemoryError as error:  # of all providers together
@@ -237,12 +240,12 @@ class Comparison:
             elif entry.result is None:
                 entry.result = self.call(provider, self.inputs)
         except Exception as error:  # any unsupported or failing case is recorded
-            entry.peak, entry.reason = None, self.run.reason(f"{self.where}: {provider.name}", error, provider.ours)
+            entry.peak, entry.reason = Peak(), self.run.reason(f"{self.where}: {provider.name}", error, provider.ours)
 
     def _rounds(self, entries: Sequence[Entry]) -> dict[str, dict[str, list[Sample]]]:
         if not entries:
             return {}
-        args, long = self.run.args, any(e.peak and e.peak.seconds > LONG for e in entries)
+        args, long = self.run.args, any(e.peak.seconds > LONG for e in entries)
         warm_up = 0 if long else WARM_UP[self.device.type]
         return clocks.interleave(self.timers(entries), args.repeats, args.seconds, warm_up)
 
@@ -252,16 +255,17 @@ class Comparison:
         """Timers of forward passes of providers and of the backward passes to a leaf, by CUDA graphs where they fit."""
         found = {}
         # Each graph keeps the memory of its passes, and eager passes need theirs in addition.
-        room = self.run.args.memory * GIB - max(e.peak.bytes for e in entries)
+        room = self.run.args.memory * GIB - max(e.peak.bytes or 0 for e in entries)
         for entry in entries:
-            capture = entry.provider.capture and entry.peak.seconds <= LONG and entry.peak.bytes <= room
+            used = entry.peak.bytes or 0
+            capture = entry.provider.capture and entry.peak.seconds <= LONG and used <= room
             found[entry.provider.name], entry.timing = clocks.timer_of(forward(entry.provider), leaf, capture)
-            room -= entry.peak.bytes if entry.timing == "graph" else 0
+            room -= used if entry.timing == "graph" else 0
         return found
 
     def _record(self, entry: Entry, which: str, samples: Sequence[Sample]) -> Record:
         flops, bound = self.costs(entry.provider, which)
-        peak = entry.peak.bytes if entry.peak and which == self.reported else None
+        peak = entry.peak.bytes if which == self.reported else None
         case, name = self.fields(entry, samples) | entry.fields, entry.provider.name
         timing = entry.timing or ("events" if samples and samples[0].gpu is not None else None)
         return record(

@@ -20,7 +20,7 @@ TIMES_MS = {  # NT-Xent, forward and backward on the device, by (rows, width)
 }  # fmt: skip
 WALL_MS = {(4096, 128): 0.15}  # for an eager call
 LARGE, LARGE_GIB = (1048576, 512), 8
-ROWS, WIDTH = 65536, 128
+EQUAL = (65536, 128)
 RELATIVE = {"nscl": 1.1, "supcon": 1.1, "ntxent+supcon": 1.1, "clip": 2.1 / 4}  # at most, times NT-Xent on equal rows
 HALF = ("chunked bf16", "torch.compile bf16", "flex_attention bf16")
 FASTER = {"Inf-CL": (10.0, ("Inf-CL",)), "PyTorch in bf16": (2.0, HALF)}  # at least, against providers at FASTER_AT
@@ -87,9 +87,9 @@ def _rows(records: Sequence[Record], ours: str, gpu: bool) -> Iterator[list[str]
         cells = [milliseconds(by_key[n, name, which]["samples_ms"]) + mark for which in ("both", "fwd", "bwd")]
         cells += [digits(r["wall_ms"]), md.percent(share(r))] if gpu else []
         cells += [f"{r[key]:.3g}" for key in ("tflops", "tflops_dense")]
-        fastest = by_key.get((n, ours, "both"))
-        other = name != ours and fastest and not fastest["reason"]
-        yield [str(n), name, *cells, peak, md.times(duration(r) / duration(fastest)) if other else ""]
+        mine = by_key.get((n, ours, "both"))
+        ratio = duration(r) / duration(mine) if mine and mine is not r and not mine["reason"] else None
+        yield [str(n), name, *cells, peak, md.times(ratio)]
 
 
 def share(r: Record) -> float | None:
@@ -111,52 +111,37 @@ def targets(records: Sequence[Record]) -> Iterator[md.Target]:
     timed = [r for r in records if r["pass"] == "both" and r["gpu_ms"] and CARD in r["device"]]
     fused = [r for r in timed if r["provider"] == FUSED]
 
-    def values(key: str, size: tuple[int, int]) -> Iterator[float]:
-        return (r[key] for r in fused if _case(r) == ("ntxent", *size))
+    def first(size: tuple[int, int], key: str) -> float | None:
+        return next((r[key] for r in fused if _case(r) == ("ntxent", *size)), None)
 
-    def slower(rivals: Sequence[str], size: tuple[int, int]) -> float | None:
-        """Time of the fastest rival relative to ours."""
-        ratios = (r["gpu_ms"] / ms for ms, r in _beside(fused, timed, ("ntxent", *size), "ntxent")
-                  if r["provider"] in rivals)  # fmt: skip
-        return min(ratios, default=None)
+    def ratios(size: tuple[int, int], objective: str, rivals: Sequence[str]) -> list[float]:
+        """Times of rivals on an objective relative to ours on NT-Xent."""
+        mine = [r for r in fused if _case(r) == ("ntxent", *size)]
+        theirs = [r for r in timed if r["provider"] in rivals and _case(r) == (objective, *size)]
+        return [r["gpu_ms"] / own["gpu_ms"] for r in theirs for own in mine if r["date"] == own["date"]]
 
-    for size, limit in TIMES_MS.items():
-        found = next(values("gpu_ms", size), None)
-        yield md.goal(f"ntxent in {limit:g} ms on the device", _at(*size), found, limit, _ms)
-    for size, limit in WALL_MS.items():
-        found = next(values("wall_ms", size), None)
-        yield md.goal(f"ntxent in {limit:g} ms on the wall clock", _at(*size), found, limit, _ms)
-    peak = next((size / 2**30 for size in values("peak_bytes", LARGE) if size), None)
-    yield md.goal(f"ntxent within {LARGE_GIB} GiB", _at(*LARGE), peak, LARGE_GIB, lambda x: f"{digits(x)} GiB")
+    for key, what, limits in (("gpu_ms", "device", TIMES_MS), ("wall_ms", "wall clock", WALL_MS)):
+        for size, limit in limits.items():
+            what_for = f"ntxent in {limit:g} ms on the {what}"
+            yield md.goal(what_for, _at(size), first(size, key), limit, lambda ms: f"{digits(ms)} ms")
+    peak = first(LARGE, "peak_bytes")
+    gib = None if peak is None else peak / 2**30
+    yield md.goal(f"ntxent within {LARGE_GIB} GiB", _at(LARGE), gib, LARGE_GIB, lambda x: f"{digits(x)} GiB")
     for objective, limit in RELATIVE.items():
-        pairs = _beside(fused, fused, ("ntxent", ROWS, WIDTH), objective)
-        found = next((r["gpu_ms"] / ms for ms, r in pairs), None)
-        yield md.goal(f"{objective} in at most {limit:g} times ntxent's time", _at(ROWS, WIDTH), found, limit, md.times)
+        found = next(iter(ratios(EQUAL, objective, [FUSED])), None)
+        yield md.goal(f"{objective} in at most {limit:g} times ntxent's time", _at(EQUAL), found, limit, md.times)
     for size in FASTER_AT:
         for name, (limit, rivals) in FASTER.items():
-            yield md.goal(f"{limit:g} times as fast as {name}", _at(*size), slower(rivals, size), limit, md.times, True)
+            found = min(ratios(size, "ntxent", rivals), default=None)
+            yield md.goal(f"{limit:g} times as fast as {name}", _at(size), found, limit, md.times, True)
     for size in sorted({(r["n"], r["d"]) for r in fused if r["objective"] == "ntxent" and r["n"] >= 512}):
-        if ratio := slower(PLAIN, size):
-            yield md.goal("as fast as the best PyTorch", _at(*size), ratio, 1, md.times, True)
+        if found := ratios(size, "ntxent", PLAIN):
+            yield md.goal("as fast as the best PyTorch", _at(size), min(found), 1, md.times, True)
 
 
 def _case(r: Record) -> tuple[str, int, int]:
     return r["objective"], r["n"], r["d"]
 
 
-def _beside(
-    fused: Sequence[Record], others: Sequence[Record], case: tuple[str, int, int], objective: str
-) -> Iterator[tuple[float, Record]]:
-    """Our time on a case, with each record of the same run on an objective of the same size."""
-    for mine in (r for r in fused if _case(r) == case):
-        for r in others:
-            if r["date"] == mine["date"] and _case(r) == (objective, *case[1:]):
-                yield mine["gpu_ms"], r
-
-
-def _at(n: int, d: int) -> str:
-    return f"N = {n:,}, D = {d:,}"
-
-
-def _ms(value: float) -> str:
-    return f"{digits(value)} ms"
+def _at(size: tuple[int, int]) -> str:
+    return f"N = {size[0]:,}, D = {size[1]:,}"

@@ -70,6 +70,7 @@ def make_batch(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
 class Losses(Comparison):
     """An objective on n rows of width d; the case has the fields of its records."""
 
+    table = PROVIDERS
     overhead = {"cpu": 0.5, "cuda": 0.01}
     expected = "skipped: one call would take about {seconds:.3g} s, the limit is {limit:g} s"
     measured = "skipped: one call takes {seconds:.3g} s, the limit is {limit:g} s"
@@ -78,9 +79,6 @@ class Losses(Comparison):
         super().__init__(run, case)
         self.objective, self.n, self.d = case["objective"], case["n"], case["d"]
         self.where, self.label = f"{self.objective}, n={self.n}, d={self.d}", f"{self.objective:7} n={self.n:<6}"
-
-    def providers(self) -> list[Provider]:
-        return [p for p in PROVIDERS if p.name in self.run.args.providers]
 
     @staticmethod
     def prepare(case: Record, device: torch.device) -> tuple[Tensor, Tensor, str]:

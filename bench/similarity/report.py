@@ -28,9 +28,8 @@ CARD_TARGET, CARD, CARD_MS = Case("models", 50_000, 2048, 4, "bfloat16"), "H200"
 
 def header(facts: Record, args: argparse.Namespace, ceilings: Ceilings) -> str:
     """The conditions of the run, written before its first measurement."""
-    memory, product = "high-water mark of the resident set of a fresh process, after a warm-up on 8 x 8", "float32"
-    if args.device.type == "cuda":
-        memory, product = "peak of PyTorch's allocator", "half-precision"
+    cuda = args.device.type == "cuda"
+    memory = "PyTorch's allocator" if cuda else "the resident set of a fresh process, after a warm-up on 8 x 8 rows"
     return f"""\
 # Pair statistics: time and memory
 
@@ -39,20 +38,18 @@ def header(facts: Record, args: argparse.Namespace, ceilings: Ceilings) -> str:
   {MEAN}. In chunks, they are drawn again in every call: "{DRAWN}" is that time, and part of all others.
 - Time: ms on the wall clock, {md.rounds(args)};
   every call ends with numbers on the host.
-- Computes: the measures of all pairs that one call returns. A provider is compared with the fastest dense Gram form
-  that returns at least the same; "is faster by" says how many times.
-- Error: largest, absolute, on {GATE} rows of as wide features, against the definitions in float64; over
+- Computes: the measures of all pairs that one call returns. "Is faster by": than the fastest dense Gram form that
+  returns at least the same.
+- Error: largest, absolute, on {GATE} rows of as wide features, against Gram matrices in float64; over
   {md.allowed(TOLERANCES)} by the provider's precision it is not timed. Differs: largest difference from the
   first provider of the table that has the measure, at the size of the table.
-- Of the bound: the bound's share of the time. The bound is the slowest of {product} products, exponentials and the
-  reading of the features, at what this run reached: {ceilings}. Products: X'Y of all pairs and half of each X'X for
-  each kernel (2 n d d a pair and n d d a model), or half of each model's Gram matrix (n n d), from which all kernels
-  follow, whichever is less; RBF needs the latter, and n n / 2 exponentials. TFLOP/s: of the products that the provider
-  makes itself.
-- Memory: beyond the features that are at hand: {memory}; on a CPU
-  with what the C allocator keeps back.
-- Over the limit: more than {args.seconds:g} s in one call, measured or by the time on fewer rows. Nothing is
-  extrapolated.
+- Of the bound: the bound's share of the time. The bound is the slowest of {"half-precision" if cuda else "float32"}
+  products, exponentials and the reading of the features, at what this run reached: {ceilings}.
+  Products: X'Y of all pairs and half of each X'X for each kernel (2 n d d a pair and n d d a model), or half of each
+  model's Gram matrix (n n d), from which all kernels follow, whichever is less; RBF needs the latter, and n n / 2
+  exponentials. TFLOP/s: of the products that the provider makes itself.
+- Memory: peak of {memory}, beyond the features that are at hand.
+- Over the limit: more than {args.seconds:g} s in one call, measured or by the time on fewer rows.
 """
 
 
@@ -92,7 +89,7 @@ def targets(records: Sequence[Record]) -> Iterator[md.Target]:
 
 
 def _is(r: Record, case: Case) -> bool:
-    return case == Case(*(r.get(key) for key in KEYS))
+    return all(r.get(key) == getattr(case, key) for key in KEYS)
 
 
 def best_dense(records: Sequence[Record], r: Record | None) -> Record | None:

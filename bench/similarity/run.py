@@ -33,7 +33,7 @@ otherwise; and of fastcl.twin_stats against its parts. All providers run interle
   torch-cka, ckatorch, rsatoolbox
                               those installed: pip install '.[peers]'
 
-Each must first be right on {GATE} rows against its measures by definition in float64, to
+Each must first be right on {GATE} rows against its measures from Gram matrices in float64, to
 {allowed(TOLERANCES)} by its precision. One that is not is not timed, and if it is no other library
 the exit status is 1. A case over the limits (--memory, --seconds) is recorded with the reason.
 """
@@ -49,6 +49,7 @@ hour on two cores. For numbers worth quoting leave the machine to it alone.
 class Similarity(Comparison):
     """The measures of the models of a case."""
 
+    table = PROVIDERS
     reported = "fwd"
     overhead = {"cpu": 0.2, "cuda": 0.01}
     case: Case
@@ -58,8 +59,7 @@ class Similarity(Comparison):
         self.where = self.label = f"{case.section}, {case}"
 
     def providers(self) -> list[Provider]:
-        asked = (p for p in PROVIDERS if p.name in self.run.args.providers)
-        return [p for p in asked if p.name != DRAWN or self.case.chunk]
+        return [p for p in super().providers() if p.name != DRAWN or self.case.chunk]
 
     @staticmethod
     def prepare(case: Case, device: torch.device) -> Features:

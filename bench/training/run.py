@@ -166,5 +166,6 @@ def main(argv: list[str] | None = None) -> int:
     run = Training(BENCH, args, facts, lambda found: report.markdown(found, facts, name, args))
     run.kind, run.source = "tiny" if args.tiny else args.device.type, f"cifar10:{CIFAR}" if real else "digits"
     with tempfile.TemporaryDirectory() as scratch, working_in(file.parent if real else Path.cwd()):
-        parts = (part for name in SECTIONS if name in args.sections for part in PARTS[name](run, Path(scratch)))
+        chosen = (section for section in SECTIONS if section in args.sections)
+        parts = (part for section in chosen for part in PARTS[section](run, Path(scratch)))
         return run.execute(partial(attempt, run, *part) for part in parts)

@@ -123,7 +123,7 @@ def test_providers_that_differ_are_an_error(what, wrong):
 def changed(monkeypatch, name: str, **fields) -> None:
     """Replace a provider by one with other fields."""
     providers = [replace(p, **fields) if p.name == name else p for p in losses.PROVIDERS]
-    monkeypatch.setattr(losses, "PROVIDERS", tuple(providers))
+    monkeypatch.setattr(losses.Losses, "table", tuple(providers))
 
 
 @pytest.fixture

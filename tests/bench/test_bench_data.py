@@ -111,7 +111,7 @@ def changed(monkeypatch, name: str, change) -> None:
         return lambda epoch: (change(views) for views in feed(epoch))
 
     providers = [replace(p, open=broken) if p.name == name else p for p in PROVIDERS]
-    monkeypatch.setattr(data, "PROVIDERS", tuple(providers))
+    monkeypatch.setattr(data.Views, "table", tuple(providers))
 
 
 def fail(views):

@@ -86,7 +86,7 @@ def test_the_report_names_conditions_labels_absent_packages_and_targets(finished
 
 def changed(monkeypatch, name: str, **fields) -> None:
     providers = [replace(p, **fields) if p.name == name else p for p in PROVIDERS]
-    monkeypatch.setattr(similarity, "PROVIDERS", tuple(providers))
+    monkeypatch.setattr(similarity.Similarity, "table", tuple(providers))
 
 
 def small(tmp_path, *more: str) -> list[str]:
