@@ -103,7 +103,7 @@ class Losses(Comparison):
     def compare(self, entries: Sequence[Entry]) -> None:
         """Reject providers that differ from the first by more than the tolerance of the less precise of the two."""
         for entry in entries:  # the first as well: NaN does not even agree with itself
-            pair = {e.provider: dict(zip(("loss", "gradient"), e.result, strict=True)) for e in (entries[0], entry)}
+            pair = {e.provider: {"loss": e.result[0], "gradient": e.result[1]} for e in (entries[0], entry)}
             try:
                 agree({p.name: found for p, found in pair.items()}, max(TOLERANCES[p.precision] for p in pair))
             except FastclError as error:
