@@ -208,8 +208,8 @@ class Comparison:
             for entry in entries:
                 self.probe(entry)
                 used = entry.peak.bytes
-                memory = "not measured" if used is None else f"{used / 2**20:.1f} MiB"
-                self._say(entry, entry.reason or f"peak memory {memory}")
+                ready = "can be timed" if used is None else f"peak memory {used / 2**20:.1f} MiB"
+                self._say(entry, entry.reason or ready)
             self.compare([e for e in entries if not e.reason])
             rounds = self._rounds([e for e in entries if not e.reason])
         except torch.OutOfMemoryError as error:  # of all providers together
