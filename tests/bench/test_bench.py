@@ -220,10 +220,9 @@ def test_the_memory_measurement_sees_what_is_allocated_and_nothing_of_this_proce
 
 def test_the_memory_of_a_case_is_that_of_its_arrays_as_estimated():
     # Arrays above 32 MiB, which the C allocator takes from the system one by one and gives back at once.
-    (provider,) = (p for p in losses.PROVIDERS if p.name == "authors' formulation")
-    small, case = ({"objective": "ntxent", "n": n, "d": 64} for n in (losses.WARM_UP_ROWS, 384))
-    peak = clocks.measure_peak(suite.memory_case, "cpu", losses.Losses, provider.name, small, case).bytes
-    assert peak == pytest.approx(4 * provider.floats(384, 64), rel=0.15)
+    name, cases = "authors' formulation", [{"objective": "ntxent", "n": n, "d": 64} for n in (losses.WARM_UP_ROWS, 384)]
+    peak = clocks.measure_peak(suite.memory_case, "cpu", losses.Losses, name, *cases).bytes
+    assert peak == pytest.approx(4 * BY_NAME[name].floats(384, 64), rel=0.15)
 
 
 def test_a_process_that_was_killed_is_a_reason_not_the_end(small, tmp_path, monkeypatch):
