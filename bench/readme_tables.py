@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.data import report as data_report
+from bench.harness import markdown as md
 from bench.harness.figures import LOSSES
-from bench.harness.markdown import target_table
-from bench.harness.records import Record, digits, duration, table
-from bench.losses import targets as loss_targets
+from bench.harness.records import Record, digits, duration, grouped, table
+from bench.losses import report as losses_report
 from bench.similarity import report as similarity_report
 from bench.similarity import two_models
 from bench.similarity.inputs import KEYS, Case
@@ -40,37 +40,37 @@ def conditions(records: Sequence[Record]) -> str:
 def reason_word(r: Record) -> str:
     """Why a time is missing, in one word: "time", "memory" or "failed"; empty if it could not be timed at all."""
     reason = r["reason"]
-    if reason is None or reason.startswith(("has no ", "timed on ")) or reason.endswith(" is not installed"):
+    if reason is None or md.never(reason):
         return ""
-    if reason.startswith("failed"):
-        return "failed"
-    if "needs" in reason or "memory" in reason:
-        return "memory"
-    return "time" if "limit" in reason else "failed"
+    if not reason.startswith("failed"):
+        if "needs" in reason or "memory" in reason:
+            return "memory"
+        if "limit" in reason:
+            return "time"
+    return "failed"
 
 
 def losses(records: Sequence[Record]) -> str:
     """ms of every timed provider; one row per objective, width, number of rows and run."""
     both = [r for r in records if r["pass"] == "both" or r["reason"]]
-    ours = loss_targets.ours(records)
+    ours, order = losses_report.ours(records), list(dict.fromkeys(r["objective"] for r in both))
     names = [name for name in LOSSES if any(r["provider"] == name and r["wall_ms"] for r in both)]
-    bound = any(r["bound_ms"] for r in both)
-    head = ["N", "objective", "D", *names, *(["of the bound"] if bound else []), "faster than the best other",
-            "MiB, fastcl", "MiB, least of the others"]  # fmt: skip
+    bound = ["of the bound"] if any(r["bound_ms"] for r in both) else []
+    head = ["N", "objective", "D", *names, *bound, "faster than the best other", "MiB, fastcl",
+            "MiB, least of the others"]  # fmt: skip
     rows = []
-    for key in sorted({_row_key(r) for r in both}, key=_in_order(both)):
-        at = {r["provider"]: r for r in both if _row_key(r) == key}
-        mine = at.get(ours)
-        others = [r for name, r in at.items() if name in names and not name.startswith("fastcl") and r["wall_ms"]]
+    groups = grouped(both, "objective", "d", "n", "date")  # a date identifies a run, whose times are comparable
+    for key in sorted(groups, key=lambda key: (order.index(key[0]), *key[1:])):
+        at = {r["provider"]: r for r in groups[key]}
+        mine, others = at.get(ours), [r for name, r in at.items() if name in names and not name.startswith("fastcl")]
         if mine is None or not mine["wall_ms"]:
             continue
-        best = min(map(duration, others), default=None)
-        small = min((r["peak_bytes"] for r in others if r["peak_bytes"] is not None), default=None)
-        share = [f"{100 * mine['bound_ms'] / duration(mine):.0f} %" if mine["bound_ms"] else ""] if bound else []
-        objective, d, n, _ = key
+        best = min((duration(r) for r in others if r["wall_ms"]), default=None)
+        small = min((r["peak_bytes"] for r in others if r["wall_ms"] and r["peak_bytes"] is not None), default=None)
         rows.append([
-            f"{n:,}", objective, f"{d:,}", *(_cell(at.get(name)) for name in names), *share,
-            "" if best is None else f"{digits(best / duration(mine))}x", _mib(mine["peak_bytes"]), _mib(small),
+            f"{key[2]:,}", key[0], f"{key[1]:,}", *(_cell(at.get(name)) for name in names),
+            *(_share(losses_report.share(mine)) for _ in bound), md.times(best / duration(mine) if best else None),
+            _mib(mine["peak_bytes"]), _mib(small),
         ])  # fmt: skip
     return table(head, rows)
 
@@ -80,19 +80,14 @@ def ntxent(records: Sequence[Record]) -> str:
     return losses([r for r in records if r["objective"] == "ntxent"])
 
 
-def _row_key(r: Record) -> tuple[str, int, int, str]:
-    return r["objective"], r["d"], r["n"], r["date"]  # a date identifies a run, whose times are comparable
-
-
-def _in_order(records: Sequence[Record]) -> Callable[[tuple[str, int, int, str]], tuple[int, int, int, str]]:
-    objectives = list(dict.fromkeys(r["objective"] for r in records))
-    return lambda key: (objectives.index(key[0]), *key[1:])
-
-
 def _cell(r: Record | None) -> str:
     if r is None:
         return ""
     return digits(duration(r)) if r["wall_ms"] else reason_word(r)
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _mib(size: int | None) -> str:
@@ -103,77 +98,62 @@ def similarity(records: Sequence[Record]) -> str:
     """fastcl and the fastest dense Gram form with the same measures, for the cases shown."""
     head = ("what", "measures", "ms", "of the bound", "best dense Gram form", "faster by", "MiB, fastcl", "MiB, dense")
     rows = []
-    keys = (*KEYS, "date")
-    for case in dict.fromkeys(tuple(r[key] for key in keys) for r in records if r["section"] != "twins"):
-        at = [r for r in records if tuple(r.get(key) for key in keys) == case]
-        compared = (at[0]["n"], at[0]["d"]) in PAIRS and any(r["dense"] for r in at)
-        if at[0]["section"] == "pair" and not compared:
+    pairs = (r for r in records if r["section"] != two_models.SECTION)
+    for (*fields, _), at in grouped(pairs, *KEYS, "date").items():
+        case = Case(*fields)
+        if case.section == "pair" and not ((case.n, case.d) in PAIRS and any(r["dense"] for r in at)):
             continue
-        names = OURS if at[0]["section"] == "pair" else (ALL_THREE,)
+        names = OURS if case.section == "pair" else (ALL_THREE,)
         for mine in (r for r in at if r["provider"] in names and r["wall_ms"]):
             rival = similarity_report.best_dense(at, mine)
-            dense = digits(rival["wall_ms"]) if rival else _dense_reason(at, mine)
-            ratio = f"{digits(rival['wall_ms'] / mine['wall_ms'])}x" if rival else ""
-            share = "" if mine["bound_ms"] is None else f"{100 * mine['bound_ms'] / mine['wall_ms']:.0f} %"
-            memory = [_mib(r["peak_bytes"]) if r else "" for r in (mine, rival)]
-            what = str(Case(*case[:-1])), mine["computes"]
-            rows.append([*what, digits(mine["wall_ms"]), share, dense, ratio, *memory])
+            as_much = (r for r in at if r["dense"] and set(mine["measures"]) <= set(r["measures"]))
+            dense = digits(rival["wall_ms"]) if rival else next(filter(None, map(reason_word, as_much)), "")
+            rows.append([
+                str(case), mine["computes"], digits(mine["wall_ms"]), _share(similarity_report.share(mine)), dense,
+                md.times(rival["wall_ms"] / mine["wall_ms"] if rival else None), _mib(mine["peak_bytes"]),
+                _mib(rival["peak_bytes"] if rival else None),
+            ])  # fmt: skip
     return table(head, rows)
-
-
-def _dense_reason(records: Sequence[Record], mine: Record) -> str:
-    found = [r for r in records if r["dense"] and set(mine["measures"]) <= set(r["measures"])]
-    return next((word for r in found if (word := reason_word(r))), "")
 
 
 def libraries(records: Sequence[Record]) -> str:
     """Other ways to compute a measure at n = 10,000, d = 512, from the run that has most of them."""
-    at = [
-        r for r in records
-        if r["section"] == "pair" and (r["n"], r["d"]) == (10_000, 512) and r["provider"] in LIBRARIES
-    ]  # fmt: skip
-    runs = [r["date"] for r in at]
-    chosen = (r for r in at if r["date"] == max(runs, key=runs.count))
-    rows = [[r["provider"], r["computes"], _cell_with_reason(r), _mib(r["peak_bytes"])] for r in chosen]
+    at = [r for r in records if r["provider"] in LIBRARIES and (r["section"], r["n"], r["d"]) == ("pair", 10_000, 512)]
+    rows = []
+    for r in max(grouped(at, "date").values(), key=len):
+        time = digits(r["wall_ms"]) if r["wall_ms"] else r["reason"].partition(": ")[2] or r["reason"]
+        rows.append([r["provider"], r["computes"], time, _mib(r["peak_bytes"])])
     return table(("n = 10,000, d = 512", "measures", "ms", "MiB"), rows)
-
-
-def _cell_with_reason(r: Record) -> str:
-    return digits(r["wall_ms"]) if r["wall_ms"] else r["reason"].partition(": ")[2] or r["reason"]
 
 
 def pairs_of_twins(records: Sequence[Record]) -> str:
     """twin_stats compared with the calls it replaces and with the losses alone."""
-    names = (two_models.TOGETHER, two_models.APART, two_models.ALONE)
-    whole = (r for r in records if r["section"] == "twins" and r["pass"] == "both")
-    both = {(r["n"], r["precision"], r["provider"]): r for r in whole}
-    rows = [
-        [f"{n:,}", precision, *(_cell(both.get((n, precision, name))) for name in names)]
-        for n, precision in dict.fromkeys(key[:2] for key in both)
-    ]
+    names, rows = (two_models.TOGETHER, two_models.APART, two_models.ALONE), []
+    whole = [r for r in records if r["section"] == two_models.SECTION and r["pass"] == "both"]
+    for (n, precision), chosen in grouped(whole, "n", "precision").items():
+        at = {r["provider"]: r for r in chosen}
+        rows.append([f"{n:,}", precision, *(_cell(at.get(name)) for name in names)])
     return table(("rows", "precision", *names), rows)
 
 
 def views(records: Sequence[Record]) -> str:
     """Images per second and core-ms per image by size, and the share of a training step spent waiting."""
     timed = [r for r in records if r["section"] == "views" and r["samples_ms"]]
-    sizes = list(dict.fromkeys(r["size"] for r in timed))
-    names = {r["size"]: f"{r['size']} pixels ({r['source']})" for r in timed}
-    at = {(r["provider"], r["size"]): r for r in timed}
+    sizes = {r["size"]: f"{r['size']} pixels ({r['source']})" for r in timed}
     waits = {r["provider"]: f"{100 * waiting.share_of(r):.1f} %" for r in records
              if r["section"] == waiting.SECTION and not r["reason"]}  # fmt: skip
-    rows = [
-        [name, *(_rate(at.get((name, size))) for size in sizes), waits.get(name, "")]
-        for name in dict.fromkeys(r["provider"] for r in timed)
-    ]
-    return table(("images/s / core-ms an image", *names.values(), "a step of training waits"), rows, left=1)
+    rows = []
+    for (name,), chosen in grouped(timed, "provider").items():
+        at = {r["size"]: r for r in chosen}
+        rows.append([name, *(_rate(at.get(size)) for size in sizes), waits.get(name, "")])
+    return table(("images/s / core-ms an image", *sizes.values(), "a step of training waits"), rows, left=1)
 
 
 def _rate(r: Record | None) -> str:
     if r is None:
         return ""
-    cores = [ms / r["images"] for ms in r["cores_ms"]]
-    return f"{data_report.rate(r):,.0f}" + (f" / {digits(sorted(cores)[len(cores) // 2])}" if cores else "")
+    cores = sorted(ms / r["images"] for ms in r["cores_ms"])
+    return f"{data_report.rate(r):,.0f}" + (f" / {digits(cores[len(cores) // 2])}" if cores else "")
 
 
 def training_steps(records: Sequence[Record]) -> str:
@@ -183,12 +163,12 @@ def training_steps(records: Sequence[Record]) -> str:
 
 def training_runs(records: Sequence[Record]) -> str:
     """Alignment and accuracy at the end of the runs, and the effect of the networks' precision."""
-    head = ("run", "model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe")
-    rows = []
-    for r in (r for r in records if r["section"] == "runs" and not r["reason"]):
+    head, rows = ("run", "model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe"), []
+    done = [r for r in records if not r["reason"]]
+    for r in (r for r in done if r["section"] == "runs"):
         run = f"temperature {r['temperature']:g}, {r['precision']}, {r['epochs']} epochs"
         rows += [(run, model, *cells) for model, *cells in training_report.models(r)]
-    for r in (r for r in records if r["section"] == "precision" and not r["reason"]):
+    for r in (r for r in done if r["section"] == "precision"):
         run = f"two precisions, {r['epochs']} epochs"
         rows += [(run, f"{models}: {what}", *cells, "", "") for models, what, *cells in training_report.compared(r)]
     return table(head, rows)
@@ -215,22 +195,19 @@ def omniglot(results: Path) -> str:
 def gpu(results: Path) -> str:
     """Everything that bench.gpu measured, or "Not measured."."""
     folder = results / "gpu"
-    found = {name: read(folder / name / f"{name}.json") for name in ("data", "training")}
-    all_losses, found["similarity"] = (
-        read(*sorted(folder.glob(f"{name}*/{name}.json"))) for name in ("losses", "similarity")
-    )
-    first = next((records for records in (all_losses, *found.values()) if records), None)
+    found = {name: read(*sorted(folder.glob(f"{name}*/{name}.json")))
+             for name in ("losses", "similarity", "data", "training")}  # fmt: skip
+    first = next(filter(None, found.values()), None)
     if first is None:
         return NOT_MEASURED
-    checked = [*loss_targets.targets(all_losses), *similarity_report.targets(found["similarity"]),
-               *data_report.targets(found["data"]), *training_report.targets(found["training"])]  # fmt: skip
-    text = [conditions(first), target_table(checked)]
+    reports = {"losses": losses_report, "similarity": similarity_report, "data": data_report,
+               "training": training_report}  # fmt: skip
+    text = [conditions(first), md.target_table(row for name, of in reports.items() for row in of.targets(found[name]))]
     if (folder / "losses" / "losses.svg").is_file():
         text.append("![NT-Xent on the GPU: time and memory](../bench/results/gpu/losses/losses.svg)")
-    tables = ((losses, all_losses), (similarity, found["similarity"]),
-              (libraries, found["similarity"]), (views, found["data"]),
-              (training_steps, found["training"]), (training_runs, found["training"]))  # fmt: skip
-    text += [make(records) for make, records in tables if records]
+    tables = {"losses": (losses,), "similarity": (similarity, libraries), "data": (views,),
+              "training": (training_steps, training_runs)}  # fmt: skip
+    text += [make(found[name]) for name, makes in tables.items() if found[name] for make in makes]
     return "\n\n".join(part.strip() for part in text)
 
 

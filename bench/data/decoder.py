@@ -5,10 +5,9 @@ By default DALI decodes a share of each batch on the GPU's JPEG engine; fastcl t
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -17,11 +16,12 @@ import torch
 from torch import Tensor
 
 from bench.data import inputs
-from bench.harness.clocks import first_line
-from bench.harness.records import check_out, exit_status, machine, table, write
-from fastcl.data import Split, ViewParams, ViewPlan, ViewSpec, make_renderer
-from fastcl.data.renderers.choose import obstacle
-from fastcl.io.outputs import named_path
+from bench.harness.command import Command
+from bench.harness.markdown import conditions
+from bench.harness.records import machine, table, write
+from bench.harness.suite import Run
+from fastcl.data import Split, ViewPlan, ViewSpec, make_renderer
+from fastcl.data.renderers.choose import RendererName, obstacle
 
 LOADS = (0.0, 0.65)  # share of the JPEG engine: fastcl's setting and DALI's default
 CASE = inputs.Case(224, "clothing10.zip", ((400, 533), (533, 400)), "simclr", 64, 64)
@@ -40,12 +40,10 @@ def compared(split: Split, spec: ViewSpec, device: torch.device) -> Iterator[tup
     params = [ViewPlan(spec, 0).draw(0, split.ids, view, split.sizes) for view in (0, 1)]
     levels = 255 * torch.tensor(spec.std, device=device)[:, None, None]
 
-    def views(name: str, threads: int = 1, order: np.ndarray = positions, size: int = len(split)) -> Tensor:
-        renderer, parts = make_renderer(name, split, spec, device, threads), []
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            parts.append(torch.stack(renderer(positions[chosen], _of(params, chosen)), 1))
-        found = torch.cat(parts)
+    def views(name: RendererName, threads: int = 1, order: np.ndarray = positions, size: int = len(split)) -> Tensor:
+        renderer = make_renderer(name, split, spec, device, threads)
+        batches = (order[start : start + size] for start in range(0, len(order), size))
+        found = torch.cat([torch.stack(renderer(batch, [p[batch] for p in params]), 1) for batch in batches])
         return found[torch.from_numpy(np.argsort(order)).to(found.device)].to(device)
 
     whole = views("dali")
@@ -61,48 +59,34 @@ def compared(split: Split, spec: ViewSpec, device: torch.device) -> Iterator[tup
         yield what, apart.mean().item(), apart.max().item()
 
 
-def _of(params: Sequence[ViewParams], chosen: np.ndarray) -> list[ViewParams]:
-    return [p[chosen] for p in params]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Compare and write the results; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.data.decoder", description=_DESCRIPTION)
-    parser.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument("--data", type=named_path, metavar="FOLDER",
-        help=f"folder of {CASE.file} (default: $FASTCL_DATA, else ../shared/data); made up where absent")  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="sizes that prove that it works")
-    args = parser.parse_args(argv)
-    check_out(args, parser, inputs.data_folder(args.data))
+    args = Command("data.decoder", [_DESCRIPTION], "data", "tiny").parse(argv)
     device, case = torch.device("cuda" if torch.cuda.is_available() else "cpu"), TINY if args.tiny else CASE
-    found, failed, facts = [], [], machine(device)
+    run = Run("decoder", args, machine(device), str)
     with tempfile.TemporaryDirectory() as scratch:
-        images = inputs.read(case, inputs.data_folder(args.data), Path(scratch))
+        images = inputs.read(case, args.data, Path(scratch))
         for load in LOADS:
-            record = {"bench": "decoder", "hw_decoder_load": load, "images": len(images.split), "size": case.size}
+            fields = {"bench": "decoder", "hw_decoder_load": load, "images": len(images.split), "size": case.size}
+            rows = []
             try:
-                if reason := obstacle("dali", images.split, case.spec, device):
-                    found.append(record | {"reason": reason})
-                    continue
+                reason = obstacle("dali", images.split, case.spec, device)
                 with mock.patch("fastcl.data.renderers.dali_graph.HW_DECODER_LOAD", load):
-                    rows = list(compared(images.split, case.spec, device))
+                    rows = [] if reason else list(compared(images.split, case.spec, device))
             except Exception as problem:  # go on with the other setting
-                found.append(record | {"reason": f"failed: {first_line(problem)}"})
-                failed.append(f"hw_decoder_load {load}: {first_line(problem)}")
-                continue
-            found += [record | {"against": what, "mean": a, "max": b, "reason": None} for what, a, b in rows]
-            failed += [f"not the same {what}" for what, _, b in rows[:-1] if b and not load]
+                reason = run.reason(f"hw_decoder_load {load}", problem)
+            run.found += [fields | {"against": what, "mean": a, "max": b, "reason": None} for what, a, b in rows]
+            run.found += [fields | {"reason": reason}] if reason else []
+            run.failed += [f"not the same {what}" for what, _, b in rows[:-1] if b and not load]
     lines = [
-        (f"{r['hw_decoder_load']:g}", r["reason"] or r["against"],
-         *(("", "") if r["reason"] else (f"{r['mean']:.3g}", f"{r['max']:.3g}")))
-        for r in found
+        [f"{r['hw_decoder_load']:g}", *([r["reason"], "", ""] if r["reason"] else
+         [r["against"], f"{r['mean']:.3g}", f"{r['max']:.3g}"])] for r in run.found
     ]  # fmt: skip
     text = table(("hw_decoder_load", "the same views", "mean difference", "largest"), lines)
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    head = f"# DALI's views again\n\n{facts['device']}; {versions}; {facts['date']}. {images.name}; {case} pixels.\n\n"
-    write(args.out, "decoder", [r | facts for r in found], head + text)
+    head = f"# DALI's views again\n\n{conditions(run.facts, args)}\n- {images.name}; {case} pixels.\n\n"
+    write(args.out, "decoder", [r | run.facts for r in run.found], head + text)
     print(text)
-    return exit_status(failed)
+    return run.status()
 
 
 if __name__ == "__main__":

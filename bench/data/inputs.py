@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from PIL import Image
 from fastcl.data import Split, ViewSpec, load
 from fastcl.data.philox import Stream, permutation
 
-ROOT = Path(__file__).resolve().parents[2]
 MADE_UP_CLASSES, QUALITY = 4, 75
 CIFAR_CLASS = 5000  # training images per class; at least two classes are loaded, decoded beforehand
 
@@ -48,19 +46,16 @@ class Case:
         return f"{self.size} x {self.size}"
 
 
-_FILES = {
-    32: ("cifar10_jpeg75.npz", ((32, 32),), "cifar"),
-    96: ("fruits65.zip", ((100, 100),), "tiny-imagenet"),
-    224: ("clothing10.zip", ((533, 400),), "simclr"),
+CASES: dict[str, tuple[Case, ...]] = {
+    "cpu": (
+        Case(32, "cifar10_jpeg75.npz", ((32, 32),), "cifar", 2048, 256),
+        Case(96, "fruits65.zip", ((100, 100),), "tiny-imagenet", 512, 64),
+        Case(224, "clothing10.zip", ((533, 400),), "simclr", 128, 32),
+    )
 }
-_COUNTS = {  # images and batch size by device
-    "cpu": {32: (2048, 256), 96: (512, 64), 224: (128, 32)},
-    "cuda": {32: (32768, 2048), 96: (2048, 128), 224: (704, 44)},  # 16 batches: DataLoader workers make whole ones
-}
-CASES = {
-    kind: tuple(Case(size, *_FILES[size], *counts) for size, counts in chosen.items())
-    for kind, chosen in _COUNTS.items()
-}
+# 16 batches of each: DataLoader workers make whole ones.
+_COUNTS = ((32768, 2048), (2048, 128), (704, 44))
+CASES["cuda"] = tuple(replace(c, images=n, batch=b) for c, (n, b) in zip(CASES["cpu"], _COUNTS, strict=True))
 TINY = (Case(12, "", ((16, 16),), "cifar", 8, 4), Case(20, "", ((24, 30), (30, 24)), "simclr", 8, 4))
 
 
@@ -84,32 +79,20 @@ class Photos:
         return bool((self.split.sizes == self.split.sizes[0]).all())
 
 
-def data_folder(given: Path | None) -> Path:
-    """The folder of real images: the given one, else FASTCL_DATA, else ../shared/data relative to the checkout."""
-    return given or Path(os.environ.get("FASTCL_DATA") or ROOT.parent / "shared" / "data")
-
-
 def read(case: Case, folder: Path, scratch: Path) -> Photos:
-    """The images of a case.
-
-    Args:
-        folder: where real images are looked for.
-        scratch: an empty folder for synthetic images.
-    """
+    """The images of a case: those in `folder` if they are there, else made up in `scratch`, an empty folder."""
     real = folder / case.file
     if case.file and real.is_file():
-        decoded = real.suffix == ".npz"
+        decoded, name = real.suffix == ".npz", real.stem
         source = f"{'cifar10' if decoded else 'folder'}:{real}"
         train = load(source, classes=max(2, -(-case.images // CIFAR_CLASS)) if decoded else None).train
         # Only the most frequent size: some renderers need equal sizes, and all should make the same views.
         _, which, counts = np.unique(train.sizes, axis=0, return_inverse=True, return_counts=True)
         train = part(train, np.flatnonzero(which.reshape(-1) == counts.argmax()))
-        name = real.stem
     else:
         _make_up(case, scratch)
-        source = f"folder:{scratch}"
+        source, name = f"folder:{scratch}", f"MADE-UP pictures ({f'{case.file} is not there' if case.file else 'tiny'})"
         train = load(source).train
-        name = f"MADE-UP pictures ({f'{case.file} is not there' if case.file else 'tiny'})"
     chosen = permutation(len(train), seed=0, stream=Stream.ORDER)[: case.images]
     split = part(train, chosen[: len(chosen) // case.batch * case.batch])
     return Photos(source, f"{name}, {'encoded' if split.encoded else 'decoded beforehand'}", split)

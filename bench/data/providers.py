@@ -6,20 +6,21 @@ all the setup that a training run does once.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bench.data import peers
 from bench.data.inputs import Case, Photos
-from bench.losses.providers import absence
+from bench.harness import suite
 from fastcl.data import ViewLoader, ViewParams, ViewPlan, render_torchvision
-from fastcl.data.renderers.choose import Renderer, choose_renderer, make_renderer
+from fastcl.data.renderers.choose import Renderer, RendererName, choose_renderer, make_renderer
 from fastcl.errors import FastclError
 
 Batch: TypeAlias = tuple[Tensor, ...]
@@ -31,33 +32,27 @@ LEVELS = 1.5  # maximum mean difference of our views from the reference function
 
 
 @dataclass(frozen=True)
-class Provider:
-    """One way to make views.
+class Provider(suite.Provider):
+    """One way to make views; ours are the renderers of fastcl.
 
     Args:
         open: makes the feed; may raise any error of its library.
-        devices, module, package: as in `bench.losses.providers.Provider`.
         views: whether it makes views; a provider without views measures a part, or a bound, of the others' time.
-        renderer: name of the renderer if it is one of fastcl's; then a failure or a wrong view sets exit status 1.
+        renderer: name of the renderer if it is one of fastcl's.
         unfit: returns why it cannot run on the images, or None.
     """
 
-    name: str
     open: Open
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    module: str | None = None
-    package: str | None = None
     views: bool = True
-    renderer: str | None = None
+    renderer: RendererName | None = None
     unfit: Callable[[Photos], str | None] = lambda photos: None
+    ours: bool = field(default=False, kw_only=True)
 
     def obstacle(self, photos: Photos, case: Case, device: torch.device) -> str | None:
         """Why it cannot run on these images, or None."""
-        if reason := absence(self.devices, self.module, self.package, device):
+        if reason := self.absence(device):
             return reason
-        if self.renderer:
-            return _obstacle(self.renderer, photos, case, device)
-        return self.unfit(photos)
+        return _obstacle(self.renderer, photos, case, device) if self.renderer else self.unfit(photos)
 
 
 def loader_of(photos: Photos, case: Case, renderer: Renderer | None = None) -> ViewLoader:
@@ -78,7 +73,7 @@ def _plan(loader: ViewLoader, epoch: int, step: int) -> list[ViewParams]:
     return [loader.plan.draw(epoch, split.ids[positions], view, split.sizes[positions]) for view in range(2)]
 
 
-def _planned(name: str, photos: Photos, case: Case, device: torch.device) -> Feed:
+def _planned(name: RendererName, photos: Photos, case: Case, device: torch.device) -> Feed:
     renderer = make_renderer(name, photos.split, case.spec, device, threads=peers.WORKERS)
     loader = loader_of(photos, case, renderer)
 
@@ -109,7 +104,7 @@ def _reading_alone(photos: Photos, case: Case, device: torch.device) -> Feed:
     return feed
 
 
-def _obstacle(name: str, photos: Photos, case: Case, device: torch.device) -> str | None:
+def _obstacle(name: RendererName, photos: Photos, case: Case, device: torch.device) -> str | None:
     try:
         choose_renderer(name, [photos.split], case.spec, device)
     except FastclError as error:
@@ -122,19 +117,18 @@ def _sizes_differ(photos: Photos) -> str | None:
 
 
 def _no_dali(photos: Photos) -> str | None:
-    try:
-        found = importlib.util.find_spec("nvidia.dali")
-    except ModuleNotFoundError:  # there is no nvidia package at all
-        found = None
-    return None if found else "nvidia-dali is not installed"
+    with contextlib.suppress(ModuleNotFoundError):  # there is no nvidia package at all
+        if importlib.util.find_spec("nvidia.dali"):
+            return None
+    return "nvidia-dali is not installed"
 
 
 def _nothing_to_decode(photos: Photos) -> str | None:
     return "the images are decoded beforehand" if photos.split.encoded is None else _no_dali(photos)
 
 
-def _ours(name: str, **fields: tuple[str, ...]) -> Provider:
-    return Provider(f"fastcl {name}", partial(_planned, name), renderer=name, **fields)
+def _ours(name: RendererName, **fields: Any) -> Provider:
+    return Provider(f"fastcl {name}", partial(_planned, name), renderer=name, ours=True, **fields)
 
 
 DALI_RENDERER, TRITON_RENDERER, DECODING = "fastcl dali", "fastcl triton", "decoding alone, DALI"
@@ -148,6 +142,5 @@ PROVIDERS = (
     Provider("kornia", peers.kornia, module="kornia", package="kornia", unfit=_sizes_differ),
     Provider("drawing the plan alone", _plan_alone, views=False),
     Provider("reading alone", _reading_alone, views=False),
-    Provider(DECODING, partial(peers.dali, False), views=False,
-        unfit=_nothing_to_decode),
+    Provider(DECODING, partial(peers.dali, False), views=False, unfit=_nothing_to_decode),
 )  # fmt: skip

@@ -6,27 +6,24 @@ import argparse
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-import torch
-
 from bench.data.providers import DALI_RENDERER, DECODING, LEVELS, TRITON_RENDERER
-from bench.harness.markdown import Target, machine_and_load, not_measured, outcome, target_table
-from bench.harness.records import Record, digits, table
+from bench.harness import markdown as md
+from bench.harness.records import Record, digits, grouped, table
 from bench.training import waiting
 
 TRITON_TARGET, TRITON_SIZE, DECODER_SIZE = 1e6, 32, 224
 
 
-def header(facts: Record, args: argparse.Namespace, device: torch.device) -> str:
+def header(facts: Record, args: argparse.Namespace) -> str:
     """The conditions of the run, written before its first measurement."""
     return f"""\
 # Data: decoding and two views
 
-{machine_and_load(facts, args.tiny)}
-- A pass takes the stored images of the table in shuffled order to two float32 views of each on the {device.type}, batch
-  by batch; fastcl's loader starts its workers anew in every pass, as in an epoch of training, the
-  others' stay up; nothing is fetched before a pass begins.
-- Images/s: of the median pass on the wall clock (slowest-fastest), of at most {args.repeats} passes, fewer after
-  {args.seconds:g} s per provider. In a round every provider makes one pass, each round beginning with another.
+{md.conditions(facts, args)}
+- A pass takes the stored images of the table in shuffled order to two float32 views of each on the {args.device.type},
+  batch by batch; fastcl's loader starts its workers anew in every pass, as in an epoch of training, the others' stay
+  up; nothing is fetched before a pass begins.
+- Images/s: on the wall clock, {md.rounds(args, "passes")}.
 - Core-ms: processor time of all cores together, workers included, per image, median. Images/s per core: its inverse,
   what a core gives when it does nothing else; it compares providers that use different numbers of cores.
 - Off by: grey levels of 255 between the views of the first batch and those of fastcl's reference function: mean
@@ -38,10 +35,9 @@ def header(facts: Record, args: argparse.Namespace, device: torch.device) -> str
 
 def body(records: Sequence[Record]) -> str:
     """Targets and tables of what has been measured so far."""
-    text = f"\n## Targets\n\n{target_table(targets(records))}"
-    views = [r for r in records if r["section"] == "views"]
-    for size in dict.fromkeys(r["size"] for r in views):
-        text += _views([r for r in views if r["size"] == size])
+    text = f"\n## Targets\n\n{md.target_table(targets(records))}"
+    for chosen in grouped((r for r in records if r["section"] == "views"), "size").values():
+        text += _views(chosen)
     training = [r for r in records if r["section"] == waiting.SECTION]
     return text + (_training(training) if training else "")
 
@@ -51,18 +47,18 @@ def rate(r: Record) -> float:
     return 1e3 * r["images"] / median(r["samples_ms"])
 
 
-def targets(records: Sequence[Record]) -> Iterator[Target]:
-    """Rows of the target table: target, where, found, reached."""
+def targets(records: Sequence[Record]) -> Iterator[md.Target]:
+    """Rows of the target table."""
 
     def on_card(name: str, size: int) -> float | None:
         found = [r for r in records if r["section"] == "views" and r["provider"] == name and r["size"] == size]
         return next((rate(r) for r in found if r["samples_ms"] and "cuda" in r["versions"]), None)
 
-    fused = on_card(TRITON_RENDERER, TRITON_SIZE)
-    yield (f"{TRITON_RENDERER}: {TRITON_TARGET:,.0f} images/s, two views of each", f"{TRITON_SIZE} pixels, CUDA",
-           *outcome(fused, lambda rate: f"{rate:,.0f}", lambda rate: rate >= TRITON_TARGET))  # fmt: skip
-    dali, decoding = (on_card(name, DECODER_SIZE) for name in (DALI_RENDERER, DECODING))
-    share = "not measured" if None in (dali, decoding) else f"{100 * dali / decoding:.0f} % of {decoding:,.0f} images/s"
+    fused, where = on_card(TRITON_RENDERER, TRITON_SIZE), f"{TRITON_SIZE} pixels, CUDA"
+    what = f"{TRITON_RENDERER}: {TRITON_TARGET:,.0f} images/s, two views of each"
+    yield md.goal(what, where, fused, TRITON_TARGET, lambda rate: f"{rate:,.0f}", True)
+    dali, decoding = on_card(DALI_RENDERER, DECODER_SIZE), on_card(DECODING, DECODER_SIZE)
+    share = f"{100 * dali / decoding:.0f} % of {decoding:,.0f} images/s" if dali and decoding else "not measured"
     yield f"{DALI_RENDERER}: beside its decoder alone", f"{DECODER_SIZE} pixels, CUDA", share, ""
 
 
@@ -74,7 +70,7 @@ def _views(records: Sequence[Record]) -> str:
     head = ("provider", "makes", "images/s", "core-ms", "images/s per core", "off by")
     timed = [r for r in records if r["samples_ms"]]
     text += table(head, map(_row, timed)) if timed else "Nothing was measured.\n"
-    return text + not_measured(records)
+    return text + md.not_measured(records)
 
 
 def _row(r: Record) -> tuple[str, ...]:
@@ -94,4 +90,4 @@ def _training(records: Sequence[Record]) -> str:
     rows = [(r["provider"], "two views", digits(r["images_per_second"]), digits(r["seconds"]),
              f"{100 * waiting.share_of(r):.1f} %") for r in records if not r["reason"]]  # fmt: skip
     text += "\n" + table(("renderer", "makes", "images/s", "seconds", "waits for views"), rows) if rows else ""
-    return text + not_measured(records)
+    return text + md.not_measured(records)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.harness.command import ROOT
+
 PARTS = ("losses", "similarity", "training")
 PART_MINUTES = 8.0  # on a GPU; a rehearsal, on a CPU under Triton's interpreter, has REHEARSAL_MINUTES
 REHEARSAL_MINUTES = 20.0
@@ -27,7 +29,6 @@ DATA = (
     "fastcl torchvision", "fastcl dali", "fastcl triton", "torchvision v2, Pillow, workers", "DALI, operator seeds",
     "kornia", "drawing the plan alone", "decoding alone, DALI",
 )  # fmt: skip
-_PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,13 @@ def _losses(out: Path, rehearse: bool) -> Iterator[Step]:
     tests = ("tests/rowstats/test_gpu.py",) if rehearse else ("-m", "gpu", *gpu_tests())
     full, small = ("tiny", "tiny") if rehearse else ("full", "small")
     yield Step("ceilings", ("-m", "bench.harness.ceilings", "--out", str(out / "ceilings"), "--repeats", "10"), 25)
-    yield Step("tests", (*_PYTEST, *_in_processes(), *tests), 75)
-    yield from _loss_tables(out, rehearse)
+    yield Step("tests", (*_pytest(), *tests), 75)
+    for name, share, objectives, rows, widths, providers, seconds in _LOSSES:
+        rows, widths = ((64, 128), (16,)) if rehearse else (rows, widths)
+        yield _bench("losses", out / name, share, {
+            "objectives": objectives, "n": rows, "d": widths, "seconds": 60 if rehearse else seconds,
+            "repeats": 3 if rehearse or len(providers) == 1 else 30, "providers": providers,
+        })  # fmt: skip
     yield Step("repeat", ("-m", "bench.gpu.repeat", "--scale", full, "--out", str(out / "repeat")), 40)
     # A caching allocator would hide accesses outside a tensor but inside its block.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -74,59 +80,56 @@ def _losses(out: Path, rehearse: bool) -> Iterator[Step]:
         yield Step(tool, (*watched, "--scale", small), seconds, uncached, tool="compute-sanitizer")
 
 
-def _in_processes() -> tuple[str, ...]:
-    """Options for parallel tests if pytest-xdist is installed, since compiling kernels takes most of the time."""
-    return ("-n", "8") if find_spec("xdist") else ()
+def _pytest() -> tuple[str, ...]:
+    """pytest in parallel if pytest-xdist is installed, since compiling kernels takes most of the time."""
+    parallel = ("-n", "8") if find_spec("xdist") else ()
+    return ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", *parallel)
 
 
-def _loss_tables(out: Path, rehearse: bool) -> Iterator[Step]:
-    """The benchmark in pieces, so that a failing one does not stop the others, with sizes that fit the time."""
-    together = ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon")  # targets compare them within one run
-    pieces = (  # name, share, objectives, rows, widths, providers, seconds per case and provider
-        ("losses", 55, ("ntxent",), (512, 4096, 16384, 65536), (128,), (*TORCH, *LIBRARIES), 1),
-        ("losses-widths", 35, ("ntxent",), (65536,), (256, 512, 1024), (*TORCH, "Inf-CL"), 1),
-        ("losses-compiled", 50, ("ntxent",), (65536,), (128, 256, 512), (*OURS[:1], *COMPILED), 1),
-        ("losses-labels", 35, together, (65536,), (128,), (*TORCH, "Inf-CL", "cut-cross-entropy"), 1),
-        ("losses-small", 20, ("ntxent", "nscl"), (512,), (64, 256), (*TORCH, "lightly", "authors' formulation"), 1),
-        ("losses-large", 45, ("ntxent",), (1048576,), (512,), OURS[:1], 15),
-    )
-    for name, share, objectives, rows, widths, providers, seconds in pieces:
-        rows, widths = ((64, 128), (16,)) if rehearse else (rows, widths)
-        command = ["-m", "bench.losses", "--out", str(out / name), "--objectives", *objectives]
-        command += ["--n", *map(str, rows), "--d", *map(str, widths)]
-        command += ["--seconds", "60" if rehearse else str(seconds)]
-        command += ["--repeats", "3" if rehearse or len(providers) == 1 else "30"]
-        command += ["--providers", *providers]
-        yield Step(name, tuple(command), share)
+def _bench(module: str, out: Path, seconds: float, options: dict[str, Any]) -> Step:
+    """A benchmark with options: values of many, one, or True for none; empty ones are left out."""
+    command = ["-m", f"bench.{module}", "--out", str(out)]
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        command += [f"--{name}", *map(str, values)] if values or value is True else []
+    return Step(out.name, tuple(command), seconds)
+
+
+# The benchmark of the losses in pieces, so that a failing one does not stop the others, with sizes that fit the time:
+# name, share, objectives, rows, widths, providers, seconds per case and provider.
+_TOGETHER = ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon")  # targets compare them within one run
+_LOSSES = (
+    ("losses", 55, ("ntxent",), (512, 4096, 16384, 65536), (128,), (*TORCH, *LIBRARIES), 1),
+    ("losses-widths", 35, ("ntxent",), (65536,), (256, 512, 1024), (*TORCH, "Inf-CL"), 1),
+    ("losses-compiled", 50, ("ntxent",), (65536,), (128, 256, 512), (*OURS[:1], *COMPILED), 1),
+    ("losses-labels", 35, _TOGETHER, (65536,), (128,), (*TORCH, "Inf-CL", "cut-cross-entropy"), 1),
+    ("losses-small", 20, ("ntxent", "nscl"), (512,), (64, 256), (*TORCH, "lightly", "authors' formulation"), 1),
+    ("losses-large", 45, ("ntxent",), (1048576,), (512,), OURS[:1], 15),
+)
+# The same of the similarities: the target first, then nearby sizes, slow cases, and two models in one pass:
+# name, share, section, sizes, providers, seconds per case and provider.
+_PAIR = ("1000x512", "10000x512", "50000x512", "100000x512", "10000x2048")
+_SIMILARITY = (
+    ("similarity", 80, "models", (), ACCUMULATED, 5),
+    ("similarity-pair", 60, "pair", _PAIR, (*ACCUMULATED, *PAIRWISE), 2),
+    ("similarity-stream", 25, "stream", (), ACCUMULATED, 5),
+    ("similarity-peers", 35, "pair", ("10000x512",), (*ACCUMULATED[:1], *PEERS), 10),
+    ("similarity-twins", 50, "twins", (), (), 2),
+)
 
 
 def _similarity(out: Path, rehearse: bool) -> Iterator[Step]:
-    """bench.similarity in pieces: the target first, then nearby sizes, slow cases, and two models in one pass."""
-    pair = ("1000x512", "10000x512", "50000x512", "100000x512", "10000x2048")
-    pieces = (  # name, share, sections, sizes, providers, seconds per case and provider
-        ("similarity", 80, ("models",), (), ACCUMULATED, 5),
-        ("similarity-pair", 60, ("pair",), pair, (*ACCUMULATED, *PAIRWISE), 2),
-        ("similarity-stream", 25, ("stream",), (), ACCUMULATED, 5),
-        ("similarity-peers", 35, ("pair",), ("10000x512",), (*ACCUMULATED[:1], *PEERS), 10),
-        ("similarity-twins", 50, ("twins",), (), (), 2),
-    )
-    for name, share, sections, sizes, providers, seconds in pieces:
-        command = ["-m", "bench.similarity", "--out", str(out / name), "--sections", *sections, "--repeats", "3"]
-        command += ["--providers", *providers] if providers else []
-        command += ["--tiny"] if rehearse else ["--seconds", str(seconds)]
-        command += ["--sizes", *sizes] if sizes and not rehearse else []
-        yield Step(name, tuple(command), share)
+    for name, share, section, sizes, providers, seconds in _SIMILARITY:
+        scale = {"tiny": True} if rehearse else {"seconds": seconds, "sizes": sizes}
+        options = {"sections": section, "repeats": 3, "providers": providers}
+        yield _bench("similarity", out / name, share, options | scale)
 
 
 def _training(out: Path, rehearse: bool) -> Iterator[Step]:
-    def bench(module: str, seconds: float, tiny: tuple[str, ...], *full: str) -> Step:
-        name = module.split(".")[-1]
-        command = ("-m", module, "--out", str(out / name))
-        return Step(name, (*command, *(("--tiny", *tiny) if rehearse else full)), seconds)
-
-    yield bench("bench.data", 90, ("--sections", "views", "--repeats", "2"), "--sections", "views", "--seconds", "5",
-                "--repeats", "3", "--providers", *DATA)  # fmt: skip
-    yield bench("bench.data.decoder", 25, ())
-    yield Step("views", (*_PYTEST, *_in_processes(), "tests/data/test_triton_views.py"), 45)
+    tiny = {"tiny": True, "repeats": 2}
+    data = tiny if rehearse else {"seconds": 5, "repeats": 3, "providers": DATA}
+    yield _bench("data", out / "data", 90, {"sections": "views"} | data)
+    yield _bench("data.decoder", out / "decoder", 25, {"tiny": True} if rehearse else {})
+    yield Step("views", (*_pytest(), "tests/data/test_triton_views.py"), 45)
     # Last, since the runs take as many epochs as fit their time.
-    yield bench("bench.training", 295, ("--repeats", "2"), "--seconds", "40")
+    yield _bench("training", out / "training", 295, tiny if rehearse else {"seconds": 40})

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from bench.gpu.workload import SCALES, Case, cases
 from bench.harness.clocks import Graphs, first_line
-from bench.harness.records import check_out, table, write
-from fastcl.io.outputs import named_path
+from bench.harness.command import Command
+from bench.harness.records import table, write
 
+Result: TypeAlias = tuple[Tensor, Tensor]  # a loss and a gradient
 TOLERANCE = 1e-6  # relative; torch.compile sums the row losses in another order
 
 _DESCRIPTION = """\
@@ -25,8 +26,8 @@ Loss and gradient of every kind of kernel, computed again: in this process, in a
 """
 
 
-def digest(result: tuple[Tensor, Tensor]) -> str:
-    """A hash of the bits of a loss and a gradient."""
+def digest(result: Result) -> str:
+    """A hash of the bits of a result."""
     made = hashlib.sha256()
     for found in result:
         made.update(found.contiguous().cpu().numpy().tobytes())
@@ -42,67 +43,59 @@ def checks(case: Case, expected: str | None) -> Iterator[tuple[str, bool | None,
     first = case.run()
     yield "two runs", digest(first) == digest(case.run()), ""
     yield "two processes", None if expected is None else digest(first) == expected, "" if expected else "no digest"
-    if case.z.device.type != "cuda":
-        yield "CUDA graph", None, "needs CUDA"
-    else:
-        yield "CUDA graph", *_graph(case, first)
-    if "fp16" not in case.name:
-        return  # torch.compile sees the same operator at every precision
-    yield "torch.compile", *_compiled(case, first)
+    cuda = case.z.device.type == "cuda"
+    yield "CUDA graph", *(_tried(_graph, case, first) if cuda else (None, "needs CUDA"))
+    if "fp16" in case.name:  # torch.compile sees the same operator at every precision
+        yield "torch.compile", *_tried(_compiled, case, first)
 
 
-def _graph(case: Case, first: tuple[Tensor, Tensor]) -> tuple[bool, str]:
+def _tried(check: Callable[[Case, Result], tuple[bool, str]], case: Case, first: Result) -> tuple[bool, str]:
     try:
-        graphs = Graphs(case.forward, case.z)
-        graphs.result()
-        return digest(graphs.result()) == digest(first), ""
+        return check(case, first)
     except Exception as error:  # go on with the other cases
-        torch.cuda.synchronize()
+        if case.z.device.type == "cuda":
+            torch.cuda.synchronize()
         return False, first_line(error)
 
 
-def _compiled(case: Case, first: tuple[Tensor, Tensor]) -> tuple[bool, str]:
+def _graph(case: Case, first: Result) -> tuple[bool, str]:
+    graphs = Graphs(case.forward, case.z)
+    graphs.result()
+    return digest(graphs.result()) == digest(first), ""
+
+
+def _compiled(case: Case, first: Result) -> tuple[bool, str]:
     # On a CPU Inductor would spend seconds compiling C++; the traced graph is the same.
     backend = "inductor" if case.z.device.type == "cuda" else "aot_eager"
     torch.compiler.reset()
-    try:
-        loss = torch.compile(case.forward, fullgraph=True, backend=backend)()
-        found = loss.detach(), torch.autograd.grad(loss, case.z)[0]
-    except Exception as error:  # as above
-        return False, first_line(error)
+    loss = torch.compile(case.forward, fullgraph=True, backend=backend)()
+    found = loss.detach(), torch.autograd.grad(loss, case.z)[0]
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, first, strict=True)]
     return max(errors) <= TOLERANCE, f"loss {errors[0]:.1e}, gradient {errors[1]:.1e}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run all checks and write the results; return 1 if one fails."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.repeat", description=_DESCRIPTION)
-    parser.add_argument("--out", type=named_path, metavar="DIR",
-        help="folder of the results; none: print digests alone")  # fmt: skip
+    parser = Command("gpu.repeat", (_DESCRIPTION, "Without --out it prints digests alone."), out=None)
     parser.add_argument("--scale", choices=SCALES, required=True, help="sizes; tiny is for the interpreter")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.out is None:
         print(json.dumps({case.name: digest(case.run()) for case in cases(args.scale, device)}))
         return 0
-    check_out(args, parser)
     command = [sys.executable, "-m", "bench.gpu.repeat", "--scale", args.scale]
     other = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if other.returncode:
         print(other.stderr, file=sys.stderr)
     expected = {} if other.returncode else json.loads(other.stdout.splitlines()[-1])
-    found = []
+    found, rows = [], []
     for case in cases(args.scale, device):
         for what, passed, detail in checks(case, expected.get(case.name)):
             found.append({"bench": "repeat", "case": case.name, "check": what, "passed": passed, "detail": detail})
-            print(f"{case.name}: {what}: {_word(passed)} {detail}", flush=True)
-        rows = [(r["case"], r["check"], _word(r["passed"]), r["detail"]) for r in found]
+            rows.append((case.name, what, "not run" if passed is None else "same" if passed else "FAILED", detail))
+            print("{}: {}: {} {}".format(*rows[-1]), flush=True)
         write(args.out, "repeat", found, f"# The same again\n\n{table(('case', 'check', 'outcome', 'detail'), rows)}")
     return int(other.returncode != 0 or any(r["passed"] is False for r in found))
-
-
-def _word(passed: bool | None) -> str:
-    return "not run" if passed is None else "same" if passed else "FAILED"
 
 
 if __name__ == "__main__":

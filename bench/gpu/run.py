@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -20,9 +19,9 @@ from typing import TextIO
 
 import torch
 
-from bench.gpu.plan import PART_MINUTES, PARTS, REHEARSAL_MINUTES, ROOT, Step, plan
-from bench.harness.records import check_out, machine, table, write_file
-from fastcl.io.outputs import named_path
+from bench.gpu.plan import PART_MINUTES, PARTS, REHEARSAL_MINUTES, Step, plan
+from bench.harness.command import ROOT, Command
+from bench.harness.records import machine, table, write_file
 
 GRACE = 15  # seconds for a step to exit after an interrupt, so that benchmarks can write their results
 
@@ -77,20 +76,17 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
         return Outcome(step.name, shown, "not run", reason, None, 0, limit)
     if limit <= 0:
         return Outcome(step.name, shown, "timed out", "no time was left", None, 0, limit)
-    began = perf_counter()
+    began, variables = perf_counter(), environment | step.environment
     with _new_log(out / f"{step.name}.log") as log:
-        process = subprocess.Popen(
-            (tool, *step.command), cwd=ROOT, env=environment | step.environment, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+        process = subprocess.Popen((tool, *step.command), cwd=ROOT, env=variables, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         try:
-            code, status, reason = process.wait(limit), "ok", None
+            code = process.wait(limit)
+            status, reason = ("failed", f"exit status {code}") if code else ("ok", None)
         except subprocess.TimeoutExpired:
             code, status, reason = _stop(process), "timed out", f"more than {limit:.0f} s"
         except KeyboardInterrupt:
             code, status, reason = _stop(process), "interrupted", None
-    if status == "ok" and code != 0:
-        status, reason = "failed", f"exit status {code}"
     return Outcome(step.name, shown, status, reason, code, round(perf_counter() - began, 1), limit)
 
 
@@ -127,8 +123,7 @@ def report(outcomes: Sequence[Outcome], facts: dict, out: Path) -> None:
         if o.status in ("failed", "timed out", "interrupted") and log.exists():
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
             text += f"\n## {o.step}\n\n```\n" + _without_paths("\n".join(tail), out) + "\n```\n"
-    steps = json.dumps({**facts, "steps": [asdict(o) for o in outcomes]}, indent=1)
-    write_file(out / "gpu.json", steps + "\n")
+    write_file(out / "gpu.json", json.dumps({**facts, "steps": [asdict(o) for o in outcomes]}, indent=1) + "\n")
     write_file(out / "gpu.md", text + "\n")
 
 
@@ -152,31 +147,22 @@ def _run_part(steps: Sequence[Step], out: Path, minutes: float, environment: dic
 
 def main(argv: list[str] | None = None) -> int:
     """Run the parts; return the exit status (0 all steps that ran are ok, 1 one failed, 130 interrupted)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of logs and results")
+    parser = Command("gpu", [_DESCRIPTION])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:1], metavar="PART",
         help=f"of {', '.join(PARTS)}, in the order given (default: {PARTS[0]})")  # fmt: skip
-    parser.add_argument("--minutes", type=float, metavar="M",
-        help=f"stretch the timetables by M / {PART_MINUTES:g} (default: {PART_MINUTES:g}; a rehearsal: "
-        f"{REHEARSAL_MINUTES:g})")  # fmt: skip
+    parser.add_argument("--minutes", type=float, metavar="M", help=f"stretch the timetables by M / {PART_MINUTES:g} "
+        f"(default: {PART_MINUTES:g}; a rehearsal: {REHEARSAL_MINUTES:g})")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true",
         help="the same steps, tiny, on the CPU under Triton's interpreter")  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.minutes is not None and not 0 < args.minutes < math.inf:
         parser.error(f"--minutes: must be positive and finite, got {args.minutes}")
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --rehearse runs without one")
-    check_out(args, parser)
-    out = args.out.resolve()
+    out, minutes = args.out.resolve(), args.minutes or (REHEARSAL_MINUTES if args.rehearse else PART_MINUTES)
     out.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
-    if args.rehearse:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    else:
-        environment.pop("TRITON_INTERPRET", None)
-    minutes = args.minutes or (REHEARSAL_MINUTES if args.rehearse else PART_MINUTES)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if args.rehearse else {}
     facts = machine(torch.device("cpu" if args.rehearse else "cuda"))
     began, outcomes = perf_counter(), []
     report(outcomes, facts, out)  # replaces the report of an older run
@@ -184,11 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         for part in dict.fromkeys(args.parts):
             for outcome in _run_part(plan(out, part, args.rehearse), out, minutes, environment):
                 outcomes.append(outcome)
+                report(outcomes, facts, out)
                 if outcome.status == "interrupted":
                     raise KeyboardInterrupt
-                report(outcomes, facts, out)
     except KeyboardInterrupt:
-        report(outcomes, facts, out)
         print("interrupted; the files hold the steps up to this one", file=sys.stderr)
         return 130
     print(f"{perf_counter() - began:.0f} s; results are in {args.out}")

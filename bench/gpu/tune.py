@@ -86,14 +86,12 @@ def tune(row: Row, plan: Plan) -> Row:
     d = min(row["max_d"] or plan.wide, plan.wide)
     z = torch.randn(plan.n, d, generator=torch.Generator().manual_seed(0)).to(plan.device).requires_grad_()
     labels = torch.arange(plan.n // 2, device=plan.device) % 2  # large classes: half of the tiles hold peers
-    call = partial(fused, half, z, labels, objective)
-    which = KERNELS[row["kernel"]]
-    tolerance = TOLERANCES["fp16" if half else "fp32"]
+    loss, which, tolerance = partial(fused, half), KERNELS[row["kernel"]], TOLERANCES["fp16" if half else "fp32"]
 
     def prepared(config: Row) -> tuple[Timer, dict[str, torch.Tensor]]:
         with replaced(row, config):
-            result = dict(zip(("loss", "gradient"), passes(partial(fused, half), z, labels, objective), strict=True))
-            timer, _ = timer_of(call, z, capture=True)
+            result = dict(zip(("loss", "gradient"), passes(loss, z, labels, objective), strict=True))
+            timer, _ = timer_of(partial(loss, z, labels, objective), z, capture=True)
 
         def timed() -> dict:
             with replaced(row, config):
@@ -103,26 +101,23 @@ def tune(row: Row, plan: Plan) -> Row:
 
     best = {key: row[key] for key in WIDE_AXES}
     timer, wanted = prepared(best)
-    for axis, values in plan.axes(row).items():
-        for value in values:
-            config = best | {axis: value}
-            if config == best:
-                continue
-            try:
-                other, found = prepared(config)
-                agree({"present": wanted, "candidate": found}, tolerance)
-                times = interleave({"present": timer, "candidate": other}, plan.repeats, plan.seconds)
-            except Exception as error:  # compilers report limits with many exception types
-                print(f"  {axis}={value}: dropped: {first_line(error)}", flush=True)
-                continue
-            present, candidate = (
-                [s.gpu or s.wall for s in times[name][which]] for name in ("present", "candidate")
-            )  # fmt: skip
-            won = beats(candidate, present)
-            text = f"{digits(median(candidate))} ms against {digits(median(present))} ms"
-            print(f"  {axis}={value}: {text}{', kept' if won else ''}", flush=True)
-            if won:
-                best, timer = config, other
+    for axis, value in ((axis, value) for axis, values in plan.axes(row).items() for value in values):
+        config = best | {axis: value}
+        if config == best:
+            continue
+        try:
+            other, found = prepared(config)
+            agree({"present": wanted, "candidate": found}, tolerance)
+            times = interleave({"present": timer, "candidate": other}, plan.repeats, plan.seconds)
+        except Exception as error:  # compilers report limits with many exception types
+            print(f"  {axis}={value}: dropped: {first_line(error)}", flush=True)
+            continue
+        present, candidate = ([s.ms for s in times[name][which]] for name in ("present", "candidate"))
+        won = beats(candidate, present)
+        text = f"{digits(median(candidate))} ms against {digits(median(present))} ms"
+        print(f"  {axis}={value}: {text}{', kept' if won else ''}", flush=True)
+        if won:
+            best, timer = config, other
     return best
 
 
@@ -133,51 +128,54 @@ def write(table: list[Row], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Tune and write the table; return the exit status (0 done, 1 a row fails, 130 interrupted)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu.tune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.tune", description=_DESCRIPTION)
     parser.add_argument("--out", type=named_path, metavar="FILE", help="where the table goes (default: where it is)")
     parser.add_argument("--rehearse", action="store_true",
         help="two rows and a candidate for each, tiny, on the CPU under Triton's interpreter; needs --out")  # fmt: skip
     args = parser.parse_args(argv)
+    out = args.out or launch.TABLE
     try:
-        check_output(args.out or launch.TABLE, "--out")
+        check_output(out, "--out")
     except FastclError as error:
         parser.error(str(error))
-    if args.rehearse:
-        if args.out is None:
-            parser.error("--rehearse: its times mean nothing and must not replace the table; give --out")
-        if os.environ.get("TRITON_INTERPRET") != "1":  # Triton read it at import, so start again
-            command = [sys.executable, "-m", "bench.gpu.tune", *(sys.argv[1:] if argv is None else argv)]
-            return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
-        plan = Plan(torch.device("cpu"), 64, 16, lambda row: {"block_s": (32,)}, 3, 1)
-        capability = None
-    elif not torch.cuda.is_available():
+    if args.rehearse and args.out is None:
+        parser.error("--rehearse: its times mean nothing and must not replace the table; give --out")
+    if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --rehearse runs without one")
+    if args.rehearse and os.environ.get("TRITON_INTERPRET") != "1":  # Triton read it at import, so start again
+        command = [sys.executable, "-m", "bench.gpu.tune", *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+    table = launch._rows()  # the same row objects that launches read
+    if args.rehearse:
+        plan = Plan(torch.device("cpu"), 64, 16, lambda row: {"block_s": (32,)}, 3, 1)
+        rows = rows_of(table, launch.architecture(None))
+        rows = [row for row in rows if row["mode"] == "none" and row["max_d"] == 64]
     else:
         plan = Plan(torch.device("cuda"), 16384, 512, lambda row: AXES if row["max_d"] else WIDE_AXES, 15, 2)
-        capability = torch.cuda.get_device_capability()
-    table = launch._rows()  # the same row objects that launches read
-    rows = rows_of(table, launch.architecture(capability))
-    rows = [row for row in rows if row["mode"] == "none" and row["max_d"] == 64] if args.rehearse else rows
-    changed = failed = 0
+        rows = rows_of(table, launch.architecture(torch.cuda.get_device_capability()))
     try:
-        for row in rows:
-            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-            try:
-                best = tune(row, plan)
-            except Exception as error:  # go on with the other rows
-                print(f"  the present row fails: {first_line(error)}", file=sys.stderr, flush=True)
-                failed += 1
-                continue
-            changed += any(row[key] != value for key, value in best.items())
-            row.update(best)
-            launch.config.cache_clear()
-            write(table, args.out or launch.TABLE)
+        return tune_all(rows, table, plan, out)
     except KeyboardInterrupt:
         print("interrupted; the table holds the rows that were finished", file=sys.stderr)
         return 130
-    written = f"; the table is in {args.out or launch.TABLE}" if failed < len(rows) else ""
+
+
+def tune_all(rows: list[Row], table: list[Row], plan: Plan, out: Path) -> int:
+    """Tune rows of the table, writing it after each; return 1 if a present row fails, else 0."""
+    changed = failed = 0
+    for row in rows:
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        try:
+            best = tune(row, plan)
+        except Exception as error:  # go on with the other rows
+            print(f"  the present row fails: {first_line(error)}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
+        changed += any(row[key] != value for key, value in best.items())
+        row.update(best)
+        launch.config.cache_clear()
+        write(table, out)
+    written = f"; the table is in {out}" if failed < len(rows) else ""
     print(f"{changed} of {len(rows)} rows changed, {failed} fail{written}")
     return 1 if failed else 0
 

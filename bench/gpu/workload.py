@@ -47,8 +47,8 @@ def cases(scale: str, device: torch.device) -> Iterator[Case]:
                 name = f"{objective} {'fp16' if half else 'fp32'} n={n} d={d}"
                 yield Case(name, partial(fused, half, z, labels, objective), z)
                 if objective == "clip":
-                    scale = z.new_full((), 100.0).requires_grad_()
-                    yield Case(f"{name}, learnable temperature", partial(learnable, half, scale, z), z)
+                    factor = z.new_full((), 100.0).requires_grad_()
+                    yield Case(f"{name}, learnable temperature", partial(learnable, half, factor, z), z)
 
 
 def learnable(half: bool, scale: Tensor, z: Tensor) -> Tensor:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
 from bench.harness.clocks import Sample, time_call
-from bench.harness.records import Record, add_arguments, check_out, device_of, machine, record, table, write
+from bench.harness.command import Command
+from bench.harness.records import Record, machine, record, table, write
 
 BENCH = "ceilings"
 NARROW = 256  # rows up to this width fit one program; its backward pass computes every product once per row
@@ -57,54 +58,61 @@ class Ceilings:
         return 1e3 * max(flops / self.flops, exponentials / self.exponentials, size / self.bytes)
 
     def __str__(self) -> str:
-        return (
-            f"matrix products {self.flops / 1e12:.4g} TFLOP/s, copies {self.bytes / 1e9:.4g} GB/s, exponentials "
-            f"{self.exponentials:.3g}/s"
-        )
+        products, copies = f"matrix products {self.flops / 1e12:.4g} TFLOP/s", f"copies {self.bytes / 1e9:.4g} GB/s"
+        return f"{products}, {copies}, exponentials {self.exponentials:.3g}/s"
 
 
-def measure(device: torch.device, repeats: int = 15) -> tuple[Ceilings, list[tuple[str, float, list[Sample]]]]:
-    """The ceilings of a device, from medians, and for each the name, the work of one call and the times."""
+class Rate(NamedTuple):
+    """What a call does and how much of it (floating-point operations, bytes or exponentials), with its times."""
+
+    name: str
+    work: float
+    times: list[Sample]
+
+    @property
+    def a_second(self) -> float:
+        """The work in a second of the median call."""
+        return 1e3 * self.work / median(s.ms for s in self.times)
+
+
+def measure(device: torch.device, repeats: int = 15) -> tuple[Ceilings, list[Rate]]:
+    """The ceilings of a device, and the rates that they come from."""
     from bench.harness.exponentials import exponentials_kernel  # benchmarks also run without Triton
 
     cuda = device.type == "cuda"
-    found = []
-    for dtype in (torch.float16, torch.bfloat16):
-        size = 8192 if cuda else 128
-        times = products(dtype, size, device, repeats)
-        found.append((f"matmul {str(dtype).removeprefix('torch.')}", 2.0 * size**3, times))
-    source = torch.randn(2**28 if cuda else 2**16, device=device)
-    target = torch.empty_like(source)
-    times = _times(lambda: target.copy_(source), device, repeats)
-    found.append(("copy", 2.0 * source.nbytes, times))
-    rounds, block = (4096, 1024) if cuda else (4, 1024)
+    size = 8192 if cuda else 128
+    found = [_products(dtype, size, device, repeats) for dtype in (torch.float16, torch.bfloat16)]
+    found.append(_copies(2**28 if cuda else 2**16, device, repeats))
+    rounds, block = 4096 if cuda else 4, 1024
     x = torch.rand(2**22 if cuda else 2**12, device=device)
     y = torch.empty_like(x)
-    grid = (len(x) // block,)
-    times = _times(lambda: exponentials_kernel[grid](x, y, ROUNDS=rounds, BLOCK=block), device, repeats)
-    found.append(("exp2", 1.0 * len(x) * rounds, times))
-    half, brain, copy, exp2 = (1e3 * work / median(s.gpu or s.wall for s in times) for _, work, times in found)
+    call = partial(exponentials_kernel[(len(x) // block,)], x, y, ROUNDS=rounds, BLOCK=block)
+    found.append(Rate("exp2", 1.0 * len(x) * rounds, _times(call, device, repeats)))
+    half, brain, copy, exp2 = (rate.a_second for rate in found)
     return Ceilings(max(half, brain), copy, exp2), found
 
 
 def of_host(tiny: bool) -> Ceilings:
     """The ceilings of the CPU in float32, measured with PyTorch's functions."""
-    device, repeats, size = torch.device("cpu"), 5, 256 if tiny else 2048
-    source = torch.rand(2**16 if tiny else 2**26)
-    target = torch.empty_like(source)
-    near, out = source[: 2**16], target[: 2**16]  # in cache, so that exp is the limit, not memory
-    calls = (
-        (2.0 * size**3, products(torch.float32, size, device, repeats)),
-        (2.0 * source.nbytes, _times(lambda: target.copy_(source), device, repeats)),
-        (1.0 * len(near), _times(lambda: torch.exp(near, out=out), device, repeats)),
+    device, repeats = torch.device("cpu"), 5
+    near = torch.rand(2**16)  # in cache, so that exp is the limit, not memory
+    exponentials = _times(partial(torch.exp, near, out=torch.empty_like(near)), device, repeats)
+    return Ceilings(
+        _products(torch.float32, 256 if tiny else 2048, device, repeats).a_second,
+        _copies(2**16 if tiny else 2**26, device, repeats).a_second,
+        Rate("exp", 1.0 * len(near), exponentials).a_second,
     )
-    return Ceilings(*(1e3 * work / median(s.wall for s in times) for work, times in calls))
 
 
-def products(dtype: torch.dtype, size: int, device: torch.device, repeats: int) -> list[Sample]:
-    """Times of one product of two size x size matrices."""
+def _products(dtype: torch.dtype, size: int, device: torch.device, repeats: int) -> Rate:
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return _times(partial(torch.mm, a, b, out=torch.empty_like(a)), device, repeats)
+    times = _times(partial(torch.mm, a, b, out=torch.empty_like(a)), device, repeats)
+    return Rate(f"matmul {str(dtype).removeprefix('torch.')}", 2.0 * size**3, times)
+
+
+def _copies(size: int, device: torch.device, repeats: int) -> Rate:
+    source = torch.randn(size, device=device)
+    return Rate("copy", 2.0 * source.nbytes, _times(partial(torch.empty_like(source).copy_, source), device, repeats))
 
 
 def _times(call: Callable[[], object], device: torch.device, repeats: int) -> list[Sample]:
@@ -116,8 +124,8 @@ def _times(call: Callable[[], object], device: torch.device, repeats: int) -> li
     return [time_call(call, device) for _ in range(repeats)]
 
 
-def records(found: list[tuple[str, float, list[Sample]]], facts: Record) -> list[Record]:
-    """A record per ceiling; `work` is the floating-point operations, bytes or exponentials of one call."""
+def records(found: Sequence[Rate], facts: Record) -> list[Record]:
+    """A record per rate; `work` is the floating-point operations, bytes or exponentials of one call."""
     made = []
     for name, work, times in found:
         flops = (work, work) if name.startswith("matmul") else None
@@ -128,20 +136,13 @@ def records(found: list[tuple[str, float, list[Sample]]], facts: Record) -> list
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write the results; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.harness.ceilings",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    check_out(args, parser)
-    device = device_of(args, parser)
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    parser = Command("harness.ceilings", [_DESCRIPTION], "device", "repeats", repeats=15)
+    args = parser.parse(argv)
+    if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("on a CPU the kernel of the exponentials needs TRITON_INTERPRET=1")
-    facts = machine(device)
-    ceilings, found = measure(device, args.repeats)
-    rows = [(name, f"{work:.4g}", f"{1e3 * work / median(s.gpu or s.wall for s in t):.4g}") for name, work, t in found]
+    facts = machine(args.device)
+    ceilings, found = measure(args.device, args.repeats)
+    rows = [(rate.name, f"{rate.work:.4g}", f"{rate.a_second:.4g}") for rate in found]
     text = f"# Ceilings\n\n{facts['device']}, {facts['date']}\n\n{table(('what', 'in one call', 'a second'), rows)}"
     write(args.out, BENCH, records(found, facts), text)
     print(ceilings)

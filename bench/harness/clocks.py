@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import resource
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -23,20 +22,54 @@ Prepare: TypeAlias = Callable[..., tuple[Callable[[], object], Callable[[], obje
 
 
 class Sample(NamedTuple):
-    """Times of one pass of one call in ms; None if a clock does not apply."""
+    """Times of one pass of one call in ms, `cores`: of all processor cores together; None if a clock does not apply."""
 
     wall: float | None
     gpu: float | None = None
+    cores: float | None = None
+
+    @property
+    def ms(self) -> float:
+        """The time on the device if it was taken, else the wall-clock time."""
+        return self.gpu or self.wall or 0.0
 
 
 Timer: TypeAlias = Callable[[], dict[str, Sample]]
 
 
 class Peak(NamedTuple):
-    """Peak memory of a call beyond its inputs, and its duration in seconds."""
+    """Peak memory of a call beyond its inputs, None if it was not measured, and its duration in seconds."""
 
-    bytes: int
-    seconds: float
+    bytes: int | None = None
+    seconds: float = 0.0
+
+
+class Laps:
+    """Marks in time: of the host, and on CUDA also of the device's stream."""
+
+    def __init__(self, device: torch.device, marks: int) -> None:
+        self.cuda, self.walls = device.type == "cuda", []
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(marks if self.cuda else 0)]
+        if self.cuda:
+            torch.cuda.synchronize(device)
+
+    def mark(self) -> None:
+        """Mark this time."""
+        self.walls.append(perf_counter())
+        if self.cuda:
+            self.events[len(self.walls) - 1].record()
+
+    def stop(self) -> None:
+        """Mark the time at which the device is done."""
+        if self.cuda:
+            self.events[-1].record()
+            torch.cuda.synchronize()
+        self.walls.append(perf_counter())
+
+    def span(self, first: int, last: int, wall: bool = True) -> Sample:
+        """The times between two marks; `wall`: whether the host's means anything on CUDA."""
+        gpu = self.events[first].elapsed_time(self.events[last]) if self.cuda else None
+        return Sample(1e3 * (self.walls[last] - self.walls[first]) if wall or not self.cuda else None, gpu)
 
 
 def time_passes(forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
@@ -47,42 +80,22 @@ def time_passes(forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample
         leaf: tensor that requires a gradient.
     """
     leaf.grad = None
-    if leaf.device.type == "cuda":
-        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        torch.cuda.synchronize(leaf.device)
-        began = perf_counter()
-        start.record()
-        loss = forward()
-        middle.record()
-        loss.backward()
-        end.record()
-        torch.cuda.synchronize(leaf.device)
-        wall = (perf_counter() - began) * 1e3
-        spans = (start.elapsed_time(middle), middle.elapsed_time(end), start.elapsed_time(end))
-        return {run: Sample(wall if run == "both" else None, gpu) for run, gpu in zip(PASSES, spans, strict=True)}
-    start = perf_counter()
+    laps = Laps(leaf.device, 3)
+    laps.mark()
     loss = forward()
-    middle = perf_counter()
+    laps.mark()
     loss.backward()
-    end = perf_counter()
-    spans = (middle - start, end - middle, end - start)
-    return {run: Sample(seconds * 1e3) for run, seconds in zip(PASSES, spans, strict=True)}
+    laps.stop()
+    return {"fwd": laps.span(0, 1, wall=False), "bwd": laps.span(1, 2, wall=False), "both": laps.span(0, 2)}
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> Sample:
     """Times of one call without a backward pass: wall clock until it has finished, on CUDA also between events."""
-    if device.type != "cuda":
-        began = perf_counter()
-        call()
-        return Sample((perf_counter() - began) * 1e3)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    began = perf_counter()
-    start.record()
+    laps = Laps(device, 2)
+    laps.mark()
     call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return Sample((perf_counter() - began) * 1e3, start.elapsed_time(end))
+    laps.stop()
+    return laps.span(0, 1)
 
 
 class Graphs:
@@ -120,28 +133,21 @@ class Graphs:
         self.bwd.replay()
         return self.loss.clone(), self.grad.clone()
 
-    def time(self) -> dict[str, float]:
-        """Time of a replay of each pass in ms."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]
+    def time(self, forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
+        """Times of a replay of each pass in ms, and the wall-clock time of an eager call."""
+        eager, laps = time_passes(forward, leaf), Laps(leaf.device, 5)
         # Keep the device busy until everything is queued, so that it never waits for this process.
         torch.cuda._sleep(_HEAD_START)
-        events[0].record()
+        laps.mark()
         self.fwd.replay()
-        events[1].record()
+        laps.mark()
         self.bwd.replay()
-        events[2].record()
-        events[3].record()
+        laps.mark()
+        laps.mark()
         self.both.replay()
-        events[4].record()
-        torch.cuda.synchronize()
-        spans = (events[0], events[1]), (events[1], events[2]), (events[3], events[4])
-        return {run: start.elapsed_time(end) for run, (start, end) in zip(PASSES, spans, strict=True)}
-
-
-def replayed(graphs: Graphs, forward: Callable[[], Tensor], leaf: Tensor) -> dict[str, Sample]:
-    """Times as in `time_passes`: device times from replays, the wall-clock time from an eager call."""
-    eager = time_passes(forward, leaf)
-    return {run: Sample(eager[run].wall, gpu) for run, gpu in graphs.time().items()}
+        laps.stop()
+        spans = {"fwd": (0, 1), "bwd": (1, 2), "both": (3, 4)}
+        return {run: Sample(eager[run].wall, laps.span(*marks).gpu) for run, marks in spans.items()}
 
 
 def timer_of(forward: Callable[[], Tensor], leaf: Tensor, capture: bool) -> tuple[Timer, str | None]:
@@ -159,7 +165,7 @@ def timer_of(forward: Callable[[], Tensor], leaf: Tensor, capture: bool) -> tupl
         graphs = Graphs(forward, leaf)
         if not torch.allclose(graphs.result()[0], forward().detach(), rtol=1e-2):
             raise RuntimeError("its replay gives another loss")
-        return partial(replayed, graphs, forward, leaf), "graph"
+        return partial(graphs.time, forward, leaf), "graph"
     except Exception as error:  # any library may do something that cannot be captured, with its own error
         print(f"  no CUDA graph: {first_line(error)}", flush=True)
         torch.cuda.synchronize()
@@ -227,20 +233,18 @@ def measure_peak(prepare: Prepare, device: str, *args: Any) -> Peak:
 
 def _peak_here(prepare: Prepare, device: str, *args: Any) -> Peak:
     cuda = torch.device(device).type == "cuda"
+    wait = torch.cuda.synchronize if cuda else bool
     warm_up, call = prepare(device, *args)
     warm_up()
+    wait()
     if cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     before, began = _high_water(cuda), perf_counter()
     call()
-    if cuda:
-        torch.cuda.synchronize()
+    wait()
     return Peak(_high_water(cuda) - before, perf_counter() - began)
 
 
 def _high_water(cuda: bool) -> int:
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    # ru_maxrss is in KiB on Linux, in bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # ru_maxrss is in KiB on Linux.
+    return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

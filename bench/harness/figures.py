@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.harness.records import Record, duration, write_file
 
-CAPTION = "A line ends where the next size did not fit the limits of the run."
 # Colour (Okabe and Ito, and more), marker and line style by provider; other formulations and libraries are dashed.
 SIMILARITY = {
     "fastcl PairAccumulator": ("#0072B2", "o", "-"),
@@ -39,12 +38,10 @@ LOSSES = {
     "pytorch-metric-learning": ("#8B5A2B", ">", "--"),
     "authors' formulation": ("#000000", "X", "--"),
 }
-_BOUND = ("#000000", "", ":")
 
 
-@dataclass(frozen=True)
-class Line:
-    """A provider's line: (ms, peak bytes) by number of rows, each None if not measured."""
+class Line(NamedTuple):
+    """A line: (ms, peak bytes) by number of rows, each None if not measured."""
 
     label: str
     style: tuple[str, str, str]
@@ -53,33 +50,39 @@ class Line:
 
 def similarity(records: Sequence[Record], folder: Path) -> str | None:
     """Draw two models held in memory, at the width with the most sizes; return the file name, None if not drawn."""
-    chosen = _most([r for r in records if r["section"] == "pair" and r["wall_ms"] and r["provider"] in SIMILARITY])
-    lines = []
-    for name, style in SIMILARITY.items():
-        mine = [r for r in chosen if r["provider"] == name]
-        if mine:
-            points = {r["n"]: (r["wall_ms"], r["peak_bytes"]) for r in mine}
-            lines.append(Line(f"{name}: {mine[0]['computes']}", style, points))
-    title = f"Two models, d = {chosen[0]['d']}; {chosen[0]['device']}" if chosen else ""
+    chosen = _most([r for r in records if r["section"] == "pair"], SIMILARITY)
+    lines = _lines(chosen, SIMILARITY, "{provider}: {computes}", itemgetter("wall_ms"))
+    title = "Two models, d = {d}; {device}".format(**chosen[0]) if chosen else ""
     return _draw(folder / "similarity.svg", title, lines, "peak memory beyond the features (MiB)")
 
 
 def losses(records: Sequence[Record], folder: Path) -> str | None:
     """Draw NT-Xent, forward and backward together, and its bound if any; returns what `similarity` does."""
-    chosen = _most([
-        r for r in records if r["objective"] == "ntxent" and r["pass"] == "both" and r["wall_ms"]
-        and r["provider"] in LOSSES
-    ])  # fmt: skip
-    lines = []
-    for name, style in LOSSES.items():
-        points = {r["n"]: (duration(r), r["peak_bytes"]) for r in chosen if r["provider"] == name}
-        if points:
-            lines.append(Line(name, style, points))
-    bounds = {r["n"]: (r["bound_ms"], None) for r in chosen if r["bound_ms"]}
-    if bounds:
-        lines.append(Line("bound", _BOUND, bounds))
-    title = f"NT-Xent, forward and backward, D = {chosen[0]['d']}; {chosen[0]['device']}" if chosen else ""
+    chosen = _most([r for r in records if r["objective"] == "ntxent" and r["pass"] == "both"], LOSSES)
+    lines = _lines(chosen, LOSSES, "{provider}", duration)
+    if bounds := {r["n"]: (r["bound_ms"], None) for r in chosen if r["bound_ms"]}:
+        lines.append(Line("bound", ("#000000", "", ":"), bounds))
+    title = "NT-Xent, forward and backward, D = {d}; {device}".format(**chosen[0]) if chosen else ""
     return _draw(folder / "losses.svg", title, lines, "peak memory beyond the inputs (MiB)")
+
+
+def _most(records: Sequence[Record], styles: Mapping[str, object]) -> list[Record]:
+    """The timed records of drawn providers at the width with the most sizes; empty if no width has two."""
+    timed = [r for r in records if r["wall_ms"] and r["provider"] in styles]
+    sizes = {d: {r["n"] for r in timed if r["d"] == d} for d in dict.fromkeys(r["d"] for r in timed)}
+    widest = max(sizes, key=lambda d: len(sizes[d]), default=None)
+    return [r for r in timed if r["d"] == widest and len(sizes[widest]) > 1]
+
+
+def _lines(
+    records: Sequence[Record], styles: Mapping[str, Any], label: str, time: Callable[[Record], float]
+) -> list[Line]:
+    """A line for each provider, named by the format `label` of its fields."""
+    lines = []
+    for name, style in styles.items():
+        if mine := [r for r in records if r["provider"] == name]:
+            lines.append(Line(label.format(**mine[0]), style, {r["n"]: (time(r), r["peak_bytes"]) for r in mine}))
+    return lines
 
 
 def of_run(run: Path) -> None:
@@ -95,15 +98,6 @@ def of_run(run: Path) -> None:
             for name, colour in (("var(--ink)", "#24292f"), ("var(--grid)", "#d0d7de")):  # no page defines them here
                 text = text.replace(name, colour)
             write_file(run / f"{plate.name}.svg", text.replace("<svg ", '<svg style="background:#fff" ', 1))
-
-
-def _most(records: Sequence[Record]) -> list[Record]:
-    """The records of the width with the most sizes; empty if no width has two."""
-    sizes: dict[int, set[int]] = {}
-    for r in records:
-        sizes.setdefault(r["d"], set()).add(r["n"])
-    widest = max(sizes, key=lambda d: len(sizes[d]), default=None)
-    return [r for r in records if r["d"] == widest] if widest is not None and len(sizes[widest]) > 1 else []
 
 
 def _draw(file: Path, title: str, lines: Sequence[Line], memory: str) -> str | None:

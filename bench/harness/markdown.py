@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
-from bench.harness.figures import CAPTION
-from bench.harness.records import Record, table
+from bench.harness.records import Record, digits, table
 
 TINY = "- Tiny sizes: they prove that the benchmark works and measure nothing."
-Target = tuple[str, str, str, str]  # target, where, found, reached
+CAPTION = "A line ends where the next size did not fit the limits of the run."
+Target: TypeAlias = tuple[str, str, str, str]  # target, where, found, reached
 
 
-def machine_line(facts: Record) -> str:
-    """The machine, the versions and the date of the measurement."""
+def conditions(facts: Record, args: argparse.Namespace) -> str:
+    """The machine, the versions, the date and the load of a run, and a note on tiny sizes."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return f"- Machine: {facts['device']}; {versions}; {facts['date']}."
+    tiny = f"\n{TINY}" if getattr(args, "tiny", False) else ""
+    return (
+        f"- Machine: {facts['device']}; {versions}; {facts['date']}. Load average at the start: "
+        f"{os.getloadavg()[0]:.1f}; other\n  processes change not only the times but their ratios.{tiny}"
+    )
 
 
-def machine_and_load(facts: Record, tiny: bool = False) -> str:
-    """`machine_line` and the load, for comparisons of providers; `tiny`: with a note on tiny sizes."""
-    text = f"{machine_line(facts)} Load average at the start: {os.getloadavg()[0]:.1f}; other\n"
-    text += "  processes change not only the times but their ratios."
-    return f"{text}\n{TINY}" if tiny else text
+def rounds(args: argparse.Namespace, what: str = "rounds") -> str:
+    """How the times of a run are taken."""
+    text = f"median (minimum-maximum) of at most {args.repeats} {what}, fewer after {args.seconds:g} s per\n"
+    return text + "  provider. In a round every provider runs once, each round beginning with another"
+
+
+def allowed(tolerances: Mapping[str, float]) -> str:
+    """The tolerances by precision."""
+    return ", ".join(f"{tolerance:g} ({name})" for name, tolerance in tolerances.items())
+
+
+def goal(
+    what: str, where: str, found: float | None, limit: float, text: Callable[[float], str], least: bool = False
+) -> Target:
+    """A row of the target table; `found` is None if nothing was measured, `least`: it should be the limit or more."""
+    if found is None:
+        return what, where, "not measured", ""
+    return what, where, text(found), "yes" if (found >= limit if least else found <= limit) else "no"
 
 
 def target_table(rows: Iterable[Target]) -> str:
@@ -30,14 +49,23 @@ def target_table(rows: Iterable[Target]) -> str:
     return table(("target", "where", "found", "reached"), rows)
 
 
-def outcome(found: float | None, text: Callable[[float], str], reached: Callable[[float], bool]) -> tuple[str, str]:
-    """The last two cells of a target's row; `found` is None if nothing was measured."""
-    return ("not measured", "") if found is None else (text(found), "yes" if reached(found) else "no")
-
-
 def time_and_memory(figure: str | None) -> str:
     """The figure of times and memory by its file name; empty without one."""
     return f"\n![Time and memory against the number of rows]({figure})\n\n{CAPTION}\n" if figure else ""
+
+
+def absent(records: Sequence[Record]) -> dict[str, str]:
+    """Providers without times at any size and their reasons, each one that does not depend on the size."""
+    reasons: dict[str, set[str]] = {}
+    for r in records:
+        reasons.setdefault(r["provider"], set()).add(r["reason"] or "")
+    alone = {name: found.pop() for name, found in reasons.items() if len(found) == 1}
+    return {name: why for name, why in alone.items() if never(why)}
+
+
+def never(reason: str) -> bool:
+    """Whether a reason holds for every size."""
+    return reason.startswith(("has no ", "timed on ")) or reason.endswith(" is not installed")
 
 
 def not_run(reasons: Mapping[str, str]) -> str:
@@ -55,3 +83,13 @@ def not_measured(records: Sequence[Record]) -> str:
 def mib(size: int | None) -> str:
     """Bytes in MiB; empty for None."""
     return "" if size is None else f"{size / 2**20:.1f}"
+
+
+def percent(share: float | None) -> str:
+    """A share in percent; empty for None."""
+    return "" if share is None else f"{100 * share:.3g} %"
+
+
+def times(ratio: float | None) -> str:
+    """A factor, as "2.5x"; empty for None."""
+    return "" if ratio is None else f"{digits(ratio)}x"

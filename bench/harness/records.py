@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: the record of a measurement, its files, command-line arguments and tables.
+"""The record of a measurement, its files, and the ways a number or a reason is written.
 
 A record is one flat dictionary, a line of DIR/<bench>.json:
 
@@ -20,12 +20,10 @@ A record is one flat dictionary, a line of DIR/<bench>.json:
 
 from __future__ import annotations
 
-import argparse
-import io
+import importlib.metadata
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
@@ -38,76 +36,38 @@ from torch import Tensor
 
 import fastcl
 from bench.harness.clocks import Sample
-from fastcl.errors import FastclError, shown
-from fastcl.io.files import cause, write_atomic
-from fastcl.io.outputs import check_folder, named_path
+from fastcl.errors import FastclError
+from fastcl.io.files import write_atomic
 
 GIB = 2**30
 MEMORY_GIB = 12
-MEMORY_HELP = f"skip what would need more, or three quarters of the device's memory (default: {MEMORY_GIB}; CUDA: that)"
 
 Record: TypeAlias = dict[str, Any]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every benchmark takes."""
-    add = parser.add_argument
-    add("--out", type=named_path, required=True, metavar="DIR",
-        help="folder of the results; older ones in it are replaced")  # fmt: skip
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (the default)")
-    add("--repeats", type=int, default=15, metavar="R", help="rounds per case at most (default: %(default)s)")
-    add("--seconds", type=float, default=60, metavar="S",
-        help="per case and provider: no round begins after it, and a provider is skipped where one call takes longer "
-        "(default: %(default)s)")  # fmt: skip
-
-
-def check_out(args: argparse.Namespace, parser: argparse.ArgumentParser, *inputs: Path) -> None:
-    """Exit with a message if --out is not a usable folder, is one of the input folders, or if these cannot be read.
-
-    The inputs are those of --data and may be absent. Also makes standard output escape unprintable characters from here
-    on.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        check_folder(args.out, "--out", inputs)
-    except FastclError as error:
-        parser.error(str(error))
-    for folder in inputs:
-        try:
-            os.scandir(folder).close()
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            parser.error(f"--data: {shown(folder)} cannot be read ({cause(error)})")
-
-
-def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
-    """The requested device; exits with a message if there is none."""
-    found = torch.cuda.is_available()
-    if args.device == "cuda" and not found:
-        parser.error("--device cuda: torch finds no CUDA device")
-    return torch.device("cuda" if found and args.device != "cpu" else "cpu")
-
-
-def require_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """Exit with a message if an argument, or one of its numbers, is not positive."""
-    for name in names:
-        value = getattr(args, name)
-        for number in value if isinstance(value, list) else [value]:
-            if not number > 0:
-                parser.error(f"--{name}: must be positive, got {number}")
-
-
-def machine(device: torch.device) -> Record:
-    """The fields device, versions and date, shared by all records of a run."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "fastcl": fastcl.__version__}
+def machine(device: torch.device, packages: Iterable[str] = ()) -> Record:
+    """The fields device, versions and date, shared by all records of a run; versions also of installed `packages`."""
+    installed = {"python": platform.python_version(), "torch": torch.__version__, "fastcl": fastcl.__version__}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        versions["cuda"] = torch.version.cuda
+        installed["cuda"] = str(torch.version.cuda)
     else:
-        name = f"{_cpu_model()}, threads: {torch.get_num_threads()} of {os.cpu_count()}"
-    return {"device": name, "versions": versions, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = f"{next(models, platform.machine())}, threads: {torch.get_num_threads()} of {os.cpu_count()}"
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"device": name, "versions": installed | versions(packages), "date": date}
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of packages, as far as they are installed: the records of a provider say where its package is not."""
+    found = {}
+    for package in dict.fromkeys(packages):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def record(
@@ -137,22 +97,11 @@ def record(
     times = gpu or wall
     own, dense = (count / median(times) * 1e-9 for count in flops) if flops and times else (None, None)
     return {
-        "bench": bench,
-        "provider": provider,
-        **case,
-        "pass": run,
-        "gpu_ms": median(gpu) if gpu else None,
-        "wall_ms": median(wall) if wall else None,
-        "peak_bytes": peak_bytes,
-        "tflops": own,
-        "tflops_dense": dense,
-        "bound_ms": bound_ms,
-        **machine,
-        "timing": timing,
-        "samples_ms": times,
-        "wall_samples_ms": wall if gpu else [],
-        "reason": reason,
-    }
+        "bench": bench, "provider": provider, **case, "pass": run,
+        "gpu_ms": median(gpu) if gpu else None, "wall_ms": median(wall) if wall else None, "peak_bytes": peak_bytes,
+        "tflops": own, "tflops_dense": dense, "bound_ms": bound_ms, **machine,
+        "timing": timing, "samples_ms": times, "wall_samples_ms": wall if gpu else [], "reason": reason,
+    }  # fmt: skip
 
 
 def agree(results: dict[str, dict[str, Tensor]], tolerance: float) -> None:
@@ -177,11 +126,7 @@ def agree(results: dict[str, dict[str, Tensor]], tolerance: float) -> None:
 
 
 def over_memory(floats: float, limit: float) -> str | None:
-    """Reason to skip a case that needs more float32 values than the limit allows, or None.
-
-    Args:
-        limit: GiB.
-    """
+    """Reason to skip a case that needs more float32 values than the limit in GiB allows, or None."""
     needed = floats * 4 / GIB
     return f"skipped: needs {needed:.3g} GiB, the limit is {limit:.3g} GiB" if needed > limit else None
 
@@ -190,9 +135,8 @@ def shortage(error: Exception) -> str | None:
     """The reason if a call failed for lack of memory; None for every other error."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: {str(error).splitlines()[0]}"
-    if isinstance(error, BrokenProcessPool):
-        return "its process was killed, most likely for want of memory"
-    return None
+    killed = isinstance(error, BrokenProcessPool)
+    return "its process was killed, most likely for want of memory" if killed else None
 
 
 def total_memory(device: torch.device) -> int:
@@ -207,6 +151,14 @@ def memory_limit(asked: float | None, device: torch.device) -> float:
     most = 0.75 * total_memory(device) / GIB
     default = most if device.type == "cuda" else MEMORY_GIB
     return min(most, default if asked is None else asked)
+
+
+def grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:
+    """The records by their values of some keys, in order of appearance."""
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for r in records:
+        found.setdefault(tuple(r.get(key) for key in keys), []).append(r)
+    return found
 
 
 def write(folder: Path, bench: str, records: Sequence[Record], markdown: str) -> None:
@@ -235,28 +187,11 @@ def milliseconds(times: Sequence[float]) -> str:
     return f"{digits(median(times))} ({digits(min(times))}-{digits(max(times))})"
 
 
-def duration(r: Record) -> float | None:
-    """Time of a record in ms: on the device if timed there, else wall clock; None if not timed."""
+def duration(r: Record) -> float:
+    """Time of a timed record in ms: on the device if timed there, else wall clock."""
     return r["gpu_ms"] or r["wall_ms"]
 
 
 def digits(value: float) -> str:
     """Three significant digits, without an exponent for large numbers."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def exit_status(failed: Iterable[str]) -> int:
-    """1 if anything of ours failed, else 0; prints each message on its own line."""
-    failed = list(failed)
-    for message in failed:
-        print(f"error: {message}", file=sys.stderr)
-    return 1 if failed else 0

@@ -2,61 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-import fastcl
 from bench.harness import ceilings, figures
-from bench.harness.clocks import PASSES, Peak, first_line, interleave, measure_peak, timer_of
-from bench.harness.records import (
-    GIB,
-    Record,
-    agree,
-    exit_status,
-    machine,
-    milliseconds,
-    over_memory,
-    record,
-    shortage,
-    write,
-)
-from bench.losses import peers, providers, report
-from bench.losses.arguments import parse
-from bench.losses.providers import CHUNKED, FUSED, PROVIDERS, TOLERANCES, Provider, passes
+from bench.harness.clocks import PASSES, Sample, Timer
+from bench.harness.command import Command
+from bench.harness.markdown import allowed
+from bench.harness.records import Record, agree, machine, over_memory, write
+from bench.harness.suite import Comparison, Entry, Run
+from bench.losses import peers, report
+from bench.losses.providers import CHUNKED, FUSED, OBJECTIVES, PACKAGES, PROVIDERS, TOLERANCES, Provider, passes
+from fastcl.errors import FastclError
 
 BENCH = "losses"
+SIZES = {
+    "cpu": (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+    "cuda": (512, 4096, 16384, 65536, 262144, 1048576),
+}
 WARM_UP_ROWS = 8  # small, so that the warm-up does not raise the high-water mark: N x N x D floats are 32 kB
 DENSE = {"fwd": 2, "bwd": 4}  # times N x N x D, a quarter for two towers: one product forward, two backward
-WARM_UP = {"cpu": 0, "cuda": 0.2}  # seconds of untimed rounds first, since a GPU's clocks rise under load
-LONG = 0.5  # seconds; a longer pass needs neither a graph nor warm-up to be timed on a GPU
-OVERHEAD = {"cpu": 0.5, "cuda": 0.01}  # upper limit of the seconds of a call that do not grow with n
 
+_DESCRIPTION = f"""\
+Time and memory of the contrastive losses, forward and backward, against what a user would write or install otherwise.
+All providers run interleaved, so that a drift of the machine hits all alike:
 
-@dataclass
-class Run:
-    """State shared by all cases of a run."""
+  fastcl chunked, dense    the torch backend in float32; the specification, N x N and not meant to be fast (CPU only)
+  fastcl fp16, fastcl fp32 the Triton backend on float32 rows, its two precisions; CUDA, or a CPU's interpreter
+  plain PyTorch            one matrix product, masks, cross entropy or log-sum-exp; also under autocast to bfloat16, and
+                           that with torch.compile (CUDA only)
+  chunked bf16             PyTorch in chunks of rows, recomputed in the backward pass
+  flex_attention bf16      its log-sum-exp, compiled (CUDA only)
+  Inf-CL, cut-cross-entropy, lightly, pytorch-metric-learning
+                           those installed: pip install '.[peers]'
+  authors' formulation     similarities over an N x N x D broadcast, as in the code published with arXiv 2510.08852
 
-    args: argparse.Namespace
-    device: torch.device
-    facts: Record
-    ceilings: ceilings.Ceilings | None
-    pace: dict[tuple[str, str, int], float] = field(default_factory=dict)  # by provider, objective, d: seconds / n^2
-    failed: list[str] = field(default_factory=list)
+All must first agree with the first that runs on the loss and its gradient, to
+{allowed(TOLERANCES)} by the precision of their products. One that does
+not is not timed, and if it is no other library the exit status is 1. What does not fit (--memory, --seconds) is
+recorded with the reason.
+"""
+_EPILOG = """\
+examples:
+  python -m bench.losses --out runs/bench                          the whole table
+  python -m bench.losses --out runs/try --providers "fastcl chunked" "plain PyTorch" --repeats 25 --seconds 10
+                                                                   the two on all sizes, some 7 minutes on a CPU
 
-
-@dataclass
-class Entry:
-    """A provider that can be timed on a case."""
-
-    provider: Provider
-    peak: Peak
-    result: tuple[Tensor, Tensor]
+DIR/losses.json holds every single time, DIR/losses.md the tables, DIR/losses.svg the figure of NT-Xent where matplotlib
+is installed and a width has two sizes; they are rewritten after each size. For numbers worth quoting leave the machine
+to the run alone. Where that cannot be, OMP_NUM_THREADS=1 is steadier: several threads wait for the slowest.
+"""
 
 
 def make_batch(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -67,166 +67,89 @@ def make_batch(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return z, torch.arange(batch, device=device) % max(2, min(100, batch // 4))
 
 
-def memory_case(device: str, name: str, objective: str, n: int, d: int) -> tuple[Callable[[], object], ...]:
-    """Warm-up and call for `measure_peak`: one forward and backward pass of a provider."""
-    loss = next(p.loss for p in PROVIDERS if p.name == name)
-    batches = [make_batch(rows, d, torch.device(device)) for rows in (WARM_UP_ROWS, n)]
-    return tuple(partial(passes, loss, *batch, objective) for batch in batches)
+class Losses(Comparison):
+    """An objective on n rows of width d; the case has the fields of its records."""
 
+    table = PROVIDERS
+    overhead = {"cpu": 0.5, "cuda": 0.01}
+    expected = "skipped: one call would take about {seconds:.3g} s, the limit is {limit:g} s"
+    measured = "skipped: one call takes {seconds:.3g} s, the limit is {limit:g} s"
 
-def peak_of(provider: Provider, case: Record, batch: tuple[Tensor, Tensor]) -> Peak:
-    """Peak memory and duration of one forward and backward pass."""
-    z, objective = batch[0], case["objective"]
-    if z.device.type == "cpu":
-        return measure_peak(memory_case, "cpu", provider.name, objective, case["n"], case["d"])
-    call = partial(passes, provider.loss, *batch, objective)
+    def __init__(self, run: Run, case: Record) -> None:
+        super().__init__(run, case)
+        self.objective, self.n, self.d = case["objective"], case["n"], case["d"]
+        self.where, self.label = f"{self.objective}, n={self.n}, d={self.d}", f"{self.objective:7} n={self.n:<6}"
 
-    def warm_up() -> None:
-        call()  # at full size, so that compilation is not part of the time
-        z.grad = None  # not part of the memory before the call
+    @staticmethod
+    def prepare(case: Record, device: torch.device) -> tuple[Tensor, Tensor, str]:
+        peers.forget_compiled()
+        return *make_batch(case["n"], case["d"], device), case["objective"]
 
-    return measure_peak(lambda device: (warm_up, call), "cuda")
+    @staticmethod
+    def shrunk(case: Record) -> Record:
+        return case | {"n": WARM_UP_ROWS}
 
+    @staticmethod
+    def call(provider: Provider, inputs: tuple[Tensor, Tensor, str]) -> tuple[Tensor, Tensor]:
+        return passes(provider.loss, *inputs)
 
-def probe(
-    provider: Provider, case: Record, batch: tuple[Tensor, Tensor], run: Run
-) -> tuple[str | None, Peak | None, tuple[Tensor, Tensor] | None]:
-    """The reason why a provider cannot be timed on a case, or None, its peak memory, and its loss and gradient."""
-    objective, n, d = case["objective"], case["n"], case["d"]
-    limit = run.args.seconds
-    if reason := provider.obstacle(run.device, objective):
-        return reason, None, None
-    if reason := over_memory(provider.floats(n, d), run.args.memory):
-        return reason, None, None
-    expected = n * n * run.pace.get((provider.name, objective, d), 0)
-    if expected > limit:
-        return f"skipped: one call would take about {expected:.3g} s, the limit is {limit:g} s", None, None
-    try:
-        peak = peak_of(provider, case, batch)
-        run.pace[provider.name, objective, d] = max(0, peak.seconds - OVERHEAD[run.device.type]) / n**2
-        if peak.seconds > limit:
-            return f"skipped: one call takes {peak.seconds:.3g} s, the limit is {limit:g} s", peak, None
-        return None, peak, passes(provider.loss, *batch, objective)
-    except Exception as error:  # any unsupported or failing case is recorded
-        if reason := shortage(error):
-            return reason, None, None
-        if provider.ours:
-            run.failed.append(f"{objective}, n={n}, d={d}: {provider.name}: {first_line(error)}")
-        return f"failed: {first_line(error)}", None, None
+    def obstacle(self, provider: Provider) -> str | None:
+        needed = provider.floats(self.n, self.d)
+        return provider.obstacle(self.device, self.objective) or over_memory(needed, self.run.args.memory)
 
+    def work(self, provider: Provider) -> tuple[object, float]:
+        return (self.objective, self.d), self.n**2  # every provider visits all pairs of rows
 
-def disagreements(entries: dict[str, Entry]) -> dict[str, str]:
-    """Messages of providers that differ from the first by more than the tolerance of the less precise of the two."""
-    found: dict[str, str] = {}
-    tensors = {name: dict(zip(("loss", "gradient"), e.result, strict=True)) for name, e in entries.items()}
-    if not tensors:
-        return found
-    reference, *others = tensors
-    # Check the reference too: NaN does not even agree with itself.
-    for name in (reference, *others):
-        tolerance = max(TOLERANCES[entries[k].provider.precision] for k in (reference, name))
-        try:
-            agree({reference: tensors[reference], name: tensors[name]}, tolerance)
-        except fastcl.FastclError as error:
-            found[name] = str(error)
-    return found
+    def compare(self, entries: Sequence[Entry]) -> None:
+        """Reject providers that differ from the first by more than the tolerance of the less precise of the two."""
+        for entry in entries:  # the first as well: NaN does not even agree with itself
+            pair = {e.provider: {"loss": e.result[0], "gradient": e.result[1]} for e in (entries[0], entry)}
+            try:
+                agree({p.name: found for p, found in pair.items()}, max(TOLERANCES[p.precision] for p in pair))
+            except FastclError as error:
+                entry.reason = str(error)
+                print(f"{self.label} {error}", file=sys.stderr, flush=True)
+                self.run.failed += [f"{self.where}: {error}"] if entry.provider.ours else []
 
+    def timers(self, entries: Sequence[Entry]) -> dict[str, Timer]:
+        return self.pass_timers(entries, lambda p: partial(p.loss, *self.inputs), self.inputs[0])
 
-def run_case(case: Record, run: Run) -> list[Record]:
-    """Measure memory, agreement and times of all providers on one objective and size; print a line for each."""
-    objective, n, d = case["objective"], case["n"], case["d"]
-    peers.forget_compiled()
-    batch = make_batch(n, d, run.device)
-    label = f"{objective:7} n={n:<6}"
-    found, entries = [], {}
+    def costs(self, provider: Provider, which: str) -> tuple[tuple[float, float], float | None]:
+        pairs = self.n**2 / 4 if self.objective == "clip" else self.n**2
+        own = dict(zip(PASSES, provider.work(self.objective, self.d), strict=False))
+        parts = PASSES[:2] if which == "both" else (which,)
+        flops = [sum(counts[part] for part in parts) * pairs * self.d for counts in (own, DENSE)]
+        bounds = self.run.ceilings.bound_ms(self.objective, self.n, self.d) if self.run.ceilings else {}
+        return (flops[0], flops[1]), bounds.get(which)
 
-    def give_up(provider: Provider, reason: str, peak: Peak | None) -> None:
-        used = peak.bytes if peak else None
-        full = case | {"precision": provider.precision}
-        found.append(record(BENCH, provider.name, full, run.facts, peak_bytes=used, reason=reason))
-
-    for provider in (p for p in PROVIDERS if p.name in run.args.providers):
-        reason, peak, result = probe(provider, case, batch, run)
-        print(f"{label} {provider.name:23} {reason or f'peak memory {peak.bytes / 2**20:.1f} MiB'}", flush=True)
-        if reason:
-            give_up(provider, reason, peak)
-        else:
-            entries[provider.name] = Entry(provider, peak, result)
-    for name, reason in disagreements(entries).items():
-        print(f"{label} {reason}", file=sys.stderr, flush=True)
-        entry = entries.pop(name)
-        if entry.provider.ours:
-            run.failed.append(f"{objective}, n={n}, d={d}: {reason}")
-        give_up(entry.provider, reason, entry.peak)
-    if entries:
-        found += _times(case, batch, entries, run, label)
-    order = [p.name for p in PROVIDERS]
-    return sorted(found, key=lambda r: order.index(r["provider"]))
-
-
-def _times(case: Record, batch: tuple[Tensor, Tensor], entries: dict[str, Entry], run: Run, label: str) -> list[Record]:
-    objective, n, d = case["objective"], case["n"], case["d"]
-    z, labels = batch
-    bounds = run.ceilings.bound_ms(objective, n, d) if run.ceilings else dict.fromkeys(PASSES)
-    pairs = n * n / 4 if objective == "clip" else n * n
-    timers, timing, found = {}, {}, []
-    # Each graph keeps the memory of its passes, and eager passes need theirs in addition.
-    room = run.args.memory * GIB - max(e.peak.bytes for e in entries.values())
-    for name, entry in entries.items():
-        capture = entry.provider.capture and entry.peak.seconds <= LONG and entry.peak.bytes <= room
-        forward = partial(entry.provider.loss, z, labels, objective)
-        timers[name], timing[name] = timer_of(forward, z, capture)
-        room -= entry.peak.bytes if timing[name] == "graph" else 0
-    warm = any(e.peak.seconds > LONG for e in entries.values())
-    rounds = interleave(timers, run.args.repeats, run.args.seconds, 0 if warm else WARM_UP[run.device.type])
-    for name, samples in rounds.items():
-        provider = entries[name].provider
-        own = dict(zip(("fwd", "bwd"), provider.work(objective, d), strict=True))
-        for which in PASSES:
-            used = entries[name].peak.bytes if which == "both" else None
-            parts = PASSES[:2] if which == "both" else (which,)
-            flops = tuple(sum(counts[part] for part in parts) * pairs * d for counts in (own, DENSE))
-            full = case | {"precision": provider.precision}
-            arguments = full, run.facts, which, samples[which], flops, used, bounds[which], timing[name]
-            found.append(record(BENCH, name, *arguments))
-        times = found[-1]["samples_ms"]
-        print(f"{label} {name:23} {milliseconds(times)} ms, {len(times)} rounds", flush=True)
-    return found
-
-
-def _run_or_fail(case: Record, run: Run) -> list[Record]:
-    """The records of a case; empty, with a failure noted, if the providers together exceed the memory."""
-    try:
-        return run_case(case, run)
-    except torch.OutOfMemoryError as error:
-        run.failed.append(f"{case['objective']}, n={case['n']}, d={case['d']}: {first_line(error)}")
-        return []
+    def fields(self, entry: Entry, samples: Sequence[Sample]) -> Record:
+        return self.case | {"precision": entry.provider.precision}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; return the exit status (0 done, 1 a provider failed or disagrees, 130 interrupted)."""
-    args, device = parse(argv)
-    facts = machine(device)
-    facts["versions"] |= providers.versions()
-    run = Run(args, device, facts, None)
-    if device.type == "cuda":
-        run.ceilings, measured = ceilings.measure(device)
-        write(args.out, ceilings.BENCH, ceilings.records(measured, facts), f"# Ceilings\n\n{run.ceilings}\n")
-    conditions = report.header(facts, args, run.ceilings, WARM_UP_ROWS)
-    print(f"{facts['device']}; results go to {args.out}", flush=True)
-    ours = FUSED if device.type == "cuda" else CHUNKED
-    found: list[Record] = []
-    try:
-        for objective in args.objectives:
-            for d in args.d:
-                for n in sorted(args.n):
-                    case = {"objective": objective, "n": n, "d": d, "dtype": "float32"}
-                    found += _run_or_fail(case, run)
-                    text = report.body(found, ours, figures.losses(found, args.out))
-                    write(args.out, BENCH, found, conditions + text)
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()  # the graphs' memory pools are free now
-    except KeyboardInterrupt:
-        print("interrupted; the files hold the objectives and sizes that were finished", file=sys.stderr)
-        return 130
-    return exit_status(run.failed)
+    """Run the benchmark; return the exit status."""
+    options = ("device", "repeats", "seconds", "memory")
+    parser = Command(BENCH, (_DESCRIPTION, _EPILOG), *options, repeats=15, seconds=60)
+    defaults = "; ".join(f"{kind}: {' '.join(map(str, sizes))}" for kind, sizes in SIZES.items())
+    parser.add_argument("--n", type=int, nargs="+", metavar="N",
+        help=f"rows: two views of N / 2 samples, even, at least 8 (default: {defaults})")  # fmt: skip
+    parser.add_argument("--d", type=int, nargs="+", default=[128], metavar="D", help="widths of rows (default: 128)")
+    parser.add_names("--objectives", OBJECTIVES, f"default: all, {' '.join(OBJECTIVES)}")
+    parser.add_names("--providers", [p.name for p in PROVIDERS])
+    args = parser.parse(argv)
+    args.n = args.n or list(SIZES[args.device.type])
+    if bad := [n for n in args.n if n < 8 or n % 2]:
+        parser.error(f"--n: rows must be even and at least 8, got {bad[0]}")
+    facts, cuda, bounds = machine(args.device, PACKAGES), args.device.type == "cuda", None
+    if cuda:
+        bounds, measured = ceilings.measure(args.device)
+        write(args.out, ceilings.BENCH, ceilings.records(measured, facts), f"# Ceilings\n\n{bounds}\n")
+    conditions = report.header(facts, args, bounds, WARM_UP_ROWS)
+
+    def markdown(found: list[Record]) -> str:
+        return conditions + report.body(found, FUSED if cuda else CHUNKED, figures.losses(found, args.out))
+
+    run = Run(BENCH, args, facts, markdown, bounds)
+    cases = itertools.product(args.objectives, args.d, sorted(args.n))
+    fields = ({"objective": objective, "n": n, "d": d, "dtype": "float32"} for objective, d, n in cases)
+    return run.execute(Losses(run, case).measure for case in fields)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from bench.harness.records import MEMORY_GIB, over_memory
 from bench.losses import run as losses
 
 N, D = 2048, 128
@@ -16,9 +17,8 @@ CASES = [(objective, p) for objective in ("ntxent", "supcon") for p in losses.PR
 def test_forward_and_backward(benchmark, objective: str, provider: losses.Provider):
     if reason := provider.obstacle(CPU, objective):
         pytest.skip(reason)
-    needed = 4 * provider.floats(N, D) / losses.GIB
-    if needed > losses.MEMORY_GIB:
-        pytest.skip(f"needs {needed:.3g} GiB, the limit is {losses.MEMORY_GIB} GiB")
+    if reason := over_memory(provider.floats(N, D), MEMORY_GIB):
+        pytest.skip(reason)
     benchmark.group = objective
     run = partial(losses.passes, provider.loss, *losses.make_batch(N, D, CPU), objective)
     benchmark(run)

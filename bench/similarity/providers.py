@@ -10,14 +10,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 import fastcl
+from bench.harness import suite
 from bench.harness.ceilings import Ceilings
-from bench.losses.providers import absence
 from bench.similarity import peers, plain
 from bench.similarity.inputs import Case, Features
 from fastcl.similarity.sums.routes import choose_route
@@ -30,36 +30,23 @@ Found: TypeAlias = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
-class Provider:
+class Provider(suite.Provider):
     """One way to compute measures.
 
     Args:
         measures: the measures it computes; keys of `bench.similarity.plain.MEASURES`.
         floats: from a case, peak memory beyond the features in float32 values, measured or counted.
         work: from a case, floating-point operations of its matrix products.
-        precision: a key of TOLERANCES.
         note: added to the measures in its label.
         dense: whether it forms whole Gram matrices; the others are compared with these.
-        ours: whether a failure or a wrong value sets the benchmark's exit status to 1.
-        devices, module, package: as in `bench.losses.providers.Provider`.
     """
 
-    name: str
     measure: Callable[[Features], Found]
     measures: tuple[str, ...]
     floats: Callable[[Case], float]
     work: Callable[[Case], float]
-    precision: str = "fp32"
     note: str = ""
     dense: bool = False
-    ours: bool = True
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    module: str | None = None
-    package: str | None = None
-
-    def obstacle(self, device: torch.device) -> str | None:
-        """Why it cannot run at any size, or None."""
-        return absence(self.devices, self.module, self.package, device)
 
     @property
     def label(self) -> str:
@@ -82,9 +69,9 @@ def _pair_stats(kernel: str, route: str, x: Tensor, y: Tensor) -> dict[str, floa
 def _values(stats: fastcl.PairStats, kernel: str) -> dict[str, float]:
     if kernel == "linear":
         return {"CKA": stats.cka, "debiased CKA": stats.cka_debiased}
-    return {"cosine": {"RSA": stats.rsa}, "correlation": {"correlation RSA": stats.rsa}}.get(kernel) or {
-        "RBF CKA": stats.cka
-    }
+    if kernel == "rbf":
+        return {"RBF CKA": stats.cka}
+    return {"RSA" if kernel == "cosine" else "correlation RSA": stats.rsa}
 
 
 def _accumulated(kernels: tuple[str, ...], features: Features) -> Found:
@@ -101,13 +88,21 @@ def _accumulated(kernels: tuple[str, ...], features: Features) -> Found:
     return found
 
 
-def _dense(dtype: torch.dtype, functions: tuple[Callable, ...], features: Features) -> Found:
+def _dense(dtype: torch.dtype, functions: tuple[Callable[..., Found], ...], features: Features) -> Found:
     models = [x.to(dtype) for x in features.whole()]
     return {name: values for function in functions for name, values in function(models).items()}
 
 
 def _moments(dtype: torch.dtype, features: Features) -> Found:
     return plain.feature_moments(features.batches(), dtype)
+
+
+def _in(precision: str, measure: Callable[..., Found], *args: object) -> dict[str, Any]:
+    """The fields of a provider that calls `measure` with the dtype of a precision and `args`."""
+    call = partial(measure, torch.float64 if precision == "fp64" else torch.float32, *args)
+    if precision == "tf32":
+        return {"measure": partial(_tf32, call), "precision": precision, "devices": ("cuda",)}
+    return {"measure": call, "precision": precision}
 
 
 def _tf32(measure: Callable[[Features], Found], features: Features) -> Found:
@@ -198,35 +193,25 @@ def _pair_matrices(count: float, width: int, case: Case) -> float:
 
 def _fastcl(name: str, kernel: str, measures: tuple[str, ...], route: str = "auto") -> Provider:
     work = partial(_route_work, "tiles" if kernel == "rbf" else route)
-    measure = partial(_pairwise, partial(_pair_stats, kernel, route))
-    return Provider(name, measure, measures, _route_floats, work)
+    return Provider(name, partial(_pairwise, partial(_pair_stats, kernel, route)), measures, _route_floats, work)
 
 
 def _accumulator(name: str, kernels: tuple[str, ...], measures: tuple[str, ...]) -> Provider:
-    count = len(kernels)
-    return Provider(name, partial(_accumulated, kernels), measures, lambda case: count * _features_floats(case),
-        lambda case: count * feature_work(case))  # fmt: skip
+    floats, work = (
+        (lambda case: len(kernels) * _features_floats(case)),
+        (lambda case: len(kernels) * feature_work(case)),
+    )
+    return Provider(name, partial(_accumulated, kernels), measures, floats, work)
 
 
 def _gram(precision: str, functions: tuple[Callable, ...], measures: tuple[str, ...], suffix: str = "") -> Provider:
-    wide = 2 if precision == "fp64" else 1
-    measure = partial(_dense, torch.float64 if precision == "fp64" else torch.float32, functions)
-    return Provider(
-        f"dense Gram {precision}{suffix}",
-        partial(_tf32, measure) if precision == "tf32" else measure, measures, partial(_matrices, 1.1, wide),
-        lambda case: len(functions) * _dense_work(case), precision, dense=True,
-        devices=("cuda",) if precision == "tf32" else ("cpu", "cuda"),
-    )  # fmt: skip
+    floats = partial(_matrices, 1.1, 2 if precision == "fp64" else 1)
+    return Provider(f"dense Gram {precision}{suffix}", measures=measures, floats=floats, dense=True,
+        work=lambda case: len(functions) * _dense_work(case), **_in(precision, _dense, functions))  # fmt: skip
 
 
-def _feature_form(precision: str) -> Provider:
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    measure = partial(_moments, dtype)
-    return Provider(
-        f"X'Y {precision}", partial(_tf32, measure) if precision == "tf32" else measure, ("CKA",),
-        lambda case: 4 * (case.chunk or case.n) * case.d * case.models + 2 * _features_floats(case), feature_work,
-        precision, devices=("cuda",) if precision == "tf32" else ("cpu", "cuda"),
-    )  # fmt: skip
+def _moment_floats(case: Case) -> float:
+    return 4 * (case.chunk or case.n) * case.d * case.models + 2 * _features_floats(case)
 
 
 _CKAS = ("CKA", "debiased CKA")
@@ -249,17 +234,19 @@ PROVIDERS = (
                                           (_BOTH[1:], ("RSA",), " (cosine)"))),
     _gram("fp64", _BOTH, _ALL),
     _gram("fp32", (plain.dense_rbf,), ("RBF CKA",), " (rbf)"),
-    *(_feature_form(p) for p in ("fp32", "tf32", "fp64")),
+    *(Provider(f"X'Y {p}", measures=("CKA",), floats=_moment_floats, work=feature_work, **_in(p, _moments))
+      for p in ("fp32", "tf32", "fp64")),
     Provider("authors' formulation", partial(_pairwise, _published), ("CKA", "RSA"), partial(_pair_matrices, 3.5, 1),
-        _published_work, note=f"CKA of at most {plain.SUBSAMPLE:,} rows"),
+        _published_work, f"CKA of at most {plain.SUBSAMPLE:,} rows"),
     Provider("torch-cka", partial(_pairwise, peers.torch_cka), _CKAS[1:], partial(_pair_matrices, 1.6, 1),
-        lambda case: _pairs_work(case) + case.pairs * 6 * case.n**3, note="one batch of n rows", ours=False,
-        module="torch_cka", package="torch-cka"),
+        lambda case: _pairs_work(case) + case.pairs * 6 * case.n**3, "one batch of n rows", module="torch_cka",
+        package="torch-cka", ours=False),
     *(Provider(name, partial(_pairwise, partial(peers.ckatorch, debiased)), (_CKAS[debiased],),
-        partial(_pair_matrices, 3.5, 2), _pairs_work, "fp64", ours=False, module="ckatorch", package="ckatorch")
+        partial(_pair_matrices, 3.5, 2), _pairs_work, precision="fp64", module="ckatorch", package="ckatorch",
+        ours=False)
       for name, debiased in (("ckatorch", False), ("ckatorch unbiased", True))),
-    Provider("rsatoolbox", partial(_pairwise, peers.rsatoolbox), ("correlation RSA",),
-        partial(_pair_matrices, 2.0, 2), _pairs_work, "fp64", ours=False, devices=("cpu",), module="rsatoolbox",
-        package="rsatoolbox"),
+    Provider("rsatoolbox", partial(_pairwise, peers.rsatoolbox), ("correlation RSA",), partial(_pair_matrices, 2.0, 2),
+        _pairs_work, precision="fp64", devices=("cpu",), module="rsatoolbox", package="rsatoolbox", ours=False),
     Provider(DRAWN, _drawn, (), lambda case: 0, lambda case: 0),
 )  # fmt: skip
+PACKAGES = ("triton", *(p.package for p in PROVIDERS if p.package))

@@ -42,8 +42,8 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
         peak_bytes: peak device memory; None on a CPU.
         images_per_second: of the median step.
     """
-    run = Lockstep(config, folder)
-    if device.type == "cuda":
+    run, cuda = Lockstep(config, folder), device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     seconds, waiting = [], []
     with closing(_batches(run)) as batches:
@@ -56,17 +56,17 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
                 seconds.append(perf_counter() - began)
                 waiting.append(ready - began)
         ahead = [next(batches) for _ in range(PROFILED)]
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # of each cycle; there is only one
             with profile(activities=activities) as found:
                 for k, batch in enumerate(ahead):
                     _step(run, k, batch)
-    shares, twin = shares_of(found.key_averages(), device.type == "cuda")
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    shares, twin = shares_of(found.key_averages(), cuda)
     return {
         "step_seconds": seconds, "waiting_seconds": waiting, "steps_per_epoch": len(run.loader),
-        "twins": len(run.twins), "shares": shares, "twin_share": twin, "peak_bytes": peak,
+        "twins": len(run.twins), "shares": shares, "twin_share": twin,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "images_per_second": config.train.batch_size / median(seconds),
     }  # fmt: skip
 

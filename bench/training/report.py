@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
-from bench.harness.markdown import TINY, Target, machine_line, outcome, target_table
+from bench.harness import markdown as md
 from bench.harness.records import Record, digits, table
 from bench.training.runs import ALIGNMENT
 
@@ -13,17 +14,13 @@ LIMIT = 0.05  # maximum share of losses and waiting for views, together, in a st
 BATCH, PRECISIONS = 1024, ("fp32", "bf16")  # of the target
 
 
-def markdown(records: Sequence[Record], facts: Record, source: str, tiny: bool) -> str:
+def markdown(records: Sequence[Record], facts: Record, source: str, args: argparse.Namespace) -> str:
     """The report on everything measured so far."""
-    text = f"""\
-# Training
-
-{machine_line(facts)}
-- Images: {source}. ResNet-18 with the CIFAR stem{", made small" if "cuda" not in facts["versions"] else ""}; LARS.
-"""
-    text += f"{TINY}\n" if tiny else ""
-    sections = {"steps": _steps, "runs": _runs, "precision": _precision}
-    for name, write in sections.items():
+    small = ", made small" if "cuda" not in facts["versions"] else ""
+    text = (
+        f"# Training\n\n{md.conditions(facts, args)}\n- Images: {source}. ResNet-18 with the CIFAR stem{small}; LARS.\n"
+    )
+    for name, write in (("steps", _steps), ("runs", _runs), ("precision", _precision)):
         mine = [r for r in records if r["section"] == name]
         text += write(mine) if mine else ""
     return text
@@ -39,23 +36,21 @@ views, by a profile of two more steps. "Losses" holds the backward pass of fastc
 twin_stats, which is shown by itself too: it returns the pair statistics of a step with the losses of two models.
 "Metrics" is what every model records besides its loss, with the row statistics of the one that trains without them.
 
-{target_table(targets(records))}
+{md.target_table(targets(records))}
 """
     return text + steps_table(records)
 
 
-def targets(records: Sequence[Record]) -> Iterator[Target]:
-    """Rows of the target table: target, where, found, reached."""
-    what = f"losses and waiting at most {LIMIT:.0%} of a step"
+def targets(records: Sequence[Record]) -> Iterator[md.Target]:
+    """Rows of the target table."""
     for precision in PRECISIONS:
         wanted = {"section": "steps", "batch": BATCH, "precision": precision, "models": 4, "reason": None}
         r = next((r for r in records if wanted.items() <= r.items() and "cuda" in r["versions"]), None)
         share = None
         if r is not None and r["shares"]["losses"] is not None:
-            waits = waiting(r)
-            share = waits + (1 - waits) * r["shares"]["losses"]
-        reached = outcome(share, lambda s: f"{s:.1%}", lambda s: s <= LIMIT)
-        yield what, f"four models, B = {BATCH:,}, {precision}, CUDA", *reached
+            share = waiting(r) + (1 - waiting(r)) * r["shares"]["losses"]
+        where = f"four models, B = {BATCH:,}, {precision}, CUDA"
+        yield md.goal(f"losses and waiting at most {LIMIT:.0%} of a step", where, share, LIMIT, "{:.1%}".format)
 
 
 def waiting(r: Record) -> float:
@@ -70,18 +65,17 @@ def steps_table(records: Sequence[Record]) -> str:
     return table(head, map(_step_row, records))
 
 
-def _step_row(r: Record) -> tuple[str, ...]:
-    start = (f"{r['batch']:,}", r["precision"], str(r["models"]))
+def _step_row(r: Record) -> list[str]:
+    start = [f"{r['batch']:,}", r["precision"], str(r["models"])]
     if r["reason"]:
-        return (*start, r["reason"], *[""] * 9)
-    seconds, rate = r["step_seconds"], r["images_per_second"]
-    peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}"
-    shares = [r["shares"]["encoders"], r["shares"]["losses"], r["twin_share"]]
-    shares += [r["shares"]["metrics"], r["shares"]["optimisers"]]
-    return (
+        return [*start, r["reason"], *[""] * 9]
+    seconds, rate, of = r["step_seconds"], r["images_per_second"], r["shares"]
+    shares = (of["encoders"], of["losses"], r["twin_share"], of["metrics"], of["optimisers"])
+    return [
         *start, f"{digits(median(seconds))} ({digits(min(seconds))}-{digits(max(seconds))})", f"{rate:,.0f}",
-        f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}", *("-" if s is None else f"{s:.1%}" for s in shares), peak,
-    )  # fmt: skip
+        f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}", *("-" if s is None else f"{s:.1%}" for s in shares),
+        "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
+    ]  # fmt: skip
 
 
 def _cases(records: Sequence[Record], heading: str, body: Callable[[Record], str]) -> str:
@@ -103,12 +97,10 @@ def _run(r: Record) -> str:
     return f"{table(head, models(r), left=1)}\n{rate}; {evaluation}; peak memory {peak}.\n"
 
 
-def models(r: Record) -> Iterator[tuple[str, ...]]:
+def models(r: Record) -> Iterator[list[str]]:
     """Rows for the models of a run: name, ALIGNMENT with dcl, accuracy of the nearest centre and of the probe."""
     for model, ncc in r["ncc"].items():
-        pair = r["pairs"].get(model)
-        aligned = [_four(pair[name]) if pair else "" for name in ALIGNMENT]
-        yield (model, *aligned, _four(ncc), _four(r["probe"][model]))
+        yield [model, *_aligned(r["pairs"].get(model)), f"{ncc:.4f}", f"{r['probe'][model]:.4f}"]
 
 
 def _precision(records: Sequence[Record]) -> str:
@@ -116,14 +108,15 @@ def _precision(records: Sequence[Record]) -> str:
     return _cases(records, "## Precision of the networks", lambda r: table(head, compared(r)))
 
 
-def compared(r: Record) -> Iterator[tuple[str, ...]]:
+def compared(r: Record) -> Iterator[list[str]]:
     """Rows for a comparison of precisions: the two models, the meaning of their comparison, their ALIGNMENT."""
-    rows = [("dcl fp32, dcl reseeded fp32", "the noise floor", r["floor"]),
-            ("dcl fp32, dcl bf16", "what the precision changes", r["between"])]  # fmt: skip
-    rows += [(f"dcl {p}, nscl {p}", "the alignment of interest", found) for p, found in r["alignment"].items()]
-    for names, what, values in rows:
-        yield (names, what, *(_four(values[name]) for name in ALIGNMENT))
+    yield ["dcl fp32, dcl reseeded fp32", "the noise floor", *_aligned(r["floor"])]
+    yield ["dcl fp32, dcl bf16", "what the precision changes", *_aligned(r["between"])]
+    for p, found in r["alignment"].items():
+        yield [f"dcl {p}, nscl {p}", "the alignment of interest", *_aligned(found)]
 
 
-def _four(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
+def _aligned(pair: Record | None) -> list[str]:
+    """ALIGNMENT of a pair of models; empty for the reference itself."""
+    values = [pair[name] for name in ALIGNMENT] if pair else [""] * len(ALIGNMENT)
+    return ["undefined" if v is None else v and f"{v:.4f}" for v in values]

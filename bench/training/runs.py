@@ -42,26 +42,24 @@ def train(config: Config, folder: Path) -> Record:
     write_report(folder)
     for name in _TENSORS:
         shutil.rmtree(folder / name)
-    last = _last_epoch(folder)
-    timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
-    reference = run.twins[0].name
+    metrics, timing = lines(folder / "metrics.jsonl"), lines(folder / "timing.jsonl")
+    last = [row for row in metrics if row["epoch"] == metrics[-1]["epoch"]]
+    both = (run.inputs.train, run.inputs.test)
     began = perf_counter()
-    evaluate(run.epoch, run.twins, run.inputs.train, run.inputs.test, {})
+    evaluate(run.epoch, run.twins, *both, {})
     evaluation = perf_counter() - began  # evaluate ends with numbers on the host
-    labels = [torch.from_numpy(views.split.labels) for views in (run.inputs.train, run.inputs.test)]
-    features = [encode(run.twins, views) for views in (run.inputs.train, run.inputs.test)]
+    labels = [torch.from_numpy(views.split.labels) for views in both]
+    features = [encode(run.twins, views) for views in both]
+    pairs = (r for r in last if r.get("pair", [""])[0] == run.twins[0].name)
     return {
-        "pairs": {
-            r["pair"][1]: {name: r[name] for name in ALIGNMENT}
-            for r in last if "pair" in r and r["pair"][0] == reference
-        },
+        "pairs": {r["pair"][1]: {name: r[name] for name in ALIGNMENT} for r in pairs},
         "ncc": {r["model"]: r["ncc_test"] for r in last if "model" in r},
         "probe": {t.name: ridge_accuracy(*(h[t.name].cpu() for h in features), *labels) for t in run.twins},
         "epoch_seconds": median(row["seconds"] for row in timing),
         "evaluation_seconds": evaluation,
         "images_per_second": median(row["images_per_second"] for row in timing),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_card else None,
-    }  # fmt: skip
+    }
 
 
 def compare(configs: dict[str, Config], folder: Path) -> Record:
@@ -105,6 +103,6 @@ def ridge_accuracy(x: Tensor, x_test: Tensor, labels: Tensor, labels_test: Tenso
     return float(probe.fit(x.numpy(), labels.numpy()).score(x_test.numpy(), labels_test.numpy()))
 
 
-def _last_epoch(folder: Path) -> list[Record]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+def lines(path: Path) -> list[Record]:
+    """The lines of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fastcl
-from bench.harness import clocks, records
+from bench.harness import clocks, records, suite
 from bench.losses import run as losses
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,13 +123,13 @@ def test_providers_that_differ_are_an_error(what, wrong):
 def changed(monkeypatch, name: str, **fields) -> None:
     """Replace a provider by one with other fields."""
     providers = [replace(p, **fields) if p.name == name else p for p in losses.PROVIDERS]
-    monkeypatch.setattr(losses, "PROVIDERS", tuple(providers))
+    monkeypatch.setattr(losses.Losses, "table", tuple(providers))
 
 
 @pytest.fixture
 def no_memory(monkeypatch):
     """Without the measurement of memory, which takes a process of its own for each provider."""
-    monkeypatch.setattr(losses, "peak_of", lambda provider, case, batch: clocks.Peak(7, 0.0))
+    monkeypatch.setattr(losses.Losses, "peak", lambda self, entry: clocks.Peak(7, 0.0))
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -169,13 +169,13 @@ def test_what_would_take_too_long_at_the_next_size_is_not_begun(small, tmp_path,
         called.append(len(z))
         return BY_NAME["plain PyTorch"].loss(z, labels, objective)
 
-    monkeypatch.setattr(losses, "peak_of", lambda provider, case, batch: clocks.Peak(7, 0.9 * (case["n"] / 16) ** 2))
+    monkeypatch.setattr(losses.Losses, "peak", lambda self, entry: clocks.Peak(7, 0.9 * (self.n / 16) ** 2))
     changed(monkeypatch, "plain PyTorch", loss=slow)
     arguments = ["--out", str(tmp_path), *small, "--n", "16", "32", "--seconds", "1", "--repeats", "1"]
     assert losses.main(arguments) == 0
     found = {(r["n"], r["provider"]): r["reason"] for r in read(tmp_path)}
     # 0.9 s less what no size makes longer, times four.
-    expected = 4 * (0.9 - losses.OVERHEAD["cpu"])
+    expected = 4 * (0.9 - losses.Losses.overhead["cpu"])
     assert found[16, "plain PyTorch"] is None and set(called) == {16}
     assert found[32, "plain PyTorch"] == f"skipped: one call would take about {expected:.3g} s, the limit is 1 s"
 
@@ -220,13 +220,13 @@ def test_the_memory_measurement_sees_what_is_allocated_and_nothing_of_this_proce
 
 def test_the_memory_of_a_case_is_that_of_its_arrays_as_estimated():
     # Arrays above 32 MiB, which the C allocator takes from the system one by one and gives back at once.
-    (provider,) = (p for p in losses.PROVIDERS if p.name == "authors' formulation")
-    peak = clocks.measure_peak(losses.memory_case, "cpu", provider.name, "ntxent", 384, 64).bytes
-    assert peak == pytest.approx(4 * provider.floats(384, 64), rel=0.15)
+    name, cases = "authors' formulation", [{"objective": "ntxent", "n": n, "d": 64} for n in (losses.WARM_UP_ROWS, 384)]
+    peak = clocks.measure_peak(suite.memory_case, "cpu", losses.Losses, name, *cases).bytes
+    assert peak == pytest.approx(4 * BY_NAME[name].floats(384, 64), rel=0.15)
 
 
 def test_a_process_that_was_killed_is_a_reason_not_the_end(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(losses, "memory_case", killed)
+    monkeypatch.setattr(suite, "memory_case", killed)
     assert losses.main(["--out", str(tmp_path), *small, "--n", "8", "--d", "2"]) == 0
     assert [r["reason"] for r in read(tmp_path)] == ["its process was killed, most likely for want of memory"] * 4
 

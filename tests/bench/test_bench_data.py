@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from bench.data import run as data
 from bench.data.inputs import CASES, TINY
 from bench.data.providers import DALI_RENDERER, DECODING, LEVELS, PROVIDERS, TRITON_RENDERER
 from bench.harness.records import record
+from bench.harness.suite import Run
 from bench.training import waiting
 from fastcl.cli import main as cli
 from fastcl.train import load_config
@@ -109,7 +111,7 @@ def changed(monkeypatch, name: str, change) -> None:
         return lambda epoch: (change(views) for views in feed(epoch))
 
     providers = [replace(p, open=broken) if p.name == name else p for p in PROVIDERS]
-    monkeypatch.setattr(data, "PROVIDERS", tuple(providers))
+    monkeypatch.setattr(data.Views, "table", tuple(providers))
 
 
 def fail(views):
@@ -220,9 +222,7 @@ def test_the_training_run_is_a_valid_configuration(tmp_path, images, kind):
 
 
 def test_a_training_run_tells_what_its_steps_wait(tmp_path, images, monkeypatch):
-    class Args:
-        tiny, providers = True, [OURS, DALI_RENDERER]
-
+    run = Run("data", SimpleNamespace(tiny=True, providers=[OURS, DALI_RENDERER], device=CPU), {}, str)
     ran = []
 
     def fake(command, **options):
@@ -237,9 +237,10 @@ def test_a_training_run_tells_what_its_steps_wait(tmp_path, images, monkeypatch)
 
     monkeypatch.setattr(waiting.subprocess, "run", fake)
     monkeypatch.setattr(providers, "choose_renderer", lambda *args: None)
-    found, failed = waiting.run(TINY[0], images, tmp_path, Args, CPU, {})
+    waiting.measure(run, TINY[0], images, tmp_path)
+    found = run.found
     assert ran == ["training-torchvision", "training-dali"]
-    assert failed == ["training: fastcl dali: failed: no such codec"]
+    assert run.failed == ["training: fastcl dali: failed: no such codec"]
     assert waiting.share_of(found[0]) == 1 / 8 and found[1]["reason"] == "failed: no such codec"
     text = data_report.body(found)
     assert f"| {OURS} | two views | 2 | 8 | 12.5 % |" in text and f"{DALI_RENDERER}: failed: no such codec" in text

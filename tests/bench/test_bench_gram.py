@@ -60,7 +60,7 @@ def test_every_provider_has_the_measures_that_it_names_and_so_does_the_reference
     ran = []
     for provider in PROVIDERS:
         # What a card would have in TF32 is the same code.
-        if provider.devices == ("cuda",) or provider.obstacle(CPU) is None:
+        if provider.devices == ("cuda",) or provider.absence(CPU) is None:
             found = provider.measure(features)
             tolerance = TOLERANCES[provider.precision]
             assert tuple(found) == provider.measures

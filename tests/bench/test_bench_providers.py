@@ -10,7 +10,7 @@ from reference import assert_gradients, assert_loss, masks, row_losses, solve
 from torch import Tensor
 from torch.nn import functional
 
-from bench.harness import ceilings
+from bench.harness import ceilings, records
 from bench.harness.clocks import Sample
 from bench.harness.records import record
 from bench.losses import peers, plain, providers, report
@@ -161,7 +161,7 @@ def test_reasons_that_hold_for_every_size(monkeypatch):
     assert BY_NAME["fastcl fp16"].obstacle(CPU, "nscl") is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert BY_NAME["lightly"].obstacle(CPU, "ntxent") == "lightly is not installed"
-    assert providers.versions().keys() <= {"triton", *(p.package for p in PROVIDERS)}
+    assert records.versions(providers.PACKAGES).keys() <= {"triton", *(p.package for p in PROVIDERS)}
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,9 @@ def test_the_work_of_the_kernels_follows_the_route_that_they_take(monkeypatch, n
 
 
 def test_ceilings_are_measured_and_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(ceilings, "device_of", lambda args, parser: CPU)
     if torch.cuda.is_available():
         pytest.skip("the kernel is compiled here, and this test is for the CPU")
-    assert ceilings.main(["--out", str(tmp_path), "--repeats", "2"]) == 0
+    assert ceilings.main(["--out", str(tmp_path), "--device", "cpu", "--repeats", "2"]) == 0
     text = (tmp_path / "ceilings.md").read_text()
     assert all(f"| {name} |" in text for name in ("matmul float16", "matmul bfloat16", "copy", "exp2"))
     rates, found = ceilings.measure(CPU, 2)

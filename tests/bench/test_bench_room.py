@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.harness import clocks, records
+from bench.harness import clocks, records, suite
 from bench.losses import run as losses
 
 
@@ -23,27 +23,31 @@ def test_the_limit_of_memory_fits_the_device(monkeypatch, kind, total, asked, li
 ])  # fmt: skip
 def test_graphs_leave_room_and_long_calls_need_none(monkeypatch, memory, seconds, captured, warm):
     chosen = [p for p in losses.PROVIDERS if p.name in ("plain PyTorch", "fastcl fp16", "fastcl chunked")]
-    entries = {p.name: losses.Entry(p, clocks.Peak(4 * records.GIB, seconds), ()) for p in reversed(chosen)}
     tried, warmed = [], []
 
     def timer_of(forward, leaf, capture):
         tried.append(capture)
         return (lambda: None), "graph" if capture else "events"
 
-    monkeypatch.setattr(losses, "timer_of", timer_of)
-    monkeypatch.setattr(losses, "interleave", lambda timers, repeats, s, warm_up: warmed.append(warm_up) or {})
-    args = SimpleNamespace(memory=memory, repeats=3, seconds=1)
-    run = losses.Run(args, torch.device("cuda"), {}, None)
-    z, labels = losses.make_batch(8, 4, torch.device("cpu"))
-    losses._times({"objective": "ntxent", "n": 8, "d": 4}, (z, labels), entries, run, "")
+    def probe(self, entry):
+        entry.peak, entry.result = clocks.Peak(4 * records.GIB, seconds), (torch.ones(1), torch.ones(1))
+
+    monkeypatch.setattr(clocks, "timer_of", timer_of)
+    monkeypatch.setattr(losses, "make_batch", lambda n, d, device: (torch.ones(n, d), torch.arange(n // 2)))
+    monkeypatch.setattr(losses.Losses, "probe", probe)
+    monkeypatch.setattr(losses.Losses, "providers", lambda self: chosen[::-1])
+    monkeypatch.setattr(clocks, "interleave", lambda timers, repeats, s, warm_up: warmed.append(warm_up) or {})
+    args = SimpleNamespace(memory=memory, repeats=3, seconds=1, device=torch.device("cuda"))
+    losses.Losses(suite.Run("losses", args, {}, str), {"objective": "ntxent", "n": 8, "d": 4}).measure()
     assert tried == captured and warmed == [warm]
 
 
 def test_a_case_that_runs_out_of_memory_leaves_the_next_one(monkeypatch):
-    def run_case(case, run):
+    def prepare(case, device):
         raise torch.OutOfMemoryError("tried to allocate 99 GiB")
 
-    monkeypatch.setattr(losses, "run_case", run_case)
-    run = losses.Run(None, torch.device("cpu"), {}, None)
-    assert losses._run_or_fail({"objective": "clip", "n": 8, "d": 4}, run) == []
+    monkeypatch.setattr(losses.Losses, "prepare", staticmethod(prepare))
+    run = suite.Run("losses", SimpleNamespace(device=torch.device("cpu")), {}, str)
+    losses.Losses(run, {"objective": "clip", "n": 8, "d": 4}).measure()
+    assert run.found == []
     assert run.failed == ["clip, n=8, d=4: OutOfMemoryError: tried to allocate 99 GiB"]

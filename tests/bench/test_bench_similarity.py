@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import fastcl
 from bench.harness import ceilings, figures
 from bench.harness.clocks import Peak
 from bench.harness.records import record
+from bench.harness.suite import Run
 from bench.similarity import report as similarity_report
 from bench.similarity import run as similarity
 from bench.similarity import two_models as twins
@@ -22,7 +24,7 @@ BY_NAME = {p.name: p for p in PROVIDERS}
 PACKAGES = {"torch-cka": ["torch-cka"], "ckatorch": ["ckatorch", "ckatorch unbiased"], "rsatoolbox": ["rsatoolbox"]}
 
 
-PEAK_OF = similarity.peak_of
+PEAK_OF = similarity.Similarity.peak
 
 
 def without(packages):
@@ -38,9 +40,9 @@ def finished(tmp_path_factory) -> tuple[list[dict], str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", without(PACKAGES))
         # A process of its own for one of them: to start it takes seconds.
-        patch.setattr(similarity, "peak_of", lambda provider, features: PEAK_OF(provider, features)
-                      if (provider.name, features.case) == (ALL_THREE, TINY[0]) else Peak(2**20, 0.0))  # fmt: skip
-        patch.setattr(twins, "_peak_of", lambda *args: Peak(2**20, 0.0))
+        patch.setattr(similarity.Similarity, "peak", lambda self, entry: PEAK_OF(self, entry)
+                      if (entry.provider.name, self.case) == (ALL_THREE, TINY[0]) else Peak(2**20, 0.0))  # fmt: skip
+        patch.setattr(twins.TwoModels, "peak", lambda *args: Peak(2**20, 0.0))
         assert similarity.main(["--out", str(folder), "--device", "cpu", "--tiny", "--repeats", "2"]) == 0
     assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
     return json.loads((folder / "similarity.json").read_text()), (folder / "similarity.md").read_text()
@@ -84,7 +86,7 @@ def test_the_report_names_conditions_labels_absent_packages_and_targets(finished
 
 def changed(monkeypatch, name: str, **fields) -> None:
     providers = [replace(p, **fields) if p.name == name else p for p in PROVIDERS]
-    monkeypatch.setattr(similarity, "PROVIDERS", tuple(providers))
+    monkeypatch.setattr(similarity.Similarity, "table", tuple(providers))
 
 
 def small(tmp_path, *more: str) -> list[str]:
@@ -97,7 +99,7 @@ def small(tmp_path, *more: str) -> list[str]:
 def no_memory(monkeypatch):
     """Without processes of their own and a large product; a call takes as many milliseconds as it has rows."""
     monkeypatch.setattr(ceilings, "of_host", lambda tiny: ceilings.Ceilings(1e12, 1e12, 1e12))
-    monkeypatch.setattr(similarity, "peak_of", lambda p, features: Peak(7, 1e-3 * features.case.n))
+    monkeypatch.setattr(similarity.Similarity, "peak", lambda self, entry: Peak(7, 1e-3 * self.case.n))
 
 
 @pytest.mark.parametrize(("value", "reason", "ours"), [
@@ -203,15 +205,19 @@ def test_the_figure_shows_the_width_with_most_sizes(tmp_path):
 
 
 def test_a_twin_that_disagrees_is_named_and_the_others_are_timed(monkeypatch):
-    class Args:
-        tiny, repeats, seconds = True, 1, 60
-
-    def wrong(precision, batch):
-        loss, rsa = twins._together(precision, batch)
+    def wrong(batch):
+        loss, rsa = twins._together(batch)
         return loss, rsa + 0.01
 
     monkeypatch.setitem(twins.PROVIDERS, twins.TOGETHER, wrong)
-    monkeypatch.setattr(twins, "_peak_of", lambda *args: Peak(7, 0.0))
-    found, failed = twins.run(Args, CPU, {})
-    assert len(failed) == 1 and failed[0].startswith("twins, n=32, d=8: twin_stats: failed: ") and "RSA" in failed[0]
-    assert {r["provider"] for r in found if not r["reason"]} == {twins.APART, twins.ALONE}
+    monkeypatch.setattr(twins.TwoModels, "peak", lambda *args: Peak(7, 0.0))
+    args = SimpleNamespace(tiny=True, repeats=1, seconds=60, memory=1, device=CPU)
+    run = Run("similarity", args, {}, str)
+    for case in twins.cases(args):
+        twins.TwoModels(run, case).measure()
+    assert (
+        len(run.failed) == 1 and run.failed[0].startswith("twins, n=32, d=8: twin_stats: ") and "RSA" in run.failed[0]
+    )
+    (reason,) = (r["reason"] for r in run.found if r["provider"] == twins.TOGETHER)
+    assert reason.startswith("failed: ") and "RSA" in reason
+    assert {r["provider"] for r in run.found if not r["reason"]} == {twins.APART, twins.ALONE}

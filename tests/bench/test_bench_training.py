@@ -102,9 +102,9 @@ def test_a_profile_without_times_has_no_shares():
 def test_the_largest_batch_trains_one_model(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(step_profile, "measure", lambda config, *_: asked.append(config.train) or {})
-    monkeypatch.setattr(training.Run, "save", lambda run: None)
-    args = SimpleNamespace(repeats=2, seconds=9)
-    training.measure_steps(training.Run(args, torch.device("cuda"), {}, "cuda", "digits"), tmp_path)
+    args = SimpleNamespace(repeats=2, seconds=9, device=torch.device("cuda"))
+    for _, measure in training.steps(training.Training("training", args, {}, str, kind="cuda"), tmp_path):
+        measure()
     assert [(t.batch_size, t.precision, len(t.models)) for t in asked] == [
         (1024, "fp32", 4), (1024, "bf16", 4), (4096, "bf16", 4), (16384, "bf16", 1)
     ]  # fmt: skip
@@ -122,7 +122,8 @@ def test_pace_decides_the_epochs(tmp_path, monkeypatch):
     """Four models take 2 s a step of 10 an epoch, five 25 s an epoch, 30 with its evaluation."""
     values = {"steps_per_epoch": 10, "step_seconds": [2.0, 1.0, 3.0]}
     monkeypatch.setattr(step_profile, "measure", lambda *_: values)
-    run = training.Run(SimpleNamespace(seconds=95), torch.device("cpu"), {}, "cpu", "digits")
+    args = SimpleNamespace(seconds=95, device=torch.device("cpu"))
+    run = training.Training("training", args, {}, str, kind="cpu")
     assert training.epochs_within(run, tmp_path) == 3
     run.args.seconds = 1
     assert training.epochs_within(run, tmp_path) == 2
@@ -136,7 +137,7 @@ def test_pace_decides_the_epochs(tmp_path, monkeypatch):
 
 def test_the_report_without_a_case():
     facts = {"device": "x", "versions": {}, "date": "y"}
-    assert "## Steps" not in training_report.markdown([], facts, "digits", False)
+    assert "## Steps" not in training_report.markdown([], facts, "digits", SimpleNamespace())
 
 
 def test_real_images_are_named_without_their_path(tmp_path, monkeypatch):
@@ -150,7 +151,7 @@ def test_real_images_are_named_without_their_path(tmp_path, monkeypatch):
         seen.append((run.source, Path.cwd(), run.args.out))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_RUN", {"steps": section})
+    monkeypatch.setattr(training, "PARTS", {"steps": section})
     arguments = ["--out", "out", "--data", "data", "--device", "cpu", "--sections", "steps"]
     assert training.main(arguments) == 130
     assert seen == [(f"cifar10:{training.CIFAR}", folder, tmp_path / "out")] and Path.cwd() == tmp_path

@@ -13,7 +13,6 @@ from bench.harness import figures
 from bench.harness.clocks import Sample
 from bench.harness.records import record
 from bench.losses import report as losses_report
-from bench.losses import targets as loss_targets
 from bench.losses.providers import FUSED, PROVIDERS
 from bench.similarity import report as similarity_report
 from bench.similarity.providers import ALL_THREE
@@ -30,7 +29,7 @@ def test_the_pages_are_up_to_date(capsys):
 
 
 @pytest.mark.parametrize("name, body", (
-    ("losses", lambda rows: losses_report.body(rows, loss_targets.ours(rows), "losses.svg")),
+    ("losses", lambda rows: losses_report.body(rows, losses_report.ours(rows), "losses.svg")),
     ("similarity", lambda rows: similarity_report.body(rows, "similarity.svg", torch.device("cpu"))),
     ("stream/similarity", lambda rows: similarity_report.body(rows, None, torch.device("cpu"))),
     ("data", data_report.body),
@@ -90,7 +89,7 @@ def loss(provider, n, d, gpu=None, objective="ntxent", wall=None, peak=2**20, bo
 
 
 def outcome(records, what, where):
-    (found,) = ((f, reached) for w, at, f, reached in loss_targets.targets(records) if (w, at) == (what, where))
+    (found,) = ((f, reached) for w, at, f, reached in losses_report.targets(records) if (w, at) == (what, where))
     return found
 
 
@@ -120,7 +119,7 @@ def test_targets_of_the_losses_are_reached_or_not():
     assert outcome(records, "ntxent in 4200 ms on the device", large) == ("4000 ms", "yes")
     assert outcome(records, "ntxent within 8 GiB", large) == ("9 GiB", "no")
     others = [r | {"device": "NVIDIA A100"} for r in records]
-    assert {row[2:] for row in loss_targets.targets(others)} == {("not measured", "")}
+    assert {row[2:] for row in losses_report.targets(others)} == {("not measured", "")}
     failed = loss(FUSED, 65536, 128, reason="out of memory: 9 GiB")
     assert outcome([failed], "ntxent in 5.5 ms on the device", at) == ("not measured", "")
 
