@@ -19,6 +19,8 @@ def check_positive(value: float | Tensor, name: str) -> None:
 
     The value of a tensor is checked only on the CPU, and not while compiling or within torch.func.vmap.
     """
+    if type(value) is float and _SMALLEST <= value <= 1 / _SMALLEST:  # the usual case, in a few steps
+        return
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise FastclError(f"{name} must be a number or a float tensor with one element, got {describe(value)}")

@@ -7,7 +7,8 @@ import torch
 from reference import normal
 
 from fastcl import Objective, RowStats
-from fastcl.rowstats.small.closed import Sides, has_slopes, rows_and_slopes
+from fastcl.rowstats.small.closed import has_slopes, rows_and_slopes
+from fastcl.rowstats.small.whole import Stats
 
 SETS = [s for k in (1, 2, 3) for s in itertools.combinations(("view", "peer", "other"), k)]
 
@@ -34,8 +35,8 @@ def test_slopes_are_the_derivatives_of_the_closed_forms(
         return
     found = torch.autograd.grad(want.sum() + 0 * view.sum(), list(leaves.values()), materialize_grads=True)
     with torch.no_grad():
-        sides = Sides({"view": view, "other": lse_other, "peer": peers}, sum_peer, n_peer.double(), 5)
-        rows, slopes = rows_and_slopes(objective, sides)
+        stats_of_pairs = Stats({"view": view, "other": lse_other, "peer": peers}, 5, n_peer.double(), sum_peer)
+        rows, slopes = rows_and_slopes(objective, stats_of_pairs)
     torch.testing.assert_close(rows, want.detach(), rtol=1e-11, atol=1e-11)
     for name, grad in zip(leaves, found, strict=True):
         slope = torch.as_tensor(slopes.get(name, 0.0), dtype=torch.float64).expand(40)

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from fastcl.rowstats.registration import differentiable_once, refuse_batched
 from fastcl.rowstats.small import masked, whole
-from fastcl.rowstats.small.closed import Form, Sides, Slopes, rows_and_slopes
+from fastcl.rowstats.small.closed import Form, Slopes, rows_and_slopes
 from fastcl.rowstats.small.whole import Kept, MaybeNone
 
 _refuse = differentiable_once("chunked")
@@ -45,8 +45,7 @@ def losses(
         if (found := _forward(pairs, temperature, normalize, peers)) is None:
             return None
         way, stats, kept = found
-        sides = _sides(stats)
-        rows, slopes = zip(*[rows_and_slopes(form, sides) for form in forms], strict=True)
+        rows, slopes = zip(*[rows_and_slopes(form, stats) for form in forms], strict=True)
         ready = None
         if len(forms) == 1 and reduction != "none":
             loss, count = (rows[0].mean(), rows[0].numel()) if reduction == "mean" else (rows[0].sum(), 1)
@@ -67,13 +66,6 @@ def _in_full() -> AbstractContextManager:
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
-def _sides(stats: whole.Stats) -> Sides:
-    lse = {"view": stats.mean_view, "other": stats.lse_other}
-    if stats.lse_peer is not None:
-        lse["peer"] = stats.lse_peer
-    return Sides(lse, stats.sum_peer, stats.n_peer, stats.n_other)
-
-
 def row_stats(
     pairs: Pairs, temperature: float | Tensor, normalize: bool, peers: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
@@ -89,12 +81,12 @@ def row_stats(
         if peers:
             n_peer = stats.n_peer.long().reshape(-1)
             inverse = 1 / stats.n_peer.clamp(min=1)
-            peer = stats.sum_peer * inverse, stats.lse_peer
+            peer = stats.sum_peer * inverse, stats.lse["peer"]
             slopes_peer = {"sum_peer": inverse}, {"peer": 1.0}
         else:
             n_peer, peer = n_view - 1, (zero.clone(), torch.full_like(zero, -torch.inf))
             slopes_peer = {}, {}
-        statistics = stats.mean_view, zero, *peer, stats.lse_other
+        statistics = stats.lse["view"], zero, *peer, stats.lse["other"]
         n_other = n - 2 - n_peer
         counts = tuple(_restored(v, pairs.order) for v in (n_view, n_peer, n_other))
     slopes = [{"view": 1.0}, {}, *slopes_peer, {"other": 1.0}]

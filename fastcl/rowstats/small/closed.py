@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus as torch_softplus
 
-from fastcl.rowstats.small.whole import MaybeNone
+from fastcl.rowstats.small.whole import MaybeNone, Stats
 
 # Derivatives by "view" (its mean logit), "peer", "other" (log-sum-exps) and "sum_peer": (N,), or 1 or -1 for all rows.
 Slopes: TypeAlias = dict[str, Tensor | float]
@@ -31,15 +31,6 @@ class Form:
     denominator: tuple[str, ...]
     positives: tuple[str, ...]
     inside: bool
-
-
-class Sides(NamedTuple):
-    """Statistics by relation of N rows with one view each, whose logit is lse["view"]; any one shape."""
-
-    lse: dict[str, Tensor]  # "peer" is missing if statistics of peers were not computed
-    sum_peer: Tensor | MaybeNone
-    n_peer: Tensor | MaybeNone
-    n_other: int  # 0: no row has others
 
 
 class Plan(NamedTuple):
@@ -74,7 +65,7 @@ def _plan(wanted: tuple[str, ...], attracted: tuple[str, ...], peers: bool, othe
     return Plan(positives, denominator, repelled, attracted[0] in wanted, is_empty, bool(uncertain))
 
 
-def rows_and_slopes(form: Form, s: Sides) -> tuple[Tensor, Slopes]:
+def rows_and_slopes(form: Form, s: Stats) -> tuple[Tensor, Slopes]:
     """Row losses and their derivatives; a relation without influence has no entry. A row without a positive, without a
     denominator or, if the objective has negatives, without a negative has loss 0."""
     plan = _plan(form.denominator, form.positives, "peer" in s.lse, s.n_other > 0)
@@ -109,7 +100,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def _spread(
-    inside: bool, softens: bool, s: Sides, positives: tuple[str, ...], attraction: LogSum | MaybeNone, slopes: Slopes
+    inside: bool, softens: bool, s: Stats, positives: tuple[str, ...], attraction: LogSum | MaybeNone, slopes: Slopes
 ) -> Tensor | float:
     """The positives' term to be added to L_D - L_P or, without `softens`, to L_D; their derivatives go into `slopes`.
 
@@ -141,7 +132,7 @@ def _spread(
     return lse - mean
 
 
-def _log_sum(s: Sides, relations: tuple[str, ...]) -> LogSum:
+def _log_sum(s: Stats, relations: tuple[str, ...]) -> LogSum:
     """Log-sum-exp over one or two relations."""
     first, *rest = relations
     if not rest:

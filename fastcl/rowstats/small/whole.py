@@ -40,20 +40,18 @@ class Kept(NamedTuple):
     norm: Tensor  # (N, 1) norms of the input rows
     e_other: Tensor  # exponentials of the logits of others, 0 elsewhere: (N, N), towers (B, B)
     other: Tensor  # (2, B) their sums, positive
-    e_peer: Tensor | MaybeNone
-    peer: Tensor | MaybeNone
-    mask: Tensor | MaybeNone  # (N, N) of v's dtype: 1 for peers
+    e_peer: Tensor | MaybeNone = None
+    peer: Tensor | MaybeNone = None
+    mask: Tensor | MaybeNone = None  # (N, N) of v's dtype: 1 for peers
 
 
 class Stats(NamedTuple):
-    """Statistics of the 2B anchors, (2, B) each; fields about peers are None if not requested."""
+    """Statistics of the 2B anchors, (2, B) each; about peers only if requested."""
 
-    mean_view: Tensor  # the logit of the only view
-    lse_other: Tensor
-    lse_peer: Tensor | None
-    sum_peer: Tensor | MaybeNone  # sum of the peers' logits
+    lse: dict[str, Tensor]  # by relation; "view" is the logit of the only view, "peer" may be missing
     n_other: int  # 0: no row has others; positive: every row has some (with labels, not their number)
-    n_peer: Tensor | MaybeNone  # of the rows' dtype
+    n_peer: Tensor | MaybeNone = None  # of the rows' dtype
+    sum_peer: Tensor | MaybeNone = None  # sum of the peers' logits
 
 
 def forward(
@@ -91,7 +89,7 @@ def forward(
         _hide(e, way.towers)
         other = torch.stack((e.sum(1), e.sum(0))) if way.towers else e.sum(1).view(2, b)
         n_other = b - 1 if way.towers else n - 2
-        return Stats(mean_view, other.log(), None, None, n_other, None), Kept(v, norm, e, other, None, None, None)
+        return Stats({"view": mean_view, "other": other.log()}, n_other), Kept(v, norm, e, other)
     return _classes(s, e, mean_view, labels, peers, v, norm)
 
 
@@ -114,13 +112,15 @@ def _classes(
     if not n_other:
         other.clamp_(min=tiny)
     if not peers:
-        return Stats(mean_view, lse_other, None, None, n_other, None), Kept(v, norm, e, other, None, None, None)
+        return Stats({"view": mean_view, "other": lse_other}, n_other), Kept(v, norm, e, other)
     mask = torch.rsub(apart, 1)
     _hide(mask, False)
     peer = e.mul_(mask).sum(1).view(2, b)
     sum_peer = (s * mask).sum(1).view(2, b)
-    stats = Stats(mean_view, lse_other, peer.log(), sum_peer, n_other, mask.sum(1).view(2, b))
-    return stats, Kept(v, norm, e_other, other, e, peer.clamp_(min=tiny), mask)
+    lse = {"view": mean_view, "other": lse_other, "peer": peer.log()}
+    return Stats(lse, n_other, mask.sum(1).view(2, b), sum_peer), Kept(
+        v, norm, e_other, other, e, peer.clamp_(min=tiny), mask
+    )
 
 
 def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
