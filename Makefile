@@ -66,7 +66,7 @@ coverage: $(STAMP)
 
 test: lint
 	@echo 'Running the tests in $(WORKERS) processes; the ten slowest are listed at the end.'
-	@$(BIN)/python -m pytest --durations=10 -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 docs: $(STAMP)
 	@echo 'Building the documentation into $(OUT)/docs.'

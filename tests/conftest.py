@@ -38,8 +38,16 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 
+# The files whose tests take longest, longest first: begun last, one of them would keep a single worker busy at the end.
+LONGEST = (
+    "bench/test_static.py", "train/test_resume.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none."""
+    """Puts the longest files first; skips tests marked `gpu` where there is none."""
+    rank = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
