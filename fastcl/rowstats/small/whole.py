@@ -96,7 +96,7 @@ def forward(
 def _classes(
     s: Tensor, e: Tensor, mean_view: Tensor, labels: Tensor, peers: bool, v: Tensor, norm: Tensor
 ) -> tuple[Stats, Kept]:
-    """Split the exponentials `e` of the logits `s` by class; overwrites both."""
+    """Split the exponentials `e` of the logits `s` by class; overwrites `e`."""
     b, tiny = labels.shape[0], torch.finfo(v.dtype).tiny  # avoids division by an empty sum of exponentials
     low, high = labels.aminmax()
     low, high = low.item(), high.item()
@@ -118,9 +118,8 @@ def _classes(
     peer = e.mul_(mask).sum(1).view(2, b)
     sum_peer = (s * mask).sum(1).view(2, b)
     lse = {"view": mean_view, "other": lse_other, "peer": peer.log()}
-    return Stats(lse, n_other, mask.sum(1).view(2, b), sum_peer), Kept(
-        v, norm, e_other, other, e, peer.clamp_(min=tiny), mask
-    )
+    stats = Stats(lse, n_other, mask.sum(1).view(2, b), sum_peer)
+    return stats, Kept(v, norm, e_other, other, e, peer.clamp_(min=tiny), mask)
 
 
 def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
