@@ -88,8 +88,8 @@ def check(
     if not jobs:
         raise StaticError("no case has a launch to compile")
     triton, results = compile_all([job for job, _ in jobs], python, workers)
-    pairs = zip(jobs, results, strict=True)
-    return [report.record(job, names, result, triton) for (job, names), result in pairs], triton
+    found = [result if isinstance(result, str) else result.facts for result in results]
+    return [report.record(job, names, one, triton) for (job, names), one in zip(jobs, found, strict=True)], triton
 
 
 def load_cases(name: str) -> Cases:
