@@ -92,12 +92,12 @@ def test_a_pipe_takes_its_time_for_each_instruction(line, busy):
 
 
 def test_products_run_behind_the_warp_until_it_waits_for_them():
-    group = [PRODUCT] * 7 + [f"{PRODUCT}, gsb0"]
-    work = ["FFMA R1, R2, R3, R4"] * 400
+    group = [PRODUCT] * 3 + [f"{PRODUCT}, gsb0"]
+    work = ["FFMA R1, R2, R3, R4"] * 200
     wait = ["WARPGROUP.DEPBAR.LE gsb0, 0x0"]
-    assert cycles(*group, *work, *wait) == pytest.approx(8 * 64 + HOPPER.tensor_latency, rel=0.03)
-    assert cycles(*group, *wait, *work) == pytest.approx(8 * 64 + HOPPER.tensor_latency + 400, rel=0.03)
-    assert cycles(*group, *wait, *work, programs=2) == pytest.approx(8 * 64, rel=0.04)  # the other program fills in
+    assert cycles(*group, *work, *wait) == pytest.approx(4 * 64 + HOPPER.tensor_latency, rel=0.03)
+    assert cycles(*group, *wait, *work) == pytest.approx(4 * 64 + HOPPER.tensor_latency + 200, rel=0.03)
+    assert cycles(*group, *wait, *work, programs=2) == pytest.approx(4 * 64, rel=0.04)  # the other program fills in
 
 
 def test_copies_are_awaited_as_deep_as_the_pipeline_is():

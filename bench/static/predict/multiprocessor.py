@@ -2,7 +2,7 @@
 
 It follows what ptxas wrote: stall counts, scoreboards and waits. One of the four schedulers is simulated, see
 `pipes.py`: a warp here is one of four that do the same, so its requests to what the four share count four times. The
-scheduler keeps to the warp that it issued last as long as that can go on, to the end of a turn, and then takes the
+scheduler keeps to the warp that it issued last as long as that can go on, to the end of a turn, and else takes the
 oldest that can.
 """
 
@@ -49,9 +49,8 @@ class Multiprocessor:
         self.ops, self.machine = ops, machine
         self.per_program = max(warps // SCHEDULERS, 1)
         self.warps = [_Warp(p, p * _STAGGER) for p in range(programs) for _ in range(self.per_program)]
-        others = [[k for k in range(len(self.warps)) if k != last] for last in range(len(self.warps))]
-        self.within = [[last, *rest] for last, rest in enumerate(others)]  # in which order warps are asked
-        self.behind = [[*rest, last] for last, rest in enumerate(others)]  # after a turn
+        count = len(self.warps)  # in which order warps are asked, after one of them
+        self.order = [[last, *(k for k in range(count) if k != last)] for last in range(count)]
         self.fma = [0.0, 0.0]
         self.alu = self.mufu = self.unit = self.shared = self.l2 = self.tensor = self.hmma = 0.0
         # Cycles of a warp's instruction on one scheduler's share of a pipe. The FMA pipe has two halves.
@@ -83,7 +82,7 @@ class Multiprocessor:
         return max(max(warp.next, *warp.boards[:6]) for warp in self.warps)
 
     def _run(self, turns: int) -> None:
-        t, order, warps = 0.0, self.within[0], self.warps
+        t, order, warps = 0.0, self.order[0], self.warps
         while min(warp.turns for warp in warps) < turns:
             self._happen(t)
             soon = math.inf
@@ -101,7 +100,9 @@ class Multiprocessor:
                 soon = min(soon, ready)
             if found is not None:
                 self._issue(found, t)
-                order = (self.within if found.position else self.behind)[k]
+                order = self.order[k]
+                if not found.position:  # after a turn those that lag
+                    order = sorted(order, key=lambda one: warps[one].turns)
                 t += 1
                 continue
             if self.events:
