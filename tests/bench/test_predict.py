@@ -1,8 +1,8 @@
 """The cycle model on loops small enough to count by hand: pipes, latencies, waits, residents, ways through code."""
 
 import pytest
+from sass_listing import code
 
-from bench.static import sass
 from bench.static.predict.assumptions import MACHINES, TABLE, Machine
 from bench.static.predict.multiprocessor import Multiprocessor
 from bench.static.predict.paths import Paths
@@ -11,20 +11,6 @@ from bench.static.predict.pipes import Kind, NotModelled, by_pipe, decode, flops
 HOPPER = MACHINES[90]
 PRODUCT = "HGMMA.64x128x16.F32 R24, gdesc[UR8], R24"  # 64 cycles, 6,144 bytes
 COPY = "LDGSTS.E.BYPASS.128 [R8], desc[UR40][R10.64]"
-
-
-def code(*lines: str) -> list[sass.Block]:
-    """Blocks of a listing; a line is a label or an instruction, which {stall, write, read, wait} may follow."""
-    text = "\t.section\t.text.kernel\n"
-    for k, line in enumerate(lines):
-        if line.endswith(":"):
-            text += f"{line}\n"
-            continue
-        line, _, fields = line.partition(" {")
-        stall, write, read, wait = [int(field) for field in fields.rstrip("}").split(",")] if fields else [1, 7, 7, 0]
-        word = (stall | write << 5 | read << 8 | wait << 11) << 41
-        text += f"        /*{16 * k:04x}*/    {line} ;   /* 0x{k:016x} */\n{' ' * 40}/* 0x{word:016x} */\n"
-    return sass.blocks(text)
 
 
 def operations(*lines: str, machine: Machine = HOPPER) -> list:

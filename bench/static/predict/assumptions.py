@@ -48,6 +48,7 @@ class Machine:
     start: float = 1000
     dram: float = 4.3
     gap: float = 1.5
+    torch: float = 3
     roof: float = 790
     roof_mufu: float = 3.9
 
@@ -64,13 +65,12 @@ class Machine:
 
 _WHITEPAPER = "NVIDIA's white papers on H100 and A100"
 _GUIDE = "CUDA programming guide, arithmetic throughput"
-_MICRO = "microbenchmarks of H100 (arXiv 2402.13499)"
 _ESTIMATE = "estimate"
 TABLE = (
     Assumption("multiprocessors", "", "multiprocessors", _WHITEPAPER),
-    Assumption("clock", "GHz", "clock under load", "published boost clock less throttling: estimate", (1.6, 1.83)),
+    Assumption("clock", "GHz", "clock under load", "estimate; the peak of 989 TFLOP/s is at 1.83", (1.6, 1.83)),
     Assumption("tensor", "flop", "WGMMA of half precision: m64nNk16 takes N / 2 cycles", _WHITEPAPER),
-    Assumption("hmma", "flop", "HMMA, the older instruction", "63 % of WGMMA, " + _MICRO),
+    Assumption("hmma", "flop", "HMMA, the older instruction", "estimate: 63 % of WGMMA"),
     Assumption("queue", "", "WGMMA that a warpgroup may have issued but not started", _ESTIMATE, (2,)),
     Assumption("tensor_latency", "cycles", "from a product's end to the end of a wait for it", _ESTIMATE, (60,)),
     Assumption("mufu", "", "exponentials and conversions", _GUIDE),
@@ -78,16 +78,18 @@ TABLE = (
     Assumption("fma", "", "float32 multiply-adds", _GUIDE),
     Assumption("alu", "", "integer, logic, comparison, packing", _GUIDE),
     Assumption("shared", "bytes", "shared memory: WGMMA operands, loads, stores, shuffles, copies from L2",
-        "128 bytes, published for H100; conflicts are ignored", (110,)),
-    Assumption("shared_latency", "cycles", "of a load from shared memory", _MICRO),
+        "quack, AI/gpu_pipe_microbench_notes.md; conflicts are ignored", (110,)),
+    Assumption("shared_latency", "cycles", "of a load from shared memory", _ESTIMATE),
     Assumption("shuffle_latency", "cycles", "of a shuffle", _ESTIMATE),
     Assumption("barrier", "cycles", "of a barrier after its last warp", _ESTIMATE, (40,)),
     Assumption("l2", "bytes", "read from L2 by one multiprocessor while all read", _ESTIMATE, (28, 40)),
     Assumption("load_latency", "cycles", "of a load from L2 or memory under load", _ESTIMATE, (350, 800)),
     Assumption("start", "cycles", "to start and to end a program, beyond its instructions", _ESTIMATE, (300, 2000)),
-    Assumption("dram", "TB/s", "memory of the card", "4.3 measured by others on an H200, of 4.8"),
+    Assumption("dram", "TB/s", "memory of the card", "measured by others on an H200, of 4.8"),
     Assumption("gap", "us", "from the end of a launch to the first program of the next", _ESTIMATE, (0.8, 3)),
-    Assumption("roof", "TFLOP/s", "of the bound: half-precision products", "cuBLAS on an H200, 766 to 786 published"),
+    Assumption("torch", "us", "a small kernel of PyTorch around a loss, with its gap", _ESTIMATE, (2, 5)),
+    Assumption("roof", "TFLOP/s", "of the bound: half-precision products",
+        "cuBLAS on an H200: 766 to 786 (tilus, pull request 86)"),
     Assumption("roof_mufu", "10^12/s", "of the bound: exponentials", "16 a cycle; FlashAttention-3"),
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from bench.static.predict import schedule
 from bench.static.predict.assumptions import Machine
 from bench.static.predict.multiprocessor import Multiprocessor
 from bench.static.predict.paths import Loop, Paths, has_product
-from bench.static.predict.pipes import NotModelled, by_pipe, decode, flops
+from bench.static.predict.pipes import NotModelled, Op, by_pipe, decode, flops
 from bench.static.predict.work import Tiles, Work
 from bench.static.report import occupancy
 from bench.static.sass import Instruction
@@ -85,10 +85,11 @@ class Kernel:
 
     def timing(self, code: Sequence[Instruction], needed: float = 0.0) -> Timing:
         """Cycles of some code that runs again and again in every resident program."""
-        ops, warps = decode(code, self.machine), self.facts.warps
-        cycles = tuple(
-            Multiprocessor(ops, count, warps, self.machine).cycles() for count in range(1, self.resident + 1)
-        )
+        ops, warps = tuple(decode(code, self.machine)), self.facts.warps
+        first, last = (_cycles(ops, count, warps, self.machine) for count in (1, self.resident))
+        # Between one and all residents: as if they hid each other's latency until a pipe is busy.
+        between = (max(first / count, last) for count in range(2, self.resident))
+        cycles = (first, *between, last) if self.resident > 1 else (last,)
         surplus = flops(ops, warps) / needed if needed else 1.0
         return Timing(cycles, by_pipe(ops, warps, self.machine), surplus)
 
@@ -153,6 +154,11 @@ class Kernel:
 def paths_of(listing: str) -> Paths:
     """The code of a listing."""
     return Paths(sass.blocks(gzip.decompress(Path(listing).read_bytes()).decode()))
+
+
+@lru_cache(maxsize=4096)  # launches often differ in nothing that their loops show
+def _cycles(ops: tuple[Op, ...], programs: int, warps: int, machine: Machine) -> float:
+    return Multiprocessor(ops, programs, warps, machine).cycles()
 
 
 def predict(kernel: Kernel, work: Work, memory: int) -> Prediction:

@@ -20,7 +20,7 @@ _STAGGER = 137  # cycles between the starts of programs, so that they do not run
 _FIXED = 4  # latency of everything that ptxas waits for by counting
 _READ = 6  # cycles until an instruction has read its registers, after its pipe took it
 _SLACK = 64  # cycles of work for shared memory that may be queued
-_WARM, _TURNS = 3, 10  # turns before and while a loop is measured
+_WARM, _TURNS = 12, 8  # turns before a loop is timed, in which its pipelines fill, and while it is timed
 
 
 class _Warp:
