@@ -64,7 +64,7 @@ class Instruction:
     @property
     def target(self) -> str | None:
         """The label it jumps to, or None."""
-        if not self.opcode.startswith(("BRA", "JMP")):
+        if not self.opcode.startswith(("BRA", "JMP", "CALL.REL")):  # on sm_80 loops are left by predicated calls
             return None
         found = _TARGET.search(", ".join(self.operands))
         return found[1] if found else None

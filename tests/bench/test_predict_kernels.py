@@ -99,7 +99,7 @@ def test_rows_take_rounds_and_a_program_that_is_not_needed_returns(kernel):
     more = predict(looped, Work(uniform=(1, ()), turns=5), 0)
     assert more.cycles == pytest.approx(HOPPER.start + 5 * HOPPER.load_latency, rel=0.05)
     skipped = predict(rows, Work(uniform=(10**4, ()), skipped=True), 10**9)
-    assert skipped.cycles == 5 * (HOPPER.start + HOPPER.load_latency)
+    assert skipped.cycles == 5 * (HOPPER.start + HOPPER.load_latency) and skipped.binding == "latency"
 
 
 def test_a_kernel_that_does_not_fit_is_not_modelled(kernel):

@@ -24,11 +24,11 @@ _SELECTS = ("FSEL", "SEL", "ISETP", "LOP3", "PLOP3")  # masked loops have many o
 
 @dataclass(frozen=True)
 class Timing:
-    """A tile, or a pass through a program without tiles, on a multiprocessor.
+    """A tile on a multiprocessor.
 
     Attributes:
-        cycles: of the multiprocessor for one of them, with 1, 2, ... resident programs.
-        pipes: cycles for which one keeps each pipe busy.
+        cycles: of the multiprocessor for a tile, with 1, 2, ... resident programs.
+        pipes: cycles for which a tile keeps each pipe busy.
         surplus: operations of tensor cores over what the tile needs.
     """
 
@@ -57,8 +57,8 @@ class Prediction:
     @property
     def binding(self) -> str:
         """The pipe that is busy longest; "latency" if even that one is idle half of the time."""
-        name = max(self.pipes, key=lambda pipe: self.pipes[pipe])
-        return name if self.pipes[name] >= self.cycles / 2 else "latency"
+        busy, name = max(((busy, name) for name, busy in self.pipes.items()), default=(0.0, ""))
+        return name if busy >= self.cycles / 2 else "latency"
 
 
 class Kernel:

@@ -86,7 +86,7 @@ class Multiprocessor:
         while min(warp.turns for warp in warps) < turns:
             self._happen(t)
             soon = math.inf
-            found = None
+            found = -1
             for k in order:
                 warp = warps[k]
                 if warp.blocked:
@@ -95,13 +95,13 @@ class Multiprocessor:
                 if ready <= t:
                     ready = self._ready(warp)
                 if ready <= t:
-                    found = warp
+                    found = k
                     break
                 soon = min(soon, ready)
-            if found is not None:
-                self._issue(found, t)
-                order = self.order[k]
-                if not found.position:  # after a turn those that lag
+            if found >= 0:
+                self._issue(warps[found], t)
+                order = self.order[found]
+                if not warps[found].position:  # after a turn those that lag
                     order = sorted(order, key=lambda one: warps[one].turns)
                 t += 1
                 continue

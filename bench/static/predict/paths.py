@@ -87,8 +87,8 @@ class Paths:
         def met(number: int, count: int) -> int:
             return count + 1 if count < len(required) and required[count](number) else count
 
-        start = (0, 0, met(0, 0), (0,))
-        heap, seen = [start], set()
+        heap: list[tuple[int, int, int, tuple[int, ...]]] = [(0, 0, met(0, 0), (0,))]
+        seen: set[tuple[int, int]] = set()
         while heap:
             cost, number, count, path = heapq.heappop(heap)
             if (number, count) in seen:

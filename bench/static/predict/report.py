@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.harness.records import digits, table
 from bench.static.predict import calibration
-from bench.static.predict.assumptions import OPTIMISTIC, TABLE, Machine
+from bench.static.predict.assumptions import MACHINES, OPTIMISTIC, TABLE, Machine
 from bench.static.predict.calls import CLASSES, TEMPERATURE
 from bench.static.predict.losses import PASSES, Predicted
 
@@ -82,8 +82,10 @@ def assumptions(machine: Machine) -> str:
     """The table of assumptions in Markdown."""
     rows = []
     for row in TABLE:
-        weak = ", ".join(f"{value:g}" for value in row.weak)
-        rows.append((row.name, row.meaning, f"{getattr(machine, row.name):g} {row.unit}".strip(), weak, row.source))
+        value = getattr(machine, row.name)
+        weak = row.weak if value == getattr(MACHINES[calibration.ARCH], row.name) else ()  # stated for that card
+        others = ", ".join(f"{other:g}" for other in weak)
+        rows.append((row.name, row.meaning, f"{value:g} {row.unit}".strip(), others, row.source))
     return table(("assumption", "of what", "value", "also plausible", "source"), rows, left=5)
 
 
@@ -95,7 +97,7 @@ def comparison(found: Sequence[calibration.Comparison]) -> str:
 
 def _losses(rows: Sequence[Record]) -> str:
     whole = {key(one): one for one in rows if "kernel" not in one}
-    head = ("loss", "rows", "D", "N", "forward", "backward", "both", "bound", "share of the bound")
+    head = ("loss", "precision", "D", "N", "forward", "backward", "both", "bound", "share of the bound")
     lines = []
     for one in whole.values():
         if one["pass"] != "both":
@@ -162,10 +164,10 @@ def markdown(
     text = f"""\
 # Predicted times, {arch}, Triton {triton}
 
-Nothing here is measured: a cycle model read the compiled code (bench/static/predict/). Expect {low:g} to {high:g} times
-as long. Losses of N float32 rows (clip: N / 2 in each tower), temperature {TEMPERATURE:g}, {CLASSES} classes of equal
-size, milliseconds of all launches of an eager call without the time of the host. The bound is that of the operations at
-{machine.roof:g} TFLOP/s and {machine.roof_mufu:g} x 10^12 exponentials/s.
+Nothing here is measured: a cycle model read the compiled code (`bench/static/predict/`). Expect {low:.1f} to {high:.2f}
+times as long. Losses of N float32 rows (clip: N / 2 in each tower), temperature {TEMPERATURE:g}, {CLASSES} classes of
+equal size; predicted milliseconds of all launches of an eager call, without the time of the host. The bound is that of
+the operations at {machine.roof:g} TFLOP/s and {machine.roof_mufu:g} x 10^12 exponentials/s.
 
 ## Losses
 
