@@ -4,6 +4,7 @@ import pytest
 from sass_listing import code
 
 from bench.static.predict.assumptions import MACHINES, TABLE, Machine
+from bench.static.predict.launches import OUTSIDE
 from bench.static.predict.multiprocessor import Multiprocessor
 from bench.static.predict.paths import Paths
 from bench.static.predict.pipes import Kind, NotModelled, by_pipe, decode, flops
@@ -106,6 +107,12 @@ def test_scoreboards_stalls_and_barriers_hold_a_warp_back():
     assert both == pytest.approx(2 * 64 + HOPPER.barrier, rel=0.3) and both > 2 * 64
     with pytest.raises(NotModelled, match="no warp can go on"):
         cycles("BAR.SYNC.DEFER_BLOCKING 0x1, 0x200", warps=8)
+
+
+def test_a_loop_depends_on_nothing_outside_a_multiprocessor():
+    other = HOPPER.changed(dict.fromkeys(OUTSIDE, 1.0))
+    loop = [PRODUCT, COPY, "LDGDEPBAR", "DEPBAR.LE SB0, 0x0", "MUFU.EX2 R1, R2"]
+    assert cycles(*loop, machine=other) == cycles(*loop) != cycles(*loop, machine=HOPPER.changed({"load_latency": 9}))
 
 
 def test_one_pass_ends_with_its_last_result():

@@ -34,7 +34,7 @@ FIGURES = (
     Figure("FlashAttention forward in Triton, D = 128", "attention_kernel", (487, 487),
         "facebookexperimental/triton, pull request 206", ((128, 128, 128, 8, 3), (128, 64, 128, 8, 3))),
     Figure("sigmoid attention forward in Triton, D = 128", "sigmoid_kernel", (515, 515),
-        "triton-sigmoid (MSDLLCpapers)", ((64, 64, 128, 4, 3), (128, 64, 128, 4, 3))),
+        "triton-sigmoid (MSDLLCpapers)", ((64, 64, 128, 4, 3), (128, 32, 128, 4, 3), (128, 64, 128, 8, 3))),
     Figure("matrix product in Triton, tiles 128 x 256 x 64", "matmul_kernel", (600, 680),
         "Triton's tutorial on matrix products, range of reports", ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4))),
 )  # fmt: skip

@@ -19,6 +19,7 @@ from bench.static.predict.work import Tiles, Work
 from bench.static.report import occupancy
 from bench.static.sass import Instruction
 
+OUTSIDE = ("clock", "start", "dram", "gap", "torch", "roof", "roof_mufu")  # no loop depends on them
 _SELECTS = ("FSEL", "SEL", "ISETP", "LOP3", "PLOP3")  # masked loops have many of them
 
 
@@ -70,6 +71,7 @@ class Kernel:
 
     def __init__(self, compiled: Compiled, arch: int, machine: Machine) -> None:
         self.facts, self.machine = compiled.facts, machine
+        self.inside = machine.changed(dict.fromkeys(OUTSIDE, 1.0))
         self.paths = paths_of(compiled.listing)
         self.tiles: dict[Tiles, Timing] = {}
         self.resident = occupancy(compiled.facts, arch)
@@ -86,7 +88,7 @@ class Kernel:
     def timing(self, code: Sequence[Instruction], needed: float = 0.0) -> Timing:
         """Cycles of some code that runs again and again in every resident program."""
         ops, warps = tuple(decode(code, self.machine)), self.facts.warps
-        first, last = (_cycles(ops, count, warps, self.machine) for count in (1, self.resident))
+        first, last = (_cycles(ops, count, warps, self.inside) for count in (1, self.resident))
         # Between one and all residents: as if they hid each other's latency until a pipe is busy.
         between = (max(first / count, last) for count in range(2, self.resident))
         cycles = (first, *between, last) if self.resident > 1 else (last,)
