@@ -7,6 +7,7 @@ kernel, or why there is none. Its first line names the version of Triton.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import importlib
 import io
@@ -30,6 +31,7 @@ LOG = "ptxas.log"  # in Triton's cache, next to its kernel
 # Facts are cached there too, keyed by a hash of the code that reads machine code: otherwise disassembly would take most
 # of the time of a second run.
 _READERS = (Path(__file__), Path(sass.__file__))
+LISTING = "listing.gz"  # the disassembly, there too
 FACTS = f"facts-{hashlib.sha256(b''.join(path.read_bytes() for path in _READERS)).hexdigest()[:16]}.json"
 
 
@@ -105,8 +107,12 @@ def obstacle() -> str | None:
     return None
 
 
-def build(job: Job) -> Facts:
-    """Compile a job and examine its machine code; cached results are reused."""
+def build(job: Job) -> tuple[Facts, str]:
+    """Compile a job and examine its machine code; cached results are reused.
+
+    Returns:
+        The facts, and the file of the disassembly (gzip), which is in Triton's cache.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.cache import get_cache_manager
@@ -123,11 +129,14 @@ def build(job: Job) -> Facts:
     target = GPUTarget("cuda", job.arch, 32)
     compiled, log = _compile(source, target, {"num_warps": job.warps, "num_stages": job.stages})
     cache = get_cache_manager(compiled.hash)
-    if kept := cache.get_file(FACTS):
-        return Facts(**json.loads(Path(kept).read_text(encoding="utf-8")))
-    facts = _facts(compiled, log)
+    kept, listing = cache.get_file(FACTS), cache.get_file(LISTING)
+    if kept and listing:
+        return Facts(**json.loads(Path(kept).read_text(encoding="utf-8"))), listing
+    usage, text = _disassemble(compiled.asm["cubin"])
+    facts = _facts(compiled, log, usage, text)
+    listing = cache.put(gzip.compress(text.encode(), mtime=0), LISTING)
     cache.put(json.dumps(asdict(facts)), FACTS, binary=False)
-    return facts
+    return facts, listing
 
 
 def _place(signature: Any, path: str) -> tuple[int, ...]:
@@ -171,8 +180,7 @@ def _compile(source: Any, target: Any, options: dict[str, int]) -> tuple[Any, st
     raise RuntimeError("ptxas gave no report")
 
 
-def _facts(compiled: Any, log: str) -> Facts:
-    usage, text = _disassemble(compiled.asm["cubin"])
+def _facts(compiled: Any, log: str, usage: str, text: str) -> Facts:
     code = sass.blocks(text)
     # A device function that was not inlined has its own line.
     used = [[int(n) for n in match] for match in re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)]
@@ -208,7 +216,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         file.flush()
         commands = (
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            [knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name],
+            [knobs.nvidia.nvdisasm.path, "-c", "-ndf", "-hex", file.name],
         )
         done = [
             subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
@@ -236,7 +244,8 @@ def main() -> None:
     answer({"triton": triton.__version__})
     for line in sys.stdin:
         try:
-            answer({"facts": asdict(build(Job(**json.loads(line))))})
+            facts, listing = build(Job(**json.loads(line)))
+            answer({"facts": asdict(facts), "listing": listing})
         except Exception as error:  # Triton raises many error classes, and a failed job is an answer too
             answer({"error": f"{type(error).__name__}: {error}"})
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.static.compile import Facts, Job, Signature
 from fastcl.kernels.common.launch import Launch
@@ -24,7 +24,15 @@ HOST = "fastcl."  # kernels are fastcl.kernels.* here, but kernels.* in a worker
 SECONDS = 600  # per kernel; ptxas can take minutes for tiles that are far too large
 _CONSTANTS = (bool, int, float, str, type(None))
 
-Result = Facts | str  # a string says why there is no kernel
+
+class Compiled(NamedTuple):
+    """A compiled job: what was found in its machine code, and the file of the disassembly."""
+
+    facts: Facts
+    listing: str
+
+
+Result = Compiled | str  # a string says why there is no kernel
 
 
 class StaticError(Exception):
@@ -155,7 +163,9 @@ class _Worker:
             self._start()
             return reason
         answer = json.loads(line)
-        return answer["error"] if "error" in answer else Facts(**answer["facts"])
+        if "error" in answer:
+            return answer["error"]
+        return Compiled(Facts(**answer["facts"]), answer["listing"])
 
     def _last_words(self) -> str:
         self.process.wait()

@@ -9,8 +9,8 @@ from typing import Any
 
 from bench.harness.records import digits, table
 from bench.static.compile import Facts, Job
-from bench.static.jobs import Result
 
+Result = Facts | str  # a string says why there is no kernel
 KIB = 1024
 _REGISTERS = 65536  # per multiprocessor, in four equal parts
 _TENSOR_MEMORY = 512  # columns

@@ -40,11 +40,18 @@ findings, each of which makes the exit status 1:
 Triton 3.5 or newer is needed. The launches are recorded here, with this interpreter's Triton; another one compiles them
 with --triton-python or --newest. Compiled kernels are kept in Triton's cache (TRITON_CACHE_DIR), so a second run is
 short.
+
+--predict predicts the times of whole losses from their compiled code instead; python -m bench.static --predict --help.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the gate; return the exit status (0 clean, 1 findings, 2 it could not run, 130 interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--predict" in argv:
+        from bench.static.predict.run import main as predict
+
+        return predict([one for one in argv if one != "--predict"])
     args = _arguments(argv)
     try:
         python = newest(args.newest) if args.newest else args.triton_python
@@ -88,8 +95,8 @@ def check(
     if not jobs:
         raise StaticError("no case has a launch to compile")
     triton, results = compile_all([job for job, _ in jobs], python, workers)
-    pairs = zip(jobs, results, strict=True)
-    return [report.record(job, names, result, triton) for (job, names), result in pairs], triton
+    found = [result if isinstance(result, str) else result.facts for result in results]
+    return [report.record(job, names, one, triton) for (job, names), one in zip(jobs, found, strict=True)], triton
 
 
 def load_cases(name: str) -> Cases:

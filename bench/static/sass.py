@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 WGMMA = re.compile(r"[BHIQ]GMMA\b")
 TENSOR = {
@@ -25,11 +26,29 @@ _NO_RESULT = re.compile(
     r"ST|RED[G.]|RED$|BAR|BRA|BRX|CALL|RET|EXIT|SYNCS|WARP|NANOSLEEP|CCTL|R2P|R2B|FCHK|JM|DEPBAR|\w*SETP|\w*SETP2"
 )
 _LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d\s+|@!?U?PT\s+)?([A-Z][\w.]*)\s*([^;&?]*)")
+_HIGH = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/\s*$")  # the second half of the encoding, on a line of its own
+_CONTROL_BIT = 41  # of that half
 _LABEL = re.compile(r"\s*(\.L_\w+):")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 _REGISTER = re.compile(r"R(\d+)\b")
 _PREDICATE = re.compile(r"!?U?P(?:\d|T)\b")
 _SECTION = re.compile(r"\s*\.section\s+\.text\.")
+
+
+class Control(NamedTuple):
+    """What ptxas tells the scheduler about an instruction.
+
+    Attributes:
+        stall: cycles until the warp may issue its next instruction.
+        write: scoreboard (0 to 5) that is released when the result is there; 7: none.
+        read: scoreboard that is released when the operands are read; 7: none.
+        wait: bit mask of scoreboards to wait for.
+    """
+
+    stall: int = 1
+    write: int = 7
+    read: int = 7
+    wait: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,11 +59,12 @@ class Instruction:
     predicate: str  # "" or a predicate such as "@!P0"
     opcode: str
     operands: tuple[str, ...]
+    control: Control = Control()  # the default where the listing has no encodings (nvdisasm without -hex)
 
     @property
     def target(self) -> str | None:
         """The label it jumps to, or None."""
-        if not self.opcode.startswith(("BRA", "JMP")):
+        if not self.opcode.startswith(("BRA", "JMP", "CALL.REL")):  # on sm_80 loops are left by predicated calls
             return None
         found = _TARGET.search(", ".join(self.operands))
         return found[1] if found else None
@@ -106,6 +126,8 @@ def blocks(text: str) -> list[Block]:
             one = Instruction(match[1], (match[2] or "").strip(), match[3], operands)
             found[-1].code.append(one)
             starts = one.target is not None or not one.falls_through
+        elif (match := _HIGH.match(line)) and found and found[-1].code:
+            found[-1].code[-1] = replace(found[-1].code[-1], control=_control(int(match[1], 16)))
     at = {block.label: k for k, block in enumerate(found) if block.label}
     for k, block in enumerate(found):
         last = block.code[-1] if block.code else None
@@ -114,6 +136,11 @@ def blocks(text: str) -> list[Block]:
         if (last is None or last.falls_through) and k + 1 < len(found):
             block.following.append(k + 1)
     return found
+
+
+def _control(half: int) -> Control:
+    word = half >> _CONTROL_BIT
+    return Control(word & 15, (word >> 5) & 7, (word >> 8) & 7, (word >> 11) & 63)
 
 
 def count(code: list[Block], opcode: re.Pattern[str] | str) -> int:

@@ -107,3 +107,16 @@ def test_instructions_are_counted_in_every_dialect_of_the_disassembler():
     }  # fmt: skip
     assert sass.count(found, r"(?:STL|LDL)\b") == 2 and sass.register_operands(found) == 1
     assert found[0].code[0].operands == ("R96", "R68", "R44", "RZ")
+
+
+def test_a_loop_may_be_left_by_a_predicated_call():
+    found = code(
+        ".L_x_1:",
+        "HMMA.16816.F32 R8, R40, R44, R8",
+        "@!P3 CALL.REL.NOINC `(.L_x_2)",
+        "BRA `(.L_x_1)",
+        ".L_x_2:",
+        "EXIT",
+    )
+    assert [block.following for block in found] == [[2, 1], [0], []]
+    assert sass.loops(found) == [frozenset({0, 1})]

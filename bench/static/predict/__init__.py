@@ -1,0 +1,1 @@
+"""Predicted times: a cycle model of the compiled kernels. Nothing here is measured."""

@@ -1,0 +1,108 @@
+"""What the model assumes of a card: one table, each row with its source.
+
+A row with a range is weak. The sensitivity of a prediction is what it does when such a row takes either end of its
+range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+# What a prediction may be off by, from the comparison with published figures (`calibration.py`): measured over
+# predicted time.
+OPTIMISTIC = (1.0, 1.35)
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A row of the table; `name` is a field of `Machine`."""
+
+    name: str
+    unit: str
+    meaning: str
+    source: str
+    weak: tuple[float, ...] = ()  # other values that are as plausible
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A card. Rates are per multiprocessor and clock cycle, latencies in cycles. The defaults are an H200 (sm_90)."""
+
+    multiprocessors: float = 132
+    clock: float = 1.755
+    tensor: float = 4096
+    hmma: float = 2560
+    queue: float = 6
+    tensor_latency: float = 30
+    mufu: float = 16
+    mufu_latency: float = 22
+    fma: float = 128
+    alu: float = 64
+    shared: float = 128
+    shared_latency: float = 29
+    shuffle_latency: float = 24
+    barrier: float = 22
+    l2: float = 34
+    load_latency: float = 600
+    start: float = 1000
+    dram: float = 4.3
+    gap: float = 1.5
+    torch: float = 3
+    roof: float = 790
+    roof_mufu: float = 3.9
+
+    def changed(self, changes: Mapping[str, float]) -> Machine:
+        """The same card with other values.
+
+        Raises:
+            ValueError: a name is not in the table.
+        """
+        if unknown := set(changes) - {field.name for field in fields(self)}:
+            raise ValueError(f"no assumption is called {', '.join(sorted(unknown))}")
+        return replace(self, **changes)
+
+
+_WHITEPAPER = "NVIDIA's white papers on H100 and A100"
+_GUIDE = "CUDA programming guide, arithmetic throughput"
+_ESTIMATE = "estimate"
+TABLE = (
+    Assumption("multiprocessors", "", "multiprocessors", _WHITEPAPER),
+    Assumption("clock", "GHz", "clock under load", "estimate; the peak of 989 TFLOP/s is at 1.83", (1.6, 1.83)),
+    Assumption("tensor", "flop", "WGMMA of half precision: m64nNk16 takes N / 2 cycles", _WHITEPAPER),
+    Assumption("hmma", "flop", "HMMA, the older instruction", "estimate: 63 % of WGMMA"),
+    Assumption("queue", "", "WGMMA that a warpgroup may have issued but not started", _ESTIMATE, (2,)),
+    Assumption("tensor_latency", "cycles", "from a product's end to the end of a wait for it", _ESTIMATE, (60,)),
+    Assumption("mufu", "", "exponentials and conversions", _GUIDE),
+    Assumption("mufu_latency", "cycles", "of an exponential", _ESTIMATE),
+    Assumption("fma", "", "float32 multiply-adds", _GUIDE),
+    Assumption("alu", "", "integer, logic, comparison, packing", _GUIDE),
+    Assumption("shared", "bytes", "shared memory: WGMMA operands, loads, stores, shuffles, copies from L2",
+        "quack, AI/gpu_pipe_microbench_notes.md; conflicts are ignored", (110,)),
+    Assumption("shared_latency", "cycles", "of a load from shared memory", _ESTIMATE),
+    Assumption("shuffle_latency", "cycles", "of a shuffle", _ESTIMATE),
+    Assumption("barrier", "cycles", "of a barrier after its last warp", _ESTIMATE, (40,)),
+    Assumption("l2", "bytes", "read from L2 by one multiprocessor while all read", _ESTIMATE, (28, 40)),
+    Assumption("load_latency", "cycles", "of a load from L2 or memory under load", _ESTIMATE, (350, 800)),
+    Assumption("start", "cycles", "to start and to end a program, beyond its instructions", _ESTIMATE, (300, 2000)),
+    Assumption("dram", "TB/s", "memory of the card", "measured by others on an H200, of 4.8"),
+    Assumption("gap", "us", "from the end of a launch to the first program of the next", _ESTIMATE, (0.8, 3)),
+    Assumption("torch", "us", "a small kernel of PyTorch around a loss, with its gap", _ESTIMATE, (2, 5)),
+    Assumption("roof", "TFLOP/s", "of the bound: half-precision products",
+        "cuBLAS on an H200: 766 to 786 (tilus, pull request 86)"),
+    Assumption("roof_mufu", "10^12/s", "of the bound: exponentials", "16 a cycle; FlashAttention-3"),
+)  # fmt: skip
+
+MACHINES = {
+    90: Machine(),
+    # An A100: products by HMMA alone; rates from its white paper, the rest as above.
+    80: Machine(
+        multiprocessors=108, clock=1.41, tensor=2048, hmma=2048, fma=64, l2=40, dram=1.7, roof=280, roof_mufu=2.4
+    ),
+}
+NOT_MODELLED = {
+    86: "no published figure of a kernel like these to compare with",
+    89: "no published figure of a kernel like these to compare with",
+    100: "tcgen05 and tensor memory: their queue and their latencies are not published",
+    120: "no published figure of a kernel like these to compare with",
+}

@@ -1,0 +1,121 @@
+"""The model beside published figures: kernels of the same kind, compiled here, on the loops they spend their time in.
+
+The published kernels are not these very ones, and their tiles are not all stated: of several tiles the fastest
+prediction counts, as tuning would choose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.static.compile import Job
+from bench.static.jobs import ROOT, Compiled, StaticError, compile_all
+from bench.static.predict.assumptions import OPTIMISTIC, Machine
+from bench.static.predict.launches import Kernel
+from bench.static.predict.pipes import NotModelled
+
+ARCH = 90
+_MODULE = "bench.static.predict.calibration_kernels"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A published rate in TFLOP/s on an H100, from the least to the largest stated; tiles: R, S, D, warps, stages."""
+
+    name: str
+    kernel: str
+    published: tuple[float, float]
+    source: str
+    tiles: tuple[tuple[int, int, int, int, int], ...]
+
+
+FIGURES = (
+    Figure("FlashAttention forward in Triton, D = 128", "attention_kernel", (487, 487),
+        "facebookexperimental/triton, pull request 206", ((128, 128, 128, 8, 3), (128, 64, 128, 8, 3))),
+    Figure("sigmoid attention forward in Triton, D = 128", "sigmoid_kernel", (515, 515),
+        "triton-sigmoid (MSDLLCpapers)", ((64, 64, 128, 4, 3), (128, 32, 128, 4, 3), (128, 64, 128, 8, 3))),
+    Figure("matrix product in Triton, tiles 128 x 256 x 64", "matmul_kernel", (600, 680),
+        "Triton's tutorial on matrix products, range of reports", ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4))),
+)  # fmt: skip
+
+
+def jobs() -> list[tuple[Figure, Job, float]]:
+    """What to compile, with the operations of a turn of its loop."""
+    found = []
+    for figure in FIGURES:
+        for r, s, d, warps, stages in figure.tiles:
+            product = figure.kernel == "matmul_kernel"
+            names = ("a", "b", "out") if product else ("q", "k", "v", "out")
+            kinds: dict = dict.fromkeys(names, "*fp16") | {"n": "i32", "depth" if product else "scale": "i32"}
+            if not product:
+                kinds["scale"] = "fp32"
+            constants = {"BLOCK_R": r, "BLOCK_S": s, "BLOCK_D" if product else "D": d}
+            divisible = [name for name, kind in kinds.items() if kind != "fp32"]
+            signature = kinds | dict.fromkeys(constants, "constexpr")
+            job = Job(str(ROOT), _MODULE, figure.kernel, signature, constants, divisible, ARCH, warps, stages)
+            found.append((figure, job, (2 if product else 4) * r * s * d))
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure and the fastest prediction for it, in TFLOP/s."""
+
+    figure: Figure
+    predicted: float
+
+    @property
+    def optimism(self) -> tuple[float, float]:
+        """Predicted over published rate, the least and the largest."""
+        low, high = self.figure.published
+        return self.predicted / high, self.predicted / low
+
+    @property
+    def holds(self) -> bool:
+        """Whether a published rate lies in the range that the model may be off by."""
+        least, most = self.optimism
+        return least <= OPTIMISTIC[1] and most >= OPTIMISTIC[0]
+
+
+def rate(compiled: Compiled, flops: float, machine: Machine) -> float:
+    """Predicted TFLOP/s of a kernel's loop over tiles.
+
+    Raises:
+        NotModelled: its code is not understood.
+    """
+    kernel = Kernel(compiled, ARCH, machine)
+    (body, *_) = kernel.paths.outer() or [frozenset()]
+    if not body:
+        raise NotModelled("no loop with products")
+    cycles = kernel.timing(kernel.turn(body, flops)).cycles[-1]
+    return flops / cycles * machine.multiprocessors * machine.clock * 1e-3
+
+
+def compare(machine: Machine, python: str, workers: int) -> list[Comparison]:
+    """All figures beside their predictions.
+
+    Raises:
+        StaticError: a kernel does not compile.
+    """
+    wanted = jobs()
+    _, results = compile_all([job for _, job, _ in wanted], python, workers)
+    best: dict[str, float] = {}
+    for (figure, job, flops), result in zip(wanted, results, strict=True):
+        if isinstance(result, str):
+            raise StaticError(f"{job.kernel}: {result}")
+        if result.facts.stack == 0:
+            best[figure.name] = max(best.get(figure.name, 0.0), rate(result, flops, machine))
+    return [Comparison(figure, best[figure.name]) for figure in FIGURES]
+
+
+def describe(found: Sequence[Comparison]) -> list[tuple[str, str, str, str, str]]:
+    """Rows of a table: kernel, source, published, predicted, predicted over published."""
+    rows = []
+    for one in found:
+        low, high = one.figure.published
+        published = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+        least, most = one.optimism
+        optimism = f"{least:.2f}" if low == high else f"{least:.2f} to {most:.2f}"
+        rows.append((one.figure.name, one.figure.source, published, f"{one.predicted:.0f}", optimism))
+    return rows

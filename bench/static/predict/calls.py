@@ -1,0 +1,87 @@
+"""Whole losses, recorded without a GPU: the launches of a forward and of a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastcl.kernels.common.launch import Launch, on_architecture, recording
+from fastcl.losses.objectives import OBJECTIVES
+from fastcl.rowstats.api import fused
+from fastcl.rowstats.request import Batch
+
+LOSSES = ("ntxent", "nscl", "supcon", "clip")
+PRECISIONS = ("fp16", "fp32")
+WIDTHS = (64, 128, 256, 512, 1024)
+ROWS = (4096, 65536)
+CLASSES = 10  # of equal size, in the labelled losses
+TEMPERATURE = 0.5
+# Small kernels of PyTorch in an eager call besides ours: means, gradients of means, fills; forward, backward.
+_TORCH = {"ntxent": (1, 4), "nscl": (1, 4), "supcon": (1, 4), "clip": (4, 8)}
+_SORT = 10  # kernels that sort the labels: an estimate
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of n float32 rows of d columns: two views of n / 2 samples, or for "clip" two towers of n / 2 rows."""
+
+    objective: str
+    n: int
+    d: int
+    precision: str
+
+    @property
+    def rows(self) -> int:
+        """Rows of one side."""
+        return self.n // 2 if self.objective == "clip" else self.n
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it takes labels."""
+        return self.objective in ("nscl", "supcon")
+
+    @property
+    def classes(self) -> int:
+        """Classes of rows of one side; without labels every sample is one."""
+        return CLASSES if self.labelled else self.n // 2
+
+    @property
+    def name(self) -> str:
+        """As the tables show it."""
+        return f"{self.objective} {self.precision} n={self.n:,} d={self.d}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a loss launches."""
+
+    forward: list[Launch]
+    backward: list[Launch]
+    torch: tuple[int, int]  # kernels of PyTorch in the forward and in the backward pass
+
+
+def losses() -> Iterator[Loss]:
+    """All losses of the tables."""
+    for objective in LOSSES:
+        for precision in PRECISIONS:
+            for d in WIDTHS:
+                for n in ROWS:
+                    yield Loss(objective, n, d, precision)
+
+
+def record(loss: Loss, sm: int) -> Call:
+    """The launches of a loss on an architecture such as 90. Memory is reserved for it, but hardly any is touched."""
+    x, y = (torch.empty(loss.n // 2, loss.d, requires_grad=True, device="cpu") for _ in range(2))
+    two_towers = loss.objective == "clip"
+    labels = torch.arange(loss.n // 2, device="cpu") % CLASSES if loss.labelled else None
+    batch = Batch.pairs(x, y, "x", "y") if two_towers else Batch.two_views(x, y, labels)
+    code = OBJECTIVES["ntxent" if two_towers else loss.objective].code
+    with on_architecture(sm), recording() as launches:
+        found = fused(batch, TEMPERATURE, True, two_towers, loss.precision, [code])
+        value = found[2].mean() + found[5].mean() if two_towers else found[2].mean()
+        forward = list(launches)
+        torch.autograd.grad(value, (x, y))
+    before, after = _TORCH[loss.objective]
+    return Call(forward, launches[len(forward) :], (before + _SORT * loss.labelled, after))

@@ -1,0 +1,196 @@
+"""What each instruction asks of a multiprocessor: its pipe, and how much of it.
+
+Warps come in fours, one on each of the four schedulers of a multiprocessor, and the four do the same at about the same
+time. So one scheduler is modelled; what its warps ask of shared memory, L2 and tensor cores counts four times.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import NamedTuple
+
+from bench.static.predict.assumptions import Machine
+from bench.static.sass import Control, Instruction
+
+WARP = 32  # threads
+SCHEDULERS = 4
+
+
+class NotModelled(Exception):
+    """The code has an instruction that the model does not know."""
+
+
+class Kind(Enum):
+    """What an instruction does; most kinds are a pipe."""
+
+    FREE = auto()  # only an issue slot
+    FMA = auto()
+    FMA_HEAVY = auto()  # integer multiply-add: one half of the FMA pipe
+    ALU = auto()
+    MUFU = auto()
+    SHARED = auto()
+    SHUFFLE = auto()
+    COPY = auto()  # from global to shared memory, asynchronous
+    COMMIT = auto()
+    COPY_WAIT = auto()
+    WGMMA = auto()
+    WGMMA_WAIT = auto()
+    HMMA = auto()
+    BARRIER = auto()
+    LOAD = auto()
+    STORE = auto()
+    SLOW = auto()  # variable latency without a pipe that matters
+    STALL = auto()
+
+
+class Op(NamedTuple):
+    """An instruction, decoded.
+
+    Attributes:
+        amount: bytes of shared memory or of a copy, cycles of a product, latency, or the groups that a wait leaves.
+        operands: bytes that a WGMMA reads from shared memory; the number of a barrier.
+        closes: whether a WGMMA closes a group.
+        flops: of all four warps.
+    """
+
+    kind: Kind
+    control: Control
+    amount: float = 0
+    operands: float = 0
+    closes: bool = False
+    flops: float = 0
+
+
+_WGMMA = re.compile(r"[BHIQ]GMMA\.(\d+)x(\d+)x(\d+)")
+_HMMA = re.compile(r"HMMA\.(?:16816|1688)\b")
+_UNKNOWN = re.compile(r"UTMA|SYNCS|UTC|LDT|STT|UBLKCP|QMMA|OMMA|DMMA|IMMA|BMMA")
+_FREE = re.compile(
+    r"WARPGROUP|WARPSYNC|BSSY|BSYNC|NOP|BRA|JMP|EXIT|RET|CALL|YIELD|ELECT|ERRBAR|CCTL|USETMAXREG|DEPBAR|U|VOTE|BREAK|BMOV"
+)
+# Pipe by the beginning of the opcode; the first that fits.
+_PIPES = (
+    (re.compile(r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2|FSWZADD"), Kind.FMA),
+    (re.compile(r"IMAD"), Kind.FMA_HEAVY),
+    (re.compile(r"MUFU|F2I|I2F|F2F\.|FRND|POPC|FLO|DADD|DMUL|DFMA|DSETP"), Kind.MUFU),
+)
+_LATENCIES = ((re.compile(r"LDC"), 30), (re.compile(r"S2R|S2UR|R2UR|CS2R"), 20))
+_STALLS = ((re.compile(r"MEMBAR"), 30), (re.compile(r"FENCE"), 12))
+
+
+def decode(code: Sequence[Instruction], machine: Machine) -> list[Op]:
+    """The instructions as the multiprocessor sees them.
+
+    Raises:
+        NotModelled: one of them is unknown.
+    """
+    return [_decode(one, machine) for one in code]
+
+
+def _decode(one: Instruction, machine: Machine) -> Op:
+    opcode, control = one.opcode, one.control
+    if one.predicate == "@!PT" or (opcode.startswith("LDGSTS") and one.operands[-1] == "!PT"):
+        return Op(Kind.FREE, control)
+    if _UNKNOWN.match(opcode):
+        raise NotModelled(f"{one.address} {opcode}")
+    if opcode.startswith("LDGDEPBAR"):
+        return Op(Kind.COMMIT, control)
+    if product := _product(one, machine):
+        return product
+    if memory := _memory(one):
+        return memory
+    if opcode.startswith("WARPGROUP.DEPBAR"):
+        return Op(Kind.WGMMA_WAIT, control, int(one.operands[-1], 0))
+    if opcode.startswith("DEPBAR") and one.operands[:1] == ("SB0",) and len(one.operands) == 2:
+        return Op(Kind.COPY_WAIT, control, int(one.operands[-1], 0))
+    if opcode.startswith("BAR.SYNC"):
+        return _barrier(one)
+    for pattern, cycles in _LATENCIES:
+        if pattern.match(opcode):
+            return Op(Kind.SLOW, control, cycles)
+    for pattern, cycles in _STALLS:
+        if pattern.match(opcode):
+            return Op(Kind.STALL, control, cycles)
+    for pattern, kind in _PIPES:
+        if pattern.match(opcode):
+            return Op(kind, control)
+    return Op(Kind.FREE if _FREE.match(opcode) else Kind.ALU, control)
+
+
+def _barrier(one: Instruction) -> Op:
+    """Its amount is the number of warps of one scheduler that must arrive, 0 for all; `operands` is its number."""
+    numbers = [int(text, 0) if text.startswith("0x") else 0 for text in (*one.operands, "", "")]
+    return Op(Kind.BARRIER, one.control, numbers[1] // (WARP * SCHEDULERS), numbers[0])
+
+
+def _product(one: Instruction, machine: Machine) -> Op | None:
+    if found := _WGMMA.match(one.opcode):
+        m, n, k = map(int, found.groups())
+        size = 4 if "TF32" in one.opcode else 1 if one.opcode[0] in "QI" else 2
+        in_registers = re.match(r"R\d+", one.operands[1])
+        read = (0 if in_registers else m * k * size) + n * k * size
+        flops = 2 * m * n * k
+        return Op(Kind.WGMMA, one.control, flops * size / 2 / machine.tensor, read, "gsb0" in one.operands, flops)
+    if one.opcode.startswith("HMMA"):
+        found = _HMMA.match(one.opcode)
+        if not found:
+            raise NotModelled(f"{one.address} {one.opcode}")
+        flops = 2 * 16 * 8 * (8 if "1688" in one.opcode else 16)
+        return Op(Kind.HMMA, one.control, flops * SCHEDULERS / machine.hmma, flops=flops * SCHEDULERS)
+    return None
+
+
+def _width(opcode: str) -> int:
+    """Bytes of a thread."""
+    return 16 if ".128" in opcode else 8 if ".64" in opcode else 4
+
+
+def _memory(one: Instruction) -> Op | None:
+    opcode, control = one.opcode, one.control
+    moved = _width(opcode) * WARP
+    if opcode.startswith(("LDSM", "STSM")):
+        matrices = 4 if opcode.endswith(".4") else 2 if opcode.endswith(".2") else 1
+        return Op(Kind.SHARED, control, 128 * matrices)
+    if opcode.startswith("LDGSTS"):
+        return Op(Kind.COPY, control, moved)
+    if opcode.startswith(("LDS", "STS", "ATOMS")):
+        return Op(Kind.SHARED, control, moved)
+    if opcode.startswith("SHFL"):
+        return Op(Kind.SHUFFLE, control, 4 * WARP)
+    if opcode.startswith(("LDG", "LD.E", "ATOMG", "ATOM.", "LDL")):
+        return Op(Kind.LOAD, control, moved)
+    if opcode.startswith(("STG", "RED", "ST.E", "STL")):
+        return Op(Kind.STORE, control, moved)
+    return None
+
+
+def by_pipe(ops: Sequence[Op], warps: int, machine: Machine) -> dict[str, float]:
+    """Cycles for which one pass of a program's warps through the code keeps each pipe busy."""
+    share = warps / SCHEDULERS
+
+    def total(*kinds: Kind) -> float:
+        return sum(op.amount for op in ops if op.kind in kinds)
+
+    def number(*kinds: Kind) -> int:
+        return sum(op.kind in kinds for op in ops)
+
+    def rate(per_cycle: float) -> float:
+        return share * WARP * SCHEDULERS / per_cycle
+
+    operands = sum(op.operands for op in ops if op.kind is Kind.WGMMA)
+    moved = total(Kind.SHARED, Kind.SHUFFLE, Kind.COPY) * SCHEDULERS
+    return {
+        "tensor": share * total(Kind.WGMMA, Kind.HMMA),
+        "shared": share * (operands + moved) / machine.shared,
+        "mufu": rate(machine.mufu) * number(Kind.MUFU),
+        "fma": rate(machine.fma) * (number(Kind.FMA) + number(Kind.FMA_HEAVY)),
+        "alu": rate(machine.alu) * number(Kind.ALU),
+        "issue": share * len(ops),
+        "l2": share * total(Kind.COPY) * SCHEDULERS / machine.l2,
+    }
+
+
+def flops(ops: Sequence[Op], warps: int) -> float:
+    """Operations of tensor cores in one pass of a program's warps."""
+    return max(warps / SCHEDULERS, 1) * sum(op.flops for op in ops)

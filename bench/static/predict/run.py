@@ -1,0 +1,128 @@
+"""`python -m bench.static --predict`: predicted times of whole losses, held against the committed ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.harness.records import write_file
+from bench.static.compile import obstacle
+from bench.static.jobs import ROOT, StaticError
+from bench.static.predict import report
+from bench.static.predict.assumptions import MACHINES, NOT_MODELLED, TABLE, Machine
+from bench.static.predict.calibration import ARCH, Comparison, compare
+from bench.static.predict.calls import Loss, losses
+from bench.static.predict.losses import Model, Predicted
+from fastcl.errors import FastclError
+from fastcl.io.outputs import check_output, named_path
+
+RESULTS = ROOT / "bench" / "results" / "static"
+_WEAK = [Loss("ntxent", 65536, d, precision) for precision in ("fp16", "fp32") for d in (64, 128, 256, 512)]
+_DESCRIPTION = f"""\
+Predict the times of whole losses from their compiled code, without a GPU. The exit status is 1 if a kernel or a loss is
+predicted to be more than {report.TOLERANCE:.0%} slower than committed in bench/results/static/, until --accept.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the model; return the exit status (0 no slower than committed, 1 slower, 2 it could not run)."""
+    args = _arguments(argv)
+    machine = MACHINES[args.arch]
+    try:
+        if reason := obstacle():
+            raise StaticError(reason)
+        wanted = [loss for loss in losses() if args.only.search(loss.name)]
+        if not wanted:
+            raise StaticError(f"--only: no loss has {args.only.pattern!r} in its name, such as {next(losses()).name!r}")
+        model = Model(args.arch, sys.executable, args.workers)
+        found = model.predict(model.record(wanted), machine)
+        compared = compare(machine, sys.executable, args.workers) if args.arch == ARCH else []
+        weak = _sensitivity(model, machine) if args.sensitivity else None
+    except StaticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = report.records(found, args.arch, model.triton)
+    text = report.markdown(rows, machine, compared, weak)
+    print(text, end="")
+    if args.json:
+        write_file(args.json, lines(rows))
+    return _judge(rows, text, compared, args.accept)
+
+
+def committed(arch: int) -> list[report.Record]:
+    """The committed predictions for an architecture; empty if there are none."""
+    path = _path(arch, "json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def lines(rows: Sequence[report.Record]) -> str:
+    """Records as JSON, one on each line."""
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+
+
+def _path(arch: int, suffix: str) -> Path:
+    return RESULTS / f"predicted-sm_{arch}.{suffix}"
+
+
+def _judge(rows: Sequence[report.Record], text: str, compared: Sequence[Comparison], accept: bool) -> int:
+    arch = int(rows[0]["arch"].removeprefix("sm_"))
+    before = committed(arch)
+    failed = [
+        f"{one.figure.name}: predicted {one.predicted:.0f} TFLOP/s, out of range" for one in compared if not one.holds
+    ]
+    if accept:
+        whole = {report.key(row) for row in before} <= {report.key(row) for row in rows}
+        merged = {report.key(row): row for row in before} | {report.key(row): row for row in rows}
+        write_file(_path(arch, "json"), lines(list(merged.values())))
+        if whole:
+            write_file(_path(arch, "md"), text)
+        else:
+            print("--accept: of the losses chosen; the table is left as it is", file=sys.stderr)
+    else:
+        failed += report.slower(rows, before)
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _sensitivity(model: Model, machine: Machine) -> str:
+    """Predictions with each weak assumption changed."""
+    recorded = model.record(_WEAK)
+    changed: dict[str, list[Predicted]] = {}
+    for row in TABLE:
+        for value in row.weak:
+            name = f"{row.name} {value:g} {row.unit}".strip()
+            changed[name] = model.predict(recorded, machine.changed({row.name: value}))
+            print(f"with {name}: done", file=sys.stderr)
+    return report.sensitivity(model.predict(recorded, machine), changed)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.static --predict", description=_DESCRIPTION)
+    add = parser.add_argument
+    names = [f"sm_{arch}" for arch in sorted((*MACHINES, *NOT_MODELLED))]
+    add("--arch", default=f"sm_{ARCH}", choices=names, help="(default: %(default)s)")
+    add("--only", default="", metavar="REGEX", help="only the losses in whose names this is found")
+    add("--json", type=named_path, metavar="FILE", help="write the records: losses by pass, and their kernels")
+    add("--sensitivity", action="store_true", help="also with each weak assumption changed (minutes)")
+    add("--accept", action="store_true", help="commit these predictions: rewrite the files in bench/results/static/")
+    add("--workers", type=int, default=2, metavar="N", help="processes that compile (default: %(default)s)")
+    args = parser.parse_args(list(argv))
+    try:
+        if args.json:
+            check_output(args.json, "--json")
+        args.only = re.compile(args.only)
+    except FastclError as error:
+        parser.error(str(error))
+    except re.error as error:
+        parser.error(f"--only: {args.only!r} is no regular expression: {error}")
+    if args.workers < 1:
+        parser.error(f"--workers: must be positive, got {args.workers}")
+    args.arch = int(args.arch.removeprefix("sm_"))
+    if reason := NOT_MODELLED.get(args.arch):
+        parser.error(f"--arch sm_{args.arch} is not modelled: {reason}")
+    return args

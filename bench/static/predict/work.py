@@ -1,0 +1,165 @@
+"""How much work a launch gives to each of its programs, from its arguments alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastcl.kernels.common.launch import Launch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of one kind: "plain", "masked" or, of a product's remainders, "low"; operations of one."""
+
+    kind: str
+    flops: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a launch.
+
+    Attributes:
+        tiles: the kinds of tiles; empty: the program runs once from start to end.
+        programs: tiles of each kind for each program, in the order of launch.
+        uniform: instead, programs that all do the same: how many, and their tiles of each kind (a mean).
+        loop: whether a program has a loop over tiles; else it has one tile.
+        turns: of the loops of a program without tiles.
+        skipped: the programs return at once, because a flag on the device is not set.
+    """
+
+    tiles: tuple[Tiles, ...] = ()
+    programs: tuple[tuple[float, ...], ...] = ()
+    uniform: tuple[int, tuple[float, ...]] | None = None
+    loop: bool = True
+    turns: int = 1
+    skipped: bool = False
+
+
+def of_launch(launch: Launch, classes: int) -> Work:
+    """The work of a recorded launch; rows are in so many classes of equal size."""
+    name, a = launch.kernel.__name__, launch.arguments
+    count = math.prod(launch.grid)
+    if name == "forward_online_kernel" or value(a.get("ONLINE")):
+        return Work(uniform=(count, ()), skipped=True)
+    if name in ("forward_kernel", "backward_kernel"):
+        return _tiled(launch, classes, name == "forward_kernel")
+    if name == "pair_weights_kernel":
+        return _pair_weights(launch, classes)
+    if name == "product_kernel":
+        return _product(launch, classes)
+    return Work(uniform=(count, ()), turns=_turns(name, a))
+
+
+def value(constant: Any) -> Any:
+    """Unwrap a tl.constexpr."""
+    return getattr(constant, "value", constant)
+
+
+def tensors(arguments: Iterable[Any]) -> Iterable[Tensor]:
+    """All tensors among a launch's arguments."""
+    for one in arguments:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, tuple):
+            yield from tensors(one)
+
+
+def memory(launch: Launch) -> int:
+    """Bytes of a launch's arguments, each read or written once."""
+    sizes = {t.data_ptr() or id(t): t.numel() * t.element_size() for t in tensors(launch.arguments.values())}
+    return sum(sizes.values())
+
+
+def _turns(name: str, a: dict[str, Any]) -> int:
+    """Turns of the loops of a row-wise kernel, in the mean over its programs."""
+    symmetric = bool(value(a.get("SYMMETRIC", getattr(a.get("CONSTANTS"), "SYMMETRIC", False))))
+    views = 2 if symmetric else 1
+    if name == "views_kernel":
+        return 2 * views
+    if name == "finalize_kernel":
+        return views
+    if name == "weights_kernel":
+        return -(-a["n_maxima"] // 1024)
+    if name == "layout_kernel":
+        return value(a["STEPS"])
+    if name == "finish_kernel" and a["parts"].streamed is not None:
+        blocks = a["parts"].n_blocks / (2 if value(a["WAVE"].SYMMETRIC) else 1)
+        return max(1, math.ceil(blocks / 16))
+    return 1
+
+
+def class_range(start: int, n: int, classes: int, align: int) -> tuple[int, int]:
+    """Streamed rows that may share a class with resident ones, as `class_range` of the kernels computes it."""
+    first = start // align * align
+    last = min(first + align, n) - 1
+    lo = -(-(first * classes // n) * n // classes) // align * align
+    hi = -(-(last * classes // n + 1) * n // classes)
+    return lo, -(-hi // align) * align
+
+
+def _tiled(launch: Launch, classes: int, forward: bool) -> Work:
+    a, t = launch.arguments, launch.arguments["TILE"]
+    r, s, splits, align = value(t.BLOCK_R), value(t.BLOCK_S), value(t.SPLITS), value(t.ALIGN)
+    n = a["s"].n
+    symmetric = forward and value(a["SYMMETRIC"])
+    first_block = a["parts"].first_block if forward else a["acc"].first_block
+    counts = []
+    for block in range(launch.grid[0]):
+        lo, hi = class_range((first_block + block) * r, a["r"].n, classes, align)
+        plain = lo // s + (0 if symmetric else max(n // s * s - hi, 0) // s)
+        counts.append((plain, (min(hi, -(-n // s) * s) - lo) // s))
+    if forward:
+        counts.reverse()
+    takes = value(a["PLAIN"]), value(a["MASKED"])
+    base = (2 if forward else 4) * r * s * value(t.D)
+    halves = value(t.SPLIT_PLAIN), value(t.SPLIT_MASKED)
+    kinds = tuple(
+        Tiles(kind, base * (3 if split else 1))
+        for kind, split, taken in zip(("plain", "masked"), halves, takes, strict=True)
+        if taken
+    )
+    programs = tuple(
+        tuple(c * (k + 1) // splits - c * k // splits for c, taken in zip(count, takes, strict=True) if taken)
+        for k in range(splits)
+        for count in counts
+    )
+    return Work(kinds, programs)
+
+
+def _pair_weights(launch: Launch, classes: int) -> Work:
+    a, t = launch.arguments, launch.arguments["TILE"]
+    r, s = value(t.BLOCK_R), value(t.BLOCK_S)
+    pairs, masked = a["pairs"], 0.0
+    for block in range(launch.grid[0]):
+        lo, hi = class_range(pairs.first_r + block * r, a["r"].n, classes, value(t.ALIGN))
+        last = pairs.first_s + launch.grid[1] * s
+        masked += max(min(hi, last) - max(lo, pairs.first_s), 0) / s
+    share = masked / math.prod(launch.grid)
+    base = 2 * r * s * value(t.D)
+    kinds = (
+        Tiles("plain", base * (3 if value(t.SPLIT_PLAIN) else 1)),
+        Tiles("masked", base * (3 if value(t.SPLIT_MASKED) else 1)),
+    )
+    return Work(kinds, uniform=(math.prod(launch.grid), (1 - share, share)), loop=False)
+
+
+def _product(launch: Launch, classes: int) -> Work:
+    a, t = launch.arguments, launch.arguments["TILE"]
+    m, k, d = value(t.BLOCK_M), value(t.BLOCK_K), value(t.BLOCK_D)
+    first, count = a["summed"].first, a["summed"].count
+    kinds, steps = [Tiles("plain", 2 * m * k * d)], [float(count // k)]
+    if value(t.SPLIT_MASKED):
+        rows = float(count)
+        if not value(t.SPLIT_PLAIN):
+            starts = [a["gradient"].first + block * m for block in range(launch.grid[0])]
+            ranges = [class_range(start, a["gradient"].n, classes, value(t.ALIGN)) for start in starts]
+            rows = sum(max(min(hi - first, count) - max(lo - first, 0), 0) for lo, hi in ranges) / len(ranges)
+        kinds.append(Tiles("low", 4 * m * k * d))
+        steps.append(rows / k)
+    return Work(tuple(kinds), uniform=(math.prod(launch.grid), tuple(steps)))
