@@ -1,5 +1,8 @@
 """Kernels like those with published figures on an H100, to hold the model against. They are compiled and never run."""
 
+# pyright: reportGeneralTypeIssues=false
+# Type checkers do not know that kernels may loop over tl.range.
+
 import triton
 import triton.language as tl
 
