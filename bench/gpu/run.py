@@ -19,6 +19,7 @@ from typing import TextIO
 
 import torch
 
+from bench.gpu import predicted
 from bench.gpu.plan import PART_MINUTES, PARTS, REHEARSAL_MINUTES, Step, plan
 from bench.harness.command import ROOT, Command
 from bench.harness.records import machine, table, write_file
@@ -36,7 +37,8 @@ What needs a GPU, planned to take under {PART_MINUTES:g} minutes a part:
 Every step has its place in a timetable and is interrupted when that is over; what a step leaves of its time goes to the
 next ones. Needs torch, triton, numpy and pytest, and uses what else is installed. The real images are read from
 FASTCL_DATA. DIR/gpu.json and DIR/gpu.md list the steps and are rewritten after each; DIR/NAME.log is what a step
-printed, DIR/NAME/ what it measured. A step that fails does not keep the next from running; the exit status is 1 if any
+printed, DIR/NAME/ what it measured. Losses that `bench.static --predict` predicts stand beside their predictions, in
+DIR/gpu.md and on the screen. A step that fails does not keep the next from running; the exit status is 1 if any
 failed or ran out of time. `python -m bench.readme` makes the tables of the documentation from DIR = bench/results/gpu.
 """
 
@@ -123,6 +125,7 @@ def report(outcomes: Sequence[Outcome], facts: dict, out: Path) -> None:
         if o.status in ("failed", "timed out", "interrupted") and log.exists():
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
             text += f"\n## {o.step}\n\n```\n" + _without_paths("\n".join(tail), out) + "\n```\n"
+    text += predicted.section(out)
     write_file(out / "gpu.json", json.dumps({**facts, "steps": [asdict(o) for o in outcomes]}, indent=1) + "\n")
     write_file(out / "gpu.md", text + "\n")
 
@@ -176,5 +179,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the files hold the steps up to this one", file=sys.stderr)
         return 130
+    print(predicted.section(out), end="")
     print(f"{perf_counter() - began:.0f} s; results are in {args.out}")
     return int(any(o.status in ("failed", "timed out") for o in outcomes))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import repeat, workload
+from bench.gpu import predicted, repeat, workload
 from bench.gpu import run as gpu
 from bench.gpu.plan import PARTS, Step, plan
 
@@ -144,6 +144,33 @@ def test_on_a_card_nothing_is_interpreted_and_an_older_report_goes(tmp_path, mon
     monkeypatch.setattr(gpu, "plan", lambda *_: [Step("only", (), 60)])
     assert gpu.main(["--out", str(tmp_path)]) == 1
     assert seen == [([], None)]
+
+
+def test_measured_times_stand_beside_predicted_ones(tmp_path, monkeypatch):
+    def timed(provider: str, n: int, ms: float | None) -> dict:
+        case = {"objective": "ntxent", "n": n, "d": 128, "precision": "fp16", "pass": "both"}
+        return case | {"provider": provider, "gpu_ms": ms}
+
+    model = [timed("", n, None) | {"predicted_ms": 2.0, "triton": "3.8.0"} for n in (512, 4096, 65536)]
+    measured = [
+        timed("fastcl fp16", 512, 2.5), timed("fastcl fp16", 4096, 3.0), timed("fastcl fp16", 65536, 1.5),
+        timed("plain PyTorch", 512, 9.0), timed("fastcl fp16", 1024, 9.0), timed("fastcl fp16", 512, None),
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(predicted, "committed", lambda arch: model if arch == 90 else [])
+    assert predicted.section(tmp_path) == ""
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses" / "losses.json").write_text(json.dumps(measured))
+    text = predicted.section(tmp_path)
+    assert text.count("ntxent") == 3 and "Triton 3.8.0" in text
+    for words in (
+        "| 512 | both | 2 | 2.5 | 1.25 |  |", "| 4,096 | both | 2 | 3 | 1.50 | slower than predicted |",
+        "| 65,536 | both | 2 | 1.5 | 0.75 | faster than predicted |",
+    ):  # fmt: skip
+        assert words in text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert predicted.section(tmp_path) == ""
 
 
 def test_by_default_the_losses_alone_run(tmp_path, monkeypatch):
