@@ -185,7 +185,7 @@ def _run(config: Path, args: argparse.Namespace) -> None:
 
 def _is_newest(report: Path, out: Path) -> bool:
     """Whether a run's report exists and was written after what it shows."""
-    shows = [path for name in ("metrics.jsonl", "layers.json") if (path := out / name).is_file()]
+    shows = [path for path in (*out.glob("*.jsonl"), out / "layers.json") if path.is_file()]
     return report.is_file() and all(report.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in shows)
 
 

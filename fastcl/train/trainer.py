@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -86,7 +87,6 @@ class Lockstep:
         """
         with locked(self.out):
             claim_folder(self.out, self._describe())  # another process may have used the folder meanwhile
-            warn_if_elsewhere(self.out, self._describe())
             self._run()
 
     def _run(self) -> None:
@@ -100,6 +100,7 @@ class Lockstep:
             self.epoch = epochs
             self._complete()
             return
+        warn_if_elsewhere(self.out, self._describe())
         if done == NOT_BEGUN:
             self._measure({})
             self._checkpoint()
@@ -199,17 +200,20 @@ class Lockstep:
         log.info("finished: %d epochs in %s", self.epoch, shown(self.out))
 
     def _complete(self) -> None:
-        """Write the final outputs that a finished run lacks; all of them if weights are not those of the checkpoint."""
-        missing = list(missing_files(self.out, [twin.name for twin in self.twins]))
+        """Write the final outputs that a finished run lacks, and those of models whose weights are not the last ones."""
+        wanted = list(missing_files(self.out, [twin.name for twin in self.twins]))
+        strange = False
         for twin in self.twins:
-            path = self.out / "weights" / f"{twin.name}.safetensors"
-            if path.is_file() and path.read_bytes() != _saved(twin.network.state_dict()):
-                return self._finish()
-        self._write_tensors(missing)
-        if not (self.out / "layers.json").is_file():  # also if the CKA of all layers is undefined
-            write_layers(self.out / "layers.json", self.twins, self.inputs.test, self.config.train.layers)
-            missing += ["layers.json"] if (self.out / "layers.json").is_file() else []
-        wrote = f"; wrote what was missing: {', '.join(missing)}" if missing else ""
+            weights, features = (f"{folder}/{twin.name}.safetensors" for folder in ("weights", "features"))
+            if weights not in wanted and (self.out / weights).read_bytes() != _saved(twin.network.state_dict()):
+                strange, wanted = True, [*wanted, weights, features]
+        wanted = list(dict.fromkeys(wanted))
+        self._write_tensors(wanted)
+        layers = self.out / "layers.json"
+        if strange or not _is_json(layers):  # it is also missing if the CKA of all layers is undefined
+            write_layers(layers, self.twins, self.inputs.test, self.config.train.layers)
+            wanted += [layers.name] if layers.is_file() else []
+        wrote = f"; wrote what was missing or damaged: {', '.join(wanted)}" if wanted else ""
         log.info("already finished: %d epochs in %s%s", self.epoch, shown(self.out), wrote)
 
     def _write_tensors(self, names: Sequence[str]) -> None:
@@ -243,6 +247,14 @@ class Lockstep:
                 "largest_class": int(np.bincount(data.train.labels).max()) / len(data.train),
             },
         })  # fmt: skip
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _saved(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import test_rowstats
@@ -167,6 +168,19 @@ def test_rows_without_a_positive_or_a_negative(name: str, tiled: list[int]) -> N
     check("chunked", "nscl", z, SAMPLE[:8] % 4, torch.arange(8) % 4, 0.5, tile=None)
 
 
+def test_an_own_objective_on_one_class_has_finite_gradients(tiled: list[int]) -> None:
+    x = normal(8, 3).float().requires_grad_()
+
+    def guarded(s: RowStats) -> Tensor:
+        return torch.where(s.n_other > 0, s.lse_other, 0) + torch.where(s.n_peer > 0, s.lse_peer, 0) - s.mean_view
+
+    for labels in (torch.zeros(8).long(), torch.arange(4).repeat(2)):
+        loss = fastcl.contrastive_loss(x, torch.arange(4).repeat(2), labels, guarded)
+        (grad,) = torch.autograd.grad(loss, x)
+        assert loss.isfinite() and grad.isfinite().all() and grad.any()
+    assert not tiled
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("field", test_rowstats.FIELDS)
 def test_statistics(field: str, dtype: torch.dtype, tiled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +199,19 @@ def test_objectives_of_ones_own(tiled: list[int]) -> None:
     for formula, own in OWN:
         check("chunked", formula, normal(48, 24), sample, sample % 5, 0.2, objective=own, tile=None)
     assert not tiled
+
+
+@pytest.mark.parametrize("sample", (SAMPLE, SAMPLE // 2, SAMPLE.flip(0)), ids=("stacked", "four views", "any order"))
+def test_a_second_derivative_is_refused_and_never_zero(sample: Tensor) -> None:
+    z, t = normal(18, 4).requires_grad_(), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    refused = partial(pytest.raises, FastclError, match="chunked .* second derivatives")
+    with refused():
+        torch.autograd.functional.hessian(lambda x: fastcl.contrastive_loss(x, sample), z)
+    for reduction, leaf in itertools.product(("mean", "none"), (z, t)):
+        loss = fastcl.contrastive_loss(z, sample, temperature=t, reduction=reduction).sum()
+        for grad in torch.autograd.grad(loss, (z, t), create_graph=True):
+            with refused():  # a penalty, which would be lost beside another term
+                torch.autograd.grad(grad.square().sum() + leaf.square().sum(), leaf, retain_graph=True)
 
 
 def test_differentiable_once() -> None:

@@ -29,6 +29,14 @@ def test_any_number_of_views(name: str, dtype: torch.dtype, tiled: list[int]) ->
     assert tiled == [41, 41]
 
 
+@every_objective
+def test_an_even_number_of_views_is_not_taken_for_pairs(name: str, tiled: list[int]) -> None:
+    sample = torch.arange(8).repeat(4)
+    for ids in (sample, sample.sort().values, torch.cat([sample[:16] % 4, sample[:16] + 8])):
+        check("chunked", name, normal(32, 24).float(), ids, ids % 3, 0.2, tile=None)
+    assert not tiled
+
+
 @pytest.mark.parametrize("field", test_rowstats.FIELDS)
 def test_statistics_of_any_number_of_views(field: str, tiled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     sample, labels = uneven_batch()

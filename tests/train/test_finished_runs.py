@@ -9,7 +9,7 @@ from tiny_run import tiny_toml
 
 from fastcl import FastclError
 from fastcl.cli.main import main
-from fastcl.train import Lockstep
+from fastcl.train import Lockstep, trainer
 
 
 def test_only_names_of_a_run_are_removed_and_only_from_a_run(done):  # noqa: F811
@@ -122,11 +122,25 @@ def test_the_command_of_a_finished_run_writes_only_what_is_missing(tmp_path, cap
     for name in gone:
         (out / name).unlink()
     assert main(command) == 0
-    assert f"wrote what was missing: {', '.join(gone[:3])}\n" in capsys.readouterr().out
+    assert f"wrote what was missing or damaged: {', '.join(gone[:3])}\n" in capsys.readouterr().out
     assert {path for path, time in times(out).items() if first[path] != time} == {out / name for name in gone}
     assert files(out) == wanted
+    before = times(out)
     (out / "weights" / "dcl.safetensors").write_bytes(wanted["weights/nscl.safetensors"])
     assert main(command) == 0 and files(out) == wanted
-    (out / "layers.json").write_bytes(wanted["layers.json"])  # newer than the report
-    assert main(command) == 0
-    assert times(out)[out / "report.html"] >= times(out)[out / "layers.json"]
+    mended = ("weights/dcl.safetensors", "features/dcl.safetensors", "layers.json")
+    assert f"wrote what was missing or damaged: {', '.join(mended)}\n" in capsys.readouterr().out
+    changed = {path for path, time in times(out).items() if before[path] != time}
+    assert changed == {out / name for name in (*mended, "report.html")}
+    (out / "layers.json").write_bytes(wanted["layers.json"][:9])
+    assert main(command) == 0 and files(out) == wanted
+    for name in ("layers.json", "steps.jsonl"):
+        (out / name).write_bytes(wanted[name])  # newer than the report
+        assert main(command) == 0
+        assert times(out)[out / "report.html"] >= times(out)[out / name]
+
+
+def test_a_finished_run_is_not_resumed_elsewhere(done, caplog, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(trainer, "_device_name", lambda device: "another machine")
+    Lockstep(small(), done).run()
+    assert "already finished" in caplog.text and "elsewhere" not in caplog.text

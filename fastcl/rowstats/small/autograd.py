@@ -124,7 +124,7 @@ def _number(temperature: float | Tensor) -> float:
 
 
 class _Given(NamedTuple):
-    """Shapes and dtypes of the gradients. Inputs are not kept, so changing them in place does not affect gradients."""
+    """Shapes and dtypes of the gradients. They do not read the inputs again, which may be changed in place."""
 
     dtype: torch.dtype  # dtype of the rows
     two: bool  # whether the rows are in two tensors
@@ -150,7 +150,7 @@ class _Ready(Function):
 
     @staticmethod
     def forward(ctx, boxed, dx, dt, x, x2, temperature):
-        ctx.given = _Given.of(x, x2, temperature)
+        ctx.given, ctx.inputs = _Given.of(x, x2, temperature), (x, x2, temperature)
         ctx.save_for_backward(dx, dt)
         return boxed[0]
 
@@ -160,7 +160,7 @@ class _Ready(Function):
         dx, dt = ctx.saved_tensors
         (grad,) = grads
         found = ctx.given.gradients(dx * grad, None if dt is None else dt * grad)
-        return None, None, None, *_once(found)
+        return None, None, None, *_once(found, ctx.inputs, grads)
 
 
 class _Attached(Function):
@@ -169,7 +169,7 @@ class _Attached(Function):
     @staticmethod
     def forward(ctx, results, slopes, way, kept, order, *inputs):
         ctx.way, ctx.slopes = way, [{r: v if isinstance(v, float) else None for r, v in s.items()} for s in slopes]
-        ctx.given = _Given.of(*inputs)
+        ctx.given, ctx.inputs = _Given.of(*inputs), inputs
         tensors = [v for s in slopes for v in s.values() if not isinstance(v, float)]
         ctx.save_for_backward(order, *kept, *tensors)
         ctx.set_materialize_grads(False)
@@ -186,7 +186,7 @@ class _Attached(Function):
             dv = whole.backward(kept, ctx.way, scale, *pulls)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[7])
             found = ctx.given.gradients(_restored(dx, order), dt)
-        return None, None, None, None, None, *_once(found)
+        return None, None, None, None, None, *_once(found, ctx.inputs, grads)
 
 
 class _Masked(Function):
@@ -194,7 +194,7 @@ class _Masked(Function):
 
     @staticmethod
     def forward(ctx, statistics, way, kept, x, temperature):
-        ctx.way, ctx.given = way, _Given.of(x, None, temperature)
+        ctx.way, ctx.given, ctx.inputs = way, _Given.of(x, None, temperature), (x, temperature)
         ctx.save_for_backward(*kept)
         return statistics
 
@@ -207,7 +207,7 @@ class _Masked(Function):
             dv = masked.backward(kept, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[4])
             dx, _, dt = ctx.given.gradients(dx, dt)
-        return None, None, None, *_once((dx, dt))
+        return None, None, None, *_once((dx, dt), ctx.inputs, grads)
 
 
 def _pulls(
@@ -225,17 +225,20 @@ def _pulls(
     return scale, [totals.get(r) for r in whole.PULLS]
 
 
-def _once(found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Return the gradients; under create_graph, make them raise FastclError when differentiated."""
+def _once(
+    found: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients; under create_graph, tied to all that they depend on, so that differentiating them raises
+    FastclError and is never silently zero."""
     if not torch.is_grad_enabled():
         return found
-    return tuple(None if v is None else _Once.apply(v.detach().requires_grad_()) for v in found)
+    return _Once.apply(len(found), *found, *inputs, *grads)
 
 
 class _Once(Function):
     @staticmethod
-    def forward(_, grad):
-        return grad.clone()
+    def forward(_, count, *tensors):
+        return tuple(None if v is None else v.detach().clone() for v in tensors[:count])
 
     @staticmethod
     def backward(ctx, *grads):

@@ -33,8 +33,7 @@ def losses(
     batch: Batch, objectives: Sequence[Any], temperature: float | Tensor, normalize: bool, reduction: str
 ) -> Sequence[Tensor] | None:
     """Reduced row losses of each objective, anchors and candidates together; None if tiles must be used."""
-    groups = _groups(tuple(objectives))
-    if groups is None or not _is_small(batch):
+    if not _is_small(batch) or (groups := _groups(tuple(objectives))) is None:
         return None
     found: dict[int, Tensor] = {}
     for group in groups:
