@@ -200,7 +200,7 @@ class Lockstep:
         log.info("finished: %d epochs in %s", self.epoch, shown(self.out))
 
     def _complete(self) -> None:
-        """Write the final outputs that a finished run lacks, and those of models whose weights are not the last ones."""
+        """Write final outputs that a finished run lacks, and those of models whose weights are not the last ones."""
         wanted = list(missing_files(self.out, [twin.name for twin in self.twins]))
         strange = False
         for twin in self.twins:
