@@ -117,7 +117,7 @@ def damaged(folder) -> dict[str, tuple[bytes, str]]:
         "cut.npz": (zipped[:-30], "the .npz is damaged"),
         "flipped.npz": (bytes(flipped), "the .npz is damaged"),
         "none.npz": (notes, "contains no NumPy array"),
-        "lies.npz": (lies, "but 0 are there"),
+        "lies.npz": (lies, "but 0 follow"),
         "bomb.npz": (bomb, "that unpack to 1,048,"),
         "cut.safetensors": (tensors[:-8], "the .safetensors is damaged"),
         "header.safetensors": (struct.pack("<Q", 1 << 40) + b"{}", "the .safetensors is damaged"),

@@ -172,7 +172,7 @@ def test_batch_sizes_that_cannot_be(batch_size):
 
 
 def test_unknown_order():
-    with pytest.raises(FastclError, match="data.order.*shuffled, balanced.*'sorted'"):
+    with pytest.raises(FastclError, match="data.order.*'shuffled' or 'balanced', got 'sorted'"):
         ViewLoader(_split(), ViewPlan(ViewSpec(), 0), 5, "sorted")
 
 

@@ -150,4 +150,4 @@ def test_versions_without_their_python_are_said_to_be_skipped(tmp_path):
     bash = shutil.which("bash")
     done = subprocess.run([bash, ROOT / ".ci" / "matrix"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" not in done.stdout
-    assert "gpu: SKIPPED, no python3.12 (set PYTHON312)" in done.stdout and "floor: SKIPPED" in done.stdout
+    assert "gpu: SKIPPED, python3.12 not found (set PYTHON312)" in done.stdout and "floor: SKIPPED" in done.stdout

@@ -202,7 +202,7 @@ def foreign(state):
         "settings": (state | {"run": "{"}, "settings in checkpoint .* not valid JSON"),
         "no settings": (state | {"run": "[]"}, r"its settings are \[\]"),
         "twins": (state | {"twins": 3}, "its models are 3"),
-        "names": (state | {"twins": {"nscl": 1}}, r"its models are \['nscl'\], the run's \['dcl'\]"),
+        "names": (state | {"twins": {"nscl": 1}}, r"its models are \['nscl'\], the run's are \['dcl'\]"),
         "empty": (state | {"twins": {"dcl": 1}}, "model 'dcl': "),
         "shapes": (state | {"twins": {"dcl": twins["dcl"] | {"network": network}}}, "model 'dcl': .*size mismatch"),
         "groups": (state | {"twins": {"dcl": twins["dcl"] | {"optimizer": optimizer}}}, "differs in weight_decay"),
@@ -210,7 +210,7 @@ def foreign(state):
         "not finite": (with_network(lambda value: value * float("nan")), "is not finite"),
         "no state": (with_state({}), r"after 2 epochs its optimiser has no momentum_buffer for encoder\."),
         "half state": (with_state(halves), "momentum_buffer for .* is torch.float16, not torch.float32"),
-        "infinite state": (with_state(infinite), "momentum_buffer of .* is not finite"),
+        "infinite state": (with_state(infinite), "momentum_buffer for .* is not finite"),
         "odd state": (with_state([1]), r"state is \[1\]"),
         "buffers": (state | {"twins": {"dcl": twins["dcl"] | {"optimizer": twins["dcl"]["optimizer"] |
                                                               {"state": buffers}}}}, "differs in momentum_buffer"),
@@ -268,6 +268,9 @@ def test_what_killed_writes_left_is_removed_under_the_lock(done):
 
 
 def test_a_run_that_was_begun_elsewhere_says_so_once(done, caplog):
+    for folder in (done / "weights", done / "features"):
+        shutil.rmtree(folder)
+    last(done).unlink()  # one epoch is left to train
     change(done / "run.json", device="cpu (97 threads)")
     Lockstep(small(), done).run()
     assert caplog.text.count("resuming a run made elsewhere: device ('cpu (97 threads)' there") == 1

@@ -72,7 +72,7 @@ def test_a_collapsed_model_is_left_out_with_a_warning(parts, tmp_path, caplog):
         write_layers(tmp_path / "layers.json", twins, EvalViews(split, plan), [])
         write_layers(tmp_path / "none.json", twins[:2], EvalViews(split, plan), [])
         write_layers(tmp_path / "one.json", twins[:1], EvalViews(split, plan), [])
-    assert "layers of dcl, nscl: of nscl batch 0: CKA of layer 'encoder.conv1' is undefined: HSIC_1" in caplog.text
+    assert "layers of dcl, nscl: in nscl, batch 0: CKA of layer 'encoder.conv1' is undefined: HSIC_1" in caplog.text
     assert list(json.loads((tmp_path / "layers.json").read_text())["models"]) == ["ce", "reseeded"]
     assert not (tmp_path / "none.json").exists() and not (tmp_path / "one.json").exists()
 
@@ -85,7 +85,7 @@ def test_an_undefined_layer_is_null_and_leaves_the_others(parts, tmp_path, caplo
         torch.nn.init.zeros_(parameter)
     with caplog.at_level(logging.WARNING, "fastcl"):
         write_layers(tmp_path / "layers.json", twins[:2], EvalViews(split, plan), layers)
-    assert "of nscl batch 0: CKA of layer 'projector' is undefined" in caplog.text
+    assert "in nscl, batch 0: CKA of layer 'projector' is undefined" in caplog.text
     before, after = (json.loads((tmp_path / name).read_text()) for name in ("before.json", "layers.json"))
     before, after = (np.array(one["models"]["nscl"]["cka"], dtype=float) for one in (before, after))
     assert np.isnan(after[:, -1]).all() and np.array_equal(after[:, :-1], before[:, :-1]) and np.isfinite(before).all()
