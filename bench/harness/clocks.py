@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import random
 import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -182,6 +183,9 @@ def interleave(
 ) -> dict[str, dict[str, list[Sample]]]:
     """Samples of every provider, in rounds in which each runs once, so that a drift of the machine affects all alike.
 
+    Each round has a random order, the same in every run: in a fixed one, small cases of the provider after the most
+    expensive one would always begin with caches that it has emptied.
+
     Args:
         timers: by provider, a call that times all passes once; warmed up by the caller.
         repeats: maximum number of rounds.
@@ -191,7 +195,7 @@ def interleave(
     Returns:
         By provider and pass, one sample per round.
     """
-    names = list(timers)
+    names, order = list(timers), random.Random(0)
     began = perf_counter()
     while perf_counter() - began < warm_up:
         for name in names:
@@ -201,8 +205,8 @@ def interleave(
     for k in range(repeats):
         if k >= MIN_ROUNDS and perf_counter() - began > seconds * len(names):
             break
-        first = k % len(names)  # each round starts with another provider
-        for name in names[first:] + names[:first]:
+        order.shuffle(names)
+        for name in names:
             for run, sample in timers[name]().items():
                 found[name].setdefault(run, []).append(sample)
     return found

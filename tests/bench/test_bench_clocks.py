@@ -132,3 +132,13 @@ def test_rounds_that_warm_up_leave_no_times(monkeypatch):
     found = clocks.interleave(timers, repeats=2, seconds=60, warm_up=3)
     warm = len(called) - 2
     assert warm > 0 and [s.wall for s in found["a"]["both"]] == [warm + 1, warm + 2]
+
+
+def test_no_provider_always_follows_the_same_one():
+    called = []
+    timers = {name: lambda name=name: called.append(name) or {"both": clocks.Sample(1.0)} for name in "abc"}
+    found = clocks.interleave(timers, repeats=12, seconds=60)
+    assert {name: len(passes["both"]) for name, passes in found.items()} == {"a": 12, "b": 12, "c": 12}
+    assert all(sorted(called[k : k + 3]) == ["a", "b", "c"] for k in range(0, 36, 3))
+    for name in "abc":
+        assert len({before for before, now in zip(called, called[1:], strict=False) if now == name} - {name}) == 2
