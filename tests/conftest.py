@@ -40,7 +40,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 # The files whose tests take longest, longest first: begun last, one of them would keep a single worker busy at the end.
 LONGEST = (
-    "bench/test_static.py", "train/test_resume.py",
+    "bench/test_static.py", "train/test_resume.py", "bench/test_bench_training.py",
 )  # fmt: skip
 
 
