@@ -75,7 +75,8 @@ class Lockstep:
 
     @plain_defaults()
     def run(self) -> None:
-        """Train to the end, from the last checkpoint in the folder if there is one. A finished run is left as it is.
+        """Train to the end, from the last checkpoint in the folder if there is one. On a finished run, write
+        only outputs that are missing or damaged.
 
         Writes run.json, metrics.jsonl, steps.jsonl, pairs.jsonl (if there are two models), timing.jsonl, tensorboard/,
         checkpoints/, and at the end weights/, features/ (encoder outputs of the held-out images, in the order of the
