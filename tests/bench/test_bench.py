@@ -239,9 +239,15 @@ def test_rounds_interleave_the_providers_and_end_with_the_time():
         return {"both": clocks.Sample(float(len(called)))}
 
     timers = {name: partial(timer, name) for name in "abc"}
-    found = clocks.interleave(timers, repeats=4, seconds=60)
-    assert "".join(called) == "abcbcacababc"
-    assert [s.wall for s in found["a"]["both"]] == [1, 6, 8, 10]
+    found = clocks.interleave(timers, repeats=12, seconds=60)
+    rounds = ["".join(called[k : k + 3]) for k in range(0, 36, 3)]
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
+    assert {each[0] for each in rounds} == set("abc")  # no provider always comes after the same one
+    assert [s.wall for s in found["a"]["both"]] == [1 + k for k, name in enumerate(called) if name == "a"]
+    first = called.copy()
+    called.clear()
+    clocks.interleave(timers, repeats=12, seconds=60)
+    assert called == first
     called.clear()
     clocks.interleave(timers, repeats=50, seconds=0)
     assert len(called) == 3 * clocks.MIN_ROUNDS
