@@ -169,7 +169,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=2, metavar="N", help="processes that compile (default: %(default)s)")
     add("--cases", default=CASES, metavar="MODULE:FUNCTION",
         help="what lists the launches of an architecture (default: %(default)s)")  # fmt: skip
-    args = parser.parse_args(argv)
+    return _checked(parser.parse_args(argv), parser)
+
+
+def _checked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Arguments in the form in which they are used; ends the program with a message if one does not fit."""
     try:
         if args.json:
             check_output(args.json, "--json")
