@@ -31,12 +31,12 @@ TEMPERATURES = (0.1, 1.0)
 CASES = {
     "cuda": ((1024, "fp32"), (1024, "bf16"), (4096, "bf16"), (16384, "bf16")),
     "cpu": ((64, "fp32"), (64, "bf16")),
-    "tiny": ((16, "fp32"), (16, "bf16")),
+    "tiny": ((64, "fp32"), (64, "bf16")),
 }
 FOUR_UP_TO = 4096  # largest batch on which all four models train
 # Settings of the runs. A GPU trains in bfloat16, for more epochs in the same time; the section "precision" measures its
 # effect.
-BATCH = {"cuda": 1024, "cpu": 64, "tiny": 16}
+BATCH = {"cuda": 1024, "cpu": 64, "tiny": 64}
 PRECISION_OF_RUNS = {"cuda": "bf16", "cpu": "fp32", "tiny": "fp32"}
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}
 
@@ -68,10 +68,10 @@ class Training(Run):
 
 def config(run: Training, models: tuple[str, ...], batch: int, epochs: int, **train: Any) -> Config:
     """The config of a training run by the recipe of arXiv 2510.08852, with ResNet-18; `train`: other settings."""
-    cuda = run.kind == "cuda"
+    cuda, tiny = run.kind == "cuda", run.kind == "tiny"
     small = {"options": SMALL, "hidden": 32, "projection": 16}
     return parse_config({
-        "data": {"source": run.source, **({} if cuda else {"classes": 4})},
+        "data": {"source": run.source, **({} if cuda else {"classes": 2 if tiny else 4})},
         "views": {"preset": "cifar" if run.source.startswith("cifar") else "characters", "size": 32 if cuda else 12},
         "model": {"name": "resnet18", **({"options": {}, "projection": 128} if cuda else small)},
         "optim": {"name": "lars", "lr": 0.3 * batch / 256, "warmup_epochs": min(10.0, epochs / 10)},

@@ -61,7 +61,7 @@ def test_a_case_that_fails_is_told_and_the_next_one_runs(tmp_path, monkeypatch, 
     first, second = json.loads((tmp_path / "training.json").read_text())
     assert first["reason"].startswith("out of memory") and second["reason"] == "failed: ValueError: odd"
     assert "error: steps: failed: ValueError: odd" in capsys.readouterr().err
-    assert "| 16 | fp32 | 4 | out of memory" in (tmp_path / "training.md").read_text()
+    assert "| 64 | fp32 | 4 | out of memory" in (tmp_path / "training.md").read_text()
 
 
 def _event(key, time, kind=DeviceType.CPU, note=False):
