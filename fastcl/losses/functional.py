@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_positive, check_rows
-from fastcl.choices import PRECISIONS, REDUCTIONS, ObjectiveName, Precision, Reduction
-from fastcl.dispatch import choose
-from fastcl.errors import FastclError, one_of
-from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
-from fastcl.rowstats.api import RowStats, fused, statistics
-from fastcl.rowstats.request import Batch
-from fastcl.rowstats.small import route
+from fastcl.checks import check_positive
+from fastcl.choices import ObjectiveName, Precision, Reduction
+from fastcl.errors import FastclError
+from fastcl.losses.call_plans import ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
+from fastcl.losses.objectives import ObjectiveLike
+from fastcl.rowstats.api import RowStats, statistics
+from fastcl.rowstats.request import Batch, check_two_views
 
 
 def contrastive_loss(
@@ -47,11 +46,8 @@ def contrastive_loss(
     Raises:
         FastclError: as `fastcl.row_stats`; an unknown objective or reduction; missing labels that the objective needs.
     """
-    _check_reduction(reduction)
-    check_rows(z, "z")
-    loss = _labelled(objective, labels)
-    batch = Batch.of(z, None, sample, labels, None, None)
-    return _losses(batch, [loss], temperature, normalize, reduction, precision=precision)[0]
+    rows = (z, sample) if labels is None else (z, sample, labels)
+    return _losses(ROWS, rows, (objective,), temperature, normalize, reduction, precision)[0]
 
 
 def contrastive_losses(
@@ -75,14 +71,11 @@ def contrastive_losses(
     Raises:
         FastclError: as `contrastive_loss`.
     """
-    _check_reduction(reduction)
-    check_rows(z, "z")
     if isinstance(objectives, str):
         raise FastclError(f"objectives must be a sequence of names, got the string {objectives!r}")
-    losses = {name: _labelled(name, labels) for name in objectives}
-    batch = Batch.of(z, None, sample, labels, None, None)
-    found = _losses(batch, list(losses.values()), temperature, normalize, reduction, precision=precision)
-    return dict(zip(losses, found, strict=True))
+    names = tuple(dict.fromkeys(objectives))
+    rows = (z, sample) if labels is None else (z, sample, labels)
+    return dict(zip(names, _losses(ROWS, rows, names, temperature, normalize, reduction, precision), strict=True))
 
 
 def ntxent_loss(
@@ -100,7 +93,7 @@ def ntxent_loss(
     Raises:
         FastclError: as `contrastive_loss`, or z1 and z2 differ in shape.
     """
-    return _two_view_loss(z1, z2, None, "ntxent", temperature, reduction, normalize)
+    return _losses(TWO_VIEWS, (z1, z2), ("ntxent",), temperature, normalize, reduction)[0]
 
 
 def dcl_loss(
@@ -108,7 +101,7 @@ def dcl_loss(
 ) -> Tensor:
     """Decoupled contrastive loss (Yeh et al. 2022; CL in arXiv 2510.08852): NT-Xent without the positive in the
     denominator. Arguments, result and errors as `ntxent_loss`."""
-    return _two_view_loss(z1, z2, None, "dcl", temperature, reduction, normalize)
+    return _losses(TWO_VIEWS, (z1, z2), ("dcl",), temperature, normalize, reduction)[0]
 
 
 def nscl_loss(
@@ -134,7 +127,7 @@ def nscl_loss(
         FastclError: as `ntxent_loss`.
     """
     objective = "nscl_with_positive" if positive_in_denominator else "nscl"
-    return _two_view_loss(z1, z2, labels, objective, temperature, reduction, normalize)
+    return _losses(TWO_VIEWS, (z1, z2, labels), (objective,), temperature, normalize, reduction)[0]
 
 
 def supcon_loss(
@@ -150,7 +143,7 @@ def supcon_loss(
     For L_in and the negatives-only form use `contrastive_loss` with "supcon_in" and "supcon_negatives". Rows whose
     batch holds no other class contribute 0. Arguments, result and errors as `nscl_loss`.
     """
-    return _two_view_loss(z1, z2, labels, "supcon", temperature, reduction, normalize)
+    return _losses(TWO_VIEWS, (z1, z2, labels), ("supcon",), temperature, normalize, reduction)[0]
 
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normalize: bool = True) -> Tensor:
@@ -168,12 +161,13 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     Raises:
         FastclError: as `contrastive_loss`, or image and text differ in shape.
     """
-    batch = Batch.pairs(image, text, "image", "text")
     check_positive(logit_scale, "logit_scale")
-    if isinstance(logit_scale, Tensor) and logit_scale.dtype != torch.float64:
-        logit_scale = logit_scale.to(torch.float64 if image.dtype == torch.float64 else torch.float32)
-    logit_scale = logit_scale if isinstance(logit_scale, Tensor) else float(logit_scale)
-    return _losses(batch, [resolve("ntxent")], 1 / logit_scale, normalize, "mean", columns=True)[0]
+    if not isinstance(logit_scale, Tensor):
+        logit_scale = float(logit_scale)
+    elif logit_scale.dtype != torch.float64:
+        wide = isinstance(image, Tensor) and image.dtype == torch.float64
+        logit_scale = logit_scale.to(torch.float64 if wide else torch.float32)
+    return _losses(TOWERS, (image, text), ("ntxent",), 1 / logit_scale, normalize, "mean")[0]
 
 
 def two_view_stats(
@@ -183,58 +177,13 @@ def two_view_stats(
 
     Arguments and errors as `nscl_loss`.
     """
+    check_two_views(z1, z2, labels)
     return statistics(Batch.two_views(z1, z2, labels), temperature, normalize, False, None)[0]
 
 
-def _two_view_loss(
-    z1: Tensor, z2: Tensor, labels: Tensor | None, objective: ObjectiveName,
-    temperature: float | Tensor, reduction: Reduction, normalize: bool,
-) -> Tensor:  # fmt: skip
-    _check_reduction(reduction)
-    loss = _labelled(objective, labels)
-    return _losses(Batch.two_views(z1, z2, labels), [loss], temperature, normalize, reduction)[0]
-
-
 def _losses(
-    batch: Batch, losses: Sequence[Callable[[RowStats], Tensor]], temperature: float | Tensor, normalize: bool,
-    reduction: str, columns: bool = False, precision: str | None = None,
+    kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...], temperature: float | Tensor,
+    normalize: bool, reduction: str, precision: str | None = None,
 ) -> Sequence[Tensor]:  # fmt: skip
-    """Reduced row losses of the anchors; with columns, averaged with those of the candidates.
-
-    On the Triton backend, and for small batches on a CPU, objectives of the table are evaluated together with the
-    statistics. A callable of the caller's own is always evaluated by torch on the statistics.
-    """
-    # Exactly Objective: a subclass may compute something else.
-    table = [loss for loss in losses if isinstance(loss, Objective) and type(loss) is Objective]
-    chosen = choose(batch.x) if losses and len(table) == len(losses) else None
-    if chosen == "chunked" and precision in (None, *PRECISIONS):
-        check_positive(temperature, "temperature")
-        found = route.losses(batch, table, temperature, normalize, reduction)
-        if found is not None:
-            return found
-    if chosen == "triton":
-        check_positive(temperature, "temperature")
-        codes = [loss.code for loss in table]
-        _, _, rows, _, _, rows_y = fused(batch, temperature, normalize, columns, precision, codes)
-        sides = [list(side.unbind()) for side in ((rows, rows_y) if columns else (rows,))]
-    else:
-        stats = statistics(batch, temperature, normalize, columns, precision)
-        sides = [[loss(found) for loss in losses] for found in stats]
-    reduced = [[_reduce(rows, reduction) for rows in side] for side in sides]
-    return [(a + b) / 2 for a, b in zip(*reduced, strict=True)] if columns else reduced[0]
-
-
-def _labelled(objective: ObjectiveLike, labels: Tensor | None) -> Callable[[RowStats], Tensor]:
-    loss = resolve(objective)
-    if labels is None and isinstance(loss, Objective) and loss.needs_labels:
-        raise FastclError(f"labels are required by objective {objective!r}")
-    return loss
-
-
-def _reduce(rows: Tensor, reduction: str) -> Tensor:
-    return rows if reduction == "none" else getattr(rows, reduction)()
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise FastclError(one_of("reduction", REDUCTIONS, reduction))
+    """The reduced losses of the objectives, from which every loss of this module is made."""
+    return plan_of(kind, tensors, objectives, normalize, reduction, precision).run(tensors, temperature)

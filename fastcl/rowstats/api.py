@@ -124,7 +124,7 @@ def statistics(
 ) -> tuple[RowStats, ...]:
     """RowStats of the anchors and, with columns, of the candidates; arguments as `row_stats`."""
     check_positive(temperature, "temperature")
-    _check_precision(precision)
+    check_precision(precision)
     chosen = choose(batch.x)
     if chosen == "triton":
         if columns and batch.labels is not None:
@@ -169,7 +169,7 @@ def operator_arguments(
     is_tensor = isinstance(temperature, Tensor)
     given = temperature.to(x.device) if is_tensor else None
     _check_transforms("triton", x, *others, given)
-    _check_precision(precision)
+    check_precision(precision)
     return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
 
 
@@ -200,7 +200,8 @@ def _precision(precision: str | None, x: Tensor) -> str:
     return precision
 
 
-def _check_precision(precision: str | None) -> None:
+def check_precision(precision: str | None) -> None:
+    """Raise FastclError unless it is one of `PRECISIONS` or None."""
     if precision is not None and precision not in PRECISIONS:
         raise FastclError(one_of("precision", (*PRECISIONS, None), precision))
 
