@@ -33,13 +33,27 @@ class Kind(NamedTuple):
 
     check: Callable[..., None]  # raises FastclError unless they fit together, whatever their values
     batch: Callable[..., Batch]  # of tensors that do; it may check values
+    temperature: Callable[[float | Tensor, Tensor], float | Tensor]  # of what the caller gives and the first tensor
     multiple: int = 1  # anchors for each row of the first tensor
     columns: bool = False  # the candidates are anchors too
 
 
-TWO_VIEWS = Kind(check_two_views, Batch.two_views, multiple=2)  # z1, z2 and perhaps labels
-TOWERS = Kind(check_pairs, Batch.pairs, columns=True)  # image, text
-ROWS = Kind(lambda z, *_: check_rows(z, "z"), Batch.rows)  # z, sample and perhaps labels
+def _checked(temperature: float | Tensor, _: Tensor) -> float | Tensor:
+    check_positive(temperature, "temperature")
+    return temperature
+
+
+def _of_scale(logit_scale: float | Tensor, x: Tensor) -> float | Tensor:
+    """The temperature that stands for a scale of the logits."""
+    check_positive(logit_scale, "logit_scale")
+    if not isinstance(logit_scale, Tensor):
+        return 1 / float(logit_scale)
+    return 1 / logit_scale.to(torch.float64 if torch.float64 in (logit_scale.dtype, x.dtype) else torch.float32)
+
+
+TWO_VIEWS = Kind(check_two_views, Batch.two_views, _checked, multiple=2)  # z1, z2 and perhaps labels
+TOWERS = Kind(check_pairs, Batch.pairs, _of_scale, columns=True)  # image, text
+ROWS = Kind(lambda z, *_: check_rows(z, "z"), Batch.rows, _checked)  # z, sample and perhaps labels
 
 
 class CallPlan(NamedTuple):
@@ -57,10 +71,11 @@ class CallPlan(NamedTuple):
     def run(self, tensors: Sequence[Tensor], temperature: float | Tensor) -> Sequence[Tensor]:
         """Reduced row losses of the anchors; with columns, averaged with those of the candidates.
 
-        On the Triton backend, and for small batches on a CPU, objectives of the table are evaluated together with the
-        statistics. A callable of the caller's own is always evaluated by torch on the statistics.
+        The temperature is as the caller gave it. On the Triton backend, and for small batches on a CPU, objectives of
+        the table are evaluated together with the statistics. A callable of the caller's own is always evaluated by
+        torch on the statistics.
         """
-        check_positive(temperature, "temperature")
+        temperature = self.kind.temperature(temperature, tensors[0])
         batch, normalize, columns = self.kind.batch(*tensors), self.normalize, self.kind.columns
         chosen = None if self.codes is None else choose(batch.x)
         if chosen == "chunked" and self.groups is not None and route.is_few(self.anchors):

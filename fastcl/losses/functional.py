@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from fastcl.checks import check_positive
 from fastcl.choices import ObjectiveName, Precision, Reduction
 from fastcl.errors import FastclError
+from fastcl.exchange import gathers
+from fastcl.losses import global_batch
 from fastcl.losses.call_plans import ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
 from fastcl.losses.objectives import ObjectiveLike
+from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.request import Batch, check_two_views
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def contrastive_loss(
@@ -25,6 +31,8 @@ def contrastive_loss(
     reduction: Reduction = "mean",
     normalize: bool = True,
     precision: Precision | None = None,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Any objective of the table, or your own, with any number of views.
 
@@ -39,6 +47,12 @@ def contrastive_loss(
             a negative contributes 0, gets no gradient from its own loss, and still counts in the mean.
         normalize: divide rows by their norms first (cosine similarities).
         precision: of the Triton backend's products: "fp16", "bf16", "fp32", or None, as `fastcl.row_stats`.
+        gather_distributed: compute the loss of all ranks' rows together: each rank passes its own rows, with all views
+            of a sample on one rank, and gets its share of the loss, whose average over the ranks is the loss of the
+            global batch; so is the average of the gradients (DistributedDataParallel and FSDP2 take it). "sum" and
+            "none" cover this rank's rows. See docs/distributed.md. None: False, with a warning in a process group of
+            several ranks.
+        group: the ranks, a group of torch.distributed; None: all.
 
     Returns:
         A scalar, or (N,) with reduction "none"; float32, or float64 for float64 rows.
@@ -46,8 +60,8 @@ def contrastive_loss(
     Raises:
         FastclError: as `fastcl.row_stats`; an unknown objective or reduction; missing labels that the objective needs.
     """
-    rows = (z, sample) if labels is None else (z, sample, labels)
-    return _losses(ROWS, rows, (objective,), temperature, normalize, reduction, precision)[0]
+    rows, ranks = (z, sample) if labels is None else (z, sample, labels), (gather_distributed, group)
+    return _losses(ROWS, rows, (objective,), temperature, normalize, reduction, ranks, precision)[0]
 
 
 def contrastive_losses(
@@ -59,6 +73,8 @@ def contrastive_losses(
     reduction: Reduction = "mean",
     normalize: bool = True,
     precision: Precision | None = None,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Several objectives from one pass over the similarities.
 
@@ -74,18 +90,26 @@ def contrastive_losses(
     if isinstance(objectives, str):
         raise FastclError(f"objectives must be a sequence of names, got the string {objectives!r}")
     names = tuple(dict.fromkeys(objectives))
-    rows = (z, sample) if labels is None else (z, sample, labels)
-    return dict(zip(names, _losses(ROWS, rows, names, temperature, normalize, reduction, precision), strict=True))
+    rows, ranks = (z, sample) if labels is None else (z, sample, labels), (gather_distributed, group)
+    found = _losses(ROWS, rows, names, temperature, normalize, reduction, ranks, precision)
+    return dict(zip(names, found, strict=True))
 
 
 def ntxent_loss(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.5,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """NT-Xent (SimCLR, Chen et al. 2020): the other view against every other row, the positive in the denominator.
 
     Args:
         z1, z2: (B, D) embeddings of the two views; rows k of both are sample k. N = 2B anchors.
-        temperature, reduction, normalize: as `contrastive_loss`; "none" gives (2B,), z1's rows first.
+        temperature, reduction, normalize, gather_distributed, group: as `contrastive_loss`; "none" gives (2B,), z1's
+            rows first.
 
     Returns:
         A scalar, or (2B,).
@@ -93,15 +117,23 @@ def ntxent_loss(
     Raises:
         FastclError: as `contrastive_loss`, or z1 and z2 differ in shape.
     """
-    return _losses(TWO_VIEWS, (z1, z2), ("ntxent",), temperature, normalize, reduction)[0]
+    ranks = gather_distributed, group
+    return _losses(TWO_VIEWS, (z1, z2), ("ntxent",), temperature, normalize, reduction, ranks)[0]
 
 
 def dcl_loss(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.5,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Decoupled contrastive loss (Yeh et al. 2022; CL in arXiv 2510.08852): NT-Xent without the positive in the
     denominator. Arguments, result and errors as `ntxent_loss`."""
-    return _losses(TWO_VIEWS, (z1, z2), ("dcl",), temperature, normalize, reduction)[0]
+    ranks = gather_distributed, group
+    return _losses(TWO_VIEWS, (z1, z2), ("dcl",), temperature, normalize, reduction, ranks)[0]
 
 
 def nscl_loss(
@@ -112,13 +144,15 @@ def nscl_loss(
     positive_in_denominator: bool = False,
     reduction: Reduction = "mean",
     normalize: bool = True,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Negatives-only supervised contrastive loss (arXiv 2510.08852): the other view against other classes only.
 
     Args:
         labels: (B,) integer classes of the samples, -1 for unlabelled (negatives to all).
         positive_in_denominator: add the positive to the denominator, as the paper's published code does.
-        z1, z2, temperature, reduction, normalize: as `ntxent_loss`.
+        z1, z2, temperature, reduction, normalize, gather_distributed, group: as `ntxent_loss`.
 
     Returns:
         A scalar, or (2B,).
@@ -126,8 +160,8 @@ def nscl_loss(
     Raises:
         FastclError: as `ntxent_loss`.
     """
-    objective = "nscl_with_positive" if positive_in_denominator else "nscl"
-    return _losses(TWO_VIEWS, (z1, z2, labels), (objective,), temperature, normalize, reduction)[0]
+    objective, ranks = "nscl_with_positive" if positive_in_denominator else "nscl", (gather_distributed, group)
+    return _losses(TWO_VIEWS, (z1, z2, labels), (objective,), temperature, normalize, reduction, ranks)[0]
 
 
 def supcon_loss(
@@ -137,16 +171,26 @@ def supcon_loss(
     temperature: float | Tensor = 0.1,
     reduction: Reduction = "mean",
     normalize: bool = True,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Supervised contrastive loss L_out (Khosla et al. 2020, eq. 2), without the factor temperature / base_temperature.
 
     For L_in and the negatives-only form use `contrastive_loss` with "supcon_in" and "supcon_negatives". Rows whose
     batch holds no other class contribute 0. Arguments, result and errors as `nscl_loss`.
     """
-    return _losses(TWO_VIEWS, (z1, z2, labels), ("supcon",), temperature, normalize, reduction)[0]
+    ranks = gather_distributed, group
+    return _losses(TWO_VIEWS, (z1, z2, labels), ("supcon",), temperature, normalize, reduction, ranks)[0]
 
 
-def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normalize: bool = True) -> Tensor:
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    normalize: bool = True,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     """CLIP's symmetric InfoNCE (Radford et al. 2021): the mean of image-to-text and text-to-image.
 
     Args:
@@ -154,6 +198,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
         logit_scale: factor on the cosine similarities (1 / temperature): a positive number, or a tensor with one
             element, which then gets a gradient.
         normalize: divide rows by their norms first.
+        gather_distributed, group: as `contrastive_loss`: the pairs of all ranks.
 
     Returns:
         A scalar.
@@ -161,29 +206,41 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, normaliz
     Raises:
         FastclError: as `contrastive_loss`, or image and text differ in shape.
     """
-    check_positive(logit_scale, "logit_scale")
-    if not isinstance(logit_scale, Tensor):
-        logit_scale = float(logit_scale)
-    elif logit_scale.dtype != torch.float64:
-        wide = isinstance(image, Tensor) and image.dtype == torch.float64
-        logit_scale = logit_scale.to(torch.float64 if wide else torch.float32)
-    return _losses(TOWERS, (image, text), ("ntxent",), 1 / logit_scale, normalize, "mean")[0]
+    ranks = gather_distributed, group
+    return _losses(TOWERS, (image, text), ("ntxent",), logit_scale, normalize, "mean", ranks)[0]
 
 
 def two_view_stats(
-    z1: Tensor, z2: Tensor, labels: Tensor | None, temperature: float | Tensor, normalize: bool = True
-) -> RowStats:
+    z1: Tensor, z2: Tensor, labels: Tensor | None, temperature: float | Tensor, normalize: bool = True,
+    gather_distributed: bool | None = None, group: ProcessGroup | None = None,
+) -> RowStats:  # fmt: skip
     """Row statistics of the 2B rows [z1; z2], from which several two-view losses can be computed.
 
     Arguments and errors as `nscl_loss`.
     """
+    if gather_distributed is not False and gathers(gather_distributed):
+        options = sharded.Options(temperature, normalize, False, None)
+        return sharded.row_stats(partial(_two_views, z1, z2, labels), options, "two_view_stats", group)[0]
+    return statistics(_two_views(z1, z2, labels), temperature, normalize, False, None)[0]
+
+
+def _two_views(z1: Tensor, z2: Tensor, labels: Tensor | None) -> Batch:
     check_two_views(z1, z2, labels)
-    return statistics(Batch.two_views(z1, z2, labels), temperature, normalize, False, None)[0]
+    return Batch.two_views(z1, z2, labels)
 
 
 def _losses(
     kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...], temperature: float | Tensor,
-    normalize: bool, reduction: str, precision: str | None = None,
+    normalize: bool, reduction: str, ranks: tuple[bool | None, ProcessGroup | None], precision: str | None = None,
 ) -> Sequence[Tensor]:  # fmt: skip
-    """The reduced losses of the objectives, from which every loss of this module is made."""
-    return plan_of(kind, tensors, objectives, normalize, reduction, precision).run(tensors, temperature)
+    """The reduced losses of the objectives, from which every loss of this module is made.
+
+    Args:
+        temperature: or what `kind` takes in its place.
+        ranks: gather_distributed and group, as `contrastive_loss`.
+    """
+    plan = partial(plan_of, kind, tensors, objectives, normalize, reduction, precision)
+    gather, group = ranks
+    if gather is not False and gathers(gather):
+        return global_batch.losses(plan, tensors, temperature, group)
+    return plan().run(tensors, temperature)
