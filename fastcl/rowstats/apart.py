@@ -23,7 +23,7 @@ def layout_of(x: Tensor, y: Tensor, labels: Tensor | None, labels_y: Tensor | No
     Args:
         peers: whether statistics of peers are needed; peers never count as others.
     """
-    ids = torch.arange(len(x) + len(y), device=x.device)
+    ids = torch.arange(len(x) + len(y), dtype=torch.int64, device=x.device)
     layout = Layout.of(ids[: len(x)], labels, ids[len(x) :], labels_y)
     return layout if peers else replace(layout, labelled=False)
 
