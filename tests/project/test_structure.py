@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "io": {"errors", "interrupts"},
     "checks": {"errors"},
     "theory": {"errors"},
+    "micro": {"errors"},
     "dispatch": {"checks", "choices"},
     "rowstats": {"dispatch", "kernels"},
     "losses": {"rowstats"},
@@ -31,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "metrics": {"errors"},
     "config": {"errors", "io"},
     "data": {"config", "kernels"},
-    "public": {"losses", "similarity"},
+    "public": {"losses", "similarity", "micro"},
     "fastcl": {"public", "interrupts"},
     "train": {"fastcl", "data", "metrics", "io"},
     "report": {"theory", "io"},
@@ -51,6 +52,7 @@ BARE = {
     "errors",
     "interrupts",
     "theory",
+    "micro",
 }
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
