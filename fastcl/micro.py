@@ -83,7 +83,7 @@ class TwoPasses:
         if not isinstance(parts, Sequence) or not parts:
             raise FastclError(f"parts must be a sequence with at least one part, got {brief(parts)}")
         self._embed, self._parts = embed, parts
-        self._network = module
+        self._network: nn.Module = module
         cuda = {p.device for p in self._network.parameters() if p.device.type == "cuda"}
         self._devices = sorted(cuda, key=str)
         self._states: list[list[Tensor]] = []  # of the random generators, before each part

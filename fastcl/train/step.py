@@ -12,6 +12,7 @@ from torch.profiler import record_function
 
 from fastcl import PairStats, RowStats, TwinStats, twin_stats, two_view_stats
 from fastcl.errors import FastclError
+from fastcl.micro import TwoPasses
 from fastcl.train.models import CROSS_ENTROPY, IDENTITY, RESEEDED, Twin, step_values
 
 # Names of a step's spans in torch.profiler.
@@ -62,6 +63,7 @@ def step_twins(
     temperature: float,
     lr: float,
     seed: int,
+    micro_batch: int | None = None,
 ) -> StepTable:
     """Update every twin once.
 
@@ -75,8 +77,9 @@ def step_twins(
         temperature: temperature of the contrastive objectives.
         lr: learning rate of this step.
         seed: seed of dropout and other random layers.
+        micro_batch: samples whose activations are held at a time (see `fastcl.micro_step`); None: the whole batch.
     """
-    step = _Step(views, reseeded, labels, temperature, lr, seed)
+    step = _Step(views, reseeded, labels, temperature, lr, seed, micro_batch)
     reference, partner = twins[0], partner_of(twins)
     found: dict[str, Tensor] = {}
     sums, rounding = None, 0.0
@@ -112,15 +115,24 @@ class _Step:
 
     def __init__(
         self, views: tuple[Tensor, Tensor], reseeded: tuple[Tensor, Tensor] | None, labels: Tensor,
-        temperature: float, lr: float, seed: int,
+        temperature: float, lr: float, seed: int, micro_batch: int | None,
     ) -> None:  # fmt: skip
         self.views, self.reseeded, self.labels = views, reseeded, labels
         self.temperature, self.lr, self.seed = temperature, lr, seed
+        self.part = micro_batch if micro_batch is not None and micro_batch < len(labels) else None
+        self.passes: dict[Twin, TwoPasses] = {}
 
     def embed(self, twin: Twin) -> Tensor:
         torch.manual_seed(self.seed)  # dropout: same numbers for every twin, no state to restore on resume
+        views = self.reseeded if twin.reseeded else self.views
+        assert views is not None
         with record_function(ENCODERS):
-            return twin.embed(self.reseeded if twin.reseeded else self.views)
+            if self.part is None:
+                return twin.embed(views)
+            pairs = list(zip(*(view.split(self.part) for view in views), strict=True))
+            passes = TwoPasses(lambda pair: twin.embed(pair).chunk(2), pairs, twin.network)
+            self.passes[twin] = passes
+            return torch.cat(passes.embed())
 
     def pair_stats(self, za: Tensor, zb: Tensor) -> TwinStats:
         sample = torch.arange(len(self.labels), dtype=torch.int64, device=za.device).repeat(2)
@@ -137,6 +149,9 @@ class _Step:
             twin.optimizer.zero_grad(set_to_none=True)
         with record_function(BACKWARD):
             torch.autograd.backward(list(losses.values()))  # one call, since their statistics share a graph
+            for twin in losses:
+                if twin in self.passes:
+                    self.passes.pop(twin).backward()
         with record_function(OPTIMIZERS):
             for twin in losses:
                 for group in twin.optimizer.param_groups:

@@ -165,7 +165,7 @@ class Lockstep:
         t = self.config.train
         table = step_twins(
             self.twins, batch.views[:2], batch.views[2:] or None, batch.labels,
-            temperature=t.temperature, lr=lr, seed=t.seed << 32 | step,
+            temperature=t.temperature, lr=lr, seed=t.seed << 32 | step, micro_batch=t.micro_batch,
         )  # fmt: skip
         for twin, row in zip(self.twins, table.values, strict=True):
             for name, value in zip(STEP_VALUES, row, strict=True):
