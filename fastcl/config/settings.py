@@ -88,6 +88,7 @@ class TrainConfig:
     )
     seed: int = key(0, "seed of the initial weights, views, batches and random splits")
     device: str = key("auto", "auto | cpu | cuda")
+    timeout: float = key(600.0, "seconds that the ranks of a run under torchrun wait for each other before it ends")
 
 
 @dataclass(frozen=True)
