@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "checks": {"errors"},
     "exchange": {"errors"},
     "theory": {"errors"},
+    "micro": {"errors"},
     "dispatch": {"checks", "choices"},
     "rowstats": {"dispatch", "kernels", "exchange"},
     "losses": {"rowstats"},
@@ -32,7 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "metrics": {"errors"},
     "config": {"errors", "io"},
     "data": {"config", "kernels"},
-    "public": {"losses", "similarity"},
+    "public": {"losses", "similarity", "micro"},
     "fastcl": {"public", "interrupts"},
     "train": {"fastcl", "data", "metrics", "io"},
     "report": {"theory", "io"},
@@ -53,6 +54,7 @@ BARE = {
     "exchange",
     "interrupts",
     "theory",
+    "micro",
 }
 EXTRAS = ("numpy", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "safetensors", "tqdm")
 
