@@ -1,6 +1,6 @@
 """Plans of calls: all that follows from a loss's arguments but not from the values in its tensors, checked once.
 
-Calls that differ in values alone share a plan, which saves most of the time that a loss of few rows takes in Python.
+Calls that differ in values alone share a plan: for few rows on a CPU the checks would cost as much as several sums.
 What a `with` block decides is read at every call: the backend, autocast, the gradient mode, transforms of torch.func.
 """
 

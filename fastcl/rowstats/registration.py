@@ -8,6 +8,9 @@ import torch
 
 from fastcl.errors import FastclError
 
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_is_batched, _is_batched_by_autograd = _functorch.is_batchedtensor, _functorch.is_legacy_batchedtensor
+
 
 def register(
     library: torch.library.Library, name: str, impl: Callable, fake: Callable, autograd: Callable,
@@ -21,10 +24,8 @@ def register(
 
 def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
     """Raise FastclError for batched gradients, such as those of torch.autograd.grad(is_grads_batched=True)."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     for g in grads:
-        # Tensors of torch.func, and of torch.autograd.
-        if g is not None and (functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)):
+        if g is not None and (_is_batched(g) or _is_batched_by_autograd(g)):
             raise FastclError(
                 f"the {backend} backend does not support batched gradients (is_grads_batched, vectorize); run the "
                 "forward pass inside `with fastcl.backend('dense')`"

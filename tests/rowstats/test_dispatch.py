@@ -91,6 +91,16 @@ def test_blocks_of_generators_may_end_before_the_blocks_inside_them():
     assert current_backend() == "auto"
 
 
+def test_one_object_serves_several_blocks():
+    block = fastcl.backend("dense")
+    for _ in range(2):
+        with block:
+            with fastcl.backend("chunked"), block:
+                assert current_backend() == "dense"
+            assert current_backend() == "dense"
+        assert current_backend() == "auto"
+
+
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
 def test_compiled_code_follows_the_block_around_it_and_blocks_inside(engine):
     z = Z.clone()

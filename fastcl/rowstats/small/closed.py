@@ -71,20 +71,26 @@ def rows_and_slopes(form: Form, s: Stats) -> tuple[Tensor, Slopes]:
     plan = _plan(form.denominator, form.positives, "peer" in s.lse, s.n_other > 0)
     if plan.is_empty:
         return torch.zeros_like(s.lse["view"]), {}
-    softens, repelled = plan.softens, plan.repelled
+    positives, softens = plan.positives, plan.softens
     slopes: Slopes = {}
-    attraction: LogSum | MaybeNone = _log_sum(s, plan.positives) if softens or form.inside else None
-    loss = _spread(form.inside, softens, s, plan.positives, attraction, slopes)
-    if not softens:
+    attraction: Tensor | MaybeNone = None
+    pulled: Slopes = {}
+    if softens or form.inside:
+        attraction, pulled = _log_sum(s, positives)
+    loss = _spread(form.inside, softens, s, positives, attraction, pulled, slopes)
+    if not softens:  # the denominator and the positives are disjoint
         top, shares = _log_sum(s, plan.denominator)
         loss = top + loss
-        _add(slopes, shares)
-    elif repelled:
-        lse, shares = _log_sum(s, repelled)
-        gap = lse - attraction[0]
-        force = torch.sigmoid(gap)
-        _add(slopes, shares, force)
-        _add(slopes, attraction[1], force, -1.0)
+        slopes |= shares
+    elif plan.repelled:
+        lse, shares = _log_sum(s, plan.repelled)
+        gap = lse - attraction
+        force = gap.sigmoid()
+        for r, share in shares.items():
+            slopes[r] = force if isinstance(share, float) else share * force
+        for r, share in pulled.items():
+            term = force if isinstance(share, float) else share * force
+            slopes[r] = slopes[r] - term if r in slopes else -term
         loss = softplus(gap) + loss if isinstance(loss, Tensor) else softplus(gap)
     elif not isinstance(loss, Tensor):
         loss = torch.zeros_like(s.lse["view"])
@@ -100,13 +106,14 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def _spread(
-    inside: bool, softens: bool, s: Stats, positives: tuple[str, ...], attraction: LogSum | MaybeNone, slopes: Slopes
-) -> Tensor | float:
+    inside: bool, softens: bool, s: Stats, positives: tuple[str, ...], attraction: MaybeNone, pulled: Slopes,
+    slopes: Slopes,
+) -> Tensor | float:  # fmt: skip
     """The positives' term to be added to L_D - L_P or, without `softens`, to L_D; their derivatives go into `slopes`.
 
     Args:
         softens: whether the denominator contains the positives, so that L_D - L_P is a softplus.
-        attraction: `_log_sum` of the positives, if it is needed.
+        attraction, pulled: `_log_sum` of the positives, if it is needed.
     """
     view = s.lse["view"]
     if positives == ("view",):
@@ -116,20 +123,20 @@ def _spread(
     n = s.n_peer + 1 if "view" in positives else s.n_peer.clamp(min=1)
     if inside:
         if not softens:
-            _add(slopes, attraction[1], sign=-1.0)
-        return n.log() if softens else n.log() - attraction[0]
+            slopes |= {r: -share for r, share in pulled.items()}
+        return n.log() if softens else n.log() - attraction
     inverse = n.reciprocal()
     slopes["sum_peer"] = -inverse
     if "view" not in positives:
-        _add(slopes, {"peer": 1.0} if softens else {})
+        if softens:
+            slopes["peer"] = 1.0
         return (s.lse["peer"] if softens else 0.0) - s.sum_peer * inverse
     mean = (view + s.sum_peer) * inverse
     if not softens:
         slopes["view"] = -inverse
         return -mean
-    lse, shares = attraction
-    slopes["view"], slopes["peer"] = shares["view"] - inverse, shares["peer"]
-    return lse - mean
+    slopes["view"], slopes["peer"] = pulled["view"] - inverse, pulled["peer"]
+    return attraction - mean
 
 
 def _log_sum(s: Stats, relations: tuple[str, ...]) -> LogSum:
@@ -143,13 +150,3 @@ def _log_sum(s: Stats, relations: tuple[str, ...]) -> LogSum:
     gap = b - a  # finite or -inf: every row has a view
     share = torch.sigmoid(gap)
     return a + softplus(gap), {first: torch.rsub(share, 1), rest[0]: share}
-
-
-def _add(slopes: Slopes, parts: Slopes, factor: Tensor | None = None, sign: float = 1.0) -> None:
-    """slopes += sign * factor * parts."""
-    for r, part in parts.items():
-        term = part if factor is None else factor if isinstance(part, float) else part * factor
-        if r in slopes:
-            slopes[r] = slopes[r] + term if sign > 0 else slopes[r] - term
-        else:
-            slopes[r] = term if sign > 0 else -term

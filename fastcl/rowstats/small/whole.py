@@ -42,7 +42,7 @@ class Kept(NamedTuple):
     other: Tensor  # (2, B) their sums, positive
     e_peer: Tensor | MaybeNone = None
     peer: Tensor | MaybeNone = None
-    mask: Tensor | MaybeNone = None  # (N, N) of v's dtype: 1 for peers
+    mask: Tensor | MaybeNone = None  # (B, B) of v's dtype: 1 where the views of two samples are peers
 
 
 class Stats(NamedTuple):
@@ -87,7 +87,7 @@ def forward(
     e = s.exp()
     if labels is None:
         _hide(e, way.towers)
-        other = torch.stack((e.sum(1), e.sum(0))) if way.towers else e.sum(1).view(2, b)
+        other = torch.cat((e.sum(1), e.sum(0))).view(2, b) if way.towers else e.sum(1).view(2, b)
         n_other = b - 1 if way.towers else n - 2
         return Stats({"view": mean_view, "other": other.log()}, n_other), Kept(v, norm, e, other)
     return _classes(s, e, mean_view, labels, peers, v, norm)
@@ -101,12 +101,12 @@ def _classes(
     low, high = labels.aminmax()
     low, high = low.item(), high.item()
     n_other = 2 * b - 2 if low != high or low == UNLABELLED else 0
-    labels = labels.repeat(2)
-    apart = (labels[:, None] != labels).to(v.dtype)
+    apart = (labels[:, None] != labels).to(v.dtype)  # (B, B): of samples, alike for all four pairs of their views
     if low < 0:
         apart.masked_fill_((labels == UNLABELLED)[:, None], 1)
-        _hide(apart, False)
-    e_other = e * apart if peers else e.mul_(apart)
+        _hide(apart, True)
+    grid = e.view(2, b, 2, b)
+    e_other = (grid * apart[:, None] if peers else grid.mul_(apart[:, None])).view_as(e)
     other = e_other.sum(1).view(2, b)
     lse_other = other.log()
     if not n_other:
@@ -114,11 +114,12 @@ def _classes(
     if not peers:
         return Stats({"view": mean_view, "other": lse_other}, n_other), Kept(v, norm, e, other)
     mask = torch.rsub(apart, 1)
-    _hide(mask, False)
-    peer = e.mul_(mask).sum(1).view(2, b)
-    sum_peer = (s * mask).sum(1).view(2, b)
+    _hide(mask, True)
+    grid.mul_(mask[:, None])
+    peer = e.sum(1).view(2, b)
+    sum_peer = (s.view(2, b, 2, b) * mask[:, None]).view_as(e).sum(1).view(2, b)
     lse = {"view": mean_view, "other": lse_other, "peer": peer.log()}
-    stats = Stats(lse, n_other, mask.sum(1).view(2, b), sum_peer)
+    stats = Stats(lse, n_other, mask.sum(1).mul_(2).expand(2, b), sum_peer)
     return stats, Kept(v, norm, e_other, other, e, peer.clamp_(min=tiny), mask)
 
 
@@ -153,7 +154,8 @@ def backward(
     if peer is not None:
         pull.addcmul_(weights(peer / kept.peer, way.towers), kept.e_peer)
     if sum_peer is not None:
-        pull.addcmul_(weights(sum_peer, way.towers), kept.mask)
+        split = 2, len(kept.mask), 2, len(kept.mask)
+        pull.view(split).addcmul_(weights(sum_peer, way.towers).view(split), kept.mask[:, None])
     pair = view.sum(0) if isinstance(view, Tensor) else 2 * (view or 0.0)
     places = pull.diagonal() if way.towers else _partners(pull)
     places.copy_(pair) if isinstance(pair, Tensor) else places.fill_(pair)
@@ -161,8 +163,8 @@ def backward(
     if not way.towers:
         return torch.addmm(v, pull, v, beta=0, alpha=scale)
     one, two = v.chunk(2)
-    halves = (torch.addmm(one, p, w, beta=0, alpha=scale) for p, w in ((pull, two), (pull.t(), one)))
-    return torch.cat(tuple(halves))
+    first = torch.addmm(one, pull, two, beta=0, alpha=scale)
+    return torch.cat((first, torch.addmm(two, pull.t(), one, beta=0, alpha=scale)))
 
 
 def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: bool) -> tuple[Tensor, Tensor | None]:
