@@ -77,6 +77,10 @@ def _serve(rank: int, folder: str, end: Connection) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # as in conftest.py
+        import quick_interpreter
+
+        quick_interpreter.install()
     patience = timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=patience)
     pair, last = dist.new_group([0, 1]), dist.new_group([2])

@@ -12,6 +12,7 @@ from fastcl.losses.call_plans import CallPlan
 from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats
+from fastcl.rowstats.sharded import Needs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,7 +45,7 @@ def losses(
     assert plan is not None
     if sides[0].world == 1:
         return plan.run(tensors, temperature)
-    return _shares(plan, sharded.sharded_statistics(batch, options, sides, any(map(_needs_peers, plan.losses))), sides)
+    return _shares(plan, sharded.sharded_statistics(batch, options, sides, _needs(plan.losses)), sides)
 
 
 def _shares(plan: CallPlan, stats: Sequence[RowStats], sides: Sequence[Ranks]) -> list[Tensor]:
@@ -63,8 +64,10 @@ def _name(loss: Callable[[RowStats], Tensor]) -> str:
     return repr(loss) if isinstance(loss, Objective) else getattr(loss, "__qualname__", type(loss).__qualname__)
 
 
-def _needs_peers(loss: Callable[[RowStats], Tensor]) -> bool:
-    """Whether an objective uses statistics of peers; one of the caller's own may use all."""
-    if isinstance(loss, Objective) and type(loss) is Objective:
-        return "peer" in (*loss.positives, *loss.denominator)
-    return True
+def _needs(losses: Sequence[Callable[[RowStats], Tensor]]) -> Needs:
+    """What objectives use of peers; one of the caller's own may use all."""
+    table = [loss for loss in losses if isinstance(loss, Objective) and type(loss) is Objective]
+    if len(table) < len(losses):
+        return Needs()
+    attracted = any("peer" in loss.positives for loss in table)
+    return Needs(attracted or any("peer" in loss.denominator for loss in table), attracted)

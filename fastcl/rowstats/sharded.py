@@ -1,14 +1,16 @@
 """Row statistics of the global batch: a rank's own rows as anchors, the rows of all ranks as candidates.
 
 Own rows meet own rows as they do without ranks; only there can be views, for all views of a sample live on one rank and
-sample ids are the rank's own. They meet the rows of the other ranks, which are gathered, in `torch.ops.fastcl.apart`.
-The gradient is that of the sum over all ranks: a rank also needs what its rows do to the losses of the others. For that
-the ranks exchange five numbers a row (`torch.ops.fastcl.tell_ranks`), never the gradients of rows.
+sample ids are the rank's own. They meet the rows of the other ranks, which are gathered, in `torch.ops.fastcl.apart` or
+on the Triton backend `fused_apart`. The gradient is that of the sum over all ranks: a rank also needs what its rows do
+to the losses of the others. For that the ranks exchange five numbers a row (`torch.ops.fastcl.tell_ranks`), never the
+gradients of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -17,7 +19,15 @@ from torch import Tensor
 from fastcl.checks import check_positive
 from fastcl.dispatch import choose
 from fastcl.exchange import Ranks
-from fastcl.rowstats.api import RowStats, check_precision, scaled, statistics
+from fastcl.rowstats.api import (
+    RowStats,
+    check_precision,
+    check_transforms,
+    normalize_rows,
+    operator_arguments,
+    scaled,
+    statistics,
+)
 from fastcl.rowstats.request import Batch
 
 if TYPE_CHECKING:
@@ -40,6 +50,16 @@ class Options(NamedTuple):
 
 
 Request: TypeAlias = tuple[Batch, Options]
+
+
+class Needs(NamedTuple):
+    """What is needed of peers; they never count as others."""
+
+    peers: bool = True  # their statistics
+    attracted: bool = True  # and the objective attracts them
+
+
+ALL = Needs()
 
 
 def agreed(
@@ -93,40 +113,107 @@ def _tensor(value: float | Tensor) -> Tensor | None:
 
 
 def sharded_statistics(
-    batch: Batch, options: Options, sides: tuple[Ranks, ...], peers: bool = True
+    batch: Batch, options: Options, sides: tuple[Ranks, ...], needs: Needs = ALL
 ) -> tuple[RowStats, ...]:
     """RowStats of this rank's anchors and, with columns, of its candidates, in the batch of all ranks.
 
     Args:
         sides: the ranks of the anchors and, with candidates, of those, from `agreed`.
-        peers: whether statistics of peers are needed. Without, those of other ranks' peers are missing.
+        needs: statistics of other ranks' rows that are not needed are missing.
     """
     if sides[0].world == 1:
-        return statistics(batch, *options[:4])
-    batch = batch.spelled_out()
-    mine = [_Side(batch.x, batch.labels, sides[0])]
-    if batch.y is not None:
-        mine.append(_Side(batch.y, None if batch.labels is None else batch.labels_y, sides[1]))
-    chosen = choose(batch.x)
-    with torch.autocast(batch.x.device.type, enabled=False):
-        rows = [scaled(side.x, options.temperature, options.normalize) for side in mine]
+        return statistics(batch, *options)
+    whole = batch.spelled_out()
+    mine = [_Side(whole.x, whole.labels, sides[0])]
+    if whole.y is not None:
+        mine.append(_Side(whole.y, None if whole.labels is None else whole.labels_y, sides[1]))
+    chosen = choose(whole.x)
+    meeting = (_Fused if chosen == "triton" else _Torch)(options, needs, chosen == "dense")
+    with torch.autocast(whole.x.device.type, enabled=False):
+        rows = [meeting.prepared(side.x) for side in mine]
         # Candidates without gradients, such as a queue, do not need to know the other ranks' anchors.
-        one_way = batch.y is not None and not (options.columns or rows[1].requires_grad)
-        started = [side.started(x) for side, x in zip(mine[one_way:], rows[one_way:], strict=True)]
-    own = statistics(batch, *options[:4])  # while the rows travel
-    theirs = [side.others(*sent) for side, sent in zip(mine[one_way:], started, strict=True)]
+        one_way = whole.y is not None and not (options.columns or meeting.differentiable(rows[1]))
+        sent = [side.started(meeting.sent(x)) for side, x in zip(mine[one_way:], rows[one_way:], strict=True)]
+    own = statistics(batch, *options)  # while the rows travel
+    theirs = [side.others(*one) for side, one in zip(mine[one_way:], sent, strict=True)]
     # Anchors meet the others' candidates; candidates meet the others' anchors.
     met = zip(mine, rows, reversed(theirs), strict=not one_way)
-    found = [torch.ops.fastcl.apart(x, y, side.labels, of_y, peers, chosen == "dense") for side, x, (y, of_y) in met]
+    found = [meeting.of(x, side.labels, *others) for side, x, others in met]
     joined = []
-    for k, (stats, (*rest, counts, _)) in enumerate(zip(own, found, strict=False)):
+    for k, (stats, one) in enumerate(zip(own, found, strict=False)):
+        rest = one.stats
         if not one_way:
             # What the other ranks' anchors do to this rank's rows is heard where those are candidates.
-            there = mine[k].ranks
-            heard, flag = found[-1 - k][4], counts.new_empty(0)
-            rest = torch.ops.fastcl.tell_ranks(*rest, counts, heard, flag, list(there.sizes), there.rank, there.group)
-        joined.append(_joined(stats, rest, counts))
+            there, heard = mine[k].ranks, found[-1 - k].theirs
+            named = list(there.sizes), there.rank, there.group
+            rest = torch.ops.fastcl.tell_ranks(*rest, one.counts, heard, one.flag, *named)
+        joined.append(_joined(stats, rest, one.counts))
     return tuple(joined)
+
+
+class _Met(NamedTuple):
+    """Own rows against others' rows."""
+
+    stats: Sequence[Tensor]  # mean_peer, lse_peer, lse_other
+    counts: Tensor  # (2, N): peers, others
+    theirs: Tensor  # its gradient is what the other ranks tell about their rows
+    flag: Tensor  # whether the logits leave the range of a fixed shift; empty: they do not
+
+
+@dataclass(frozen=True)
+class _Torch:
+    """How rows of two ranks meet on the torch backends."""
+
+    options: Options
+    needs: Needs
+    dense: bool
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """Rows as the operator takes them."""
+        return scaled(x, self.options.temperature, self.options.normalize)
+
+    def differentiable(self, x: Tensor) -> bool:
+        """Whether prepared rows, or the temperature, get a gradient."""
+        return x.requires_grad
+
+    def sent(self, x: Tensor) -> Tensor:
+        """Prepared rows as they travel."""
+        return x.detach()
+
+    def of(self, x: Tensor, labels: Tensor | None, y: Tensor, labels_y: Tensor | None) -> _Met:
+        """Statistics of prepared rows x against rows y that have arrived."""
+        check_transforms("chunked", x)
+        *stats, counts, theirs = torch.ops.fastcl.apart(x, y, labels, labels_y, self.needs.peers, self.dense)
+        return _Met(stats, counts, theirs, counts.new_empty(0))
+
+
+class _Fused(_Torch):
+    """How they meet on the Triton backend."""
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """The rows themselves: the kernels prepare them."""
+        return x
+
+    def differentiable(self, x: Tensor) -> bool:
+        """As of `_Torch`."""
+        t = _tensor(self.options.temperature)
+        return torch.is_grad_enabled() and (x.requires_grad or (t is not None and t.requires_grad))
+
+    def sent(self, x: Tensor) -> Tensor:
+        """Rows travel in the precision of the products, if that is narrower than their own."""
+        x = x.detach()
+        precision = operator_arguments(self.options.temperature, self.options.precision, x)[2]
+        if x.dtype != torch.float32 or precision == "fp32" or not self.options.normalize:
+            return x
+        return normalize_rows(x).to(torch.bfloat16 if precision == "bf16" else torch.float16)
+
+    def of(self, x: Tensor, labels: Tensor | None, y: Tensor, labels_y: Tensor | None) -> _Met:
+        """As of `_Torch`."""
+        given, value, precision = operator_arguments(self.options.temperature, self.options.precision, x)
+        stats, counts, theirs, *saved = torch.ops.fastcl.fused_apart(
+            x, y, labels, labels_y, given, value, self.options.normalize, precision, *self.needs
+        )
+        return _Met(stats[2:].unbind(), counts[1:], theirs, saved[-1])
 
 
 class _Side(NamedTuple):
@@ -137,8 +224,8 @@ class _Side(NamedTuple):
     ranks: Ranks
 
     def started(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Send prepared rows and their labels."""
-        return self.ranks.start(x.detach()), None if self.labels is None else self.ranks.start(self.labels)
+        """Send rows and their labels."""
+        return self.ranks.start(x), None if self.labels is None else self.ranks.start(self.labels)
 
     def others(self, rows: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The other ranks' rows and labels."""

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from gloo_ranks import Pool, groups, own, ranks  # noqa: F401
-from reference import normal
+from reference import TOLERANCE, normal
 from test_global_batch import Case, errors, inputs, loss_of, step
 from torch import Tensor
 
+import fastcl
 from fastcl.exchange import Ranks
 from fastcl.losses import global_batch
 from fastcl.rowstats import apart, sharded
@@ -88,6 +89,41 @@ def test_a_known_mistake_is_seen(ranks: Pool, name: str) -> None:  # noqa: F811
     (shares,) = zip(*ranks.run(mistaken_step, name), strict=True)
     found = errors(CASE, shares)
     assert found[MISTAKES[name][1]] > 1e-3 and found["weights, rank 0"] > 1e-3, found
+
+
+KERNELS = [
+    Case((5,), objective=o, views=v, dtype=torch.float32, backend="triton")
+    for o, v in (("ntxent", 2), ("supcon", 3), ("nscl", 2))
+] + [Case((5,), loss, dtype=torch.float32, backend="triton") for loss in ("clip", "supcon")]
+
+
+def test_on_the_triton_backend(ranks: Pool) -> None:  # noqa: F811
+    results = ranks.run(step, KERNELS, world=2)
+    for case, shares in zip(KERNELS, zip(*results, strict=True), strict=True):
+        for name, error in errors(case, shares).items():
+            assert error <= 2 * TOLERANCE[torch.float32].gradient, f"{name}: {error:.1e} in {case}"
+
+
+def overflowing(rank: int | None, backend: str) -> list[Tensor]:
+    """Rows at a narrow temperature: those of rank 0 are near each other, those of rank 1 far from all."""
+    z = torch.zeros(100, 32, dtype=torch.float64)
+    z[:40, :4] = normal(40, 4).abs() + 1
+    z[60:, :4] = normal(40, 4, seed=1).abs() + 1
+    z[torch.arange(40, 60), 8 + torch.arange(20) // 2] = 1
+    mine = slice(None) if rank is None else own(rank, (40,), 100)
+    rows = z[mine].to(torch.float32 if backend == "triton" else torch.float64).requires_grad_()
+    gathering = {} if rank is None else {"gather_distributed": True, "group": groups["pair"]}
+    with fastcl.backend(backend):
+        loss = fastcl.contrastive_loss(rows, torch.arange(100)[mine] // 2, None, "dcl", 1 / 149, "sum", **gathering)
+    return [loss.detach(), *torch.autograd.grad(loss, rows)]
+
+
+def test_running_maxima_that_one_rank_alone_needs(ranks: Pool) -> None:  # noqa: F811
+    loss, grad = overflowing(None, "dense")
+    (a, da), (b, db) = ranks.run(overflowing, "triton", world=2)
+    got = torch.cat([da, db]).double()
+    assert abs(a + b - loss) <= 1e-6 * abs(loss) and got.isfinite().all()
+    assert (got - grad).norm() <= 1e-4 * grad.norm()
 
 
 COMPILED = [
