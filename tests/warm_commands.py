@@ -8,27 +8,68 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["fastcl.cli.main", "fastcl.train.trainer", "fastcl.report", "matplotlib.pyplot", "sklearn.datasets"]
 )
 
+stores: list[Any] = []
 
-def start(*arguments: str | Path, output: Path, largest_file: int | None = None) -> multiprocessing.Process:
+
+def start(
+    *arguments: str | Path, output: Path, largest_file: int | None = None, environment: Mapping[str, str] | None = None
+) -> multiprocessing.Process:
     """`fastcl` with these arguments, beginning to work.
 
     Args:
         output: file that takes both of its streams.
         largest_file: bytes, after which a write fails as on a full disk.
+        environment: variables to set.
     """
-    process = _context.Process(target=_run, args=([str(a) for a in arguments], output, largest_file))
+    given = [str(a) for a in arguments], output, largest_file, dict(environment or {})
+    process = _context.Process(target=_run, args=given)
     process.start()
     return process
 
 
-def run(*arguments: str | Path, output: Path, **options: int) -> tuple[int, str]:
+def start_ranks(world: int, *arguments: str | Path, output: Path) -> list[multiprocessing.Process]:
+    """`fastcl` with these arguments in as many processes, with the environment that torchrun gives them.
+
+    Args:
+        output: folder of the files "0", "1", ..., which take both streams of each rank.
+    """
+    from torch.distributed import TCPStore
+
+    stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))  # torchrun keeps one
+    output.mkdir(exist_ok=True)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port), "GLOO_SOCKET_IFNAME": "lo"}
+    common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return [
+        start(*arguments, output=output / str(k), environment=common | {"RANK": str(k), "LOCAL_RANK": str(k)})
+        for k in range(world)
+    ]
+
+
+def run_ranks(world: int, *arguments: str | Path, output: Path) -> tuple[list[int | None], list[str]]:
+    """Exit statuses and outputs of all ranks."""
+    return end_ranks(start_ranks(world, *arguments, output=output), output)
+
+
+def end_ranks(ranks: list[multiprocessing.Process], output: Path) -> tuple[list[int | None], list[str]]:
+    """Exit statuses and outputs of ranks, once they have ended."""
+    for process in ranks:
+        process.join(120)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in ranks], [(output / str(k)).read_text() for k in range(len(ranks))]
+
+
+def run(*arguments: str | Path, output: Path, **options: Any) -> tuple[int, str]:
     """Exit status and output of `fastcl` with these arguments."""
     process = start(*arguments, output=output, **options)
     process.join(300)
@@ -37,7 +78,8 @@ def run(*arguments: str | Path, output: Path, **options: int) -> tuple[int, str]
     return process.exitcode, output.read_text(encoding="utf-8")
 
 
-def _run(arguments: list[str], output: Path, largest_file: int | None) -> None:
+def _run(arguments: list[str], output: Path, largest_file: int | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
         os.dup2(file, stream)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +21,10 @@ from torch import distributed as dist
 from fastcl import interrupts
 from fastcl.errors import FastclError, ToldElsewhere
 from fastcl.train.models import Twin
+from fastcl.train.pulse import Pulse
 
 _START = timedelta(minutes=10)  # to find each other, before the config with its train.timeout has been read
-_GRACE = 3.0  # seconds in which ranks that live say so after a failure
-_store: list[dist.Store] = []  # of the group that `start` has made
+_pulses: list[Pulse] = []  # of the group that `start` has made
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,17 @@ class Ranks:
             raise self._lost() from error
 
     def _lost(self) -> FastclError:
-        silent = _silent(self.rank, self.size)
-        if not silent:
-            return self.error("the connection between the ranks failed; the same command resumes the run")
-        who = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
-        speaker = next(rank for rank in range(self.size) if rank not in silent)
-        text = (
-            f"{who} of {self.size} no longer answers: it was killed, failed, or stood still for longer than "
+        try:
+            silent = _pulses[0].silent()
+        except (IndexError, RuntimeError):  # the caller's own group, or torchrun itself has gone
+            silent = []
+        if silent is None:
+            return ToldElsewhere("another rank tells which one no longer answers")
+        who = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent)) or 'unknown'}"
+        return FastclError(
+            f"{who} of {self.size} no longer answers: killed, failed, or at a standstill for longer than "
             f"train.timeout = {self.timeout:g} s; the same command resumes from the last checkpoint"
         )
-        return FastclError(text) if self.rank == speaker else ToldElsewhere(text)
 
     def gathered(self, value: Any) -> list[Any]:
         """The values of all ranks, small and picklable."""
@@ -164,8 +164,8 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group that `start` has made."""
-        if _store:
-            _store.clear()
+        if _pulses:
+            _pulses.clear()
             dist.destroy_process_group()
 
 
@@ -182,9 +182,8 @@ def start() -> Ranks:
     if not dist.is_initialized():
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or _env("WORLD_SIZE") < 2:
             return ALONE
-        store, rank, size = next(dist.rendezvous("env://", timeout=_START))
-        dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=_START)
-        _store.append(store)
+        dist.init_process_group(_backend(), timeout=_START)
+        _pulses.append(Pulse(dist.get_rank(), dist.get_world_size()))
         interrupts.watch()
     if dist.get_world_size() == 1:
         return ALONE
@@ -261,17 +260,3 @@ def _env(name: str) -> int:
 
 def _is_of_the_group(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "c10d"))
-
-
-def _silent(rank: int, size: int) -> list[int]:
-    """Ranks that do not say within a few seconds that they live. Empty if that cannot be told."""
-    names = [f"fastcl lives {k}" for k in range(size)]
-    try:
-        store = _store[0]
-        store.set(names[rank], "yes")
-        last = time.monotonic() + _GRACE
-        while time.monotonic() < last and not store.check(names):
-            time.sleep(0.05)
-        return [k for k, name in enumerate(names) if not store.check([name])]
-    except (IndexError, RuntimeError):  # another's group, or torchrun itself is gone
-        return []

@@ -180,7 +180,7 @@ class Lockstep:
         """One epoch; returns each twin's means of STEP_VALUES."""
         total, started, waiting = len(self.loader), time.perf_counter(), 0.0
         sums = np.zeros((len(self.twins), len(STEP_VALUES)))
-        table = None
+        table: StepTable | None = None
         for k in range(total):
             step = epoch * total + k
             mark = time.perf_counter()
@@ -195,11 +195,11 @@ class Lockstep:
             bar.update(self.loader.batch_size)
         seconds = time.perf_counter() - started
         rate = total * self.loader.batch_size / seconds
+        timing = {"epoch": epoch + 1, "seconds": seconds, "images_per_second": rate, "rendering_seconds": waiting}
         with self.ranks.together():
+            assert table is not None  # a batch is at most the split, so that an epoch has a step
             self._note(epoch * total + total - 1, table)
-            self.log.epoch(
-                {"epoch": epoch + 1, "seconds": seconds, "images_per_second": rate, "rendering_seconds": waiting}
-            )
+            self.log.epoch(timing)
         return {t.name: row.tolist() for t, row in zip(self.twins, sums / total, strict=True)}
 
     def _note(self, step: int, table: StepTable) -> None:

@@ -1,0 +1,66 @@
+"""Tells which process of a run no longer answers, through torchrun's store and beside all exchanges."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from datetime import timedelta
+
+from torch import distributed as dist
+
+_EVERY, _GRACE = 0.5, 3.0  # seconds: between two signs of life, and without one to be called silent
+
+
+class Pulse:
+    """A sign of life of this process while it lives, and what is known of the others when an exchange fails.
+
+    Args:
+        rank, size: this process among all.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self._store = _connected()
+        threading.Thread(target=self._beat, name="fastcl-pulse", daemon=True).start()
+
+    def _beat(self) -> None:
+        try:
+            store = _connected()  # its own: a connection that waits for an answer cannot send
+            for beat in itertools.count():
+                store.set(f"beat {self.rank}", str(beat))
+                time.sleep(_EVERY)
+        except RuntimeError:  # torchrun has gone
+            pass
+
+    def silent(self) -> list[int] | None:
+        """Ranks that do not answer; None if another rank has noticed first and says so.
+
+        Those that give no sign of life, killed or stopped; if all do, those for which the others have waited.
+        Raises RuntimeError if torchrun has gone.
+        """
+        self._store.set(f"failed {self.rank}", "")
+        if self._store.add("failures", 1) > 1:
+            # torchrun ends all when one has ended: not before the first has spoken.
+            self._store.wait(["verdict"], timedelta(seconds=2 * _GRACE))
+            time.sleep(_EVERY)
+            return None
+        before = self._beats()
+        time.sleep(_GRACE)
+        after = self._beats()
+        found = [k for k in range(self.size) if k != self.rank and before[k] == after[k]]
+        found = found or [k for k in range(self.size) if not self._store.check([f"failed {k}"])]
+        self._store.set("verdict", "")
+        return found
+
+    def _beats(self) -> list[bytes | None]:
+        names = [f"beat {k}" for k in range(self.size)]
+        return [self._store.get(name) if self._store.check([name]) else None for name in names]
+
+
+def _connected() -> dist.Store:
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2 * _GRACE))
+    # The store outlives a restart of the processes by torchrun.
+    return dist.PrefixStore(f"fastcl {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

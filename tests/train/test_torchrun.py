@@ -1,0 +1,181 @@
+"""Runs whose batches several processes share: the values of one process, the same bytes again, and one end for all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import ROOT, results, tiny_toml
+from warm_commands import end_ranks, run, run_ranks, start_ranks
+
+pytestmark = pytest.mark.dist
+SETTINGS = [
+    "data.classes=2", 'train.models=["dcl", "ce"]', 'train.controls=["identity"]', "train.batch_size=96",
+    "train.epochs=2", "model.options={layers=[1, 1, 1, 1], channels=[4, 4, 8, 8], drop_rate=0.0}", "train.timeout=60",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """Function from a folder and changed settings to the arguments of a run."""
+    config = tiny_toml(tmp_path_factory.mktemp("config") / "tiny.toml")
+
+    def of(out, *changes):
+        options = [word for item in (*SETTINGS, *changes) for word in ("--set", item)]
+        return ["train", config, "--out", out, *options]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def three(arguments, tmp_path_factory):
+    """Folder of a run of three ranks."""
+    out = tmp_path_factory.mktemp("three") / "run"
+    statuses, said = run_ranks(3, *arguments(out), output=out.parent / "log")
+    assert statuses == [0, 0, 0], said
+    assert "report: " in said[0] and said[1:] == ["", ""]
+    return out
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def close(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert value == (pytest.approx(b[key], **tolerance) if isinstance(value, float) else b[key]), key
+
+
+def waited_for(path, pattern, ranks):
+    """Wait until ranks have written a file."""
+    while not list(path.glob(pattern)):
+        assert all(process.is_alive() for process in ranks)
+        time.sleep(0.01)
+
+
+def test_three_ranks_train_as_one_process_does_in_three_parts(three, arguments, tmp_path):
+    """Each rank normalises its own part of the batch, as the parts of `train.micro_batch` do."""
+    status, said = run("train", *arguments(tmp_path / "one", "train.micro_batch=32")[1:], output=tmp_path / "log")
+    assert status == 0, said
+    for name in ("steps.jsonl", "pairs.jsonl"):
+        for a, b in zip(*(lines(folder / name) for folder in (three, tmp_path / "one")), strict=True):
+            close(a, b, rel=1e-2, abs=1e-3)
+            if a["step"] == 0:
+                close(a, b, rel=1e-5, abs=1e-5)
+    weights = [load_file(folder / "weights" / "ce.safetensors") for folder in (three, tmp_path / "one")]
+    trained = [name for name in weights[0] if "running" not in name and "num_batches" not in name]
+    assert len(trained) > 20
+    for name in trained:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-2, atol=1e-3)
+    first = [
+        [row for row in lines(folder / "metrics.jsonl") if not row["epoch"]] for folder in (three, tmp_path / "one")
+    ]
+    for a, b in zip(*first, strict=True):  # equal weights: features to the bit, sums in another order
+        close(a, b, rel=1e-9, abs=0)
+        assert a == b or "pair" in a
+    assert "x 3 ranks" in json.loads((three / "run.json").read_text())["device"]
+
+
+def test_the_identity_twin_stays_one(three):
+    a, b = (load_file(three / "weights" / f"{name}.safetensors") for name in ("dcl", "identity"))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    pairs = [row for row in lines(three / "metrics.jsonl") if row.get("pair") == ["dcl", "identity"]]
+    assert [(row["cka_debiased"], row["weight_gap"]) for row in pairs] == [(1, 0)] * 3
+
+
+@pytest.mark.parametrize("world", [3, 2])
+def test_a_killed_rank_ends_the_run_which_resumes_at_any_world_size(three, arguments, tmp_path, world):
+    out = tmp_path / "run"
+    ranks = start_ranks(3, *arguments(out), output=tmp_path / "log")
+    waited_for(out / "checkpoints", "epoch_000001-*.pt", ranks)
+    ranks[1].kill()
+    statuses, said = end_ranks(ranks, tmp_path / "log")
+    assert statuses == [1, -signal.SIGKILL, 1], said
+    whole = "".join(said)
+    assert whole.count("error: ") == whole.count("error: rank 1 of 3 no longer answers: killed") == 1, said
+    assert "Traceback" not in whole
+    statuses, said = run_ranks(world, *arguments(out), output=tmp_path / "log")
+    assert statuses == [0] * world and "resuming from" in said[0], said
+    if world == 3:
+        assert results(out) == results(three)
+    else:
+        assert "resuming a run made elsewhere" in said[0] and results(out) != results(three)
+        steps = results(out)["steps.jsonl"].splitlines(), results(three)["steps.jsonl"].splitlines()
+        assert (
+            len(steps[0]) == len(steps[1]) and steps[0][:6] == steps[1][:6] != steps[1][6:]
+        )  # the first epoch: two steps, three models
+
+
+def test_a_finished_run_is_left_as_it_is_by_any_number_of_ranks(three, arguments, tmp_path):
+    before = results(three)
+    for world in (1, 2):
+        statuses, said = run_ranks(world, *arguments(three), output=tmp_path / "log")
+        assert statuses == [0] * world and said[0].count("already finished: 2 epochs") == 1
+        assert results(three) == before
+
+
+def test_a_rank_that_stands_still_is_named(arguments, tmp_path):
+    ranks = start_ranks(3, *arguments(tmp_path / "run", "train.timeout=3", "train.epochs=50"), output=tmp_path / "log")
+    try:
+        waited_for(tmp_path / "run" / "checkpoints", "epoch_000001-*.pt", ranks)
+        os.kill(ranks[0].pid, signal.SIGSTOP)
+        for process in ranks[1:]:
+            process.join(60)
+    finally:
+        ranks[0].kill()
+    statuses, said = end_ranks(ranks, tmp_path / "log")
+    assert statuses[1:] == [1, 1], said
+    whole = said[1] + said[2]
+    assert whole.count("error: ") == whole.count("error: rank 0 of 3 no longer answers: ") == 1
+    assert "at a standstill for longer than train.timeout = 3 s" in whole
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (["train.batch_size=2"], "train.batch_size must be divisible by world_size, got 2 and 3"),
+    (["optim.lr=1e30"], "of model 'dcl' is nan at step"),
+    (["train.epoch=3"], "unknown key 'train.epoch'"),
+])  # fmt: skip
+def test_an_error_ends_all_ranks_with_one_message(arguments, tmp_path, changes, message):
+    statuses, said = run_ranks(3, *arguments(tmp_path / "run", *changes), output=tmp_path / "log")
+    assert statuses == [1, 1, 1] and said[0].count("error: ") == 1 and message in said[0], said
+    assert said[1:] == ["", ""]
+
+
+def test_an_error_of_one_rank_ends_all(arguments, tmp_path):
+    """A locked folder is seen by the first rank alone, other settings by the last."""
+    from fastcl.train.run_folder.records import locked
+
+    with locked(tmp_path / "run"):
+        statuses, said = run_ranks(2, *arguments(tmp_path / "run"), output=tmp_path / "log")
+    assert statuses == [1, 1] and f"error: another process is training in {tmp_path / 'run'}" in said[0], said
+    assert said[1] == ""
+
+
+def test_torchrun_names_a_killed_rank(arguments, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastcl"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [*command, *map(str, arguments(out, "train.epochs=500"))], env=environment, stdout=log, stderr=log
+        )
+        try:
+            while not list((out / "checkpoints").glob("epoch_000001-*.pt")):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            ranks = {pid: open(f"/proc/{pid}/environ").read().split("\0") for pid in children}
+            (second,) = [int(pid) for pid, found in ranks.items() if "RANK=1" in found]
+            os.kill(second, signal.SIGKILL)
+            assert process.wait(60) == 1
+        finally:
+            process.kill()
+    said = (tmp_path / "log").read_text()
+    assert "exitcode  : -9" in said and "rank      : 1" in said, said
+    assert list((out / "checkpoints").glob("epoch_*.pt"))
