@@ -11,8 +11,8 @@ import inspect
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -51,7 +51,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_blocks: ContextVar[tuple[tuple[object, Backend], ...]] = ContextVar("fastcl.blocks", default=())
+_blocks: ContextVar[tuple[backend, ...]] = ContextVar("fastcl.blocks", default=())
 _backend: ContextVar[Backend] = ContextVar("fastcl.backend", default="auto")
 _last: ContextVar[UsedBackend] = ContextVar("fastcl.last", default="none")
 
@@ -62,8 +62,7 @@ def constant_while_compiling(function: _Function) -> _Function:
     return function
 
 
-@contextmanager
-def backend(name: Backend) -> Iterator[None]:
+class backend(ContextDecorator):
     """Use one backend inside a `with` block, only in this thread and this context (asyncio task).
 
     A thread started inside the block begins with "auto". Gradients are computed by the backend of the forward pass,
@@ -81,30 +80,40 @@ def backend(name: Backend) -> Iterator[None]:
     Raises:
         FastclError: an unknown name.
     """
-    if name not in BACKENDS:
-        raise FastclError(one_of("backend", BACKENDS, name))
-    if torch.compiler.is_compiling():
-        compiled = _thread.compiled
-        previous, compiled.backend = compiled.backend, name
-        try:
-            yield
-        finally:
-            compiled.backend = previous
-        return
-    block = (object(), name)
-    _set_blocks((*_blocks.get(), block))
-    try:
-        yield
-    finally:
-        # Blocks inside generators may end in any order, and in a different context from the one they began in.
-        _set_blocks(tuple(other for other in _blocks.get() if other is not block))
+
+    def __init__(self, name: Backend) -> None:
+        if name not in BACKENDS:
+            raise FastclError(one_of("backend", BACKENDS, name))
+        self.name: Backend = name
+        self._around: Backend | None = None  # while compiling: the request of the code around the block
+
+    def _recreate_cm(self) -> backend:
+        return backend(self.name)  # ContextDecorator enters one for each call of the function
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            compiled = _thread.compiled
+            self._around, compiled.backend = compiled.backend, self.name
+        else:
+            _set_blocks((*_blocks.get(), self))
+
+    def __exit__(self, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            _thread.compiled.backend = self._around
+            return
+        blocks = _blocks.get()
+        if blocks and blocks[-1] is self:
+            _set_blocks(blocks[:-1])
+        else:  # blocks inside generators end in any order, and in a different context from the one they began in
+            _set_blocks(tuple(block for block in blocks if block is not self))
 
 
-def _set_blocks(blocks: tuple[tuple[object, Backend], ...]) -> None:
+def _set_blocks(blocks: tuple[backend, ...]) -> None:
+    name = blocks[-1].name if blocks else "auto"
     _blocks.set(blocks)
-    _backend.set(blocks[-1][1] if blocks else "auto")
+    _backend.set(name)
     if not _COMPILER_READS_CONTEXT:
-        _thread.compiled.backend = _backend.get()
+        _thread.compiled.backend = name
 
 
 def current_backend() -> Backend:
@@ -180,12 +189,14 @@ def _wanted() -> Backend:
     The passes are matched by PyTorch's own saved-tensor hooks, whose closures hold the checkpoint: the passes have
     nothing else in common.
     """
-    name = current_backend()
-    if torch.compiler.is_compiling() or _saved_tensors_hooks is None:
+    if torch.compiler.is_compiling():
+        return current_backend()
+    name = _backend.get()
+    hooks = None if _saved_tensors_hooks is None else _saved_tensors_hooks(False)
+    if hooks is None:
         return name
-    hooks = _saved_tensors_hooks(False)
-    pack = None if hooks is None else inspect.unwrap(hooks[0])
-    if pack is None or getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+    pack = inspect.unwrap(hooks[0])
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
         return name
     cells = (cell.cell_contents for cell in pack.__closure__ or ())
     held = dict(zip(pack.__code__.co_freevars, cells, strict=True))

@@ -15,6 +15,10 @@ class FastclError(ValueError):
         super().__init__("\n".join(shown(line) for line in str(message).split("\n")))
 
 
+class ToldElsewhere(FastclError):
+    """An error that several processes raise and another one of them reports."""
+
+
 def shown(name: object) -> str:
     """A name on one line, with everything unprintable escaped: line breaks, control characters, and the bytes that
     Python stores as surrogates if a file name is not UTF-8 (b"caf\\xe9" is shown as caf\\xe9)."""

@@ -45,6 +45,25 @@ def finish() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+def watch() -> None:
+    """From now on a signal also ends this process while its main thread is in a library, such as in an exchange with
+    other processes, where Python does not handle signals. Only the first of torchrun's processes says that it ended."""
+    if _installed_in != [os.getpid()]:
+        return
+    import threading
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def end() -> None:
+        while number := os.read(reader, 1):
+            if number[0] in _WORDS and signal.getsignal(number[0]) == _end:
+                _end(number[0], None)
+
+    threading.Thread(target=end, name="fastcl-signals", daemon=True).start()
+
+
 class removing:
     """Context in which a signal that ends the process also removes an incomplete file."""
 
@@ -77,7 +96,8 @@ def _end(number: int, _frame: object) -> None:
                 os.unlink(path)
             except OSError:
                 pass
-        _say(line(_WORDS[signal.Signals(number)], sys.argv[1:]))
+        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+            _say(line(_WORDS[signal.Signals(number)], sys.argv[1:]))
     finally:
         os._exit(128 + number)
 
@@ -109,6 +129,7 @@ def _say(text: str) -> None:
 def _forget() -> None:
     """Reset the handlers in a forked child. SIGINT is ignored: Ctrl-C reaches the whole process group, and the parent
     ends its children itself."""
+    signal.set_wakeup_fd(-1)
     for number in _WORDS:
         if signal.getsignal(number) == _end:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)

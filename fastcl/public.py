@@ -14,6 +14,7 @@ from fastcl.losses.functional import (
 )
 from fastcl.losses.modules import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
 from fastcl.losses.objectives import OBJECTIVES, Objective, same_class_mass
+from fastcl.micro import micro_step
 from fastcl.rowstats.api import RowStats, normalize_rows, row_stats
 from fastcl.similarity import (
     LayerCKA,
@@ -51,6 +52,7 @@ __all__ = [
     "last_backend",
     "layer_cka",
     "linear_cka",
+    "micro_step",
     "normalize_rows",
     "nscl_loss",
     "ntxent_loss",

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from bench.harness.records import write_file
-from bench.static import report
-from bench.static.compile import obstacle
+from bench.static import known, report
+from bench.static.compile import Facts, Job, obstacle
 from bench.static.jobs import StaticError, compile_all, unique
 from fastcl.errors import FastclError
 from fastcl.io.outputs import check_folder, check_output, named_path
@@ -55,14 +55,19 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     try:
         python = newest(args.newest) if args.newest else args.triton_python
-        records, triton = check(load_cases(args.cases), args.arch, args.only, python, args.workers)
+        chosen = known.GATED if args.gate else ((args.arch, args.only),)
+        jobs = find(load_cases(args.cases), chosen)
+        facts, triton = (changed if args.gate else compiled)([job for job, _ in jobs], python, args.workers)
     except StaticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; kernels compiled so far are in Triton's cache", file=sys.stderr)
         return 130
-    text = report.report(records, triton, args.only.pattern)
+    records = [report.record(job, names, one, triton) for (job, names), one in zip(jobs, facts, strict=True)]
+    text = report.report(records, triton, args.only)
+    if args.accept:
+        known.save(triton, [job for job, _ in jobs], facts, text)
     if args.json:
         write_file(args.json, json.dumps(records, indent=1) + "\n")
     if args.out:
@@ -71,32 +76,42 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(r["findings"] for r in records) else 0
 
 
-def check(
-    cases: Cases, architectures: list[int], only: re.Pattern[str], python: str, workers: int
-) -> tuple[list[dict], str]:
-    """Compile all launches of all cases.
+def find(cases: Cases, chosen: Iterable[tuple[Iterable[int], str]]) -> list[tuple[Job, list[str]]]:
+    """All different launches of cases, with the names of the cases that need them.
 
     Args:
-        only: pattern that must be found in the name of a case.
-        python: the workers' interpreter.
-
-    Returns:
-        A record per launch, and the version of the workers' Triton.
+        chosen: architectures, and a pattern that must be found in the name of a case.
 
     Raises:
-        StaticError: Triton is too old here or in the workers, no case has a launch, or a worker does not start.
+        StaticError: Triton is too old here, or no case has a launch.
     """
     if reason := obstacle():
         raise StaticError(reason)
     jobs = []
-    for arch in architectures:
-        wanted = (case for case in cases(arch) if only.search(case[0]))
-        jobs += unique(wanted, arch).values()
+    for architectures, only in chosen:
+        for arch in architectures:
+            jobs += unique((case for case in cases(arch) if re.search(only, case[0])), arch).values()
     if not jobs:
         raise StaticError("no case has a launch to compile")
-    triton, results = compile_all([job for job, _ in jobs], python, workers)
-    found = [result if isinstance(result, str) else result.facts for result in results]
-    return [report.record(job, names, one, triton) for (job, names), one in zip(jobs, found, strict=True)], triton
+    return jobs
+
+
+def compiled(jobs: list[Job], python: str, workers: int) -> tuple[list[Facts | str], str]:
+    """Facts about each job, or why there are none, and the version of the workers' Triton."""
+    triton, results = compile_all(jobs, python, workers)
+    return [result if isinstance(result, str) else result.facts for result in results], triton
+
+
+def changed(jobs: list[Job], python: str, workers: int) -> tuple[list[Facts | str], str]:
+    """The same; only jobs without committed facts are compiled."""
+    import triton
+
+    found: dict[str, Facts | str] = dict(known.load(triton.__version__))
+    keys = [known.key(job, triton.__version__) for job in jobs]
+    if missing := {name: job for name, job in zip(keys, jobs, strict=True) if name not in found}:
+        print(f"{len(missing)} of {len(jobs)} launches differ from those committed", file=sys.stderr)
+        found |= dict(zip(missing, compiled(list(missing.values()), python, workers)[0], strict=True))
+    return [found[name] for name in keys], triton.__version__
 
 
 def load_cases(name: str) -> Cases:
@@ -141,6 +156,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--arch", nargs="+", choices=names, default=names, metavar="SM", help=f"of {' '.join(names)} (default: all)")
     add("--only", default="", metavar="REGEX", help="only the cases in whose names this is found")
+    add("--gate", action="store_true",
+        help="the launches that the tests hold; compile only what has changed since --accept")  # fmt: skip
+    add("--accept", action="store_true", help="with --gate: commit what was found to bench/results/static/")
     add("--json", type=named_path, metavar="FILE", help="write the records, one per compiled launch")
     add("--out", type=named_path, metavar="DIR", help="write the report to DIR/<version of Triton>.md")
     where = parser.add_mutually_exclusive_group()
@@ -151,7 +169,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=2, metavar="N", help="processes that compile (default: %(default)s)")
     add("--cases", default=CASES, metavar="MODULE:FUNCTION",
         help="what lists the launches of an architecture (default: %(default)s)")  # fmt: skip
-    args = parser.parse_args(argv)
+    return _checked(parser.parse_args(argv), parser)
+
+
+def _checked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Arguments in the form in which they are used; ends the program with a message if one does not fit."""
     try:
         if args.json:
             check_output(args.json, "--json")
@@ -160,9 +182,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     except FastclError as error:
         parser.error(str(error))
     try:
-        args.only = re.compile(args.only)
+        re.compile(args.only)
     except re.error as error:
         parser.error(f"--only: {args.only!r} is no regular expression: {error}")
+    options = ("arch", "only", "triton_python", "newest", "cases")
+    other = [name for name in options if getattr(args, name) != parser.get_default(name)]
+    if args.gate and other:
+        parser.error(f"--gate has launches and a compiler of its own, so --{other[0].replace('_', '-')} has no effect")
+    if args.accept and not args.gate:
+        parser.error("--accept is for --gate")
     if args.workers < 1:
         parser.error(f"--workers: must be positive, got {args.workers}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

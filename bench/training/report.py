@@ -20,7 +20,7 @@ def markdown(records: Sequence[Record], facts: Record, source: str, args: argpar
     text = (
         f"# Training\n\n{md.conditions(facts, args)}\n- Images: {source}. ResNet-18 with the CIFAR stem{small}; LARS.\n"
     )
-    for name, write in (("steps", _steps), ("runs", _runs), ("precision", _precision)):
+    for name, write in (("steps", _steps), ("memory", _memory), ("runs", _runs), ("precision", _precision)):
         mine = [r for r in records if r["section"] == name]
         text += write(mine) if mine else ""
     return text
@@ -76,6 +76,21 @@ def _step_row(r: Record) -> list[str]:
         f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}", *("-" if s is None else f"{s:.1%}" for s in shares),
         "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
     ]  # fmt: skip
+
+
+def _memory(records: Sequence[Record]) -> str:
+    rows = ([f"{r['batch']:,}", str(r["parts"]), *_memory_cells(r)] for r in records)
+    return f"""
+## Memory
+
+One step of one model (NT-Xent, float32), forward and backward, beyond weights and images: one part alone, the batch in
+parts by `fastcl.micro_step`, the batch at once.
+
+{table(("B", "parts", "peak MiB", "s"), rows)}"""
+
+
+def _memory_cells(r: Record) -> list[str]:
+    return [r["reason"], ""] if r["reason"] else [f"{r['peak_bytes'] / 2**20:,.0f}", digits(r["seconds"])]
 
 
 def _cases(records: Sequence[Record], heading: str, body: Callable[[Record], str]) -> str:

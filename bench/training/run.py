@@ -15,30 +15,36 @@ from typing import Any, TypeAlias
 from bench.harness.command import Command
 from bench.harness.records import Record, machine, record
 from bench.harness.suite import Run
-from bench.training import profile, report, runs
-from fastcl.config.settings import Config
+from bench.training import memory, profile, report, runs
+from fastcl.config.settings import Config, ModelConfig
 from fastcl.config.tables import parse_config
 from fastcl.errors import shown
 from fastcl.io.outputs import same
 
 BENCH = "training"
-STEPS, RUNS, PRECISION = SECTIONS = ("steps", "runs", "precision")
+STEPS, MEMORY, RUNS, PRECISION = SECTIONS = ("steps", "memory", "runs", "precision")
 CIFAR = "cifar10_jpeg75.npz"
 MODELS = ("dcl", "nscl", "supcon", "ce")
+SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}
 TEMPERATURES = (0.1, 1.0)
 # Batch and precision of the profiled steps. The largest batch trains one model: the activations that two models save
 # for their backward passes fit no GPU.
 CASES = {
     "cuda": ((1024, "fp32"), (1024, "bf16"), (4096, "bf16"), (16384, "bf16")),
     "cpu": ((64, "fp32"), (64, "bf16")),
-    "tiny": ((16, "fp32"), (16, "bf16")),
+    "tiny": ((64, "fp32"), (64, "bf16")),
 }
 FOUR_UP_TO = 4096  # largest batch on which all four models train
+# Samples of the step whose memory is measured, side of the images, and options of the ResNet.
+MEMORY_CASE = {
+    "cuda": (1024, 32, {}),
+    "cpu": (256, 32, {"channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8}),
+    "tiny": (64, 8, SMALL),
+}
 # Settings of the runs. A GPU trains in bfloat16, for more epochs in the same time; the section "precision" measures its
 # effect.
-BATCH = {"cuda": 1024, "cpu": 64, "tiny": 16}
+BATCH = {"cuda": 1024, "cpu": 64, "tiny": 64}
 PRECISION_OF_RUNS = {"cuda": "bf16", "cpu": "fp32", "tiny": "fp32"}
-SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}
 
 _DESCRIPTION = f"""\
 The lockstep trainer on CIFAR-10 ({CIFAR}; digits where it is absent): ResNet-18 with the CIFAR stem.
@@ -46,6 +52,8 @@ The lockstep trainer on CIFAR-10 ({CIFAR}; digits where it is absent): ResNet-18
 sections, in this order:
   steps      seconds of a step of all models together, images/s, peak memory, and the shares of views, encoders, losses,
              metrics and optimisers, by torch.profiler; float32 and bfloat16 networks, several batch sizes
+  memory     peak memory of one step of one model: one part alone, the batch in {memory.PARTS} parts
+             (fastcl.micro_step), and the batch at once
   runs       dcl, nscl, supcon and ce side by side at two temperatures for as many epochs as --seconds allow, on a card
              in bfloat16: alignment with dcl, accuracy by nearest class centre and by a ridge probe, seconds of an epoch
              and of an evaluation; DIR/runs/ keeps the records and the report of each
@@ -68,10 +76,10 @@ class Training(Run):
 
 def config(run: Training, models: tuple[str, ...], batch: int, epochs: int, **train: Any) -> Config:
     """The config of a training run by the recipe of arXiv 2510.08852, with ResNet-18; `train`: other settings."""
-    cuda = run.kind == "cuda"
+    cuda, tiny = run.kind == "cuda", run.kind == "tiny"
     small = {"options": SMALL, "hidden": 32, "projection": 16}
     return parse_config({
-        "data": {"source": run.source, **({} if cuda else {"classes": 4})},
+        "data": {"source": run.source, **({} if cuda else {"classes": 2 if tiny else 4})},
         "views": {"preset": "cifar" if run.source.startswith("cifar") else "characters", "size": 32 if cuda else 12},
         "model": {"name": "resnet18", **({"options": {}, "projection": 128} if cuda else small)},
         "optim": {"name": "lars", "lr": 0.3 * batch / 256, "warmup_epochs": min(10.0, epochs / 10)},
@@ -89,6 +97,17 @@ def steps(run: Training, scratch: Path) -> Iterator[Part]:
         yield (
             {"section": STEPS, "batch": batch, "precision": precision, "models": len(models)},
             partial(profile.measure, asked, folder, run.device, run.args.repeats),
+        )
+
+
+def memories(run: Training, scratch: Path) -> Iterator[Part]:
+    """The section "memory"."""
+    batch, size, options = MEMORY_CASE[run.kind]
+    model = ModelConfig(options=options, projection=128)
+    for samples, parts in ((batch // memory.PARTS, 1), (batch, memory.PARTS), (batch, 1)):
+        yield (
+            {"section": MEMORY, "batch": samples, "parts": parts},
+            partial(memory.measure, model, size, samples, parts, run.device),
         )
 
 
@@ -126,7 +145,7 @@ def epochs_within(run: Training, scratch: Path) -> int:
     return max(2, int(run.args.seconds / (1.2 * epoch)))  # a fifth for evaluations
 
 
-PARTS = {STEPS: steps, RUNS: trained, PRECISION: precisions}
+PARTS = {STEPS: steps, MEMORY: memories, RUNS: trained, PRECISION: precisions}
 
 
 def attempt(run: Training, case: Record, measure: Callable[[], Record]) -> None:
@@ -136,7 +155,8 @@ def attempt(run: Training, case: Record, measure: Callable[[], Record]) -> None:
         values = measure()
     except Exception as problem:  # go on with the other cases
         reason = run.reason(case["section"], problem)
-    run.found.append(record(BENCH, "fastcl", case | values, run.facts, reason=reason))
+    peak = values.get("peak_bytes")
+    run.found.append(record(BENCH, "fastcl", case | values, run.facts, peak_bytes=peak, reason=reason))
     print(f"{', '.join(f'{k} {v}' for k, v in case.items())}: {reason or 'done'}", flush=True)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastcl import __version__, interrupts
 from fastcl.config.written import DEMO, commented, listing, preset_file, preset_names
-from fastcl.errors import FastclError, install_hint, shown
+from fastcl.errors import FastclError, ToldElsewhere, install_hint, shown
 from fastcl.io.files import cause
 from fastcl.io.outputs import named_path
 from fastcl.io.run_names import REPORT
@@ -64,6 +64,8 @@ def _command(argv: list[str] | None) -> int:
     logging.raiseExceptions = False  # no tracebacks for a closed pipe while a run goes on
     try:
         args.run(args)
+    except ToldElsewhere:
+        return 1
     except FastclError as error:
         return _fail(str(error))
     except ImportError as error:
@@ -167,8 +169,18 @@ def _run(config: Path, args: argparse.Namespace) -> None:
 
     from fastcl.report import write_report
     from fastcl.train import Lockstep, load_config
+    from fastcl.train.ranks import start
 
-    run = Lockstep(load_config(config, args.overrides), args.out, inputs=(config,))
+    ranks = start()
+    if not ranks.first:
+        logging.getLogger().setLevel(logging.CRITICAL)  # the first rank speaks
+    with ranks.together():
+        settings = load_config(config, args.overrides)
+    run = Lockstep(settings, args.out, inputs=(config,))
+    if not ranks.first:
+        run.run()
+        ranks.close()
+        return
     data, twins = run.data, run.twins
     print(
         f"{data.name}: {len(data.train)} training and {len(data.test)} held-out images of {len(data.classes)} classes; "
@@ -177,6 +189,7 @@ def _run(config: Path, args: argparse.Namespace) -> None:
     )
     with logging_redirect_tqdm():
         run.run()
+    ranks.close()
     report = args.out / REPORT
     if not _is_newest(report, args.out):
         write_report(args.out)

@@ -77,6 +77,9 @@ class TrainConfig:
         "fp32", "precision of the networks in training: fp32 | bf16 (autocast); losses and evaluation stay fp32"
     )
     batch_size: int = key(256, "images per batch; the last incomplete batch of an epoch is dropped")
+    micro_batch: int | None = key(
+        None, "images whose activations are held at a time, by a second forward pass; none: the whole batch"
+    )
     epochs: int = key(100, "passes over the training images")
     eval_every: int = key(1, "epochs between evaluations; epoch 0 and the last are always evaluated")
     checkpoint_every: int = key(1, "epochs between checkpoints")
@@ -85,6 +88,7 @@ class TrainConfig:
     )
     seed: int = key(0, "seed of the initial weights, views, batches and random splits")
     device: str = key("auto", "auto | cpu | cuda")
+    timeout: float = key(600.0, "seconds that the ranks of a run under torchrun wait for each other before it ends")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ else:
 _LARGEST = 2**63 - 1  # TOML integers have 64 bits
 _DEEPEST = 8  # most nesting levels in model.options
 _WIDEST = 1 << 20  # widest layer
+_LONGEST = 1e6  # seconds of a timeout
 _TEMPERATURES = (1e-30, 1e30)  # range that the losses accept
 _POSITIVE = (
     "train.epochs", "train.eval_every", "train.checkpoint_every", "optim.lr", "model.hidden", "model.projection",
+    "train.timeout",
 )  # fmt: skip
 _FORMS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
 
@@ -191,11 +193,15 @@ def _check_ranges(config: Config) -> None:
     train, optim, model = config.train, config.optim, config.model
     if train.batch_size < 2:  # one sample has no negatives
         raise FastclError(f"train.batch_size must be at least 2, got {train.batch_size}")
+    if train.micro_batch is not None and train.micro_batch < 1:
+        raise FastclError(f'train.micro_batch must be positive or "none", got {train.micro_batch}')
     for name in _POSITIVE:
         table, key = name.split(".")
         value = getattr(getattr(config, table), key)
         if not value > 0:
             raise FastclError(f"{name} must be positive, got {value}")
+    if train.timeout > _LONGEST:
+        raise FastclError(f"train.timeout must be at most {_LONGEST:g} s, got {train.timeout}")
     for name, value in (("hidden", model.hidden), ("projection", model.projection)):
         if value > _WIDEST:
             raise FastclError(f"model.{name} must be at most {_WIDEST}, got {value}")

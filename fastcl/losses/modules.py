@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from fastcl.choices import Reduction
 from fastcl.losses import functional as F
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class _TwoViewLoss(nn.Module):
     """Base class of the two-view losses."""
@@ -17,19 +20,25 @@ class _TwoViewLoss(nn.Module):
     _loss: Callable[..., Tensor]  # a function of fastcl.losses.functional
 
     def __init__(
-        self, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True
-    ) -> None:
+        self, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True,
+        gather_distributed: bool | None = None, group: ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize
+        self.gather_distributed = gather_distributed
+        self.group = group
 
     def _options(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "reduction": self.reduction, "normalize": self.normalize}
+        return {
+            "temperature": self.temperature, "reduction": self.reduction, "normalize": self.normalize,
+            "gather_distributed": self.gather_distributed, "group": self.group,
+        }  # fmt: skip
 
     def extra_repr(self) -> str:
         """The options, for print(module)."""
-        return ", ".join(f"{k}={v}" for k, v in self._options().items())
+        return ", ".join(f"{k}={v}" for k, v in self._options().items() if v is not None)
 
 
 class _Unlabelled(_TwoViewLoss):
@@ -59,6 +68,7 @@ class NTXentLoss(_Unlabelled):
         temperature: positive number, or an `nn.Parameter` with one element, which is then learned.
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
+        gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
 
     Raises:
         FastclError: when called, as `fastcl.ntxent_loss`.
@@ -74,6 +84,7 @@ class DCLLoss(_Unlabelled):
         temperature: positive number, or an `nn.Parameter` with one element, which is then learned.
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
+        gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
 
     Raises:
         FastclError: when called, as `fastcl.dcl_loss`.
@@ -90,6 +101,7 @@ class NSCLLoss(_Labelled):
         positive_in_denominator: add the positive to the denominator, as the paper's published code does.
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
+        gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
 
     Raises:
         FastclError: when called, as `fastcl.nscl_loss`.
@@ -103,8 +115,10 @@ class NSCLLoss(_Labelled):
         positive_in_denominator: bool = False,
         reduction: Reduction = "mean",
         normalize: bool = True,
+        gather_distributed: bool | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(temperature, reduction, normalize)
+        super().__init__(temperature, reduction, normalize, gather_distributed, group)
         self.positive_in_denominator = positive_in_denominator
 
     def _options(self) -> dict[str, Any]:
@@ -118,6 +132,7 @@ class SupConLoss(_Labelled):
         temperature: positive number (default 0.1 here), or an `nn.Parameter` with one element, which is then learned.
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
+        gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
 
     Raises:
         FastclError: when called, as `fastcl.supcon_loss`.
@@ -126,9 +141,10 @@ class SupConLoss(_Labelled):
     _loss = staticmethod(F.supcon_loss)
 
     def __init__(
-        self, temperature: float | Tensor = 0.1, reduction: Reduction = "mean", normalize: bool = True
-    ) -> None:
-        super().__init__(temperature, reduction, normalize)
+        self, temperature: float | Tensor = 0.1, reduction: Reduction = "mean", normalize: bool = True,
+        gather_distributed: bool | None = None, group: ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(temperature, reduction, normalize, gather_distributed, group)
 
 
 class CLIPLoss(nn.Module):
@@ -136,18 +152,24 @@ class CLIPLoss(nn.Module):
 
     Args:
         normalize: divide rows by their norms first (cosine similarities).
+        gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
 
     Raises:
         FastclError: when called, as `fastcl.clip_loss`.
+        gather_distributed, group: compute the loss of all ranks' pairs together, as `fastcl.clip_loss`.
     """
 
-    def __init__(self, normalize: bool = True) -> None:
+    def __init__(
+        self, normalize: bool = True, gather_distributed: bool | None = None, group: ProcessGroup | None = None
+    ) -> None:
         super().__init__()
         self.normalize = normalize
+        self.gather_distributed = gather_distributed
+        self.group = group
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
         """Scalar loss of (B, D) image and text embeddings; logit_scale: positive number or one-element tensor."""
-        return F.clip_loss(image, text, logit_scale, self.normalize)
+        return F.clip_loss(image, text, logit_scale, self.normalize, self.gather_distributed, self.group)
 
     if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 

@@ -8,9 +8,10 @@ of s_ij. The losses are a few lines of plain PyTorch on these (N,) vectors; see 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,9 +21,13 @@ from fastcl.checks import check_positive, is_inside
 from fastcl.choices import PRECISIONS, Precision
 from fastcl.dispatch import choose, wants_float32
 from fastcl.errors import FastclError, one_of
+from fastcl.exchange import gathers
 from fastcl.rowstats import dense
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.small import route as small
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -53,18 +58,20 @@ def row_stats(
     x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
     sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
     normalize: bool = True, columns: Literal[False] = False, precision: Precision | None = None,
+    gather_distributed: bool | None = None, group: ProcessGroup | None = None,
 ) -> RowStats: ...  # fmt: skip
 @overload
 def row_stats(
     x: Tensor, y: Tensor, *, sample: Tensor, labels: Tensor | None = None, sample_y: Tensor,
     labels_y: Tensor | None = None, temperature: float | Tensor, normalize: bool = True, columns: Literal[True],
-    precision: Precision | None = None,
+    precision: Precision | None = None, gather_distributed: bool | None = None, group: ProcessGroup | None = None,
 ) -> tuple[RowStats, RowStats]: ...  # fmt: skip
 @overload
 def row_stats(
     x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
     sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
     normalize: bool = True, columns: bool, precision: Precision | None = None,
+    gather_distributed: bool | None = None, group: ProcessGroup | None = None,
 ) -> RowStats | tuple[RowStats, RowStats]: ...  # fmt: skip
 def row_stats(
     x: Tensor,
@@ -78,6 +85,8 @@ def row_stats(
     normalize: bool = True,
     columns: bool = False,
     precision: Precision | None = None,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> RowStats | tuple[RowStats, RowStats]:
     """Row statistics of anchors x against candidates y, differentiable in x, y and the temperature.
 
@@ -98,6 +107,9 @@ def row_stats(
             split half precision, as accurate as float32. None: "fp32" for float32 rows, unless autocast is on or
             `torch.get_float32_matmul_precision()` is below "highest"; otherwise "fp16". The other backends ignore it
             and compute in float32, float64 for float64.
+        gather_distributed: compare this rank's anchors with the candidates of all ranks (docs/distributed.md); views
+            are found on one rank. None: False, with a warning in a process group of several ranks.
+        group: the ranks, a group of torch.distributed; None: all.
 
     Returns:
         RowStats of the N anchors; with columns, a pair: those of the anchors and those of the M candidates.
@@ -106,17 +118,36 @@ def row_stats(
         FastclError: wrong rank, shape, dtype or device, an empty batch, ids that are not integers, a temperature that
             is not positive and finite, views of one sample with different labels, columns without y, an unknown
             precision; input that the Triton backend does not support if that backend was requested by name. Tensor
-            values are checked on the CPU only: on other devices a check would have to synchronise.
+            values are checked on the CPU only: on other devices a check would have to synchronise. With
+            gather_distributed also no group that holds this process and, on every rank, arguments that differ.
 
     Source: the relations generalise arXiv 2510.08852, section 3. A NaN or an infinity in a row gives NaN in every row
     that it is compared with. In float32 a logit of size L is known to 2^-24 L: gradients have relative errors up to
     1e-5 + 2^-24 L, those of `spread_view` up to 1e-5 + 2^-24 / f if the logits of views differ by a fraction f of L.
     """
-    batch = Batch.of(x, y, sample, labels, sample_y, labels_y)
+    checked, options = partial(_batch, x, y, (sample, labels, sample_y, labels_y), columns), (temperature, normalize)
+    if gather_distributed is not False and gathers(gather_distributed):
+        anchors, *candidates = _gathered(checked, *options, columns, precision, group)
+    else:
+        anchors, *candidates = statistics(checked(), *options, columns, precision)
+    return (anchors, candidates[0]) if columns else anchors
+
+
+def _gathered(
+    checked: Callable[[], Batch], temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
+    group: ProcessGroup | None,
+) -> tuple[RowStats, ...]:  # fmt: skip
+    from fastcl.rowstats import sharded  # which uses this module
+
+    options = sharded.Options(temperature, normalize, columns, precision)
+    return sharded.row_stats(checked, options, "row_stats", group)
+
+
+def _batch(x: Tensor, y: Tensor | None, ids: tuple[Any, ...], columns: bool) -> Batch:
+    batch = Batch.of(x, y, *ids)
     if columns and y is None:
         raise FastclError("columns=True requires y: without y, rows and columns have the same statistics")
-    anchors, *candidates = statistics(batch, temperature, normalize, columns, precision)
-    return (anchors, candidates[0]) if columns else anchors
+    return batch
 
 
 def statistics(
@@ -124,7 +155,7 @@ def statistics(
 ) -> tuple[RowStats, ...]:
     """RowStats of the anchors and, with columns, of the candidates; arguments as `row_stats`."""
     check_positive(temperature, "temperature")
-    _check_precision(precision)
+    check_precision(precision)
     chosen = choose(batch.x)
     if chosen == "triton":
         if columns and batch.labels is not None:
@@ -135,12 +166,9 @@ def statistics(
     if chosen == "chunked" and not columns and (few := small.row_stats(batch, temperature, normalize)) is not None:
         return (unpack(*few),)
     batch = batch.spelled_out()
-    root = _square_root(temperature, batch.x.dtype)
     with torch.autocast(batch.x.device.type, enabled=False):
-        # With rows divided by sqrt(temperature) logits are inner products, and autograd provides the gradient of the
-        # temperature. If y is given, both operands are divided.
-        x, y = _prepare(batch.x, normalize) / root, batch.y
-        y = None if y is None else _prepare(y, normalize) / root
+        x = scaled(batch.x, temperature, normalize)
+        y = None if batch.y is None else scaled(batch.y, temperature, normalize)
         batch = Batch(x, None, y, batch.sample, batch.labels, batch.sample_y, batch.labels_y)
         return tuple(_on_torch(b, chosen) for b in ((batch, batch.transposed()) if columns else (batch,)))
 
@@ -169,7 +197,7 @@ def operator_arguments(
     is_tensor = isinstance(temperature, Tensor)
     given = temperature.to(x.device) if is_tensor else None
     _check_transforms("triton", x, *others, given)
-    _check_precision(precision)
+    check_precision(precision)
     return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
 
 
@@ -200,7 +228,8 @@ def _precision(precision: str | None, x: Tensor) -> str:
     return precision
 
 
-def _check_precision(precision: str | None) -> None:
+def check_precision(precision: str | None) -> None:
+    """Raise FastclError unless it is one of `PRECISIONS` or None."""
     if precision is not None and precision not in PRECISIONS:
         raise FastclError(one_of("precision", (*PRECISIONS, None), precision))
 
@@ -241,6 +270,12 @@ def _check_transforms(chosen: str, *tensors: Tensor | None) -> None:
             f"the {chosen} backend supports only backward() and torch.autograd.grad; {instead} for torch.func.grad, "
             "vjp, jacrev and hessian"
         )
+
+
+def scaled(x: Tensor, temperature: float | Tensor, normalize: bool) -> Tensor:
+    """Rows in working precision, normalised if requested, divided by sqrt(temperature): logits are then inner products,
+    and autograd provides the gradient of the temperature."""
+    return _prepare(x, normalize) / _square_root(temperature, x.dtype)
 
 
 def _square_root(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -11,13 +11,13 @@ be subtracted before anything else is added.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.order import Layout, Side
+from fastcl.rowstats.order import Layout
 
 # Rows and columns of a tile: 2 MiB of float32 stay in a CPU's cache; other devices need larger tiles to be busy. Having
 # few rows keeps the diagonal blocks small, half of which is redundant work.
@@ -29,14 +29,23 @@ EXP_LIMIT = 60.0  # |logit| up to which N exponentials can be summed in float32 
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """One relation's log-sum-exps and upstream gradients for a set of rows, as used in exp(s - lse) * grad."""
 
     lse: Tensor
     grad: Tensor
 
-    def __getitem__(self, block: slice) -> _Rows:
-        return _Rows(self.lse[block], self.grad[block])
+    def __getitem__(self, block: slice) -> Rows:
+        return Rows(self.lse[block], self.grad[block])
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """What a set of rows contributes, as anchors, to the derivatives of the logits: dL/ds_ij of all its relations."""
+
+    other: Rows
+    peer: Rows
+    mean_peer: Tensor  # gradient of mean_peer, divided by the number of peers
 
 
 def forward(x: Tensor, y: Tensor | None, layout: Layout) -> tuple[Tensor, ...]:
@@ -44,30 +53,36 @@ def forward(x: Tensor, y: Tensor | None, layout: Layout) -> tuple[Tensor, ...]:
     a, b = layout.x, layout.y
     xs = x[a.order]
     ys = xs if y is None else y[b.order]
+    n_view, *counts = layout.counts()
+    sums = forward_tiles(xs, ys, layout, counts)
+    views = _forward_views(xs, ys, layout)
+    return tuple(a.restore(v) for v in (*views, *sums, n_view, *counts))
+
+
+def forward_tiles(xs: Tensor, ys: Tensor, layout: Layout, counts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """mean_peer, lse_peer, lse_other of the sorted anchors, whose numbers of peers and others are given."""
     bounded = _is_bounded(xs, ys)
     empty = 0.0 if bounded else -torch.inf
-    other, peer = x.new_full((len(x),), empty), x.new_full((len(x),), empty)
-    peer_sum = x.new_zeros(len(x))
-    for i, j, mixed in _tiles(layout, x.device):
+    other, peer = xs.new_full((len(xs),), empty), xs.new_full((len(xs),), empty)
+    peer_sum = xs.new_zeros(len(xs))
+    for i, j, mixed in _tiles(layout, xs.device):
         s = xs[i] @ ys[j].T
         # A diagonal tile already contains both triangles: its columns are its rows.
-        columns = j if y is None and i != j else None
+        columns = j if layout.symmetric and i != j else None
         if mixed and layout.labelled:
-            is_peer = _peers(a, b, i, j)
+            is_peer = _peers(layout, i, j)
             linear = s.masked_fill(~is_peer, 0)
             peer_sum[i] += linear.sum(1)
             if columns is not None:
                 peer_sum[columns] += linear.sum(0)
             _add_exponentials(peer, s, ~is_peer, i, columns, bounded)
-        _add_exponentials(other, s, _same_class(a, b, i, j) if mixed else None, i, columns, bounded)
+        _add_exponentials(other, s, _same_class(layout, i, j) if mixed else None, i, columns, bounded)
     if bounded:
         other, peer = other.log_(), peer.log_()
-    n_view, n_peer, n_other = layout.counts()
-    mean_view, spread_view = _forward_views(xs, ys, layout)
-    mean_peer = peer_sum / n_peer.clamp(min=1)
+    n_peer, n_other = counts
     # A sum of exponentials cannot tell "no pair" from NaN or underflow; the counts can.
     other, peer = other.masked_fill_(n_other == 0, -torch.inf), peer.masked_fill_(n_peer == 0, -torch.inf)
-    return tuple(a.restore(v) for v in (mean_view, spread_view, mean_peer, peer, other, n_view, n_peer, n_other))
+    return peer_sum / n_peer.clamp(min=1), peer, other
 
 
 def backward(
@@ -86,36 +101,55 @@ def backward(
     a, b = layout.x, layout.y
     xs = x[a.order]
     ys = xs if y is None else y[b.order]
-    bounded = _is_bounded(xs, ys)
-    g_mean_view, g_spread_view, g_mean_peer, g_peer, g_other = (g[a.order] for g in grads)
-    # Scale the largest upstream gradient to 1, so that grad * exp(-lse) stays in range whatever the reduction.
-    scale = torch.stack([g_mean_peer, g_peer, g_other]).abs().amax()
-    scale = scale.where(scale > 0, 1)
-    _, n_peer, n_other = layout.counts()
-    other = _Rows(lse[1][a.order].masked_fill(n_other == 0, torch.inf), g_other / scale)
-    peer = _Rows(lse[0][a.order].masked_fill(n_peer == 0, torch.inf), g_peer / scale)
-    mean_peer = g_mean_peer / (scale * n_peer.clamp(min=1))
+    g_mean_view, g_spread_view, *g_tiles = (g[a.order] for g in grads)
+    scale = largest(*g_tiles)
+    anchors = anchors_of(layout, lse, g_tiles, scale)
     dx = xs.new_zeros(len(xs) + 1, xs.shape[1])
     dy = dx if y is None else ys.new_zeros(len(ys) + 1, ys.shape[1])
-    for i, j, mixed in _tiles(layout, x.device):
-        s = xs[i] @ ys[j].T
-        columns = j if y is None else None
-        w = _softmax(s, other, i, columns, bounded)
-        if mixed:
-            w.masked_fill_(_same_class(a, b, i, j), 0)
-        if mixed and layout.labelled:
-            pull = _softmax(s, peer, i, columns, bounded).add_(mean_peer[i, None])
-            if columns is not None:
-                pull += mean_peer[columns]
-            w += pull.masked_fill_(~_peers(a, b, i, j), 0)
-        dx[i].addmm_(w, ys[j])
-        if y is not None or i != j:
-            dy[j].addmm_(w.T, xs[i])
+    backward_tiles(xs, ys, layout, (anchors, anchors if y is None else None), dx, dy)
     dx *= scale
     if y is not None:
         dy *= scale
     _backward_views(xs, ys, layout, g_mean_view, g_spread_view, dx, dy)
     return a.restore(dx[:-1]), x.new_empty(0) if y is None else b.restore(dy[:-1])
+
+
+def largest(*grads: Tensor) -> Tensor:
+    """Largest absolute value of all gradients, which are divided by it, so that grad * exp(-lse) stays in range
+    whatever the reduction; 1 if it is 0."""
+    scale = torch.cat(grads).abs().amax()
+    return scale.where(scale > 0, 1)
+
+
+def anchors_of(layout: Layout, lse: tuple[Tensor, Tensor], grads: Sequence[Tensor], scale: Tensor) -> Anchors:
+    """The anchors of a layout: `lse` in source order, `grads` of mean_peer, lse_peer and lse_other sorted."""
+    order = layout.x.order
+    g_mean_peer, g_peer, g_other = grads
+    _, n_peer, n_other = layout.counts()
+    other = Rows(lse[1][order].masked_fill(n_other == 0, torch.inf), g_other / scale)
+    peer = Rows(lse[0][order].masked_fill(n_peer == 0, torch.inf), g_peer / scale)
+    return Anchors(other, peer, g_mean_peer / (scale * n_peer.clamp(min=1)))
+
+
+def backward_tiles(
+    xs: Tensor, ys: Tensor, layout: Layout, anchors: tuple[Anchors, Anchors | None], dx: Tensor, dy: Tensor | None
+) -> None:
+    """Add the tiles' part to dx and dy (None: not wanted), for the anchors xs and, if given, those among ys."""
+    a, b = anchors
+    bounded = _is_bounded(xs, ys)
+    for i, j, mixed in _tiles(layout, xs.device):
+        s = xs[i] @ ys[j].T
+        w = _softmax(s, a.other[i], None if b is None else b.other[j], bounded)
+        if mixed:
+            w.masked_fill_(_same_class(layout, i, j), 0)
+        if mixed and layout.labelled:
+            pull = _softmax(s, a.peer[i], None if b is None else b.peer[j], bounded).add_(a.mean_peer[i, None])
+            if b is not None:
+                pull += b.mean_peer[j]
+            w += pull.masked_fill_(~_peers(layout, i, j), 0)
+        dx[i].addmm_(w, ys[j])
+        if dy is not None and not (layout.symmetric and i == j):
+            dy[j].addmm_(w.T, xs[i])
 
 
 def _is_bounded(xs: Tensor, ys: Tensor) -> bool:
@@ -139,13 +173,13 @@ def _tiles(layout: Layout, device: torch.device) -> Iterator[tuple[slice, slice,
                 yield i, slice(k, min(k + width, last)), mixed
 
 
-def _same_class(a: Side, b: Side, i: slice, j: slice) -> Tensor:
+def _same_class(layout: Layout, i: slice, j: slice) -> Tensor:
     """(rows, columns) mask: self, views and peers."""
-    return a.group[i, None] == b.group[j]
+    return layout.x.group[i, None] == layout.y.group[j]
 
 
-def _peers(a: Side, b: Side, i: slice, j: slice) -> Tensor:
-    return _same_class(a, b, i, j) & (a.sample[i, None] != b.sample[j])
+def _peers(layout: Layout, i: slice, j: slice) -> Tensor:
+    return _same_class(layout, i, j) & (layout.x.sample[i, None] != layout.y.sample[j])
 
 
 def _add_exponentials(
@@ -167,18 +201,15 @@ def _add_exponentials(
         total[columns] = torch.logaddexp(total[columns], s.logsumexp(0))
 
 
-def _softmax(s: Tensor, rows: _Rows, i: slice, columns: slice | None, bounded: bool) -> Tensor:
-    """grad_i exp(s_ij - lse_i), plus the column's grad_j exp(s_ij - lse_j) if the matrix is symmetric."""
-    r = rows[i]
+def _softmax(s: Tensor, r: Rows, c: Rows | None, bounded: bool) -> Tensor:
+    """grad_i exp(s_ij - lse_i) of the rows, plus grad_j exp(s_ij - lse_j) if the columns are anchors too."""
     if bounded:
         weight = (r.grad * torch.exp(-r.lse))[:, None]
-        if columns is not None:
-            c = rows[columns]
+        if c is not None:
             weight = weight + c.grad * torch.exp(-c.lse)
         return s.exp().mul_(weight)
     w = torch.exp(s - r.lse[:, None]).mul_(r.grad[:, None])
-    if columns is not None:
-        c = rows[columns]
+    if c is not None:
         w += torch.exp(s - c.lse).mul_(c.grad)
     return w
 

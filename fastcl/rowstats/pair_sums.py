@@ -11,11 +11,13 @@ because v and a sum to zero. So all sums cost O(n d), except the three inner pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastcl.exchange import Ranks
 
 _NEAR = 16  # models count as near if their difference is below a quarter of either, in Euclidean norm
 
@@ -73,6 +75,27 @@ class PairSums(NamedTuple):
             moments = [(v.mT @ w).square().sum() for v, w in ((va, vb), (va, va), (vb, vb))]
             inner = torch.stack(moments) - three(*squares)
         return cls.of_centred(inner, squares, margins, [mean @ mean for mean in means])
+
+    @classmethod
+    def of_ranks(cls, ua: Tensor, ub: Tensor, ranks: Ranks) -> PairSums:
+        """From the float64 rows (n, da) and (n, db) that each rank holds, which are overwritten: of all ranks' rows.
+
+        The ranks exchange a row, means, moments (d d numbers) and four numbers a row.
+        """
+        u, widths = torch.cat([ua, ub], 1), [ua.shape[1], ub.shape[1]]
+        one_row = replace(ranks, sizes=(1,) * ranks.world)
+        first = one_row.gather(one_row.start(u[:1]))[0]  # as in `of_rows`
+        v = u - first
+        offset = ranks.add_up(v.sum(0)) / ranks.total
+        v -= offset
+        pairs = tuple(zip(v.split(widths, 1), (first + offset).split(widths), strict=True))
+        moments = ranks.add_up(v.mT @ v)
+        inner = [moments[: widths[0], widths[0] :], moments[: widths[0], : widths[0]]]
+        inner = torch.stack([m.square().sum() for m in (*inner, moments[widths[0] :, widths[0] :])])
+        told = torch.stack([w for part, mean in pairs for w in (part.square().sum(1), part @ mean)], 1)
+        squares_a, margins_a, squares_b, margins_b = ranks.gather(ranks.start(told)).T
+        squares, margins = (squares_a, squares_b), (margins_a, margins_b)
+        return cls.of_centred(inner - three(*squares), squares, margins, [mean @ mean for _, mean in pairs])
 
 
 def _narrow_moments(v: Tensor, w: Tensor, squares: Sequence[Tensor]) -> Tensor:

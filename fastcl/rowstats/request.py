@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,8 @@ from fastcl.checks import check_all_ids, check_ids, check_rows, describe, is_sta
 from fastcl.errors import FastclError
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Anchors, candidates and their ids; build it with `of`, `two_views` or `pairs`.
+class Batch(NamedTuple):
+    """Anchors, candidates and their ids; build it with `of`, or after their checks with `two_views` or `pairs`.
 
     If the ids follow from the call, `sample` is None: they are not written out and need not be sorted.
     """
@@ -44,18 +43,18 @@ class Batch:
         return cls(x, None, y, *ids, y is None and is_stacked(sample, None))
 
     @classmethod
-    def two_views(cls, z1: Tensor, z2: Tensor, labels: Tensor | None) -> Batch:
-        """The 2B rows [z1; z2] of B samples, with (B,) labels."""
-        _check_pair(z1, z2, "z1", "z2")
-        if labels is not None:
-            check_ids(labels, z1, "labels")
-            labels = labels.long()
-        return cls(z1, x2=z2, labels=labels)
+    def rows(cls, z: Tensor, sample: Tensor, labels: Tensor | None = None) -> Batch:
+        """Rows that are candidates too, with arbitrary ids."""
+        return cls.of(z, None, sample, labels, None, None)
 
     @classmethod
-    def pairs(cls, x: Tensor, y: Tensor, name_x: str, name_y: str) -> Batch:
+    def two_views(cls, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Batch:
+        """The 2B rows [z1; z2] of B samples, with (B,) labels."""
+        return cls(z1, z2, labels=None if labels is None else labels.long())
+
+    @classmethod
+    def pairs(cls, x: Tensor, y: Tensor) -> Batch:
         """Two towers: rows k of both are pair k."""
-        _check_pair(x, y, name_x, name_y)
         return cls(x, y=y)
 
     def spelled_out(self) -> Batch:
@@ -74,10 +73,18 @@ class Batch:
         return Batch(self.y, None, self.x, self.sample_y, self.labels_y, self.sample, self.labels)
 
 
-def _check_pair(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
-    check_rows(a, name_a)
-    check_rows(b, name_b)
+def check_two_views(z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> None:
+    """Raise FastclError unless `Batch.two_views` may be built."""
+    check_pairs(z1, z2, ("z1", "z2"))
+    if labels is not None:
+        check_ids(labels, z1, "labels")
+
+
+def check_pairs(a: Tensor, b: Tensor, names: tuple[str, str] = ("image", "text")) -> None:
+    """Raise FastclError unless both hold the same number of rows, of one width, dtype and device."""
+    for x, name in zip((a, b), names, strict=True):
+        check_rows(x, name)
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         raise FastclError(
-            f"{name_a} and {name_b} must have the same shape, dtype and device, got {describe(a)} and {describe(b)}"
+            f"{names[0]} and {names[1]} must have the same shape, dtype and device, got {describe(a)} and {describe(b)}"
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,12 +14,17 @@ from fastcl.checks import check_positive, check_rows, describe
 from fastcl.choices import Precision
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
+from fastcl.exchange import gathers
 from fastcl.rowstats.api import RowStats, operator_arguments, statistics, unpack
 from fastcl.rowstats.pair_sums import PairSums
 from fastcl.rowstats.request import Batch
+from fastcl.rowstats.sharded import Options, agreed, sharded_statistics
 from fastcl.similarity import PairStats
 from fastcl.similarity.sums.features import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.sums.rows import mapped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ def twin_stats(
     *,
     temperature: float | Tensor,
     precision: Precision | None = None,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> TwinStats:
     """Row statistics of two models' embeddings of the same rows, and the statistics of their cosine Gram matrices.
 
@@ -64,6 +74,8 @@ def twin_stats(
         labels: (N,) integer classes, -1 for unlabelled rows; None: no classes.
         temperature: of both models' logits: a positive number, or a differentiable tensor with one element.
         precision: of the Triton backend's products, as in `fastcl.row_stats`.
+        gather_distributed, group: as in `fastcl.row_stats`: `a` and `b` cover this rank's anchors, `n` and `sums` the
+            rows of all ranks, from moments in float64.
 
     Returns:
         TwinStats. The row statistics equal those of `fastcl.row_stats(za, ...)` and `fastcl.row_stats(zb, ...)`:
@@ -87,20 +99,46 @@ def twin_stats(
 
     Source: the measures of `fastcl.PairStats` (arXiv 2510.08852, Theorem 1 and Corollaries 1 and 2).
     """
+    checked = partial(_checked, za, zb, sample, labels)
+    if gather_distributed is not False and gathers(gather_distributed):
+        return _gathered(checked, zb, Options(temperature, True, False, precision), group)
+    return _alone(checked(), zb, temperature, precision)
+
+
+def _checked(za: Tensor, zb: Tensor, sample: Tensor, labels: Tensor | None) -> Batch:
     check_rows(za, "za")
     check_rows(zb, "zb")
     if (len(zb), zb.dtype, zb.device) != (len(za), za.dtype, za.device):
         raise FastclError(
             f"za and zb must have the same number of rows, dtype and device, got {describe(za)} and {describe(zb)}"
         )
-    batch = Batch.of(za, None, sample, labels, None, None)
+    return Batch.of(za, None, sample, labels, None, None)
+
+
+def _with_rows(batch: Batch, z: Tensor) -> Batch:
+    return Batch(z, sample=batch.sample, labels=batch.labels)
+
+
+def _alone(batch: Batch, zb: Tensor, temperature: float | Tensor, precision: str | None) -> TwinStats:
+    """The statistics of checked rows without ranks."""
+    za = batch.x
     check_positive(temperature, "temperature")
     if choose(za, zb) == "triton":
         arguments = operator_arguments(temperature, precision, za, zb)
         stats_a, stats_b, counts, sums, *_ = torch.ops.fastcl.twin(za, zb, batch.sample, batch.labels, *arguments)
         return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), NARROW_ROUNDING)
-    batches = batch, Batch(zb, sample=batch.sample, labels=batch.labels)
-    a, b = (statistics(one, temperature, True, False, precision)[0] for one in batches)
+    a, b = (statistics(one, temperature, True, False, precision)[0] for one in (batch, _with_rows(batch, zb)))
     narrow = multiplied_narrow(za, zb) and za.shape[1] == zb.shape[1]
     sums = PairSums.of_rows(mapped(za.detach(), "cosine"), mapped(zb.detach(), "cosine"), narrow)
     return TwinStats(a, b, sums.packed(), len(za), NARROW_ROUNDING if narrow else 0.0)
+
+
+def _gathered(checked: Callable[[], Batch], zb: Tensor, options: Options, group: ProcessGroup | None) -> TwinStats:
+    """The statistics of the rows of all ranks."""
+    facts = {"function": "twin_stats", "shape of a row of zb": getattr(zb, "shape", ())[1:]}
+    batch, _, (ranks,) = agreed(lambda: (checked(), options.checked()), facts, group)
+    if ranks.world == 1:
+        return _alone(batch, zb, options.temperature, options.precision)
+    a, b = (sharded_statistics(one, options, (ranks,))[0] for one in (batch, _with_rows(batch, zb)))
+    sums = PairSums.of_ranks(mapped(batch.x.detach(), "cosine"), mapped(zb.detach(), "cosine"), ranks)
+    return TwinStats(a, b, sums.packed(), ranks.total, 0.0)

@@ -15,6 +15,7 @@ from fastcl.config.settings import Config
 from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
 from fastcl.errors import FastclError, brief, shown
 from fastcl.train.models import CROSS_ENTROPY, RESEEDED
+from fastcl.train.ranks import ALONE, Ranks
 from fastcl.train.run_folder.identity import read_run, same_data
 
 _RESEED = 0x5EED_0000_0000_0000  # XORed into the seed for the reseeded twin's views
@@ -37,7 +38,7 @@ class Inputs:
     test: EvalViews
 
 
-def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
+def open_inputs(config: Config, out: Path, device: torch.device, ranks: Ranks = ALONE) -> Inputs:
     """Open a run's data.
 
     If torchvision renders files, splits whose pixels take at most DECODED_LIMIT bytes are decoded now and kept in
@@ -47,6 +48,7 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
         config: the run's config.
         out: its folder, which may hold its run.json.
         device: device of the views.
+        ranks: the processes that share each batch.
 
     Raises:
         FastclError: data that cannot be read, a renderer that cannot be used here, or an invalid batch size.
@@ -64,7 +66,10 @@ def open_inputs(config: Config, out: Path, device: torch.device) -> Inputs:
     _check_classes(data, t.models)
     name = choose_renderer(d.renderer, (data.train, data.test), config.views, device)
     plan, other = (ViewPlan(config.views, seed) for seed in (t.seed, t.seed ^ _RESEED))
-    options = {"others": (other,) if RESEEDED in t.controls else (), "workers": _workers(d.workers, device)}
+    options = {
+        "others": (other,) if RESEEDED in t.controls else (), "workers": _workers(d.workers, device, ranks),
+        "rank": ranks.rank, "world_size": ranks.size,
+    }  # fmt: skip
     ViewLoader(data.train, plan, t.batch_size, d.order, **options)  # validates the values before any image is decoded
     if name == "torchvision" and d.source.partition(":")[0] in _STREAMED:
         kept = {split: keep_decoded(getattr(data, split), data.channels) for split in ("train", "test")}
@@ -109,8 +114,9 @@ def _are_reasons(skipped: object) -> bool:
     return all(key.isascii() and key.isdigit() and isinstance(why, str) for key, why in skipped.items())
 
 
-def _workers(given: int | None, device: torch.device) -> int:
-    """The configured number, or a default: none on a CPU, where training already uses all cores, else cores - 1."""
-    if given is not None:
-        return given
-    return 0 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 1)
+def _workers(given: int | None, device: torch.device, ranks: Ranks) -> int:
+    """This rank's share of the configured number, or of a default: none on a CPU, where training already uses all
+    cores, else cores - 1. At least one of any."""
+    if given is None:
+        given = 0 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 1)
+    return min(given, max(1, given // ranks.on_this_machine))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,9 @@ from torch.profiler import record_function
 
 from fastcl import PairStats, RowStats, TwinStats, twin_stats, two_view_stats
 from fastcl.errors import FastclError
+from fastcl.micro import TwoPasses
 from fastcl.train.models import CROSS_ENTROPY, IDENTITY, RESEEDED, Twin, step_values
+from fastcl.train.ranks import ALONE, Ranks, average_gradients
 
 # Names of a step's spans in torch.profiler.
 ENCODERS, LOSSES, METRICS, BACKWARD, OPTIMIZERS = (
@@ -62,6 +64,8 @@ def step_twins(
     temperature: float,
     lr: float,
     seed: int,
+    micro_batch: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> StepTable:
     """Update every twin once.
 
@@ -75,8 +79,10 @@ def step_twins(
         temperature: temperature of the contrastive objectives.
         lr: learning rate of this step.
         seed: seed of dropout and other random layers.
+        micro_batch: samples whose activations are held at a time (see `fastcl.micro_step`); None: the whole batch.
+        ranks: processes that share the batch in equal parts; losses, gradients and measurements are those of the whole.
     """
-    step = _Step(views, reseeded, labels, temperature, lr, seed)
+    step = _Step(views, reseeded, labels, temperature, lr, seed, micro_batch, ranks)
     reference, partner = twins[0], partner_of(twins)
     found: dict[str, Tensor] = {}
     sums, rounding = None, 0.0
@@ -94,15 +100,16 @@ def step_twins(
             stats = step.pair_stats(twin.rows(z), z_partner).a
         else:
             with record_function(METRICS if twin.objective == CROSS_ENTROPY else LOSSES):
-                stats = two_view_stats(*twin.rows(z).chunk(2), labels, temperature)
+                stats = step.stats(twin.rows(z))
         found |= step.update({twin: (z, stats)})
-    table = torch.stack([found[twin.name] for twin in twins])
+    step.finish()
+    table = ranks.average(torch.stack([found[twin.name] for twin in twins]))
     flat = table.flatten() if sums is None else torch.cat([table.flatten(), sums])
     flat = flat.cpu().numpy()  # the step's only synchronisation with the device
     return StepTable(
         values=flat[: table.numel()].reshape(table.shape),
         sums=None if sums is None else flat[table.numel() :],
-        rows=2 * len(labels),
+        rows=2 * len(labels) * ranks.size,
         rounding=rounding,
     )
 
@@ -112,23 +119,42 @@ class _Step:
 
     def __init__(
         self, views: tuple[Tensor, Tensor], reseeded: tuple[Tensor, Tensor] | None, labels: Tensor,
-        temperature: float, lr: float, seed: int,
+        temperature: float, lr: float, seed: int, micro_batch: int | None, ranks: Ranks,
     ) -> None:  # fmt: skip
         self.views, self.reseeded, self.labels = views, reseeded, labels
         self.temperature, self.lr, self.seed = temperature, lr, seed
+        self.part = micro_batch if micro_batch is not None and micro_batch < len(labels) else None
+        self.passes: dict[Twin, TwoPasses] = {}
+        self.ranks, self.gather = ranks, {"gather_distributed": ranks.size > 1, "group": ranks.group}
+        self.travelling: list[tuple[Twin, Callable[[], None]]] = []
 
     def embed(self, twin: Twin) -> Tensor:
         torch.manual_seed(self.seed)  # dropout: same numbers for every twin, no state to restore on resume
+        views = self.reseeded if twin.reseeded else self.views
+        assert views is not None
         with record_function(ENCODERS):
-            return twin.embed(self.reseeded if twin.reseeded else self.views)
+            if self.part is None:
+                return twin.embed(views)
+            pairs = list(zip(*(view.split(self.part) for view in views), strict=True))
+            passes = TwoPasses(lambda pair: twin.embed(pair).chunk(2), pairs, twin.network)
+            self.passes[twin] = passes
+            return torch.cat(passes.embed())
+
+    def stats(self, z: Tensor) -> RowStats:
+        return two_view_stats(*z.chunk(2), self.labels, self.temperature, **self.gather)
 
     def pair_stats(self, za: Tensor, zb: Tensor) -> TwinStats:
         sample = torch.arange(len(self.labels), dtype=torch.int64, device=za.device).repeat(2)
         with record_function(LOSSES):
-            return twin_stats(za, zb, sample, self.labels.repeat(2), temperature=self.temperature)
+            return twin_stats(
+                za, zb, sample, self.labels.repeat(2), temperature=self.temperature, **self.gather
+            )  # fmt: skip
 
     def update(self, found: dict[Twin, tuple[Tensor, RowStats]]) -> dict[str, Tensor]:
-        """Update twins from their embeddings and statistics; returns STEP_VALUES of each."""
+        """Update twins from their embeddings and statistics; returns STEP_VALUES of each.
+
+        Over several ranks their gradients travel while the next network runs; `finish` ends the step.
+        """
         with record_function(LOSSES):
             losses = {twin: twin.loss(z, stats, self.labels) for twin, (z, stats) in found.items()}
         with record_function(METRICS):
@@ -137,12 +163,22 @@ class _Step:
             twin.optimizer.zero_grad(set_to_none=True)
         with record_function(BACKWARD):
             torch.autograd.backward(list(losses.values()))  # one call, since their statistics share a graph
-        with record_function(OPTIMIZERS):
             for twin in losses:
+                if twin in self.passes:
+                    self.passes.pop(twin).backward()
+        self.finish()
+        self.travelling = [(twin, average_gradients(twin.network, self.ranks)) for twin in losses]
+        return values
+
+    def finish(self) -> None:
+        """Let the optimisers step whose gradients have travelled."""
+        with record_function(OPTIMIZERS):
+            for twin, wait in self.travelling:
+                wait()
                 for group in twin.optimizer.param_groups:
                     group["lr"] = self.lr
                 twin.optimizer.step()
-        return values
+        self.travelling = []
 
 
 def _or_none(stats: PairStats, measure: str) -> float | None:

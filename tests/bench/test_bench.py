@@ -231,31 +231,6 @@ def test_a_process_that_was_killed_is_a_reason_not_the_end(small, tmp_path, monk
     assert [r["reason"] for r in read(tmp_path)] == ["its process was killed, most likely for want of memory"] * 4
 
 
-def test_rounds_interleave_the_providers_and_end_with_the_time():
-    called = []
-
-    def timer(name):
-        called.append(name)
-        return {"both": clocks.Sample(float(len(called)))}
-
-    timers = {name: partial(timer, name) for name in "abc"}
-    found = clocks.interleave(timers, repeats=12, seconds=60)
-    rounds = ["".join(called[k : k + 3]) for k in range(0, 36, 3)]
-    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
-    assert {each[0] for each in rounds} == set("abc")  # no provider always comes after the same one
-    assert [s.wall for s in found["a"]["both"]] == [1 + k for k, name in enumerate(called) if name == "a"]
-    first = called.copy()
-    called.clear()
-    clocks.interleave(timers, repeats=12, seconds=60)
-    assert called == first
-    called.clear()
-    clocks.interleave(timers, repeats=50, seconds=0)
-    assert len(called) == 3 * clocks.MIN_ROUNDS
-    called.clear()
-    clocks.interleave(timers, repeats=1, seconds=0)
-    assert len(called) == 3
-
-
 def test_the_time_of_a_gpu_comes_before_that_of_the_wall_clock():
     samples = [clocks.Sample(5.0, 4.0), clocks.Sample(9.0, 2.0), clocks.Sample(6.0, 1.0)]
     r = records.record("losses", "p", {"n": 8}, {"device": "a GPU"}, "both", samples, (2e9, 4e9), 7, 0.5, "graph")

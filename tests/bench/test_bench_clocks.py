@@ -1,6 +1,7 @@
-"""The clocks of a GPU, played through without one: what is captured, replayed and timed in which order."""
+"""The clocks of a GPU, played through without one, and the rounds in which providers take turns."""
 
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -142,3 +143,28 @@ def test_no_provider_always_follows_the_same_one():
     assert all(sorted(called[k : k + 3]) == ["a", "b", "c"] for k in range(0, 36, 3))
     for name in "abc":
         assert len({before for before, now in zip(called, called[1:], strict=False) if now == name} - {name}) == 2
+
+
+def test_rounds_interleave_the_providers_and_end_with_the_time():
+    called = []
+
+    def timer(name):
+        called.append(name)
+        return {"both": clocks.Sample(float(len(called)))}
+
+    timers = {name: partial(timer, name) for name in "abc"}
+    found = clocks.interleave(timers, repeats=12, seconds=60)
+    rounds = ["".join(called[k : k + 3]) for k in range(0, 36, 3)]
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
+    assert {each[0] for each in rounds} == set("abc")  # no provider always comes after the same one
+    assert [s.wall for s in found["a"]["both"]] == [1 + k for k, name in enumerate(called) if name == "a"]
+    first = called.copy()
+    called.clear()
+    clocks.interleave(timers, repeats=12, seconds=60)
+    assert called == first
+    called.clear()
+    clocks.interleave(timers, repeats=50, seconds=0)
+    assert len(called) == 3 * clocks.MIN_ROUNDS
+    called.clear()
+    clocks.interleave(timers, repeats=1, seconds=0)
+    assert len(called) == 3

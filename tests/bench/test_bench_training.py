@@ -30,7 +30,7 @@ def results(tmp_path_factory):
 def test_every_section_is_measured(results):
     out, found = results
     assert [(r["section"], r["reason"]) for r in found] == [
-        ("steps", None), ("steps", None), ("runs", None), ("runs", None), ("precision", None)
+        ("steps", None), ("steps", None), *[("memory", None)] * 3, ("runs", None), ("runs", None), ("precision", None)
     ]  # fmt: skip
     text = (out / "training.md").read_text()
     assert "measure nothing" in text and "peak memory not measured" in text
@@ -38,14 +38,16 @@ def test_every_section_is_measured(results):
         assert len(r["step_seconds"]) == 2 and r["twins"] == 4 and r["peak_bytes"] is None
         assert all(0 <= w <= s for w, s in zip(r["waiting_seconds"], r["step_seconds"], strict=True))
         assert sum(r["shares"].values()) == pytest.approx(1) and min(r["shares"].values()) > 0
-    for r in found[2:4]:
+    assert [(r["batch"], r["parts"]) for r in found[2:5]] == [(4, 1), (64, 16), (64, 1)]
+    assert all(r["peak_bytes"] >= 0 and r["seconds"] > 0 for r in found[2:5]) and "## Memory" in text
+    for r in found[5:7]:
         assert set(r["pairs"]) == {"nscl", "supcon", "ce", "reseeded"} and set(r["ncc"]) == {"dcl", *r["pairs"]}
         assert all(0 <= r["probe"][model] <= 1 for model in r["ncc"])
         folder = out / "runs" / f"temperature-{r['temperature']:g}"
         assert (folder / "report.html").exists() and not any(path.is_dir() for path in folder.iterdir())
         assert r["evaluation_seconds"] > 0 and f"an epoch {digits(r['epoch_seconds'])} s" in text
         assert f"| ce | {r['pairs']['ce']['cka']:.4f} |" in text
-    r = found[4]
+    r = found[7]
     assert r["between"]["cka"] != 1 and r["alignment"]["fp32"] != r["alignment"]["bf16"]
     assert f"| dcl fp32, dcl bf16 | what the precision changes | {r['between']['cka']:.4f} |" in text
 
@@ -61,7 +63,7 @@ def test_a_case_that_fails_is_told_and_the_next_one_runs(tmp_path, monkeypatch, 
     first, second = json.loads((tmp_path / "training.json").read_text())
     assert first["reason"].startswith("out of memory") and second["reason"] == "failed: ValueError: odd"
     assert "error: steps: failed: ValueError: odd" in capsys.readouterr().err
-    assert "| 16 | fp32 | 4 | out of memory" in (tmp_path / "training.md").read_text()
+    assert "| 64 | fp32 | 4 | out of memory" in (tmp_path / "training.md").read_text()
 
 
 def _event(key, time, kind=DeviceType.CPU, note=False):

@@ -157,24 +157,6 @@ def test_every_row_of_the_table_is_compiled():
     assert not [row for row in rows if tuple(row.values()) not in read]
 
 
-# Hopper in full; of the others the most common case, the one that takes most registers, and wide rows.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architectures", "cases"),
-    [
-        ("sm_90", ""),
-        ("sm_80 sm_86 sm_89 sm_100 sm_120", "(ntxent fp16 d=128|supcon fp16 d=(256|512)|twins fp32 d=512)$"),
-    ],
-)
-def test_the_table_is_clean(architectures, cases, tmp_path):
-    done = gate("--arch", *architectures.split(), "--only", cases, "--json", str(tmp_path / "records.json"))
-    assert done.returncode == 0, done.stdout.partition("## Findings")[2] + done.stderr
-    records = json.loads((tmp_path / "records.json").read_text())
-    assert len(records) > 20 * len(architectures.split()) and {r["arch"] for r in records} == set(architectures.split())
-    products = {r["kernel"] for r in records if r["dot"]}
-    assert products >= {"forward_kernel", "backward_kernel", "pair_weights_kernel", "product_kernel", "twin_kernel"}
-
-
 def script(folder: Path, text: str) -> Path:
     file = folder / "python"
     file.write_text(f"#!/bin/sh\n{text}\n")

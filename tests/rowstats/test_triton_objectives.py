@@ -23,8 +23,8 @@ from triton_runs import (  # noqa: F401
 
 import fastcl
 from fastcl import Objective
+from fastcl.losses.call_plans import ROWS
 from fastcl.losses.functional import _losses
-from fastcl.rowstats.request import Batch
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -162,8 +162,8 @@ def test_every_objective_at_once_where_relations_are_empty(labels: Tensor) -> No
     weights, z = row_weights(13), normal(13, 5).float()
     with launches() as ran:
         x = leaf(z)
-        batch = Batch.of(x, None, MIXED.to(DEVICE), labels.to(DEVICE), None, None)
-        rows = _losses(batch, [Objective(*s) for s in sets], 0.3, True, "none")
+        tensors = x, MIXED.to(DEVICE), labels.to(DEVICE)
+        rows = _losses(ROWS, tensors, tuple(Objective(*s) for s in sets), 0.3, True, "none")
         total = sum(rows)
         formulas = [row_losses(of_sets(*s), masks(MIXED, labels)) for s in sets]
         truth = solve(lambda s: sum(f(s) for f in formulas), z, 0.3, weights=weights, subtracts=True)

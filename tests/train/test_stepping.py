@@ -1,12 +1,14 @@
 """The lockstep step: pair statistics of the first two models on every batch, and an identity twin that stays one."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from tiny_run import tiny_config
 
 import fastcl
-from fastcl.train.models import STEP_VALUES, make_twins
+from fastcl.train.models import STEP_VALUES, Twin, make_twins
 from fastcl.train.step import PAIR_VALUES, StepTable, partner_of, step_twins
 
 
@@ -15,14 +17,14 @@ def _twins(*models, controls=()):
     return make_twins(config, 1, 3, torch.device("cpu"))
 
 
-def _steps(twins, count, batch=9):
+def _steps(twins, count, batch=9, **options):
     """Tables of steps on seeded noise."""
     numbers = torch.Generator().manual_seed(5)
     tables = []
     for k in range(count):
         views, others = ([torch.randn(batch, 1, 8, 8, generator=numbers) for _ in range(2)] for _ in range(2))
         labels = torch.randint(0, 3, (batch,), generator=numbers)
-        tables.append(step_twins(twins, views, others, labels, temperature=0.5, lr=0.1, seed=k))
+        tables.append(step_twins(twins, views, others, labels, temperature=0.5, lr=0.1, seed=k, **options))
     return tables
 
 
@@ -89,3 +91,45 @@ def test_networks_in_bfloat16_under_losses_in_float32():
     assert 1e-4 < (whole - lowered).norm() / whole.norm() < 0.1
     with pytest.raises(fastcl.FastclError, match="train.precision must be 'fp32' or 'bf16', got 'fp16'"):
         tiny_config(train__precision="fp16")
+
+
+def _in_parts(network, views, size):
+    """Embeddings of both views with a graph, each part of the batch normalised by itself."""
+    rows = [network(torch.cat(pair)).chunk(2) for pair in zip(*(view.split(size) for view in views), strict=True)]
+    return torch.cat([torch.cat(column) for column in zip(*rows, strict=True)])
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+def test_a_step_in_parts_is_that_of_one_graph_over_the_parts(dropped):
+    config = tiny_config(train__models=["dcl", "supcon", "ce"], train__controls=["identity", "reseeded"])
+    twins = make_twins(config, 1, 3, torch.device("cpu"))
+    for twin in twins:
+        twin.network.projector.insert(1, torch.nn.Dropout(dropped))
+    networks = copy.deepcopy([twin.network for twin in twins])
+    numbers = torch.Generator().manual_seed(5)
+    views, others = ([torch.randn(10, 1, 8, 8, generator=numbers) for _ in range(2)] for _ in range(2))
+    labels = torch.randint(0, 3, (10,), generator=numbers)
+    table = step_twins(twins, views, others, labels, temperature=0.5, lr=0.1, seed=3, micro_batch=4)
+    for twin, network, row in zip(twins, networks, table.values, strict=True):
+        torch.manual_seed(3)
+        z = _in_parts(network, others if twin.reseeded else views, 4)
+        stats = fastcl.two_view_stats(*z.chunk(2), labels, 0.5)
+        reference = Twin(twin.name, twin.objective, network, twin.optimizer, twin.reseeded, twin.lowered)
+        loss = reference.loss(z, stats, labels)
+        loss.backward()
+        assert row[0] == pytest.approx(loss.item(), rel=1e-5)
+        ours, theirs = (torch.cat([p.grad.flatten() for p in n.parameters() if p.requires_grad])
+                        for n in (twin.network, network))  # fmt: skip
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm(), twin.name
+        for name, buffer in network.named_buffers():
+            assert torch.allclose(twin.network.get_buffer(name), buffer), name
+    states = twins[0].network.state_dict(), twins[3].network.state_dict()
+    assert all(torch.equal(v, states[1][name]) for name, v in states[0].items())
+
+
+def test_one_part_is_a_step_as_any_other():
+    found = [_steps(_twins("dcl", "ce"), 2, **options)[-1].values for options in ({}, {"micro_batch": 9})]
+    assert np.array_equal(*found)
+    assert not np.array_equal(found[0], _steps(_twins("dcl", "ce"), 2, micro_batch=8)[-1].values)
+    with pytest.raises(fastcl.FastclError, match='train.micro_batch must be positive or "none", got 0'):
+        tiny_config(train__micro_batch=0)

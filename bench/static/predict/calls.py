@@ -76,7 +76,7 @@ def record(loss: Loss, sm: int) -> Call:
     x, y = (torch.empty(loss.n // 2, loss.d, requires_grad=True, device="cpu") for _ in range(2))
     two_towers = loss.objective == "clip"
     labels = torch.arange(loss.n // 2, device="cpu") % CLASSES if loss.labelled else None
-    batch = Batch.pairs(x, y, "x", "y") if two_towers else Batch.two_views(x, y, labels)
+    batch = Batch.pairs(x, y) if two_towers else Batch.two_views(x, y, labels)
     code = OBJECTIVES["ntxent" if two_towers else loss.objective].code
     with on_architecture(sm), recording() as launches:
         found = fused(batch, TEMPERATURE, True, two_towers, loss.precision, [code])

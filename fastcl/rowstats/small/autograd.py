@@ -39,25 +39,22 @@ def losses(
     Args:
         peers: whether statistics of peers are needed, because a form attracts or repels peers.
     """
-    inputs = pairs.x, pairs.x2, temperature if isinstance(temperature, Tensor) else None
-    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    with torch.no_grad(), _in_full():
-        if (found := _forward(pairs, temperature, normalize, peers)) is None:
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return losses(pairs, temperature, normalize, forms, peers, reduction)
+    given = temperature if isinstance(temperature, Tensor) else None
+    x, x2, order, labels, towers = pairs
+    way = whole.Way(_number(temperature), normalize, towers)
+    if len(forms) == 1 and reduction != "none":
+        options = forms[0], peers, reduction, torch.is_grad_enabled()
+        found = _Reduced.apply(options, way, order, labels, x, x2, given)
+        return found if found is None else (found,)
+    with torch.no_grad():
+        if (found := _forward(pairs, way, peers)) is None:
             return None
-        way, stats, kept = found
+        stats, kept = found
         rows, slopes = zip(*[rows_and_slopes(form, stats) for form in forms], strict=True)
-        ready = None
-        if len(forms) == 1 and reduction != "none":
-            loss, count = (rows[0].mean(), rows[0].numel()) if reduction == "mean" else (rows[0].sum(), 1)
-            if not wanted:
-                return [loss]
-            # Compute the gradient now, so that N x D numbers are kept for the backward pass instead of N x N.
-            dv = whole.backward(kept, way, 1 / count, *map(slopes[0].get, whole.PULLS))
-            dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, inputs[2] is not None)
-            ready = (loss,), _restored(dx, pairs.order), dt
-    if ready is not None:
-        return [_Ready.apply(*ready, *inputs)]
-    rows = _Attached.apply(rows, slopes, way, kept, pairs.order, *inputs)
+    rows = _Attached.apply(rows, slopes, way, kept, order, x, x2, given)
     return rows if reduction == "none" else [getattr(v, reduction)() for v in rows]
 
 
@@ -71,10 +68,11 @@ def row_stats(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
     """mean_view, spread_view, mean_peer, lse_peer, lse_other and three counts of N rows; None as in `losses`."""
     given = temperature if isinstance(temperature, Tensor) else None
+    way = whole.Way(_number(temperature), normalize, pairs.towers)
     with torch.no_grad(), _in_full():
-        if (found := _forward(pairs, temperature, normalize, peers)) is None:
+        if (found := _forward(pairs, way, peers)) is None:
             return None
-        way, stats, kept = found
+        stats, kept = found
         n = len(kept.v)
         zero = kept.v.new_zeros(n)
         n_view = torch.ones(n, dtype=torch.int64, device=zero.device)
@@ -106,12 +104,9 @@ def any_row_stats(
     return _Masked.apply(statistics, way, kept, x, given), counts
 
 
-def _forward(pairs: Pairs, temperature: float | Tensor, normalize: bool, peers: bool):
-    value = _number(temperature)
+def _forward(pairs: Pairs, way: whole.Way, peers: bool) -> tuple[whole.Stats, Kept] | None:
     x = pairs.x if pairs.order is None else pairs.x[pairs.order]
-    way = whole.Way(value, normalize, pairs.towers)
-    found = whole.forward(x, pairs.x2, pairs.labels, peers, way)
-    return found if found is None else (way, *found)
+    return whole.forward(x, pairs.x2, pairs.labels, peers, way)
 
 
 def _restored(values: Tensor, order: Tensor | None) -> Tensor:
@@ -145,14 +140,24 @@ class _Given(NamedTuple):
         return *rows, dt
 
 
-class _Ready(Function):
-    """A loss whose gradients, of the rows and of the temperature, are already known."""
+class _Reduced(Function):
+    """The mean or the sum of an objective's row losses. The gradients are computed with it, so that N x D numbers are
+    kept for the backward pass instead of N x N."""
 
     @staticmethod
-    def forward(ctx, boxed, dx, dt, x, x2, temperature):
-        ctx.given, ctx.inputs = _Given.of(x, x2, temperature), (x, x2, temperature)
-        ctx.save_for_backward(dx, dt)
-        return boxed[0]
+    def forward(ctx, options, way, order, labels, x, x2, temperature):
+        form, peers, reduction, wanted = options
+        if (found := whole.forward(x if order is None else x[order], x2, labels, peers, way)) is None:
+            return None
+        stats, kept = found
+        rows, slopes = rows_and_slopes(form, stats)
+        loss, count = (rows.mean(), rows.numel()) if reduction == "mean" else (rows.sum(), 1)
+        if wanted and True in ctx.needs_input_grad:
+            dv = whole.backward(kept, way, 1 / count, *map(slopes.get, whole.PULLS))
+            dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, temperature is not None)
+            ctx.given, ctx.inputs = _Given.of(x, x2, temperature), (x, x2, temperature)
+            ctx.save_for_backward(_restored(dx, order), dt)
+        return loss
 
     @staticmethod
     def backward(ctx, *grads):
@@ -160,7 +165,7 @@ class _Ready(Function):
         dx, dt = ctx.saved_tensors
         (grad,) = grads
         found = ctx.given.gradients(dx * grad, None if dt is None else dt * grad)
-        return None, None, None, *_once(found, ctx.inputs, grads)
+        return None, None, None, None, *_once(found, ctx.inputs, grads)
 
 
 class _Attached(Function):

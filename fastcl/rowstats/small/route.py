@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastcl.rowstats import chunked
 from fastcl.rowstats.request import Batch
@@ -18,6 +16,7 @@ from fastcl.rowstats.small.autograd import Pairs
 from fastcl.rowstats.small.closed import has_slopes
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_transforms, _modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
 
 
 class Group(NamedTuple):
@@ -30,38 +29,37 @@ class Group(NamedTuple):
 
 
 def losses(
-    batch: Batch, objectives: Sequence[Any], temperature: float | Tensor, normalize: bool, reduction: str
+    batch: Batch, found_groups: Sequence[Group], temperature: float | Tensor, normalize: bool, reduction: str
 ) -> Sequence[Tensor] | None:
-    """Reduced row losses of each objective, anchors and candidates together; None if tiles must be used."""
-    if not _is_small(batch) or (groups := _groups(tuple(objectives))) is None:
-        return None
+    """Reduced row losses of each objective, anchors and candidates together; None if tiles must be used.
+
+    Args:
+        found_groups: `groups` of the objectives. The rows must be supported (`supports`), and few (`is_few`).
+    """
     found: dict[int, Tensor] = {}
-    for group in groups:
+    for group in found_groups:
         if (pairs := _pairs(batch, group.labelled)) is None:
             return None
         peers = group.peers and pairs.labels is not None
         values = autograd.losses(pairs, temperature, normalize, group.forms, peers, reduction)
-        if values is None:
-            return None
-        if len(groups) == 1:
+        if values is None or len(found_groups) == 1:
             return values
         found |= zip(group.positions, values, strict=True)
-    return [found[k] for k in range(len(objectives))]
+    return [found[k] for k in range(len(found))]
 
 
-@lru_cache(maxsize=64)
-def _groups(objectives: tuple[Any, ...]) -> tuple[Group, ...] | None:
+def groups(objectives: Sequence[Any]) -> tuple[Group, ...] | None:
     """Objectives without and with labels; None if one of them has no closed form."""
     if not all(map(has_slopes, objectives)):
         return None
-    groups = []
+    made = []
     for labelled in (False, True):
         positions = tuple(k for k, o in enumerate(objectives) if o.needs_labels == labelled)
         forms = tuple(objectives[k] for k in positions)
         if forms:
             peers = any("peer" in (*o.positives, *o.denominator) for o in forms)
-            groups.append(Group(labelled, positions, forms, peers))
-    return tuple(groups)
+            made.append(Group(labelled, positions, forms, peers))
+    return tuple(made)
 
 
 def row_stats(batch: Batch, temperature: float | Tensor, normalize: bool):
@@ -91,18 +89,22 @@ def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
 
 def _is_small(batch: Batch) -> bool:
     x = batch.x
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.device.type != "cpu" or _watched():
-        return False
     n = x.shape[0] if batch.x2 is None else 2 * x.shape[0]
-    return (4 if batch.y is None else 2) <= n and n * n <= chunked.WHOLE
+    return n >= 4 and supports(x) and is_few(n)
 
 
-def _watched() -> bool:
-    """Whether a transform or dispatch mode is active, which must see the registered operator instead."""
+def is_few(anchors: int) -> bool:
+    """Whether the whole matrix may be computed now: it is small, and no transform or dispatch mode is active, which
+    must see the registered operator instead."""
     return (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-        or _get_current_dispatch_mode() is not None
+        anchors * anchors <= chunked.WHOLE and forward_ad._current_level < 0
+        and not _transforms() and not _modes()
     )  # fmt: skip
+
+
+def supports(x: Tensor) -> bool:
+    """Whether rows of this kind may be computed here, if they are few; not while compiling."""
+    return not torch.compiler.is_compiling() and type(x) in _PLAIN and x.device.type == "cpu"
 
 
 def _sorted_pairs(x: Tensor, sample: Tensor, labels: Tensor | None) -> Pairs | None:

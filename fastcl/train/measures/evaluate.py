@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from fastcl.errors import FastclError
 from fastcl.metrics import cdnv, directional_cdnv, ncc_accuracy, weight_gap
 from fastcl.similarity import PairAccumulator
 from fastcl.train.models import STEP_VALUES, Twin
+from fastcl.train.ranks import ALONE, Ranks
 
 log = logging.getLogger("fastcl")
 EVAL_BATCH = 512
@@ -33,9 +36,10 @@ _ALIGNMENT = {
 
 
 def evaluate(
-    epoch: int, twins: list[Twin], train: EvalViews, test: EvalViews, means: dict[str, list[float]]
-) -> list[dict[str, Any]]:
-    """Records of one evaluation: one per pair of twins, then one per twin.
+    epoch: int, twins: list[Twin], train: EvalViews, test: EvalViews, means: dict[str, list[float]],
+    ranks: Ranks = ALONE,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Records of one evaluation: one per pair of twins, then one per twin. None on ranks other than the first.
 
     Alignment, CDNV and test accuracy are computed on the encoder outputs h of ALL held-out images; the class centres
     of the nearest-class-centre classifier are computed on all training images.
@@ -44,10 +48,15 @@ def evaluate(
         epoch: number of completed epochs.
         train, test: views of all training images and of all held-out images.
         means: each twin's STEP_VALUES averaged over the epoch; empty before the first epoch (recorded as null).
+        ranks: share the images. Features are those of one process to the bit, alignment is up to rounding.
     """
     accumulator = PairAccumulator([t.name for t in twins]) if len(twins) > 1 else None
-    held_out = encode(twins, test, accumulator)
-    training = encode(twins, train)
+    held_out = encode(twins, test, accumulator, ranks)
+    training = encode(twins, train, ranks=ranks)
+    if accumulator is not None and ranks.size > 1:
+        accumulator.all_reduce(ranks.group)
+    if not ranks.first:
+        return []
     device = held_out[twins[0].name].device
     train_labels, test_labels = (torch.from_numpy(v.split.labels).to(device) for v in (train, test))
     records: list[dict[str, Any]] = []
@@ -88,18 +97,28 @@ def _value(measure: Callable[..., float], *arguments: Any, of: str) -> float | N
 
 
 @torch.no_grad()
-def encode(twins: list[Twin], views: EvalViews, accumulator: PairAccumulator | None = None) -> dict[str, Tensor]:
+def encode(
+    twins: list[Twin], views: EvalViews, accumulator: PairAccumulator | None = None, ranks: Ranks = ALONE
+) -> dict[str, Tensor]:
     """Encoder outputs (n, width) float32 of a split for every twin; each batch is rendered once.
 
-    The accumulator, if given, is updated with the same outputs.
+    Each rank takes its share of whole batches, which are those of one process; the first rank gets all outputs, the
+    others none. The accumulator, if given, is updated with this rank's outputs.
     """
     features: dict[str, list[Tensor]] = {t.name: [] for t in twins}
-    for twin in twins:
-        twin.network.eval()
-    for images in views.batches(EVAL_BATCH):
-        batch = {t.name: t.network.encoder(images) for t in twins}
-        for name, h in batch.items():
-            features[name].append(h)
-        if accumulator is not None:
-            accumulator.update(batch)
-    return {name: torch.cat(parts) for name, parts in features.items()}
+    n = len(views.split)
+    count = math.ceil(n / EVAL_BATCH)
+    mine = range(ranks.rank * count // ranks.size, (ranks.rank + 1) * count // ranks.size)
+    with ranks.together():
+        for twin in twins:
+            twin.network.eval()
+        for images in views.of([np.arange(k * EVAL_BATCH, min((k + 1) * EVAL_BATCH, n)) for k in mine]):
+            batch = {t.name: t.network.encoder(images) for t in twins}
+            for name, h in batch.items():
+                features[name].append(h)
+            if accumulator is not None:
+                accumulator.update(batch)
+    if ranks.size == 1:
+        return {name: torch.cat(parts) for name, parts in features.items()}
+    device = next(twins[0].network.parameters()).device
+    return ranks.rows_of_all({name: torch.cat(h) if h else None for name, h in features.items()}, device)

@@ -21,9 +21,9 @@ from fastcl.train.run_folder.checkpoints import drop_checkpoints, last_epoch, lo
 from fastcl.train.run_folder.records import JsonLines, remove_leftovers, write_atomic
 
 log = logging.getLogger("fastcl")
-# Settings of data that do not change results (images excluded by max_pixels are listed in `skipped`). The requested
+# Settings that do not change results, by table (images excluded by max_pixels are listed in `skipped`). The requested
 # renderer is ignored, since the one that was used is compared.
-_FREE = ("workers", "renderer", "max_pixels")
+_FREE = {"data": ("workers", "renderer", "max_pixels"), "train": ("timeout",)}
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -186,7 +186,8 @@ def _fixed(config: Any) -> dict[str, dict[str, Any]]:
     for name, defaults in settings(Config()).items():
         table = config.get(name) if isinstance(config, dict) else None
         found[name] = defaults | escaped(table) if isinstance(table, dict) else {}
-    found["data"] = {key: value for key, value in found["data"].items() if key not in _FREE}
+    for name, free in _FREE.items():
+        found[name] = {key: value for key, value in found[name].items() if key not in free}
     return found
 
 

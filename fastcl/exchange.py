@@ -1,0 +1,206 @@
+"""The ranks of a process group that compute one loss together, and what they send each other.
+
+torch.distributed is used on the first call that names a group. All collectives are functional ones, which torch.compile
+sees. Ranks may hold different numbers of rows.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastcl.errors import FastclError, type_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_WORDS = 64  # of 8 bytes: room for what ranks compare, or for the message of an error
+_REFUSED = -1  # in place of the number of rows: this rank has raised an error
+_told: list[bool] = []  # not empty: this process has been warned
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a group, and the number of rows that each holds; empty before `agree`."""
+
+    group: str  # the name that functional collectives take
+    rank: int  # this rank's place in the group
+    world: int
+    sizes: tuple[int, ...] = ()
+    device: str = "cpu"  # type of device on which the group can exchange a few numbers
+
+    @classmethod
+    def of(cls, group: ProcessGroup | None) -> Ranks:
+        """The ranks of a group; None: of all processes.
+
+        Raises:
+            FastclError: there is no process group, `group` is none, or it does not hold this process.
+        """
+        name, rank, world, device = _place(group)
+        return cls(name, rank, world, device=device)
+
+    @property
+    def total(self) -> int:
+        """Number of rows of all ranks."""
+        return sum(self.sizes)
+
+    def agree(self, counts: Sequence[int], facts: Mapping[str, object]) -> tuple[Ranks, ...]:
+        """These ranks with their sizes, once for each of the counts: this rank's numbers of rows, two at most.
+
+        Compiled code exchanges nothing here: it takes the facts for equal and all ranks for as large as this one.
+
+        Args:
+            facts: what has to be the same on all ranks, by the name that an error gives it.
+
+        Raises:
+            FastclError: on every rank, with the same message: facts differ, or a rank called `refuse`.
+        """
+        if torch.compiler.is_compiling():
+            return tuple(replace(self, sizes=(count,) * self.world) for count in counts)
+        text = "\n".join(f"{name}: {value}" for name, value in facts.items())
+        sizes = self._compared((*counts, 0)[:2], text)
+        return tuple(replace(self, sizes=tuple(side)) for side, _ in zip(sizes, counts, strict=False))
+
+    def refuse(self, error: Exception) -> FastclError:
+        """Tell the other ranks, which are in `agree`, about an error of this one; returns what all of them raise."""
+        if torch.compiler.is_compiling():
+            return FastclError(str(error))
+        text = str(error) if isinstance(error, FastclError) else f"{type(error).__name__}: {error}"
+        try:
+            self._compared((_REFUSED, 0), text)
+        except FastclError as common:
+            return common
+        raise AssertionError("a refusal that no rank has seen")
+
+    def _compared(self, counts: Sequence[int], text: str) -> list[list[int]]:
+        """Both counts of every rank. Raises FastclError if the texts differ or a rank has refused."""
+        raw = text.encode()
+        words = struct.unpack(f"<{_WORDS}q", raw[: 8 * _WORDS].ljust(8 * _WORDS, b"\0"))
+        own = torch.tensor([*counts, zlib.crc32(raw), *words], dtype=torch.int64, device=_current(self.device))
+        try:
+            table = _all_gather(own, self).view(self.world, -1).cpu()
+        except RuntimeError as error:
+            raise FastclError(
+                f"rank {self.rank} of {self.world} waited in vain for the other ranks of its process group; does every "
+                f"rank call the same function with gather_distributed=True? ({error})"
+            ) from error
+        same = bool((table[:, 2:] == table[:1, 2:]).all()) and bool((table[:, 0] != _REFUSED).all())
+        if not same:
+            raise FastclError(_difference(table.tolist()))
+        return table[:, :2].T.tolist()
+
+    def start(self, rows: Tensor) -> Tensor:
+        """Begin to gather this rank's rows (n, ...). `gather` and `others` take what it returns."""
+        most = max(self.sizes)
+        if rows.shape[0] < most:
+            rows = torch.cat([rows, rows.new_zeros((most - rows.shape[0], *rows.shape[1:]))])
+        return _started(rows, self)
+
+    def gather(self, started: Tensor) -> Tensor:
+        """(N, ...) rows of all ranks, in the order of the ranks."""
+        rows = _finished(started)
+        if all(size == self.sizes[0] for size in self.sizes):
+            return rows
+        return torch.cat([part[:size] for part, size in zip(rows.chunk(self.world), self.sizes, strict=True)])
+
+    def others(self, started: Tensor) -> Tensor:
+        """The same without this rank's own rows."""
+        parts = zip(_finished(started).chunk(self.world), self.sizes, strict=True)
+        return torch.cat([part[:size] for rank, (part, size) in enumerate(parts) if rank != self.rank])
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of a tensor that has the same shape on each."""
+        return _finished(torch.ops._c10d_functional.all_reduce(values.contiguous(), "sum", self.group))
+
+
+def gathers(asked: bool | None) -> bool:
+    """Whether a loss is to be that of all ranks. None stands for False, with one warning in a group of several ranks:
+    the loss of each rank's own rows is rarely what is meant there."""
+    if asked is not None or torch.compiler.is_compiling() or _told:
+        return bool(asked)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        world = distributed.get_world_size()
+        if world > 1:
+            _told.append(True)
+            warnings.warn(
+                f"this loss compares the rows of one rank only, although {world} ranks run; pass "
+                "gather_distributed=True for the loss of the global batch, or gather_distributed=False if this is "
+                "meant",
+                stacklevel=4,
+            )
+    return False
+
+
+def _constant_while_compiling(function):
+    """Same as torch.compiler.assume_constant_result, which would import torch._dynamo immediately."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_while_compiling
+def _place(group: ProcessGroup | None) -> tuple[str, int, int, str]:
+    """Name of the group, this process's rank in it, number of ranks, type of device: the CPU if the group can."""
+    from torch import distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise FastclError(
+            "gather_distributed=True needs a process group: call torch.distributed.init_process_group first, in "
+            "processes that torchrun has started"
+        )
+    import torch.distributed._functional_collectives  # noqa: F401  (registers what torch.compile needs)
+
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise FastclError("group does not hold this process: call the loss only on ranks that belong to it")
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):
+        raise FastclError(f"group must be a torch.distributed.ProcessGroup or None, got {type_of(group)}")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise FastclError(
+            f"group does not hold this process, rank {dist.get_rank()} of all: its ranks are "
+            f"{dist.get_process_group_ranks(group)}"
+        )
+    kinds = [part.partition(":")[0] for part in str(dist.get_backend_config(group)).split(",")]
+    return group.group_name, rank, dist.get_world_size(group), "cpu" if "cpu" in kinds else kinds[0]
+
+
+def _current(kind: str) -> torch.device:
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+
+
+def _started(rows: Tensor, ranks: Ranks) -> Tensor:
+    return torch.ops._c10d_functional.all_gather_into_tensor(rows.contiguous(), ranks.world, ranks.group)
+
+
+def _finished(started: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(started)
+
+
+def _all_gather(rows: Tensor, ranks: Ranks) -> Tensor:
+    return _finished(_started(rows, ranks))
+
+
+def _difference(table: Iterable[Sequence[int]]) -> str:
+    """Message about the first rank that refused, or about the first fact that is not the same on all ranks."""
+    found = [(row[0], struct.pack(f"<{_WORDS}q", *row[3:]).rstrip(b"\0").decode(errors="ignore")) for row in table]
+    for rank, (count, text) in enumerate(found):
+        if count == _REFUSED:
+            return f"rank {rank} of {len(found)}: {text}"
+    facts = [{line.partition(": ")[0]: line.partition(": ")[2] for line in text.split("\n")} for _, text in found]
+    for name, value in facts[0].items():
+        for rank, other in enumerate(facts):
+            if other.get(name) != value:
+                return (
+                    f"all ranks of a global batch must have the same {name}, got {value} on rank 0 and "
+                    f"{other.get(name)} on rank {rank}"
+                )
+    return f"all ranks of a global batch must have the same arguments, got on rank 0: {found[0][1]}"

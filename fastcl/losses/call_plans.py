@@ -1,0 +1,139 @@
+"""Plans of calls: all that follows from a loss's arguments but not from the values in its tensors, checked once.
+
+Calls that differ in values alone share a plan, which saves most of the time that a loss of few rows takes in Python.
+What a `with` block decides is read at every call: the backend, autocast, the gradient mode, transforms of torch.func.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import check_positive, check_rows
+from fastcl.choices import REDUCTIONS
+from fastcl.dispatch import choose
+from fastcl.errors import FastclError, one_of
+from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
+from fastcl.rowstats.api import RowStats, check_precision, fused, statistics
+from fastcl.rowstats.request import Batch, check_pairs, check_two_views
+from fastcl.rowstats.small import route
+
+MOST = 256  # plans that are kept; a plan holds no tensor
+
+_plans: dict[Any, CallPlan] = {}
+_facts = attrgetter("__class__", "shape", "dtype", "device", "layout")
+
+
+class Kind(NamedTuple):
+    """What the tensors of a call are."""
+
+    check: Callable[..., None]  # raises FastclError unless they fit together, whatever their values
+    batch: Callable[..., Batch]  # of tensors that do; it may check values
+    temperature: Callable[[float | Tensor, Tensor], float | Tensor]  # of what the caller gives and the first tensor
+    multiple: int = 1  # anchors for each row of the first tensor
+    columns: bool = False  # the candidates are anchors too
+
+
+def _checked(temperature: float | Tensor, _: Tensor) -> float | Tensor:
+    check_positive(temperature, "temperature")
+    return temperature
+
+
+def _of_scale(logit_scale: float | Tensor, x: Tensor) -> float | Tensor:
+    """The temperature that stands for a scale of the logits."""
+    check_positive(logit_scale, "logit_scale")
+    if not isinstance(logit_scale, Tensor):
+        return 1 / float(logit_scale)
+    return 1 / logit_scale.to(torch.float64 if torch.float64 in (logit_scale.dtype, x.dtype) else torch.float32)
+
+
+TWO_VIEWS = Kind(check_two_views, Batch.two_views, _checked, multiple=2)  # z1, z2 and perhaps labels
+TOWERS = Kind(check_pairs, Batch.pairs, _of_scale, columns=True)  # image, text
+ROWS = Kind(lambda z, *_: check_rows(z, "z"), Batch.rows, _checked)  # z, sample and perhaps labels
+
+
+class CallPlan(NamedTuple):
+    """The decisions of a call; find it with `plan_of`."""
+
+    kind: Kind
+    losses: tuple[Callable[[RowStats], Tensor], ...]
+    codes: tuple[int, ...] | None  # of the losses, if all are rows of the table
+    anchors: int
+    groups: tuple[route.Group, ...] | None  # if the whole matrix may be computed at once
+    normalize: bool
+    reduction: str
+    precision: str | None
+
+    def run(self, tensors: Sequence[Tensor], temperature: float | Tensor) -> Sequence[Tensor]:
+        """Reduced row losses of the anchors; with columns, averaged with those of the candidates.
+
+        The temperature is as the caller gave it. On the Triton backend, and for small batches on a CPU, objectives of
+        the table are evaluated together with the statistics. A callable of the caller's own is always evaluated by
+        torch on the statistics.
+        """
+        temperature = self.kind.temperature(temperature, tensors[0])
+        batch, normalize, columns = self.kind.batch(*tensors), self.normalize, self.kind.columns
+        chosen = None if self.codes is None else choose(batch.x)
+        if chosen == "chunked" and self.groups is not None and route.is_few(self.anchors):
+            found = route.losses(batch, self.groups, temperature, normalize, self.reduction)
+            if found is not None:
+                return found
+        if chosen == "triton":
+            _, _, rows, _, _, rows_y = fused(batch, temperature, normalize, columns, self.precision, self.codes or ())
+            sides = [list(side.unbind()) for side in ((rows, rows_y) if columns else (rows,))]
+        else:
+            stats = statistics(batch, temperature, normalize, columns, self.precision)
+            sides = [[loss(found) for loss in self.losses] for found in stats]
+        if self.reduction != "none":
+            sides = [[getattr(rows, self.reduction)() for rows in side] for side in sides]
+        return [(a + b) / 2 for a, b in zip(*sides, strict=True)] if columns else sides[0]
+
+
+def plan_of(
+    kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...], normalize: bool, reduction: str,
+    precision: str | None,
+) -> CallPlan:  # fmt: skip
+    """The plan of a call, the same for all calls that differ in the values of their tensors alone.
+
+    Raises:
+        FastclError: tensors that do not fit together, an unknown objective, reduction or precision, missing labels.
+    """
+    key = None
+    if not torch.compiler.is_compiling():
+        try:
+            key = kind, objectives, not normalize, reduction, precision, *map(_facts, tensors)
+            if (found := _plans.get(key)) is not None:
+                return found
+        except (AttributeError, TypeError):  # something that is no tensor, or has no hash
+            key = None
+    made = _made(kind, tensors, objectives, normalize, reduction, precision)
+    if key is not None and made.codes is not None:  # a callable might keep tensors alive
+        if len(_plans) >= MOST:
+            _plans.clear()
+        _plans[key] = made
+    return made
+
+
+def _made(
+    kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...], normalize: bool, reduction: str,
+    precision: str | None,
+) -> CallPlan:  # fmt: skip
+    if reduction not in REDUCTIONS:
+        raise FastclError(one_of("reduction", REDUCTIONS, reduction))
+    losses = tuple(map(resolve, objectives))
+    # Exactly Objective: a subclass may compute something else.
+    table = [loss for loss in losses if isinstance(loss, Objective) and type(loss) is Objective]
+    for name, loss in zip(objectives, losses, strict=True):
+        if isinstance(loss, Objective) and loss.needs_labels and (len(tensors) < 3 or tensors[2] is None):
+            raise FastclError(f"labels are required by objective {name!r}")
+    kind.check(*tensors)
+    check_precision(precision)
+    codes = tuple(loss.code for loss in table) if losses and len(table) == len(losses) else None
+    anchors, least = kind.multiple * len(tensors[0]), 2 if kind.columns else 4
+    small = codes is not None and anchors >= least and route.supports(tensors[0])
+    groups = route.groups(table) if small else None
+    return CallPlan(kind, losses, codes, anchors, groups, bool(normalize), reduction, precision)

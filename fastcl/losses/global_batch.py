@@ -1,0 +1,70 @@
+"""Losses of the global batch: a rank's own rows as anchors, the rows of all ranks as candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastcl.exchange import Ranks
+from fastcl.losses.call_plans import CallPlan
+from fastcl.losses.objectives import OBJECTIVES, Objective
+from fastcl.rowstats import sharded
+from fastcl.rowstats.api import RowStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def losses(
+    plan_of: Callable[[], CallPlan], tensors: Sequence[Tensor], temperature: float | Tensor, group: ProcessGroup | None
+) -> Sequence[Tensor]:
+    """This rank's share of each loss; with columns, that of anchors and candidates together.
+
+    The average of the shares over all ranks, and of their gradients, is the loss of the global batch and its gradient.
+
+    Args:
+        plan_of: the plan of this rank's call, as `plan_of`. If it raises, every rank raises.
+
+    Raises:
+        FastclError: as `plan_of` and `sharded.agreed`.
+    """
+    plan, facts = None, {"function": "loss"}
+
+    def request() -> sharded.Request:
+        nonlocal plan
+        plan = plan_of()
+        facts.update(reduction=plan.reduction, objective=", ".join(map(_name, plan.losses)))
+        degree = plan.kind.temperature(temperature, tensors[0])
+        options = sharded.Options(degree, plan.normalize, plan.kind.columns, plan.precision)
+        return plan.kind.batch(*tensors), options
+
+    batch, options, sides = sharded.agreed(request, facts, group)
+    assert plan is not None
+    if sides[0].world == 1:
+        return plan.run(tensors, temperature)
+    return _shares(plan, sharded.sharded_statistics(batch, options, sides, any(map(_needs_peers, plan.losses))), sides)
+
+
+def _shares(plan: CallPlan, stats: Sequence[RowStats], sides: Sequence[Ranks]) -> list[Tensor]:
+    reduced = []
+    for loss in plan.losses:
+        parts = [sharded.share_of(loss(one), side, plan.reduction) for one, side in zip(stats, sides, strict=False)]
+        reduced.append(sum(parts[1:], start=parts[0]) / len(parts))
+    return reduced
+
+
+def _name(loss: Callable[[RowStats], Tensor]) -> str:
+    """An objective as errors name it; ranks compare these names."""
+    for name, known in OBJECTIVES.items():
+        if loss == known:
+            return name
+    return repr(loss) if isinstance(loss, Objective) else getattr(loss, "__qualname__", type(loss).__qualname__)
+
+
+def _needs_peers(loss: Callable[[RowStats], Tensor]) -> bool:
+    """Whether an objective uses statistics of peers; one of the caller's own may use all."""
+    if isinstance(loss, Objective) and type(loss) is Objective:
+        return "peer" in (*loss.positives, *loss.denominator)
+    return True
