@@ -95,21 +95,21 @@ def launches() -> Iterator[Launches]:
         yield seen
 
 
-def _sized(block_r: int, block_s: int) -> Callable[..., Config]:
+def _sized(block_r: int, block_s: int, apart: bool = False) -> Callable[..., Config | None]:
     """A launch table of one size."""
 
-    def config(kernel: str, *_: Any) -> Config:
-        # Products of rows take whole blocks of columns, and rows are padded to 64; the gradient's last block is cut.
-        return Config(block_r, block_s, 128 if kernel == "product" else 64, 4, 1)
+    def config(kernel: str, *_: Any) -> Config | None:
+        sizes = block_r, block_s, 128 if kernel == "product" else 64, 4, 1  # a product's last block of columns is cut
+        return Config(*sizes) if apart or kernel not in ("forward_plain", "forward_masked", "backward_masked") else None
 
     return config
 
 
 @contextmanager
-def tiles(block_r: int, block_s: int) -> Iterator[None]:
-    """Inside, every kernel over tiles takes tiles of this size; 128 must be a multiple of each."""
+def tiles(block_r: int, block_s: int, apart: bool = False) -> Iterator[None]:
+    """Inside, all tiles have this size, which divides 128; apart: masked ones have launches of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operand, "config", _sized(block_r, block_s))
+        patch.setattr(operand, "config", _sized(block_r, block_s, apart))
         yield
 
 

@@ -40,7 +40,8 @@ _DESCRIPTION = """\
 Time candidates for the rows of the launch table that belong to this machine's architecture, each through a forward and
 backward pass of a real loss, and write the table with the winners. A candidate that does not compile, or whose loss or
 gradient differs, is dropped; one wins that is faster than the present row by more than the spread of the times. The
-table is written anew after every row, so that a run that is stopped keeps what it has.
+table is written anew after every row, so that a run that is stopped keeps what it has. --predict chooses a row by
+predicted times instead, without a GPU; python -m bench.gpu.tune --predict --help.
 """
 
 
@@ -128,6 +129,11 @@ def write(table: list[Row], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Tune and write the table; return the exit status (0 done, 1 a row fails, 130 interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--predict" in argv:
+        from bench.gpu.tune_predicted import main as predicted
+
+        return predicted([one for one in argv if one != "--predict"])
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.tune", description=_DESCRIPTION)
     parser.add_argument("--out", type=named_path, metavar="FILE", help="where the table goes (default: where it is)")
     parser.add_argument("--rehearse", action="store_true",
@@ -143,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --rehearse runs without one")
     if args.rehearse and os.environ.get("TRITON_INTERPRET") != "1":  # Triton read it at import, so start again
-        command = [sys.executable, "-m", "bench.gpu.tune", *(sys.argv[1:] if argv is None else argv)]
+        command = [sys.executable, "-m", "bench.gpu.tune", *argv]
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
     table = launch._rows()  # the same row objects that launches read
     if args.rehearse:

@@ -72,7 +72,6 @@ class Tile(NamedTuple):
     BLOCK_S: int
     BLOCK_D: int  # columns processed at a time
     ALIGN: int  # class ranges are multiples of this many rows
-    SPLITS: int  # programs that share the tiles of a resident block
     PEERS: bool  # sums over peers are needed
     SPLIT_PLAIN: bool  # products of plain tiles use split half precision
     SPLIT_MASKED: bool  # products of masked tiles use it

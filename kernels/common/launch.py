@@ -7,6 +7,7 @@ the same bits, whatever the number of multiprocessors.
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,20 +19,34 @@ from typing import Any
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).with_name("table.json")
-# Target number of programs per launch: two per multiprocessor of the largest cards. Fixed, so that results do not
-# depend on the card.
-_PROGRAMS = 528
+# Multiprocessors of an architecture's usual large card.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+# Programs at a time where nothing more is known. Fixed, so that results do not depend on the card.
+_SLOTS = 528
+_SPLITS = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+)  # programs that share a block of resident rows; few, as kernels are compiled for it
+_START = 4  # tiles in whose time a program starts and ends
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch (resident rows, streamed rows, columns at a time), warps and pipeline stages."""
+    """Tile sizes of a launch (resident rows, streamed rows, columns at a time), warps and pipeline stages; how many of
+    its programs a card runs at a time."""
 
     block_r: int
     block_s: int
     block_d: int
     warps: int
     stages: int
+    slots: int = _SLOTS
 
 
 @dataclass(frozen=True)
@@ -93,8 +108,9 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
     A missing "backward" row means that no tile of that width fits in registers: the wide route is used instead.
 
     Args:
-        kernel: "forward", "online", "backward", "backward_online", "weights", "product", "twin" or "twin_masked" (the
-            plain and the masked tiles of `twin_kernel`, by the larger of both widths).
+        kernel: "forward", "online", "backward", "backward_online", "weights", "weights_online", "product", "twin" or
+            "twin_masked" (the plain and the masked tiles of `twin_kernel`, by the larger of both widths). If there are
+            rows "forward_plain" and "forward_masked", or "backward_masked", masked tiles have launches of their own.
         sm: a member of ARCHITECTURES.
         mode: which tiles use split half precision: "none", "peers" (those of one class) or "all".
     """
@@ -102,14 +118,76 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
         if (row["kernel"], row["arch"], row["mode"]) != (kernel, f"sm_{sm}", mode):
             continue
         if d <= (row["max_d"] or d) and n <= (row["max_n"] or n):
-            return Config(*(row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")))
+            sizes = (row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages"))
+            programs = row.get("programs")  # on a multiprocessor, where known
+            return Config(*sizes, programs * MULTIPROCESSORS[sm] if programs else _SLOTS)
     return None
 
 
+def evened(most: int, each: int, sm: int) -> int:
+    """The largest number of blocks up to `most`, of `each` programs, whose last round of programs keeps nearly all
+    multiprocessors of an architecture busy."""
+    count = MULTIPROCESSORS.get(sm, 1)
+    fits = (blocks for blocks in range(most, 0, -1) if 20 * blocks * each >= 19 * -(-blocks * each // count) * count)
+    return next(fits, most)
+
+
 def splits(blocks: int, tiles: int) -> int:
-    """Number of programs that share a block of resident rows: a power of two, so that few kernels are compiled."""
-    wanted = min(_PROGRAMS // max(blocks, 1), tiles // 2, 16)
+    """Number of programs that share a block of tiles, for kernels that are compiled for it: a power of two."""
+    wanted = min(_SLOTS // max(blocks, 1), tiles // 2, _SPLITS[-1])
     return 1 << max(wanted.bit_length() - 1, 0)
+
+
+@lru_cache(maxsize=4096)
+def shares(blocks: int, tiles: int, slots: int, falling: bool = False) -> int:
+    """Number of programs that share a block of resident rows: the smallest with which a launch ends nearly as soon as
+    with any.
+
+    Args:
+        tiles: of the first block.
+        falling: whether later blocks have fewer, down to none, instead of as many.
+    """
+
+    def end(count: int) -> float:
+        if not falling:
+            return _rounds(blocks, tiles, slots, count)
+        busy = [0.0] * slots  # until when, if each slot takes the next program as soon as it is free
+        for one in range(blocks * count):
+            heapq.heapreplace(busy, busy[0] + tiles / count * (1 - one % blocks / blocks) + _START)
+        return max(busy)
+
+    return _fewest({count: end(count) for count in _SPLITS if count <= max(tiles // 2, 1)})
+
+
+def _rounds(blocks: int, tiles: float, slots: int, count: int) -> float:
+    """When a launch ends whose blocks of so many tiles are each shared by `count` programs."""
+    return -(-blocks * count // slots) * (tiles / count + _START)
+
+
+def _fewest(ends: dict[int, float]) -> int:
+    """The first number of programs that is nearly the best one."""
+    return next(count for count, end in ends.items() if end <= 1.03 * min(ends.values()))
+
+
+@lru_cache(maxsize=4096)
+def waves(blocks: int, most: int, tiles: int, slots: int, falling: bool) -> tuple[int, int]:
+    """Number of resident blocks in a wave, at most `most`, and of programs that share a block.
+
+    Args:
+        tiles, falling: as in `shares`.
+    """
+    if blocks <= most:
+        return blocks, shares(blocks, tiles, slots, falling)
+    mean = tiles / 2 if falling else tiles
+
+    def end(wave: int, count: int) -> float:
+        whole, rest = divmod(blocks, wave)
+        return whole * _rounds(wave, mean, slots, count) + _rounds(rest, mean, slots, count)
+
+    sizes = range(most, most * 3 // 4, -1)
+    best = {count: min(end(wave, count) for wave in sizes) for count in _SPLITS if count <= max(tiles // 2, 1)}
+    count = _fewest(best)
+    return min(sizes, key=lambda wave: end(wave, count)), count
 
 
 @lru_cache(maxsize=1)

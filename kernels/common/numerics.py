@@ -267,9 +267,18 @@ def masked_start(walk, i, TILE):
 
 
 @triton.jit
-def share(n, split, TILE):
+def share(n, split):
     """First and last + 1 of n tiles that the program `split` of a block processes."""
-    return n * split // TILE.SPLITS, n * (split + 1) // TILE.SPLITS
+    splits = tl.num_programs(1)
+    return n * split // splits, n * (split + 1) // splits
+
+
+@triton.jit
+def coarse_share(n, split, LEAST: tl.constexpr):
+    """The same, at least LEAST tiles at a time: if there are few, most programs have none."""
+    each = tl.maximum((n + tl.num_programs(1) - 1) // tl.num_programs(1), LEAST)
+    first = tl.minimum(split * each, n)
+    return first, tl.minimum(first + each, n)
 
 
 @triton.jit

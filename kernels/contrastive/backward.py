@@ -24,6 +24,7 @@ import triton.language as tl
 
 from ..common.numerics import (
     LOG2E,
+    coarse_share,
     load_block,
     logits_of,
     masked_start,
@@ -48,10 +49,9 @@ class Weights(NamedTuple):
 class Accumulator(NamedTuple):
     """Output of a wave of resident blocks: their gradient."""
 
-    sums: Any  # (slots, rows, D) float32: rows from the wave's first block on, a slot for each split
+    sums: Any  # (splits, rows, D) float32: rows from the wave's first block on
     rows: int
     first_block: int
-    first_slot: int  # of this launch
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def backward_kernel(
     acc,  # Accumulator
     temperature, flag,
     TILE,
-    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch processes
+    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch processes; masked ones alone add to the others
     ONLINE: tl.constexpr,
 ):  # fmt: skip
     if flag is not None:
@@ -137,7 +137,7 @@ def backward_kernel(
     walk = walk_of(r, s, start_r, TILE, False)
     b_acc = tl.zeros([TILE.D, TILE.BLOCK_R], tl.float32)
     if PLAIN:
-        first, last = share(walk.n_plain, split, TILE)
+        first, last = share(walk.n_plain, split)
         for i in tl.range(first, last):
             start_s = plain_start(walk, i, TILE)
             b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN)
@@ -145,7 +145,11 @@ def backward_kernel(
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, False, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_PLAIN)
     if MASKED:
-        first, last = share(walk.n_masked, split, TILE)
+        first, last = share(walk.n_masked, split)
+        if not PLAIN:
+            first, last = coarse_share(walk.n_masked, split, 4)
+            if first == last:
+                return
         for i in tl.range(first, last):
             start_s = masked_start(walk, i, TILE)
             b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
@@ -153,5 +157,10 @@ def backward_kernel(
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_MASKED)
     o_r = block_r * TILE.BLOCK_R + tl.arange(0, TILE.BLOCK_R)  # no mask: the wave's rows are whole blocks
-    slot = (acc.first_slot + split).to(tl.int64)
-    tl.store(acc.sums + (slot * acc.rows + o_r[None, :]) * TILE.D + tl.arange(0, TILE.D)[:, None], b_acc)
+    p_acc = acc.sums + (split.to(tl.int64) * acc.rows + o_r[None, :]) * TILE.D + tl.arange(0, TILE.D)[:, None]
+    if PLAIN:
+        tl.store(p_acc, b_acc)
+    else:
+        # Added to the plain tiles, which an earlier launch stored. Each element has one writer per launch, so the order
+        # is fixed; atomic, so that the old values take no registers.
+        tl.atomic_add(p_acc, b_acc, sem="relaxed")

@@ -72,7 +72,7 @@ def _plain_loop(block, s, parts, p_part, walk, first, last, logits, n_r, TILE, P
     """(R,) sums over plain tiles first .. last - 1."""
     b_sum = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
     m_r = block.start + tl.arange(0, TILE.BLOCK_R) < n_r
-    for i in tl.range(first, last):
+    for i in tl.range(first, last, flatten=TILE.D != TILE.BLOCK_D and not TILE.SPLIT_PLAIN):
         b_sum, _ = plain_tile(
             b_sum, block, s, p_part, plain_start(walk, i, TILE), m_r, logits, TILE, TILE.SPLIT_PLAIN, PADDED,
             parts.streamed is not None,
@@ -83,7 +83,7 @@ def _plain_loop(block, s, parts, p_part, walk, first, last, logits, n_r, TILE, P
 @triton.jit
 def _plain_tiles(block, s, parts, p_part, walk, split, logits, n_r, TILE):
     """(R,) sums over a split's share of the plain tiles."""
-    first, last = share(walk.n_plain, split, TILE)
+    first, last = share(walk.n_plain, split)
     if parts.streamed is not None and block.start + TILE.BLOCK_R > n_r:
         b_sum = _plain_loop(block, s, parts, p_part, walk, first, last, logits, n_r, TILE, True)
     else:
@@ -98,8 +98,8 @@ def _masked_tiles(block, r, s, parts, p_part, walk, split, logits, TILE, SYMMETR
     m_r = o_r < r.n
     b_none = tl.zeros([TILE.BLOCK_R], tl.float32)
     sums = Sums(b_none, b_none, b_none)
-    first, last = share(walk.n_masked, split, TILE)
-    for i in tl.range(first, last):
+    first, last = share(walk.n_masked, split)
+    for i in tl.range(first, last, flatten=TILE.D != TILE.BLOCK_D and not TILE.SPLIT_MASKED):
         start_s = masked_start(walk, i, TILE)
         o_s = start_s + tl.arange(0, TILE.BLOCK_S)
         b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)

@@ -92,7 +92,7 @@ def _masked_tiles(a, b, r, walk, split, logits, A, B, SPLIT: tl.constexpr, ROWS:
     sums_b = Sums(b_none, b_none, b_none)
     b_none_s = tl.zeros([A.BLOCK_S], tl.float32)
     pairs = PairSums(b_none_s, b_none_s, b_none_s)
-    first, last = share(walk.n_masked, split, A)
+    first, last = share(walk.n_masked, split)
     for i in tl.range(first, last):
         start_s = walk.lo + i * A.BLOCK_S
         o_s = start_s + tl.arange(0, A.BLOCK_S)
@@ -116,7 +116,7 @@ def _masked_tiles(a, b, r, walk, split, logits, A, B, SPLIT: tl.constexpr, ROWS:
 def twin_kernel(
     a, b,  # Resident: both models' rows, in one order
     parts_a, parts_b,  # Parts of each model
-    pair_sums,  # (blocks of all waves, SPLITS, 3) float32: each program's part of the three sums
+    pair_sums,  # (blocks of all waves, splits, 3) float32: each program's part of the three sums
     means,  # (2,) float32: mean cosines
     temperature,
     A, B,  # Tile of each model; only D and BLOCK_D may differ
@@ -141,7 +141,7 @@ def twin_kernel(
             # A separate loop: in a joint one the compiler would share a product and make the others wait for it.
             _, _, pairs = _masked_tiles(model_a, model_b, a, walk, split, logits, A, B, A.SPLIT_PLAIN, False, True)
     else:
-        first, last = share(walk.n_plain, split, A)
+        first, last = share(walk.n_plain, split)
         if start_r + A.BLOCK_R > a.n:
             sums_a, sums_b, pairs = _plain_loop(model_a, model_b, a.n, first, last, logits, A, B, SPLIT, True)
         else:
@@ -150,7 +150,7 @@ def twin_kernel(
     slot = parts_a.first_slot + split
     store_sums(parts_a, slot, sums_a, o_r, o_r < a.n, a.rows, logits.factor, A.PEERS)
     store_sums(parts_b, slot, sums_b, o_r, o_r < a.n, a.rows, logits.factor, A.PEERS)
-    p_pairs = pair_sums + ((parts_a.first_block + block_r) * A.SPLITS + split) * 3
+    p_pairs = pair_sums + ((parts_a.first_block + block_r) * tl.num_programs(1) + split) * 3
     tl.store(p_pairs, tl.sum(pairs.dd, 0))
     tl.store(p_pairs + 1, tl.sum(pairs.kk, 0))
     tl.store(p_pairs + 2, tl.sum(pairs.ll, 0))

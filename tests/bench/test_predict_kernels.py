@@ -54,6 +54,18 @@ def test_loops_over_columns_turn_until_the_tile_has_its_operations(kernel):
     assert found.tile(Tiles("plain", 6 * ONE), True, ("plain",)).surplus == pytest.approx(7 / 6)
 
 
+def test_a_loop_into_which_columns_were_flattened_takes_its_long_way_once_a_tile(kernel):
+    found = kernel(
+        "MOV R1, R2", ".L_x_1:", PRODUCT, WAIT, "@P1 BRA `(.L_x_2)", "MUFU.EX2 R1, R1", "FADD R1, R1, R2",
+        ".L_x_2:", "@P0 BRA `(.L_x_1)", "EXIT",
+    )  # fmt: skip
+    (body,) = found.bodies(("plain",))
+    for count in (1, 4):
+        turn = [one.opcode for one in found.turn(body, count * ONE)]
+        assert sum(one.startswith("HGMMA") for one in turn) == count and turn.count("MUFU.EX2") == 1
+    assert found.tile(Tiles("plain", 4 * ONE), True, ("plain",)).surplus == 1
+
+
 def test_a_program_of_one_tile_is_one_way_and_the_masked_one_is_another(kernel):
     found = kernel(
         "ISETP.GE.AND P0, PT, R8, R9, PT", "@P0 BRA `(.L_x_2)",

@@ -65,6 +65,15 @@ def test_classes_split_precision_and_wide_rows_are_counted():
     assert tiles(Loss("ntxent", n, 512, "fp32"), "product_kernel")[1] == 3 * 2 * 512 * n * n
 
 
+def test_programs_of_masked_tiles_alone_take_four_at_a_time():
+    loss = Loss("ntxent", 4096, 128, "fp16")
+    plain, masked = launches(loss, "backward_kernel")
+    counts = [work.of_launch(one, loss.classes) for one in (plain, masked)]
+    assert [one.kind for one in counts[1].tiles] == ["masked"] and plain.grid[1] == masked.grid[1] > 1
+    assert sorted({row[0] for row in counts[1].programs}) == [0, 128 // masked.arguments["TILE"].BLOCK_S.value]
+    assert 0 not in {row[0] for row in counts[0].programs}
+
+
 def test_recording_a_large_loss_touches_no_memory():
     call = record(Loss("supcon", 65536, 1024, "fp32"), 90)
     assert [one.kernel.__name__ for one in call.forward][:3] == ["layout_kernel", "prepare_kernel", "views_kernel"]

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.gpu import tune
+from bench.gpu import tune, tune_predicted
 from fastcl.kernels.common import launch
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")
@@ -131,3 +132,83 @@ def test_a_rehearsal_needs_nothing_in_the_environment(tmp_path):
     command = [sys.executable, "-m", "bench.gpu.tune", "--rehearse", "--out", str(tmp_path / "table.json")]
     done = subprocess.run(command, cwd=launch.TABLE.parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "table.json").exists(), done.stdout + done.stderr
+
+
+def search(row: dict, times: dict[tuple[int, int], float]) -> tune_predicted.Search:
+    """A search whose predictions are given by (warps, stages)."""
+
+    class Stub(tune_predicted.Search):
+        def _record(self, config):
+            return [config]
+
+        def _predict(self, recorded):
+            ms = times.get((recorded[0]["warps"], recorded[0]["stages"]))
+            return ("", [SimpleNamespace(ms=lambda _: ms)]) if ms else ("spill: 8 bytes", [])
+
+        def _longest(self, found):
+            return found[0].ms(""), 100, 3, "shared"
+
+        def everywhere(self, config):
+            return "spill: 48 bytes" if config["stages"] == 4 else ""
+
+    return Stub(row, 128, SimpleNamespace(compile=lambda: None), [])
+
+
+def row_of(table: list[dict], kernel: str, mode: str, d: int | None) -> dict:
+    return next(
+        row for row in table if (row["kernel"], row["arch"], row["mode"], row["max_d"]) == (kernel, "sm_90", mode, d)
+    )
+
+
+def test_predictions_choose_the_fastest_candidate_that_passes_for_every_launch(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "TABLE", tmp_path / "table.json")
+    row = row_of(table, "backward", "none", 128)
+    row |= {"block_r": 64, "block_s": 64, "warps": 4, "stages": 2, "programs": 1}
+    axes = {"block_r": (64,), "block_s": (64,), "block_d": (32,), "warps": (4, 8), "stages": (2, 3, 4)}
+    one = search(row, {(4, 2): 4.5, (4, 3): 3.5, (4, 4): 3.0, (8, 2): 9.0})
+    assert one.run(axes, keep=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines[:4]] == [
+        f"64,64,128,{w},{s}" for w, s in ((4, 4), (4, 3), (4, 2), (8, 2))
+    ]
+    assert lines[2].endswith("(the table)") and lines[4:6] == [
+        f"dropped  64,64,128,8,{s}  spill: 8 bytes" for s in (3, 4)
+    ]
+    assert lines[6:] == ["not for every launch: 64,64,128,4,4: spill: 48 bytes", "best: 64,64,128,4,3"]
+    written = row_of(json.loads((tmp_path / "table.json").read_text()), "backward", "none", 128)
+    assert written == row and (row["stages"], row["programs"]) == (3, 3)
+    assert launch.config("backward", 90, "none", 128, 4096) == launch.Config(64, 64, 128, 4, 3, 3 * 132)
+
+
+def test_a_search_without_a_candidate_that_passes_changes_nothing(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TABLE", tmp_path / "table.json")
+    row = row_of(table, "backward", "none", 128)
+    axes = {"block_r": (64,), "block_s": (64,), "block_d": (32,), "warps": (4,), "stages": (4,)}
+    assert search(row, {(4, 4): 3.0}).run(axes, keep=True) == 1
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_candidates_are_legal_and_can_fit(table):
+    axes = {"block_r": (64, 96, 128), "block_s": (64, 128), "block_d": (32, 64), "warps": (4, 8), "stages": (3,)}
+    narrow = row_of(table, "backward", "none", 128)
+    found = [tune_predicted.describe(one) for one in tune_predicted.candidates(narrow, 128, axes)]
+    assert found[0] == tune_predicted.describe(narrow) and len(set(found)) == len(found)
+    assert "64,64,128,4,3" in found and "128,128,128,8,3" in found
+    assert "128,128,128,4,3" not in found and not any(one.startswith("96") for one in found)  # 256 registers; 128 / 96
+    wide = row_of(table, "weights", "none", None)
+    assert {one["block_d"] for one in tune_predicted.candidates(wide, 512, axes)} == {32, 64}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["forward", "none", "96"], "no loss has '^ntxent fp16 n=65,536 d=96$' in its name; --losses chooses others"),
+        (["forward", "none", "64", "--losses", "["], "'[' is no regular expression"),
+        (["forward", "none", "64", "--workers", "0"], "must be positive, got 0"),
+        (["forward", "peers", "64", "--arch", "sm_100"], "invalid choice: 'sm_100'"),
+    ],
+)
+def test_what_cannot_be_searched_is_named(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        tune.main(["--predict", *arguments])
+    assert message in capsys.readouterr().err

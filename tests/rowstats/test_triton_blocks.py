@@ -59,7 +59,7 @@ def test_class_layouts(layout: str) -> None:
     masked, blocks = class_blocks(ran)
     assert blocks == 9 and (masked == 9) == (layout == "one class")
     assert (masked == 3) == (layout in ("unlabelled", "all distinct", "no class"))
-    assert ran.of("forward_kernel")[0].arguments["TILE"].SPLITS == 2
+    assert ran.of("forward_kernel")[0].grid[1] == 2
 
 
 @pytest.mark.parametrize("size", ((16, 64), (64, 32), (128, 16), (32, 128)))
@@ -73,7 +73,7 @@ def test_tile_sizes(size: tuple[int, int]) -> None:
             ids = {"sample": sample[:200], "labels": labels[:200], "sample_y": sample[130:], "labels_y": labels[130:]}
             ran = check_stats(FIELDS, normal(200, 12).float(), normal(163, 12, seed=1).float(), ids, t)
     assert {one.arguments["TILE"][1:3] for one in ran.of("forward_kernel")} == {size}
-    assert ran.of("forward_kernel")[0].arguments["TILE"].SPLITS == {64: 2, 32: 2, 128: 1, 16: 4}[size[1]]
+    assert ran.of("forward_kernel")[0].grid[1] == {64: 2, 32: 3, 128: 1, 16: 4}[size[1]]
 
 
 @pytest.mark.parametrize("online", (False, True))
@@ -122,6 +122,19 @@ def test_waves_of_two_towers() -> None:
     assert results[0][0].item() == pytest.approx((sum(losses) / 2).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(("layout", "precision"), (("unlabelled", "fp16"), ("two classes", "fp32")))
+def test_masked_tiles_in_launches_of_their_own(layout: str, precision: str) -> None:
+    sample, labels = LAYOUTS[layout]
+    name = "ntxent" if labels is None else "supcon"
+    for apart in (False, True):
+        with tiles(64, 32, apart):
+            ran = check([name], normal(len(sample), 12).float(), sample, labels, torch.tensor(0.1), precision)
+        wanted = [(True, False), (False, True)] if apart else [(True, True)]
+        for kernel, online in (("forward_kernel", []), ("backward_kernel", [(True, True)])):
+            takes = [(one.arguments["PLAIN"], one.arguments["MASKED"]) for one in ran.of(kernel)]
+            assert takes == wanted + online
+
+
 def test_waves_of_the_backward_pass() -> None:
     sample, labels = LAYOUTS["forty classes"]
     with tiles(64, 64), workspace(2 * 2 * 4 * ALIGN * 16):
@@ -140,7 +153,7 @@ def test_two_runs_are_bit_identical(precision: str, t: float) -> None:
         with tiles(128, 64), launches() as ran:
             loss = fastcl.contrastive_loss(z, sample, labels, "supcon", t, precision=precision)
             results.append((loss, *torch.autograd.grad(loss, z)))
-    assert max(one.arguments["TILE"].SPLITS for one in ran.of("backward_kernel")) > 1
+    assert max(one.grid[1] for one in ran.of("backward_kernel")) > 1
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -204,12 +217,12 @@ def test_wide_rows_with_the_tables_tiles() -> None:
         assert ran.of("product_kernel")[0].arguments["gradient"].sums.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("sm", "wide"), ((80, True), (90, False)))
-def test_rows_whose_tiles_fit_no_registers_take_the_route_of_wide_ones(sm: int, wide: bool) -> None:
+@pytest.mark.parametrize(("sm", "name", "wide"), ((80, "supcon", True), (90, "supcon", True), (90, "nscl", False)))
+def test_rows_without_a_backward_row_take_the_route_of_wide_ones(sm: int, name: str, wide: bool) -> None:
     sample, labels = uneven_batch()
-    for precision in ("fp16", "fp32"):
+    for precision in ("fp16", "fp32") if name == "supcon" else ("fp16",):
         with tables_own_tiles(), on_architecture(sm):
-            ran = check(["supcon"], normal(len(sample), 200).float(), sample, labels, 0.2, precision)
+            ran = check([name], normal(len(sample), 200).float(), sample, labels, 0.2, precision)
         assert bool(ran.of("product_kernel")) == wide == (not ran.of("backward_kernel"))
 
 

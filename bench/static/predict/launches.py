@@ -96,10 +96,14 @@ class Kernel:
         return Timing(cycles, by_pipe(ops, warps, self.machine), surplus)
 
     def turn(self, body: Loop, needed: float) -> list[Instruction]:
-        """A turn of a loop over tiles. Loops over columns within it turn until it has the operations it needs."""
+        """A tile in a loop over tiles. Loops over columns within it turn until it has the operations it needs; a loop
+        in which they were flattened turns as often, and its way is long only once a tile."""
         inner = self.paths.inner(body)
         once = self.paths.walk(body, dict.fromkeys(inner, 1))
-        return self.paths.walk(body, dict.fromkeys(inner, self._turns(once, inner, needed))) if inner else once
+        if inner:
+            return self.paths.walk(body, dict.fromkeys(inner, self._turns(once, inner, needed)))
+        turns = round(needed / flops(decode(once, self.machine), self.facts.warps))
+        return self.paths.shortest(body) * (turns - 1) + once if turns > 1 else once
 
     def _turns(self, once: Sequence[Instruction], inner: Sequence[Loop], needed: float) -> int:
         warps = self.facts.warps

@@ -74,29 +74,39 @@ class Model:
 
     def __init__(self, arch: int, python: str, workers: int) -> None:
         self.arch, self.python, self.workers = arch, python, workers
+        self.jobs: dict[str, Job] = {}
         self.results: dict[str, Result] = {}
         self.triton = ""
 
     def record(self, losses: Iterable[Loss]) -> list[Recorded]:
         """Record losses and compile what they launch."""
-        jobs: dict[str, Job] = {}
-        found = []
-        for loss in losses:
-            call = record(loss, self.arch)
-            steps = []
-            for run, launches in zip(PASSES, (call.forward, call.backward), strict=True):
-                for launch in launches:
-                    one = job(launch, self.arch)
-                    key = json.dumps(asdict(one))
-                    jobs[key] = one
-                    what = work.of_launch(launch, loss.classes)
-                    steps.append(Step(run, one.kernel, launch.grid, key, what, work.memory(launch)))
-            found.append(Recorded(loss, steps, call.torch))
-        wanted = {key: one for key, one in jobs.items() if key not in self.results}
+        found = [self.recorded(loss) for loss in losses]
+        self.compile()
+        return found
+
+    def recorded(self, loss: Loss) -> Recorded:
+        """A loss whose launches `compile` will compile."""
+        call = record(loss, self.arch)
+        steps = []
+        for run, launches in zip(PASSES, (call.forward, call.backward), strict=True):
+            for launch in launches:
+                one = job(launch, self.arch)
+                what = work.of_launch(launch, loss.classes)
+                steps.append(Step(run, one.kernel, launch.grid, self.add(one), what, work.memory(launch)))
+        return Recorded(loss, steps, call.torch)
+
+    def add(self, one: Job) -> str:
+        """The key of a job that `compile` will compile."""
+        key = json.dumps(asdict(one))
+        self.jobs[key] = one
+        return key
+
+    def compile(self) -> None:
+        """Compile all jobs that were added since the last time."""
+        wanted = {key: one for key, one in self.jobs.items() if key not in self.results}
         if wanted:
             self.triton, results = compile_all(list(wanted.values()), self.python, self.workers)
             self.results |= zip(wanted, results, strict=True)
-        return found
 
     def predict(self, recorded: Sequence[Recorded], machine: Machine) -> list[Predicted]:
         """The times of recorded losses on a machine.
@@ -105,9 +115,10 @@ class Model:
             StaticError: a kernel does not compile, or the model does not understand its code.
         """
         kernels: dict[str, Kernel] = {}
-        return [self._one(one, machine, kernels) for one in recorded]
+        return [self.one(one, machine, kernels) for one in recorded]
 
-    def _one(self, recorded: Recorded, machine: Machine, kernels: dict[str, Kernel]) -> Predicted:
+    def one(self, recorded: Recorded, machine: Machine, kernels: dict[str, Kernel]) -> Predicted:
+        """`predict` for one loss; kernels: those of other losses on this machine, by the keys of their jobs."""
         counts: dict[Step, int] = {}
         for step in recorded.steps:
             counts[step] = counts.get(step, 0) + 1

@@ -67,6 +67,16 @@ class Paths:
                     break
         return found
 
+    def shortest(self, body: Loop) -> list[Instruction]:
+        """The shortest turn of a loop without loops in it."""
+        ways: dict[int, list[Instruction]] = {}
+        for number in sorted(body, reverse=True):
+            block = self.code[number]
+            rests = [[]] if min(body) in block.following else [ways[k] for k in block.following if k in ways]
+            if rests:
+                ways[number] = block.code + min(rests, key=len)
+        return ways[min(body)]
+
     def whole(self, turns: int) -> list[Instruction]:
         """The kernel from its start to its first exit, each of its loops `turns` times."""
         innermost = [one for one in self.loops if not any(other < one for other in self.loops)]

@@ -105,7 +105,7 @@ def class_range(start: int, n: int, classes: int, align: int) -> tuple[int, int]
 
 def _tiled(launch: Launch, classes: int, forward: bool) -> Work:
     a, t = launch.arguments, launch.arguments["TILE"]
-    r, s, splits, align = value(t.BLOCK_R), value(t.BLOCK_S), value(t.SPLITS), value(t.ALIGN)
+    r, s, align, splits = value(t.BLOCK_R), value(t.BLOCK_S), value(t.ALIGN), launch.grid[1]
     n = a["s"].n
     symmetric = forward and value(a["SYMMETRIC"])
     first_block = a["parts"].first_block if forward else a["acc"].first_block
@@ -124,12 +124,21 @@ def _tiled(launch: Launch, classes: int, forward: bool) -> Work:
         for kind, split, taken in zip(("plain", "masked"), halves, takes, strict=True)
         if taken
     )
+    least = 4 if not forward and not takes[0] else 0  # coarse_share
     programs = tuple(
-        tuple(c * (k + 1) // splits - c * k // splits for c, taken in zip(count, takes, strict=True) if taken)
+        tuple(_share(c, k, splits, least) for c, taken in zip(count, takes, strict=True) if taken)
         for k in range(splits)
         for count in counts
     )
     return Work(kinds, programs)
+
+
+def _share(count: int, split: int, splits: int, least: int) -> int:
+    """Tiles of a program, as the kernels share them."""
+    if not least:
+        return count * (split + 1) // splits - count * split // splits
+    each = max(-(-count // splits), least)
+    return min((split + 1) * each, count) - min(split * each, count)
 
 
 def _pair_weights(launch: Launch, classes: int) -> Work:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import fixed
-from fastcl.kernels.common.launch import launch, splits
+from fastcl.kernels.common.launch import Config, evened, launch, shares
 from fastcl.kernels.contrastive import backward_epilogue, wide
 from fastcl.kernels.contrastive.backward import Accumulator, Weights, backward_kernel
 from fastcl.kernels.contrastive.statistics import Losses, derivatives_kernel, weights_kernel
@@ -119,10 +119,9 @@ def _gradient(r: _Side, s: _Side, call: Call, flag: Tensor | None, need_dot: boo
         _finalize(r, s, call, acc[None], dx, dot, first=0, in_order=True)
         return dx, dot
     plain = s.operand.chosen("backward", call.parts[0][0])
-    n_splits = splits(triton.cdiv(n, plain.block_r), triton.cdiv(s.operand.n, plain.block_s))
-    slots = n_splits * len(call.parts)
-    wave = min(r.operand.rows, max(1, WORKSPACE // (4 * slots * ALIGN * r.operand.width)) * ALIGN)
-    acc = torch.empty(slots, wave, r.operand.width, dtype=torch.float32, device=dx.device)
+    n_splits = shares(triton.cdiv(n, plain.block_r), triton.cdiv(s.operand.n, plain.block_s), plain.slots)
+    wave = min(r.operand.rows, max(1, WORKSPACE // (4 * n_splits * ALIGN * r.operand.width)) * ALIGN)
+    acc = torch.empty(n_splits, wave, r.operand.width, dtype=torch.float32, device=dx.device)
     for first in range(0, r.operand.rows, wave):
         _narrow(r, s, call, flag, acc, n_splits, first)
         _finalize(r, s, call, acc, dx, dot, first, in_order=False)
@@ -138,18 +137,29 @@ def _over_pairs(r: _Side, s: _Side, call: Call, flag: Tensor | None) -> dict:
 
 
 def _narrow(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor, n_splits: int, first: int) -> None:
-    """Fill acc (slots, rows, width) for the resident rows from `first` on."""
+    """Fill acc (splits, rows, width) for the resident rows from `first` on."""
     rows = min(acc.shape[1], r.operand.rows - first)
-    for part, (mode, takes_plain, takes_masked) in enumerate(call.parts):
-        for online in (False,) if flag is None else (False, True):
-            chosen = s.operand.chosen("backward_online" if online else "backward", mode)
+    for online in (False,) if flag is None else (False, True):
+        for chosen, takes_plain, takes_masked in _parts(s.operand, call, online):
             launch(
                 backward_kernel, (rows // chosen.block_r, n_splits), chosen.warps, chosen.stages,
                 **_over_pairs(r, s, call, flag),
-                acc=Accumulator(acc, acc.shape[1], first // chosen.block_r, part * n_splits),
-                TILE=fixed(call.tile(r.operand, chosen, n_splits)), PLAIN=takes_plain, MASKED=takes_masked,
+                acc=Accumulator(acc, acc.shape[1], first // chosen.block_r),
+                TILE=fixed(call.tile(r.operand, chosen)), PLAIN=takes_plain, MASKED=takes_masked,
                 ONLINE=online,
             )  # fmt: skip
+
+
+def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, bool]]:
+    """The launches over tiles of narrow rows: tiles, whether it processes plain ones, whether masked ones.
+
+    Masked tiles have a launch of their own if the table has a row for it: without them, plain tiles can be larger.
+    """
+    apart = None if online or call.split == "peers" else s.tabled("backward_masked", call.split)
+    if apart is not None:
+        return [(s.chosen("backward", call.split), True, False), (apart, False, True)]
+    kernel = "backward_online" if online else "backward"
+    return [(s.chosen(kernel, mode), plain, masked) for mode, plain, masked in call.parts]
 
 
 def _finalize(
@@ -171,8 +181,10 @@ def _finalize(
 def _wide(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor) -> None:
     """Work through square blocks of pairs; in the symmetric case only those on and above the diagonal."""
     halves = 1 if call.split == "none" else 2
-    size = int((WORKSPACE / (2 * halves)) ** 0.5) // ALIGN * ALIGN
-    size = min(size, max(r.operand.rows, s.operand.rows))
+    most = int((WORKSPACE / (2 * halves)) ** 0.5) // ALIGN
+    chosen = s.operand.chosen("product", call.split)
+    strips = ALIGN // chosen.block_r * triton.cdiv(s.operand.width, chosen.block_d)
+    size = min(evened(most, strips, r.operand.sm) * ALIGN, max(r.operand.rows, s.operand.rows))
     w = torch.empty(halves, size, size, dtype=r.operand.z.dtype, device=acc.device)
     for i in range(0, r.operand.rows, size):
         for j in range(i if r is s else 0, s.operand.rows, size):
@@ -183,11 +195,11 @@ def _wide(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor) -> N
 
 
 def _pair_weights(r: _Side, s: _Side, call: Call, flag: Tensor | None, w: Tensor, i: int, j: int) -> None:
-    chosen = s.operand.chosen("weights", call.split)
     size = w.shape[1]
-    grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
-    constants = call.tile(r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # even for narrow rows
     for online in (False,) if flag is None else (False, True):
+        chosen = s.operand.chosen("weights_online" if online else "weights", call.split)
+        grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
+        constants = call.tile(r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # even for narrow rows
         launch(
             wide.pair_weights_kernel, grid, chosen.warps, chosen.stages,
             **_over_pairs(r, s, call, flag), pairs=wide.Pairs(w, i, j, size), TILE=fixed(constants), ONLINE=online,

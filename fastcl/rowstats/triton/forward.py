@@ -7,7 +7,8 @@ import triton
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import Parts, fixed
-from fastcl.kernels.common.launch import Config, launch, splits
+from fastcl.kernels.common.launch import Config, launch
+from fastcl.kernels.common.launch import waves as planned
 from fastcl.kernels.contrastive.forward import forward_kernel, forward_online_kernel
 from fastcl.kernels.contrastive.statistics import Wave, finish_kernel
 from fastcl.kernels.contrastive.view_pairs import views_kernel
@@ -61,20 +62,20 @@ def _tiles(
 ) -> None:
     """Process resident rows in waves, each as large as the workspace allows for the sums of streamed rows."""
     both = symmetric or len(found) == 2
-    plain = s.chosen("forward", call.parts[0][0])
-    n_blocks, wave, n_splits = waves(r, s, plain, len(call.parts), int(both))
-    slots = n_splits * len(call.parts)
+    parts = _parts(s, call, apart=symmetric or not both)
+    plain = parts[0][0]
+    n_blocks, wave, n_splits = waves(r, s, plain, len(parts), int(both), symmetric)
+    slots = n_splits * len(parts)
     part_r = torch.empty(slots, 3, r.rows, dtype=torch.float32, device=r.z.device)
     part_s = torch.empty(wave, s.rows, dtype=torch.float32, device=r.z.device) if both else None
     for first in range(0, n_blocks, wave):
         count = min(wave, n_blocks - first)
         last = first + count == n_blocks
         made = Parts(part_r, part_s, first, count, 0)
-        _launch_tiles(r, s, call, flag, plain, n_splits, symmetric, made)
-        if last and len(call.parts) == 2:
-            masked = s.chosen("forward", "peers")
-            whole = Parts(part_r, None, 0, triton.cdiv(r.n, masked.block_r), n_splits)
-            _launch_tiles(r, s, call, flag, masked, n_splits, symmetric, whole)
+        _launch_tiles(r, s, call, flag, parts[0], n_splits, symmetric, made)
+        if last and len(parts) == 2:
+            whole = Parts(part_r, None, 0, triton.cdiv(r.n, parts[1][0].block_r), n_splits)
+            _launch_tiles(r, s, call, flag, parts[1], n_splits, symmetric, whole)
         done = Wave(ALIGN, plain.block_r, slots, symmetric, call.peers, first == 0, last)
         if both or last:
             finish(r, s, call, flag, found[0], done, made if symmetric else made._replace(streamed=None))
@@ -82,7 +83,9 @@ def _tiles(
             finish(s, r, call, flag, found[1], done, made._replace(resident=None))
 
 
-def waves(r: Operand, s: Operand, chosen: Config, slots: int, streamed: int) -> tuple[int, int, int]:
+def waves(
+    r: Operand, s: Operand, chosen: Config, slots: int, streamed: int, symmetric: bool
+) -> tuple[int, int, int]:  # fmt: skip
     """Blocks of resident rows in all and in a wave, and the number of programs that share a block.
 
     Two fifths of the workspace hold sums of resident rows, the rest sums of streamed rows.
@@ -91,20 +94,35 @@ def waves(r: Operand, s: Operand, chosen: Config, slots: int, streamed: int) -> 
         slots: sums of resident rows that a program of each split stores.
         streamed: sums of streamed rows that a block stores; 0: none, so that a single wave suffices.
     """
-    n_blocks = triton.cdiv(r.n, chosen.block_r)
-    wave = min(n_blocks, max(1, WORKSPACE * 3 // 5 // (4 * s.rows * streamed))) if streamed else n_blocks
-    most = max(1, WORKSPACE * 2 // 5 // (12 * r.rows * slots))
-    return n_blocks, wave, min(splits(wave, triton.cdiv(s.n, chosen.block_s)), 1 << (most.bit_length() - 1))
+    n_blocks, tiles = triton.cdiv(r.n, chosen.block_r), triton.cdiv(s.n, chosen.block_s)
+    most = max(1, WORKSPACE * 3 // 5 // (4 * s.rows * streamed)) if streamed else n_blocks
+    wave, n_splits = planned(n_blocks, most, tiles, chosen.slots, symmetric)
+    return n_blocks, wave, min(n_splits, max(1, WORKSPACE * 2 // 5 // (12 * r.rows * slots)))
+
+
+def _parts(s: Operand, call: Call, apart: bool) -> list[tuple[Config, bool, bool]]:
+    """The launches over tiles: tiles, whether it processes plain ones, whether masked ones.
+
+    Args:
+        apart: masked tiles may have a launch of their own, because they serve resident rows alone. They have one if the
+            table has rows for it: without them, plain tiles can be larger.
+    """
+    rows = [s.tabled(kernel, call.split) for kernel in ("forward_plain", "forward_masked")]
+    if apart and rows[0] is not None and rows[1] is not None:
+        return [(rows[0], True, False), (rows[1], False, True)]
+    return [(s.chosen("forward", mode), plain, masked) for mode, plain, masked in call.parts]
 
 
 def _launch_tiles(
-    r: Operand, s: Operand, call: Call, flag: Tensor | None, chosen: Config, n_splits: int, symmetric: bool, made: Parts
-) -> None:
-    _, takes_plain, takes_masked = call.parts[made.first_slot // n_splits]
+    r: Operand, s: Operand, call: Call, flag: Tensor | None, part: tuple[Config, bool, bool], n_splits: int,
+    symmetric: bool, made: Parts,
+) -> None:  # fmt: skip
+    chosen, takes_plain, takes_masked = part
+    tile = call.tile(r, chosen)._replace(BLOCK_D=min(r.width, chosen.block_d))
     launch(
         forward_kernel, (made.n_blocks, n_splits), chosen.warps, chosen.stages,
         r=r.resident, s=s.streamed, parts=made, temperature=call.degree, flag=flag,
-        TILE=fixed(call.tile(r, chosen, n_splits)), SYMMETRIC=symmetric, PLAIN=takes_plain, MASKED=takes_masked,
+        TILE=fixed(tile), SYMMETRIC=symmetric, PLAIN=takes_plain, MASKED=takes_masked,
     )  # fmt: skip
 
 

@@ -57,11 +57,11 @@ class Call:
         """
         return (("none", True, False), ("peers", False, True)) if self.split == "peers" else ((self.split, True, True),)
 
-    def tile(self, r: Operand, chosen: Config, n_splits: int = 1) -> Tile:
+    def tile(self, r: Operand, chosen: Config) -> Tile:
         """Constants of a launch over tiles; narrow rows are processed in one piece."""
         block_d = r.width if r.width <= NARROW else chosen.block_d
         split = self.split == "all", self.split != "none"
-        return Tile(r.width, chosen.block_r, chosen.block_s, block_d, ALIGN, n_splits, self.peers, *split)
+        return Tile(r.width, chosen.block_r, chosen.block_s, block_d, ALIGN, self.peers, *split)
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ class Operand:
         """Tile sizes of a launch that streams these rows, from the table; None if it has none."""
         return tabled(kernel, self.z.device, mode, self.width, self.n)
 
+    @property
+    def sm(self) -> int:
+        """The table's architecture for the rows' device."""
+        return _architecture(self.z.device)
+
     def chosen(self, kernel: str, mode: str) -> Config:
         """The same; the table must have them."""
         return cast(Config, self.tabled(kernel, mode))
@@ -126,8 +131,11 @@ class Operand:
 
 def tabled(kernel: str, device: torch.device, mode: str, d: int, n: int) -> Config | None:
     """`config` for a device."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return config(kernel, architecture(capability), mode, d, n)
+    return config(kernel, _architecture(device), mode, d, n)
+
+
+def _architecture(device: torch.device) -> int:
+    return architecture(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
 
 def padded_width(d: int) -> int:

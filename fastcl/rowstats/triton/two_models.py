@@ -53,7 +53,7 @@ def _tiles(
     wide = max((a, b), key=lambda operand: operand.width)
     plain = wide.chosen("twin", "all" if call.split == "all" else "none")
     masked = wide.chosen("twin_masked", "none" if call.split == "none" else "all")
-    n_blocks, wave, n_splits = waves(a, a, plain, slots=4, streamed=2)  # of both models
+    n_blocks, wave, n_splits = waves(a, a, plain, slots=4, streamed=2, symmetric=True)  # of both models
     n_masked = triton.cdiv(a.n, masked.block_r)
 
     def empty(*shape: int) -> Tensor:
@@ -80,7 +80,7 @@ def _launch_tiles(
     a: Operand, b: Operand, call: Call, chosen: Config, n_splits: int, made: list[Parts], pairs: Tensor, means: Tensor,
     takes_masked: bool,
 ) -> None:  # fmt: skip
-    sizes = [call.tile(model, chosen, n_splits) for model in (a, b)]
+    sizes = [call.tile(model, chosen) for model in (a, b)]
     # Plain tiles do not depend on the precision of masked ones: clearing it saves compiling kernels.
     sizes = [
         size._replace(BLOCK_D=min(size.D, chosen.block_d), SPLIT_MASKED=takes_masked and size.SPLIT_MASKED)

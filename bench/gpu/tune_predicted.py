@@ -1,0 +1,210 @@
+"""`python -m bench.gpu.tune --predict`: rows of the launch table chosen by predicted times, without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from bench.gpu.tune import Row, replaced, write
+from bench.harness.records import digits
+from bench.static.all_cases import cases
+from bench.static.compile import obstacle
+from bench.static.jobs import Compiled, StaticError, unique
+from bench.static.predict.assumptions import MACHINES
+from bench.static.predict.calibration import ARCH
+from bench.static.predict.calls import Loss, losses
+from bench.static.predict.launches import Kernel
+from bench.static.predict.losses import Model, Predicted, Recorded
+from bench.static.report import findings
+from fastcl.kernels.common import launch
+from fastcl.rowstats.triton.operand import ALIGN
+
+FIELDS = ("block_r", "block_s", "block_d", "warps", "stages")
+AXES = {"block_r": (64, 128), "block_s": (64, 128), "block_d": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)}
+KERNELS = {
+    "forward": ("fwd", "forward_kernel"), "forward_plain": ("fwd", "forward_kernel"),
+    "forward_masked": ("fwd", "forward_kernel"), "backward": ("bwd", "backward_kernel"),
+    "backward_masked": ("bwd", "backward_kernel"), "backward_online": ("bwd", "backward_kernel"),
+    "weights": ("bwd", "pair_weights_kernel"), "product": ("bwd", "product_kernel"),
+}  # fmt: skip
+_LOSSES = {"none": "ntxent fp16", "peers": "supcon fp16", "all": "ntxent fp32"}
+_ACCUMULATORS = 192  # registers of a thread that sums and accumulators may take: beyond, everything spills
+_DESCRIPTION = """\
+Predict the time of losses for every legal tile, number of warps and number of stages of a row of the launch table, and
+print the candidates in order. Candidates that spill or have another finding of `bench.static` are left out. --write
+puts the fastest one into the table that passes for every launch of the row.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Search; return the exit status (0 done, 1 no candidate passes, 2 it could not run)."""
+    args = _arguments(argv)
+    try:
+        if reason := obstacle():
+            raise StaticError(reason)
+        rows = [row for row in launch._rows() if _names(row) == (args.kernel, f"sm_{args.arch}", args.mode)]
+        row = next((row for row in rows if args.width <= (row["max_d"] or args.width)), None)
+        if row is None:
+            raise StaticError(f"the table has no row {args.kernel} {args.mode} for {args.width} columns")
+        search = Search(row, args.width, Model(args.arch, sys.executable, args.workers), args.losses)
+        return search.run(args.axes, args.write)
+    except StaticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _names(row: Row) -> tuple[str, str, str]:
+    return row["kernel"], row["arch"], row["mode"]
+
+
+def candidates(row: Row, width: int, axes: dict[str, Sequence[int]]) -> Iterator[Row]:
+    """All legal values of a row's fields, its own among them; without those that could only spill."""
+    wide = not row["max_d"]
+    tried = [[row["block_d"]] if name == "block_d" and not wide else axes[name] for name in FIELDS]
+    own = tuple(row[name] for name in FIELDS)
+    for values in dict.fromkeys([own, *itertools.product(*tried)]):
+        config = dict(zip(FIELDS, values, strict=True))
+        if values == own or (legal(config) and registers(row["kernel"], config, width) <= _ACCUMULATORS):
+            yield config
+
+
+def legal(config: Row) -> bool:
+    """Whether tiles divide the blocks to which working copies are padded."""
+    return ALIGN % config["block_r"] == 0 and ALIGN % config["block_s"] == 0
+
+
+def registers(kernel: str, config: Row, width: int) -> float:
+    """Registers of a thread for float32 sums and accumulators."""
+    r, s, d = (config[name] for name in FIELDS[:3])
+    kernel = kernel.split("_")[0]
+    elements = {"forward": 2 * r * s, "weights": r * s, "product": r * d, "backward": r * s + r * width}[kernel]
+    return elements / (32 * config["warps"])
+
+
+class Search:
+    """Candidates for a row.
+
+    Args:
+        row: a row that launches read.
+        losses: the losses whose predicted times are added up.
+    """
+
+    def __init__(self, row: Row, width: int, model: Model, losses: Sequence[Loss]) -> None:
+        self.row, self.width, self.model, self.losses = row, width, model, losses
+        self.run_of, self.kernel = KERNELS[row["kernel"]]
+        self.timed: dict[str, Kernel] = {}
+
+    def run(self, axes: dict[str, Sequence[int]], keep: bool) -> int:
+        """Print the candidates in order; write the best one if asked to. Returns the exit status."""
+        tried = [(config, self._record(config)) for config in candidates(self.row, self.width, axes)]
+        self.model.compile()
+        ranked, dropped = [], []
+        for config, recorded in tried:
+            reason, found = self._predict(recorded)
+            (dropped if reason else ranked).append((reason or sum(one.ms(self.run_of) for one in found), config, found))
+        ranked.sort(key=lambda one: one[0])
+        own = {name: self.row[name] for name in FIELDS}
+        for ms, config, found in ranked:
+            print(f"{digits(ms)} ms  {describe(config)}  {self._kernels(found)}{'  (the table)' * (config == own)}")
+        for reason, config, _ in dropped:
+            print(f"dropped  {describe(config)}  {reason}{'  (the table)' * (config == own)}")
+        for _, config, found in ranked:
+            if reason := self.everywhere(config):
+                print(f"not for every launch: {describe(config)}: {reason}")
+                continue
+            print(f"best: {describe(config)}")
+            if keep:
+                self.row.update(config, programs=self._longest(found)[2])
+                launch.config.cache_clear()
+                write(launch._rows(), launch.TABLE)
+            return 0
+        return 1
+
+    def _record(self, config: Row) -> list[Recorded]:
+        with replaced(self.row, config):
+            found = [self.model.recorded(loss) for loss in self.losses]
+        return [replace(one, steps=[step for step in one.steps if step.run == self.run_of]) for one in found]
+
+    def _predict(self, recorded: list[Recorded]) -> tuple[str, list[Predicted]]:
+        """Why a candidate is dropped, or its times."""
+        keys = {step.key for one in recorded for step in one.steps if step.name == self.kernel}
+        if reason := self._wrong(keys):
+            return reason, []
+        try:
+            return "", [self.model.one(one, MACHINES[self.model.arch], self.timed) for one in recorded]
+        except StaticError as error:
+            return str(error), []
+
+    def _wrong(self, keys: set[str]) -> str:
+        found = {}
+        for key in keys:
+            result = self.model.results[key]
+            facts = result.facts if isinstance(result, Compiled) else result
+            found |= {one.name: one.detail for one in findings(self.model.jobs[key], facts)}
+        return "; ".join(f"{name}: {detail}"[:100] for name, detail in found.items())
+
+    def everywhere(self, config: Row) -> str:
+        """What is wrong with a launch of any case of `bench.static` that has this row; empty if nothing is."""
+        jobs = []
+        for one in (config, config | {"stages": config["stages"] + 1}):  # the second tells which launches have the row
+            with replaced(self.row, one):
+                jobs.append(
+                    {self.model.add(job) for job, _ in unique(cases(self.model.arch), self.model.arch).values()}
+                )
+        mine = jobs[0] - jobs[1]
+        for key in jobs[1]:
+            self.model.jobs.pop(key)
+        self.model.compile()
+        return self._wrong(mine)
+
+    def _longest(self, found: Sequence[Predicted]) -> tuple[float, int, int, str]:
+        """Of the longest launches of the row's kernel: time, registers, programs on a multiprocessor, what binds."""
+        parts = []
+        for one in found:
+            for step, count, prediction in one.launches:
+                if step.name == self.kernel:
+                    facts = self.model.results[step.key].facts
+                    parts.append((prediction.ms * count, facts.registers, prediction.programs, prediction.binding))
+        return max(parts)
+
+    def _kernels(self, found: Sequence[Predicted]) -> str:
+        ms, used, programs, binding = self._longest(found)
+        return f"{used} registers, {programs} programs/SM, held by {binding}, its longest launches {digits(ms)} ms"
+
+
+def describe(config: Row) -> str:
+    """The fields of a row as the table orders them."""
+    return ",".join(str(config[name]) for name in FIELDS)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.tune --predict", description=_DESCRIPTION)
+    add = parser.add_argument
+    add("kernel", choices=sorted(KERNELS))
+    add("mode", choices=sorted(_LOSSES), help="which tiles use split half precision")
+    add("width", type=int, help="columns of the rows; beyond 256 the row for any width is searched")
+    add("--arch", default=f"sm_{ARCH}", choices=[f"sm_{arch}" for arch in MACHINES], help="(default: %(default)s)")
+    add("--losses", metavar="REGEX", help="losses by name whose times are added (default: one of 65,536 rows)")
+    add("--workers", type=int, default=2, metavar="N", help="processes that compile (default: %(default)s)")
+    add("--write", action="store_true", help="put the best candidate into the table")
+    for name, values in AXES.items():
+        add(
+            f"--{name.replace('_', '-')}", type=int, nargs="+", default=values, metavar="N", help=f"(default: {values})"
+        )
+    args = parser.parse_args(list(argv))
+    try:
+        name = re.compile(args.losses or f"^{_LOSSES[args.mode]} n=65,536 d={args.width}$")
+    except re.error as error:
+        parser.error(f"--losses: {args.losses!r} is no regular expression: {error}")
+    args.losses = [loss for loss in losses() if name.search(loss.name)]
+    if not args.losses:
+        parser.error(f"no loss has {name.pattern!r} in its name; --losses chooses others")
+    if args.workers < 1:
+        parser.error(f"--workers: must be positive, got {args.workers}")
+    args.axes = {axis: getattr(args, axis) for axis in AXES}
+    args.arch = int(args.arch.removeprefix("sm_"))
+    return args
