@@ -70,6 +70,8 @@ def agreed(
         check_precision(options.precision)
         if options.inverse:
             options = options._replace(temperature=inverse(options.temperature, batch.x), inverse=False)
+        if choose(batch.x) == "triton":  # what None stands for may depend on a rank's autocast
+            options = options._replace(precision=operator_arguments(1.0, options.precision, batch.x)[2])
         counts, common = _facts(batch, options)
     except Exception as error:
         raise ranks.refuse(error) from error
@@ -205,10 +207,9 @@ class _Fused(_Torch):
     def sent(self, x: Tensor) -> Tensor:
         """Rows travel in the precision of the products, if that is narrower than their own."""
         x = x.detach()
-        precision = operator_arguments(self.options.temperature, self.options.precision, x)[2]
-        if x.dtype != torch.float32 or precision == "fp32" or not self.options.normalize:
+        if x.dtype != torch.float32 or self.options.precision == "fp32" or not self.options.normalize:
             return x
-        return normalize_rows(x).to(torch.bfloat16 if precision == "bf16" else torch.float16)
+        return normalize_rows(x).to(torch.bfloat16 if self.options.precision == "bf16" else torch.float16)
 
     def of(self, x: Tensor, labels: Tensor | None, y: Tensor, labels_y: Tensor | None) -> _Met:
         """As of `_Torch`."""
