@@ -12,8 +12,8 @@ from fastcl.losses.arguments import Checked
 from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats
+from fastcl.rowstats.meeting import Needs, Options
 from fastcl.rowstats.request import Batch
-from fastcl.rowstats.sharded import Needs, Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
