@@ -16,6 +16,7 @@ from fastcl.losses.call_plans import ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
 from fastcl.losses.objectives import ObjectiveLike
 from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats, statistics
+from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.request import Batch, check_two_views
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def two_view_stats(
     Arguments and errors as `nscl_loss`.
     """
     if gather_distributed is not False and gathers(gather_distributed):
-        options = sharded.Options(temperature, normalize, False, None)
+        options = Options(temperature, normalize, False, None)
         return sharded.row_stats(partial(_two_views, z1, z2, labels), options, "two_view_stats", group)[0]
     return statistics(_two_views(z1, z2, labels), temperature, normalize, False, None)[0]
 

@@ -12,7 +12,7 @@ from fastcl.losses.call_plans import CallPlan
 from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats
-from fastcl.rowstats.sharded import Needs
+from fastcl.rowstats.meeting import Needs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -137,9 +137,9 @@ def _gathered(
     checked: Callable[[], Batch], temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
     group: ProcessGroup | None,
 ) -> tuple[RowStats, ...]:  # fmt: skip
-    from fastcl.rowstats import sharded  # which uses this module
+    from fastcl.rowstats import meeting, sharded  # which use this module
 
-    options = sharded.Options(temperature, normalize, columns, precision)
+    options = meeting.Options(temperature, normalize, columns, precision)
     return sharded.row_stats(checked, options, "row_stats", group)
 
 

@@ -10,56 +10,22 @@ gradients of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_positive
 from fastcl.dispatch import choose
 from fastcl.exchange import Ranks
-from fastcl.rowstats.api import (
-    RowStats,
-    check_precision,
-    check_transforms,
-    normalize_rows,
-    operator_arguments,
-    scaled,
-    statistics,
-)
+from fastcl.rowstats.api import RowStats, operator_arguments, statistics
+from fastcl.rowstats.meeting import ALL, Needs, OnTorch, OnTriton, Options, Sent, log_add, meet
 from fastcl.rowstats.request import Batch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Options(NamedTuple):
-    """How statistics are computed; as the arguments of `fastcl.row_stats`."""
-
-    temperature: float | Tensor
-    normalize: bool
-    columns: bool
-    precision: str | None
-
-    def checked(self) -> Options:
-        """These options; raises FastclError unless temperature and precision can be used."""
-        check_positive(self.temperature, "temperature")
-        check_precision(self.precision)
-        return self
-
-
 Request: TypeAlias = tuple[Batch, Options]
-
-
-class Needs(NamedTuple):
-    """What is needed of peers; they never count as others."""
-
-    peers: bool = True  # their statistics
-    attracted: bool = True  # and the objective attracts them
-
-
-ALL = Needs()
 
 
 def agreed(
@@ -74,6 +40,8 @@ def agreed(
     ranks = Ranks.of(group)
     try:
         batch, options = request()
+        if choose(batch.x) == "triton":  # what None stands for may depend on a rank's autocast
+            options = options._replace(precision=operator_arguments(1.0, options.precision, batch.x)[2])
         counts, common = _facts(batch, options)
     except Exception as error:
         raise ranks.refuse(error) from error
@@ -81,10 +49,10 @@ def agreed(
 
 
 def row_stats(
-    checked: Callable[[], Batch], options: Options, name: str, group: ProcessGroup | None
+    checked: Callable[[], Batch], given: Options, name: str, group: ProcessGroup | None
 ) -> tuple[RowStats, ...]:
     """`sharded_statistics` of checked arguments; errors as `agreed`. `name` is that of the function."""
-    batch, _, sides = agreed(lambda: (checked(), options.checked()), {"function": name}, group)
+    batch, options, sides = agreed(lambda: (checked(), given.checked()), {"function": name}, group)
     return sharded_statistics(batch, options, sides)
 
 
@@ -96,9 +64,7 @@ def _facts(batch: Batch, options: Options) -> tuple[tuple[int, ...], dict[str, o
         return counts, {}
     t = options.temperature.detach() if isinstance(options.temperature, Tensor) else options.temperature
     on_cpu = not isinstance(t, Tensor) or t.device.type == "cpu"
-    wanted = torch.is_grad_enabled() and [
-        v is not None and v.requires_grad for v in (x, batch.x2, y, _tensor(options.temperature))
-    ]
+    wanted = torch.is_grad_enabled() and [v is not None and v.requires_grad for v in (x, batch.x2, y, options.tensor)]
     return counts, {
         "temperature": float(t) if on_cpu else "a tensor",  # reading a GPU's number would wait for it
         "dtype": x.dtype, "number of columns": x.shape[1], "device": x.device.type,
@@ -106,10 +72,6 @@ def _facts(batch: Batch, options: Options) -> tuple[tuple[int, ...], dict[str, o
         "y": "candidates y" if y is not None else "no y", "normalize": options.normalize, "columns": options.columns,
         "precision": options.precision, "backend": choose(x), "need of gradients": wanted,
     }  # fmt: skip
-
-
-def _tensor(value: float | Tensor) -> Tensor | None:
-    return value if isinstance(value, Tensor) else None
 
 
 def sharded_statistics(
@@ -124,112 +86,31 @@ def sharded_statistics(
     if sides[0].world == 1:
         return statistics(batch, *options)
     whole = batch.spelled_out()
-    mine = [_Side(whole.x, whole.labels, sides[0])]
+    mine = [(whole.x, whole.labels, sides[0])]
     if whole.y is not None:
-        mine.append(_Side(whole.y, None if whole.labels is None else whole.labels_y, sides[1]))
+        mine.append((whole.y, None if whole.labels is None else whole.labels_y, sides[1]))
     chosen = choose(whole.x)
-    meeting = (_Fused if chosen == "triton" else _Torch)(options, needs, chosen == "dense")
+    meeting = (OnTriton if chosen == "triton" else OnTorch)(options, needs, chosen == "dense")
     with torch.autocast(whole.x.device.type, enabled=False):
-        rows = [meeting.prepared(side.x) for side in mine]
+        rows = [meeting.prepared(x) for x, _, _ in mine]
         # Candidates without gradients, such as a queue, do not need to know the other ranks' anchors.
         one_way = whole.y is not None and not (options.columns or meeting.differentiable(rows[1]))
-        sent = [side.started(meeting.sent(x)) for side, x in zip(mine[one_way:], rows[one_way:], strict=True)]
+        pairs = list(zip(mine, rows, strict=True))[one_way:]
+        sent = [Sent.start(meeting.sent(x), labels, ranks) for (_, labels, ranks), x in pairs]
     own = statistics(batch, *options)  # while the rows travel
-    theirs = [side.others(*one) for side, one in zip(mine[one_way:], sent, strict=True)]
     # Anchors meet the others' candidates; candidates meet the others' anchors.
-    met = zip(mine, rows, reversed(theirs), strict=not one_way)
-    found = [meeting.of(x, side.labels, *others) for side, x, others in met]
+    met = zip(mine, rows, reversed(sent), strict=not one_way)
+    found = [meet(meeting, x, labels, others) for (_, labels, _), x, others in met]
     joined = []
     for k, (stats, one) in enumerate(zip(own, found, strict=False)):
         rest = one.stats
         if not one_way:
             # What the other ranks' anchors do to this rank's rows is heard where those are candidates.
-            there, heard = mine[k].ranks, found[-1 - k].theirs
+            there, heard = sides[k], found[-1 - k].theirs
             named = list(there.sizes), there.rank, there.group
             rest = torch.ops.fastcl.tell_ranks(*rest, one.counts, heard, one.flag, *named)
         joined.append(_joined(stats, rest, one.counts))
     return tuple(joined)
-
-
-class _Met(NamedTuple):
-    """Own rows against others' rows."""
-
-    stats: Sequence[Tensor]  # mean_peer, lse_peer, lse_other
-    counts: Tensor  # (2, N): peers, others
-    theirs: Tensor  # its gradient is what the other ranks tell about their rows
-    flag: Tensor  # whether the logits leave the range of a fixed shift; empty: they do not
-
-
-@dataclass(frozen=True)
-class _Torch:
-    """How rows of two ranks meet on the torch backends."""
-
-    options: Options
-    needs: Needs
-    dense: bool
-
-    def prepared(self, x: Tensor) -> Tensor:
-        """Rows as the operator takes them."""
-        return scaled(x, self.options.temperature, self.options.normalize)
-
-    def differentiable(self, x: Tensor) -> bool:
-        """Whether prepared rows, or the temperature, get a gradient."""
-        return x.requires_grad
-
-    def sent(self, x: Tensor) -> Tensor:
-        """Prepared rows as they travel."""
-        return x.detach()
-
-    def of(self, x: Tensor, labels: Tensor | None, y: Tensor, labels_y: Tensor | None) -> _Met:
-        """Statistics of prepared rows x against rows y that have arrived."""
-        check_transforms("chunked", x)
-        *stats, counts, theirs = torch.ops.fastcl.apart(x, y, labels, labels_y, self.needs.peers, self.dense)
-        return _Met(stats, counts, theirs, counts.new_empty(0))
-
-
-class _Fused(_Torch):
-    """How they meet on the Triton backend."""
-
-    def prepared(self, x: Tensor) -> Tensor:
-        """The rows themselves: the kernels prepare them."""
-        return x
-
-    def differentiable(self, x: Tensor) -> bool:
-        """As of `_Torch`."""
-        t = _tensor(self.options.temperature)
-        return torch.is_grad_enabled() and (x.requires_grad or (t is not None and t.requires_grad))
-
-    def sent(self, x: Tensor) -> Tensor:
-        """Rows travel in the precision of the products, if that is narrower than their own."""
-        x = x.detach()
-        precision = operator_arguments(self.options.temperature, self.options.precision, x)[2]
-        if x.dtype != torch.float32 or precision == "fp32" or not self.options.normalize:
-            return x
-        return normalize_rows(x).to(torch.bfloat16 if precision == "bf16" else torch.float16)
-
-    def of(self, x: Tensor, labels: Tensor | None, y: Tensor, labels_y: Tensor | None) -> _Met:
-        """As of `_Torch`."""
-        given, value, precision = operator_arguments(self.options.temperature, self.options.precision, x)
-        stats, counts, theirs, *saved = torch.ops.fastcl.fused_apart(
-            x, y, labels, labels_y, given, value, self.options.normalize, precision, *self.needs
-        )
-        return _Met(stats[2:].unbind(), counts[1:], theirs, saved[-1])
-
-
-class _Side(NamedTuple):
-    """This rank's anchors or candidates."""
-
-    x: Tensor
-    labels: Tensor | None
-    ranks: Ranks
-
-    def started(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Send rows and their labels."""
-        return self.ranks.start(x), None if self.labels is None else self.ranks.start(self.labels)
-
-    def others(self, rows: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The other ranks' rows and labels."""
-        return self.ranks.others(rows), None if labels is None else self.ranks.others(labels)
 
 
 def _joined(own: RowStats, rest: Sequence[Tensor], counts: Tensor) -> RowStats:
@@ -239,15 +120,9 @@ def _joined(own: RowStats, rest: Sequence[Tensor], counts: Tensor) -> RowStats:
     share = counts[0].to(mean_peer.dtype) / n_peer.clamp(min=1)
     mean = own.mean_peer * (1 - share) + mean_peer * share
     return RowStats(
-        own.lse_view, own.spread_view, own.mean_view, _log_add(own.lse_peer, lse_peer), mean,
-        _log_add(own.lse_other, lse_other), own.n_view, n_peer, own.n_other + counts[1],
+        own.lse_view, own.spread_view, own.mean_view, log_add(own.lse_peer, lse_peer), mean,
+        log_add(own.lse_other, lse_other), own.n_view, n_peer, own.n_other + counts[1],
     )  # fmt: skip
-
-
-def _log_add(a: Tensor, b: Tensor) -> Tensor:
-    """logaddexp with zero gradient, not NaN, where both are -inf."""
-    empty = (a == -torch.inf) & (b == -torch.inf)
-    return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)
 
 
 def share_of(rows: Tensor, ranks: Ranks, reduction: str) -> Tensor:

@@ -16,9 +16,10 @@ from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.exchange import gathers
 from fastcl.rowstats.api import RowStats, operator_arguments, statistics, unpack
+from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.pair_sums import PairSums
 from fastcl.rowstats.request import Batch
-from fastcl.rowstats.sharded import Options, agreed, sharded_statistics
+from fastcl.rowstats.sharded import agreed, sharded_statistics
 from fastcl.similarity import PairStats
 from fastcl.similarity.sums.features import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.sums.rows import mapped
@@ -133,10 +134,10 @@ def _alone(batch: Batch, zb: Tensor, temperature: float | Tensor, precision: str
     return TwinStats(a, b, sums.packed(), len(za), NARROW_ROUNDING if narrow else 0.0)
 
 
-def _gathered(checked: Callable[[], Batch], zb: Tensor, options: Options, group: ProcessGroup | None) -> TwinStats:
+def _gathered(checked: Callable[[], Batch], zb: Tensor, given: Options, group: ProcessGroup | None) -> TwinStats:
     """The statistics of the rows of all ranks."""
     facts = {"function": "twin_stats", "shape of a row of zb": getattr(zb, "shape", ())[1:]}
-    batch, _, (ranks,) = agreed(lambda: (checked(), options.checked()), facts, group)
+    batch, options, (ranks,) = agreed(lambda: (checked(), given.checked()), facts, group)
     if ranks.world == 1:
         return _alone(batch, zb, options.temperature, options.precision)
     a, b = (sharded_statistics(one, options, (ranks,))[0] for one in (batch, _with_rows(batch, zb)))

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastcl
 from fastcl.exchange import Ranks
 from fastcl.losses import global_batch
-from fastcl.rowstats import apart, sharded
+from fastcl.rowstats import apart, meeting, sharded
 from fastcl.rowstats.order import Layout
 
 pytestmark = pytest.mark.dist
@@ -124,6 +124,37 @@ def test_running_maxima_that_one_rank_alone_needs(ranks: Pool) -> None:  # noqa:
     got = torch.cat([da, db]).double()
     assert abs(a + b - loss) <= 1e-6 * abs(loss) and got.isfinite().all()
     assert (got - grad).norm() <= 1e-4 * grad.norm()
+
+
+SLICED = [
+    Case((5,), objective="supcon", backend="chunked"), Case((5,), objective="nscl", views=3, backend="dense"),
+    Case((3,), "clip"), Case((5,), objective="supcon", dtype=torch.float32, backend="triton"),
+]  # fmt: skip
+
+
+def sliced_step(rank: int, cases: Sequence[Case]) -> tuple[list[tuple[Tensor, ...]], int, int]:
+    """Steps in slices; the most rows of float64 that a rank sent at once, and how often it sent any."""
+    sent, start = [], Ranks.start
+
+    def counted(self: Ranks, v: Tensor) -> Tensor:
+        if v.dtype == torch.float64 and v.ndim == 2 and v.shape[1] == 6:  # the network's outputs
+            sent.append(len(v))
+        return start(self, v)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting, "SLICE", 300)
+        patch.setattr(Ranks, "start", counted)
+        return step(rank, cases), max(sent), len(sent)
+
+
+def test_more_rows_than_a_rank_may_hold(ranks: Pool) -> None:  # noqa: F811
+    results = ranks.run(sliced_step, SLICED, world=2)
+    for _, most, times in results:
+        assert most <= 6 and times >= 2 * 4 * 3, (most, times)  # forward and backward, of three cases
+    for case, shares in zip(SLICED, zip(*(one[0] for one in results), strict=True), strict=True):
+        bound = 1e-12 if case.dtype == torch.float64 else 2 * TOLERANCE[torch.float32].gradient
+        for name, error in errors(case, shares).items():
+            assert error <= bound, f"{name}: {error:.1e} in {case}"
 
 
 COMPILED = [

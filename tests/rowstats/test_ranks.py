@@ -249,8 +249,9 @@ def warned(rank: int) -> list[str]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for asked in (False, True, None, None):
-            fastcl.ntxent_loss(z1, z2, gather_distributed=asked)
+            fastcl.NTXentLoss(gather_distributed=asked)(z1, z2)
             seen.append(asked)
+    assert [one.filename for one in seen if hasattr(one, "filename")] == [__file__]
     return [str(getattr(one, "message", one)) for one in seen]
 
 
