@@ -258,7 +258,11 @@ report.html into --out. The same command resumes a stopped run."""),
   tensorboard/      the same curves
   checkpoints/      the last two; the same command resumes a stopped run, bit for bit
   layers.json       CKA of the reference's layers with those of every other model, at the end
-  weights/, features/, report.html   at the end"""),
+  weights/, features/, report.html   at the end
+
+Several processes share each batch, one for each GPU:
+
+  torchrun --nproc-per-node 4 -m fastcl train run.toml --out runs/x"""),
     "config": (_config, "a commented config for train", """
 Prints every key with its meaning and its default (with --preset: the preset's value). Edit it or train it as it is:
 

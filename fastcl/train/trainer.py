@@ -43,6 +43,7 @@ log = logging.getLogger("fastcl")
 
 class Lockstep:
     """One run: its data, its twins, its folder. Switches PyTorch to deterministic algorithms for the whole process.
+    Under torchrun each rank makes one.
 
     Args:
         config: the run's config.
