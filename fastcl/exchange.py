@@ -135,9 +135,17 @@ def gathers(asked: bool | None) -> bool:
                 f"this loss compares the rows of one rank only, although {world} ranks run; pass "
                 "gather_distributed=True for the loss of the global batch, or gather_distributed=False if this is "
                 "meant",
-                stacklevel=4,
+                stacklevel=_callers(),
             )
     return False
+
+
+def _callers() -> int:
+    """How far above `gathers` the first frame outside of this package and of torch.nn is."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastcl.", "torch.nn.")):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _constant_while_compiling(function):

@@ -1,4 +1,4 @@
-"""Three processes of one gloo group, started once for a file of tests, and what the tests run in them.
+"""Three processes of one gloo group, started once for all tests of a process, and what the tests run in them.
 
 A function runs on every rank, or on ranks 0 and 1 with `pair` as their group. It is called with the rank and the
 arguments, and must be a module's own, as its name travels, not its code.
@@ -8,8 +8,9 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -33,12 +34,12 @@ class Failed(NamedTuple):
 class Pool:
     """The processes, and a connection to each."""
 
-    def __init__(self, folder: str) -> None:
-        context = mp.get_context("spawn")
+    def __init__(self) -> None:
+        context, self.folder = mp.get_context("spawn"), tempfile.TemporaryDirectory()
         self.processes, self.ends = [], []
         for rank in range(WORLD):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, folder, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.folder.name, theirs), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -76,6 +77,10 @@ def _serve(rank: int, folder: str, end: Connection) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # as in conftest.py
+        import quick_interpreter
+
+        quick_interpreter.install()
     patience = timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=patience)
     pair, last = dist.new_group([0, 1]), dist.new_group([2])
@@ -92,13 +97,15 @@ def _serve(rank: int, folder: str, end: Connection) -> None:
         end.send(result)
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Pool]:
-    """The processes of this file's tests."""
-    with tempfile.TemporaryDirectory() as folder:
-        pool = Pool(folder)
-        yield pool
-        pool.close()
+@cache
+def _pool() -> Pool:
+    return Pool()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Pool:
+    """The processes, which end with this one."""
+    return _pool()
 
 
 def own(rank: int, cuts: Sequence[int], n: int) -> slice:

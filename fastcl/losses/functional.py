@@ -17,8 +17,9 @@ from fastcl.losses.arguments import Checked, checked_pairs, checked_rows, checke
 from fastcl.losses.objectives import Objective, ObjectiveLike
 from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats, fused, statistics
+from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.request import Batch
-from fastcl.rowstats.sharded import Options, inverse
+from fastcl.rowstats.sharded import inverse
 from fastcl.rowstats.small import route
 
 if TYPE_CHECKING:

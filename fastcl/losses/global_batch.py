@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,8 +12,8 @@ from fastcl.losses.arguments import Checked
 from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats
+from fastcl.rowstats.meeting import Needs, Options
 from fastcl.rowstats.request import Batch
-from fastcl.rowstats.sharded import Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,7 +49,7 @@ def losses(found: Checked, sides: tuple[Ranks, ...], options: Options, reduction
     The average of the shares over all ranks, and of their gradients, is the loss of the global batch and its gradient.
     """
     batch, objectives = found
-    stats = sharded.sharded_statistics(batch, options, sides, any(map(_needs_peers, objectives)))
+    stats = sharded.sharded_statistics(batch, options, sides, _needs(objectives))
     reduced = []
     for loss in objectives:
         parts = [sharded.share_of(loss(one), side, reduction) for one, side in zip(stats, sides, strict=False)]
@@ -57,8 +57,10 @@ def losses(found: Checked, sides: tuple[Ranks, ...], options: Options, reduction
     return reduced
 
 
-def _needs_peers(loss: Callable[[RowStats], Tensor]) -> bool:
-    """Whether an objective uses statistics of peers; one of the caller's own may use all."""
-    if isinstance(loss, Objective) and type(loss) is Objective:
-        return "peer" in (*loss.positives, *loss.denominator)
-    return True
+def _needs(losses: Sequence[Callable[[RowStats], Tensor]]) -> Needs:
+    """What objectives use of peers; one of the caller's own may use all."""
+    table = [loss for loss in losses if isinstance(loss, Objective) and type(loss) is Objective]
+    if len(table) < len(losses):
+        return Needs()
+    attracted = any("peer" in loss.positives for loss in table)
+    return Needs(attracted or any("peer" in loss.denominator for loss in table), attracted)

@@ -7,6 +7,6 @@ derivatives are registered on the operators themselves: wrapping them in an auto
 
 from fastcl.rowstats import apart_operator, chunked_operator  # noqa: F401  (register apart, row_stats)
 from fastcl.rowstats.api import RowStats, normalize_rows, row_stats
-from fastcl.rowstats.triton import operator, two_models_operator  # noqa: F401  (register fused and twin)
+from fastcl.rowstats.triton import apart_kernels, operator, two_models_operator  # noqa: F401  (register their own)
 
 __all__ = ["RowStats", "normalize_rows", "row_stats"]

@@ -137,9 +137,9 @@ def _gathered(
     checked: Callable[[], Batch], temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
     group: ProcessGroup | None,
 ) -> tuple[RowStats, ...]:  # fmt: skip
-    from fastcl.rowstats import sharded  # which uses this module
+    from fastcl.rowstats import meeting, sharded  # which use this module
 
-    options = sharded.Options(temperature, normalize, columns, precision)
+    options = meeting.Options(temperature, normalize, columns, precision)
     return sharded.row_stats(checked, options, "row_stats", group)
 
 
@@ -196,7 +196,7 @@ def operator_arguments(
     """Temperature as a tensor or else as a number, and the precision, for a Triton operator's call on rows x."""
     is_tensor = isinstance(temperature, Tensor)
     given = temperature.to(x.device) if is_tensor else None
-    _check_transforms("triton", x, *others, given)
+    check_transforms("triton", x, *others, given)
     check_precision(precision)
     return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
 
@@ -207,7 +207,7 @@ def _on_torch(batch: Batch, chosen: str) -> RowStats:
     if chosen == "dense":
         mean_view, spread_view, mean_peer, *rest = dense.row_stats(*arguments)
     else:
-        _check_transforms(chosen, batch.x, batch.y)
+        check_transforms(chosen, batch.x, batch.y)
         mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(*arguments)
     lse_peer, lse_other, *counts = rest
     return unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
@@ -254,7 +254,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     return u / u.square().sum(1, keepdim=True).masked_fill(is_zero, 1).sqrt()
 
 
-def _check_transforms(chosen: str, *tensors: Tensor | None) -> None:
+def check_transforms(chosen: str, *tensors: Tensor | None) -> None:
     """Raise FastclError for transforms that the operators lack: forward mode, which PyTorch would silently treat as
     zero, and torch.func.grad."""
     if torch.compiler.is_compiling():

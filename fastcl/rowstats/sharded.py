@@ -1,15 +1,16 @@
 """Row statistics of the global batch: a rank's own rows as anchors, the rows of all ranks as candidates.
 
 Own rows meet own rows as they do without ranks; only there can be views, for all views of a sample live on one rank and
-sample ids are the rank's own. They meet the rows of the other ranks, which are gathered, in `torch.ops.fastcl.apart`.
-The gradient is that of the sum over all ranks: a rank also needs what its rows do to the losses of the others. For that
-the ranks exchange five numbers a row (`torch.ops.fastcl.tell_ranks`), never the gradients of rows.
+sample ids are the rank's own. They meet the rows of the other ranks, which are gathered, in `torch.ops.fastcl.apart` or
+on the Triton backend `fused_apart`. The gradient is that of the sum over all ranks: a rank also needs what its rows do
+to the losses of the others. For that the ranks exchange five numbers a row (`torch.ops.fastcl.tell_ranks`), never the
+gradients of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,21 +18,12 @@ from torch import Tensor
 from fastcl.checks import check_positive
 from fastcl.dispatch import choose
 from fastcl.exchange import Ranks
-from fastcl.rowstats.api import RowStats, check_precision, scaled, statistics
+from fastcl.rowstats.api import RowStats, check_precision, operator_arguments, statistics
+from fastcl.rowstats.meeting import ALL, Needs, OnTorch, OnTriton, Options, Sent, log_add, meet
 from fastcl.rowstats.request import Batch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-class Options(NamedTuple):
-    """How statistics are computed; as the arguments of `fastcl.row_stats`."""
-
-    temperature: float | Tensor
-    normalize: bool
-    columns: bool
-    precision: str | None
-    inverse: bool = False  # `temperature` is its inverse, the scale of the logits
 
 
 def agreed(
@@ -50,6 +42,8 @@ def agreed(
         check_precision(options.precision)
         if options.inverse:
             options = options._replace(temperature=inverse(options.temperature, batch.x), inverse=False)
+        if choose(batch.x) == "triton":  # what None stands for may depend on a rank's autocast
+            options = options._replace(precision=operator_arguments(1.0, options.precision, batch.x)[2])
         counts, common = _facts(batch, options)
     except Exception as error:
         raise ranks.refuse(error) from error
@@ -79,9 +73,7 @@ def _facts(batch: Batch, options: Options) -> tuple[tuple[int, ...], dict[str, o
         return counts, {}
     t = options.temperature.detach() if isinstance(options.temperature, Tensor) else options.temperature
     on_cpu = not isinstance(t, Tensor) or t.device.type == "cpu"
-    wanted = torch.is_grad_enabled() and [
-        v is not None and v.requires_grad for v in (x, batch.x2, y, _tensor(options.temperature))
-    ]
+    wanted = torch.is_grad_enabled() and [v is not None and v.requires_grad for v in (x, batch.x2, y, options.tensor)]
     return counts, {
         "temperature": float(t) if on_cpu else "a tensor",  # reading a GPU's number would wait for it
         "dtype": x.dtype, "number of columns": x.shape[1], "device": x.device.type,
@@ -91,61 +83,43 @@ def _facts(batch: Batch, options: Options) -> tuple[tuple[int, ...], dict[str, o
     }  # fmt: skip
 
 
-def _tensor(value: float | Tensor) -> Tensor | None:
-    return value if isinstance(value, Tensor) else None
-
-
 def sharded_statistics(
-    batch: Batch, options: Options, sides: tuple[Ranks, ...], peers: bool = True
+    batch: Batch, options: Options, sides: tuple[Ranks, ...], needs: Needs = ALL
 ) -> tuple[RowStats, ...]:
     """RowStats of this rank's anchors and, with columns, of its candidates, in the batch of all ranks.
 
     Args:
         sides: the ranks of the anchors and, with candidates, of those, from `agreed`.
-        peers: whether statistics of peers are needed. Without, those of other ranks' peers are missing.
+        needs: statistics of other ranks' rows that are not needed are missing.
     """
     if sides[0].world == 1:
         return statistics(batch, *options[:4])
-    batch = batch.spelled_out()
-    mine = [_Side(batch.x, batch.labels, sides[0])]
-    if batch.y is not None:
-        mine.append(_Side(batch.y, None if batch.labels is None else batch.labels_y, sides[1]))
-    chosen = choose(batch.x)
-    with torch.autocast(batch.x.device.type, enabled=False):
-        rows = [scaled(side.x, options.temperature, options.normalize) for side in mine]
+    whole = batch.spelled_out()
+    mine = [(whole.x, whole.labels, sides[0])]
+    if whole.y is not None:
+        mine.append((whole.y, None if whole.labels is None else whole.labels_y, sides[1]))
+    chosen = choose(whole.x)
+    meeting = (OnTriton if chosen == "triton" else OnTorch)(options, needs, chosen == "dense")
+    with torch.autocast(whole.x.device.type, enabled=False):
+        rows = [meeting.prepared(x) for x, _, _ in mine]
         # Candidates without gradients, such as a queue, do not need to know the other ranks' anchors.
-        one_way = batch.y is not None and not (options.columns or rows[1].requires_grad)
-        started = [side.started(x) for side, x in zip(mine[one_way:], rows[one_way:], strict=True)]
+        one_way = whole.y is not None and not (options.columns or meeting.differentiable(rows[1]))
+        pairs = list(zip(mine, rows, strict=True))[one_way:]
+        sent = [Sent.start(meeting.sent(x), labels, ranks) for (_, labels, ranks), x in pairs]
     own = statistics(batch, *options[:4])  # while the rows travel
-    theirs = [side.others(*sent) for side, sent in zip(mine[one_way:], started, strict=True)]
     # Anchors meet the others' candidates; candidates meet the others' anchors.
-    met = zip(mine, rows, reversed(theirs), strict=not one_way)
-    found = [torch.ops.fastcl.apart(x, y, side.labels, of_y, peers, chosen == "dense") for side, x, (y, of_y) in met]
+    met = zip(mine, rows, reversed(sent), strict=not one_way)
+    found = [meet(meeting, x, labels, others) for (_, labels, _), x, others in met]
     joined = []
-    for k, (stats, (*rest, counts, _)) in enumerate(zip(own, found, strict=False)):
+    for k, (stats, one) in enumerate(zip(own, found, strict=False)):
+        rest = one.stats
         if not one_way:
             # What the other ranks' anchors do to this rank's rows is heard where those are candidates.
-            there = mine[k].ranks
-            heard, flag = found[-1 - k][4], counts.new_empty(0)
-            rest = torch.ops.fastcl.tell_ranks(*rest, counts, heard, flag, list(there.sizes), there.rank, there.group)
-        joined.append(_joined(stats, rest, counts))
+            there, heard = sides[k], found[-1 - k].theirs
+            named = list(there.sizes), there.rank, there.group
+            rest = torch.ops.fastcl.tell_ranks(*rest, one.counts, heard, one.flag, *named)
+        joined.append(_joined(stats, rest, one.counts))
     return tuple(joined)
-
-
-class _Side(NamedTuple):
-    """This rank's anchors or candidates."""
-
-    x: Tensor
-    labels: Tensor | None
-    ranks: Ranks
-
-    def started(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Send prepared rows and their labels."""
-        return self.ranks.start(x.detach()), None if self.labels is None else self.ranks.start(self.labels)
-
-    def others(self, rows: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The other ranks' rows and labels."""
-        return self.ranks.others(rows), None if labels is None else self.ranks.others(labels)
 
 
 def _joined(own: RowStats, rest: Sequence[Tensor], counts: Tensor) -> RowStats:
@@ -155,15 +129,9 @@ def _joined(own: RowStats, rest: Sequence[Tensor], counts: Tensor) -> RowStats:
     share = counts[0].to(mean_peer.dtype) / n_peer.clamp(min=1)
     mean = own.mean_peer * (1 - share) + mean_peer * share
     return RowStats(
-        own.lse_view, own.spread_view, own.mean_view, _log_add(own.lse_peer, lse_peer), mean,
-        _log_add(own.lse_other, lse_other), own.n_view, n_peer, own.n_other + counts[1],
+        own.lse_view, own.spread_view, own.mean_view, log_add(own.lse_peer, lse_peer), mean,
+        log_add(own.lse_other, lse_other), own.n_view, n_peer, own.n_other + counts[1],
     )  # fmt: skip
-
-
-def _log_add(a: Tensor, b: Tensor) -> Tensor:
-    """logaddexp with zero gradient, not NaN, where both are -inf."""
-    empty = (a == -torch.inf) & (b == -torch.inf)
-    return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)
 
 
 def share_of(rows: Tensor, ranks: Ranks, reduction: str) -> Tensor:
