@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import logging
+import os
 import sys
 from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastcl import __version__, interrupts
 from fastcl.config.written import DEMO, commented, listing, preset_file, preset_names
@@ -15,6 +18,9 @@ from fastcl.errors import FastclError, ToldElsewhere, install_hint, shown
 from fastcl.io.files import cause
 from fastcl.io.outputs import named_path
 from fastcl.io.run_names import REPORT
+
+if TYPE_CHECKING:
+    from fastcl.train.ranks import Ranks
 
 _DESCRIPTION = """\
 Train self-supervised and supervised contrastive models side by side on the same views, and measure how they align.
@@ -165,31 +171,40 @@ def _config(args: argparse.Namespace) -> None:
 
 
 def _run(config: Path, args: argparse.Namespace) -> None:
+    from fastcl.train.ranks import start
+
+    ranks = start()
+    try:
+        _run_on(ranks, config, args)
+    except FastclError:
+        if ranks.size > 1:  # at exit the process would wait for exchanges with ranks that have gone
+            atexit.register(os._exit, 1)
+        raise
+
+
+def _run_on(ranks: Ranks, config: Path, args: argparse.Namespace) -> None:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from fastcl.report import write_report
     from fastcl.train import Lockstep, load_config
-    from fastcl.train.ranks import start
 
-    ranks = start()
     if not ranks.first:
         logging.getLogger().setLevel(logging.CRITICAL)  # the first rank speaks
     with ranks.together():
         settings = load_config(config, args.overrides)
     run = Lockstep(settings, args.out, inputs=(config,))
-    if not ranks.first:
-        run.run()
-        ranks.close()
-        return
     data, twins = run.data, run.twins
-    print(
-        f"{data.name}: {len(data.train)} training and {len(data.test)} held-out images of {len(data.classes)} classes; "
-        f"{len(twins)} models ({', '.join(t.name for t in twins)}) in lockstep on {run.device} for "
-        f"{run.config.train.epochs} epochs of {len(run.loader)} steps"
-    )
+    if ranks.first:
+        print(
+            f"{data.name}: {len(data.train)} training and {len(data.test)} held-out images of {len(data.classes)} "
+            f"classes; {len(twins)} models ({', '.join(t.name for t in twins)}) in lockstep on {run.device} for "
+            f"{run.config.train.epochs} epochs of {len(run.loader)} steps"
+        )
     with logging_redirect_tqdm():
         run.run()
     ranks.close()
+    if not ranks.first:
+        return
     report = args.out / REPORT
     if not _is_newest(report, args.out):
         write_report(args.out)
@@ -243,7 +258,11 @@ report.html into --out. The same command resumes a stopped run."""),
   tensorboard/      the same curves
   checkpoints/      the last two; the same command resumes a stopped run, bit for bit
   layers.json       CKA of the reference's layers with those of every other model, at the end
-  weights/, features/, report.html   at the end"""),
+  weights/, features/, report.html   at the end
+
+Several processes share each batch, one for each GPU:
+
+  torchrun --nproc-per-node 4 -m fastcl train run.toml --out runs/x"""),
     "config": (_config, "a commented config for train", """
 Prints every key with its meaning and its default (with --preset: the preset's value). Edit it or train it as it is:
 

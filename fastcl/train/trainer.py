@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ log = logging.getLogger("fastcl")
 
 class Lockstep:
     """One run: its data, its twins, its folder. Switches PyTorch to deterministic algorithms for the whole process.
+    Under torchrun each rank makes one.
 
     Args:
         config: the run's config.
@@ -58,7 +59,7 @@ class Lockstep:
     @plain_defaults()
     def __init__(self, config: Config, out: Path, inputs: Iterable[Path] = ()) -> None:
         self.config, self.out = config, Path(out)
-        self.ranks = start().within(config.train.timeout)
+        self.ranks = start()
         with self.ranks.watched():
             with self.ranks.together():
                 self._open(inputs)
@@ -66,6 +67,7 @@ class Lockstep:
             self.ranks.agree(mine, lambda first: differences(first, mine))
             with self.ranks.together(), self._holding():
                 pass
+            self.ranks = self.ranks.within(config.train.timeout)  # to open data may take a rank longer than others
 
     def _open(self, inputs: Iterable[Path]) -> None:
         config = self.config
@@ -86,11 +88,9 @@ class Lockstep:
     @contextmanager
     def _holding(self) -> Iterator[None]:
         """The first rank holds the folder's lock, and the folder holds this run."""
-        if not self.ranks.first:
-            yield
-            return
-        with locked(self.out):
-            claim_folder(self.out, self._describe())  # another process may have used the folder meanwhile
+        with locked(self.out) if self.ranks.first else nullcontext():
+            if self.ranks.first:
+                claim_folder(self.out, self._describe())  # another process may have used the folder meanwhile
             yield
 
     @plain_defaults()

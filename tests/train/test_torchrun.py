@@ -1,6 +1,7 @@
 """Runs whose batches several processes share: the values of one process, the same bytes again, and one end for all."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,8 +11,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_micro import batch, distance, embedding, gradients, network, whole
 from tiny_run import ROOT, results, tiny_toml
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from warm_commands import end_ranks, run, run_ranks, start_ranks
+
+import fastcl
 
 pytestmark = pytest.mark.dist
 SETTINGS = [
@@ -82,6 +88,17 @@ def test_three_ranks_train_as_one_process_does_in_three_parts(three, arguments, 
     assert "x 3 ranks" in json.loads((three / "run.json").read_text())["device"]
 
 
+def test_parts_of_ranks_are_parts_of_the_batch(arguments, tmp_path):
+    """Two ranks with two parts each train as one process with four."""
+    changes = "train.micro_batch=24", "train.epochs=1", 'train.models=["nscl", "ce"]', "train.controls=[]"
+    statuses, said = run_ranks(2, *arguments(tmp_path / "two", *changes), output=tmp_path / "log")
+    assert statuses == [0, 0], said
+    status, said = run("train", *arguments(tmp_path / "one", *changes)[1:], output=tmp_path / "log.one")
+    assert status == 0, said
+    for a, b in zip(*(lines(tmp_path / name / "steps.jsonl") for name in ("two", "one")), strict=True):
+        close(a, b, rel=1e-3, abs=1e-4)
+
+
 def test_the_identity_twin_stays_one(three):
     a, b = (load_file(three / "weights" / f"{name}.safetensors") for name in ("dcl", "identity"))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
@@ -97,9 +114,9 @@ def test_a_killed_rank_ends_the_run_which_resumes_at_any_world_size(three, argum
     ranks[1].kill()
     statuses, said = end_ranks(ranks, tmp_path / "log")
     assert statuses == [1, -signal.SIGKILL, 1], said
-    whole = "".join(said)
-    assert whole.count("error: ") == whole.count("error: rank 1 of 3 no longer answers: killed") == 1, said
-    assert "Traceback" not in whole
+    text = "".join(said)
+    assert text.count("error: ") == text.count("error: rank 1 of 3 no longer answers: killed") == 1, said
+    assert "Traceback" not in text
     statuses, said = run_ranks(world, *arguments(out), output=tmp_path / "log")
     assert statuses == [0] * world and "resuming from" in said[0], said
     if world == 3:
@@ -131,9 +148,9 @@ def test_a_rank_that_stands_still_is_named(arguments, tmp_path):
         ranks[0].kill()
     statuses, said = end_ranks(ranks, tmp_path / "log")
     assert statuses[1:] == [1, 1], said
-    whole = said[1] + said[2]
-    assert whole.count("error: ") == whole.count("error: rank 0 of 3 no longer answers: ") == 1
-    assert "at a standstill for longer than train.timeout = 3 s" in whole
+    text = said[1] + said[2]
+    assert text.count("error: ") == text.count("error: rank 0 of 3 no longer answers: ") == 1
+    assert "at a standstill for longer than train.timeout = 3 s" in text
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -155,6 +172,45 @@ def test_an_error_of_one_rank_ends_all(arguments, tmp_path):
         statuses, said = run_ranks(2, *arguments(tmp_path / "run"), output=tmp_path / "log")
     assert statuses == [1, 1] and f"error: another process is training in {tmp_path / 'run'}" in said[0], said
     assert said[1] == ""
+
+
+UNEVEN = (9, 6, 7)  # samples of each rank
+
+
+def ddp_step(rank, folder):
+    """In a process of its own: the gradients of one step in parts of four samples."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=len(UNEVEN))
+    mine, labels = own_parts(rank)
+    net = DistributedDataParallel(network(torch.nn.BatchNorm1d))
+    value = fastcl.micro_step(
+        embedding(net), mine, lambda a, b: fastcl.nscl_loss(a, b, labels, 0.4, gather_distributed=True), network=net
+    )
+    torch.save((value, gradients(net)), folder / str(rank))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def own_parts(rank):
+    first, second, labels = (rows.split(UNEVEN)[rank] for rows in batch())
+    return list(zip(first.split(4), second.split(4), strict=True)), labels
+
+
+def test_micro_step_over_uneven_ranks_is_one_graph_over_all_parts(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=ddp_step, args=(rank, tmp_path)) for rank in range(len(UNEVEN))]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    one = network(torch.nn.BatchNorm1d)
+    parts = [part for rank in range(len(UNEVEN)) for part in own_parts(rank)[0]]
+    expected = whole(one, parts, lambda a, b: fastcl.nscl_loss(a, b, batch()[2], 0.4))
+    found = [torch.load(tmp_path / str(rank)) for rank in range(len(UNEVEN))]
+    assert sum(value for value, _ in found).item() / len(UNEVEN) == pytest.approx(expected.item(), rel=1e-12)
+    for _, gradient in found:
+        assert distance(gradient, gradients(one)) < 1e-12
 
 
 def test_torchrun_names_a_killed_rank(arguments, tmp_path):

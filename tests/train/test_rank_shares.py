@@ -1,0 +1,84 @@
+"""What one rank of several takes: its part of the same batches, its images of an evaluation, its workers and seeds."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_run import tiny_config
+
+from fastcl.errors import ToldElsewhere
+from fastcl.similarity import PairAccumulator
+from fastcl.train.inputs import open_inputs
+from fastcl.train.measures import evaluate
+from fastcl.train.models import make_twins
+from fastcl.train.ranks import ALONE, Ranks, average_gradients
+
+CPU = torch.device("cpu")
+
+
+class Told(Ranks):
+    """A rank without others: it keeps what it would send."""
+
+    @contextmanager
+    def together(self):
+        yield
+
+    def rows_of_all(self, rows, device):
+        return rows
+
+
+def test_the_ranks_see_the_batches_of_one_process(tmp_path):
+    config = tiny_config(train__batch_size=30, train__controls=["reseeded"])
+    one = open_inputs(config, tmp_path, CPU).loader
+    parts = [open_inputs(config, tmp_path, CPU, Ranks(rank, 3)).loader for rank in range(3)]
+    for whole, *shares in zip(one.batches(1), *(part.batches(1) for part in parts), strict=True):
+        assert [len(share.ids) for share in shares] == [10] * 3 and len(whole.views) == 4
+        assert torch.equal(torch.cat([share.ids for share in shares]), whole.ids)
+        assert torch.equal(torch.cat([share.labels for share in shares]), whole.labels)
+        for k, view in enumerate(whole.views):
+            assert torch.equal(torch.cat([share.views[k] for share in shares]), view)
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])
+def test_the_ranks_encode_the_batches_of_one_process(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(evaluate, "EVAL_BATCH", 20)
+    config = tiny_config(train__models=["dcl", "nscl"], train__controls=[])
+    twins = make_twins(config, 1, 3, CPU)
+    views = open_inputs(config, tmp_path, CPU).test
+    expected, whole = evaluate.encode(twins, views), PairAccumulator(["dcl", "nscl"])
+    shares = []
+    for rank in range(size):
+        accumulator = PairAccumulator(["dcl", "nscl"])
+        shares.append(evaluate.encode(twins, views, accumulator, Told(rank, size)))
+        whole.merge(accumulator)
+    assert whole.n == len(views.split) > 5 * 20
+    for name, features in expected.items():
+        assert torch.equal(torch.cat([share[name] for share in shares if share[name] is not None]), features)
+
+
+@pytest.mark.parametrize(("given", "local", "expected"), [
+    (None, 4, 0), (0, 4, 0), (8, 4, 2), (7, 4, 1), (3, 4, 1), (3, 1, 3),
+])  # fmt: skip
+def test_workers_are_divided(tmp_path, monkeypatch, given, local, expected):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    config = tiny_config(data__workers=given) if given is not None else tiny_config()
+    assert open_inputs(config, tmp_path, CPU, Ranks(0, 4)).loader.workers == expected
+    assert open_inputs(config, tmp_path, CPU).loader.workers == (given or 0)
+
+
+def test_a_rank_has_its_own_seeds_and_the_first_those_of_one_process():
+    seeds = [[Ranks(rank, 3).seed(step) for step in range(50)] for rank in range(3)]
+    assert seeds[0] == [ALONE.seed(step) for step in range(50)] == list(range(50))
+    assert len({seed for row in seeds for seed in row}) == 150
+    for row in seeds:
+        torch.manual_seed(row[-1])  # 64 bits
+
+
+def test_one_process_exchanges_nothing_and_the_first_rank_speaks():
+    network = torch.nn.Linear(2, 2)
+    network(torch.ones(1, 2)).sum().backward()
+    before = network.weight.grad.clone()
+    average_gradients(network, ALONE)()
+    assert torch.equal(network.weight.grad, before)
+    assert ALONE.gathered(3) == [3] and ALONE.from_first(3) == 3 and ALONE.within(1.0) is ALONE
+    assert not isinstance(Ranks(0, 2).error("x"), ToldElsewhere) and isinstance(Ranks(1, 2).error("x"), ToldElsewhere)
