@@ -67,7 +67,7 @@ def candidates(row: Row, width: int, axes: dict[str, Sequence[int]]) -> Iterator
     tried = [[row["block_d"]] if name == "block_d" and not wide else axes[name] for name in FIELDS]
     own = tuple(row[name] for name in FIELDS)
     for values in dict.fromkeys([own, *itertools.product(*tried)]):
-        config = dict(zip(FIELDS, values, strict=True))
+        config: Row = dict(zip(FIELDS, values, strict=True))
         if values == own or (legal(config) and registers(row["kernel"], config, width) <= _ACCUMULATORS):
             yield config
 
@@ -167,8 +167,10 @@ class Search:
         for one in found:
             for step, count, prediction in one.launches:
                 if step.name == self.kernel:
-                    facts = self.model.results[step.key].facts
-                    parts.append((prediction.ms * count, facts.registers, prediction.programs, prediction.binding))
+                    compiled = self.model.results[step.key]
+                    assert not isinstance(compiled, str)  # it has been predicted
+                    used = compiled.facts.registers
+                    parts.append((prediction.ms * count, used, prediction.programs, prediction.binding))
         return max(parts)
 
     def _kernels(self, found: Sequence[Predicted]) -> str:

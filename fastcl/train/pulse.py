@@ -8,7 +8,7 @@ import threading
 import time
 from datetime import timedelta
 
-from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
 
 _EVERY, _GRACE = 0.5, 3.0  # seconds: between two signs of life, and without one to be called silent
 
@@ -59,8 +59,8 @@ class Pulse:
         return [self._store.get(name) if self._store.check([name]) else None for name in names]
 
 
-def _connected() -> dist.Store:
+def _connected() -> Store:
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2 * _GRACE))
+    store = TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2 * _GRACE))
     # The store outlives a restart of the processes by torchrun.
-    return dist.PrefixStore(f"fastcl {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return PrefixStore(f"fastcl {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

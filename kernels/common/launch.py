@@ -118,9 +118,9 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
         if (row["kernel"], row["arch"], row["mode"]) != (kernel, f"sm_{sm}", mode):
             continue
         if d <= (row["max_d"] or d) and n <= (row["max_n"] or n):
-            sizes = (row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages"))
+            sizes = {key: row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")}
             programs = row.get("programs")  # on a multiprocessor, where known
-            return Config(*sizes, programs * MULTIPROCESSORS[sm] if programs else _SLOTS)
+            return Config(**sizes, slots=programs * MULTIPROCESSORS[sm] if programs else _SLOTS)
     return None
 
 
