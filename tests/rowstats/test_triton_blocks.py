@@ -84,8 +84,9 @@ def test_the_tables_own_tiles(online: bool) -> None:
         ran = check(["supcon"], normal(len(sample), 24).float(), sample, labels, t, "fp32" if online else "fp16")
     assert ran.flag() == online
     chosen = [one.arguments["TILE"][1:3] for one in ran.of("forward_kernel")]
-    call = ("all",) if online else ("none", "peers")
-    assert chosen == [(c.block_r, c.block_s) for c in (config("forward", 90, mode, 32, 293) for mode in call)]
+    apart = (("forward_plain", "all"), ("forward_masked", "all"))
+    rows = apart if online else (("forward", "none"), ("forward", "peers"))
+    assert chosen == [(c.block_r, c.block_s) for c in (config(kernel, 90, mode, 32, 293) for kernel, mode in rows)]
 
 
 @pytest.mark.parametrize("blocks", (1, 2))
