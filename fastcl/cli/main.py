@@ -20,7 +20,7 @@ from fastcl.io.outputs import named_path
 from fastcl.io.run_names import REPORT
 
 if TYPE_CHECKING:
-    from fastcl.train.ranks import Ranks
+    from fastcl.train.group import Ranks
 
 _DESCRIPTION = """\
 Train self-supervised and supervised contrastive models side by side on the same views, and measure how they align.
@@ -171,7 +171,7 @@ def _config(args: argparse.Namespace) -> None:
 
 
 def _run(config: Path, args: argparse.Namespace) -> None:
-    from fastcl.train.ranks import start
+    from fastcl.train.group import start
 
     ranks = start()
     try:

@@ -10,10 +10,10 @@ import safetensors.torch
 from torch import Tensor
 
 from fastcl.data import EvalViews
+from fastcl.train.group import ALONE, Ranks
 from fastcl.train.measures.evaluate import encode
 from fastcl.train.measures.layer_table import write_layers
 from fastcl.train.models import Twin
-from fastcl.train.ranks import ALONE, Ranks
 from fastcl.train.run_folder.identity import missing_files
 from fastcl.train.run_folder.records import write_atomic
 

@@ -14,8 +14,8 @@ from fastcl import OBJECTIVES
 from fastcl.config.settings import Config
 from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
 from fastcl.errors import FastclError, brief, shown
+from fastcl.train.group import ALONE, Ranks
 from fastcl.train.models import CROSS_ENTROPY, RESEEDED
-from fastcl.train.ranks import ALONE, Ranks
 from fastcl.train.run_folder.identity import read_run, same_data
 
 _RESEED = 0x5EED_0000_0000_0000  # XORed into the seed for the reseeded twin's views

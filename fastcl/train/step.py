@@ -13,8 +13,8 @@ from torch.profiler import record_function
 from fastcl import PairStats, RowStats, TwinStats, twin_stats, two_view_stats
 from fastcl.errors import FastclError
 from fastcl.micro import TwoPasses
+from fastcl.train.group import ALONE, Ranks, average_gradients
 from fastcl.train.models import CROSS_ENTROPY, IDENTITY, RESEEDED, Twin, step_values
-from fastcl.train.ranks import ALONE, Ranks, average_gradients
 
 # Names of a step's spans in torch.profiler.
 ENCODERS, LOSSES, METRICS, BACKWARD, OPTIMIZERS = (

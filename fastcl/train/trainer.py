@@ -25,12 +25,12 @@ from fastcl.config.settings import Config
 from fastcl.data import Batch, Dataset
 from fastcl.errors import FastclError, one_of, shown
 from fastcl.train.finals import complete_finals, write_finals
+from fastcl.train.group import Ranks, average_buffers, copy_state, own_gpu, start
 from fastcl.train.inputs import data_paths, image_folders, open_inputs
 from fastcl.train.measures.evaluate import evaluate
 from fastcl.train.measures.layer_table import check_layers
 from fastcl.train.models import STEP_VALUES, learning_rate, make_twins
 from fastcl.train.network import plain_defaults
-from fastcl.train.ranks import Ranks, average_buffers, copy_state, own_gpu, start
 from fastcl.train.run_folder.checkpoints import save_checkpoint
 from fastcl.train.run_folder.identity import claim_folder, differences, escaped, identity, settings, warn_if_elsewhere
 from fastcl.train.run_folder.logbook import Logbook

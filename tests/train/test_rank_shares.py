@@ -8,10 +8,10 @@ from tiny_run import tiny_config
 
 from fastcl.errors import ToldElsewhere
 from fastcl.similarity import PairAccumulator
+from fastcl.train.group import ALONE, Ranks, average_gradients
 from fastcl.train.inputs import open_inputs
 from fastcl.train.measures import evaluate
 from fastcl.train.models import make_twins
-from fastcl.train.ranks import ALONE, Ranks, average_gradients
 
 CPU = torch.device("cpu")
 

@@ -213,6 +213,7 @@ def test_micro_step_over_uneven_ranks_is_one_graph_over_all_parts(tmp_path):
         assert distance(gradient, gradients(one)) < 1e-12
 
 
+@pytest.mark.slow
 def test_torchrun_names_a_killed_rank(arguments, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastcl"]

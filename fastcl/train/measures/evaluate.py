@@ -16,8 +16,8 @@ from fastcl.data import EvalViews
 from fastcl.errors import FastclError
 from fastcl.metrics import cdnv, directional_cdnv, ncc_accuracy, weight_gap
 from fastcl.similarity import PairAccumulator
+from fastcl.train.group import ALONE, Ranks
 from fastcl.train.models import STEP_VALUES, Twin
-from fastcl.train.ranks import ALONE, Ranks
 
 log = logging.getLogger("fastcl")
 EVAL_BATCH = 512
