@@ -89,6 +89,12 @@ class TwoPasses:
         self._states: list[list[Tensor]] = []  # of the random generators, before each part
         self._shapes: list[list[torch.Size]] = []
         self._leaves: tuple[Tensor, ...] = ()
+        # DistributedDataParallel averages no gradient before the last pass has reached every parameter, also one that
+        # only the loss uses.
+        waits = any(getattr(m, "find_unused_parameters", True) is False for m in self._network.modules())
+        self._watched = [p for p in self._network.parameters() if p.requires_grad] if waits else []
+        self._watching: list[Any] = []
+        self._of_the_loss: dict[int, Tensor] = {}
 
     def embed(self) -> tuple[Tensor, ...]:
         """Pass one: the embeddings of all parts, as leaves that collect the gradient of the loss."""
@@ -102,12 +108,15 @@ class TwoPasses:
                         f"embed must return as many tensors for every part, got {len(found[-1])} for part "
                         f"{len(found) - 1} and {len(found[0])} for part 0"
                     )
+        self._watching = [p.register_post_accumulate_grad_hook(self._note) for p in self._watched]
         self._shapes = [[rows.shape for rows in each] for each in found]
         self._leaves = tuple(torch.cat(column).requires_grad_() for column in zip(*found, strict=True))
         return self._leaves
 
     def backward(self) -> None:
         """Pass two: push the gradient that the leaves have collected through the network, part by part."""
+        for handle in self._watching:
+            handle.remove()
         if all(leaf.grad is None for leaf in self._leaves):
             raise FastclError("loss depends on none of the embeddings, so that there is nothing to train")
         counts = [[shape[0] for shape in column] for column in zip(*self._shapes, strict=True)]
@@ -128,8 +137,13 @@ class TwoPasses:
                         )
                     pairs = [(z, g[k]) for z, g in zip(rows, gradients, strict=True)]
                     pairs = [(z, g) for z, g in pairs if z.requires_grad and g is not None]
+                    if k == last:
+                        pairs += [((p * 0).sum(), None) for p in self._of_the_loss.values()]
                     if pairs:  # a frozen network has nothing to learn, though a classifier behind it may
                         torch.autograd.backward(*zip(*pairs, strict=True))
+
+    def _note(self, parameter: Tensor) -> None:
+        self._of_the_loss[id(parameter)] = parameter
 
     def _rows(self, part: Any) -> tuple[Tensor, ...]:
         # Autocast keeps its copies of the weights. Those of pass one have no graph, and PyTorch 2.7 would take them in
@@ -156,9 +170,9 @@ class TwoPasses:
 def _unmoved(network: nn.Module) -> Iterator[None]:
     """Put all buffers back at the end, and what DistributedDataParallel remembers of having broadcast them."""
     held = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, None if buffer is None else buffer.clone())
         for module in network.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module._buffers.items()
     ]
     told = [(m, m.require_forward_param_sync) for m in network.modules() if hasattr(m, "require_forward_param_sync")]
     try:
@@ -166,7 +180,7 @@ def _unmoved(network: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, before in held:
-                setattr(module, name, buffer.copy_(before))
+                setattr(module, name, None if buffer is None else buffer.copy_(before))
         for module, due in told:
             module.require_forward_param_sync = due
 

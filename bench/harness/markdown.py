@@ -27,7 +27,7 @@ def conditions(facts: Record, args: argparse.Namespace) -> str:
 def rounds(args: argparse.Namespace, what: str = "rounds") -> str:
     """How the times of a run are taken."""
     text = f"median (minimum-maximum) of at most {args.repeats} {what}, fewer after {args.seconds:g} s per\n"
-    return text + "  provider. In a round every provider runs once, each round beginning with another"
+    return text + "  provider. In a round every provider runs once, in an order that changes from round to round"
 
 
 def allowed(tolerances: Mapping[str, float]) -> str:

@@ -28,7 +28,7 @@ def examine() -> bool:
     for name in _PACKAGES:
         print(f"  {name:22}{_version(name)}")
     devices = [torch.device("cpu")]
-    print(f"  {'CPU':22}{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch")
+    print(f"  {'CPU':22}{os.cpu_count()} cores, threads in torch: {torch.get_num_threads()}")
     print(f"  {'GPU':22}{_gpu()}")
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))

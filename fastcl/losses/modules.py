@@ -152,11 +152,10 @@ class CLIPLoss(nn.Module):
 
     Args:
         normalize: divide rows by their norms first (cosine similarities).
-        gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
+        gather_distributed, group: compute the loss of all ranks' pairs together, as `fastcl.clip_loss`.
 
     Raises:
         FastclError: when called, as `fastcl.clip_loss`.
-        gather_distributed, group: compute the loss of all ranks' pairs together, as `fastcl.clip_loss`.
     """
 
     def __init__(

@@ -165,8 +165,8 @@ def statistics(
         return tuple(unpack(*found) for found in ((stats, counts), (stats_y, counts_y))[: 1 + columns])
     if chosen == "chunked" and not columns and (few := small.row_stats(batch, temperature, normalize)) is not None:
         return (unpack(*few),)
-    batch = batch.spelled_out()
     with torch.autocast(batch.x.device.type, enabled=False):
+        batch = batch.spelled_out()
         x = scaled(batch.x, temperature, normalize)
         y = None if batch.y is None else scaled(batch.y, temperature, normalize)
         batch = Batch(x, None, y, batch.sample, batch.labels, batch.sample_y, batch.labels_y)

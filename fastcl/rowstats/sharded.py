@@ -85,7 +85,8 @@ def sharded_statistics(
     """
     if sides[0].world == 1:
         return statistics(batch, *options)
-    whole = batch.spelled_out()
+    with torch.autocast(batch.x.device.type, enabled=False):
+        whole = batch.spelled_out()
     mine = [(whole.x, whole.labels, sides[0])]
     if whole.y is not None:
         mine.append((whole.y, None if whole.labels is None else whole.labels_y, sides[1]))

@@ -93,7 +93,7 @@ def twin_stats(
         otherwise it is resolved as `PairStats.drift` says), else in float64.
 
         Both models' statistics share one graph: take both gradients in one backward pass. If za and zb are equal, all
-        correlations are exactly 1 and all drifts exactly 0.
+        correlations are exactly 1 and all drifts exactly 0 (over several ranks up to rounding).
 
     Raises:
         FastclError: as `fastcl.row_stats`; za and zb differ in their number of rows, dtype or device.
@@ -136,7 +136,10 @@ def _alone(batch: Batch, zb: Tensor, temperature: float | Tensor, precision: str
 
 def _gathered(checked: Callable[[], Batch], zb: Tensor, given: Options, group: ProcessGroup | None) -> TwinStats:
     """The statistics of the rows of all ranks."""
-    facts = {"function": "twin_stats", "shape of a row of zb": getattr(zb, "shape", ())[1:]}
+    facts = {
+        "function": "twin_stats", "shape of a row of zb": getattr(zb, "shape", ())[1:],
+        "need of a gradient of zb": torch.is_grad_enabled() and getattr(zb, "requires_grad", False),
+    }  # fmt: skip
     batch, options, (ranks,) = agreed(lambda: (checked(), given.checked()), facts, group)
     if ranks.world == 1:
         return _alone(batch, zb, options.temperature, options.precision)

@@ -153,7 +153,7 @@ class Ranks:
         for k, (name, own) in enumerate(rows.items()):
             counts = [shape[k][0] if shape[k] else 0 for shape in shapes]
             width = next(shape[k][1] for shape in shapes if shape[k])
-            padded = torch.zeros(max(counts), width, device=device)  # gloo wants equal sizes
+            padded = torch.zeros(max(counts), width, dtype=torch.float32, device=device)  # gloo wants equal sizes
             if own is not None:
                 padded[: len(own)] = own
             parts = [torch.empty_like(padded) for _ in counts] if self.first else None

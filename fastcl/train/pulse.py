@@ -7,8 +7,10 @@ import os
 import threading
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _EVERY, _GRACE = 0.5, 3.0  # seconds: between two signs of life, and without one to be called silent
 
@@ -60,6 +62,8 @@ class Pulse:
 
 
 def _connected() -> Store:
+    from torch._C._distributed_c10d import PrefixStore, TCPStore  # not in every build of PyTorch
+
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2 * _GRACE))
     # The store outlives a restart of the processes by torchrun.

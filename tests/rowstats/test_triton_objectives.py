@@ -163,7 +163,7 @@ def test_every_objective_at_once_where_relations_are_empty(labels: Tensor) -> No
     with launches() as ran:
         x = leaf(z)
         tensors = x, MIXED.to(DEVICE), labels.to(DEVICE)
-        rows = _losses(ROWS, tensors, tuple(Objective(*s) for s in sets), 0.3, True, "none")
+        rows = _losses(ROWS, tensors, tuple(Objective(*s) for s in sets), 0.3, True, "none", (False, None))
         total = sum(rows)
         formulas = [row_losses(of_sets(*s), masks(MIXED, labels)) for s in sets]
         truth = solve(lambda s: sum(f(s) for f in formulas), z, 0.3, weights=weights, subtracts=True)

@@ -177,16 +177,31 @@ def test_an_error_of_one_rank_ends_all(arguments, tmp_path):
 UNEVEN = (9, 6, 7)  # samples of each rank
 
 
+class Tempered(torch.nn.Module):
+    """A network that holds the temperature of its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = network(torch.nn.BatchNorm1d)
+        self.temperature = torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.network(x)
+
+
 def ddp_step(rank, folder):
-    """In a process of its own: the gradients of one step in parts of four samples."""
+    """In a process of its own: the gradients of a second step like the first, in parts of four samples."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=len(UNEVEN))
     mine, labels = own_parts(rank)
-    net = DistributedDataParallel(network(torch.nn.BatchNorm1d))
-    value = fastcl.micro_step(
-        embedding(net), mine, lambda a, b: fastcl.nscl_loss(a, b, labels, 0.4, gather_distributed=True), network=net
-    )
+    net = DistributedDataParallel(Tempered())
+    for _ in range(2):
+        net.zero_grad()
+        value = fastcl.micro_step(
+            embedding(net), mine,
+            lambda a, b: fastcl.nscl_loss(a, b, labels, net.module.temperature, gather_distributed=True), network=net,
+        )  # fmt: skip
     torch.save((value, gradients(net)), folder / str(rank))
     dist.barrier()
     dist.destroy_process_group()
@@ -204,13 +219,14 @@ def test_micro_step_over_uneven_ranks_is_one_graph_over_all_parts(tmp_path):
         process.start()
     for process in ranks:
         process.join(120)
-    one = network(torch.nn.BatchNorm1d)
+    one = Tempered()
     parts = [part for rank in range(len(UNEVEN)) for part in own_parts(rank)[0]]
-    expected = whole(one, parts, lambda a, b: fastcl.nscl_loss(a, b, batch()[2], 0.4))
+    expected = whole(one, parts, lambda a, b: fastcl.nscl_loss(a, b, batch()[2], one.temperature))
     found = [torch.load(tmp_path / str(rank)) for rank in range(len(UNEVEN))]
     assert sum(value for value, _ in found).item() / len(UNEVEN) == pytest.approx(expected.item(), rel=1e-12)
     for _, gradient in found:
         assert distance(gradient, gradients(one)) < 1e-12
+        assert gradient[0].item() == pytest.approx(one.temperature.grad.item(), rel=1e-12)
 
 
 @pytest.mark.slow
