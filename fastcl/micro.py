@@ -140,7 +140,8 @@ class TwoPasses:
                     if k == last:
                         pairs += [((p * 0).sum(), None) for p in self._of_the_loss.values()]
                     if pairs:  # a frozen network has nothing to learn, though a classifier behind it may
-                        torch.autograd.backward(*zip(*pairs, strict=True))
+                        tensors, upstream = zip(*pairs, strict=True)
+                        torch.autograd.backward(tensors, upstream)
 
     def _note(self, parameter: Tensor) -> None:
         self._of_the_loss[id(parameter)] = parameter
@@ -180,7 +181,7 @@ def _unmoved(network: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, before in held:
-                setattr(module, name, None if buffer is None else buffer.copy_(before))
+                setattr(module, name, None if buffer is None or before is None else buffer.copy_(before))
         for module, due in told:
             module.require_forward_param_sync = due
 
@@ -188,9 +189,10 @@ def _unmoved(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def _exchanging(network: nn.Module, now: bool) -> Iterator[None]:
     """Let DistributedDataParallel and FSDP2 exchange gradients in the backward pass, or not."""
-    sharded = [m for m in network.modules() if hasattr(m, "set_requires_gradient_sync")]
+    modules: list[Any] = list(network.modules())
+    sharded = [m for m in modules if hasattr(m, "set_requires_gradient_sync")]
     with ExitStack() as stack:
-        for module in network.modules():
+        for module in modules:
             if not now and module not in sharded and callable(getattr(module, "no_sync", None)):
                 stack.enter_context(module.no_sync())
         for module in sharded:
