@@ -39,6 +39,7 @@ def _cases() -> Iterator[_Case]:
         yield _Case(f"ntxent fp16 d={d}", d)
         yield _Case(f"supcon fp16 d={d}", d, "peers")
         yield _Case(f"ntxent fp32 d={d}", d, "all", "fp32")
+        yield _Case(f"clip fp32 d={d}", d, "all", "fp32", pair="towers")
         yield _Case(f"clip fp16 d={d}, learnable temperature", d, pair="towers", learnable=True)
         yield _Case(f"supcon fp16 d={d}, learnable temperature", d, "peers", learnable=True)
         yield _Case(f"supcon fp32 d={d}, learnable temperature", d, "all", "fp32", learnable=True)
@@ -66,7 +67,9 @@ def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
 def _run(case: _Case) -> None:
     temperature = torch.ones((), dtype=torch.float32, device="cpu") if case.learnable else None
     code = _SUPCON if case.name.startswith("supcon") else _NTXENT
-    call = Call(temperature, 0.5, case.normalize, case.precision, (code,), case.split, case.split != "none")
+    # Both directions of two towers in one pass have no labels.
+    peers = case.split != "none" and case.pair != "towers"
+    call = Call(temperature, 0.5, case.normalize, case.precision, (code,), case.split, peers)
     flag = torch.empty(1, dtype=torch.int32, device="cpu") if call.may_overflow else None
     n = (_ROWS if case.d <= NARROW else _ROWS_WIDE) // 2
     x, y = torch.empty(2, n, case.d, dtype=case.dtype, device="cpu")

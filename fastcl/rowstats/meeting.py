@@ -192,7 +192,7 @@ def _places(slices: Sequence[Sent], device: torch.device) -> Tensor:
     for one in slices:
         for rank, size in enumerate(one.ranks.sizes):
             if rank != one.ranks.rank:
-                found[rank].append(torch.arange(at, at + size, device=device))
+                found[rank].append(torch.arange(at, at + size, dtype=torch.int64, device=device))
                 at += size
     return torch.cat([places for of in found for places in of])
 
