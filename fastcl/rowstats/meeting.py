@@ -178,11 +178,8 @@ def _met(meeting: OnTorch, x: Tensor, labels: Tensor | None, sent: Sent) -> Met:
 
 def _combined(a: Met, b: Met) -> Met:
     """Statistics over the candidates of both; `theirs` is a's."""
-    counts = a.counts + b.counts
-    share = b.counts[0].to(a.stats[0].dtype) / counts[0].clamp(min=1)
-    mean = a.stats[0] * (1 - share) + b.stats[0] * share
-    stats = mean, log_add(a.stats[1], b.stats[1]), log_add(a.stats[2], b.stats[2])
-    return Met(stats, counts, a.theirs, torch.maximum(a.flag, b.flag))
+    stats = joined(a.stats, a.counts[0], b.stats, b.counts[0])
+    return Met(stats, a.counts + b.counts, a.theirs, torch.maximum(a.flag, b.flag))
 
 
 def _places(slices: Sequence[Sent], device: torch.device) -> Tensor:
@@ -197,7 +194,13 @@ def _places(slices: Sequence[Sent], device: torch.device) -> Tensor:
     return torch.cat([places for of in found for places in of])
 
 
-def log_add(a: Tensor, b: Tensor) -> Tensor:
+def joined(a: Sequence[Tensor], n_a: Tensor, b: Sequence[Tensor], n_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean_peer, lse_peer, lse_other over two sets of candidates, from those of each and its numbers of peers."""
+    share = n_b.to(a[0].dtype) / (n_a + n_b).clamp(min=1)
+    return a[0] * (1 - share) + b[0] * share, _log_add(a[1], b[1]), _log_add(a[2], b[2])
+
+
+def _log_add(a: Tensor, b: Tensor) -> Tensor:
     """logaddexp with zero gradient, not NaN, where both are -inf."""
     empty = (a == -torch.inf) & (b == -torch.inf)
     return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcl.dispatch import choose
 from fastcl.exchange import Ranks
 from fastcl.rowstats.api import RowStats, operator_arguments, statistics
-from fastcl.rowstats.meeting import ALL, Needs, OnTorch, OnTriton, Options, Sent, log_add, meet
+from fastcl.rowstats.meeting import ALL, Needs, OnTorch, OnTriton, Options, Sent, joined, meet
 from fastcl.rowstats.request import Batch
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def sharded_statistics(
     # Anchors meet the others' candidates; candidates meet the others' anchors.
     met = zip(mine, rows, reversed(sent), strict=not one_way)
     found = [meet(meeting, x, labels, others) for (_, labels, _), x, others in met]
-    joined = []
+    whole_batch = []
     for k, (stats, one) in enumerate(zip(own, found, strict=False)):
         rest = one.stats
         if not one_way:
@@ -110,19 +110,18 @@ def sharded_statistics(
             there, heard = sides[k], found[-1 - k].theirs
             named = list(there.sizes), there.rank, there.group
             rest = torch.ops.fastcl.tell_ranks(*rest, one.counts, heard, one.flag, *named)
-        joined.append(_joined(stats, rest, one.counts))
-    return tuple(joined)
+        whole_batch.append(_joined(stats, rest, one.counts))
+    return tuple(whole_batch)
 
 
 def _joined(own: RowStats, rest: Sequence[Tensor], counts: Tensor) -> RowStats:
     """Statistics over own candidates and, from `torch.ops.fastcl.apart`, those of other ranks."""
-    mean_peer, lse_peer, lse_other = rest
-    n_peer = own.n_peer + counts[0]
-    share = counts[0].to(mean_peer.dtype) / n_peer.clamp(min=1)
-    mean = own.mean_peer * (1 - share) + mean_peer * share
+    mean_peer, lse_peer, lse_other = joined(
+        (own.mean_peer, own.lse_peer, own.lse_other), own.n_peer, rest, counts[0]
+    )  # fmt: skip
     return RowStats(
-        own.lse_view, own.spread_view, own.mean_view, log_add(own.lse_peer, lse_peer), mean,
-        log_add(own.lse_other, lse_other), own.n_view, n_peer, own.n_other + counts[1],
+        own.lse_view, own.spread_view, own.mean_view, lse_peer, mean_peer, lse_other, own.n_view,
+        own.n_peer + counts[0], own.n_other + counts[1],
     )  # fmt: skip
 
 
