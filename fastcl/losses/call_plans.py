@@ -94,7 +94,7 @@ class CallPlan(NamedTuple):
 
 
 def plan_of(
-    kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...], normalize: bool, reduction: str,
+    kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...] | str, normalize: bool, reduction: str,
     precision: str | None,
 ) -> CallPlan:  # fmt: skip
     """The plan of a call, the same for all calls that differ in the values of their tensors alone.
@@ -119,9 +119,11 @@ def plan_of(
 
 
 def _made(
-    kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...], normalize: bool, reduction: str,
+    kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...] | str, normalize: bool, reduction: str,
     precision: str | None,
 ) -> CallPlan:  # fmt: skip
+    if isinstance(objectives, str):
+        raise FastclError(f"objectives must be a sequence of names, got the string {objectives!r}")
     if reduction not in REDUCTIONS:
         raise FastclError(one_of("reduction", REDUCTIONS, reduction))
     losses = tuple(map(resolve, objectives))

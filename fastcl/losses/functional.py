@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fastcl.choices import ObjectiveName, Precision, Reduction
-from fastcl.errors import FastclError
 from fastcl.exchange import gathers
 from fastcl.losses import global_batch
 from fastcl.losses.call_plans import ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
@@ -88,9 +87,10 @@ def contrastive_losses(
     Raises:
         FastclError: as `contrastive_loss`.
     """
-    if isinstance(objectives, str):
-        raise FastclError(f"objectives must be a sequence of names, got the string {objectives!r}")
-    names = tuple(dict.fromkeys(objectives))
+    names: Any = objectives  # a string is refused where all ranks hear of it
+    if not isinstance(objectives, str):
+        given = list(objectives)
+        names = tuple(name for k, name in enumerate(given) if name not in given[:k])
     rows, ranks = (z, sample) if labels is None else (z, sample, labels), (gather_distributed, group)
     found = _losses(ROWS, rows, names, temperature, normalize, reduction, ranks, precision)
     return dict(zip(names, found, strict=True))
@@ -231,7 +231,7 @@ def _two_views(z1: Tensor, z2: Tensor, labels: Tensor | None) -> Batch:
 
 
 def _losses(
-    kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...], temperature: float | Tensor,
+    kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...] | str, temperature: float | Tensor,
     normalize: bool, reduction: str, ranks: tuple[bool | None, ProcessGroup | None], precision: str | None = None,
 ) -> Sequence[Tensor]:  # fmt: skip
     """The reduced losses of the objectives, from which every loss of this module is made.

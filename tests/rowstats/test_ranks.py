@@ -198,6 +198,8 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "ids": ({"sample": torch.arange(5)}, ("rank 1 of 3", "sample", "(5,)")),
     "negative temperature": ({"temperature": -1.0}, ("rank 1 of 3", "temperature", "-1.0")),
     "no tensor": ({"z": None}, ("rank 1 of 3", "z", "NoneType")),
+    "a name for names": ({"objectives": "dcl"}, ("rank 1 of 3", "sequence of names", "'dcl'")),
+    "no names": ({"objectives": [["dcl"]]}, ("rank 1 of 3", "objective", "['dcl']")),
     "unknown objective": ({"objective": "ntxnt"}, ("rank 1 of 3", "'ntxnt'", "'ntxent'")),
 }
 
@@ -209,6 +211,8 @@ def odd_one(rank: int, name: str) -> None:
     with fastcl.backend(changes.pop("backend", "auto")):
         if changes.pop("function", None):
             fastcl.clip_loss(z, z, 2.0, gather_distributed=True)
+        if "objectives" in changes:
+            fastcl.contrastive_losses(z, sample, labels, **changes, gather_distributed=True)
         options = {"objective": "dcl", "temperature": 0.5} | changes
         fastcl.contrastive_loss(z, sample, labels, **options, gather_distributed=True)
 
