@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent
 def unlinked(link: re.Match[str]) -> str:
     """A link to a file of the checkout, which leads nowhere from an index: a figure is left out, a file named."""
     figure, text, target = link.groups()
+    target = target.partition("#")[0]
     if not (ROOT / target).exists():
         return link[0]  # of the web, or no link but code
     return "" if figure else f"`{target}`" if text == target else f"{text}: `{target}`"
