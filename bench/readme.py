@@ -13,7 +13,7 @@ from bench.readme_tables import TABLES, read
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/training.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/training.md", "kernels/README.md")
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.DOTALL)
 _DESCRIPTION = f"""\

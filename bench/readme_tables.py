@@ -11,6 +11,7 @@ from bench.harness import markdown as md
 from bench.harness.figures import LOSSES
 from bench.harness.records import Record, digits, duration, grouped, table
 from bench.losses import report as losses_report
+from bench.losses import splits
 from bench.similarity import report as similarity_report
 from bench.similarity import two_models
 from bench.similarity.inputs import KEYS, Case
@@ -211,6 +212,12 @@ def gpu(results: Path) -> str:
     return "\n\n".join(part.strip() for part in text)
 
 
+def split_products(results: Path) -> str:
+    """Error and price of each way to split float32 rows; the same on every machine."""
+    records = read(results / "splits.json")
+    return splits.report(records) if records else NOT_MEASURED
+
+
 def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[Path], str]:
     def made(results: Path) -> str:
         records = read(*(results / "cpu" / file for file in files))
@@ -228,4 +235,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "twins": _of_cpu(pairs_of_twins, "stream/similarity.json"),
     "views": _of_cpu(views, "data.json"),
     "gpu": gpu,
+    "splits": split_products,
 }
