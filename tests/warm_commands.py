@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     ["fastcl.cli.main", "fastcl.train.trainer", "fastcl.report", "matplotlib.pyplot", "sklearn.datasets"]
 )
 
@@ -31,7 +31,7 @@ def start(
         environment: variables to set.
     """
     given = [str(a) for a in arguments], output, largest_file, dict(environment or {})
-    process = _context.Process(target=_run, args=given)
+    process = context.Process(target=_run, args=given)
     process.start()
     return process
 
@@ -42,17 +42,20 @@ def start_ranks(world: int, *arguments: str | Path, output: Path) -> list[multip
     Args:
         output: folder of the files "0", "1", ..., which take both streams of each rank.
     """
+    output.mkdir(exist_ok=True)
+    environments = rank_environments(world)
+    return [start(*arguments, output=output / str(k), environment=found) for k, found in enumerate(environments)]
+
+
+def rank_environments(world: int) -> list[dict[str, str]]:
+    """What torchrun adds to the environment of each rank."""
     from torch.distributed import TCPStore
 
     stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))  # torchrun keeps one
-    output.mkdir(exist_ok=True)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port), "GLOO_SOCKET_IFNAME": "lo"}
-    common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "tests"}
     common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    return [
-        start(*arguments, output=output / str(k), environment=common | {"RANK": str(k), "LOCAL_RANK": str(k)})
-        for k in range(world)
-    ]
+    return [common | {"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(world)]
 
 
 def run_ranks(world: int, *arguments: str | Path, output: Path) -> tuple[list[int | None], list[str]]:

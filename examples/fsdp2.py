@@ -1,0 +1,64 @@
+"""FSDP2 (fully_shard) and the loss of the global batch.
+
+    torchrun --nproc-per-node 2 examples/fsdp2.py
+
+Parameters, gradients and the optimizer's state are sharded; the loss and the weights after every step are those of one
+process that trains on whole batches.
+"""
+
+import os
+
+import torch
+from digits import BATCH, SGD, TEMPERATURE, embed, encoder, views
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, DistributedSampler
+
+import fastcl
+
+
+def train() -> tuple[list[float], dict[str, torch.Tensor]]:
+    """One epoch: the loss of every step, and the final weights; the same on every rank."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    dist.init_process_group()  # NCCL for tensors on GPUs, gloo for those on the CPU
+    world = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (world,))
+
+    data = views()
+    loader = DataLoader(data, BATCH // world, sampler=DistributedSampler(data, shuffle=False), drop_last=True)
+    model = encoder().to(device)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+
+    losses = []
+    for batch in loader:
+        first, second, labels = (v.to(device) for v in batch)
+        z1, z2 = embed(model, first, second)
+        # This rank's share; the average over the ranks is the loss of the global batch. FSDP averages the gradients.
+        loss = fastcl.nscl_loss(z1, z2, labels, temperature=TEMPERATURE, gather_distributed=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total.item() / world)
+        if dist.get_rank() == 0:
+            print(f"step {len(losses)}: loss {losses[-1]:.4f}")
+
+    weights = {name: shard.full_tensor() for name, shard in model.state_dict().items()}
+    dist.destroy_process_group()
+    return losses, weights
+
+
+if __name__ == "__main__":
+    losses, weights = train()
