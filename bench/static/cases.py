@@ -55,13 +55,20 @@ def _cases() -> Iterator[_Case]:
     yield _Case("twins fp32 d=32 and d=512, learnable temperature", 32, "all", "fp32", second=512, learnable=True)
 
 
-def cases(sm: int) -> Iterator[tuple[str, list[Launch]]]:
-    """Name and launches, forward and backward, of each case on an architecture such as 90."""
+def cases(sm: int) -> Iterator[tuple[str, Iterator[Launch]]]:
+    """Name and launches, forward and backward, of each case on an architecture such as 90.
+
+    The launches are recorded when they are asked for: a case whose name is not wanted costs nothing.
+    """
     for case in _cases():
-        with on_architecture(sm), recording() as launches:
-            (_run_twins if case.second else _run)(case)
-        yield case.name, launches
+        yield case.name, _launches(case, sm)
     yield from gram_cases.cases(sm)
+
+
+def _launches(case: _Case, sm: int) -> Iterator[Launch]:
+    with on_architecture(sm), recording() as launches:
+        (_run_twins if case.second else _run)(case)
+    yield from launches
 
 
 def _run(case: _Case) -> None:

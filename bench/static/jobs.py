@@ -108,7 +108,7 @@ def _origin(kernel: Any) -> tuple[str, str]:
     return str(file.parents[module.count(".")]), module
 
 
-def unique(cases: Iterable[tuple[str, list[Launch]]], arch: int) -> dict[str, tuple[Job, list[str]]]:
+def unique(cases: Iterable[tuple[str, Iterable[Launch]]], arch: int) -> dict[str, tuple[Job, list[str]]]:
     """Distinct jobs, keyed by their JSON, with the names of the cases that need them."""
     found: dict[str, tuple[Job, list[str]]] = {}
     for name, launches in cases:

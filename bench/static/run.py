@@ -26,7 +26,7 @@ from fastcl.kernels.common.launch import ARCHITECTURES, Launch
 CASES = "bench.static.all_cases:cases"
 
 # Maps an architecture to the names and launches of its cases.
-Cases: TypeAlias = Callable[[int], Iterable[tuple[str, list[Launch]]]]
+Cases: TypeAlias = Callable[[int], Iterable[tuple[str, Iterable[Launch]]]]
 
 _DESCRIPTION = """\
 Compile every launch of the table ahead of time, no GPU needed, and look at the machine code: registers, spills, shared
