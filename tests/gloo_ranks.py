@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing as mp
+from warm_commands import context
 
 WORLD = 3
 PATIENCE = 120  # seconds for a call, and for a collective
@@ -35,7 +35,7 @@ class Pool:
     """The processes, and a connection to each."""
 
     def __init__(self) -> None:
-        context, self.folder = mp.get_context("spawn"), tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory()
         self.processes, self.ends = [], []
         for rank in range(WORLD):
             ours, theirs = context.Pipe()

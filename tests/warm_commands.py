@@ -1,6 +1,7 @@
 """Commands in processes that have their libraries imported: a new one takes longer for that than for a tiny run.
 
-They are forked from a server that has imported them and done nothing else.
+They are forked from a server that has imported them and done nothing else. Their reports have no figures, which take as
+long to draw as a tiny run takes to train; tests/report looks at figures, tests/cli/test_cli.py at a whole command.
 """
 
 import multiprocessing
@@ -94,7 +95,9 @@ def _run(arguments: list[str], output: Path, largest_file: int | None, environme
     import torch
 
     from fastcl.cli.main import main
+    from fastcl.report import html
 
+    html._figures = lambda run: []
     torch.set_num_threads(1)
     sys.argv = ["fastcl", *arguments]
     sys.exit(main())

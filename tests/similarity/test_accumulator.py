@@ -1,13 +1,10 @@
 """Streaming pair statistics: splits, merges, interruptions and minibatches, against all samples at once."""
 
 import io
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from gloo_ranks import ranks  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_similarity import MEASURES, check, features, reference
@@ -242,50 +239,29 @@ def test_a_state_is_left_as_it_is_and_the_largest_rounding_counts():
     assert results[0] == results[1] and results[0]["a", "b"].linear.rounding == NARROW_ROUNDING
 
 
-RANK = """
-import sys
-import torch
-from torch import distributed as dist
-from test_accumulator import fed, three
-import fastcl
-from fastcl.errors import FastclError
-from fastcl.similarity import PairAccumulator
-
-rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-models, cuts = three(90, 30.0), (0, 0, 50, 90)  # the first rank has no sample
-part = {k: x[cuts[rank] : cuts[rank + 1]].to(torch.float32 if rank == 1 else torch.float64) for k, x in models.items()}
-accumulator = fed(part, [], minibatch=True)
-accumulator.all_reduce()
-result = accumulator.compute()
-print(torch.stack([result.matrix(m) for m in sys.argv[4].split()]).tolist(), accumulator.n)
-print(result["cl", "ce"].cosine.rounding)  # of the rank that has float32 rows
-odd = PairAccumulator(["a", "b"], ("linear",) if rank == 1 else ("cosine",))
-try:
-    odd.all_reduce()
-except FastclError as error:
-    print(error)
-dist.destroy_process_group()
-"""
+def put_together(rank: int, measures: tuple[str, ...]) -> tuple[list, int, float, str]:
+    """On each rank: measures of all samples, their number, the rounding of one pair, and a refusal."""
+    models, cuts = three(90, 30.0), (0, 0, 50, 90)  # the first rank has no sample
+    dtype = torch.float32 if rank == 1 else torch.float64
+    part = {k: x[cuts[rank] : cuts[rank + 1]].to(dtype) for k, x in models.items()}
+    accumulator = fed(part, [], minibatch=True)
+    accumulator.all_reduce()
+    result = accumulator.compute()
+    odd = PairAccumulator(["a", "b"], ("linear",) if rank == 1 else ("cosine",))
+    with pytest.raises(FastclError) as refused:
+        odd.all_reduce()
+    table = torch.stack([result.matrix(measure) for measure in measures])
+    return table.tolist(), accumulator.n, result["cl", "ce"].cosine.rounding, str(refused.value)
 
 
-def test_ranks_put_their_samples_together(tmp_path):
+@pytest.mark.dist
+def test_ranks_put_their_samples_together(ranks):  # noqa: F811
     measures = ("linear.cka", "linear.cka_debiased", "cosine.rsa", "correlation.rsa", "cka_minibatch")
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "3", str(tmp_path / "store"), " ".join(measures)], cwd=Path(__file__).parent,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(3)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0, 0], said
+    said = ranks.run(put_together, measures)
     whole = fed(three(90, 30.0), [50], minibatch=True).compute()
     expected = torch.stack([whole.matrix(measure) for measure in measures])
-    lines = [out.splitlines() for out, _ in said]
-    assert lines[0] == lines[1] == lines[2]
-    table, n = lines[0][0].rsplit(" ", 1)
-    assert n == "90" and torch.allclose(torch.tensor(json.loads(table), dtype=torch.float64), expected, rtol=1e-6)
-    assert float(lines[0][1]) == NARROW_ROUNDING
-    assert lines[0][2] == "accumulators must have the same kernels, got ['cosine'] and ['linear']"
+    assert said[0] == said[1] == said[2]
+    table, n, rounding, refusal = said[0]
+    assert n == 90 and torch.allclose(torch.tensor(table, dtype=torch.float64), expected, rtol=1e-6)
+    assert rounding == NARROW_ROUNDING  # of the rank that has float32 rows
+    assert refusal == "accumulators must have the same kernels, got ['cosine'] and ['linear']"
