@@ -12,6 +12,7 @@ from bench.harness.figures import LOSSES
 from bench.harness.records import Record, digits, duration, grouped, table
 from bench.losses import report as losses_report
 from bench.losses import splits
+from bench.scaling import report as scaling
 from bench.similarity import report as similarity_report
 from bench.similarity import two_models
 from bench.similarity.inputs import KEYS, Case
@@ -236,4 +237,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "views": _of_cpu(views, "data.json"),
     "gpu": gpu,
     "splits": split_products,
+    "scaling-formulas": scaling.formulas,
+    "scaling-assumed": scaling.assumed,
+    "scaling-hidden": scaling.hidden,
+    "scaling": scaling.numbers,
 }

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks: time and peak memory against the number of rows, one line per provider."""
+"""Figures of the benchmarks: mostly time and peak memory against the number of rows, one line per provider."""
 
 from __future__ import annotations
 
@@ -45,7 +45,17 @@ class Line(NamedTuple):
 
     label: str
     style: tuple[str, str, str]
-    points: dict[int, tuple[float | None, float | None]]
+    points: Mapping[int, tuple[float | None, float | None]]
+
+
+class Panel(NamedTuple):
+    """One quantity of all lines, on logarithmic axes."""
+
+    x: str
+    title: str
+    lines: Sequence[Line]
+    which: int = 0  # of the two values of a point
+    unit: float = 1
 
 
 def similarity(records: Sequence[Record], folder: Path) -> str | None:
@@ -101,8 +111,15 @@ def of_run(run: Path) -> None:
 
 
 def _draw(file: Path, title: str, lines: Sequence[Line], memory: str) -> str | None:
-    """Write the figure; return its name, or None if there is nothing to draw or no matplotlib."""
-    if not lines or importlib.util.find_spec("matplotlib") is None:
+    """Write the figure of times and memory; return its name, or None if there is nothing to draw or no matplotlib."""
+    if not lines:
+        return None
+    return drawn(file, title, [[Panel("rows", "time (ms)", lines), Panel("rows", memory, lines, 1, 2**20)]])
+
+
+def drawn(file: Path, title: str, panels: Sequence[Sequence[Panel]]) -> str | None:
+    """Write a figure of rows of panels that have the same lines; return its name, or None without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
         return None
     import matplotlib
     from matplotlib.figure import Figure
@@ -112,29 +129,30 @@ def _draw(file: Path, title: str, lines: Sequence[Line], memory: str) -> str | N
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         matplotlib.rcParams.update(style)
-        figure = Figure((10, 5.4), layout="constrained")
-        axes = figure.subplots(1, 2)
-        for ax, which, unit, name in zip(axes, (0, 1), (1, 2**20), ("time (ms)", memory), strict=True):
-            _panel(ax, which, unit, name, lines)
+        figure = Figure((10, 1.8 + 3.6 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), len(panels[0]), squeeze=False)
+        for row, of_row in zip(axes, panels, strict=True):
+            for ax, panel in zip(row, of_row, strict=True):
+                _fill(ax, panel)
         figure.suptitle(title, fontsize=9.5)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     write_file(file, text.getvalue())
     return file.name
 
 
-def _panel(ax: Any, which: int, unit: float, title: str, lines: Sequence[Line]) -> None:
-    """Draw one quantity of all lines on logarithmic axes."""
+def _fill(ax: Any, panel: Panel) -> None:
     from matplotlib.ticker import NullFormatter
 
-    for line in lines:
+    for line in panel.lines:
         colour, marker, dash = line.style
-        points = sorted((n, values[which] / unit) for n, values in line.points.items() if values[which])
+        found = ((n, values[panel.which]) for n, values in line.points.items())
+        points = sorted((n, value / panel.unit) for n, value in found if value)
         if points:
             ax.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, markersize=4.5, linewidth=1.6,
                     label=line.label)  # fmt: skip
-    ax.set(xscale="log", yscale="log", xlabel="rows", title=title)
+    ax.set(xscale="log", yscale="log", xlabel=panel.x, title=panel.title)
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.grid(True, which="major", linewidth=0.6, color="#dddddd")

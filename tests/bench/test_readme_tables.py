@@ -237,4 +237,5 @@ def test_a_table_for_a_card_names_what_was_not_measured(tmp_path):
 
 def test_a_machine_without_results_has_not_measured(tmp_path):
     for name, table in readme_tables.TABLES.items():
-        assert table(tmp_path) == "Not measured.", name
+        if not name.startswith("scaling"):  # computed from predictions
+            assert table(tmp_path) == "Not measured.", name

@@ -1,0 +1,1 @@
+"""Bytes, memory and time of a CLIP loss over ranks, computed from formulas."""
