@@ -29,7 +29,7 @@ import fastcl
 from fastcl.kernels.common import launch
 from fastcl.kernels.common.launch import Config
 from fastcl.losses.objectives import ObjectiveLike
-from fastcl.rowstats.triton import backward, forward, operand, two_models
+from fastcl.rowstats.triton import backward, forward, operand, order, two_models
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -81,7 +81,7 @@ def launches() -> Iterator[Launches]:
     """Inside, the Triton backend is on, its launches are listed, and memory that it asks for is poisoned."""
     seen = Launches()
     with fastcl.backend("triton"), pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, operand, two_models):
+        for module in (forward, backward, operand, order, two_models):
             start = module.launch
 
             def recorded(kernel: Any, grid: tuple[int, ...], *options: int, start=start, **arguments: Any) -> None:
@@ -100,7 +100,8 @@ def _sized(block_r: int, block_s: int, apart: bool = False) -> Callable[..., Con
 
     def config(kernel: str, *_: Any) -> Config | None:
         sizes = block_r, block_s, 128 if kernel == "product" else 64, 4, 1  # a product's last block of columns is cut
-        return Config(*sizes) if apart or kernel not in ("forward_plain", "forward_masked", "backward_masked") else None
+        kind = kernel.partition("_")[2]
+        return None if kind == "joint" or (kind in ("plain", "masked") and not apart) else Config(*sizes)
 
     return config
 
@@ -135,7 +136,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs programs one after the other and minds no registers: here each does as much as it may."""
     if DEVICE.type == "cpu":
         row_block = operand.row_block
-        for module in (forward, backward, operand):
+        for module in (backward, operand):
             monkeypatch.setattr(module, "row_block", lambda d, *_: row_block(d, 2**16))
         monkeypatch.setattr(operand, "config", _sized(128, 128))
 

@@ -27,7 +27,8 @@ FIELDS = ("block_r", "block_s", "block_d", "warps", "stages")
 AXES = {"block_r": (64, 128), "block_s": (64, 128), "block_d": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)}
 KERNELS = {
     "forward": ("fwd", "forward_kernel"), "forward_plain": ("fwd", "forward_kernel"),
-    "forward_masked": ("fwd", "forward_kernel"), "backward": ("bwd", "backward_kernel"),
+    "forward_masked": ("fwd", "forward_kernel"), "forward_joint": ("fwd", "forward_kernel"),
+    "backward": ("bwd", "backward_kernel"), "backward_joint": ("bwd", "backward_kernel"),
     "backward_masked": ("bwd", "backward_kernel"), "backward_online": ("bwd", "backward_kernel"),
     "weights": ("bwd", "pair_weights_kernel"), "product": ("bwd", "product_kernel"),
 }  # fmt: skip

@@ -12,7 +12,8 @@ from fastcl.kernels.common.launch import Launch, on_architecture, recording
 from fastcl.rowstats.triton import two_models
 from fastcl.rowstats.triton.backward import Upstream, gradients
 from fastcl.rowstats.triton.forward import statistics
-from fastcl.rowstats.triton.operand import NARROW, Call, known_order, prepare
+from fastcl.rowstats.triton.operand import NARROW, Call, Source
+from fastcl.rowstats.triton.order import COUNTED, known_order, orders
 
 _NTXENT, _SUPCON = 0b001_111, 0b011_111  # Objective.code of two rows of the table
 _ROWS = 4096
@@ -30,6 +31,9 @@ class _Case:
     second: int = 0  # width of the second model's rows; 0: only one model
     learnable: bool = False  # temperature on the device: kernels for logits of any range
     normalize: bool = True
+    reduction: str = "mean"
+    ids: bool = False  # arbitrary ones
+    n: int = 0  # rows; 0: the usual number
 
 
 def _cases() -> Iterator[_Case]:
@@ -48,6 +52,16 @@ def _cases() -> Iterator[_Case]:
     yield _Case("ntxent fp16 d=4096", 4096)
     yield _Case("queue fp16 d=128", 128, pair="queue")
     yield _Case("supcon fp16 d=128, rows of any norm", 128, "peers", normalize=False)
+    yield _Case("ntxent fp16 d=128, loss of each row", 128, reduction="none")
+    yield _Case("supcon fp16 d=128, arbitrary ids", 128, "peers", ids=True)
+    yield _Case("ntxent fp16 d=128, arbitrary ids", 128, ids=True)
+    yield _Case("queue fp16 d=128, arbitrary ids", 128, pair="queue", ids=True)
+    yield _Case("supcon fp16 d=128, sorted labels", 128, "peers", n=2 * COUNTED)
+    for d in (64, 128):
+        yield _Case(f"ntxent fp16 d={d}, few rows", d, n=1024)
+        yield _Case(f"ntxent fp32 d={d}, few rows", d, "all", "fp32", n=1024)
+        yield _Case(f"clip fp16 d={d}, few rows", d, pair="towers", learnable=True, n=1024)
+        yield _Case(f"clip fp32 d={d}, few rows", d, "all", "fp32", pair="towers", learnable=True, n=1024)
     for d in (128, 512):
         yield _Case(f"twins fp16 d={d}", d, second=d)
         yield _Case(f"twins fp16 d={d}, labelled", d, "peers", second=d)
@@ -76,21 +90,27 @@ def _run(case: _Case) -> None:
     code = _SUPCON if case.name.startswith("supcon") else _NTXENT
     # Both directions of two towers in one pass have no labels.
     peers = case.split != "none" and case.pair != "towers"
-    call = Call(temperature, 0.5, case.normalize, case.precision, (code,), case.split, peers)
+    columns, views = case.pair == "towers", case.pair == "views"
+    options = case.normalize, case.precision, (code,), case.split, peers, case.reduction, 2 if columns else 1
+    call = Call(temperature, 0.5, *options)
     flag = torch.empty(1, dtype=torch.int32, device="cpu") if call.may_overflow else None
-    n = (_ROWS if case.d <= NARROW else _ROWS_WIDE) // 2
+    n = (case.n or (_ROWS if case.d <= NARROW else _ROWS_WIDE)) // 2
     x, y = torch.empty(2, n, case.d, dtype=case.dtype, device="cpu")
-    views = case.pair == "views"
-    labels = torch.arange(len(x), dtype=torch.int64, device="cpu") if call.peers else None
-    order = known_order(len(x), 2 if views else 1, labels if views else None, x.device)
-    a = prepare(x, y if views else None, order, call, flag)
-    b = None if views else prepare(y, None, order, call, flag)
-    columns = case.pair == "towers"
-    found = statistics(a, b, call, flag, columns)
-    upstreams = [Upstream(stats, None, torch.empty_like(losses)) for stats, _, losses in found]
+    ids = torch.arange(n, dtype=torch.int64, device="cpu")
+    labels = ids if call.peers else None
+    if case.ids:
+        order_x, order_y = orders(ids, labels, None if views else ids, None if views else labels)
+    else:
+        order_x = order_y = known_order(n, 2 if views else 1, labels if views else None, x.device)
+    a = Source(x, y if views and not case.ids else None, order_x)
+    operands, found = statistics(a, None if views else Source(y, None, order_y), call, flag, columns)
+    losses = found[0].losses
+    grad = losses.rows if losses.total is None else losses.total
+    upstreams = [Upstream(one.stats, None, grad) for one in found]
     if not columns:
-        upstreams.append(Upstream(found[0][0][:, :0], None, None) if b is not None else None)
-    gradients(a, b, call, flag, tuple(upstreams[:2]), (True, columns, case.learnable))
+        upstreams.append(Upstream(found[0].stats[:, :0], None, None))
+    b = None if views else operands[1]
+    gradients(operands[0], b, call, flag, tuple(upstreams), (True, columns, case.learnable), losses.maxima)
 
 
 def _run_twins(case: _Case) -> None:
@@ -100,6 +120,4 @@ def _run_twins(case: _Case) -> None:
     flags = tuple(torch.empty(1, dtype=torch.int32, device="cpu") if call.may_overflow else None for _ in range(2))
     order = known_order(_ROWS, 1, labels, torch.device("cpu"))
     rows = (torch.empty(_ROWS, width, dtype=case.dtype, device="cpu") for width in (case.d, case.second))
-    two_models.statistics(
-        *(prepare(x, None, order, call, flag) for x, flag in zip(rows, flags, strict=True)), call, flags
-    )
+    two_models.statistics(*rows, order, call, flags)

@@ -36,6 +36,7 @@ class Kind(NamedTuple):
     temperature: Callable[[float | Tensor, Tensor], float | Tensor]  # of what the caller gives and the first tensor
     multiple: int = 1  # anchors for each row of the first tensor
     columns: bool = False  # the candidates are anchors too
+    inverted: bool = False  # what the caller gives is 1 / T
 
 
 def _checked(temperature: float | Tensor, _: Tensor) -> float | Tensor:
@@ -52,7 +53,7 @@ def _of_scale(logit_scale: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 TWO_VIEWS = Kind(check_two_views, Batch.two_views, _checked, multiple=2)  # z1, z2 and perhaps labels
-TOWERS = Kind(check_pairs, Batch.pairs, _of_scale, columns=True)  # image, text
+TOWERS = Kind(check_pairs, Batch.pairs, _of_scale, columns=True, inverted=True)  # image, text
 ROWS = Kind(lambda z, *_: check_rows(z, "z"), Batch.rows, _checked)  # z, sample and perhaps labels
 
 
@@ -75,22 +76,32 @@ class CallPlan(NamedTuple):
         the table are evaluated together with the statistics. A callable of the caller's own is always evaluated by
         torch on the statistics.
         """
-        temperature = self.kind.temperature(temperature, tensors[0])
         batch, normalize, columns = self.kind.batch(*tensors), self.normalize, self.kind.columns
         chosen = None if self.codes is None else choose(batch.x)
+        if chosen == "triton" and self.codes:
+            return self._fused(batch, temperature)
+        temperature = self.kind.temperature(temperature, tensors[0])
         if chosen == "chunked" and self.groups is not None and route.is_few(self.anchors):
             found = route.losses(batch, self.groups, temperature, normalize, self.reduction)
             if found is not None:
                 return found
-        if chosen == "triton":
-            _, _, rows, _, _, rows_y = fused(batch, temperature, normalize, columns, self.precision, self.codes or ())
-            sides = [list(side.unbind()) for side in ((rows, rows_y) if columns else (rows,))]
-        else:
-            stats = statistics(batch, temperature, normalize, columns, self.precision)
-            sides = [[loss(found) for loss in self.losses] for found in stats]
+        stats = statistics(batch, temperature, normalize, columns, self.precision)
+        sides = [[loss(found) for loss in self.losses] for found in stats]
         if self.reduction != "none":
             sides = [[getattr(rows, self.reduction)() for rows in side] for side in sides]
         return [(a + b) / 2 for a, b in zip(*sides, strict=True)] if columns else sides[0]
+
+    def _fused(self, batch: Batch, temperature: float | Tensor) -> Sequence[Tensor]:
+        inverted = self.kind.inverted and isinstance(temperature, Tensor)  # the kernels invert it themselves
+        if inverted:
+            check_positive(temperature, "logit_scale")
+        else:
+            temperature = self.kind.temperature(temperature, batch.x)
+        options = self.normalize, self.kind.columns, self.precision, self.codes or (), self.reduction, inverted
+        losses = fused(batch, temperature, *options)[2]
+        if len(losses) == 1:
+            return [losses.squeeze(0)]  # a view, which needs no kernel, forward or backward
+        return losses.unbind() if self.reduction == "none" else [loss.clone() for loss in losses.unbind()]
 
 
 def plan_of(

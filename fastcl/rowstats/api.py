@@ -175,18 +175,20 @@ def statistics(
 
 def fused(
     batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
-    codes: Sequence[int],
+    codes: Sequence[int], reduction: str = "none", inverted: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates.
 
     Args:
-        codes: the K objectives whose row losses are requested (`Objective.code`). If empty, counts are returned
-            instead.
+        codes: the K objectives whose losses are requested (`Objective.code`). If empty, counts are returned instead.
+        reduction: "mean" or "sum" of the losses over the anchors; the first losses are then (K,), with columns the mean
+            of both sides'.
+        inverted: `temperature` is a tensor that holds 1 / T.
     """
     given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
     return torch.ops.fastcl.fused(
         batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value, normalize,
-        precision, columns, list(codes),
+        precision, columns, list(codes), reduction, inverted,
     )[:6]  # fmt: skip
 
 

@@ -22,7 +22,8 @@ def fixed(constants: _Constants) -> _Constants:
 class Temperature(NamedTuple):
     """The temperature of a call: a tensor on the device, or a number on the host."""
 
-    tensor: Any  # one element; None: use `value`
+    tensor: Any  # one element; None: use `scale` or `value`
+    scale: Any  # one element, 1 / T
     value: float
 
 

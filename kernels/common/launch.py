@@ -110,7 +110,8 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
     Args:
         kernel: "forward", "online", "backward", "backward_online", "weights", "weights_online", "product", "twin" or
             "twin_masked" (the plain and the masked tiles of `twin_kernel`, by the larger of both widths). If there are
-            rows "forward_plain" and "forward_masked", or "backward_masked", masked tiles have launches of their own.
+            rows "forward_plain" and "forward_masked", or "backward_masked", masked tiles have launches of their own;
+            not if there is a row "forward_joint" or "backward_joint" as well, for few rows.
         sm: a member of ARCHITECTURES.
         mode: which tiles use split half precision: "none", "peers" (those of one class) or "all".
     """
@@ -122,6 +123,11 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
             programs = row.get("programs")  # on a multiprocessor, where known
             return Config(**sizes, slots=programs * MULTIPROCESSORS[sm] if programs else _SLOTS)
     return None
+
+
+def cdiv(n: int, size: int) -> int:
+    """Number of blocks of `size` that hold n. `triton.cdiv` is slow on the host."""
+    return -(-n // size)
 
 
 def evened(most: int, each: int, sm: int) -> int:

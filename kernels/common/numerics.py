@@ -38,10 +38,12 @@ SMALLEST_SUM = tl.constexpr(8.271806125530277e-25)  # 2^-80: in a smaller sum, t
 @triton.jit
 def inverse_temperature(temperature):
     """1 / T."""
-    if temperature.tensor is None:
-        inverse = 1.0 / temperature.value
-    else:
+    if temperature.tensor is not None:
         inverse = 1.0 / tl.load(temperature.tensor).to(tl.float32)
+    elif temperature.scale is not None:
+        inverse = tl.load(temperature.scale).to(tl.float32)
+    else:
+        inverse = 1.0 / temperature.value
     return inverse
 
 

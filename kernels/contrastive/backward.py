@@ -41,7 +41,7 @@ from ..common.numerics import (
 class Weights(NamedTuple):
     """Weights of one side's statistics in the gradient of the rows."""
 
-    weights: Any  # (5, rows) float32 as `weights_kernel` leaves them
+    weights: Any  # (5, rows) float32 as `weights_kernel` writes them
     stats: Any  # (5, n); stats and src_N are read only with ONLINE
     src_N: Any  # (n,) int32
 

@@ -2,8 +2,9 @@
 
     dz = (tiles + view pairs) / T        dx = (dz - z <z, dz>) / |x|
 
-and, for the gradient of the temperature, the products <z, dz>: dL/dT is minus their sum divided by T, or half of that
-if the candidates are the rows themselves.
+and the gradient of the temperature from the sum of the products <z, dz>: dL/dT is minus that sum divided by T, or half
+of that if the candidates are the rows themselves. With the temperature given as a scale of the logits, s = 1 / T, dL/ds
+is the sum divided by s.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common.numerics import FLOAT_MAX, SCALE, WEIGHT_SCALE, begin, inverse_temperature, unit_rows
-from .view_pairs import view
+from .statistics import added_up, is_last
 
 
 class Gradient(NamedTuple):
@@ -29,9 +30,28 @@ class Views(NamedTuple):
 
     first_N: Any  # (n,) int32: start of the interval of each row's views among the other side's rows
     last_N: Any  # (n,) int32: its end
-    weights: Any  # (5, rows) as `derivatives_kernel` writes them; None: this side's statistics have no gradient
+    weights: Any  # (5, rows) as `weights_kernel` writes them; None: this side's statistics have no gradient
     stats: Any  # (5, n)
     rows: int
+
+
+class Degree(NamedTuple):
+    """Where the gradient of the temperature goes."""
+
+    sums: Any  # (programs,) float32: each program's part of the sum of <z, dz>
+    total: Any  # (1,) float32: the gradient, written by the program that comes last
+    arrived: Any  # (1,) int32: programs that are done; 0 at first
+    factor: float  # of the sum: 1, or 0.5 if each pair occurs in two rows
+    programs: int  # of all launches
+
+
+class View(NamedTuple):
+    """Inside a kernel: one view of each row."""
+
+    m: Any  # rows that have it
+    b: Any  # (N, D) unit rows
+    src: Any  # their source rows
+    logit: Any
 
 
 class Finish(NamedTuple):
@@ -42,6 +62,16 @@ class Finish(NamedTuple):
     SLOTS: int
     IN_ORDER: bool
     SYMMETRIC: bool
+
+
+@triton.jit
+def _view(b_x, y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, SYMMETRIC: tl.constexpr):
+    """The views at working positions b_j of the candidates; rows without one have b_j >= b_last."""
+    m_j = m_n & (b_j < b_last)
+    if SYMMETRIC:
+        m_j = m_j & (b_j != o_n)
+    b_y, b_src, _ = unit_rows(y, b_j, m_j, o_d, m_d)
+    return View(m_j, b_y, b_src, tl.sum(b_x * b_y, 1) * inverse_t)
 
 
 @triton.jit
@@ -65,7 +95,7 @@ def _view_pairs(b_x, b_src, x, y, x_views, y_views, o_n, m_n, o_d, m_d, inverse_
     b_dz = tl.zeros([CONSTANTS.BLOCK_N, CONSTANTS.BLOCK_D], tl.float32)
     for i_k in range(0, tl.max(b_last - b_first, 0)):
         b_j = b_first + i_k
-        one = view(b_x, y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS.SYMMETRIC)
+        one = _view(b_x, y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS.SYMMETRIC)
         b_g = tl.zeros([CONSTANTS.BLOCK_N], tl.float32)
         if x_views.weights is not None:
             b_g += _pull(one.logit, x_views, b_src, o_n, one.m, b_count, x.n)
@@ -84,7 +114,7 @@ def finalize_kernel(
     x, x_views,  # Rows, Views of the rows whose gradient is computed
     y, y_views,  # Rows, Views of their candidates
     dx,  # (n, d) in source order; may be tiles.sums
-    dot_N,  # (n,) float32 in source order: <z, dz>; None: not requested
+    degree,  # Degree; None: not requested
     bound,  # (1,) float32: the weights' divisor
     scale,  # (1,) float32: scale of the candidates' working copy; None: they are normalised
     temperature,
@@ -112,10 +142,11 @@ def finalize_kernel(
     b_dz += _view_pairs(b_x, b_src, x, y, x_views, y_views, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS)
     b_dz = b_dz * inverse_t
     NORMALIZED: tl.constexpr = x.inv_N is not None
-    if NORMALIZED or dot_N is not None:
+    if NORMALIZED or degree is not None:
         b_dot = tl.sum(b_x * b_dz, 1)
-        if dot_N is not None:
-            tl.store(dot_N + b_src, b_dot, mask=m_n)
+        if degree is not None:
+            before = tiles.first // tiles.rows * tl.cdiv(tiles.rows, CONSTANTS.BLOCK_N)  # programs of earlier waves
+            tl.store(degree.sums + before + tl.program_id(0), tl.sum(tl.where(m_n, b_dot, 0.0), 0))
         if NORMALIZED:
             b_power = tl.where(b_inv < 0, 8.507059173023462e37, 1.0)
             # Clamped, so that the gradient keeps its direction if an inverse norm exceeds float32's range.
@@ -123,3 +154,7 @@ def finalize_kernel(
             b_dz = b_inv[:, None] * (b_dz - b_x * b_dot[:, None])
     p_dx = dx + b_src.to(tl.int64)[:, None] * x.d + o_d[None, :]
     tl.store(p_dx, b_dz.to(dx.dtype.element_ty), mask=m_nd)
+    if degree is not None:
+        if is_last(degree.arrived, degree.programs):
+            total = added_up(degree.sums, degree.programs) * degree.factor
+            tl.store(degree.total, total / inverse_t if temperature.scale is not None else -total * inverse_t)

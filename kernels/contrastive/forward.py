@@ -22,7 +22,6 @@ import triton.language as tl
 from ..common.arguments import Sums
 from ..common.numerics import (
     LN2,
-    begin,
     load_block,
     logits_of,
     masked_start,
@@ -32,6 +31,7 @@ from ..common.numerics import (
     share,
     walk_of,
 )
+from .statistics import evaluate, relation_counts
 
 
 @triton.jit
@@ -170,13 +170,15 @@ def _add_online(b_max, b_sum, b_x, m):
 @triton.jit
 def forward_online_kernel(
     r, s,  # Resident, Streamed
-    last_N, src_N,  # (n,) int32: end of the interval of each resident row's sample; its source row
-    stats, temperature, flag,
+    layout_5N, stats,  # as in finish_kernel
+    losses,  # Losses
+    temperature, flag,
     TILE,
+    SYMMETRIC: tl.constexpr, CODES,
 ):  # fmt: skip
     """Log-sum-exps with a running maximum, over all tiles; runs if the flag says that a fixed shift is not enough.
 
-    Writes rows 2 to 4 of stats (5, n) in source order: mean_peer, lse_peer, lse_other.
+    Writes rows 2 to 4 of stats (5, n) in source order, mean_peer, lse_peer and lse_other, and the losses again.
     """
     if tl.load(flag) == 0:
         return
@@ -199,13 +201,16 @@ def forward_online_kernel(
         if TILE.PEERS:
             b_max_peer, b_peer = _add_online(b_max_peer, b_peer, b_x, m_peer)
             b_linear += tl.sum(tl.where(m_peer, b_x, 0.0), 0)
-    b_src = tl.load(src_N + o_r, mask=m_r, other=0)
+    b_src = tl.load(layout_5N + o_r, mask=m_r, other=0)
+    b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_r, m_r, r.n, s.n, SYMMETRIC)
     tl.store(stats + 4 * r.n + b_src, (b_max + tl.log2(b_other)) * LN2, mask=m_r)
     if TILE.PEERS:
-        b_n = tl.load(r.hi_N + o_r, mask=m_r, other=0) - begin(tl.load(r.lo_N + o_r, mask=m_r, other=0))
-        b_n -= tl.load(last_N + o_r, mask=m_r, other=0) - begin(tl.load(r.first_N + o_r, mask=m_r, other=0))
-        tl.store(stats + 2 * r.n + b_src, b_linear * LN2 / tl.maximum(b_n, 1).to(tl.float32), mask=m_r)
+        tl.store(stats + 2 * r.n + b_src, b_linear * LN2 / tl.maximum(b_n_p, 1).to(tl.float32), mask=m_r)
         tl.store(stats + 3 * r.n + b_src, (b_max_peer + tl.log2(b_peer)) * LN2, mask=m_r)
     else:
         tl.store(stats + 2 * r.n + b_src, b_linear, mask=m_r)
         tl.store(stats + 3 * r.n + b_src, b_max_peer, mask=m_r)
+    tl.debug_barrier()
+    BLOCKS: tl.constexpr = TILE.ALIGN // TILE.BLOCK_R
+    i_p = losses.first * BLOCKS + tl.program_id(0)
+    evaluate(losses, i_p, b_src, m_r, (b_n_v, b_n_p, b_n_o), stats, r.n, BLOCKS, True, CODES)

@@ -1,10 +1,4 @@
-"""What is computed per row between the two passes over tiles.
-
-`finish_kernel` turns partial sums into statistics and these into losses; `derivatives_kernel` and `weights_kernel` turn
-upstream gradients into what the tiles of the gradient need: a weight per row and relation, all on one scale. The latter
-are two launches, because the scale is the largest derivative over all rows. In a converged run that is far below the
-upstream gradients; weights scaled by those would vanish in half precision.
-"""
+"""After the tiles of the forward pass: partial sums to statistics, these to losses, and the losses to their mean."""
 
 from typing import Any, NamedTuple
 
@@ -14,17 +8,13 @@ import triton.language as tl
 from ..common.arguments import Sums
 from ..common.numerics import (
     LN2,
-    LOG2E,
     SAFE_INVERSE_T,
     SMALLEST_SUM,
-    WEIGHT_SCALE,
     begin,
     inverse_temperature,
     shift_log2,
 )
 from .objective import objective_rows
-
-_SMALLEST = tl.constexpr(1e-30)  # lower bound of the scale: WEIGHT_SCALE divided by it stays in float32's range
 
 
 class Wave(NamedTuple):
@@ -37,14 +27,22 @@ class Wave(NamedTuple):
     PEERS: bool
     FIRST: bool  # the first wave
     LAST: bool  # the last wave
+    BLOCKS: int  # blocks of `forward_online_kernel`, if it may follow, for one of this kernel
 
 
 class Losses(NamedTuple):
-    """The upstream gradients of the losses."""
+    """Where the losses go: each row's own, or their sum over the rows of all launches that share these fields."""
 
-    grad: Any  # (objectives, n) float32 in source order, any strides
-    stride_k: int
-    stride_n: int
+    rows: Any  # (objectives, n) float32 in source order; None: the losses are reduced
+    sums: Any  # (objectives, programs, BLOCKS) float32: each program's part of the total; None: not reduced
+    total: Any  # (objectives,) float32, written by the program that comes last
+    arrived: Any  # (2,) int32: programs of `finish_kernel` and of `forward_online_kernel` that are done; 0 at first
+    maxima: (
+        Any  # (programs, BLOCKS) float32 as `maxima_kernel` writes them, at an upstream gradient of 1; None: not needed
+    )
+    factor: float  # of a row's loss in the total
+    first: int  # number of this launch's first program
+    programs: int  # of all launches
 
 
 @triton.jit
@@ -119,12 +117,70 @@ def _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, PEER
 
 
 @triton.jit
+def largest_of(b_linear, b_peer, b_other, b_n_p, b_n_o, m_n):
+    """Derivatives by mean_peer / n_peer, lse_peer and lse_other, 0 where empty; the largest absolute value of all."""
+    m_p = m_n & (b_n_p > 0)
+    b_other = tl.where(m_n & (b_n_o > 0), b_other, 0.0)
+    b_peer = tl.where(m_p, b_peer, 0.0)
+    b_linear = tl.where(m_p, b_linear / tl.maximum(b_n_p, 1).to(tl.float32), 0.0)
+    b_largest = tl.maximum(tl.maximum(tl.abs(b_other), tl.abs(b_peer)), tl.abs(b_linear))
+    return b_linear, b_peer, b_other, tl.max(b_largest, 0)
+
+
+@triton.jit
+def is_last(arrived, programs):
+    """Whether all other programs of the launches that share a counter have stored what is to be added up."""
+    tl.debug_barrier()
+    return tl.atomic_add(arrived, 1) == programs - 1
+
+
+@triton.jit
+def added_up(sums, n):
+    """Sum of n numbers that other programs have stored, in a fixed order."""
+    o_p = tl.arange(0, 1024)
+    b_sum = tl.zeros([1024], tl.float32)
+    for i_p in range(0, n, 1024):
+        # Past the first-level cache, which does not see what other multiprocessors have written.
+        b_sum += tl.load(sums + i_p + o_p, mask=i_p + o_p < n, other=0.0, cache_modifier=".cg")
+    return tl.sum(b_sum, 0)
+
+
+@triton.jit
+def evaluate(losses, i_p, b_src, m_n, counts, stats, n, BLOCKS: tl.constexpr, ONLINE: tl.constexpr, CODES):
+    """Losses of rows whose statistics are complete, and program i_p's part of their total.
+
+    With ONLINE, repeated by BLOCKS programs for each one of `finish_kernel`, which are counted apart.
+    """
+    b_n_v, b_n_p, b_n_o = counts
+    b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = load_stats(stats, b_src, m_n, n)
+    programs = losses.programs * BLOCKS if ONLINE else losses.programs
+    for i_k in tl.static_range(len(CODES)):
+        b_loss, _, _, b_linear, b_peer, b_other = objective_rows(
+            b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, CODES[i_k]
+        )
+        if losses.rows is not None:
+            tl.store(losses.rows + i_k * n + b_src, b_loss, mask=m_n)
+        if losses.sums is not None:
+            total = tl.sum(tl.where(m_n, b_loss, 0.0), 0)
+            tl.store(losses.sums + i_k * programs + i_p, total * losses.factor)
+        if losses.maxima is not None:
+            _, _, _, largest = largest_of(b_linear, b_peer, b_other, b_n_p, b_n_o, m_n)
+            for i_b in tl.static_range(1 if ONLINE else BLOCKS):
+                p_maxima = losses.maxima + (i_p if ONLINE else i_p * BLOCKS + i_b)
+                tl.store(p_maxima, largest * losses.factor)
+    if len(CODES) > 0 and losses.sums is not None:
+        if is_last(losses.arrived + (1 if ONLINE else 0), programs):
+            for i_k in tl.static_range(len(CODES)):
+                tl.store(losses.total + i_k, added_up(losses.sums + i_k * programs, programs))
+
+
+@triton.jit
 def finish_kernel(
-    parts,  # Parts, with the slots of all waves; no sums in it: stats is already complete
+    parts,  # Parts, with the slots of all waves
     layout_5N,
     stats,  # (5, n) float32 in source order: mean_view, spread_view, mean_peer, lse_peer, lse_other
     counts,  # (3, n) int64 in source order: n_view, n_peer, n_other; None: not requested
-    losses,  # (objectives, n) float32 in source order
+    losses,  # Losses
     flag, temperature, n, n_s, rows,
     WAVE, CODES,  # constants: Wave; the objectives' codes
 ):  # fmt: skip
@@ -132,125 +188,27 @@ def finish_kernel(
     m_n = o_n < n
     b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
     b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_n, m_n, n, n_s, WAVE.SYMMETRIC)
-    if parts.resident is not None or parts.streamed is not None:
-        run = n > 0
-        if flag is not None:
-            run = tl.load(flag) == 0
-        if run:
-            p_other = stats + 4 * n + b_src  # holds the running sum between waves
-            b_sum = tl.zeros([WAVE.BLOCK_N], tl.float32)
-            if not WAVE.FIRST:
-                b_sum += tl.load(p_other, mask=m_n, other=0.0)
-            if parts.streamed is not None:
-                b_sum += _streamed_sum(parts, layout_5N, o_n, m_n, n, rows, WAVE)
-            if WAVE.LAST:
-                own = _resident_sums(parts, o_n, m_n, rows, WAVE.SLOTS, WAVE.PEERS)
-                sums = Sums(b_sum + own.other, own.peer, own.linear)
-                inverse_t = inverse_temperature(temperature)
-                _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, WAVE.PEERS)
-            else:
-                tl.store(p_other, b_sum, mask=m_n)
-            tl.debug_barrier()
+    run = n > 0
+    if flag is not None:
+        run = tl.load(flag) == 0
+    if run:
+        p_other = stats + 4 * n + b_src  # holds the running sum between waves
+        b_sum = tl.zeros([WAVE.BLOCK_N], tl.float32)
+        if not WAVE.FIRST:
+            b_sum += tl.load(p_other, mask=m_n, other=0.0)
+        if parts.streamed is not None:
+            b_sum += _streamed_sum(parts, layout_5N, o_n, m_n, n, rows, WAVE)
+        if WAVE.LAST:
+            own = _resident_sums(parts, o_n, m_n, rows, WAVE.SLOTS, WAVE.PEERS)
+            sums = Sums(b_sum + own.other, own.peer, own.linear)
+            inverse_t = inverse_temperature(temperature)
+            _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, WAVE.PEERS)
+        else:
+            tl.store(p_other, b_sum, mask=m_n)
+        tl.debug_barrier()
     if counts is not None:
         tl.store(counts + b_src, b_n_v.to(tl.int64), mask=m_n)
         tl.store(counts + n + b_src, b_n_p.to(tl.int64), mask=m_n)
         tl.store(counts + 2 * n + b_src, b_n_o.to(tl.int64), mask=m_n)
-    b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = load_stats(stats, b_src, m_n, n)
-    for i_k in tl.static_range(len(CODES)):
-        b_loss, _, _, _, _, _ = objective_rows(
-            b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, CODES[i_k]
-        )
-        tl.store(losses + i_k * n + b_src, b_loss, mask=m_n)
-
-
-@triton.jit
-def derivatives_kernel(
-    layout_5N,
-    stats,  # (5, n) in source order, as in finish_kernel
-    grad_stats,  # (5, n) float32 in source order, contiguous; None: no gradient
-    upstream,  # Losses; None: no gradient
-    weights,  # (5, rows) in working order: dL by lse_other, lse_peer, mean_peer / n_peer, mean_view, spread_view
-    maxima,  # (programs,) float32: the largest absolute value of the first three in each program's rows
-    n, n_s, rows,
-    BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, CODES,
-):  # fmt: skip
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < n
-    b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
-    b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_n, m_n, n, n_s, SYMMETRIC)
-    b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = load_stats(stats, b_src, m_n, n)
-    b_mean = tl.zeros([BLOCK_N], tl.float32)
-    b_spread = b_mean
-    b_linear = b_mean
-    b_peer = b_mean
-    b_other = b_mean
-    if grad_stats is not None:
-        b_mean, b_spread, b_linear, b_peer, b_other = load_stats(grad_stats, b_src, m_n, n)
-    for i_k in tl.static_range(len(CODES)):
-        p_grad = upstream.grad + i_k * upstream.stride_k + b_src.to(tl.int64) * upstream.stride_n
-        b_grad = tl.load(p_grad, mask=m_n, other=0.0)
-        _, b_1, b_2, b_3, b_4, b_5 = objective_rows(
-            b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, CODES[i_k]
-        )
-        b_mean += b_grad * b_1
-        b_spread += b_grad * b_2
-        b_linear += b_grad * b_3
-        b_peer += b_grad * b_4
-        b_other += b_grad * b_5
-    m_p = m_n & (b_n_p > 0)
-    m_v = m_n & (b_n_v > 0)
-    b_other = tl.where(m_n & (b_n_o > 0), b_other, 0.0)
-    b_peer = tl.where(m_p, b_peer, 0.0)
-    b_linear = tl.where(m_p, b_linear / tl.maximum(b_n_p, 1).to(tl.float32), 0.0)
-    b_largest = tl.maximum(tl.maximum(tl.abs(b_other), tl.abs(b_peer)), tl.abs(b_linear))
-    tl.store(maxima + tl.program_id(0), tl.max(b_largest, 0))
-    p_weights = weights + o_n
-    m_rows = o_n < rows  # padding has weight 0
-    tl.store(p_weights, b_other, mask=m_rows)
-    tl.store(p_weights + rows, b_peer, mask=m_rows)
-    tl.store(p_weights + 2 * rows, b_linear, mask=m_rows)
-    tl.store(p_weights + 3 * rows, tl.where(m_v, b_mean, 0.0), mask=m_rows)
-    tl.store(p_weights + 4 * rows, tl.where(m_v, b_spread, 0.0), mask=m_rows)
-
-
-@triton.jit
-def _inverse_sum(stats, b_src, m_n, n, shift, ROW: tl.constexpr):
-    """exp(c - lse); 0 if the relation is empty."""
-    b_lse = tl.load(stats + ROW * n + b_src, mask=m_n, other=float("inf"))
-    return tl.where(b_lse == float("-inf"), 0.0, tl.exp2(shift - b_lse * LOG2E))
-
-
-@triton.jit
-def weights_kernel(
-    layout_5N, stats, weights,  # as in derivatives_kernel; derivatives become weights in place
-    maxima,  # (n_maxima,) float32 of both sides
-    bound,  # (1,) float32: the weights' divisor
-    flag, temperature, n, rows, n_maxima,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    o_m = tl.arange(0, 1024)
-    b_largest = tl.zeros([1024], tl.float32)
-    for i_m in range(0, n_maxima, 1024):
-        b_largest = tl.maximum(b_largest, tl.load(maxima + i_m + o_m, mask=i_m + o_m < n_maxima, other=0.0))
-    largest = tl.max(b_largest, 0)
-    largest = tl.where(largest > 0, tl.maximum(largest, _SMALLEST), 1.0)
-    if tl.program_id(0) == 0:
-        tl.store(bound, largest)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < n
-    m_rows = o_n < rows
-    b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
-    shift = shift_log2(inverse_temperature(temperature))
-    b_power_o = _inverse_sum(stats, b_src, m_n, n, shift, 4)
-    b_power_p = _inverse_sum(stats, b_src, m_n, n, shift, 3)
-    if flag is not None:
-        if tl.load(flag) != 0:  # online: the tiles subtract each row's own log-sum-exp
-            b_power_o = tl.full([BLOCK_N], 1.0, tl.float32)
-            b_power_p = b_power_o
-    unit = WEIGHT_SCALE / largest
-    p_weights = weights + o_n
-    tl.store(p_weights, tl.load(p_weights, mask=m_rows, other=0.0) * unit * b_power_o, mask=m_rows)
-    p_weights += rows
-    tl.store(p_weights, tl.load(p_weights, mask=m_rows, other=0.0) * unit * b_power_p, mask=m_rows)
-    p_weights += rows
-    tl.store(p_weights, tl.load(p_weights, mask=m_rows, other=0.0) * unit, mask=m_rows)
+    counts_of = (b_n_v, b_n_p, b_n_o)
+    evaluate(losses, losses.first + tl.program_id(0), b_src, m_n, counts_of, stats, n, WAVE.BLOCKS, False, CODES)

@@ -15,7 +15,8 @@ from fastcl.kernels.common.launch import Launch, recording
 from fastcl.rowstats.triton import backward, forward
 from fastcl.rowstats.triton import operator as fused
 from fastcl.rowstats.triton.backward import Upstream, gradients
-from fastcl.rowstats.triton.operand import Call, known_order, prepare
+from fastcl.rowstats.triton.operand import Call, Source
+from fastcl.rowstats.triton.order import known_order
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 NTXENT, SUPCON = (fastcl.OBJECTIVES[name].code for name in ("ntxent", "supcon"))
@@ -62,7 +63,7 @@ def test_no_tensor_of_the_size_of_the_similarity_matrix() -> None:
         if sample is None:
             x, x2 = x.chunk(2)
         given = [None if v is None else v.to(DEVICE) for v in (sample, labels)]
-        rest = [None, 0.1, True, "fp32", False, [SUPCON if labels is not None else NTXENT]]
+        rest = [None, 0.1, True, "fp32", False, [SUPCON if labels is not None else NTXENT], "none", False]
         with Allocations() as seen:
             stats, _, losses, stats_y, _, _, *saved = fused._forward(x, x2, None, *given, None, None, *rest)
             saved, one = [stats, stats_y, *saved], [None, torch.ones_like(losses), None, None]
@@ -78,11 +79,11 @@ def recorded(n: int, d: int, split: str, columns: bool, labelled: bool) -> Itera
     with tables_own_tiles(), recording() as seen:
         x = torch.empty(n // 2, d)
         order = known_order(n // 2, 1 if columns else 2, None, x.device)
-        a = prepare(x, None if columns else x, order, call, None)
-        b = prepare(x, None, order, call, None) if columns else None
-        found = forward.statistics(a, b, call, None, columns)
-        upstreams = [Upstream(stats, None, losses) for stats, _, losses in found]
-        gradients(a, b, call, None, (upstreams[0], upstreams[1] if columns else None), (True, columns, False))
+        sources = Source(x, None if columns else x, order), Source(x, None, order) if columns else None
+        operands, found = forward.statistics(*sources, call, None, columns)
+        upstreams = [Upstream(stats, None, losses.rows) for stats, _, losses in found]
+        given = operands[0], operands[1] if columns else None
+        gradients(*given, call, None, (upstreams[0], upstreams[1] if columns else None), (True, columns, False))
         yield seen
 
 

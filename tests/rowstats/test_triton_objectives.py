@@ -152,7 +152,7 @@ def test_every_possible_objective(denominator: tuple[str, ...], positives: tuple
     own = Objective(denominator, positives, inside)
     ran = check_own(of_sets(denominator, positives, inside), own, normal(len(sample), 5).float(), sample, labels, 0.2)
     (finish,) = ran.of("finish_kernel")
-    assert finish.arguments["CODES"] == (own.code,) == ran.of("derivatives_kernel")[0].arguments["CODES"]
+    assert finish.arguments["CODES"] == (own.code,) == ran.of("weights_kernel")[0].arguments["CODES"]
 
 
 @pytest.mark.parametrize("labels", (torch.zeros(13).long(), torch.arange(13) // 2 * 0 - 1))
@@ -178,7 +178,7 @@ def test_a_callable_of_ones_own_reads_the_statistics() -> None:
     own = lambda r: torch.where(r.valid, r.lse_other - r.mean_view, 0)  # noqa: E731
     z = normal(len(sample), 24).float()
     ran = check_own(FORMULAS["nscl"], own, z, sample, labels, torch.tensor(0.2))
-    assert ran.of("derivatives_kernel")[0].arguments["grad_stats"] is not None
+    assert ran.of("weights_kernel")[0].arguments["side"].grad_stats is not None
     assert ran.of("finish_kernel")[0].arguments["counts"] is not None
 
 

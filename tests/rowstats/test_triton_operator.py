@@ -28,19 +28,19 @@ pytestmark = pytest.mark.usefixtures("few_programs")
 NTXENT, SUPCON = (fastcl.OBJECTIVES[name].code for name in ("ntxent", "supcon"))
 IDS = torch.arange(10) % 5
 
-# Name, then whether there are x2, y, ids and labels, columns, and the codes.
+# Name, then whether there are x2, y, ids and labels, columns, the codes and the reduction.
 KINDS = {
-    "two views": (True, False, False, True, False, [SUPCON, NTXENT]),
-    "ids": (False, False, True, True, False, []),
-    "rectangular": (False, True, True, True, False, [SUPCON]),
-    "columns": (False, True, False, False, True, [NTXENT]),
-    "columns with ids": (False, True, True, False, True, []),
+    "two views": (True, False, False, True, False, [SUPCON, NTXENT], "sum"),
+    "ids": (False, False, True, True, False, [], "none"),
+    "rectangular": (False, True, True, True, False, [SUPCON], "none"),
+    "columns": (False, True, False, False, True, [NTXENT], "mean"),
+    "columns with ids": (False, True, True, False, True, [], "none"),
 }
 
 
 def call(kind: str, learnable: bool, normalize: bool = True, precision: str = "fp16") -> list:
     """Arguments of torch.ops.fastcl.fused, with leaves; rows of y lie apart in memory."""
-    two, rectangular, ids, labelled, columns, codes = KINDS[kind]
+    two, rectangular, ids, labelled, columns, codes, reduction = KINDS[kind]
     x, y = normal(10, 4).float(), normal(10, 4, seed=1).float().T.contiguous().T
     ids_y = IDS.flip(0)
     t = torch.tensor([0.3], device=DEVICE, requires_grad=True) if learnable else None
@@ -50,7 +50,18 @@ def call(kind: str, learnable: bool, normalize: bool = True, precision: str = "f
     ]  # fmt: skip
     given = [None if v is None else v.to(DEVICE) for v in given]
     rows = [leaf(x), leaf(y) if two else None, leaf(y) if rectangular else None]
-    return [*rows, *given, t, 0.0 if learnable else 0.3, normalize, precision, columns, codes]
+    return [
+        *rows,
+        *given,
+        t,
+        0.0 if learnable else 0.3,
+        normalize,
+        precision,
+        columns,
+        codes,
+        reduction,
+        columns and learnable,
+    ]
 
 
 def gradient_call(arguments: list) -> list:

@@ -6,7 +6,9 @@ from reference import normal
 from torch import Tensor
 from triton_runs import DEVICE, few_programs, launches  # noqa: F401
 
-from fastcl.rowstats.triton.operand import ALIGN, Call, Operand, padded_width, prepare
+from fastcl.kernels.contrastive.prepare import Initial
+from fastcl.rowstats.triton.operand import ALIGN, Call, Operand, Source, allocated, fill, padded_width
+from fastcl.rowstats.triton.order import Order
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 # Widths up to a program's whole and beyond, numbers of rows around a block of the working copy.
@@ -23,9 +25,10 @@ def prepared(
     call = Call(None, 0.5, normalize, precision, (), "all" if precision == "fp32" else "none", False)
     n = len(x) * (1 if x2 is None else 2)
     source = torch.arange(n) if order is None else order
-    order = source.int().expand(5, n).contiguous().to(DEVICE)
+    given = Order(source.int().expand(5, n).contiguous().to(DEVICE))
     with launches() as ran:
-        operand = prepare(x.to(DEVICE), None if x2 is None else x2.to(DEVICE), order, call, None)
+        operand = allocated(Source(x.to(DEVICE), None if x2 is None else x2.to(DEVICE), given), call)
+        fill(operand, operand, given, call, None, Initial(None, None))
     assert [one.kernel for one in ran] == ["prepare_kernel"]
     scale = operand.scale.cpu().double() if operand.scale is not None else SCALE
     return operand, operand.z.cpu().double().sum(0) / scale

@@ -11,6 +11,7 @@ from fastcl.kernels.common.launch import Launch, on_architecture, recording
 from fastcl.losses.objectives import OBJECTIVES
 from fastcl.rowstats.api import fused
 from fastcl.rowstats.request import Batch
+from fastcl.rowstats.triton.order import COUNTED
 
 LOSSES = ("ntxent", "nscl", "supcon", "clip")
 PRECISIONS = ("fp16", "fp32")
@@ -18,9 +19,7 @@ WIDTHS = (64, 128, 256, 512, 1024)
 ROWS = (4096, 65536)
 CLASSES = 10  # of equal size, in the labelled losses
 TEMPERATURE = 0.5
-# Small kernels of PyTorch in an eager call besides ours: means, gradients of means, fills; forward, backward.
-_TORCH = {"ntxent": (1, 4), "nscl": (1, 4), "supcon": (1, 4), "clip": (4, 8)}
-_SORT = 10  # kernels that sort the labels: an estimate
+_SORT = 10  # kernels of PyTorch that sort the labels of many rows: an estimate
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Call:
 
     forward: list[Launch]
     backward: list[Launch]
-    torch: tuple[int, int]  # kernels of PyTorch in the forward and in the backward pass
+    torch: tuple[int, int]  # kernels of PyTorch in an eager call besides ours: forward, backward
 
 
 def losses() -> Iterator[Loss]:
@@ -79,9 +78,7 @@ def record(loss: Loss, sm: int) -> Call:
     batch = Batch.pairs(x, y) if two_towers else Batch.two_views(x, y, labels)
     code = OBJECTIVES["ntxent" if two_towers else loss.objective].code
     with on_architecture(sm), recording() as launches:
-        found = fused(batch, TEMPERATURE, True, two_towers, loss.precision, [code])
-        value = found[2].mean() + found[5].mean() if two_towers else found[2].mean()
+        value = fused(batch, TEMPERATURE, True, two_towers, loss.precision, [code], "mean")[2].squeeze(0)
         forward = list(launches)
         torch.autograd.grad(value, (x, y))
-    before, after = _TORCH[loss.objective]
-    return Call(forward, launches[len(forward) :], (before + _SORT * loss.labelled, after))
+    return Call(forward, launches[len(forward) :], (_SORT if loss.labelled and loss.n > COUNTED else 0, 1))

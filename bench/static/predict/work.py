@@ -80,8 +80,10 @@ def _turns(name: str, a: dict[str, Any]) -> int:
     """Turns of the loops of a row-wise kernel, in the mean over its programs."""
     symmetric = bool(value(a.get("SYMMETRIC", getattr(a.get("CONSTANTS"), "SYMMETRIC", False))))
     views = 2 if symmetric else 1
-    if name == "views_kernel":
-        return 2 * views
+    if name == "prepare_kernel":
+        constants = a["CONSTANTS"]
+        labels = a["labels_B"]
+        return 1 if labels is None else -(-len(labels) // value(constants.CHUNK))
     if name == "finalize_kernel":
         return views
     if name == "weights_kernel":

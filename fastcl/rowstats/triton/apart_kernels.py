@@ -47,19 +47,20 @@ def _forward(x, y, labels, labels_y, *asked) -> tuple[Tensor, ...]:
 
     Where the logits may leave the range of a fixed shift, `theirs` has a sixth row: the other ranks' flags.
     """
-    from fastcl.rowstats.triton import forward, operand
+    from fastcl.rowstats.triton import forward, order
+    from fastcl.rowstats.triton.operand import Source
 
     call = _Asked(*asked).call(labels is not None)
     flag = torch.empty(1, dtype=torch.int32, device=x.device) if call.may_overflow else None
     with torch.cuda.device_of(x):
-        order_x, order_y = operand.sorted_orders(layout_of(x, y, labels, labels_y, call.peers))
+        order_x, order_y = order.sorted_orders(layout_of(x, y, labels, labels_y, call.peers))
         assert order_y is not None
-        a, b = operand.prepare(x, None, order_x, call, flag), operand.prepare(y, None, order_y, call, flag)
-        ((stats, counts, _),) = forward.statistics(a, b, call, flag, columns=False)
+        sources = Source(x, None, order_x), Source(y, None, order_y)
+        (a, b), ((stats, counts, _),) = forward.statistics(*sources, call, flag, columns=False)
     theirs = stats.new_zeros(5 if flag is None else 6, len(y))
     scale = x.new_empty(0) if a.scale is None or b.scale is None else torch.cat([a.scale, b.scale])
     flag = x.new_empty(0) if flag is None else flag
-    return stats, counts, theirs, a.z, a.inv, order_x, b.z, b.inv, order_y, scale, flag
+    return stats, counts, theirs, a.z, a.inv, a.order, b.z, b.inv, b.order, scale, flag
 
 
 def _forward_fake(x, y, labels, _labels_y, *asked) -> tuple[Tensor, ...]:
@@ -85,7 +86,7 @@ def _backward(x, y, labelled, *rest) -> tuple[Tensor, Tensor]:
     from fastcl.rowstats.triton import backward, operand
 
     *asked, stats, saved, grads, theirs, need = rest
-    call, saved = _Asked(*asked).call(labelled), Saved(*saved)
+    call, saved = _Asked(*asked).call(labelled), Saved(*saved, x.new_empty(0))
     flag = saved.flag if call.may_overflow else None
     scales = (None, None) if call.normalize else (saved.scale[:1], saved.scale[1:])
     a = operand.restored(x, None, saved.order, saved.z, saved.inv, scales[0])

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import triton
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import fixed
-from fastcl.kernels.common.launch import Config, evened, launch, shares
-from fastcl.kernels.contrastive import backward_epilogue, wide
+from fastcl.kernels.common.launch import Config, cdiv, evened, launch, shares
+from fastcl.kernels.contrastive import backward_epilogue, backward_prologue, wide
 from fastcl.kernels.contrastive.backward import Accumulator, Weights, backward_kernel
-from fastcl.kernels.contrastive.statistics import Losses, derivatives_kernel, weights_kernel
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, WORKSPACE, Call, Operand, row_block
 
 
@@ -24,7 +22,7 @@ class Upstream:
 
     stats: Tensor
     grad_stats: Tensor | None  # (5, n)
-    grad_losses: Tensor | None  # (objectives, n)
+    grad_losses: Tensor | None  # (objectives, n), or (objectives,) if the losses are reduced
 
     @property
     def any(self) -> bool:
@@ -54,78 +52,102 @@ class _Side:
 
 def gradients(
     x: Operand, y: Operand | None, call: Call, flag: Tensor | None, upstreams: Sequence[Upstream],
-    need: tuple[bool, bool, bool],
+    need: tuple[bool, bool, bool], maxima: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx (n, d) and dy of the rows' dtype in source order, and dT; None where not needed.
 
     Args:
         upstreams: gradients of x's statistics and, with y, of y's.
         need: whether dx, dy and dT are needed; dT comes from dx's kernel.
+        maxima: of the derivatives, from the forward pass; it is used if losses alone have upstream gradients.
     """
-    sides = _sides([x] if y is None else [x, y], call, flag, upstreams)
-    if y is None:
-        dx, dot = _gradient(sides[0], sides[0], call, flag, need[2])
-        return dx, None, _temperature(dot, call, 2)
-    a, b = sides
-    dx, dot = _gradient(a, b, call, flag, need[2]) if need[0] or need[2] else (None, None)
-    dy, _ = _gradient(b, a, call, flag, False) if need[1] else (None, None)
-    return dx, dy, _temperature(dot, call, 1)
+    total, arrived = None, None
+    if need[2]:
+        total, arrived = x.z.new_empty((), dtype=torch.float32), x.z.new_empty(1, dtype=torch.int32)
+    sides = _sides([x] if y is None else [x, y], call, flag, upstreams, maxima, arrived)
+    a, b = sides[0], sides[-1]
+    dx = _gradient(a, b, call, flag, total, arrived) if y is None or need[0] or need[2] else None
+    dy = _gradient(b, a, call, flag, None, None) if y is not None and need[1] else None
+    return dx, dy, total
 
 
-def _temperature(dot: Tensor | None, call: Call, times: int) -> Tensor | None:
-    if dot is None or call.temperature is None:
-        return None
-    return -dot.sum() / (times * call.temperature.float().reshape(()))
+def _sides(
+    operands: list[Operand], call: Call, flag: Tensor | None, upstreams: Sequence[Upstream], maxima: Tensor | None,
+    arrived: Tensor | None,
+) -> list[_Side]:  # fmt: skip
+    """Each side with its weights, which share one scale because the tiles add weights of both sides.
 
-
-def _sides(operands: list[Operand], call: Call, flag: Tensor | None, upstreams: Sequence[Upstream]) -> list[_Side]:
-    """Each side with its weights, which share one scale because the tiles add weights of both sides."""
+    Args:
+        arrived: is set to 0.
+    """
     z = operands[0].z
-    blocks = [r.rows // ALIGN for r in operands]
-    maxima = z.new_zeros(sum(blocks), dtype=torch.float32)
     bound = z.new_empty(1, dtype=torch.float32)
-    found = []
-    for r, upstream, part in zip(operands, upstreams, maxima.split(blocks), strict=False):
+    sides = []
+    for r, upstream in zip(operands, upstreams, strict=False):
         # A side without upstream gradients has zero weights; only the other side's act on it.
         weights = (z.new_empty if upstream.any else z.new_zeros)(5, r.rows, dtype=torch.float32)
-        found.append(_Side(r, upstream, weights, bound))
-        if upstream.any:
-            other, losses = operands[len(operands) - len(found)], upstream.grad_losses
-            launch(
-                derivatives_kernel, (r.rows // ALIGN,), 4, 1,
-                layout_5N=r.order, stats=upstream.stats, grad_stats=upstream.grad_stats,
-                upstream=None if losses is None else Losses(losses, *losses.stride()),
-                weights=weights, maxima=part, n=r.n, n_s=other.n, rows=r.rows, BLOCK_N=ALIGN,
-                SYMMETRIC=len(operands) == 1, CODES=fixed(() if losses is None else call.codes),
-            )  # fmt: skip
-    for side in found:
-        if side.upstream.any:
-            r = side.operand
-            launch(
-                weights_kernel, (r.rows // ALIGN,), 4, 1,
-                layout_5N=r.order, stats=side.upstream.stats, weights=side.weights, maxima=maxima, bound=bound,
-                flag=flag, temperature=call.degree, n=r.n, rows=r.rows, n_maxima=len(maxima), BLOCK_N=ALIGN,
-            )  # fmt: skip
-    return found
+        sides.append(_Side(r, upstream, weights, bound))
+    active = [(one, _derivatives(one, sides[len(sides) - 1 - k].operand, call)) for k, one in enumerate(sides)]
+    active = [(one, given) for one, given in active if one.upstream.any]
+    known = maxima is not None and all(one.upstream.grad_stats is None for one, _ in active)
+    if maxima is None or not known:
+        blocks = [one.operand.rows // ALIGN for one, _ in active]
+        maxima = z.new_empty(sum(blocks), dtype=torch.float32)
+        for (_, given), part in zip(active, maxima.split(blocks), strict=True):
+            launch(backward_prologue.maxima_kernel, (len(part),), 4, 1, **given[0], maxima=part, **given[1])
+    for one, given in active:
+        launch(
+            backward_prologue.weights_kernel, (one.operand.rows // ALIGN,), 4, 1,
+            **given[0], weights=one.weights, maxima=maxima, n_maxima=len(maxima), bound=bound,
+            arrived=arrived, flag=flag, temperature=call.degree, **given[1], UNIT=known,
+        )  # fmt: skip
+    return sides
 
 
-def _gradient(r: _Side, s: _Side, call: Call, flag: Tensor | None, need_dot: bool) -> tuple[Tensor, Tensor | None]:
+def _derivatives(side: _Side, other: Operand, call: Call) -> tuple[dict, dict]:
+    """Arguments common to the kernels that form derivatives: the first of each, and constants."""
+    r, upstream = side.operand, side.upstream
+    grad, factor, strides = upstream.grad_losses, 1.0, (0, 0)
+    if grad is not None:
+        strides = grad.stride(0), grad.stride(1) if grad.ndim == 2 else 0
+        factor = call.factor(r.n) if grad.ndim == 1 else 1.0
+    rows = r.order, upstream.stats, upstream.grad_stats, grad, *strides, factor, r.n, other.n, r.rows
+    constants = {"BLOCK_N": ALIGN, "SYMMETRIC": r is other, "CODES": fixed(() if grad is None else call.codes)}
+    return {"side": backward_prologue.Upstream(*rows)}, constants
+
+
+def _gradient(
+    r: _Side, s: _Side, call: Call, flag: Tensor | None, total: Tensor | None, arrived: Tensor | None
+) -> Tensor:
+    """The gradient of r's rows; that of the temperature in `total`, unless it is None."""
     n, d = r.operand.n, r.operand.x.shape[1]
     dx = torch.empty(n, d, dtype=r.operand.x.dtype, device=r.operand.z.device)
-    dot = torch.empty(n, dtype=torch.float32, device=dx.device) if need_dot else None
     if r.operand.width > NARROW or not all(s.operand.tabled("backward", mode) for mode, _, _ in call.parts):
         acc = dx if dx.dtype == torch.float32 else torch.empty(n, d, dtype=torch.float32, device=dx.device)
         _wide(r, s, call, flag, acc)
-        _finalize(r, s, call, acc[None], dx, dot, first=0, in_order=True)
-        return dx, dot
-    plain = s.operand.chosen("backward", call.parts[0][0])
-    n_splits = shares(triton.cdiv(n, plain.block_r), triton.cdiv(s.operand.n, plain.block_s), plain.slots)
+        _finalize(r, s, call, acc[None], dx, _degree(r, s, call, n, total, arrived), first=0, in_order=True)
+        return dx
+    plain = _parts(s.operand, call, online=False)[0][0]
+    n_splits = shares(cdiv(n, plain.block_r), cdiv(s.operand.n, plain.block_s), plain.slots)
     wave = min(r.operand.rows, max(1, WORKSPACE // (4 * n_splits * ALIGN * r.operand.width)) * ALIGN)
     acc = torch.empty(n_splits, wave, r.operand.width, dtype=torch.float32, device=dx.device)
+    degree = _degree(r, s, call, wave, total, arrived)
     for first in range(0, r.operand.rows, wave):
         _narrow(r, s, call, flag, acc, n_splits, first)
-        _finalize(r, s, call, acc, dx, dot, first, in_order=False)
-    return dx, dot
+        _finalize(r, s, call, acc, dx, degree, first, in_order=False)
+    return dx
+
+
+def _degree(
+    r: _Side, s: _Side, call: Call, wave: int, total: Tensor | None, arrived: Tensor | None
+) -> backward_epilogue.Degree | None:
+    """Where the programs of all waves of r's rows put their parts of the temperature's gradient."""
+    if total is None:
+        return None
+    n, block_n = r.operand.n, _rows_of(r.operand, call)[0]
+    programs = sum(cdiv(min(wave, n - first), block_n) for first in range(0, n, wave))
+    sums = torch.empty(programs, dtype=torch.float32, device=total.device)
+    return backward_epilogue.Degree(sums, total, arrived, 0.5 if r is s else 1.0, programs)
 
 
 def _over_pairs(r: _Side, s: _Side, call: Call, flag: Tensor | None) -> dict:
@@ -153,28 +175,38 @@ def _narrow(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor, n_
 def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, bool]]:
     """The launches over tiles of narrow rows: tiles, whether it processes plain ones, whether masked ones.
 
-    Masked tiles have a launch of their own if the table has a row for it: without them, plain tiles can be larger.
+    Masked tiles have a launch of their own if the table has a row for it, for all but few rows: without them, plain
+    tiles can be larger.
     """
-    apart = None if online or call.split == "peers" else s.tabled("backward_masked", call.split)
-    if apart is not None:
-        return [(s.chosen("backward", call.split), True, False), (apart, False, True)]
+    if not online and call.split != "peers":
+        joint, masked = s.tabled("backward_joint", call.split), s.tabled("backward_masked", call.split)
+        if joint is not None:
+            return [(joint, True, True)]
+        if masked is not None:
+            return [(s.chosen("backward", call.split), True, False), (masked, False, True)]
     kernel = "backward_online" if online else "backward"
     return [(s.chosen(kernel, mode), plain, masked) for mode, plain, masked in call.parts]
 
 
-def _finalize(
-    r: _Side, s: _Side, call: Call, acc: Tensor, dx: Tensor, dot: Tensor | None, first: int, in_order: bool
-) -> None:
-    x, y = r.operand, s.operand
+def _rows_of(x: Operand, call: Call) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program of `finalize_kernel`."""
     elements = 1024 if 64 < x.width <= NARROW and call.normalize else 512  # Triton 3.8 spills none of these on sm_90
-    block_n, block_d, warps = row_block(x.width, elements)
+    return row_block(x.width, elements)
+
+
+def _finalize(
+    r: _Side, s: _Side, call: Call, acc: Tensor, dx: Tensor, degree: backward_epilogue.Degree | None, first: int,
+    in_order: bool,
+) -> None:  # fmt: skip
+    x, y = r.operand, s.operand
+    block_n, block_d, warps = _rows_of(x, call)
     rows = min(acc.shape[1], x.n - first)
+    constants = backward_epilogue.Finish(block_n, block_d, len(acc), in_order, r is s)
     launch(
-        backward_epilogue.finalize_kernel, (triton.cdiv(rows, block_n),), warps, 1,
+        backward_epilogue.finalize_kernel, (cdiv(rows, block_n),), warps, 1,
         tiles=backward_epilogue.Gradient(acc, first, acc.shape[1], acc.stride(1)),
-        x=x.source, x_views=r.views, y=y.source, y_views=s.views, dx=dx, dot_N=dot, bound=r.bound, scale=y.scale,
-        temperature=call.degree,
-        CONSTANTS=fixed(backward_epilogue.Finish(block_n, block_d, len(acc), in_order, r is s)),
+        x=x.source, x_views=r.views, y=y.source, y_views=s.views, dx=dx, degree=degree, bound=r.bound, scale=y.scale,
+        temperature=call.degree, CONSTANTS=fixed(constants),
     )  # fmt: skip
 
 
@@ -183,7 +215,7 @@ def _wide(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor) -> N
     halves = 1 if call.split == "none" else 2
     most = int((WORKSPACE / (2 * halves)) ** 0.5) // ALIGN
     chosen = s.operand.chosen("product", call.split)
-    strips = ALIGN // chosen.block_r * triton.cdiv(s.operand.width, chosen.block_d)
+    strips = ALIGN // chosen.block_r * cdiv(s.operand.width, chosen.block_d)
     size = min(evened(most, strips, r.operand.sm) * ALIGN, max(r.operand.rows, s.operand.rows))
     w = torch.empty(halves, size, size, dtype=r.operand.z.dtype, device=acc.device)
     for i in range(0, r.operand.rows, size):
@@ -216,7 +248,7 @@ def _product(
     m, count = min(size, x.rows - i), min(size, y.rows - k)
     sizes = y.width, chosen.block_r, chosen.block_s, chosen.block_d, ALIGN
     launch(
-        wide.product_kernel, (m // chosen.block_r, triton.cdiv(y.width, chosen.block_d)), chosen.warps, chosen.stages,
+        wide.product_kernel, (m // chosen.block_r, cdiv(y.width, chosen.block_d)), chosen.warps, chosen.stages,
         pairs=wide.Pairs(w, i, k, size), summed=wide.Summed(y.z, y.rows, k, count),
         gradient=wide.Gradient(acc, x.order[0], x.order[1], x.order[2], x.n, acc.shape[1], i),
         TILE=fixed(wide.Product(*sizes, transposed, call.split == "all", call.split != "none", add)),

@@ -1,65 +1,88 @@
-"""The forward pass over two operands: view pairs, tiles, then statistics and losses."""
+"""The forward pass over two operands: working copies and view pairs, tiles, then statistics and losses."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
-import triton
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import Parts, fixed
-from fastcl.kernels.common.launch import Config, launch
+from fastcl.kernels.common.launch import Config, cdiv, launch
 from fastcl.kernels.common.launch import waves as planned
 from fastcl.kernels.contrastive.forward import forward_kernel, forward_online_kernel
-from fastcl.kernels.contrastive.statistics import Wave, finish_kernel
-from fastcl.kernels.contrastive.view_pairs import views_kernel
-from fastcl.rowstats.triton.operand import ALIGN, WORKSPACE, Call, Operand, row_block
+from fastcl.kernels.contrastive.prepare import Initial
+from fastcl.kernels.contrastive.statistics import Losses, Wave, finish_kernel
+from fastcl.rowstats.triton.operand import (
+    ALIGN,
+    WORKSPACE,
+    Call,
+    Operand,
+    Source,
+    allocated,
+    fill,
+    online_blocks,
+    online_tile,
+)
+
+
+class Result(NamedTuple):
+    """Statistics of an operand, in source order."""
+
+    stats: Tensor  # (5, n)
+    counts: Tensor  # (3, n) int64; (0, n) if there are objectives
+    losses: Losses
 
 
 def statistics(
-    x: Operand, y: Operand | None, call: Call, flag: Tensor | None, columns: bool
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(stats, counts, losses) of x and, with columns, of y; in source order.
+    x: Source, y: Source | None, call: Call, flag: Tensor | None, columns: bool
+) -> tuple[list[Operand], list[Result]]:
+    """The operands of x and, if there is one, y; results of x and, with columns, of y.
 
     Args:
         y: the candidates; None: x's rows themselves.
         columns: also compute y's statistics against x, from the same tiles.
     """
-    s = x if y is None else y
-    found = [results(operand, call) for operand in ((x, s) if columns else (x,))]
-    views(x, s, found[0][0], call, y is None)
-    if columns:
-        views(s, x, found[1][0], call, False)
-    _tiles(x, s, call, flag, found, symmetric=y is None)
+    sources = [x] if y is None else [x, y]
+    operands = [allocated(source, call) for source in sources]
+    found = results(operands[: 2 if columns else 1], call)
+    initial = Initial(flag, found[0].losses.arrived)
+    for k, (operand, source) in enumerate(zip(operands, sources, strict=True)):
+        stats = found[k].stats if k < len(found) else None
+        fill(operand, operands[-1 - k], source.order, call, stats, initial)
+    a, b = operands[0], operands[-1]
+    _tiles(a, b, call, flag, found, symmetric=y is None)
     if flag is not None:
-        for k, (r, other) in enumerate(((x, s), (s, x))[: len(found)]):
-            online(r, other, call, flag, found[k][0])
-            finish(r, other, call, flag, found[k], Wave(ALIGN, ALIGN, 1, y is None, call.peers, True, True), None)
+        for result, r, s in zip(found, (a, b), (b, a), strict=False):
+            online(r, s, call, flag, result)
+    return operands, found
+
+
+def results(operands: Sequence[Operand], call: Call) -> list[Result]:
+    """Uninitialised results; reduced losses are those of all operands together."""
+    device, count = operands[0].z.device, len(call.codes)
+    blocks = [cdiv(operand.n, ALIGN) for operand in operands]
+    programs, reduced = sum(blocks), call.reduced
+    most = programs * online_blocks(call, device, operands[0].width)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    shared = (None, None, None, None)
+    if reduced:
+        maxima = empty(most) if count == 1 else None
+        shared = empty(count, most), empty(count), empty(2, dtype=torch.int32), maxima
+    found = []
+    for k, operand in enumerate(operands):
+        n = operand.n
+        rows = None if reduced else empty(count, n)
+        losses = Losses(rows, *shared, call.factor(n) if reduced else 1.0, sum(blocks[:k]), programs)
+        found.append(Result(empty(5, n), empty(0 if count else 3, n, dtype=torch.int64), losses))
     return found
 
 
-def results(operand: Operand, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised (stats, counts, losses) of an operand."""
-
-    def empty(rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, operand.n, dtype=dtype, device=operand.z.device)
-
-    counts = 0 if call.codes else 3
-    return empty(5, torch.float32), empty(counts, torch.int64), empty(len(call.codes), torch.float32)
-
-
-def views(x: Operand, y: Operand, stats: Tensor, call: Call, symmetric: bool) -> None:
-    """Fill the rows of stats that belong to view pairs; symmetric: y is x."""
-    block_n, block_d, warps = row_block(x.width)
-    launch(
-        views_kernel, (triton.cdiv(x.n, block_n),), warps, 1,
-        x=x.source, y=y.source, first_N=x.order[3], last_N=x.order[4], stats=stats, temperature=call.degree,
-        BLOCK_N=block_n, BLOCK_D=block_d, SYMMETRIC=symmetric,
-    )  # fmt: skip
-
-
-def _tiles(
-    r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[tuple[Tensor, Tensor, Tensor]], symmetric: bool
-) -> None:
+def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[Result], symmetric: bool) -> None:
     """Process resident rows in waves, each as large as the workspace allows for the sums of streamed rows."""
     both = symmetric or len(found) == 2
     parts = _parts(s, call, apart=symmetric or not both)
@@ -74,9 +97,10 @@ def _tiles(
         made = Parts(part_r, part_s, first, count, 0)
         _launch_tiles(r, s, call, flag, parts[0], n_splits, symmetric, made)
         if last and len(parts) == 2:
-            whole = Parts(part_r, None, 0, triton.cdiv(r.n, parts[1][0].block_r), n_splits)
+            whole = Parts(part_r, None, 0, cdiv(r.n, parts[1][0].block_r), n_splits)
             _launch_tiles(r, s, call, flag, parts[1], n_splits, symmetric, whole)
-        done = Wave(ALIGN, plain.block_r, slots, symmetric, call.peers, first == 0, last)
+        each = online_blocks(call, s.z.device, s.width)
+        done = Wave(ALIGN, plain.block_r, slots, symmetric, call.peers, first == 0, last, each)
         if both or last:
             finish(r, s, call, flag, found[0], done, made if symmetric else made._replace(streamed=None))
         if len(found) == 2:
@@ -94,7 +118,7 @@ def waves(
         slots: sums of resident rows that a program of each split stores.
         streamed: sums of streamed rows that a block stores; 0: none, so that a single wave suffices.
     """
-    n_blocks, tiles = triton.cdiv(r.n, chosen.block_r), triton.cdiv(s.n, chosen.block_s)
+    n_blocks, tiles = cdiv(r.n, chosen.block_r), cdiv(s.n, chosen.block_s)
     most = max(1, WORKSPACE * 3 // 5 // (4 * s.rows * streamed)) if streamed else n_blocks
     wave, n_splits = planned(n_blocks, most, tiles, chosen.slots, symmetric)
     return n_blocks, wave, min(n_splits, max(1, WORKSPACE * 2 // 5 // (12 * r.rows * slots)))
@@ -105,11 +129,13 @@ def _parts(s: Operand, call: Call, apart: bool) -> list[tuple[Config, bool, bool
 
     Args:
         apart: masked tiles may have a launch of their own, because they serve resident rows alone. They have one if the
-            table has rows for it: without them, plain tiles can be larger.
+            table has rows for it, for all but few rows: without them, plain tiles can be larger.
     """
-    rows = [s.tabled(kernel, call.split) for kernel in ("forward_plain", "forward_masked")]
-    if apart and rows[0] is not None and rows[1] is not None:
-        return [(rows[0], True, False), (rows[1], False, True)]
+    joint, plain, masked = (s.tabled(f"forward_{kind}", call.split) for kind in ("joint", "plain", "masked"))
+    if apart and joint is not None:
+        return [(joint, True, True)]
+    if apart and plain is not None and masked is not None:
+        return [(plain, True, False), (masked, False, True)]
     return [(s.chosen("forward", mode), plain, masked) for mode, plain, masked in call.parts]
 
 
@@ -127,31 +153,24 @@ def _launch_tiles(
 
 
 def finish(
-    r: Operand, s: Operand, call: Call, flag: Tensor | None, found: tuple[Tensor, Tensor, Tensor], wave: Wave,
-    made: Parts | None,
+    r: Operand, s: Operand, call: Call, flag: Tensor | None, result: Result, wave: Wave, made: Parts
 ) -> None:  # fmt: skip
-    """Turn partial sums into statistics, counts and losses.
-
-    Args:
-        made: partial sums; None: the statistics are already complete.
-    """
-    stats, counts, losses = found
-    # If the flag may still send all rows through the online kernel, losses are computed after that.
-    codes = call.codes if wave.LAST and (flag is None or made is None) else ()
-    if not (len(counts) and wave.LAST and made is not None):
-        counts = None
+    """Turn partial sums into statistics and, after the last wave, counts and losses."""
+    stats, counts, losses = result
     launch(
-        finish_kernel, (triton.cdiv(r.n, ALIGN),), 4, 1,
-        parts=made or Parts(None, None, 0, 0, 0), layout_5N=r.order, stats=stats, counts=counts, losses=losses,
-        flag=flag, temperature=call.degree, n=r.n, n_s=s.n, rows=r.rows, WAVE=fixed(wave), CODES=fixed(codes),
+        finish_kernel, (cdiv(r.n, ALIGN),), 4, 1,
+        parts=made, layout_5N=r.order, stats=stats, counts=counts if len(counts) and wave.LAST else None,
+        losses=losses, flag=flag, temperature=call.degree, n=r.n, n_s=s.n, rows=r.rows, WAVE=fixed(wave),
+        CODES=fixed(call.codes if wave.LAST else ()),
     )  # fmt: skip
 
 
-def online(r: Operand, s: Operand, call: Call, flag: Tensor, stats: Tensor) -> None:
-    """If the flag is set, compute r's statistics with running maxima."""
-    chosen = s.chosen("online", "none" if call.split == "none" else "all")
+def online(r: Operand, s: Operand, call: Call, flag: Tensor, result: Result) -> None:
+    """If the flag is set, compute r's statistics with running maxima, and the losses from these."""
+    chosen = online_tile(call, s.z.device, s.width)
     launch(
-        forward_online_kernel, (triton.cdiv(r.n, chosen.block_r),), chosen.warps, 1,
-        r=r.resident, s=s.streamed, last_N=r.order[4], src_N=r.order[0], stats=stats, temperature=call.degree,
-        flag=flag, TILE=fixed(call.tile(r, chosen)),
+        forward_online_kernel, (cdiv(r.n, ALIGN) * (ALIGN // chosen.block_r),), chosen.warps, 1,
+        r=r.resident, s=s.streamed, layout_5N=r.order, stats=result.stats, losses=result.losses,
+        temperature=call.degree, flag=flag, TILE=fixed(call.tile(r, chosen)), SYMMETRIC=r is s,
+        CODES=fixed(call.codes),
     )  # fmt: skip

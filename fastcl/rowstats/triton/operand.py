@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import triton
 from torch import Tensor
 
-from fastcl.kernels.common.arguments import Resident, Rows, Streamed, Temperature, Tile
-from fastcl.kernels.common.launch import Config, architecture, config, launch
+from fastcl.kernels.common.arguments import Resident, Rows, Streamed, Temperature, Tile, fixed
+from fastcl.kernels.common.launch import Config, architecture, cdiv, config, launch
 from fastcl.kernels.common.numerics import SAFE_INVERSE_T
-from fastcl.kernels.contrastive.prepare import layout_kernel, prepare_kernel
-from fastcl.rowstats.order import Layout, Side
+from fastcl.kernels.contrastive.prepare import Initial, Preparation, prepare_kernel
+from fastcl.rowstats.triton.order import Order
 
 ALIGN = 128  # working copies are padded to whole blocks of this many rows; every tile size divides it
 NARROW = 256  # wider rows are processed in pieces
@@ -26,8 +26,11 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 class Call:
     """The options of a call. The temperature is the tensor `temperature` or, if that is None, the number `value`.
 
+    inverted: the tensor holds 1 / T.
     split: which tiles use split half precision: "none", "peers" (same-class tiles) or "all".
     peers: whether sums over peers are needed.
+    reduction: of the losses over all anchors, "mean" or "sum"; "none": each row has its own.
+    sides: 2 if the candidates are anchors too; a reduced loss is then the mean of both sides' losses.
     """
 
     temperature: Tensor | None
@@ -37,6 +40,9 @@ class Call:
     codes: tuple[int, ...]
     split: str
     peers: bool
+    reduction: str = "none"
+    sides: int = 1
+    inverted: bool = False
 
     @property
     def may_overflow(self) -> bool:
@@ -46,7 +52,17 @@ class Call:
     @cached_property
     def degree(self) -> Temperature:
         """The temperature, as kernels take it."""
-        return Temperature(self.temperature, self.value)
+        given = (None, self.temperature) if self.inverted else (self.temperature, None)
+        return Temperature(*given, self.value)
+
+    @property
+    def reduced(self) -> bool:
+        """Whether the losses are reduced."""
+        return self.reduction != "none" and bool(self.codes)
+
+    def factor(self, n: int) -> float:
+        """Factor of a row's loss in a reduced loss, on a side of n rows."""
+        return 1 / (self.sides * (n if self.reduction == "mean" else 1))
 
     @property
     def parts(self) -> tuple[tuple[str, bool, bool], ...]:
@@ -134,13 +150,23 @@ def tabled(kernel: str, device: torch.device, mode: str, d: int, n: int) -> Conf
     return config(kernel, _architecture(device), mode, d, n)
 
 
+def online_tile(call: Call, device: torch.device, d: int) -> Config:
+    """Tile sizes of `forward_online_kernel` for working copies of width d, whatever the number of rows."""
+    return cast(Config, tabled("online", device, "none" if call.split == "none" else "all", d, 0))
+
+
+def online_blocks(call: Call, device: torch.device, d: int) -> int:
+    """Its programs for one of `finish_kernel`; 1 if it never runs."""
+    return ALIGN // online_tile(call, device, d).block_r if call.may_overflow else 1
+
+
 def _architecture(device: torch.device) -> int:
     return architecture(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
 
 def padded_width(d: int) -> int:
     """Width of a working copy: a power of two up to NARROW, a multiple of 64 beyond."""
-    return max(32, triton.next_power_of_2(d)) if d <= NARROW else triton.cdiv(d, 64) * 64
+    return max(32, triton.next_power_of_2(d)) if d <= NARROW else cdiv(d, 64) * 64
 
 
 def working_shape(n: int, d: int, split: str) -> tuple[int, int, int]:
@@ -154,21 +180,39 @@ def row_block(d: int, tile: int = 1024) -> tuple[int, int, int]:
     return max(tile // block_d, 1), block_d, max(4, block_d // 256)
 
 
-def prepare(x: Tensor, x2: Tensor | None, order: Tensor, call: Call, flag: Tensor | None) -> Operand:
-    """Fill the working copy; initialise the flag, to 1 if rows or temperature already rule out a fixed shift."""
-    x, x2 = _unit_stride(x), None if x2 is None else _unit_stride(x2)
+class Source(NamedTuple):
+    """The rows [x; x2] of a side, and their order."""
+
+    x: Tensor
+    x2: Tensor | None
+    order: Order
+
+
+def allocated(source: Source, call: Call) -> Operand:
+    """The operand of a side, whose working copy, inverse norms and, if it follows from labels, order `fill` writes."""
+    x, x2 = _unit_stride(source.x), None if source.x2 is None else _unit_stride(source.x2)
+    order = source.order.tensor
     n, d = order.shape[1], x.shape[1]
     z = torch.empty(working_shape(n, d, call.split), dtype=DTYPES[call.precision], device=x.device)
     inv = torch.empty(n if call.normalize else 0, dtype=torch.float32, device=x.device)
-    scale = None if call.normalize else _scale(x, x2)
-    operand = Operand(x, x2, order, z, inv, scale)
+    return Operand(x, x2, order, z, inv, None if call.normalize else _scale(x, x2))
+
+
+def fill(
+    operand: Operand, candidates: Operand, order: Order, call: Call, stats: Tensor | None, initial: Initial
+) -> None:
+    """Write the working copy, and the statistics of view pairs among the candidates unless stats is None."""
     block_n, block_d, warps = row_block(operand.width)
-    launch(
-        prepare_kernel, (triton.cdiv(operand.rows, block_n),), warps, 1,
-        x=operand.source, z=z, rows=operand.rows, scale=scale, flag=flag, temperature=call.degree, D=operand.width,
-        BLOCK_N=block_n, BLOCK_D=block_d, LOW=len(z) == 2,
+    constants = Preparation(
+        operand.width, block_n, block_d, len(operand.z) == 2, order.views, operand is candidates,
+        max(2048 // block_n, 32),
     )  # fmt: skip
-    return operand
+    launch(
+        prepare_kernel, (cdiv(operand.rows, block_n),), warps, 1,
+        x=operand.source, y=candidates.source, layout_5N=operand.order, labels_B=order.labels, z=operand.z,
+        rows=operand.rows, scale=operand.scale, stats=stats, initial=initial, temperature=call.degree,
+        CONSTANTS=fixed(constants),
+    )  # fmt: skip
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -189,43 +233,6 @@ def _scale(*rows: Tensor | None) -> Tensor:
     peaks = torch.cat(peaks)
     peak = peaks.masked_fill(~peaks.isfinite(), 0).amax().reshape(1)
     return half_scale(peak).clamp(max=2.0**126)  # so that its reciprocal is a normal number
-
-
-def known_order(samples: int, views: int, labels: Tensor | None, device: torch.device) -> Tensor:
-    """The order for two views of each sample (views = 2) or one row each (1), as `layout_kernel` writes it.
-
-    Args:
-        labels: (samples,) int64, or None.
-    """
-    n = samples * views
-    order = torch.empty(5, n, dtype=torch.int32, device=device)
-    ordered, index = (order, order) if labels is None else labels.sort(stable=True)
-    launch(
-        layout_kernel, (triton.cdiv(n, 1024),), 4, 1,
-        order_B=index, sorted_B=ordered, layout_5N=order, batch=samples, n=n, VIEWS=views,
-        LABELLED=labels is not None, STEPS=samples.bit_length() + 1, BLOCK_N=1024,
-    )  # fmt: skip
-    return order
-
-
-def sorted_orders(layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """The orders of both sides for arbitrary ids; the second is None in the symmetric case."""
-    if layout.symmetric:
-        return _order(layout.x, layout.x, False), None
-    return _order(layout.x, layout.y, True), _order(layout.y, layout.x, True)
-
-
-def _order(own: Side, other: Side, with_own: bool) -> Tensor:
-    rows = [own.order, *_interval(other.group, own.group), *_interval(other.key, own.key)]
-    if with_own:
-        rows += [torch.searchsorted(own.group, own.group), torch.searchsorted(own.key, own.key)]
-    return torch.stack([row.int() for row in rows])
-
-
-def _interval(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and end of each value in an ascending tensor; if it does not occur, the start is -1 - position."""
-    first, last = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
-    return torch.where(first < last, first, -1 - first), last
 
 
 def restored(x: Tensor, x2: Tensor | None, order: Tensor, z: Tensor, inv: Tensor, scale: Tensor | None) -> Operand:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastcl.choices import RELATIONS
-from fastcl.rowstats.order import Layout
 from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ class Asked(NamedTuple):
     precision: str
     columns: bool
     codes: list[int]  # of objectives (`Objective.code`); empty: the caller uses the statistics
+    reduction: str  # of the losses over all anchors: "mean", "sum" or "none"
+    inverted: bool  # the tensor holds 1 / T
 
     def call(self, labelled: bool) -> Call:
         """The call, as the launches take it."""
@@ -38,7 +39,8 @@ class Asked(NamedTuple):
 
         split = "all" if self.precision == "fp32" else "peers" if any_of(_ATTRACTED) else "none"
         peers = any_of(_ATTRACTED | _REPELLED)
-        return Call(self.temperature, self.value, self.normalize, self.precision, tuple(self.codes), split, peers)
+        options = self.temperature, self.value, self.normalize, self.precision, tuple(self.codes)
+        return Call(*options, split, peers, self.reduction, 2 if self.columns else 1, self.inverted)
 
 
 class Saved(NamedTuple):
@@ -52,10 +54,14 @@ class Saved(NamedTuple):
     order_y: Tensor
     scale: Tensor  # (1,) or (2,); of rows that are not normalised
     flag: Tensor
+    maxima: Tensor  # of derivatives, if the losses are those of one objective, reduced
 
 
 class Returned(NamedTuple):
-    """The results of the operator; the candidates' stats, counts and losses are empty without `columns`."""
+    """The results of the operator; the candidates' stats, counts and losses are empty without `columns`.
+
+    Reduced losses are (K,), of both sides together.
+    """
 
     stats: Tensor
     counts: Tensor
@@ -71,6 +77,7 @@ class Returned(NamedTuple):
     order_y: Tensor
     scale: Tensor
     flag: Tensor
+    maxima: Tensor
 
     @property
     def saved(self) -> Saved:
@@ -81,7 +88,10 @@ class Returned(NamedTuple):
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _ROWS = "Tensor x, Tensor? x2, Tensor? y"
 _IDS = "Tensor? sample, Tensor? labels, Tensor? sample_y, Tensor? labels_y"
-_CALL = "Tensor? temperature, float value, bool normalize, str precision, bool columns, int[] codes"
+_CALL = (
+    "Tensor? temperature, float value, bool normalize, str precision, bool columns, int[] codes, str reduction, "
+    "bool inverted"
+)
 _library.define(f"fused({_ROWS}, {_IDS}, {_CALL}) -> ({', '.join(['Tensor'] * len(Returned._fields))})")
 _library.define(
     f"fused_backward({_ROWS}, bool labelled, {_CALL}, Tensor[] saved, Tensor?[] grads, bool[] need) "
@@ -95,29 +105,32 @@ def _tensors(x: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tensor, ...]:
-    from fastcl.rowstats.triton import forward, operand
+    from fastcl.rowstats.triton import forward, order
+    from fastcl.rowstats.triton.operand import Source
 
     columns, call = Asked(*asked).columns, Asked(*asked).call(labels is not None)
     flag = torch.empty(1, dtype=torch.int32, device=x.device) if call.may_overflow else None
     with torch.cuda.device_of(x):
         if sample is not None:
-            order_x, order_y = operand.sorted_orders(Layout.of(sample, labels, sample_y, labels_y))
-        elif y is None:
-            order_x, order_y = operand.known_order(len(x), 2, labels, x.device), None
+            order_x, order_y = order.orders(sample, labels, sample_y, labels_y)
         else:
-            order_x, order_y = operand.known_order(len(x), 1, None, x.device), None
-        a = operand.prepare(x, x2, order_x, call, flag)
-        b = None if y is None else operand.prepare(y, None, order_x if order_y is None else order_y, call, flag)
-        found = forward.statistics(a, b, call, flag, columns)
-    scales = [o.scale for o in (a, b) if o is not None and o.scale is not None]
-    results = (*found[0], *(found[1] if columns else (None, None, None)))
-    saved_y = (None, None, None) if b is None else (b.z, b.inv, order_y)
-    returned = *results, a.z, a.inv, order_x, *saved_y, torch.cat(scales) if scales else None, flag
+            order_x, order_y = order.known_order(len(x), 2 if y is None else 1, labels, x.device), None
+        theirs = None if y is None else Source(y, None, order_x if order_y is None else order_y)
+        operands, found = forward.statistics(Source(x, x2, order_x), theirs, call, flag, columns)
+    given = [(*r[:2], r.losses.rows if r.losses.total is None else r.losses.total) for r in found]
+    given += [(None, None, None)] * (2 - len(found))
+    if call.reduced:
+        given[1] = (*given[1][:2], None)
+    a, b = operands[0], operands[1] if y is not None else None
+    saved_y = (None, None, None) if b is None else (b.z, b.inv, None if order_y is None else b.order)
+    scales = [operand.scale for operand in operands if operand.scale is not None]
+    scale = torch.cat(scales) if len(scales) > 1 else scales[0] if scales else None
+    returned = *given[0], *given[1], a.z, a.inv, a.order, *saved_y, scale, flag, found[0].losses.maxima
     return _tensors(x, returned)
 
 
 def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> tuple[Tensor, ...]:
-    from fastcl.rowstats.triton.operand import DTYPES, working_shape
+    from fastcl.rowstats.triton.operand import ALIGN, DTYPES, online_blocks, padded_width, working_shape
 
     codes, columns, call = Asked(*asked).codes, Asked(*asked).columns, Asked(*asked).call(labels is not None)
     n, d = x.shape[0] * (1 if x2 is None else 2), x.shape[1]
@@ -126,8 +139,9 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> tup
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return x.new_empty(shape, dtype=dtype)
 
-    def results(rows: int) -> tuple[Tensor, ...]:
-        return empty(5, rows), empty(0 if codes else 3, rows, dtype=torch.int64), empty(len(codes), rows)
+    def results(rows: int, first: bool) -> tuple[Tensor | None, ...]:
+        losses = (empty(len(codes)) if first else None) if call.reduced else empty(len(codes), rows)
+        return empty(5, rows), empty(0 if codes else 3, rows, dtype=torch.int64), losses
 
     def saved(rows: int, with_order: bool) -> tuple[Tensor | None, ...]:
         z = empty(*working_shape(rows, d, call.split), dtype=DTYPES[call.precision])
@@ -135,11 +149,13 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> tup
         return z, empty(rows if call.normalize else 0), order
 
     nothing = (None, None, None)
+    blocks = sum((rows + ALIGN - 1) // ALIGN for rows in ((n, y.shape[0]) if columns and y is not None else (n,)))
     returned = (
-        *results(n), *(results(y.shape[0]) if columns and y is not None else nothing), *saved(n, True),
+        *results(n, True), *(results(y.shape[0], False) if columns and y is not None else nothing), *saved(n, True),
         *(nothing if y is None else saved(y.shape[0], orders == 7)),
         None if call.normalize else empty(1 if y is None else 2),
         empty(1, dtype=torch.int32) if call.may_overflow else None,
+        empty(blocks * online_blocks(call, x.device, padded_width(d))) if call.reduced and len(codes) == 1 else None,
     )  # fmt: skip
     return _tensors(x, returned)
 
@@ -160,9 +176,10 @@ def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor, ...]:
         b = operand.restored(y, None, order_y, saved.z_y, saved.inv_y, scales[1])
         if not columns:  # read only if the flag is set, with zero weights
             stats_y = stats.new_zeros(5, len(y) if flag is not None else 0)
-        upstreams.append(backward.Upstream(stats_y, grads[2], grads[3]))
+        upstreams.append(backward.Upstream(stats_y, grads[2], grads[1] if call.reduced and columns else grads[3]))
+    maxima = saved.maxima if saved.maxima.numel() else None
     with torch.cuda.device_of(x):
-        found = backward.gradients(a, b, call, flag, upstreams, tuple(need))
+        found = backward.gradients(a, b, call, flag, upstreams, tuple(need), maxima)
     return _tensors(x, found)
 
 
@@ -193,12 +210,12 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     given = [g if g is None or k % 2 else g.contiguous() for k, g in enumerate(given)]
     need = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[7]]
     if all(g is None for g in given):
-        return (None,) * 13
+        return (None,) * 15
     dx, dy, dt = torch.ops.fastcl.fused_backward(x, x2, y, ctx.labelled, temperature, *ctx.asked, saved, given, need)
     two = (dx, None) if x2 is None else (dx[: x.shape[0]], dx[x.shape[0] :])
     dt = dt.reshape(temperature.shape).to(temperature.dtype) if need[2] else None
     rows = (*two, dy if need[1] else None) if need[0] else (None, None, dy if need[1] else None)
-    return *rows, None, None, None, None, dt, *(None,) * 5
+    return *rows, None, None, None, None, dt, *(None,) * 7
 
 
 register(_library, "fused", _forward, _forward_fake, _autograd, _setup_context)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import Parts, fixed
-from fastcl.kernels.common.launch import Config, launch
+from fastcl.kernels.common.launch import Config, cdiv, launch
 from fastcl.kernels.common.numerics import SCALE
+from fastcl.kernels.contrastive.prepare import Initial
 from fastcl.kernels.contrastive.statistics import Wave
 from fastcl.kernels.contrastive.two_models import twin_kernel
 from fastcl.rowstats.pair_sums import PairSums, Profile, three
-from fastcl.rowstats.triton.forward import finish, online, results, views, waves
-from fastcl.rowstats.triton.operand import ALIGN, Call, Operand
+from fastcl.rowstats.triton.forward import Result, finish, online, results, waves
+from fastcl.rowstats.triton.operand import ALIGN, Call, Operand, Source, allocated, fill
+from fastcl.rowstats.triton.order import Order
 
 # Cosines come from float32 sums. If a matrix's root mean square deviation is below this fraction of its mean, it is
 # rounding error, and the matrix counts as constant.
@@ -24,37 +25,38 @@ _ELEMENTS = 2**22  # elements of the working copies converted to float64 at a ti
 
 
 def statistics(
-    a: Operand, b: Operand, call: Call, flags: tuple[Tensor | None, Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(stats of a, stats of b, counts, sums): (5, n), (5, n), (3, n) in source order, (18,) for `PairStats.unpacked`.
+    za: Tensor, zb: Tensor, order: Order, call: Call, flags: tuple[Tensor | None, Tensor | None]
+) -> tuple[tuple[Operand, Operand], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The operands of both models, and (stats of a, stats of b, counts, sums): (5, n), (5, n), (3, n) in source order,
+    (18,) for `PairStats.unpacked`.
 
     Args:
-        a, b: rows in the same order.
+        za, zb: rows of the same samples.
         flags: for each model, whether its logits leave the range of a fixed shift.
     """
-    found = [results(operand, call) for operand in (a, b)]
-    stats_b, counts_b, losses = found[1]
-    found[1] = stats_b, counts_b[:0], losses  # same ids, hence same counts: not computed twice
+    a, b = (allocated(Source(z, None, order), call) for z in (za, zb))
+    found = [results([operand], call)[0] for operand in (a, b)]
+    found[1] = found[1]._replace(counts=found[1].counts[:0])  # same ids, hence same counts: not computed twice
+    for operand, flag, result in zip((a, b), flags, found, strict=True):
+        fill(operand, operand, order, call, result.stats, Initial(flag, None))
     profiles = [_profile(operand, call) for operand in (a, b)]
-    for operand, (stats, _, _) in zip((a, b), found, strict=True):
-        views(operand, operand, stats, call, True)
     squares = _tiles(a, b, call, flags, found, torch.stack([p.shift for p in profiles]).float())
-    for operand, flag, (stats, _, _) in zip((a, b), flags, found, strict=True):
+    for operand, flag, result in zip((a, b), flags, found, strict=True):
         if flag is not None:
-            online(operand, operand, call, flag, stats)
-    return found[0][0], stats_b, found[0][1], _resolved(squares, *profiles)
+            online(operand, operand, call, flag, result)
+    return (a, b), (found[0].stats, found[1].stats, found[0].counts, _resolved(squares, *profiles))
 
 
 def _tiles(
     a: Operand, b: Operand, call: Call, flags: tuple[Tensor | None, Tensor | None],
-    found: list[tuple[Tensor, Tensor, Tensor]], means: Tensor,
+    found: list[Result], means: Tensor,
 ) -> Tensor:  # fmt: skip
     """Waves of resident rows, as in the forward pass of one model; returns |K - L|^2, |K|^2, |L|^2, (3,) float64."""
     wide = max((a, b), key=lambda operand: operand.width)
     plain = wide.chosen("twin", "all" if call.split == "all" else "none")
     masked = wide.chosen("twin_masked", "none" if call.split == "none" else "all")
     n_blocks, wave, n_splits = waves(a, a, plain, slots=4, streamed=2, symmetric=True)  # of both models
-    n_masked = triton.cdiv(a.n, masked.block_r)
+    n_masked = cdiv(a.n, masked.block_r)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=a.z.device)
@@ -69,7 +71,7 @@ def _tiles(
         if last:
             whole = [Parts(r, s, 0, n_masked, n_splits) for r, s in zip(resident, streamed, strict=True)]
             _launch_tiles(a, b, call, masked, n_splits, whole, pairs[1], means, True)
-        done = Wave(ALIGN, plain.block_r, 2 * n_splits, True, call.peers, first == 0, last)
+        done = Wave(ALIGN, plain.block_r, 2 * n_splits, True, call.peers, first == 0, last, 1)
         for operand, flag, own, its in zip((a, b), flags, found, made, strict=True):
             finish(operand, operand, call, flag, own, done, its)
     # A plain tile also stands for its transpose.

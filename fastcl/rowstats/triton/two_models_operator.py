@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.order import Layout
 from fastcl.rowstats.registration import refuse_batched, register
 from fastcl.rowstats.triton.operator import Asked, Saved
 
@@ -16,20 +15,19 @@ _library.define(f"twin(Tensor za, Tensor zb, {_IDS}, {_CALL}) -> ({', '.join(['T
 
 
 def _call(temperature, value, precision, labelled):
-    return Asked(temperature, value, True, precision, False, []).call(labelled)
+    return Asked(temperature, value, True, precision, False, [], "none", False).call(labelled)
 
 
 def _forward(za, zb, sample, labels, temperature, value, precision):
-    from fastcl.rowstats.triton import operand, two_models
+    from fastcl.rowstats.triton import order, two_models
 
     call = _call(temperature, value, precision, labels is not None)
     flags = [za.new_empty(1, dtype=torch.int32) if call.may_overflow else None for _ in range(2)]
     with torch.cuda.device_of(za):
-        order, _ = operand.sorted_orders(Layout.of(sample, labels, None, None))
-        a, b = (operand.prepare(z, None, order, call, flag) for z, flag in zip((za, zb), flags, strict=True))
-        found = two_models.statistics(a, b, call, (flags[0], flags[1]))
+        given, _ = order.orders(sample, labels)
+        (a, b), found = two_models.statistics(za, zb, given, call, (flags[0], flags[1]))
     flags = [za.new_empty(0) if flag is None else flag for flag in flags]
-    return *found, order, a.z, a.inv, b.z, b.inv, *flags
+    return *found, a.order, a.z, a.inv, b.z, b.inv, *flags
 
 
 def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
@@ -68,10 +66,10 @@ def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | No
     for k, (x, stats, z, inv, flag, grad) in enumerate(sides):
         if grad is None or not (ctx.needs_input_grad[k] or need_t):
             continue
-        nothing = [x.new_empty(0) for _ in range(5)]
-        saved = Saved(*[z, inv, order, *nothing[:4], flag])
+        nothing = [x.new_empty(0) for _ in range(6)]
+        saved = Saved(*[z, inv, order, *nothing[:4], flag, nothing[5]])
         dx, _, dt = torch.ops.fastcl.fused_backward(
-            x, None, None, ctx.labelled, temperature, ctx.value, True, ctx.precision, False, [],
+            x, None, None, ctx.labelled, temperature, ctx.value, True, ctx.precision, False, [], "none", False,
             [stats, nothing[4], *saved], [grad.contiguous(), None, None, None],
             [ctx.needs_input_grad[k], False, need_t],
         )  # fmt: skip
