@@ -27,7 +27,6 @@ from triton.runtime import interpreter
 
 import fastcl
 from fastcl.kernels.common import launch
-from fastcl.kernels.common.launch import Config
 from fastcl.losses.objectives import ObjectiveLike
 from fastcl.rowstats.triton import backward, forward, operand, order, two_models
 
@@ -95,13 +94,13 @@ def launches() -> Iterator[Launches]:
         yield seen
 
 
-def _sized(block_r: int, block_s: int, apart: bool = False) -> Callable[..., Config | None]:
+def _sized(block_r: int, block_s: int, apart: bool = False) -> Callable[..., launch.Config | None]:
     """A launch table of one size."""
 
-    def config(kernel: str, *_: Any) -> Config | None:
+    def config(kernel: str, *_: Any) -> launch.Config | None:
         sizes = block_r, block_s, 128 if kernel == "product" else 64, 4, 1  # a product's last block of columns is cut
-        kind = kernel.partition("_")[2]
-        return None if kind == "joint" or (kind in ("plain", "masked") and not apart) else Config(*sizes)
+        absent = () if apart else ("forward_plain", "forward_masked", "backward_masked")
+        return None if kernel in absent or kernel.endswith("_joint") else launch.Config(*sizes)
 
     return config
 

@@ -66,7 +66,7 @@ def test_classes_split_precision_and_wide_rows_are_counted():
 
 
 def test_programs_of_masked_tiles_alone_take_four_at_a_time():
-    loss = Loss("ntxent", 4096, 128, "fp16")
+    loss = Loss("ntxent", 8192, 128, "fp16")
     plain, masked = launches(loss, "backward_kernel")
     counts = [work.of_launch(one, loss.classes) for one in (plain, masked)]
     assert [one.kind for one in counts[1].tiles] == ["masked"] and plain.grid[1] == masked.grid[1] > 1

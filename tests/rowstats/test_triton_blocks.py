@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import masks, normal
+from reference import normal
 from test_rowstats import FIELDS, integers
 from torch import Tensor
 from triton_runs import (  # noqa: F401
@@ -20,10 +20,8 @@ from triton_runs import (  # noqa: F401
 
 import fastcl
 from fastcl.kernels.common.launch import config, on_architecture
-from fastcl.rowstats.order import Layout
-from fastcl.rowstats.triton import forward, order
-from fastcl.rowstats.triton.operand import ALIGN, Call, Source
-from fastcl.rowstats.triton.order import known_order
+from fastcl.rowstats.triton import operand
+from fastcl.rowstats.triton.operand import ALIGN
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 TWO = torch.arange(150).repeat(2)
@@ -78,16 +76,20 @@ def test_tile_sizes(size: tuple[int, int]) -> None:
     assert ran.of("forward_kernel")[0].grid[1] == {64: 2, 32: 3, 128: 1, 16: 4}[size[1]]
 
 
-@pytest.mark.parametrize("online", (False, True))
-def test_the_tables_own_tiles(online: bool) -> None:
+@pytest.mark.parametrize("kind", ("fp16", "fp32, few rows", "fp32"))
+def test_the_tables_own_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sample, labels = LAYOUTS["uneven views"]
-    t = 0.004 if online else torch.tensor(0.1)
+    t, many = torch.tensor(0.1) if kind == "fp16" else 0.004, kind == "fp32"
+    own = lambda kernel, *rest: None if many and kernel.endswith("_joint") else config(kernel, *rest)  # noqa: E731
     with tables_own_tiles():
-        ran = check(["supcon"], normal(len(sample), 24).float(), sample, labels, t, "fp32" if online else "fp16")
-    assert ran.flag() == online
+        monkeypatch.setattr(operand, "config", own)
+        ran = check(["supcon"], normal(len(sample), 24).float(), sample, labels, t, kind[:4])
+    assert ran.flag() == (kind != "fp16")
     chosen = [one.arguments["TILE"][1:3] for one in ran.of("forward_kernel")]
-    apart = (("forward_plain", "all"), ("forward_masked", "all"))
-    rows = apart if online else (("forward", "none"), ("forward", "peers"))
+    rows = {
+        "fp16": (("forward", "none"), ("forward", "peers")), "fp32, few rows": (("forward_joint", "all"),),
+        "fp32": (("forward_plain", "all"), ("forward_masked", "all")),
+    }[kind]  # fmt: skip
     assert chosen == [(c.block_r, c.block_s) for c in (config(kernel, 90, mode, 32, 293) for kernel, mode in rows)]
 
 
@@ -227,73 +229,3 @@ def test_rows_without_a_backward_row_take_the_route_of_wide_ones(sm: int, name: 
         with tables_own_tiles(), on_architecture(sm):
             ran = check([name], normal(len(sample), 200).float(), sample, labels, 0.2, precision)
         assert bool(ran.of("product_kernel")) == wide == (not ran.of("backward_kernel"))
-
-
-def members(order: Tensor, rows: tuple[int, int]) -> Tensor:
-    """(N, N) mask, by source rows: which rows' positions lie in each row's interval."""
-    order = order.cpu()
-    begin, end = order[rows[0]], order[rows[1]]
-    at = torch.arange(order.shape[1])
-    inside = (begin[:, None] <= at) & (at < end[:, None])
-    found = torch.zeros_like(inside)
-    found[order[0].long()[:, None], order[0].long()] = inside
-    return found
-
-
-def written(samples: int, views: int, labels: Tensor | None) -> tuple[Tensor, Launches]:
-    """The order that a forward pass works with, and its launches."""
-    call = Call(None, 0.5, True, "fp16", (), "none", False)
-    rows = [torch.ones(samples, 2, device=DEVICE) for _ in range(2)]
-    with launches() as ran:
-        order = known_order(samples, views, None if labels is None else labels.to(DEVICE), DEVICE)
-        one = Source(rows[0], rows[1] if views == 2 else None, order)
-        other = None if views == 2 else Source(rows[1], None, order)
-        operands, _ = forward.statistics(one, other, call, None, False)
-    return operands[0].order.cpu(), ran
-
-
-@pytest.mark.parametrize("b", (1, 7, 600))
-@pytest.mark.parametrize("kind", ("none", "few", "minus one", "extreme"))
-def test_the_known_order_of_two_views(kind: str, b: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels write, by counting and after a sort of the labels, is what sorting arbitrary ids would give."""
-    extremes = torch.tensor([-(2**63), -2, -1, 0, 2**63 - 2, 2**63 - 1])
-    labels = {
-        "none": None, "few": integers(3, b, b), "minus one": integers(4, b, b) - 1,
-        "extreme": extremes[integers(6, b, b)],
-    }[kind]  # fmt: skip
-    sample, both = torch.arange(b).repeat(2), None if labels is None else labels.repeat(2)
-    found, ran = written(b, 2, labels)
-    assert not ran.of("layout_kernel")
-    monkeypatch.setattr(order, "COUNTED", 0)
-    by_sort, ran = written(b, 2, labels)
-    assert [one.grid for one in ran.of("layout_kernel")] == ([] if labels is None else [(2 if b == 600 else 1,)])
-    assert torch.equal(found, by_sort)
-    sorted_order, _ = order.sorted_orders(Layout.of(sample, both, None, None))
-    if kind in ("none", "few"):  # no sample without a class: both sort alike
-        assert torch.equal(found, sorted_order.tensor)
-    m = masks(sample, both)
-    for one in (found, sorted_order.tensor):
-        assert torch.equal(one[0].sort().values, torch.arange(2 * b, dtype=torch.int32))
-        assert torch.equal(members(one, (3, 4)).fill_diagonal_(False), m.view)
-        assert torch.equal(members(one, (1, 2)), ~m.other)
-
-
-def test_the_known_order_of_two_towers() -> None:
-    found, _ = written(5, 1, None)
-    assert torch.equal(found, torch.arange(5).int() + torch.tensor([0, 0, 1, 0, 1])[:, None].int())
-
-
-@pytest.mark.parametrize("labelled", (False, True))
-def test_counted_ids_have_the_order_of_sorted_ones(labelled: bool) -> None:
-    """Samples and classes of any size, which the other side may lack; rows of either side beyond a program's."""
-    extremes = torch.tensor([-(2**63), -2, -1, 0, 5, 2**63 - 1])
-    sample, sample_y = extremes[integers(6, 150, 1)], integers(90, 41, 2) - 2
-    classes = torch.cat([extremes, integers(4, 90, 3) - 1])
-    labels, labels_y = (classes[v.clamp(0, 5) + v.clamp(0, 89)] if labelled else None for v in (sample, sample_y))
-    for ids in ((sample, labels, None, None), (sample, labels, sample_y, labels_y)):
-        given = [None if v is None else v.to(DEVICE) for v in ids]
-        with launches():
-            counted = order.orders(*given)
-        for one, other in zip(counted, order.sorted_orders(Layout.of(*given)), strict=True):
-            assert (one is None) == (other is None)
-            assert one is None or other is None or torch.equal(one.tensor, other.tensor)

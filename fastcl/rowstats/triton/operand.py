@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, cast
 
 import torch
@@ -161,7 +161,12 @@ def online_blocks(call: Call, device: torch.device, d: int) -> int:
 
 
 def _architecture(device: torch.device) -> int:
-    return architecture(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    return architecture(_capability(device) if device.type == "cuda" else None)
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def padded_width(d: int) -> int:
