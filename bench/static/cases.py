@@ -16,7 +16,7 @@ from fastcl.rowstats.triton.operand import NARROW, Call, Source
 from fastcl.rowstats.triton.order import COUNTED, known_order, orders
 
 _NTXENT, _SUPCON = 0b001_111, 0b011_111  # Objective.code of two rows of the table
-_ROWS = 4096
+_ROWS = 8192  # more than few: masked tiles have launches of their own
 _ROWS_WIDE = 16384  # more than one square block of pairs
 
 
@@ -92,7 +92,8 @@ def _run(case: _Case) -> None:
     peers = case.split != "none" and case.pair != "towers"
     columns, views = case.pair == "towers", case.pair == "views"
     options = case.normalize, case.precision, (code,), case.split, peers, case.reduction, 2 if columns else 1
-    call = Call(temperature, 0.5, *options)
+    # `clip_loss` passes the scale of its logits, 1 / T.
+    call = Call(temperature, 0.5, *options, columns and case.learnable)
     flag = torch.empty(1, dtype=torch.int32, device="cpu") if call.may_overflow else None
     n = (case.n or (_ROWS if case.d <= NARROW else _ROWS_WIDE)) // 2
     x, y = torch.empty(2, n, case.d, dtype=case.dtype, device="cpu")
