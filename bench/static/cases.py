@@ -9,7 +9,7 @@ import torch
 
 from bench.static import gram_cases
 from fastcl.kernels.common.launch import Launch, on_architecture, recording
-from fastcl.rowstats.triton import two_models
+from fastcl.rowstats.triton import hopper, two_models
 from fastcl.rowstats.triton.backward import Upstream, gradients
 from fastcl.rowstats.triton.forward import statistics
 from fastcl.rowstats.triton.operand import NARROW, Call, Source
@@ -34,9 +34,10 @@ class _Case:
     reduction: str = "mean"
     ids: bool = False  # arbitrary ones
     n: int = 0  # rows; 0: the usual number
+    by_hand: bool = False  # with the kernels for one architecture alone
 
 
-def _cases() -> Iterator[_Case]:
+def _cases(sm: int) -> Iterator[_Case]:
     yield _Case("ntxent fp16 d=32", 32)
     yield _Case("supcon fp16 d=32", 32, "peers")
     for d in (64, 128, 256, 512):
@@ -67,6 +68,10 @@ def _cases() -> Iterator[_Case]:
         yield _Case(f"twins fp16 d={d}, labelled", d, "peers", second=d)
         yield _Case(f"twins fp32 d={d}", d, "all", "fp32", second=d)
     yield _Case("twins fp32 d=32 and d=512, learnable temperature", 32, "all", "fp32", second=512, learnable=True)
+    if sm == 90:
+        for d in hopper.WIDTHS:
+            yield _Case(f"ntxent fp16 d={d}, by hand", d, by_hand=True)
+            yield _Case(f"queue bf16 d={d}, by hand", d, precision="bf16", pair="queue", by_hand=True)
 
 
 def cases(sm: int) -> Iterator[tuple[str, Iterator[Launch]]]:
@@ -74,13 +79,13 @@ def cases(sm: int) -> Iterator[tuple[str, Iterator[Launch]]]:
 
     The launches are recorded when they are asked for: a case whose name is not wanted costs nothing.
     """
-    for case in _cases():
+    for case in _cases(sm):
         yield case.name, _launches(case, sm)
     yield from gram_cases.cases(sm)
 
 
 def _launches(case: _Case, sm: int) -> Iterator[Launch]:
-    with on_architecture(sm), recording() as launches:
+    with on_architecture(sm), hopper.using(case.by_hand), recording() as launches:
         (_run_twins if case.second else _run)(case)
     yield from launches
 

@@ -73,7 +73,7 @@ class Facts:
         waits: number of waits for WGMMA.
         broken, chained: see `sass.broken_chains`.
         messages: ptxas messages about WGMMA that it serialised.
-        hazards: see `sass.hazards`.
+        hazards: see `sass.hazards` and `sass.early_releases`.
         exponentials: see `sass.exponentials_in_a_loop`.
     """
 
@@ -120,7 +120,7 @@ def build(job: Job) -> tuple[Facts, str]:
     if job.root not in sys.path:
         sys.path.insert(0, job.root)
     kernel = getattr(importlib.import_module(job.module), job.kernel)
-    source = ASTSource(
+    source = (_gluon_source() if getattr(kernel, "is_gluon", bool)() else ASTSource)(
         kernel,
         {name: _kind(kind) for name, kind in job.signature.items()},
         {_place(job.signature, path): _constant(value) for path, value in job.constants.items()},
@@ -137,6 +137,12 @@ def build(job: Job) -> tuple[Facts, str]:
     listing = cache.put(gzip.compress(text.encode(), mtime=0), LISTING)
     cache.put(json.dumps(asdict(facts)), FACTS, binary=False)
     return facts, listing
+
+
+def _gluon_source() -> type:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _place(signature: Any, path: str) -> tuple[int, ...]:
@@ -195,16 +201,21 @@ def _facts(compiled: Any, log: str, usage: str, text: str) -> Facts:
         shared=metadata.shared,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
         warps=metadata.num_warps,
-        dot="tt.dot" in compiled.asm["ttir"],
+        dot=any(name in _first_stage(compiled) for name in ("tt.dot", "ttng.warp_group_dot")),
         tensor={name: sass.count(code, pattern) for name, pattern in sass.TENSOR.items()},
         register_operand=sass.register_operands(code),
         waits=sass.count(code, r"WARPGROUP\.DEPBAR"),
         broken=broken,
         chained=chained,
         messages=sorted(set(re.findall(r"\(C75\d\d\).*", log))),
-        hazards=sass.hazards(code),
+        hazards=sass.hazards(code) + sass.early_releases(code),
         exponentials=sass.exponentials_in_a_loop(code),
     )
+
+
+def _first_stage(compiled: Any) -> str:
+    """The kernel before Triton's passes; a kernel in Gluon states its layouts from the start."""
+    return compiled.asm.get("ttir") or compiled.asm["ttgir"]
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

@@ -53,7 +53,7 @@ FINDINGS = {
     "tensor memory": "more columns than sm_100 has",
     "tensor core": "a tl.dot, but none of the instructions that the architecture is fast by",
     "serialised": "WGMMA wait for each other",
-    "hazard": "a register is written that a WGMMA in flight may still read",
+    "hazard": "a register is written, or shared memory released, that a WGMMA in flight may still read",
 }
 
 
@@ -92,10 +92,11 @@ def occupancy(facts: Facts, arch: int) -> int:
 
 
 def exponentials(job: Job, facts: Facts) -> float | None:
-    """Exponentials per element of a tile of resident by streamed rows; None without a loop over such tiles."""
+    """Exponentials per element of a tile of resident by streamed rows; None without a loop over such tiles, or if
+    several consumers share them."""
     constants = {path.rpartition(".")[2]: value for path, value in job.constants.items()}
     sides = [constants.get(name) for name in ("BLOCK_R", "BLOCK_S")]
-    if facts.exponentials is None or None in sides:
+    if facts.exponentials is None or None in sides or "CONSUMERS" in constants:
         return None
     return facts.exponentials * facts.warps * 32 / math.prod(sides)
 

@@ -164,7 +164,7 @@ def loops(code: list[Block]) -> list[frozenset[int]]:
     for k, block in enumerate(code):
         for following in block.following:
             before[following].add(k)
-    above = _dominators(before)
+    above = _dominators(before, _entries(code))
     found: dict[int, set[int]] = {}
     for k, block in enumerate(code):
         for head in block.following:
@@ -179,16 +179,29 @@ def loops(code: list[Block]) -> list[frozenset[int]]:
     return [frozenset(body) for body in found.values()]
 
 
-def _dominators(before: list[set[int]]) -> list[set[int]]:
-    """The dominators of each block: the blocks on every path to it, including itself."""
+def _entries(code: list[Block]) -> list[int]:
+    """The first block, and those that only jumps to a computed address lead to, or none."""
+    found, reached = list[int](), set[int]()
+    for k in range(len(code)):
+        found += [k] if k not in reached else []
+        left = [k]
+        while left:
+            if (one := left.pop()) not in reached:
+                reached.add(one)
+                left += code[one].following
+    return found
+
+
+def _dominators(before: list[set[int]], entries: list[int]) -> list[set[int]]:
+    """The dominators of each block: the blocks on every path from an entry to it, including itself."""
     everything = set(range(len(before)))
-    above = [everything if previous else {k} for k, previous in enumerate(before)]
-    if above:
-        above[0] = {0}
+    above = [everything] * len(before)
+    for k in entries:
+        above[k] = {k}
     changed = True
     while changed:
         changed = False
-        for k in range(1, len(before)):
+        for k in everything - set(entries):
             ways = [above[previous] for previous in before[k]]
             new = {k} | set.intersection(*ways) if ways else {k}
             if new != above[k]:
@@ -230,8 +243,7 @@ def hazards(code: list[Block]) -> list[str]:
     """Writes to a register that a WGMMA in flight may still read, on any path through the code, including loops."""
     found: dict[str, str] = {}
     seen: set[tuple[int, _Groups]] = set()
-    entries = set(range(len(code))) - {k for block in code for k in block.following}
-    left = [(k, _NOTHING) for k in sorted(entries | ({0} if code else set()))]
+    left = [(k, _NOTHING) for k in _entries(code)]
     while left:
         at = left.pop()
         if at in seen:
@@ -242,6 +254,21 @@ def hazards(code: list[Block]) -> list[str]:
             groups = _step(one, groups, found)
         left += [(k, groups) for k in code[at[0]].following]
     return [found[address] for address in sorted(found)]
+
+
+def early_releases(code: list[Block]) -> list[str]:
+    """Arrivals at a barrier behind WGMMA of their block, before all warps have waited for these and met."""
+    found = []
+    for block in code:
+        left = 0  # of two steps: the wait, the meeting
+        for one in block.code:
+            if WGMMA.match(one.opcode):
+                left = 2
+            elif left and one.opcode.startswith(("BAR.SYNC", "WARPGROUP.DEPBAR")[left - 1]):
+                left -= left == 1 or not _pending(one)
+            elif one.opcode.startswith("SYNCS.ARRIVE") and left:
+                found.append(f"{one.address} {one.opcode} releases what a WGMMA may still read")
+    return found
 
 
 def _step(one: Instruction, groups: _Groups, found: dict[str, str]) -> _Groups:

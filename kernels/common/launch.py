@@ -47,6 +47,7 @@ class Config:
     warps: int
     stages: int
     slots: int = _SLOTS
+    consumers: int = 0  # warpgroups that a warp-specialised kernel feeds
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
         kernel: "forward", "online", "backward", "backward_online", "weights", "weights_online", "product", "twin" or
             "twin_masked" (the plain and the masked tiles of `twin_kernel`, by the larger of both widths). If there are
             rows "forward_plain" and "forward_masked", or "backward_masked", masked tiles have launches of their own;
-            not if there is a row "forward_joint" or "backward_joint" as well, for few rows.
+            not if there is a row "forward_joint" or "backward_joint" as well, for few rows. "forward_hopper" and
+            "backward_hopper" are rows for warp-specialised kernels, which are off by default.
         sm: a member of ARCHITECTURES.
         mode: which tiles use split half precision: "none", "peers" (those of one class) or "all".
     """
@@ -121,7 +123,8 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
         if d <= (row["max_d"] or d) and n <= (row["max_n"] or n):
             sizes = {key: row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")}
             programs = row.get("programs")  # on a multiprocessor, where known
-            return Config(**sizes, slots=programs * MULTIPROCESSORS[sm] if programs else _SLOTS)
+            slots = programs * MULTIPROCESSORS[sm] if programs else _SLOTS
+            return Config(**sizes, slots=slots, consumers=row.get("consumers", 0))
     return None
 
 

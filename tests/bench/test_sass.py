@@ -120,3 +120,19 @@ def test_a_loop_may_be_left_by_a_predicated_call():
     )
     assert [block.following for block in found] == [[2, 1], [0], []]
     assert sass.loops(found) == [frozenset({0, 1})]
+
+
+def test_a_stage_is_released_after_the_wait_and_the_meeting_of_all_warps():
+    meet, release = "BAR.SYNC.DEFER_BLOCKING 0x0, 0x80", "@!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR6], RZ"
+    assert not sass.early_releases(code(f"{SS}, gsb0", WAIT, meet, release, "EXIT"))
+    assert not sass.early_releases(code(release, f"{SS}, gsb0", WAIT, "EXIT"))
+    for lines in ((release,), (WAIT, release), (meet, WAIT, release), (WAIT.replace("0x0", "0x1"), meet, release)):
+        (found,) = sass.early_releases(code(f"{SS}, gsb0", *lines, "EXIT"))
+        assert found.endswith("releases what a WGMMA may still read")
+
+
+def test_code_behind_a_computed_jump_is_seen():
+    spin = (".L_x_1:", "NOP", "@!P0 BRA `(.L_x_1)")  # where warps wait for registers, only its own jump leads to it
+    found = code("BRX R4", *spin, f"{RS}, gsb0", "MOV R8, R2", ".L_x_2:", SS, "@P0 BRA `(.L_x_2)", "EXIT")
+    assert len(sass.hazards(found)) == 1
+    assert sorted(len(body) for body in sass.loops(found)) == [1, 1]

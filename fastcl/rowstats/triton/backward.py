@@ -13,6 +13,7 @@ from fastcl.kernels.common.arguments import fixed
 from fastcl.kernels.common.launch import Config, cdiv, evened, launch, shares
 from fastcl.kernels.contrastive import backward_epilogue, backward_prologue, wide
 from fastcl.kernels.contrastive.backward import Accumulator, Weights, backward_kernel
+from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, WORKSPACE, Call, Operand, row_block
 
 
@@ -163,10 +164,13 @@ def _narrow(r: _Side, s: _Side, call: Call, flag: Tensor | None, acc: Tensor, n_
     rows = min(acc.shape[1], r.operand.rows - first)
     for online in (False,) if flag is None else (False, True):
         for chosen, takes_plain, takes_masked in _parts(s.operand, call, online):
+            grid, into = (rows // chosen.block_r, n_splits), Accumulator(acc, acc.shape[1], first // chosen.block_r)
+            if chosen.consumers:
+                hopper.backward(r.operand, s.operand, (r.weighted, s.weighted), call, chosen, grid, into)
+                continue
             launch(
-                backward_kernel, (rows // chosen.block_r, n_splits), chosen.warps, chosen.stages,
-                **_over_pairs(r, s, call, flag),
-                acc=Accumulator(acc, acc.shape[1], first // chosen.block_r),
+                backward_kernel, grid, chosen.warps, chosen.stages,
+                **_over_pairs(r, s, call, flag), acc=into,
                 TILE=fixed(call.tile(r.operand, chosen)), PLAIN=takes_plain, MASKED=takes_masked,
                 ONLINE=online,
             )  # fmt: skip
@@ -182,6 +186,8 @@ def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, boo
         joint, masked = s.tabled("backward_joint", call.split), s.tabled("backward_masked", call.split)
         if joint is not None:
             return [(joint, True, True)]
+        if by_hand := hopper.chosen("backward_hopper", s, call):
+            return [(by_hand, True, False), (masked or s.chosen("backward", call.split), False, True)]
         if masked is not None:
             return [(s.chosen("backward", call.split), True, False), (masked, False, True)]
     kernel = "backward_online" if online else "backward"

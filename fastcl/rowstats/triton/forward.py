@@ -14,6 +14,7 @@ from fastcl.kernels.common.launch import waves as planned
 from fastcl.kernels.contrastive.forward import forward_kernel, forward_online_kernel
 from fastcl.kernels.contrastive.prepare import Initial
 from fastcl.kernels.contrastive.statistics import Losses, Wave, finish_kernel
+from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import (
     ALIGN,
     WORKSPACE,
@@ -87,8 +88,10 @@ def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[
     both = symmetric or len(found) == 2
     parts = _parts(s, call, apart=symmetric or not both)
     plain = parts[0][0]
-    n_blocks, wave, n_splits = waves(r, s, plain, len(parts), int(both), symmetric)
-    slots = n_splits * len(parts)
+    first_masked = max(plain.consumers, 1)
+    per_split = first_masked + len(parts) - 1
+    n_blocks, wave, n_splits = waves(r, s, plain, per_split, int(both), symmetric)
+    slots = n_splits * per_split
     part_r = torch.empty(slots, 3, r.rows, dtype=torch.float32, device=r.z.device)
     part_s = torch.empty(wave, s.rows, dtype=torch.float32, device=r.z.device) if both else None
     for first in range(0, n_blocks, wave):
@@ -97,7 +100,7 @@ def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[
         made = Parts(part_r, part_s, first, count, 0)
         _launch_tiles(r, s, call, flag, parts[0], n_splits, symmetric, made)
         if last and len(parts) == 2:
-            whole = Parts(part_r, None, 0, cdiv(r.n, parts[1][0].block_r), n_splits)
+            whole = Parts(part_r, None, 0, cdiv(r.n, parts[1][0].block_r), n_splits * first_masked)
             _launch_tiles(r, s, call, flag, parts[1], n_splits, symmetric, whole)
         each = online_blocks(call, s.z.device, s.width)
         done = Wave(ALIGN, plain.block_r, slots, symmetric, call.peers, first == 0, last, each)
@@ -134,6 +137,8 @@ def _parts(s: Operand, call: Call, apart: bool) -> list[tuple[Config, bool, bool
     joint, plain, masked = (s.tabled(f"forward_{kind}", call.split) for kind in ("joint", "plain", "masked"))
     if apart and joint is not None:
         return [(joint, True, True)]
+    if apart and (by_hand := hopper.chosen("forward_hopper", s, call)):
+        return [(by_hand, True, False), (masked or s.chosen("forward", call.split), False, True)]
     if apart and plain is not None and masked is not None:
         return [(plain, True, False), (masked, False, True)]
     return [(s.chosen("forward", mode), plain, masked) for mode, plain, masked in call.parts]
@@ -144,6 +149,9 @@ def _launch_tiles(
     symmetric: bool, made: Parts,
 ) -> None:  # fmt: skip
     chosen, takes_plain, takes_masked = part
+    if chosen.consumers:
+        hopper.forward(r, s, call, chosen, n_splits, symmetric, made)
+        return
     tile = call.tile(r, chosen)._replace(BLOCK_D=min(r.width, chosen.block_d))
     launch(
         forward_kernel, (made.n_blocks, n_splits), chosen.warps, chosen.stages,

@@ -1,0 +1,119 @@
+"""Launches of the kernels written by hand for sm_90, in Gluon. They are off until a card has confirmed them.
+
+They take plain tiles in half precision of rows whose working copy is 128 or 256 columns wide, at a temperature that is
+known on the host; everything else stays with the kernels in Triton. What switches them on, the first that says
+anything:
+
+    using(True), using(False)       for a block of code
+    FASTCL_HOPPER=1, =0             for a process
+    CONFIRMED                       for a version of Triton, by default
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+import triton
+
+from fastcl.kernels.common.arguments import Parts, fixed
+from fastcl.kernels.common.launch import Config, launch
+from fastcl.kernels.common.ring import Ring
+from fastcl.kernels.contrastive.backward import Accumulator, Weights
+from fastcl.rowstats.triton.operand import Call, Operand
+
+# Versions of Triton for which the static gate finds the compiled kernels clean, and those of them with which a card
+# has confirmed results and times (`bench.gpu`).
+COMPILED = ("3.6", "3.8")
+CONFIRMED: tuple[str, ...] = ()
+WIDTHS = (128, 256)
+_WARPS = 4  # of the first consumer; Triton adds those of the others
+
+_forced: bool | None = None  # not a context variable: autograd runs the backward pass in a thread of its own
+
+
+@contextmanager
+def using(on: bool) -> Iterator[None]:
+    """Within the block, use the kernels wherever they fit, or nowhere."""
+    global _forced
+    previous, _forced = _forced, on
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def enabled() -> bool:
+    """Whether the kernels are used wherever they fit."""
+    return _by_default() if _forced is None else _forced
+
+
+@lru_cache(maxsize=1)
+def _by_default() -> bool:
+    version = ".".join(triton.__version__.split(".")[:2])
+    if os.environ.get("TRITON_INTERPRET") == "1" or version not in COMPILED:
+        return False
+    asked = os.environ.get("FASTCL_HOPPER")
+    return asked == "1" if asked else version in CONFIRMED
+
+
+def chosen(kernel: str, s: Operand, call: Call) -> Config | None:
+    """Tiles of "forward_hopper" or "backward_hopper" for plain tiles against these rows; None if it does not fit them
+    or is off."""
+    fits = call.split == "none" and not call.may_overflow and s.width in WIDTHS
+    return s.tabled(kernel, call.split) if fits and enabled() else None
+
+
+def _described(r: Operand, rows: int):
+    """A TMA descriptor of the working copy, in blocks of so many rows."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(r.z[0], [r.rows, r.width], [r.width, 1], [rows, r.width], _layout(rows, r.width, r.z.dtype))
+
+
+@lru_cache(maxsize=64)
+def _layout(rows: int, width: int, dtype: torch.dtype):
+    """Shared memory as TMA writes it and WGMMA reads it."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([rows, width], {torch.float16: gl.float16}.get(dtype, gl.bfloat16))
+
+
+def _ring(config: Config) -> Ring:
+    # Of 512 registers that the threads of four warpgroups have together; the producer's warpgroup keeps 24.
+    return fixed(Ring(config.stages, config.consumers, 240 if config.consumers == 2 else 160))
+
+
+def forward(
+    r: Operand, s: Operand, call: Call, config: Config, n_splits: int, symmetric: bool, made: Parts
+) -> None:  # fmt: skip
+    """Sums over plain tiles, as `forward_kernel` stores them, but with `config.consumers` slots for a split."""
+    from fastcl.kernels.contrastive.forward_hopper import forward_hopper_kernel
+
+    launch(
+        forward_hopper_kernel, (made.n_blocks, n_splits), _WARPS, 1,
+        r=r.resident, s=s.streamed, z_r=_described(r, config.block_r), z_s=_described(s, config.block_s), parts=made,
+        temperature=call.degree, TILE=fixed(call.tile(r, config)), RING=_ring(config), SYMMETRIC=symmetric,
+    )  # fmt: skip
+
+
+def backward(
+    r: Operand, s: Operand, weights: tuple[Weights, Weights], call: Call, config: Config, grid: tuple[int, int],
+    acc: Accumulator,
+) -> None:  # fmt: skip
+    """The gradient over plain tiles, as `backward_kernel` stores it.
+
+    Args:
+        weights: of r's and of s's statistics.
+    """
+    from fastcl.kernels.contrastive.backward_hopper import backward_hopper_kernel
+
+    launch(
+        backward_hopper_kernel, grid, _WARPS, 1,
+        r=r.resident, s=s.streamed, z_r=_described(r, config.block_r // config.consumers),
+        z_s=_described(s, config.block_s), w_r=weights[0], w_s=weights[1], acc=acc, temperature=call.degree,
+        TILE=fixed(call.tile(r, config)), RING=_ring(config),
+    )  # fmt: skip
