@@ -100,16 +100,16 @@ def test_the_command_fails_until_slower_predictions_are_accepted(stub, tmp_path,
     assert run.main(["--accept"]) == 0
     first = (tmp_path / "predicted-sm_90.json").read_text()
     assert (
-        len(json.loads(first)) == 5 * 80 and "Nothing here is measured" in (tmp_path / "predicted-sm_90.md").read_text()
+        len(json.loads(first)) == 5 * 84 and "Nothing here is measured" in (tmp_path / "predicted-sm_90.md").read_text()
     )
     stub.setattr(_Model, "ms", 2.2)
     assert run.main(["--only", "ntxent.*d=128", "--json", str(tmp_path / "new.json")]) == 1
     assert "error: ntxent fp16 n=65536 d=128 bwd backward_kernel: predicted 4.4 ms" in capsys.readouterr().err
     assert (tmp_path / "predicted-sm_90.json").read_text() == first
-    assert len(json.loads((tmp_path / "new.json").read_text())) == 5 * 4
+    assert len(json.loads((tmp_path / "new.json").read_text())) == 5 * 6
     assert run.main(["--only", "ntxent.*d=128", "--accept"]) == 0
     merged = json.loads((tmp_path / "predicted-sm_90.json").read_text())
-    assert len(merged) == 5 * 80 and sum(row["predicted_ms"] == 4.4 for row in merged) == 4
+    assert len(merged) == 5 * 84 and sum(row["predicted_ms"] == 4.4 for row in merged) == 6
     assert run.main(["--only", "ntxent.*d=128"]) == 0
     stub.setattr(run, "compare", lambda *_: [Comparison(FIGURES[0], 2000.0)])
     assert run.main(["--only", "ntxent.*d=128"]) == 1 and "out of range" in capsys.readouterr().err
@@ -156,9 +156,14 @@ def test_a_comparison_holds_within_the_range_stated():
 def test_the_committed_predictions_are_whole_and_called_predicted():
     rows = run.committed(90)
     whole = {report.key(row) for row in rows if "kernel" not in row}
-    expected = {(x.objective, x.n, x.d, x.precision, p, "") for x in calls.losses() for p in ("fwd", "bwd", "both")}
+    passes = ("fwd", "bwd", "both")
+    expected = {(x.objective, x.n, x.d, x.precision, x.by_hand, p, "") for x in calls.losses() for p in passes}
     assert whole == expected and len({report.key(row) for row in rows}) == len(rows)
     assert all(row["predicted_ms"] >= row["bound_ms"] for row in rows if "kernel" not in row)
+    times = {report.key(row): row["predicted_ms"] for row in rows}
+    for d, most in ((128, 4.2), (256, 8)):
+        by_hand, plain = (times["ntxent", 65536, d, "fp16", on, "both", ""] for on in (True, False))
+        assert by_hand < min(most, plain)
     text = (run.RESULTS / "predicted-sm_90.md").read_text(encoding="utf-8")
     assert text.startswith(f"# Predicted times, sm_90, Triton {rows[0]['triton']}\n\nNothing here is measured")
     assert all(row.source in text for row in TABLE) and "## If an assumption is wrong" in text

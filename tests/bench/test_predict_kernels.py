@@ -6,7 +6,7 @@ from sass_listing import compiled
 from bench.static.predict.assumptions import MACHINES
 from bench.static.predict.launches import Kernel, predict
 from bench.static.predict.pipes import NotModelled
-from bench.static.predict.work import Tiles, Work
+from bench.static.predict.work import Feed, Tiles, Work
 
 HOPPER = MACHINES[90]
 PRODUCT = "HGMMA.64x128x16.F32 R24, gdesc[UR8], R24, gsb0"  # 64 cycles, 262,144 operations
@@ -117,3 +117,38 @@ def test_rows_take_rounds_and_a_program_that_is_not_needed_returns(kernel):
 def test_a_kernel_that_does_not_fit_is_not_modelled(kernel):
     with pytest.raises(NotModelled, match="no program fits"):
         kernel("EXIT", shared=300 * 1024)
+
+
+def consumer(name: int, *tile: str) -> tuple[str, ...]:
+    """A consumer's loop, with the code that repeats its wait elsewhere."""
+    ready, repeat = f".L_x_{name}0", f".L_x_{name}1"
+    return (
+        f".L_x_{name}:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3", f"@!P0 BRA `({repeat})", f"{ready}:", *tile,
+        "MUFU.EX2 R1, R2", "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4], RZ", f"@P1 BRA `(.L_x_{name})", "EXIT",
+        f"{repeat}:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3", f"@!P0 BRA `({repeat})", f"BRA `({ready})",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stages", "size", "products", "together", "cycles"),
+    [
+        (4, 1024, 32, False, 32 * 64),  # the tensor cores are always busy
+        (4, 16384, 2, False, 16384 / 34),  # a tile takes longer from L2 than its products
+        (2, 1024, 2, False, (3 * 64 + 600) / 2),  # latency of a copy, with one stage for each consumer
+        (4, 1024, 16, True, 2 * 16 * 64),  # every tile is for both
+    ],
+)
+def test_consumers_take_tiles_that_a_producer_feeds(kernel, stages, size, products, together, cycles):
+    lines = (*[PRODUCT] * products, WAIT)
+    found = kernel(*consumer(1, *lines), *consumer(2, *lines))
+    tile = Tiles("plain", (2 if together else 1) * products * ONE, Feed(stages, 2, size, together))
+    timing = found.tile(tile, True, ("plain",))
+    assert timing.cycles == (pytest.approx(cycles, rel=0.15),) and timing.surplus == 1
+    assert timing.pipes["l2"] == size / 34 and timing.pipes["tensor"] == tile.flops / 4096
+    assert predict(found, Work((tile,), ((10.0,), (10.0,))), 0).cycles == pytest.approx(10 * timing.cycles[0], rel=0.9)
+
+
+def test_a_ring_without_its_consumers_is_not_modelled(kernel):
+    found = kernel(*consumer(1, PRODUCT, WAIT))
+    with pytest.raises(NotModelled, match="1 loops with products for 2 consumers"):
+        found.tile(Tiles("plain", ONE, Feed(2, 2, 1024, False)), True, ("plain",))

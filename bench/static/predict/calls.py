@@ -11,6 +11,7 @@ from fastcl.kernels.common.launch import Launch, on_architecture, recording
 from fastcl.losses.objectives import OBJECTIVES
 from fastcl.rowstats.api import fused
 from fastcl.rowstats.request import Batch
+from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.order import COUNTED
 
 LOSSES = ("ntxent", "nscl", "supcon", "clip")
@@ -24,12 +25,16 @@ _SORT = 10  # kernels of PyTorch that sort the labels of many rows: an estimate
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of n float32 rows of d columns: two views of n / 2 samples, or for "clip" two towers of n / 2 rows."""
+    """A loss of n float32 rows of d columns: two views of n / 2 samples, or for "clip" two towers of n / 2 rows.
+
+    by_hand: with the kernels for sm_90 that are off by default.
+    """
 
     objective: str
     n: int
     d: int
     precision: str
+    by_hand: bool = False
 
     @property
     def rows(self) -> int:
@@ -49,7 +54,7 @@ class Loss:
     @property
     def name(self) -> str:
         """As the tables show it."""
-        return f"{self.objective} {self.precision} n={self.n:,} d={self.d}"
+        return f"{self.objective} {self.precision} n={self.n:,} d={self.d}{', by hand' if self.by_hand else ''}"
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,15 @@ class Call:
     torch: tuple[int, int]  # kernels of PyTorch in an eager call besides ours: forward, backward
 
 
-def losses() -> Iterator[Loss]:
-    """All losses of the tables."""
+def losses(sm: int = 90) -> Iterator[Loss]:
+    """All losses of the tables of an architecture."""
     for objective in LOSSES:
         for precision in PRECISIONS:
             for d in WIDTHS:
                 for n in ROWS:
                     yield Loss(objective, n, d, precision)
+    for d in hopper.WIDTHS if sm == 90 else ():
+        yield from (Loss("ntxent", n, d, "fp16", by_hand=True) for n in ROWS)
 
 
 def record(loss: Loss, sm: int) -> Call:
@@ -77,7 +84,7 @@ def record(loss: Loss, sm: int) -> Call:
     labels = torch.arange(loss.n // 2, device="cpu") % CLASSES if loss.labelled else None
     batch = Batch.pairs(x, y) if two_towers else Batch.two_views(x, y, labels)
     code = OBJECTIVES["ntxent" if two_towers else loss.objective].code
-    with on_architecture(sm), recording() as launches:
+    with on_architecture(sm), hopper.using(loss.by_hand), recording() as launches:
         value = fused(batch, TEMPERATURE, True, two_towers, loss.precision, [code], "mean")[2].squeeze(0)
         forward = list(launches)
         torch.autograd.grad(value, (x, y))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.static import sass
 from bench.static.jobs import Compiled
-from bench.static.predict import schedule
+from bench.static.predict import schedule, specialised
 from bench.static.predict.assumptions import Machine
 from bench.static.predict.multiprocessor import Multiprocessor
 from bench.static.predict.paths import Loop, Paths, has_product
@@ -80,7 +80,10 @@ class Kernel:
 
     def tile(self, tile: Tiles, loop: bool, kinds: tuple[str, ...]) -> Timing:
         """The timing of a tile; kinds: all that the kernel has loops for."""
-        if tile not in self.tiles:
+        if tile not in self.tiles and tile.feed:
+            cycles, pipes, surplus = specialised.timing(self.paths, tile.feed, tile.flops, self.inside)
+            self.tiles[tile] = Timing((cycles,), pipes, surplus)
+        elif tile not in self.tiles:
             code = self.turn(self.bodies(kinds)[kinds.index(tile.kind)], tile.flops) if loop else self.straight(tile)
             self.tiles[tile] = self.timing(code, tile.flops)
         return self.tiles[tile]
@@ -206,7 +209,10 @@ def _tiles(kernel: Kernel, work: Work) -> tuple[float, dict[str, float], float]:
     used = [k for k in range(len(work.tiles)) if any(row[k] for row in rows)]
     tiles = [work.tiles[k] for k in used]
     timings = [kernel.tile(tile, work.loop, tuple(one.kind for one in work.tiles)) for tile in tiles]
-    fixed = kernel.fixed(kernel.bodies(tuple(one.kind for one in tiles))) if work.loop else kernel.machine.start
+    if tiles[0].feed:
+        fixed = specialised.fixed(kernel.paths, tiles[0].feed, kernel.machine)
+    else:
+        fixed = kernel.fixed(kernel.bodies(tuple(one.kind for one in tiles))) if work.loop else kernel.machine.start
     first = timings[0]
     weights = [timing.cycles[-1] / first.cycles[-1] for timing in timings]
     amounts = [sum(row[k] * weight for k, weight in zip(used, weights, strict=True)) for row in rows]

@@ -23,9 +23,11 @@ _SLACK = 64  # cycles of work for shared memory that may be queued
 _WARM, _TURNS = 12, 8  # turns before a loop is timed, in which its pipelines fill, and while it is timed
 
 
-class _Warp:
-    def __init__(self, program: int, start: float) -> None:
-        self.program = program
+class Warp:
+    """A warp and what it waits for."""
+
+    def __init__(self, program: int, start: float, ops: Sequence[Op]) -> None:
+        self.program, self.ops = program, ops
         self.at, self.position, self.turns = start, 0, 0
         self.next = start
         self.boards = [0.0] * 8  # when each scoreboard is released; the last two are never waited for
@@ -45,10 +47,12 @@ class Multiprocessor:
         warps: of a program; fewer than four count as four.
     """
 
+    turns = _WARM + _TURNS
+
     def __init__(self, ops: Sequence[Op], programs: int, warps: int, machine: Machine) -> None:
-        self.ops, self.machine = ops, machine
+        self.machine = machine
         self.per_program = max(warps // SCHEDULERS, 1)
-        self.warps = [_Warp(p, p * _STAGGER) for p in range(programs) for _ in range(self.per_program)]
+        self.warps = [Warp(p, p * _STAGGER, ops) for p in range(programs) for _ in range(self.per_program)]
         count = len(self.warps)  # in which order warps are asked, after one of them
         self.order = [[last, *(k for k in range(count) if k != last)] for last in range(count)]
         self.fma = [0.0, 0.0]
@@ -58,8 +62,8 @@ class Multiprocessor:
         self.per_fma, self.per_alu, self.per_mufu = (
             2 * share / machine.fma, share / machine.alu, share / machine.mufu,
         )  # fmt: skip
-        self.waiting: deque[tuple[float, _Warp, Op]] = deque()  # WGMMA that are issued but not started
-        self.events: list[tuple[float, int, Kind, _Warp, int, float]] = []
+        self.waiting: deque[tuple[float, Warp, Op]] = deque()  # WGMMA that are issued but not started
+        self.events: list[tuple[float, int, Kind, Warp, int, float]] = []
         self.arrived: Counter[tuple[int, int]] = Counter()  # warps at a barrier of a program
         self.serial = 0
 
@@ -69,12 +73,14 @@ class Multiprocessor:
         Raises:
             NotModelled: no warp can go on: the code has a wait that the model does not understand.
         """
-        self._run(_WARM + _TURNS)
-        rates = []
-        for warp in self.warps[:: self.per_program]:
-            times = warp.passed[_WARM - 1 :]
-            rates.append((len(times) - 1) / (times[-1] - times[0]))
-        return 1 / sum(rates)
+        self._run(self.turns)
+        return 1 / sum(map(self._rate, self.warps[:: self.per_program]))
+
+    @staticmethod
+    def _rate(warp: Warp) -> float:
+        """Turns of a warp in a cycle."""
+        times = warp.passed[_WARM - 1 :]
+        return (len(times) - 1) / (times[-1] - times[0])
 
     def latency(self) -> float:
         """Cycles of one pass, from the start to the last result."""
@@ -113,9 +119,9 @@ class Multiprocessor:
                 raise NotModelled(f"no warp can go on after {t:.0f} cycles")
             t = max(math.ceil(soon), t + 1)
 
-    def _ready(self, warp: _Warp) -> float:
+    def _ready(self, warp: Warp) -> float:
         """When the pipe of a warp's next instruction takes it; infinite if that depends on an event."""
-        op = self.ops[warp.position]
+        op = warp.ops[warp.position]
         kind = op.kind
         if kind is Kind.FMA:
             return min(self.fma)
@@ -140,15 +146,15 @@ class Multiprocessor:
             return self.hmma - 1
         return 0.0
 
-    def _products_done(self, warp: _Warp, left: int) -> float:
+    def _products_done(self, warp: Warp, left: int) -> float:
         needed = len(warp.groups) - left
         if needed <= 0:
             return 0.0
         product = warp.groups[needed - 1]
         return warp.ends[product] + self.machine.tensor_latency if product < len(warp.ends) else math.inf
 
-    def _issue(self, warp: _Warp, t: float) -> None:
-        op = self.ops[warp.position]
+    def _issue(self, warp: Warp, t: float) -> None:
+        op = warp.ops[warp.position]
         written, read = self._take(warp, op, t)
         control = op.control
         boards = warp.boards
@@ -156,17 +162,17 @@ class Multiprocessor:
         boards[control.read] = max(boards[control.read], read)
         warp.next = t + max(control.stall, 1) + (op.amount if op.kind is Kind.STALL else 0)
         warp.position += 1
-        if warp.position == len(self.ops):
+        if warp.position == len(warp.ops):
             warp.position = 0
             warp.turns += 1
             warp.passed.append(t)
-        wait, at = self.ops[warp.position].control.wait, warp.next
+        wait, at = warp.ops[warp.position].control.wait, warp.next
         for board in range(6):
             if wait >> board & 1 and boards[board] > at:
                 at = boards[board]
         warp.at = at
 
-    def _take(self, warp: _Warp, op: Op, t: float) -> tuple[float, float]:
+    def _take(self, warp: Warp, op: Op, t: float) -> tuple[float, float]:
         """Put an instruction on its pipe: when its result is there, and when its registers are read."""
         kind = op.kind
         if kind is Kind.FMA:
@@ -198,7 +204,7 @@ class Multiprocessor:
             return self._move(warp, op, t)
         return t + _FIXED, t + _FIXED
 
-    def _move(self, warp: _Warp, op: Op, t: float) -> tuple[float, float]:
+    def _move(self, warp: Warp, op: Op, t: float) -> tuple[float, float]:
         """Put a memory instruction on its pipe."""
         kind, machine = op.kind, self.machine
         if kind in (Kind.SHARED, Kind.SHUFFLE):
@@ -220,16 +226,20 @@ class Multiprocessor:
             return t + _FIXED, t + 20
         return t + _FIXED, t + _FIXED
 
-    def _arrive(self, warp: _Warp, barrier: int, needed: int, t: float) -> None:
+    def _arrive(self, warp: Warp, barrier: int, needed: int, t: float) -> None:
         warp.blocked = 1 + barrier
         self.arrived[warp.program, barrier] += 1
         if self.arrived[warp.program, barrier] == (needed or self.per_program):
             self.arrived[warp.program, barrier] = 0
             self._later(t + self.machine.barrier, Kind.BARRIER, warp, 1 + barrier, 0)
 
-    def _later(self, time: float, kind: Kind, warp: _Warp, number: int, size: float) -> None:
+    def _later(self, time: float, kind: Kind, warp: Warp, number: int, size: float) -> None:
         self.serial += 1
         heapq.heappush(self.events, (time, self.serial, kind, warp, number, size))
+
+    def _arrives(self, time: float, stage: int, size: float) -> None:
+        """A piece of a copy by TMA comes from L2."""
+        raise NotImplementedError
 
     def _happen(self, t: float) -> None:
         """Everything that is due: copies reach shared memory, barriers open, products start."""
@@ -240,6 +250,8 @@ class Multiprocessor:
                     if other.program == warp.program and other.blocked == number:
                         other.blocked = 0
                         other.at = max(other.at, time)
+            elif kind is Kind.FEED:
+                self._arrives(time, number, size)
             elif kind is Kind.COPY:  # it has come from L2 and is written now
                 self.shared = max(time, self.shared) + SCHEDULERS * size / self.machine.shared
                 self._later(self.shared, Kind.COMMIT, warp, number, 0)

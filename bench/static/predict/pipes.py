@@ -16,6 +16,7 @@ from bench.static.sass import Control, Instruction
 
 WARP = 32  # threads
 SCHEDULERS = 4
+WARPGROUP = 4  # warps
 
 
 class NotModelled(Exception):
@@ -43,6 +44,11 @@ class Kind(Enum):
     STORE = auto()
     SLOW = auto()  # variable latency without a pipe that matters
     STALL = auto()
+    # Of warp-specialised kernels: consumers wait for a stage and release it, a producer waits for that and fills it.
+    FULL_WAIT = auto()
+    RELEASE = auto()
+    EMPTY_WAIT = auto()
+    FEED = auto()
 
 
 class Op(NamedTuple):

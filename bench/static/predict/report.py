@@ -12,10 +12,13 @@ from bench.static.predict.calls import CLASSES, TEMPERATURE
 from bench.static.predict.losses import PASSES, Predicted
 
 TOLERANCE = 0.03  # by which a kernel may get slower than committed
-_TILED = ("forward_kernel", "backward_kernel", "pair_weights_kernel", "product_kernel")
+_TILED = (
+    "forward_kernel", "backward_kernel", "forward_hopper_kernel", "backward_hopper_kernel", "pair_weights_kernel",
+    "product_kernel",
+)  # fmt: skip
 
 Record = dict[str, Any]
-Key = tuple[str, int, int, str, str, str]
+Key = tuple[str, int, int, str, bool, str, str]
 
 
 def records(found: Iterable[Predicted], arch: int, triton: str) -> list[Record]:
@@ -24,6 +27,7 @@ def records(found: Iterable[Predicted], arch: int, triton: str) -> list[Record]:
     for one in found:
         loss = one.loss
         case = {"bench": "predict", "objective": loss.objective, "n": loss.n, "d": loss.d, "precision": loss.precision}
+        case |= {"by_hand": True} if loss.by_hand else {}
         card = {"arch": f"sm_{arch}", "triton": triton}
         for run in (*PASSES, "both"):
             times = {"predicted_ms": round(one.ms(run), 5), "bound_ms": round(one.bound[run], 5)}
@@ -54,7 +58,8 @@ def _kernel(found: Predicted, run: str, name: str) -> Record:
 
 def key(record: Record) -> Key:
     """What a prediction is of; without a kernel it is that of a whole pass."""
-    return tuple(record.get(name, "") for name in ("objective", "n", "d", "precision", "pass", "kernel"))  # pyright: ignore[reportReturnType]
+    of_loss = (record[name] for name in ("objective", "n", "d", "precision"))
+    return (*of_loss, record.get("by_hand", False), record["pass"], record.get("kernel", ""))  # pyright: ignore[reportReturnType]
 
 
 def slower(found: Sequence[Record], committed: Sequence[Record]) -> list[str]:
@@ -71,11 +76,15 @@ def slower(found: Sequence[Record], committed: Sequence[Record]) -> list[str]:
         if one["predicted_ms"] > old["predicted_ms"] * (1 + TOLERANCE):
             ratio = one["predicted_ms"] / old["predicted_ms"] - 1
             lines.append(
-                f"{one['objective']} {one['precision']} n={one['n']} d={one['d']} {one['pass']} "
+                f"{_loss(one)} {one['precision']} n={one['n']} d={one['d']} {one['pass']} "
                 f"{one.get('kernel', 'in all')}: predicted {one['predicted_ms']:.4g} ms, committed "
                 f"{old['predicted_ms']:.4g} ms ({ratio:+.1%})"
             )
     return lines
+
+
+def _loss(record: Record) -> str:
+    return record["objective"] + (", by hand" if record.get("by_hand") else "")
 
 
 def assumptions(machine: Machine) -> str:
@@ -102,11 +111,11 @@ def _losses(rows: Sequence[Record]) -> str:
     for one in whole.values():
         if one["pass"] != "both":
             continue
-        fwd, bwd = (whole[(*key(one)[:4], run, "")] for run in PASSES)
+        fwd, bwd = (whole[(*key(one)[:5], run, "")] for run in PASSES)
         times = (fwd["predicted_ms"], bwd["predicted_ms"], one["predicted_ms"], one["bound_ms"])
         share = one["bound_ms"] / one["predicted_ms"]
         lines.append(
-            (one["objective"], one["precision"], str(one["d"]), f"{one['n']:,}", *map(digits, times), f"{share:.0%}")
+            (_loss(one), one["precision"], str(one["d"]), f"{one['n']:,}", *map(digits, times), f"{share:.0%}")
         )
     return table(head, lines)
 
@@ -130,7 +139,7 @@ def _kernels(rows: Sequence[Record]) -> str:
         if one.get("kernel") not in _TILED or one["n"] < 65536:
             continue
         busy = (f"{one['busy'].get(pipe, 0):.0%}" for pipe in ("tensor", "shared", "mufu", "issue", "l2"))
-        name = f"{one['objective']} {one['precision']} D={one['d']}"
+        name = f"{_loss(one)} {one['precision']} D={one['d']}"
         surplus = one["flops_over_needed"]
         kernel = one["kernel"] + (f", {surplus:.2g} times the products" if surplus > 1.01 else "")
         lines.append(
@@ -175,7 +184,8 @@ def markdown(
 Nothing here is measured: a cycle model read the compiled code (`bench/static/predict/`). Expect {low:.1f} to {high:.2f}
 times as long. Losses of N float32 rows (clip: N / 2 in each tower), temperature {TEMPERATURE:g}, {CLASSES} classes of
 equal size; predicted milliseconds of all launches of an eager call, without the time of the host. The bound is that of
-the operations at {machine.roof:g} TFLOP/s and {machine.roof_mufu:g} x 10^12 exponentials/s.
+the operations at {machine.roof:g} TFLOP/s and {machine.roof_mufu:g} x 10^12 exponentials/s. "By hand": with kernels
+that are off by default.
 
 ## Losses
 

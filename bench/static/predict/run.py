@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if reason := obstacle():
             raise StaticError(reason)
-        wanted = [loss for loss in losses() if args.only.search(loss.name)]
+        wanted = [loss for loss in losses(args.arch) if args.only.search(loss.name)]
         if not wanted:
             raise StaticError(f"--only: no loss has {args.only.pattern!r} in its name, such as {next(losses()).name!r}")
         model = Model(args.arch, sys.executable, args.workers)

@@ -13,11 +13,23 @@ from fastcl.kernels.common.launch import Launch
 
 
 @dataclass(frozen=True)
+class Feed:
+    """How a warp-specialised kernel feeds its consumers: stages, consumers, bytes of a tile, and whether all consumers
+    take every tile or each the next one."""
+
+    stages: int
+    consumers: int
+    size: int
+    together: bool
+
+
+@dataclass(frozen=True)
 class Tiles:
     """Tiles of one kind: "plain", "masked" or, of a product's remainders, "low"; operations of one."""
 
     kind: str
     flops: float
+    feed: Feed | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,8 @@ def of_launch(launch: Launch, classes: int) -> Work:
     count = math.prod(launch.grid)
     if name == "forward_online_kernel" or value(a.get("ONLINE")):
         return Work(uniform=(count, ()), skipped=True)
-    if name in ("forward_kernel", "backward_kernel"):
-        return _tiled(launch, classes, name == "forward_kernel")
+    if name.removesuffix("_kernel").removesuffix("_hopper") in ("forward", "backward"):
+        return _tiled(launch, classes, name.startswith("forward"))
     if name == "pair_weights_kernel":
         return _pair_weights(launch, classes)
     if name == "product_kernel":
@@ -118,11 +130,14 @@ def _tiled(launch: Launch, classes: int, forward: bool) -> Work:
         counts.append((plain, (min(hi, -(-n // s) * s) - lo) // s))
     if forward:
         counts.reverse()
-    takes = value(a["PLAIN"]), value(a["MASKED"])
+    takes = value(a.get("PLAIN", True)), value(a.get("MASKED", False))
+    ring = a.get("RING")
+    size = s * value(t.D) * a["s"].z.element_size()
+    feed = ring and Feed(value(ring.STAGES), value(ring.CONSUMERS), size, not forward)
     base = (2 if forward else 4) * r * s * value(t.D)
     halves = value(t.SPLIT_PLAIN), value(t.SPLIT_MASKED)
     kinds = tuple(
-        Tiles(kind, base * (3 if split else 1))
+        Tiles(kind, base * (3 if split else 1), feed)
         for kind, split, taken in zip(("plain", "masked"), halves, takes, strict=True)
         if taken
     )
