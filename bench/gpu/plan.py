@@ -64,7 +64,8 @@ def _losses(out: Path, rehearse: bool) -> Iterator[Step]:
     tests = ("tests/rowstats/test_gpu.py",) if rehearse else ("-m", "gpu", *gpu_tests())
     full, small = ("tiny", "tiny") if rehearse else ("full", "small")
     yield Step("ceilings", ("-m", "bench.harness.ceilings", "--out", str(out / "ceilings"), "--repeats", "10"), 25)
-    yield Step("tests", (*_pytest(), *tests), 75)
+    yield Step("tests", (*_pytest(), *tests), 70)
+    yield Step("by hand", ("-m", "bench.gpu.by_hand", "--out", str(out / "by_hand")), 20)
     for name, share, objectives, rows, widths, providers, seconds in _LOSSES:
         rows, widths = ((64, 128), (16,)) if rehearse else (rows, widths)
         yield _bench("losses", out / name, share, {
@@ -99,9 +100,9 @@ def _bench(module: str, out: Path, seconds: float, options: dict[str, Any]) -> S
 # name, share, objectives, rows, widths, providers, seconds per case and provider.
 _TOGETHER = ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon")  # targets compare them within one run
 _LOSSES = (
-    ("losses", 55, ("ntxent",), (512, 4096, 16384, 65536), (128,), (*TORCH, *LIBRARIES), 1),
+    ("losses", 50, ("ntxent",), (512, 4096, 16384, 65536), (128,), (*TORCH, *LIBRARIES), 1),
     ("losses-widths", 35, ("ntxent",), (65536,), (256, 512, 1024), (*TORCH, "Inf-CL"), 1),
-    ("losses-compiled", 50, ("ntxent",), (65536,), (128, 256, 512), (*OURS[:1], *COMPILED), 1),
+    ("losses-compiled", 46, ("ntxent",), (65536,), (128, 256, 512), (*OURS[:1], *COMPILED), 1),
     ("losses-labels", 35, _TOGETHER, (65536,), (128,), (*TORCH, "Inf-CL", "cut-cross-entropy"), 1),
     ("losses-small", 20, ("ntxent", "nscl"), (512,), (64, 256), (*TORCH, "lightly", "authors' formulation"), 1),
     ("losses-large", 45, ("ntxent",), (1048576,), (512,), OURS[:1], 15),

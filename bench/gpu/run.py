@@ -29,8 +29,9 @@ GRACE = 15  # seconds for a step to exit after an interrupt, so that benchmarks 
 _DESCRIPTION = f"""\
 What needs a GPU, planned to take under {PART_MINUTES:g} minutes a part:
 
-  losses      the GPU tests (values and gradients against float64), the card's ceilings, bench.losses with its peers,
-              the same bits in two runs, two processes and a CUDA graph, compute-sanitizer's memcheck and racecheck
+  losses      the GPU tests (values and gradients against float64), the card's ceilings, the kernels by hand beside
+              those in Triton and whether to switch them on, bench.losses with its peers, the same bits in two runs, two
+              processes and a CUDA graph, compute-sanitizer's memcheck and racecheck
   similarity  bench.similarity: four models at once, pairs, streams, other libraries, twin_stats
   training    bench.data, DALI's decoder, the views of the Triton renderer, bench.training
 

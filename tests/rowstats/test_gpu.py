@@ -3,13 +3,16 @@
 The references are the chunked backend in float64, and for the largest batches the written-out formula on sampled rows.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import fastcl
-from bench.gpu import repeat, workload
+from bench.gpu import by_hand, repeat, workload
+from fastcl.rowstats.triton import hopper
 
 T = 0.2
 # Relative, of the loss of 4096 rows (the rounding of fewer averages out less) and of the gradient's norm.
@@ -162,3 +165,23 @@ def test_twins_have_the_statistics_of_two_calls(device, n, d, precision):
         tolerance = 2e-3 if precision == "fp16" else 1e-5
         assert getattr(pairs, measure) == pytest.approx(getattr(truth, measure), abs=tolerance), measure
     assert pairs.drift == pytest.approx(truth.drift, rel=2e-3)
+
+
+@gpu
+@pytest.mark.parametrize(("n", "d", "precision"), [(4096, 128, "fp16"), (3000, 256, "fp16"), (4096, 256, "bf16")])
+def test_kernels_by_hand_are_those_of_float64(device, n, d, precision, monkeypatch):
+    if reason := by_hand.obstacle():
+        pytest.skip(reason)
+    launched, launch = [], hopper.launch
+    monkeypatch.setattr(hopper, "launch", lambda kernel, *a, **k: launched.append(kernel) or launch(kernel, *a, **k))
+    with hopper.using(True):
+        test_values_and_gradients_are_those_of_float64(device, "ntxent", n, d, precision)
+    assert len(launched) == 2
+
+
+def test_what_to_do_with_kernels_by_hand():
+    right = by_hand.Found(4096, 128, (1e-6, 1e-4), True, {"both": (2.0, 1.0)})
+    assert "CONFIRMED" in by_hand.verdict([right])
+    assert "4096 x 128: leave them off, or" in by_hand.verdict([right, replace(right, ms={"both": (1.0, 2.0)})])
+    for wrong in (replace(right, repeats=False), replace(right, errors=(1e-6, float("nan")))):
+        assert "WRONG" in by_hand.verdict([right, wrong]) and not wrong.right
