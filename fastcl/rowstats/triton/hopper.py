@@ -83,7 +83,7 @@ def _layout(rows: int, width: int, dtype: torch.dtype):
 
 
 def _ring(config: Config) -> Ring:
-    # Of 512 registers that the threads of four warpgroups have together; the producer's warpgroup keeps 24.
+    # A multiprocessor has 512 registers for a thread of each of its warpgroups together; the producer's keep 24.
     return fixed(Ring(config.stages, config.consumers, 240 if config.consumers == 2 else 160))
 
 
