@@ -59,8 +59,9 @@ class Masks(NamedTuple):
 
 
 def masks(
-    sample: Tensor, labels: Tensor | None = None, sample_y: Tensor | None = None, labels_y: Tensor | None = None
-) -> Masks:
+    sample: Tensor, labels: Tensor | None = None, sample_y: Tensor | None = None, labels_y: Tensor | None = None,
+    self_y: Tensor | None = None,
+) -> Masks:  # fmt: skip
     """Relations by comparing ids pair by pair; a label of -1 equals no label, its own included."""
     columns = sample if sample_y is None else sample_y
     same_sample = sample.view(-1, 1) == columns.view(1, -1)
@@ -71,6 +72,8 @@ def masks(
     view = same_sample.clone()
     if sample_y is None:
         view.fill_diagonal_(False)
+    if self_y is not None:
+        view &= self_y.view(-1, 1) != torch.arange(len(columns))
     return Masks(view, same_class & ~same_sample, ~same_class & ~same_sample)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -23,6 +22,7 @@ from fastcl.dispatch import choose, wants_float32
 from fastcl.errors import FastclError, one_of
 from fastcl.exchange import gathers
 from fastcl.rowstats import dense
+from fastcl.rowstats.fields import RowStats, unpack
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.small import route as small
 
@@ -30,35 +30,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@dataclass(frozen=True)
-class RowStats:
-    """Statistics of N anchors; every field is an (N,) tensor, float32 (float64 for float64 rows) or int64 for counts.
-
-    If a relation is empty, its lse is -inf, its mean and spread are 0, and it gets no gradient.
-    """
-
-    lse_view: Tensor
-    spread_view: Tensor  # lse_view - mean_view, computed without cancellation: exactly 0 for a single view
-    mean_view: Tensor
-    lse_peer: Tensor
-    mean_peer: Tensor
-    lse_other: Tensor
-    n_view: Tensor
-    n_peer: Tensor
-    n_other: Tensor
-
-    @property
-    def valid(self) -> Tensor:
-        """(N,) bool: the row has a view and an other, so it is valid for every objective of the table."""
-        return (self.n_view > 0) & (self.n_other > 0)
-
-
 @overload
 def row_stats(
     x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
-    sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
-    normalize: bool = True, columns: Literal[False] = False, precision: Precision | None = None,
-    gather_distributed: bool | None = None, group: ProcessGroup | None = None,
+    sample_y: Tensor | None = None, labels_y: Tensor | None = None, self_y: Tensor | None = None,
+    temperature: float | Tensor, normalize: bool = True, columns: Literal[False] = False,
+    precision: Precision | None = None, gather_distributed: bool | None = None, group: ProcessGroup | None = None,
 ) -> RowStats: ...  # fmt: skip
 @overload
 def row_stats(
@@ -69,25 +46,16 @@ def row_stats(
 @overload
 def row_stats(
     x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
-    sample_y: Tensor | None = None, labels_y: Tensor | None = None, temperature: float | Tensor,
-    normalize: bool = True, columns: bool, precision: Precision | None = None,
+    sample_y: Tensor | None = None, labels_y: Tensor | None = None, self_y: Tensor | None = None,
+    temperature: float | Tensor, normalize: bool = True, columns: bool, precision: Precision | None = None,
     gather_distributed: bool | None = None, group: ProcessGroup | None = None,
 ) -> RowStats | tuple[RowStats, RowStats]: ...  # fmt: skip
 def row_stats(
-    x: Tensor,
-    y: Tensor | None = None,
-    *,
-    sample: Tensor,
-    labels: Tensor | None = None,
-    sample_y: Tensor | None = None,
-    labels_y: Tensor | None = None,
-    temperature: float | Tensor,
-    normalize: bool = True,
-    columns: bool = False,
-    precision: Precision | None = None,
-    gather_distributed: bool | None = None,
-    group: ProcessGroup | None = None,
-) -> RowStats | tuple[RowStats, RowStats]:
+    x: Tensor, y: Tensor | None = None, *, sample: Tensor, labels: Tensor | None = None,
+    sample_y: Tensor | None = None, labels_y: Tensor | None = None, self_y: Tensor | None = None,
+    temperature: float | Tensor, normalize: bool = True, columns: bool = False, precision: Precision | None = None,
+    gather_distributed: bool | None = None, group: ProcessGroup | None = None,
+) -> RowStats | tuple[RowStats, RowStats]:  # fmt: skip
     """Row statistics of anchors x against candidates y, differentiable in x, y and the temperature.
 
     Args:
@@ -98,6 +66,9 @@ def row_stats(
             Views of one sample share a label.
         sample_y: (M,) ids of y's rows, in the same numbering as `sample`; required with y.
         labels_y: (M,) classes of y's rows; required with y and labels.
+        self_y: (N,) integers: the position in y of each anchor itself, -1 if it is not there; it has no relation then.
+            Without it, such a candidate is a view of the anchor: it has the same sample. Not with columns. On a GPU it
+            costs the views a second pass, which waits for the device.
         temperature: positive number, or a tensor with one element, which then gets a gradient.
         normalize: divide each row by its Euclidean norm first. A zero row stays zero and gets zero gradient; finite
             rows neither overflow nor underflow, whatever their size.
@@ -116,20 +87,26 @@ def row_stats(
 
     Raises:
         FastclError: wrong rank, shape, dtype or device, an empty batch, ids that are not integers, a temperature that
-            is not positive and finite, views of one sample with different labels, columns without y, an unknown
-            precision; input that the Triton backend does not support if that backend was requested by name. Tensor
-            values are checked on the CPU only: on other devices a check would have to synchronise. With
-            gather_distributed also no group that holds this process and, on every rank, arguments that differ.
+            is not positive and finite, views of one sample with different labels, columns without y, self_y with
+            columns, without y, outside of y or of another sample, an unknown precision; input that the Triton backend
+            does not support if that backend was requested by name. Tensor values are checked on the CPU only: on other
+            devices a check would have to synchronise. With gather_distributed also no group that holds this process
+            and, on every rank, arguments that differ.
 
     Source: the relations generalise arXiv 2510.08852, section 3. A NaN or an infinity in a row gives NaN in every row
     that it is compared with. In float32 a logit of size L is known to 2^-24 L: gradients have relative errors up to
     1e-5 + 2^-24 L, those of `spread_view` up to 1e-5 + 2^-24 / f if the logits of views differ by a fraction f of L.
     """
-    checked, options = partial(_batch, x, y, (sample, labels, sample_y, labels_y), columns), (temperature, normalize)
+    ids, options = (sample, labels, sample_y, labels_y), (temperature, normalize)
+    checked = partial(_batch, x, y, ids, columns, self_y)
     if gather_distributed is not False and gathers(gather_distributed):
         anchors, *candidates = _gathered(checked, *options, columns, precision, group)
     else:
         anchors, *candidates = statistics(checked(), *options, columns, precision)
+    if self_y is not None:
+        from fastcl.rowstats import selves  # which uses this module
+
+        anchors = selves.left_out(anchors, (x, y), (sample, sample_y, self_y), *options)
     return (anchors, candidates[0]) if columns else anchors
 
 
@@ -143,8 +120,12 @@ def _gathered(
     return sharded.row_stats(checked, options, "row_stats", group)
 
 
-def _batch(x: Tensor, y: Tensor | None, ids: tuple[Any, ...], columns: bool) -> Batch:
+def _batch(x: Tensor, y: Tensor | None, ids: tuple[Any, ...], columns: bool, self_y: Tensor | None) -> Batch:
     batch = Batch.of(x, y, *ids)
+    if self_y is not None:
+        from fastcl.rowstats import selves
+
+        selves.check(self_y, batch, columns)
     if columns and y is None:
         raise FastclError("columns=True requires y: without y, rows and columns have the same statistics")
     return batch
@@ -213,14 +194,6 @@ def _on_torch(batch: Batch, chosen: str) -> RowStats:
         mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(*arguments)
     lse_peer, lse_other, *counts = rest
     return unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
-
-
-def unpack(stats: Tensor | Sequence[Tensor], counts: Tensor | Sequence[Tensor]) -> RowStats:
-    """RowStats from (N,) tensors: mean_view, spread_view, mean_peer, lse_peer, lse_other; then the three counts."""
-    mean_view, spread_view, mean_peer, lse_peer, lse_other = stats
-    n_view, n_peer, n_other = counts
-    lse_view = (mean_view + spread_view).masked_fill(n_view == 0, -torch.inf)
-    return RowStats(lse_view, spread_view, mean_view, lse_peer, mean_peer, lse_other, n_view, n_peer, n_other)
 
 
 def _precision(precision: str | None, x: Tensor) -> str:

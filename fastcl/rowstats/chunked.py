@@ -55,7 +55,7 @@ def forward(x: Tensor, y: Tensor | None, layout: Layout) -> tuple[Tensor, ...]:
     ys = xs if y is None else y[b.order]
     n_view, *counts = layout.counts()
     sums = forward_tiles(xs, ys, layout, counts)
-    views = _forward_views(xs, ys, layout)
+    views = forward_views(xs, ys, layout)
     return tuple(a.restore(v) for v in (*views, *sums, n_view, *counts))
 
 
@@ -110,7 +110,7 @@ def backward(
     dx *= scale
     if y is not None:
         dy *= scale
-    _backward_views(xs, ys, layout, g_mean_view, g_spread_view, dx, dy)
+    backward_views(xs, ys, layout, (g_mean_view, g_spread_view), dx, dy)
     return a.restore(dx[:-1]), x.new_empty(0) if y is None else b.restore(dy[:-1])
 
 
@@ -232,7 +232,9 @@ class _Views:
     n: Tensor  # (S, P) number of views, at least 1
 
 
-def _views(xs: Tensor, ys: Tensor, layout: Layout) -> Iterator[_Views]:
+def _views(xs: Tensor, ys: Tensor, layout: Layout, selves: Tensor | None) -> Iterator[_Views]:
+    if layout.symmetric:
+        selves = torch.arange(len(xs) + 1, device=xs.device)
     bounds_x, bounds_y = layout.samples()
     widest = max(int((stop - start).amax()) for start, stop in (bounds_x, bounds_y))
     size = max(1, VIEW_ELEMENTS // (widest * xs.shape[1]))
@@ -242,13 +244,13 @@ def _views(xs: Tensor, ys: Tensor, layout: Layout) -> Iterator[_Views]:
         height = max(1, VIEW_ELEMENTS // j.numel())  # the logits of a sample with very many views might not fit
         for p in range(0, i.shape[1], height):
             rows = slice(p, p + height)
-            yield _view_block(i[:, rows], j, x[:, rows], y, layout.symmetric, (len(xs), len(ys)))
+            yield _view_block(i[:, rows], j, x[:, rows], y, selves, (len(xs), len(ys)))
 
 
-def _view_block(i: Tensor, j: Tensor, x: Tensor, y: Tensor, symmetric: bool, padding: tuple[int, int]) -> _Views:
+def _view_block(i: Tensor, j: Tensor, x: Tensor, y: Tensor, selves: Tensor | None, padding: tuple[int, int]) -> _Views:
     outside = (i == padding[0])[:, :, None] | (j == padding[1])[:, None]
-    if symmetric:
-        outside |= i[:, :, None] == j[:, None]
+    if selves is not None:
+        outside |= selves[i][:, :, None] == j[:, None]
     s = torch.bmm(x, y.transpose(1, 2))
     n = (~outside).sum(2).clamp_(min=1)
     mean = s.masked_fill(outside, 0).sum(2) / n
@@ -270,20 +272,21 @@ def _padded(rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     return index, rows[index.clamp(max=len(rows) - 1)]
 
 
-def _forward_views(xs: Tensor, ys: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """mean_view and spread_view, (N,)."""
+def forward_views(xs: Tensor, ys: Tensor, layout: Layout, selves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """mean_view and spread_view of the sorted anchors; `selves`: (N + 1,) position of a candidate that is no view."""
     mean, spread = xs.new_zeros(2, len(xs) + 1)  # padding writes to the last element
-    for v in _views(xs, ys, layout):
+    for v in _views(xs, ys, layout, selves):
         mean[v.i], spread[v.i] = v.mean, v.spread
     return mean[:-1], spread[:-1]
 
 
-def _backward_views(
-    xs: Tensor, ys: Tensor, layout: Layout, g_mean: Tensor, g_spread: Tensor, dx: Tensor, dy: Tensor
-) -> None:
+def backward_views(
+    xs: Tensor, ys: Tensor, layout: Layout, grads: Sequence[Tensor], dx: Tensor, dy: Tensor,
+    selves: Tensor | None = None,
+) -> None:  # fmt: skip
     """Add the view pairs' part to dx and dy, whose extra last row takes the writes of padding."""
-    g_mean, g_spread = (torch.nn.functional.pad(g, (0, 1)) for g in (g_mean, g_spread))
-    for v in _views(xs, ys, layout):
+    g_mean, g_spread = (torch.nn.functional.pad(g, (0, 1)) for g in grads)
+    for v in _views(xs, ys, layout, selves):
         inverse = (1 / v.n.to(xs.dtype))[:, :, None]
         # Softmax minus 1/n comes first: exactly 0 for a single view.
         w = (v.softmax - inverse).mul_(g_spread[v.i][:, :, None]).add_(g_mean[v.i][:, :, None] * inverse)

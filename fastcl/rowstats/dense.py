@@ -37,13 +37,15 @@ def row_stats(
     s = x @ (x if y is None else y).T
     view, peer, other = _relations(sample, labels, sample_y, labels_y)
     mean_view, mean_peer = _mean(s, view), _mean(s, peer)
-    # Computed relative to the mean, so that a single view has a spread of exactly 0 with exactly zero gradient; cloned,
-    # so that autograd adds the two gradients that cancel there before any other.
-    own = s.clone()
-    centred = own - _mean(own, view)[:, None]
-    spread_view = _lse(centred, view) - _mean(centred, view)  # the mean of centred is rounding error
-    spread_view = spread_view.masked_fill(~view.any(1), 0)
-    return mean_view, spread_view, mean_peer, _lse(s, peer), _lse(s, other), view.sum(1), peer.sum(1), other.sum(1)
+    counts = view.sum(1), peer.sum(1), other.sum(1)
+    return mean_view, _spread(s, view), mean_peer, _lse(s, peer), _lse(s, other), *counts
+
+
+def views_without_self(x: Tensor, y: Tensor, sample: Tensor, sample_y: Tensor, self_y: Tensor) -> tuple[Tensor, Tensor]:
+    """mean_view and spread_view as of `row_stats`, without the candidates (N,) that are the anchors themselves."""
+    s = x @ y.T
+    view = (sample[:, None] == sample_y) & (self_y[:, None] != torch.arange(len(y), device=y.device))
+    return _mean(s, view), _spread(s, view)
 
 
 def _relations(
@@ -65,6 +67,18 @@ def _lse(s: Tensor, mask: Tensor) -> Tensor:
     """Row-wise log-sum-exp over a mask; -inf with zero gradient (torch's own is NaN) for an empty row."""
     empty = ~mask.any(1)
     return s.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0).logsumexp(1).masked_fill(empty, -torch.inf)
+
+
+def _spread(s: Tensor, mask: Tensor) -> Tensor:
+    """Row-wise log-sum-exp minus mean; 0 for an empty row.
+
+    Computed relative to the mean, so that a single entry has a spread of exactly 0 with exactly zero gradient; cloned,
+    so that autograd adds the two gradients that cancel there before any other.
+    """
+    own = s.clone()
+    centred = own - _mean(own, mask)[:, None]
+    spread = _lse(centred, mask) - _mean(centred, mask)  # the mean of centred is rounding error
+    return spread.masked_fill(~mask.any(1), 0)
 
 
 def _mean(s: Tensor, mask: Tensor) -> Tensor:
