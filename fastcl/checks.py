@@ -33,7 +33,9 @@ def check_positive(value: float | Tensor, name: str) -> None:
     # Type checkers know no ordering of numbers.Real.
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not _SMALLEST <= value <= 1 / _SMALLEST:  # pyright: ignore[reportOperatorIssue]
-        raise FastclError(f"{name} must be a positive number ({_SMALLEST:g} to {1 / _SMALLEST:g}), got {value!r}")
+        negative = is_number and value < 0  # pyright: ignore[reportOperatorIssue]
+        why = "; a negative one would attract the negatives and repel the positives" if negative else ""
+        raise FastclError(f"{name} must be a positive number ({_SMALLEST:g} to {1 / _SMALLEST:g}), got {value!r}{why}")
 
 
 def check_rows(x: Tensor, name: str) -> None:
@@ -79,6 +81,7 @@ def check_all_ids(
     x: Tensor, y: Tensor | None, sample: Tensor, labels: Tensor | None, sample_y: Tensor | None, labels_y: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The four id tensors as int64. Raises FastclError if one is missing, unexpected, misshapen or inconsistent."""
+    labels, labels_y = flat_labels(labels), flat_labels(labels_y)
     both = y is not None and labels is not None
     wanted = {
         "sample": (sample, x, True),
@@ -98,6 +101,11 @@ def check_all_ids(
         _check_views_agree(sample, labels, sample_y, labels_y)
     labels, sample_y, labels_y = (None if v is None else v.long() for v in (labels, sample_y, labels_y))
     return sample.long(), labels, sample_y, labels_y
+
+
+def flat_labels(labels: Any) -> Any:
+    """A column of labels as (N,); anything else as it is."""
+    return labels[:, 0] if isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:

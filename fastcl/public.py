@@ -14,6 +14,7 @@ from fastcl.losses.functional import (
 )
 from fastcl.losses.modules import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
 from fastcl.losses.objectives import OBJECTIVES, Objective, same_class_mass
+from fastcl.losses.queue import queue_loss
 from fastcl.micro import micro_step
 from fastcl.rowstats.api import RowStats, normalize_rows, row_stats
 from fastcl.similarity import (
@@ -57,6 +58,7 @@ __all__ = [
     "nscl_loss",
     "ntxent_loss",
     "pair_stats",
+    "queue_loss",
     "row_stats",
     "rsa",
     "same_class_mass",

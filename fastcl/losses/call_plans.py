@@ -19,7 +19,7 @@ from fastcl.dispatch import choose
 from fastcl.errors import FastclError, one_of
 from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
 from fastcl.rowstats.api import RowStats, check_precision, fused, statistics
-from fastcl.rowstats.request import Batch, check_pairs, check_two_views
+from fastcl.rowstats.request import Batch, check_pairs, check_rectangle, check_two_views
 from fastcl.rowstats.small import route
 
 MOST = 256  # plans that are kept; a plan holds no tensor
@@ -37,6 +37,7 @@ class Kind(NamedTuple):
     multiple: int = 1  # anchors for each row of the first tensor
     columns: bool = False  # the candidates are anchors too
     inverted: bool = False  # what the caller gives is 1 / T
+    labels: int = 2  # where these are among the tensors
 
 
 def _checked(temperature: float | Tensor, _: Tensor) -> float | Tensor:
@@ -55,6 +56,7 @@ def _of_scale(logit_scale: float | Tensor, x: Tensor) -> float | Tensor:
 TWO_VIEWS = Kind(check_two_views, Batch.two_views, _checked, multiple=2)  # z1, z2 and perhaps labels
 TOWERS = Kind(check_pairs, Batch.pairs, _of_scale, columns=True, inverted=True)  # image, text
 ROWS = Kind(lambda z, *_: check_rows(z, "z"), Batch.rows, _checked)  # z, sample and perhaps labels
+RECTANGLE = Kind(check_rectangle, Batch.rectangle, _checked, labels=4)  # x, y, sample, sample_y, perhaps both labels
 
 
 class CallPlan(NamedTuple):
@@ -84,7 +86,7 @@ class CallPlan(NamedTuple):
         if chosen == "chunked" and self.groups is not None and route.is_few(self.anchors):
             found = route.losses(batch, self.groups, temperature, normalize, self.reduction)
             if found is not None:
-                return found
+                return [self._halved(rows) for rows in found] if columns else found
         stats = statistics(batch, temperature, normalize, columns, self.precision)
         sides = [[loss(found) for loss in self.losses] for found in stats]
         if self.reduction != "none":
@@ -98,10 +100,18 @@ class CallPlan(NamedTuple):
         else:
             temperature = self.kind.temperature(temperature, batch.x)
         options = self.normalize, self.kind.columns, self.precision, self.codes or (), self.reduction, inverted
-        losses = fused(batch, temperature, *options)[2]
+        _, _, losses, _, _, losses_y = fused(batch, temperature, *options)
+        if self.kind.columns and self.reduction == "none":
+            losses = (losses + losses_y) / 2
         if len(losses) == 1:
             return [losses.squeeze(0)]  # a view, which needs no kernel, forward or backward
         return losses.unbind() if self.reduction == "none" else [loss.clone() for loss in losses.unbind()]
+
+    def _halved(self, found: Tensor) -> Tensor:
+        """Losses of anchors and candidates that were reduced as those of one list, averaged over both roles."""
+        if self.reduction == "none":
+            return found.view(2, -1).mean(0)
+        return found / 2 if self.reduction == "sum" else found
 
 
 def plan_of(
@@ -140,8 +150,9 @@ def _made(
     losses = tuple(map(resolve, objectives))
     # Exactly Objective: a subclass may compute something else.
     table = [loss for loss in losses if isinstance(loss, Objective) and type(loss) is Objective]
+    has_labels = len(tensors) > kind.labels and tensors[kind.labels] is not None
     for name, loss in zip(objectives, losses, strict=True):
-        if isinstance(loss, Objective) and loss.needs_labels and (len(tensors) < 3 or tensors[2] is None):
+        if isinstance(loss, Objective) and loss.needs_labels and not has_labels:
             raise FastclError(f"labels are required by objective {name!r}")
     kind.check(*tensors)
     check_precision(precision)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.choices import ObjectiveName, Precision, Reduction
 from fastcl.exchange import gathers
 from fastcl.losses import global_batch
-from fastcl.losses.call_plans import ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
+from fastcl.losses.call_plans import RECTANGLE, ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
 from fastcl.losses.objectives import ObjectiveLike
 from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats, statistics
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def contrastive_loss(
-    z: Tensor,
-    sample: Tensor,
-    labels: Tensor | None = None,
+    z: Tensor | tuple[Tensor, Tensor],
+    sample: Tensor | tuple[Tensor, Tensor],
+    labels: Tensor | tuple[Tensor, Tensor] | None = None,
     objective: ObjectiveLike = "ntxent",
     temperature: float | Tensor = 0.5,
     reduction: Reduction = "mean",
@@ -37,7 +37,9 @@ def contrastive_loss(
     """Any objective of the table, or your own, with any number of views.
 
     Args:
-        z: (N, D) embeddings, float16, bfloat16, float32 or float64; computed in float32, float64 for float64.
+        z: (N, D) embeddings, float16, bfloat16, float32 or float64; computed in float32, float64 for float64. Or a
+            pair: (N, D) anchors and (M, D) candidates of their own; `sample` and `labels` are then pairs too, and no
+            candidate is left out as the anchor itself (`fastcl.row_stats` with y).
         sample: (N,) integers; rows with the same id are views of one sample. Samples may differ in their number of
             views.
         labels: (N,) integer classes, -1 for unlabelled rows; required by objectives that distinguish classes.
@@ -60,14 +62,15 @@ def contrastive_loss(
     Raises:
         FastclError: as `fastcl.row_stats`; an unknown objective or reduction; missing labels that the objective needs.
     """
-    rows, ranks = (z, sample) if labels is None else (z, sample, labels), (gather_distributed, group)
-    return _losses(ROWS, rows, (objective,), temperature, normalize, reduction, ranks, precision)[0]
+    kind, rows = _kind_of(z, sample, labels)
+    ranks = gather_distributed, group
+    return _losses(kind, rows, (objective,), temperature, normalize, reduction, ranks, precision)[0]
 
 
 def contrastive_losses(
-    z: Tensor,
-    sample: Tensor,
-    labels: Tensor | None = None,
+    z: Tensor | tuple[Tensor, Tensor],
+    sample: Tensor | tuple[Tensor, Tensor],
+    labels: Tensor | tuple[Tensor, Tensor] | None = None,
     objectives: Iterable[ObjectiveName] = ("dcl", "nscl"),
     temperature: float | Tensor = 0.5,
     reduction: Reduction = "mean",
@@ -91,9 +94,19 @@ def contrastive_losses(
     if not isinstance(objectives, str):
         given = list(objectives)
         names = tuple(name for k, name in enumerate(given) if name not in given[:k])
-    rows, ranks = (z, sample) if labels is None else (z, sample, labels), (gather_distributed, group)
-    found = _losses(ROWS, rows, names, temperature, normalize, reduction, ranks, precision)
+    kind, rows = _kind_of(z, sample, labels)
+    ranks = gather_distributed, group
+    found = _losses(kind, rows, names, temperature, normalize, reduction, ranks, precision)
     return dict(zip(names, found, strict=True))
+
+
+def _kind_of(z: Any, sample: Any, labels: Any) -> tuple[Kind, tuple[Any, ...]]:
+    """The kind of a call, and its tensors. What should be a pair and is none is refused where all ranks hear of it."""
+    if not isinstance(z, tuple):
+        return ROWS, (z, sample) if labels is None else (z, sample, labels)
+    given = (z, sample) if labels is None else (z, sample, labels)
+    pairs = (one if isinstance(one, tuple) and len(one) == 2 else (one, None) for one in given)
+    return RECTANGLE, tuple(tensor for pair in pairs for tensor in pair)
 
 
 def ntxent_loss(
@@ -104,13 +117,14 @@ def ntxent_loss(
     normalize: bool = True,
     gather_distributed: bool | None = None,
     group: ProcessGroup | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """NT-Xent (SimCLR, Chen et al. 2020): the other view against every other row, the positive in the denominator.
 
     Args:
         z1, z2: (B, D) embeddings of the two views; rows k of both are sample k. N = 2B anchors.
-        temperature, reduction, normalize, gather_distributed, group: as `contrastive_loss`; "none" gives (2B,), z1's
-            rows first.
+        temperature, reduction, normalize, gather_distributed, group, precision: as `contrastive_loss`; "none" gives
+            (2B,), z1's rows first.
 
     Returns:
         A scalar, or (2B,).
@@ -119,7 +133,7 @@ def ntxent_loss(
         FastclError: as `contrastive_loss`, or z1 and z2 differ in shape.
     """
     ranks = gather_distributed, group
-    return _losses(TWO_VIEWS, (z1, z2), ("ntxent",), temperature, normalize, reduction, ranks)[0]
+    return _losses(TWO_VIEWS, (z1, z2), ("ntxent",), temperature, normalize, reduction, ranks, precision)[0]
 
 
 def dcl_loss(
@@ -130,11 +144,12 @@ def dcl_loss(
     normalize: bool = True,
     gather_distributed: bool | None = None,
     group: ProcessGroup | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """Decoupled contrastive loss (Yeh et al. 2022; CL in arXiv 2510.08852): NT-Xent without the positive in the
     denominator. Arguments, result and errors as `ntxent_loss`."""
     ranks = gather_distributed, group
-    return _losses(TWO_VIEWS, (z1, z2), ("dcl",), temperature, normalize, reduction, ranks)[0]
+    return _losses(TWO_VIEWS, (z1, z2), ("dcl",), temperature, normalize, reduction, ranks, precision)[0]
 
 
 def nscl_loss(
@@ -147,13 +162,14 @@ def nscl_loss(
     normalize: bool = True,
     gather_distributed: bool | None = None,
     group: ProcessGroup | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """Negatives-only supervised contrastive loss (arXiv 2510.08852): the other view against other classes only.
 
     Args:
-        labels: (B,) integer classes of the samples, -1 for unlabelled (negatives to all).
+        labels: (B,) or (B, 1) integer classes of the samples, -1 for unlabelled (negatives to all).
         positive_in_denominator: add the positive to the denominator, as the paper's published code does.
-        z1, z2, temperature, reduction, normalize, gather_distributed, group: as `ntxent_loss`.
+        z1, z2, temperature, reduction, normalize, gather_distributed, group, precision: as `ntxent_loss`.
 
     Returns:
         A scalar, or (2B,).
@@ -162,7 +178,7 @@ def nscl_loss(
         FastclError: as `ntxent_loss`.
     """
     objective, ranks = "nscl_with_positive" if positive_in_denominator else "nscl", (gather_distributed, group)
-    return _losses(TWO_VIEWS, (z1, z2, labels), (objective,), temperature, normalize, reduction, ranks)[0]
+    return _losses(TWO_VIEWS, (z1, z2, labels), (objective,), temperature, normalize, reduction, ranks, precision)[0]
 
 
 def supcon_loss(
@@ -174,6 +190,7 @@ def supcon_loss(
     normalize: bool = True,
     gather_distributed: bool | None = None,
     group: ProcessGroup | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """Supervised contrastive loss L_out (Khosla et al. 2020, eq. 2), without the factor temperature / base_temperature.
 
@@ -181,7 +198,7 @@ def supcon_loss(
     batch holds no other class contribute 0. Arguments, result and errors as `nscl_loss`.
     """
     ranks = gather_distributed, group
-    return _losses(TWO_VIEWS, (z1, z2, labels), ("supcon",), temperature, normalize, reduction, ranks)[0]
+    return _losses(TWO_VIEWS, (z1, z2, labels), ("supcon",), temperature, normalize, reduction, ranks, precision)[0]
 
 
 def clip_loss(
@@ -191,6 +208,8 @@ def clip_loss(
     normalize: bool = True,
     gather_distributed: bool | None = None,
     group: ProcessGroup | None = None,
+    reduction: Reduction = "mean",
+    precision: Precision | None = None,
 ) -> Tensor:
     """CLIP's symmetric InfoNCE (Radford et al. 2021): the mean of image-to-text and text-to-image.
 
@@ -200,15 +219,18 @@ def clip_loss(
             element, which then gets a gradient.
         normalize: divide rows by their norms first.
         gather_distributed, group: as `contrastive_loss`: the pairs of all ranks.
+        reduction: "mean" over the B pairs, "sum", or "none" for (B,): for pair k the mean of the losses of image k and
+            of text k.
+        precision: of the Triton backend's products, as `fastcl.row_stats`.
 
     Returns:
-        A scalar.
+        A scalar, or (B,).
 
     Raises:
         FastclError: as `contrastive_loss`, or image and text differ in shape.
     """
     ranks = gather_distributed, group
-    return _losses(TOWERS, (image, text), ("ntxent",), logit_scale, normalize, "mean", ranks)[0]
+    return _losses(TOWERS, (image, text), ("ntxent",), logit_scale, normalize, reduction, ranks, precision)[0]
 
 
 def two_view_stats(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastcl.choices import Reduction
+from fastcl.choices import Precision, Reduction
 from fastcl.losses import functional as F
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class _TwoViewLoss(nn.Module):
 
     def __init__(
         self, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", normalize: bool = True,
-        gather_distributed: bool | None = None, group: ProcessGroup | None = None,
+        gather_distributed: bool | None = None, group: ProcessGroup | None = None, precision: Precision | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.temperature = temperature
@@ -29,11 +29,12 @@ class _TwoViewLoss(nn.Module):
         self.normalize = normalize
         self.gather_distributed = gather_distributed
         self.group = group
+        self.precision: Precision | None = precision
 
     def _options(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature, "reduction": self.reduction, "normalize": self.normalize,
-            "gather_distributed": self.gather_distributed, "group": self.group,
+            "gather_distributed": self.gather_distributed, "group": self.group, "precision": self.precision,
         }  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -69,6 +70,7 @@ class NTXentLoss(_Unlabelled):
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
         gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
+        precision: of the Triton backend's products, as `fastcl.row_stats`.
 
     Raises:
         FastclError: when called, as `fastcl.ntxent_loss`.
@@ -85,6 +87,7 @@ class DCLLoss(_Unlabelled):
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
         gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
+        precision: of the Triton backend's products, as `fastcl.row_stats`.
 
     Raises:
         FastclError: when called, as `fastcl.dcl_loss`.
@@ -102,6 +105,7 @@ class NSCLLoss(_Labelled):
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
         gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
+        precision: of the Triton backend's products, as `fastcl.row_stats`.
 
     Raises:
         FastclError: when called, as `fastcl.nscl_loss`.
@@ -117,8 +121,9 @@ class NSCLLoss(_Labelled):
         normalize: bool = True,
         gather_distributed: bool | None = None,
         group: ProcessGroup | None = None,
+        precision: Precision | None = None,
     ) -> None:
-        super().__init__(temperature, reduction, normalize, gather_distributed, group)
+        super().__init__(temperature, reduction, normalize, gather_distributed, group, precision)
         self.positive_in_denominator = positive_in_denominator
 
     def _options(self) -> dict[str, Any]:
@@ -133,6 +138,7 @@ class SupConLoss(_Labelled):
         reduction: "mean" over the 2B rows of a batch, "sum", or "none" for the (2B,) row losses.
         normalize: divide rows by their norms first (cosine similarities).
         gather_distributed, group: compute the loss of all ranks' rows together, as `fastcl.contrastive_loss`.
+        precision: of the Triton backend's products, as `fastcl.row_stats`.
 
     Raises:
         FastclError: when called, as `fastcl.supcon_loss`.
@@ -142,9 +148,9 @@ class SupConLoss(_Labelled):
 
     def __init__(
         self, temperature: float | Tensor = 0.1, reduction: Reduction = "mean", normalize: bool = True,
-        gather_distributed: bool | None = None, group: ProcessGroup | None = None,
+        gather_distributed: bool | None = None, group: ProcessGroup | None = None, precision: Precision | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(temperature, reduction, normalize, gather_distributed, group)
+        super().__init__(temperature, reduction, normalize, gather_distributed, group, precision)
 
 
 class CLIPLoss(nn.Module):
@@ -153,22 +159,29 @@ class CLIPLoss(nn.Module):
     Args:
         normalize: divide rows by their norms first (cosine similarities).
         gather_distributed, group: compute the loss of all ranks' pairs together, as `fastcl.clip_loss`.
+        reduction: "mean" over the B pairs of a batch, "sum", or "none" for (B,).
+        precision: of the Triton backend's products, as `fastcl.row_stats`.
 
     Raises:
         FastclError: when called, as `fastcl.clip_loss`.
     """
 
     def __init__(
-        self, normalize: bool = True, gather_distributed: bool | None = None, group: ProcessGroup | None = None
-    ) -> None:
+        self, normalize: bool = True, gather_distributed: bool | None = None, group: ProcessGroup | None = None,
+        reduction: Reduction = "mean", precision: Precision | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.normalize = normalize
         self.gather_distributed = gather_distributed
         self.group = group
+        self.reduction: Reduction = reduction
+        self.precision: Precision | None = precision
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
-        """Scalar loss of (B, D) image and text embeddings; logit_scale: positive number or one-element tensor."""
-        return F.clip_loss(image, text, logit_scale, self.normalize, self.gather_distributed, self.group)
+        """Loss of (B, D) image and text embeddings, a scalar or (B,); logit_scale: positive number or one-element
+        tensor."""
+        options = self.normalize, self.gather_distributed, self.group, self.reduction, self.precision
+        return F.clip_loss(image, text, logit_scale, *options)
 
     if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 

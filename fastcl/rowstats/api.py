@@ -250,7 +250,7 @@ def check_transforms(chosen: str, *tensors: Tensor | None) -> None:
 def scaled(x: Tensor, temperature: float | Tensor, normalize: bool) -> Tensor:
     """Rows in working precision, normalised if requested, divided by sqrt(temperature): logits are then inner products,
     and autograd provides the gradient of the temperature."""
-    return _prepare(x, normalize) / _square_root(temperature, x.dtype)
+    return prepared(x, normalize) / _square_root(temperature, x.dtype)
 
 
 def _square_root(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -261,8 +261,9 @@ def _square_root(temperature: float | Tensor, dtype: torch.dtype) -> float | Ten
     return temperature.to(torch.float64 if wide else torch.float32).reshape(()).sqrt()
 
 
-def _prepare(x: Tensor, normalize: bool) -> Tensor:
+def prepared(x: Tensor, normalize: bool) -> Tensor:
+    """Rows in working precision, normalised if requested. Infinities become NaN."""
     if normalize:
         return normalize_rows(x)
     x = x if x.dtype == torch.float64 else x.float()
-    return x * x.new_ones(()).where(~x.isinf(), torch.nan)  # an infinity becomes NaN, as in normalised rows
+    return x * x.new_ones(()).where(~x.isinf(), torch.nan)

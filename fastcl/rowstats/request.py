@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_all_ids, check_ids, check_rows, describe, is_stacked
-from fastcl.errors import FastclError
+from fastcl.checks import check_all_ids, check_ids, check_rows, describe, flat_labels, is_stacked
+from fastcl.errors import FastclError, type_of
 
 
 class Batch(NamedTuple):
@@ -48,9 +48,17 @@ class Batch(NamedTuple):
         return cls.of(z, None, sample, labels, None, None)
 
     @classmethod
+    def rectangle(
+        cls, x: Tensor, y: Tensor, sample: Tensor, sample_y: Tensor, labels: Tensor | None = None,
+        labels_y: Tensor | None = None,
+    ) -> Batch:  # fmt: skip
+        """Anchors x and candidates y, with arbitrary ids."""
+        return cls.of(x, y, sample, labels, sample_y, labels_y)
+
+    @classmethod
     def two_views(cls, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Batch:
-        """The 2B rows [z1; z2] of B samples, with (B,) labels."""
-        return cls(z1, z2, labels=None if labels is None else labels.long())
+        """The 2B rows [z1; z2] of B samples, with (B,) or (B, 1) labels."""
+        return cls(z1, z2, labels=None if labels is None else flat_labels(labels).long())
 
     @classmethod
     def pairs(cls, x: Tensor, y: Tensor) -> Batch:
@@ -73,11 +81,22 @@ class Batch(NamedTuple):
         return Batch(self.y, None, self.x, self.sample_y, self.labels_y, self.sample, self.labels)
 
 
+def check_rectangle(*tensors: object) -> None:
+    """Raise FastclError unless they are four or six tensors: x, y, sample, sample_y and perhaps labels, labels_y."""
+    names = ("z", "z", "sample", "sample", "labels", "labels")
+    for k, (tensor, name) in enumerate(zip(tensors, names, strict=False)):
+        if len(tensors) not in (4, 6) or not isinstance(tensor, Tensor):
+            raise FastclError(
+                f"{name} must be a pair of tensors, for anchors and for candidates, because z is a pair; got "
+                f"{type_of(tensor)} at position {k % 2}"
+            )
+
+
 def check_two_views(z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> None:
     """Raise FastclError unless `Batch.two_views` may be built."""
     check_pairs(z1, z2, ("z1", "z2"))
     if labels is not None:
-        check_ids(labels, z1, "labels")
+        check_ids(flat_labels(labels), z1, "labels")
 
 
 def check_pairs(a: Tensor, b: Tensor, names: tuple[str, str] = ("image", "text")) -> None:
