@@ -33,6 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "metrics": {"errors"},
     "config": {"errors", "io"},
     "data": {"config", "kernels"},
+    "adapters": {"losses"},
     "public": {"losses", "similarity", "micro"},
     "fastcl": {"public", "interrupts"},
     "train": {"fastcl", "data", "metrics", "io"},
@@ -43,6 +44,7 @@ LAYERS: dict[str, set[str]] = {
 # What the public names may load: torch and the standard library are enough for it.
 BARE = {
     "fastcl",
+    "adapters",
     "public",
     "losses",
     "similarity",
@@ -226,9 +228,12 @@ def test_the_bare_package_names_nothing_beyond_torch_at_its_top_level():
 
 def test_the_bare_package_imports_with_torch_alone():
     names = ["fastcl"] + [f"fastcl.{layer}" for layer in sorted(BARE - {"fastcl"})]
-    code = f"import sys; sys.modules.update(dict.fromkeys({(*EXTRAS, 'triton')!r}))\nimport {', '.join(names)}"
+    code = f"import sys; sys.modules.update(dict.fromkeys({(*EXTRAS, 'triton')!r}))\nimport fastcl.public\n"
+    code += f"print([name for name in sys.modules if name.startswith('fastcl.')])\nimport {', '.join(names)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    loaded = ast.literal_eval(done.stdout)
+    assert len(loaded) < 60 and "fastcl.losses" in loaded and "fastcl.adapters" not in loaded
 
 
 def test_every_public_name_is_documented():

@@ -1,0 +1,75 @@
+"""open_clip's ClipLoss (open_clip.loss, 2 and 3)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastcl.adapters.shared import everywhere, gathered, one_way, tell_once, with_gradient_times
+from fastcl.losses.functional import clip_loss
+
+
+class ClipLoss(nn.Module):
+    """open_clip's ClipLoss: CLIP's symmetric loss of features that the caller has normalised.
+
+    With several ranks the options decide about the gradient, as they do in open_clip: only `gather_with_grad=True`
+    gives that of the global batch. The others are reproduced, with a warning.
+
+    Args:
+        local_loss: the loss of this rank's pairs; False: that of all ranks' pairs, the same number on every rank.
+        gather_with_grad: let the gradient reach the features of other ranks.
+        cache_labels: has no effect here.
+        rank, world_size: of this process, and the number of processes.
+        use_horovod: not supported.
+
+    Raises:
+        NotImplementedError: use_horovod.
+    """
+
+    def __init__(
+        self, local_loss: bool = False, gather_with_grad: bool = False, cache_labels: bool = False, rank: int = 0,
+        world_size: int = 1, use_horovod: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if use_horovod:
+            raise NotImplementedError("use_horovod=True: start the ranks with torchrun, or use open_clip's own loss")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None, output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:  # fmt: skip
+        """Loss of (B, D) features, whose logits are logit_scale * <image, text> + logit_bias.
+
+        The bias is one number for all logits, so it changes neither the loss nor another gradient: its own is 0.
+        """
+        loss = self._loss(image_features, text_features, logit_scale)
+        if isinstance(logit_bias, Tensor):
+            loss = loss + 0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, image: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
+        if self.world_size == 1:
+            return clip_loss(image, text, scale, normalize=False, gather_distributed=False)
+        if self.gather_with_grad:
+            share = clip_loss(image, text, scale, normalize=False, gather_distributed=True)
+            return share if self.local_loss else everywhere(share)
+        if self.local_loss:
+            tell_once(
+                "ClipLoss(local_loss=True, gather_with_grad=False): as in open_clip, features get no gradient as "
+                "candidates, which is not the gradient of the global batch; gather_with_grad=True is"
+            )
+            sides = (image, gathered(text)), (text, gathered(image))
+            first, temperature = self.rank * len(image), 1 / scale
+            losses = [one_way(x, y, first, temperature, normalize=False) for x, y in sides]
+            return (losses[0] + losses[1]) / 2
+        tell_once(
+            f"ClipLoss(gather_with_grad=False): as in open_clip, the gradient of the features, averaged over the "
+            f"ranks, is 1/{self.world_size} of that of the global batch; gather_with_grad=True gives all of it"
+        )
+        image, text = (with_gradient_times(v, 1 / self.world_size) for v in (image, text))
+        return everywhere(clip_loss(image, text, scale, normalize=False, gather_distributed=True))

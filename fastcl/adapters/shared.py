@@ -1,0 +1,137 @@
+"""What the adapters share: ranks as the originals see them, labels of any kind, one direction of InfoNCE."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fastcl.choices import Reduction
+from fastcl.losses.functional import contrastive_loss
+from fastcl.rowstats.api import row_stats, scaled
+
+_told: set[str] = set()
+
+
+def tell_once(message: str) -> None:
+    """Warn, once for each message in a process."""
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Rank of this process; 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all ranks, which hold the same number of rows, without a gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+def everywhere(share: Tensor) -> Tensor:
+    """The average of all ranks' shares of a loss, with the gradient of this rank's own."""
+    if world_size() == 1:
+        return share
+    total = share.detach().clone()
+    dist.all_reduce(total)
+    return share + (total / world_size() - share).detach()
+
+
+def with_gradient_times(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied by a factor."""
+    if factor == 1 or not x.requires_grad:
+        return x
+    x = x.view_as(x)
+    x.register_hook(lambda grad: grad * factor)
+    return x
+
+
+def with_gradient_summed(x: Tensor) -> Tensor:
+    """x, whose gradient is added up over the ranks."""
+    if world_size() == 1 or not x.requires_grad:
+        return x
+    x = x.view_as(x)
+    x.register_hook(_summed)
+    return x
+
+
+def _summed(grad: Tensor) -> Tensor:
+    total = grad.contiguous().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def check_ranks(gather_distributed: bool) -> None:
+    """Raise ValueError if ranks are to be gathered by a PyTorch that knows none."""
+    if gather_distributed and not dist.is_available():
+        raise ValueError("gather_distributed=True needs torch.distributed, which this build of PyTorch does not have")
+
+
+def class_ids(labels: Tensor) -> Tensor:
+    """(N,) labels of any dtype and shape as integers; -1, which fastcl takes for unlabelled, stays a class."""
+    labels = labels.reshape(-1)
+    if labels.is_floating_point():
+        return labels.unique(return_inverse=True)[1]
+    labels = labels.long()
+    return labels - (labels < 0).long()
+
+
+def one_way(
+    anchors: Tensor,
+    candidates: Tensor,
+    target: Tensor | int = 0,
+    temperature: float | Tensor = 1.0,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Cross-entropy of anchors (N, D) against candidates (M, D), on this rank alone.
+
+    Args:
+        target: (N,) index of each anchor's positive among the candidates, or the index of the first anchor's, if those
+            of the others follow it.
+    """
+    device = candidates.device
+    own, first = torch.arange(len(candidates), device=device), torch.arange(len(anchors), device=device)
+    sample = first + target if isinstance(target, int) else target
+    dtype = torch.promote_types(anchors.dtype, candidates.dtype)
+    rows = anchors.to(dtype), candidates.to(dtype)
+    return contrastive_loss(
+        rows, (sample, own), None, "ntxent", temperature, reduction, normalize, gather_distributed=False
+    )
+
+
+def with_positives(x: Tensor, mask: Tensor, temperature: float | Tensor, normalize: bool, own: bool = False) -> Tensor:
+    """(N,) means over any positives of log-sum-exp minus logit: each row against all rows but itself.
+
+    The logits of positives are linear in the rows, so that the mask is multiplied with rows instead of logits.
+
+    Args:
+        x: (N, D) rows: V views of B samples, views outermost.
+        mask: (B, B) weights of positives, the same for all views. Those of a row may add up to 0: its result is 0.
+        own: whether the diagonal counts, which is each row with itself; V must be 1 then.
+    """
+    ids = torch.arange(len(x), device=x.device)
+    stats = row_stats(x, sample=ids, temperature=temperature, normalize=normalize, gather_distributed=False)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = scaled(x, temperature, normalize)
+        batch, mask = len(mask), mask.to(rows.dtype)
+        views, weight, itself = len(x) // batch, mask.sum(1), mask.diagonal()
+        pull = (rows.view(views, batch, -1) * (mask @ rows.view(views, batch, -1).sum(0))).sum(2).view(-1)
+        weight = (weight * views).repeat(views)
+        if not own:
+            weight, pull = weight - itself.repeat(views), pull - itself.repeat(views) * rows.square().sum(1)
+        lse = stats.lse_other.masked_fill(stats.n_other == 0, 0)
+        return (weight * lse - pull) / weight.where(weight >= 1e-6, 1)

@@ -1,0 +1,68 @@
+"""SupContrast's SupConLoss (losses.py of the code of Khosla et al. 2020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastcl.adapters.shared import class_ids, with_positives
+from fastcl.losses.objectives import OBJECTIVES, Objective
+from fastcl.rowstats.api import row_stats
+
+_ALONE = Objective(("view", "peer"), ("view", "peer"))  # of rows without a row of another class
+
+
+class SupConLoss(nn.Module):
+    """SupContrast's SupConLoss: L_out times temperature / base_temperature, of features that the caller normalises.
+
+    Unlike `fastcl.supcon_loss`, a row whose batch holds no other class counts, and -1 is a class.
+
+    Args:
+        temperature: divides the logits.
+        contrast_mode: "all" views are anchors, or "one", the first of each sample. All are candidates either way.
+        base_temperature: the loss is multiplied by temperature / base_temperature.
+    """
+
+    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Mean loss over the anchors.
+
+        Args:
+            features: (B, V, ...) of V views of B samples; further dimensions are flattened.
+            labels: (B,) or (B, 1), of any dtype. Without labels and mask it is SimCLR.
+            mask: (B, B) instead of labels: what sample j weighs among the positives of sample i; any numbers, of which
+                those that compare labels are better given as labels.
+
+        Raises:
+            ValueError: fewer than three dimensions, labels and a mask, another number of labels or samples than in
+                features, an unknown mode.
+        """
+        if features.ndim < 3:
+            raise ValueError(f"`features` needs to be (samples, views, ...), got {tuple(features.shape)}")
+        if labels is not None and mask is not None:
+            raise ValueError("Cannot define both `labels` and `mask`")
+        if self.contrast_mode not in ("all", "one"):
+            raise ValueError(f"Unknown mode: {self.contrast_mode}, expected all or one")
+        batch, views = features.shape[:2]
+        if labels is not None and labels.numel() != batch:
+            raise ValueError(f"Num of labels does not match num of features: {labels.numel()} and {batch}")
+        if mask is not None and mask.shape != (batch, batch):
+            raise ValueError(f"mask must have shape ({batch}, {batch}), got {tuple(mask.shape)}")
+        x = features.reshape(batch, views, -1).transpose(0, 1).reshape(batch * views, -1)
+        if mask is not None:
+            rows = with_positives(x, mask.to(x.device), self.temperature, normalize=False)
+        else:
+            ids = torch.arange(batch, device=x.device).repeat(views)
+            classes = None if labels is None else class_ids(labels).to(x.device).repeat(views)
+            stats = row_stats(
+                x, sample=ids, labels=classes, temperature=self.temperature, normalize=False, gather_distributed=False
+            )
+            rows = OBJECTIVES["supcon"](stats).where(stats.n_other > 0, _ALONE(stats))
+        if self.contrast_mode == "one":
+            rows = rows[:batch]
+        return rows.mean() * (self.temperature / self.base_temperature)

@@ -1,0 +1,157 @@
+"""The adapters' distributed options on three ranks: the value on each and the gradient with its factor."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import originals
+import pytest
+import torch
+from gloo_ranks import WORLD, Pool, ranks  # noqa: F401
+from originals import against, dcl, inside_sum, nt_xent, unit, with_mask
+from reference import normal
+from torch import Tensor
+
+from fastcl.adapters import inf_cl, lightly, open_clip, solo_learn, stable_pretraining, understanding_ssl, vissl
+
+pytestmark = pytest.mark.dist
+B, D = 4, 5
+ALL, T = WORLD * B, 0.3
+LABELS = torch.tensor([0, -1, 2, 0, 2, 2, 5, -1, 5, 0, 0, 2])
+
+
+class Case(NamedTuple):
+    """An adapter on a rank, row losses of all ranks' rows together, and how the original reduces and differentiates.
+
+    Adapters get (rank, first, second, scale), the rows (B, D) of the rank; formulas the rows (ALL, D).
+    """
+
+    name: str
+    ours: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+    formula: Callable[[Tensor, Tensor, Tensor], Tensor]  # (..., ALL): one row for each direction or view
+    is_local: bool = True  # the value is that of the rank's own rows; False: of all
+    factor: float = WORLD  # of the global loss's gradient, on each rank; the average over ranks of WORLD is exact
+    original: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+def clip_rows(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    to = torch.arange(ALL)
+    return torch.stack([against(a, b, to, scale, False), against(b, a, to, scale, False)])
+
+
+def published(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    z, both = unit(torch.cat([a, b])), LABELS.repeat(2)
+    same = (both[:, None] == both) & originals.others(2 * ALL)
+    return with_mask(z, same.double(), 0.5, None, 1e-9)
+
+
+def clip_of(options: dict[str, bool], loss: Any = open_clip.ClipLoss) -> Callable[..., Tensor]:
+    return lambda rank, a, b, s: loss(**options, rank=rank, world_size=WORLD)(a, b, s.reshape(()))
+
+
+def own(labels: Tensor, rank: int) -> Tensor:
+    return labels[rank * B : (rank + 1) * B]
+
+
+def buffers() -> Any:
+    return type("Buffers", (), {"effective_batch_size": 2 * ALL, "world_size": WORLD, "embedding_dim": D})
+
+
+def their_ntxent(rank: int, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return originals.loaded("lightly", "loss/ntx_ent_loss.py").NTXentLoss(T, gather_distributed=True)(a, b)
+
+
+def their_clip(options: dict[str, bool]) -> Callable[..., Tensor]:
+    return lambda *args: clip_of(options, originals.loaded("open_clip", "loss.py").ClipLoss)(*args)
+
+
+LOCAL, GRAD, BOTH = {"local_loss": True}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}
+CASES = [
+    Case("lightly", lambda rank, a, b, s: lightly.NTXentLoss(T, gather_distributed=True)(a, b),
+         lambda a, b, s: nt_xent(a, b, T), original=their_ntxent),
+    Case("lightly, T < 0", lambda rank, a, b, s: lightly.NTXentLoss(-T, gather_distributed=True)(a, b),
+         lambda a, b, s: nt_xent(a, b, -T)),
+    Case("lightly DCLW", lambda rank, a, b, s: lightly.DCLLoss(T, lambda x, y: x[:, 0], gather_distributed=True)(a, b),
+         lambda a, b, s: dcl(a, b, T, torch.cat([unit(a)[:, 0], unit(b)[:, 0]]))),
+    Case("open_clip, local, with gradient", clip_of(BOTH), clip_rows, original=their_clip(BOTH)),
+    Case("open_clip, with gradient", clip_of(GRAD), clip_rows, is_local=False, original=their_clip(GRAD)),
+    Case("open_clip", clip_of({}), clip_rows, is_local=False, factor=1, original=their_clip({})),
+    Case("solo, classes", lambda rank, a, b, s: solo_learn.simclr_loss_func(a, own(LABELS, rank), T),
+         lambda a, b, s: inside_sum(a, LABELS, T)),
+    Case("solo, MoCo v3", lambda rank, a, b, s: solo_learn.mocov3_loss_func(a, b, T) / (2 * T),
+         lambda a, b, s: against(a, b.detach(), torch.arange(ALL), 1 / T)),
+    Case("stable, NT-Xent", lambda rank, a, b, s: stable_pretraining.NTXEntLoss(T)(a, b),
+         lambda a, b, s: nt_xent(a, b, T)),
+    Case("stable, CLIP", lambda rank, a, b, s: stable_pretraining.CLIPLoss()(a, b, 1 / s),
+         lambda a, b, s: clip_rows(unit(a), unit(b), s)),
+    Case("vissl", lambda rank, a, b, s: vissl.SimclrInfoNCECriterion(buffers(), T)(torch.cat([a, b])),
+         lambda a, b, s: nt_xent(a, b, T, normalize=False)),
+    Case("inf_cl", lambda rank, a, b, s: inf_cl.cal_inf_loss(a, b, scale=s),
+         lambda a, b, s: against(a, b, torch.arange(ALL), s, False)),
+    Case("published scl", lambda rank, a, b, s: understanding_ssl.SupConLoss()(a, b, own(LABELS, rank)), published,
+         is_local=False, factor=1),
+]  # fmt: skip
+BY_NAME = {case.name: case for case in CASES}
+
+
+def leaves_of(rank: int | None) -> list[Tensor]:
+    """Both views and the scale; those of a rank, or of all."""
+    rows = [unit(normal(ALL, D, seed=k)) for k in (1, 2)]
+    rows = rows if rank is None else [own(v, rank).clone() for v in rows]
+    return [v.requires_grad_() for v in (*rows, torch.tensor([2.0], dtype=torch.float64))]
+
+
+def on_rank(rank: int, name: str, which: str) -> list[Tensor] | str:
+    case, leaves = BY_NAME[name], leaves_of(rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return originals.value_and_gradients(getattr(case, which)(rank, *leaves), leaves)
+        except pytest.skip.Exception as reason:
+            return str(reason)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_value_and_gradient(ranks: Pool, name: str) -> None:  # noqa: F811
+    case, leaves = BY_NAME[name], leaves_of(None)
+    rows = case.formula(*leaves).view(-1, ALL)
+    _, *gradients = originals.value_and_gradients(rows.mean(), leaves)
+    for which in ("ours", "original")[: 1 + (case.original is not None)]:
+        found = ranks.run(on_rank, name, which)
+        if isinstance(found[0], str):
+            pytest.skip(found[0])
+        for rank, (value, first, second, _) in enumerate(found):
+            want = own(rows.T, rank).mean() if case.is_local else rows.mean()
+            torch.testing.assert_close(value, want.detach(), rtol=1e-9, atol=1e-9)
+            for got, whole in ((first, gradients[0]), (second, gradients[1])):
+                torch.testing.assert_close(got, case.factor * own(whole, rank), rtol=1e-9, atol=1e-9)
+        scale = torch.stack([one[3] for one in found]).mean(0)
+        scale /= WORLD if name == "inf_cl" else 1  # which adds it up on every rank
+        torch.testing.assert_close(scale, gradients[2], rtol=1e-9, atol=1e-9)
+
+
+def local_clip(rank: int, which: str) -> list[Tensor] | list[str] | str:
+    leaves = leaves_of(rank)
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call = clip_of(LOCAL) if which == "ours" else their_clip(LOCAL)
+            found = [originals.value_and_gradients(call(rank, *leaves), leaves) for _ in range(2)]
+    except pytest.skip.Exception as reason:
+        return str(reason)
+    told = [one for one in seen if "as in open_clip" in str(one.message)]
+    assert len(told) == (which == "ours")  # once, not for every call
+    return found[0]
+
+
+def test_open_clips_local_loss_without_gradients_of_candidates(ranks: Pool) -> None:  # noqa: F811
+    for which in ("ours", "original"):
+        found = ranks.run(local_clip, which)
+        if isinstance(found[0], str):
+            pytest.skip(found[0])
+        everyone = [v.detach() for v in leaves_of(None)]
+        for rank, got in enumerate(found):
+            a, b, s = leaves = leaves_of(rank)
+            to = torch.arange(B) + rank * B
+            loss = (against(a, everyone[1], to, s, False) + against(b, everyone[0], to, s, False)).mean() / 2
+            torch.testing.assert_close(got, originals.value_and_gradients(loss, leaves), rtol=1e-9, atol=1e-9)
