@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 BENCHES ?= losses similarity data
 OUT ?= runs
 WORKERS ?= 2
+# Losses that the adapters are compared with. Without their dependencies, which the losses do not need.
+ORIGINALS := info-nce-pytorch lightly lightly-utils open-clip-torch pytorch-metric-learning
 CORE := $(addprefix tests/,losses project/test_structure.py project/test_rooms.py rowstats/test_rowstats.py \
     rowstats/test_dispatch.py rowstats/test_triton_prepare.py rowstats/test_triton_stats.py similarity/test_similarity.py \
     similarity/test_accumulator.py similarity/test_spearman.py data/test_plan.py data/test_loader.py train/test_config.py)
@@ -41,6 +43,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo 'The first time this takes a few minutes and about 6 GB.'
 	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input \
 	    -c constraints.txt -e '.[train,dali,bench,docs,dev]' > $(VENV)/install.log 2>&1 \
+	    && $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input --no-deps \
+	    -c constraints.txt $(ORIGINALS) >> $(VENV)/install.log 2>&1 \
 	    || { tail -n 20 $(VENV)/install.log >&2; echo 'Installation failed; above is the end of $(VENV)/install.log.' >&2; exit 1; }
 	@touch $@
 	@echo 'Installed. Later runs reuse $(VENV).'

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastcl.adapters.shared import one_way, with_gradient_summed, world_size
 from fastcl.choices import Reduction
-from fastcl.losses.functional import contrastive_loss
 
 
 def cal_flash_loss(
@@ -51,10 +49,5 @@ def _loss(
     q: Tensor, k: Tensor, labels: Tensor | None, scale: float | Tensor | None, reduction: Reduction, gathers: bool
 ) -> Tensor:
     temperature = 1.0 if scale is None else 1 / scale
-    target = torch.arange(len(q), device=q.device) if labels is None else labels
-    if not gathers:
-        return one_way(q, k, target, temperature, normalize=False, reduction=reduction)
-    ids = target, torch.arange(len(k), device=k.device)
-    return contrastive_loss(
-        (q, k), ids, None, "ntxent", temperature, reduction, normalize=False, gather_distributed=True
-    )
+    target = 0 if labels is None else labels
+    return one_way(q, k, target, temperature, False, reduction, gathers)

@@ -33,9 +33,9 @@ def rank() -> int:
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all ranks, which hold the same number of rows, without a gradient."""
-    if world_size() == 1:
-        return x.detach()
+    """The rows of all ranks, which hold the same number of rows, without a gradient; x without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)
@@ -96,12 +96,14 @@ def one_way(
     temperature: float | Tensor = 1.0,
     normalize: bool = True,
     reduction: Reduction = "mean",
+    gathers: bool = False,
 ) -> Tensor:
-    """Cross-entropy of anchors (N, D) against candidates (M, D), on this rank alone.
+    """Cross-entropy of this rank's anchors (N, D) against candidates (M, D).
 
     Args:
         target: (N,) index of each anchor's positive among the candidates, or the index of the first anchor's, if those
             of the others follow it.
+        gathers: the candidates of all ranks; targets are among this rank's.
     """
     device = candidates.device
     own, first = torch.arange(len(candidates), device=device), torch.arange(len(anchors), device=device)
@@ -109,7 +111,7 @@ def one_way(
     dtype = torch.promote_types(anchors.dtype, candidates.dtype)
     rows = anchors.to(dtype), candidates.to(dtype)
     return contrastive_loss(
-        rows, (sample, own), None, "ntxent", temperature, reduction, normalize, gather_distributed=False
+        rows, (sample, own), None, "ntxent", temperature, reduction, normalize, gather_distributed=gathers
     )
 
 

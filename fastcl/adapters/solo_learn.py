@@ -70,10 +70,16 @@ moco_loss_func = mocov2plus_loss_func  # its name in release 1.0.2
 
 
 def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
-    """MoCo v3's loss of queries (N, D) against the keys of all ranks, which get no gradient; times 2 * temperature."""
+    """MoCo v3's loss of queries (N, D) against the keys of all ranks, times 2 * temperature.
+
+    In a process group the keys get no gradient.
+    """
     return one_way(query, gathered(key), rank() * len(query), temperature) * (2 * temperature)
 
 
 def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
-    """NNCLR's loss of nearest neighbours nn (N, D) against predictions p (N, D)."""
-    return one_way(nn, p, 0, temperature)
+    """NNCLR's loss of nearest neighbours nn (N, D) against the predictions p (N, D) of all ranks.
+
+    So does solo-learn's source; release 1.0.2 compares with the rank's own predictions alone.
+    """
+    return one_way(nn, p, 0, temperature, gathers=world_size() > 1)

@@ -80,6 +80,8 @@ CASES = [
          lambda a, b, s: inside_sum(a, LABELS, T)),
     Case("solo, MoCo v3", lambda rank, a, b, s: solo_learn.mocov3_loss_func(a, b, T) / (2 * T),
          lambda a, b, s: against(a, b.detach(), torch.arange(ALL), 1 / T)),
+    Case("solo, NNCLR", lambda rank, a, b, s: solo_learn.nnclr_loss_func(a, b, T),
+         lambda a, b, s: against(a, b, torch.arange(ALL), 1 / T)),
     Case("stable, NT-Xent", lambda rank, a, b, s: stable_pretraining.NTXEntLoss(T)(a, b),
          lambda a, b, s: nt_xent(a, b, T)),
     Case("stable, CLIP", lambda rank, a, b, s: stable_pretraining.CLIPLoss()(a, b, 1 / s),

@@ -149,7 +149,7 @@ CASES = [
     Case("solo, MoCo v2+", (*TWO, (D, K)), lambda q, k, m: solo_learn.mocov2plus_loss_func(q, k, m.detach(), 0.5),
          lambda q, k, m: queue(q, k, m.T.detach(), 0.5, False).mean(),
          lambda q, k, m: peer("solo", "moco_loss_func", "losses/moco.py")(q, k, m.detach(), 0.5)),
-    Case("solo, MoCo v3", TWO, solo_learn.mocov3_loss_func, lambda q, k: against(q, k.detach(), IDS, 5).mean() * 0.4),
+    Case("solo, MoCo v3", TWO, solo_learn.mocov3_loss_func, lambda q, k: against(q, k, IDS, 5).mean() * 0.4),
     Case("solo, NNCLR", TWO, solo_learn.nnclr_loss_func, lambda n, p: against(n, p, IDS, 10).mean(),
          lambda n, p: peer("solo", "nnclr_loss_func", "losses/nnclr.py")(n, p)),
     Case("stable, InfoNCE", ROWS, lambda a, c: stable_pretraining.InfoNCELoss()(a, c, TARGETS),
