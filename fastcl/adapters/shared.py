@@ -10,8 +10,10 @@ from torch import distributed as dist
 
 from fastcl.choices import Reduction
 from fastcl.losses.functional import contrastive_loss
-from fastcl.rowstats.api import row_stats, scaled
+from fastcl.losses.objectives import OBJECTIVES, Objective
+from fastcl.rowstats.api import RowStats, row_stats, scaled
 
+_ALONE = Objective(("view", "peer"), ("view", "peer"))
 _told: set[str] = set()
 
 
@@ -113,6 +115,11 @@ def one_way(
     return contrastive_loss(
         rows, (sample, own), None, "ntxent", temperature, reduction, normalize, gather_distributed=gathers
     )
+
+
+def supcon_rows(stats: RowStats) -> Tensor:
+    """(N,) losses L_out; unlike the objective "supcon", those of rows without a row of another class too."""
+    return OBJECTIVES["supcon"](stats).where(stats.n_other > 0, _ALONE(stats))
 
 
 def with_positives(x: Tensor, mask: Tensor, temperature: float | Tensor, normalize: bool, own: bool = False) -> Tensor:

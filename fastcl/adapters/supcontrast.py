@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcl.adapters.shared import class_ids, with_positives
-from fastcl.losses.objectives import OBJECTIVES, Objective
+from fastcl.adapters.shared import class_ids, supcon_rows, with_positives
 from fastcl.rowstats.api import row_stats
-
-_ALONE = Objective(("view", "peer"), ("view", "peer"))  # of rows without a row of another class
 
 
 class SupConLoss(nn.Module):
@@ -62,7 +59,7 @@ class SupConLoss(nn.Module):
             stats = row_stats(
                 x, sample=ids, labels=classes, temperature=self.temperature, normalize=False, gather_distributed=False
             )
-            rows = OBJECTIVES["supcon"](stats).where(stats.n_other > 0, _ALONE(stats))
+            rows = supcon_rows(stats)
         if self.contrast_mode == "one":
             rows = rows[:batch]
         return rows.mean() * (self.temperature / self.base_temperature)

@@ -44,7 +44,6 @@ LAYERS: dict[str, set[str]] = {
 # What the public names may load: torch and the standard library are enough for it.
 BARE = {
     "fastcl",
-    "adapters",
     "public",
     "losses",
     "similarity",

@@ -1,0 +1,106 @@
+"""pytorch-metric-learning's losses: ours against its own, with its reducers and wrappers."""
+
+import itertools
+
+import pytest
+import torch
+from originals import value_and_gradients
+from reference import normal
+from torch import Tensor
+
+pytest.importorskip("pytorch_metric_learning", reason="make test installs it")
+
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
+
+from fastcl.adapters import metric_learning, shared
+
+LABELS = torch.tensor([0, -1, 0, 2, -1, 0, 5, 2, 7])
+NAMES = ("NTXentLoss", "SupConLoss")
+each_loss = pytest.mark.parametrize("name", NAMES)
+
+
+def agree(name: str, *arguments, embeddings: Tensor | None = None, **options) -> None:
+    """The adapter's value and gradients are the original's."""
+    ref = arguments[-1] if len(arguments) == 2 else None
+    z = normal(9, 6) if embeddings is None else embeddings
+    found = []
+    for module in (metric_learning, losses):
+        leaves = [z.clone().requires_grad_()] + ([] if ref is None else [ref[0].clone().requires_grad_()])
+        given = {} if ref is None else {"ref_emb": leaves[1], "ref_labels": ref[1]}
+        loss = getattr(module, name)(**options)(leaves[0], arguments[0], **given)
+        found.append(value_and_gradients(loss, leaves))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@each_loss
+@pytest.mark.parametrize("labels", (LABELS, LABELS / 2, 0 * LABELS, torch.arange(9), torch.arange(9) // 2))
+def test_labels(name: str, labels: Tensor) -> None:
+    agree(name, labels)
+    agree(name, labels, temperature=0.3)
+
+
+@each_loss
+def test_references(name: str) -> None:
+    for count, labels in ((5, LABELS[:5]), (9, LABELS.clone()), (1, LABELS[:1]), (9, LABELS)):
+        agree(name, LABELS, (normal(count, 6, seed=1), labels))
+
+
+@each_loss
+def test_few_rows(name: str) -> None:
+    for n in (1, 2, 3):
+        agree(name, LABELS[:n], embeddings=normal(n, 6))
+        agree(name, torch.zeros(n), (normal(1, 6, seed=1), torch.tensor([1.0])), embeddings=normal(n, 6))
+
+
+@each_loss
+def test_reducers_distances_and_regularizers(name: str) -> None:
+    for reducer in (
+        reducers.MeanReducer(), reducers.ThresholdReducer(low=0.5), reducers.DoNothingReducer(),
+        reducers.ClassWeightedReducer(torch.rand(9, dtype=torch.float64)), reducers.AvgNonZeroReducer(),
+    )[: 5 if name == "NTXentLoss" else 2]:  # fmt: skip
+        if not isinstance(reducer, reducers.DoNothingReducer):
+            agree(name, LABELS.abs(), reducer=reducer)
+    agree(name, LABELS, distance=distances.DotProductSimilarity(normalize_embeddings=False))
+    agree(name, LABELS, embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.5)
+
+
+@each_loss
+def test_wrappers(name: str) -> None:
+    z, other = normal(5, 6), normal(5, 6, seed=1)
+    results = []
+    for module in (metric_learning, losses):
+        a, b = z.clone().requires_grad_(), other.clone().requires_grad_()
+        loss = losses.SelfSupervisedLoss(getattr(module, name)())(a, b)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (a, b))])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@each_loss
+def test_what_needs_pairs_is_left_to_the_original_with_one_warning(name: str) -> None:
+    shared._told.clear()
+    z = normal(9, 6).requires_grad_()
+    tuples = miners.MultiSimilarityMiner()(z.detach(), LABELS)
+    for options, given in (({}, {"indices_tuple": tuples}), ({"distance": distances.LpDistance()}, {})):
+        ours, theirs = (getattr(module, name)(**options) for module in (metric_learning, losses))
+        with pytest.warns(UserWarning, match=f"{name} with .* is computed by pytorch_metric_learning itself") as told:
+            for _ in range(2):
+                assert torch.equal(ours(z, LABELS, **given), theirs(z, LABELS, **given))
+        assert len([w for w in told if "computed by" in str(w.message)]) == 1
+    with pytest.raises(ValueError, match="labels and indices_tuple cannot both be None"):
+        ours(z)
+
+
+def test_pairs_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metric_learning, "PAIRS", 3)
+    agree("NTXentLoss", LABELS)
+
+
+def test_positive_pairs_are_in_the_librarys_order() -> None:
+    for itself, labels_y in itertools.product((True, False), (LABELS, LABELS[:4].repeat(2))):
+        if itself and labels_y is not LABELS:
+            continue
+        same = LABELS[:, None] == labels_y
+        if itself:
+            same.fill_diagonal_(False)
+        a, p = metric_learning._positive_pairs(LABELS, labels_y, itself)
+        assert torch.equal(torch.stack([a, p]), torch.stack(torch.where(same)))
