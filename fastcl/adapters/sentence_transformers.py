@@ -1,0 +1,76 @@
+"""sentence-transformers' losses with in-batch negatives (6), which has to be installed: subclasses of its own.
+
+The cached losses still embed in mini-batches and keep gradients instead of activations; what was chunked is computed on
+row statistics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.util import cos_sim, dot_score
+from torch import Tensor
+
+from fastcl.adapters.in_batch import in_batch_loss
+from fastcl.adapters.shared import tell_once, world_size
+
+# The symmetric losses of the library are this; to subclass them would tell of their deprecation on import.
+_SYMMETRIC: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+
+
+def _loss_of(loss: Any, embeddings: list[Tensor]) -> Tensor | None:
+    """The loss by the options of a loss of sentence-transformers; None if row statistics are not enough, said once."""
+    reason = None
+    if loss.similarity_fct not in (cos_sim, dot_score):
+        reason = "similarity_fct"
+    elif loss.hardness_mode is not None and loss.hardness_strength > 0:
+        reason = f"hardness_mode={loss.hardness_mode!r}"
+    if reason is not None:
+        name = type(loss).__name__
+        tell_once(f"{name} with {reason} is computed by sentence_transformers itself, with whole matrices")
+        return None
+    return in_batch_loss(
+        embeddings, loss.scale, loss.directions, loss.partition_mode, loss.similarity_fct is cos_sim,
+        loss.gather_across_devices and world_size() > 1,
+    )  # fmt: skip
+
+
+class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
+    """sentence_transformers' MultipleNegativesRankingLoss."""
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Loss of queries, their documents and further negatives, (B, D) each."""
+        found = _loss_of(self, embeddings)
+        return super().compute_loss_from_embeddings(embeddings, labels) if found is None else found
+
+
+class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss):
+    """sentence_transformers' MultipleNegativesSymmetricRankingLoss: both directions, each with its own denominator."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options, **_SYMMETRIC)
+
+
+class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
+    """sentence_transformers' CachedMultipleNegativesRankingLoss."""
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Loss of the embeddings of all mini-batches; with_backward: and its gradient, at once."""
+        found = _loss_of(self, [torch.cat(parts) for parts in reps])
+        if found is None:
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
+        if not with_backward:
+            return found
+        found.backward()
+        return found.detach()
+
+
+class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):
+    """sentence_transformers' CachedMultipleNegativesSymmetricRankingLoss."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options, **_SYMMETRIC)
