@@ -13,6 +13,7 @@ from fastcl.losses.functional import contrastive_loss
 from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats.api import RowStats, row_stats, scaled
 
+IGNORED = -100  # a target without a positive
 _ALONE = Objective(("view", "peer"), ("view", "peer"))
 _told: set[str] = set()
 
@@ -104,12 +105,19 @@ def one_way(
 
     Args:
         target: (N,) index of each anchor's positive among the candidates, or the index of the first anchor's, if those
-            of the others follow it.
+            of the others follow it. IGNORED, as in torch's cross_entropy, gives a loss of 0.
         gathers: the candidates of all ranks; targets are among this rank's.
+
+    Raises:
+        IndexError: a target, on a CPU, that is no index of a candidate.
     """
     device = candidates.device
     own, first = torch.arange(len(candidates), device=device), torch.arange(len(anchors), device=device)
     sample = first + target if isinstance(target, int) else target
+    if isinstance(target, Tensor) and target.device.type == "cpu":  # elsewhere a check would wait for the device
+        wrong = (target >= len(candidates)) | ((target < 0) & (target != IGNORED))
+        if wrong.any():
+            raise IndexError(f"Target {target[wrong][0].item()} is out of bounds for {len(candidates)} candidates")
     dtype = torch.promote_types(anchors.dtype, candidates.dtype)
     rows = anchors.to(dtype), candidates.to(dtype)
     return contrastive_loss(

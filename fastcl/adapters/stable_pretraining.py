@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastcl.adapters.shared import one_way, tell_once, world_size
+from fastcl.adapters.shared import IGNORED, one_way, tell_once, world_size
 from fastcl.losses.functional import clip_loss, ntxent_loss
 
 
@@ -26,7 +26,7 @@ class InfoNCELoss(nn.Module):
 
         Args:
             anchors, candidates: (N, D) and (M, D), normalised here.
-            targets: (N,) index of each anchor's positive.
+            targets: (N,) index of each anchor's positive; -100 leaves the anchor out.
             mask: (N, M) bool, True for pairs to leave out: computed by stable-pretraining itself.
             logit_scale: divides the logits, in place of the temperature.
 
@@ -36,7 +36,7 @@ class InfoNCELoss(nn.Module):
         degree = self.temperature if logit_scale is None else logit_scale
         if mask is not None:
             return _original(self.temperature)(anchors, candidates, targets, mask, logit_scale)
-        return one_way(anchors, candidates, targets, degree)
+        return one_way(anchors, candidates, targets, degree, reduction="sum") / (targets != IGNORED).sum()
 
 
 class NTXEntLoss(InfoNCELoss):

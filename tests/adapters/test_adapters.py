@@ -154,6 +154,9 @@ CASES = [
          lambda n, p: peer("solo", "nnclr_loss_func", "losses/nnclr.py")(n, p)),
     Case("stable, InfoNCE", ROWS, lambda a, c: stable_pretraining.InfoNCELoss()(a, c, TARGETS),
          lambda a, c: against(a, c, TARGETS, 1 / 0.07).mean()),
+    Case("stable, ignored", ROWS,
+         lambda a, c: stable_pretraining.InfoNCELoss()(a, c, torch.where(IDS < 2, -100, TARGETS)),
+         lambda a, c: against(a[2:], c, TARGETS[2:], 1 / 0.07).mean()),
     Case("stable, NT-Xent", TWO, stable_pretraining.NTXEntLoss(), lambda a, b: nt_xent(a, b, 0.5).mean()),
     Case("stable, CLIP", PAIRS, lambda a, b, s: stable_pretraining.CLIPLoss()(a, b, s.exp()),
          lambda a, b, s: clip(unit(a), unit(b), 1 / s.exp())),
@@ -259,6 +262,7 @@ REFUSED = [
     (lambda: info_nce.info_nce(F[0], F[0], reduction="max"), ValueError, "reduction"),
     (lambda: solo_learn.simclr_loss_func(F[0]), TypeError, "needs z and indexes"),
     (lambda: solo_learn.simclr_loss_func(F[0], IDS[:2], extra_pos_mask=F), ValueError, "extra_pos_mask"),
+    (lambda: inf_cl.cal_flash_loss(F[0], F[0], TARGETS[:2]), IndexError, "Target 3 is out of bounds for 2"),
     (lambda: vissl.SimclrInfoNCECriterion(buffers, 0.1)(torch.ones(2, D)), ValueError, "14 rows on a rank, got 2"),
 ]
 
