@@ -85,7 +85,7 @@ def loaded(package: str, file: str = "") -> Any:
     """A package of the registry, or one file of it whose package needs more than the file; absent ones skip."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{package} is not installed (make test installs it)")
+        pytest.skip(f"{package} is not installed")
     if not file:
         return importlib.import_module(package)
     name = f"original_{package}_{Path(file).stem}"

@@ -67,7 +67,7 @@ class Rows(nn.Sequential):
 
 @pytest.fixture(scope="module")
 def modules() -> tuple[Any, Any]:
-    pytest.importorskip("sentence_transformers", reason="it needs transformers, which no check installs")
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     from sentence_transformers.sentence_transformer import losses
 
     from fastcl.adapters import sentence_transformers

@@ -8,7 +8,7 @@ from originals import value_and_gradients
 from reference import normal
 from torch import Tensor
 
-pytest.importorskip("pytorch_metric_learning", reason="make test installs it")
+pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
 
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 
@@ -40,6 +40,7 @@ def test_labels(name: str, labels: Tensor) -> None:
 
 
 @each_loss
+@pytest.mark.filterwarnings("ignore:.*ref_labels that are the same tensor")
 def test_references(name: str) -> None:
     for count, labels in ((5, LABELS[:5]), (9, LABELS.clone()), (1, LABELS[:1]), (9, LABELS)):
         agree(name, LABELS, (normal(count, 6, seed=1), labels))
