@@ -29,6 +29,10 @@ def losses(z1: Tensor, z2: Tensor, labels: Tensor, temperature: nn.Parameter) ->
         total += module(z1, z2)
     total += fastcl.NSCLLoss(0.2, positive_in_denominator=True)(z1, z2, labels)
     total += fastcl.SupConLoss()(z1, z2, labels) + fastcl.CLIPLoss()(z1, z2, 10.0)
+    rows = torch.arange(len(z1))
+    total += fastcl.queue_loss(z1, z2, z, temperature, reduction="sum")
+    total += fastcl.contrastive_loss((z1, z2), (rows, rows))
+    total += fastcl.clip_loss(z1, z2, 1.0, reduction="none", precision="bf16").sum()
     with fastcl.backend("dense"):
         print(fastcl.last_backend().upper())
     return total
