@@ -13,8 +13,11 @@ from typing import Any
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import LayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fastcl.report.run import IDENTITY, RESEEDED, Run, Series, known
@@ -82,7 +85,15 @@ def svg(plate: Plate, run: Run) -> str:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with styled():
-        plate.draw(run).savefig(buffer, format="svg", metadata=nothing)
+        # Figure.savefig would draw everything twice, the first time only for the layout.
+        figure = plate.draw(run)
+        canvas = FigureCanvasSVG(figure)
+        figure.set_dpi(72)  # as print_svg does
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+        canvas.print_svg(buffer, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(plate.title)}" ', 1)
     return re.sub(r"<[^<>]+>", lambda tag: _for_page(tag[0], plate.name), text)
@@ -103,6 +114,47 @@ def _for_page(tag: str, name: str) -> str:
     for stand_in, colour in PAGE_COLOURS.items():
         tag = tag.replace(stand_in, colour)
     return tag
+
+
+class GridLayout(LayoutEngine):
+    """Places panels of one size above the legend, as large as their labels allow.
+
+    Constrained layout gives nearly the same places, but measures every label several times.
+    """
+
+    _adjust_compatible = False
+    _colorbar_gridspec = False
+
+    def execute(self, fig: Any) -> None:
+        """Place the panels of a figure, whose labels and legend are there."""
+        renderer, (width, height) = fig._get_renderer(), fig.bbox.size  # as matplotlib's own layouts do
+        panels = [(ax, spec) for ax in fig.axes if (spec := ax.get_subplotspec()) is not None]
+        rows, columns = panels[0][1].get_gridspec().get_geometry()
+        pad = 3 * fig.dpi / 72
+        gap = max(pad, 0.01 * width / columns)
+        above, below, left, right = ([pad] * count for count in (rows, rows, columns, columns))
+        for ax, spec in panels:
+            row, column = spec.rowspan.start, spec.colspan.start
+            box = ax.xaxis.get_tightbbox(renderer)
+            below[row] = max(below[row], pad + ax.bbox.y0 - box.y0)
+            right[column] = max(right[column], gap + box.x1 - ax.bbox.x1)
+            for text in ax.get_children():
+                if isinstance(text, Text) and text.get_text():
+                    above[row] = max(above[row], pad + text.get_window_extent(renderer).y1 - ax.bbox.y1)
+        foot = sum(legend.get_window_extent(renderer).height + 2 * pad for legend in fig.legends)
+        inner = (height - foot - sum(above) - sum(below)) / rows
+        for ax, spec in panels:
+            row, column = spec.rowspan.start, spec.colspan.start
+            y = height - sum(above[: row + 1]) - sum(below[:row]) - inner * (row + 1)
+            ax.set_position((ax.get_position().x0, y / height, ax.get_position().width, inner / height))
+            box = ax.yaxis.get_tightbbox(renderer)  # which depends on the height, as the number of ticks does
+            if box is not None:
+                left[column] = max(left[column], gap + ax.bbox.x0 - box.x0)
+        inner = (width - sum(left) - sum(right)) / columns
+        for ax, spec in panels:
+            column, place = spec.colspan.start, ax.get_position()
+            x = sum(left[: column + 1]) + sum(right[:column]) + inner * column
+            ax.set_position((x / width, place.y0, inner / width, place.height))
 
 
 def look(run: Run, model: str) -> dict[str, Any]:
@@ -136,7 +188,7 @@ def curve(ax: Axes, run: Run, model: str, series: Series, measure: str, above: f
 def panels(run: Run, titles: list[str], unit: str, rows: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
     """A figure with one panel per title, epochs along x."""
     columns = math.ceil(len(titles) / rows)
-    figure = Figure(figsize=(WIDTH, 0.65 + 2.75 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.65 + 2.75 * rows), layout=GridLayout())
     axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
     for spare in axes[len(titles) :]:
         spare.remove()

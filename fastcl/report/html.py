@@ -152,6 +152,7 @@ def _page(run: Run) -> str:
 def _figures(run: Run) -> list[dict[str, str]]:
     classes = run.data.get("classes")
     chance = f"{1 / classes:.2g}" if isinstance(classes, int) and classes > 0 else "1 / (number of classes)"
+    plates = [plate for plate in (*PLATES, LAYERS) if plate.shown(run)]  # a broken file is found before any is drawn
     return [
         {
             "title": plate.title,
@@ -160,8 +161,7 @@ def _figures(run: Run) -> list[dict[str, str]]:
             + plate.note(run),
             "svg": svg(plate, run),
         }
-        for plate in (*PLATES, LAYERS)
-        if plate.shown(run)
+        for plate in plates
     ]
 
 
