@@ -130,7 +130,7 @@ def test_what_a_run_did_not_take_is_in_its_description(tmp_path):
 def test_a_run_without_a_finished_epoch_gives_way(tree, tmp_path, trained):
     """As one does that stopped at an image; a run that has trained anything does not."""
     out = tmp_path / "run"
-    tiny = dict(data__classes=2, train__batch_size=4, train__epochs=2, train__models=["dcl", "nscl"],
+    tiny = dict(data__classes=2, train__batch_size=64, train__epochs=2, train__models=["dcl", "nscl"],
                 train__controls=[])  # fmt: skip
     first = Lockstep(tiny_config(**tiny), out)
     first._measure({})
