@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.renderers.colour import colour_stage
@@ -30,6 +28,10 @@ def render_torchvision(images: Sequence[np.ndarray], params: ViewParams, spec: V
 
 
 def _geometry(image: np.ndarray, params: ViewParams, k: int, size: int) -> Tensor:
+    # Imported here because it takes seconds: `import fastcl.data` and the other renderers do without it.
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
     top, left, height, width = (int(v) for v in params.box[k])
     x = torch.from_numpy(image[top : top + height, left : left + width].transpose(2, 0, 1).copy())
     x = F.resize(x, [size, size], antialias=True)
