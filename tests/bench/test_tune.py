@@ -127,8 +127,19 @@ def test_the_table_is_written_as_it_was_read(tmp_path: Path, table):
     assert (tmp_path / "table.json").read_bytes() == launch.TABLE.read_bytes()
 
 
+# Read by every Python that starts: the one that interprets kernels does so as the tests do.
+QUICK = """
+import os
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+    quick_interpreter.install()
+"""
+
+
 def test_a_rehearsal_needs_nothing_in_the_environment(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    (tmp_path / "sitecustomize.py").write_text(QUICK)
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
     command = [sys.executable, "-m", "bench.gpu.tune", "--rehearse", "--out", str(tmp_path / "table.json")]
     done = subprocess.run(command, cwd=launch.TABLE.parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "table.json").exists(), done.stdout + done.stderr

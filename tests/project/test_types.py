@@ -18,7 +18,7 @@ from fastcl.similarity.sums.rows import KERNELS, Kernel
 ROOT = Path(__file__).resolve().parents[2]
 USER = ROOT / "tests" / "typed_user.py"
 # A `type: ignore` under which there is no error is one itself.
-STRICT = {"typeCheckingMode": "strict", "reportUnnecessaryTypeIgnoreComment": "error", "include": ["user.py"]}
+STRICT = {"typeCheckingMode": "strict", "reportUnnecessaryTypeIgnoreComment": "error"}
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +42,28 @@ def complaints_of(tool: str, *options: str | Path, cwd: Path) -> str:
     return "" if done.returncode == 0 else f"{tool} ended with {done.returncode}\n{done.stdout}{done.stderr}"
 
 
-def by_mypy(python: Path, user: Path) -> str:
+def by_mypy(python: Path, *users: Path) -> str:
     # The cache holds the types of PyTorch. "silent": of what the file imports, only the types count.
     options = "--strict", "--follow-imports=silent", f"--cache-dir={ROOT / '.mypy_cache'}", "--no-error-summary"
-    return complaints_of("mypy", *options, f"--python-executable={python}", user, cwd=user.parent)
+    return complaints_of("mypy", *options, f"--python-executable={python}", *users, cwd=users[0].parent)
 
 
-def by_pyright(python: Path, user: Path) -> str:
-    (user.parent / "pyrightconfig.json").write_text(json.dumps(STRICT))
-    return complaints_of("basedpyright", "--pythonpath", python, cwd=user.parent)
+def by_pyright(python: Path, *users: Path) -> str:
+    (users[0].parent / "pyrightconfig.json").write_text(json.dumps(STRICT | {"include": [user.name for user in users]}))
+    return complaints_of("basedpyright", "--pythonpath", python, cwd=users[0].parent)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [by_mypy, by_pyright])
 def test_a_users_file_is_typed_strictly_against_an_installed_wheel(check, installed, tmp_path):
-    user = tmp_path / "user.py"
+    user, wrong = tmp_path / "user.py", tmp_path / "wrong.py"
     user.write_text(USER.read_text(encoding="utf-8"))
-    assert not (found := check(installed, user)), found
-    user.write_text("import fastcl\nfastcl.backend(1)\nprint(fastcl.last_backend() + 1)\nx = 1  # type: ignore[misc]\n")
-    found = check(installed, user)
-    assert all(f"user.py:{line}" in found for line in (2, 3, 4)), found
+    wrong.write_text(
+        "import fastcl\nfastcl.backend(1)\nprint(fastcl.last_backend() + 1)\nx = 1  # type: ignore[misc]\n"
+    )
+    found = check(installed, user, wrong)
+    assert all(f"wrong.py:{line}" in found for line in (2, 3, 4)), found
+    assert "user.py" not in found, found
 
 
 def test_types_and_tables_hold_the_same_words():
