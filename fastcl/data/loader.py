@@ -21,6 +21,7 @@ from fastcl.data.philox import Stream, check_integer, keys, permutation
 from fastcl.data.plan import ViewParams, ViewPlan, center_view
 from fastcl.data.prefetch import rendered
 from fastcl.data.renderers.choose import Renderer, TorchvisionRenderer
+from fastcl.data.renderers.transfer import to_device
 from fastcl.data.renderers.validate import check_positions
 from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError, one_of
@@ -158,7 +159,7 @@ class ViewLoader:
         with closing(rendered(self.renderer, job, steps, self.workers, self.depth)) as results:
             for positions, views in results:
                 facts = (torch.from_numpy(a[positions]) for a in (self.split.labels, self.split.ids))
-                yield Batch(views, *(fact.to(views[0].device, non_blocking=True) for fact in facts))
+                yield Batch(views, *(to_device(fact, views[0].device) for fact in facts))
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """This rank's samples of one batch: (batch_size / world_size,) positions in the split.

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.renderers.torchvision import render_torchvision
+from fastcl.data.renderers.transfer import to_device
 from fastcl.data.renderers.validate import check_request
 from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError, suggest
@@ -77,7 +78,7 @@ class TorchvisionRenderer:
                 raise FastclError(
                     f"image of sample id {i} has size {image.shape[:2]}, but its header said {tuple(size)}"
                 )
-        return tuple(render_torchvision(images, p, self.spec).to(self.device) for p in params)
+        return tuple(to_device(render_torchvision(images, p, self.spec), self.device) for p in params)
 
 
 def choose_renderer(name: str, splits: Sequence[Split], spec: ViewSpec, device: torch.device | str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastcl.data.plan import ViewParams, ViewSpec
+from fastcl.data.renderers.transfer import to_device
 from fastcl.errors import FastclError
 
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's luma weights
@@ -75,10 +76,10 @@ def _update(x: Tensor, chosen: np.ndarray, operation, values: np.ndarray | None 
     (index,) = np.nonzero(chosen)
     if not len(index):
         return
-    where = torch.from_numpy(index).to(x.device)
+    where = to_device(torch.from_numpy(index), x.device)
     value = None
     if values is not None:
-        value = torch.from_numpy(values[index].astype(np.float32)).to(x.device).reshape(-1, 1, 1, 1)
+        value = to_device(torch.from_numpy(values[index].astype(np.float32)), x.device).reshape(-1, 1, 1, 1)
     x[where] = operation(x[where], value)
 
 

@@ -20,6 +20,7 @@ from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
 from fastcl.data.renderers.colour import colour_stage
 from fastcl.data.renderers.dali_graph import CHUNK, DEPTH, build, crop_inputs, region_inputs
+from fastcl.data.renderers.transfer import to_device
 from fastcl.data.renderers.validate import check_request
 from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError, install_hint
@@ -149,7 +150,7 @@ class DaliRenderer:
         if not result.pixels:
             shape = (len(result.params[0]), outputs[0].shape[3], self.spec.size, self.spec.size)
             result.pixels = [torch.empty(shape, dtype=torch.uint8, device=self.device) for _ in outputs]
-        rows = torch.from_numpy(job.rows).to(self.device)
+        rows = to_device(torch.from_numpy(job.rows), self.device)
         for pixels, output in zip(result.pixels, outputs, strict=True):
             pixels[rows] = output.permute(0, 3, 1, 2)
         result.missing -= len(job.rows)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastcl.data.limits import check_workers
 from fastcl.data.plan import ViewParams, ViewSpec
+from fastcl.data.renderers.transfer import to_device
 from fastcl.data.renderers.validate import check_request
 from fastcl.data.sources.load import Split
 from fastcl.errors import FastclError
@@ -72,10 +73,7 @@ class TritonRenderer:
         table = np.concatenate([_rows(positions, p) for p in params])
         blurred = np.flatnonzero(np.concatenate([p.blur_sigma > 0 for p in params])).astype(np.int32)
         # One transfer: the views' parameters, then the indices of the blurred views.
-        words = torch.from_numpy(np.concatenate([table.ravel(), blurred]))
-        if self.device.type == "cuda":
-            words = words.pin_memory()
-        words = words.to(self.device, non_blocking=True)
+        words = to_device(torch.from_numpy(np.concatenate([table.ravel(), blurred])), self.device)
         with torch.cuda.device_of(words):
             views = render(
                 self._images, words[: table.size].view(table.shape), self._statistics, words[table.size :],
