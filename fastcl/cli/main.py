@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
             help="override a config value, such as train.epochs=3; the value is TOML or a bare string; repeatable",
         )  # fmt: skip
+        subs[name].add_argument("--profile", action="store_true", help="also profile a few steps into DIR/profile/")
     for name in ("a", "b"):
         text = "feature file, or folder of layers"
         subs["align"].add_argument(name, type=named_path, metavar=name.upper(), help=text)
@@ -201,7 +202,7 @@ def _run_on(ranks: Ranks, config: Path, args: argparse.Namespace) -> None:
             f"{run.config.train.epochs} epochs of {len(run.loader)} steps"
         )
     with logging_redirect_tqdm():
-        run.run()
+        run.run(profile=args.profile)
     ranks.close()
     if not ranks.first:
         return

@@ -57,6 +57,7 @@ class OptimConfig:
     lr: float = key(1.2, "peak learning rate")
     momentum: float = key(0.9, "momentum of lars and sgd")
     weight_decay: float = key(1e-6, "weight decay, for all weights except biases and norms")
+    fused: bool = key(True, "on a GPU, sgd and adamw update all weights of a model in one kernel; lars has none")
     warmup_epochs: float = key(10.0, "epochs of linear warm-up to the peak learning rate")
 
 
@@ -80,9 +81,16 @@ class TrainConfig:
     micro_batch: int | None = key(
         None, "images whose activations are held at a time, by a second forward pass; none: the whole batch"
     )
+    joint_views: bool = key(
+        True, "both views of a batch in one forward pass; false: one pass each, with batch statistics of their own"
+    )
+    compile: bool = key(False, "whether torch.compile compiles the networks for their training steps")
     epochs: int = key(100, "passes over the training images")
     eval_every: int = key(1, "epochs between evaluations; epoch 0 and the last are always evaluated")
     checkpoint_every: int = key(1, "epochs between checkpoints")
+    log_every: int = key(
+        10, "steps between reads of the measured values: progress bar, curves, check that they are finite"
+    )
     layers: tuple[str, ...] = key(
         (), "layers compared by CKA at the end: names or patterns such as encoder.layer*; empty: the stages"
     )

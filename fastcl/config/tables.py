@@ -26,7 +26,7 @@ _LONGEST = 1e6  # seconds of a timeout
 _TEMPERATURES = (1e-30, 1e30)  # range that the losses accept
 _POSITIVE = (
     "train.epochs", "train.eval_every", "train.checkpoint_every", "optim.lr", "model.hidden", "model.projection",
-    "train.timeout",
+    "train.timeout", "train.log_every",
 )  # fmt: skip
 _FORMS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -27,7 +28,8 @@ class Twin:
     """One model of a run.
 
     `objective` is a name of OBJECTIVES or "ce". `reseeded`: it sees views from another seed (the noise floor).
-    `lowered`: its network trains in bfloat16 by autocast.
+    `lowered`: its network trains in bfloat16 by autocast. `joint`: both views go through it in one pass. `compiled`: it
+    trains under torch.compile.
     """
 
     name: str
@@ -36,14 +38,22 @@ class Twin:
     optimizer: torch.optim.Optimizer
     reseeded: bool
     lowered: bool
+    joint: bool = True
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        # With static shapes: a batch has one size, its parts at most two. Evaluations run the network itself, because
+        # they ask for its encoder or hook its layers.
+        self._forward = torch.compile(self.network, dynamic=False) if self.compiled else self.network
 
     def embed(self, views: tuple[Tensor, Tensor]) -> Tensor:
         """Embeddings (2B, projection) float32 of two views (B, C, S, S), in training mode; the first view's rows come
         first."""
         self.network.train()
-        images = torch.cat(views)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.lowered):
-            return self.network(images).float()
+        with torch.autocast(views[0].device.type, torch.bfloat16, enabled=self.lowered):
+            if self.joint:
+                return self._forward(torch.cat(views)).float()
+            return torch.cat([self._forward(view) for view in views]).float()
 
     def rows(self, z: Tensor) -> Tensor:
         """Embeddings for the row statistics, detached unless the twin's loss is computed from these statistics."""
@@ -96,13 +106,19 @@ def make_twins(config: Config, channels: int, classes: int, device: torch.device
         network = copy_network(initial, head, config.train.seed).to(device)
         if device.type == "cuda":  # the layout that tensor cores use; activations follow the weights
             network.to(memory_format=torch.channels_last)
-        optimizer, lowered = make_optimizer(network, config.optim), config.train.precision == "bf16"
-        twins.append(Twin(name, objective, network, optimizer, name == RESEEDED, lowered))
+        t, optimizer = config.train, make_optimizer(network, config.optim)
+        twins.append(
+            Twin(
+                name, objective, network, optimizer, reseeded=name == RESEEDED, lowered=t.precision == "bf16",
+                joint=t.joint_views, compiled=t.compile,
+            )
+        )  # fmt: skip
     return twins
 
 
 def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimiser of that name. Weight decay excludes biases and norms, as is timm's default.
+    """timm's optimiser of that name. Weight decay excludes biases and norms, as is timm's default. On a GPU, one that
+    has no fused kernel, or is not to use it, updates lists of weights at a time, as is PyTorch's and timm's default.
 
     Raises:
         FastclError: another name, or values that the optimiser rejects.
@@ -111,9 +127,11 @@ def make_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimiz
         raise FastclError(one_of("optim.name", _OPTIMIZERS, config.name))
     # timm's sgd uses Nesterov momentum, which must not be zero; without momentum both are plain gradient descent
     name = "momentum" if config.name == "sgd" and not config.momentum else config.name
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    fused: dict[str, Any] = {"fused": True} if on_gpu and config.fused and config.name != "lars" else {}
     try:
         return create_optimizer_v2(
-            network, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+            network, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **fused
         )
     except (ValueError, TypeError, AssertionError) as error:
         raise FastclError(f"optim: {config.name} rejects these values: {error}, got {config}") from error

@@ -14,13 +14,29 @@ from fastcl import PairStats, RowStats, TwinStats, twin_stats, two_view_stats
 from fastcl.errors import FastclError
 from fastcl.micro import TwoPasses
 from fastcl.train.group import ALONE, Ranks, average_gradients
-from fastcl.train.models import CROSS_ENTROPY, IDENTITY, RESEEDED, Twin, step_values
+from fastcl.train.models import CROSS_ENTROPY, IDENTITY, RESEEDED, STEP_VALUES, Twin, step_values
 
-# Names of a step's spans in torch.profiler.
-ENCODERS, LOSSES, METRICS, BACKWARD, OPTIMIZERS = (
-    f"fastcl.{name}" for name in ("encoders", "losses", "metrics", "backward", "optimizers")
+# Names of a step's spans in torch.profiler; the first is the wait for its batch.
+WAITING, ENCODERS, LOSSES, METRICS, BACKWARD, OPTIMIZERS = (
+    f"fastcl.{name}" for name in ("waiting", "encoders", "losses", "metrics", "backward", "optimizers")
 )
 PAIR_VALUES = ("drift", "cka", "cka_debiased", "rsa")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of one step on the device, which may not have made them yet; `fetch` reads them.
+
+    Attributes:
+        flat: float64, the values of a StepTable row by row, then its sums.
+        twins: number of twins.
+        rows, rounding: as in a StepTable.
+    """
+
+    flat: Tensor
+    twins: int
+    rows: int
+    rounding: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,16 @@ class StepTable:
         return {name: _or_none(stats, name) for name in PAIR_VALUES}
 
 
+def fetch(steps: Sequence[Measured]) -> list[StepTable]:
+    """Read the measurements of steps of the same twins: one copy, which waits until the device has made them all."""
+    tables = []
+    for flat, step in zip(torch.stack([step.flat for step in steps]).cpu().numpy(), steps, strict=True):
+        count = step.twins * len(STEP_VALUES)
+        sums = flat[count:] if len(flat) > count else None
+        tables.append(StepTable(flat[:count].reshape(step.twins, -1), sums, step.rows, step.rounding))
+    return tables
+
+
 def partner_of(twins: Sequence[Twin]) -> Twin | None:
     """The model that is compared with the reference (the first twin) at every step: the second twin, unless it is a
     control. None for a run of one model."""
@@ -66,8 +92,8 @@ def step_twins(
     seed: int,
     micro_batch: int | None = None,
     ranks: Ranks = ALONE,
-) -> StepTable:
-    """Update every twin once.
+) -> Measured:
+    """Update every twin once, without waiting for the device.
 
     For the reference and its partner, one call of `twin_stats` gives both row statistics and pair statistics.
 
@@ -105,13 +131,7 @@ def step_twins(
     step.finish()
     table = ranks.average(torch.stack([found[twin.name] for twin in twins]))
     flat = table.flatten() if sums is None else torch.cat([table.flatten(), sums])
-    flat = flat.cpu().numpy()  # the step's only synchronisation with the device
-    return StepTable(
-        values=flat[: table.numel()].reshape(table.shape),
-        sums=None if sums is None else flat[table.numel() :],
-        rows=2 * len(labels) * ranks.size,
-        rounding=rounding,
-    )
+    return Measured(flat, len(twins), rows=2 * len(labels) * ranks.size, rounding=rounding)
 
 
 class _Step:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import platform
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
@@ -22,21 +20,22 @@ from tqdm import tqdm
 
 import fastcl
 from fastcl.config.settings import Config
-from fastcl.data import Batch, Dataset
+from fastcl.data import Dataset
 from fastcl.errors import FastclError, one_of, shown
+from fastcl.train.epoch import Steps
 from fastcl.train.finals import complete_finals, write_finals
 from fastcl.train.group import Ranks, average_buffers, copy_state, own_gpu, start
 from fastcl.train.inputs import data_paths, image_folders, open_inputs
 from fastcl.train.measures.evaluate import evaluate
 from fastcl.train.measures.layer_table import check_layers
-from fastcl.train.models import STEP_VALUES, learning_rate, make_twins
+from fastcl.train.models import make_twins
 from fastcl.train.network import plain_defaults
 from fastcl.train.run_folder.checkpoints import save_checkpoint
 from fastcl.train.run_folder.identity import claim_folder, differences, escaped, identity, settings, warn_if_elsewhere
 from fastcl.train.run_folder.logbook import Logbook
 from fastcl.train.run_folder.records import check_run_folder, locked
 from fastcl.train.run_folder.resume import NOT_BEGUN, resume
-from fastcl.train.step import StepTable, partner_of, step_twins
+from fastcl.train.step_profile import StepProfile
 
 log = logging.getLogger("fastcl")
 
@@ -94,13 +93,17 @@ class Lockstep:
             yield
 
     @plain_defaults()
-    def run(self) -> None:
+    def run(self, *, profile: bool = False) -> None:
         """Train to the end, from the last checkpoint in the folder if there is one. On a finished run, write
         only outputs that are missing or damaged.
 
         Writes run.json, metrics.jsonl, steps.jsonl, pairs.jsonl (if there are two models), timing.jsonl, tensorboard/,
         checkpoints/, and at the end weights/, features/ (encoder outputs of the held-out images, in the order of the
         split) and layers.json (CKA of the layers; if there are two models). Under torchrun the first rank writes.
+
+        Args:
+            profile: also profile a few steps of the first epoch that is trained, into profile/ (`StepProfile`). Nothing
+                else of the run changes.
 
         Raises:
             FastclError: a loss that is not finite (names the model and the step), an image that cannot be read, or a
@@ -110,9 +113,9 @@ class Lockstep:
         with self.ranks.watched(), ExitStack() as held:
             with self.ranks.together():
                 held.enter_context(self._holding())
-            self._run()
+            self._run(profile)
 
-    def _run(self) -> None:
+    def _run(self, profile: bool) -> None:
         epochs = self.config.train.epochs
         done = self._resume()
         if done is None or done == epochs:
@@ -127,7 +130,7 @@ class Lockstep:
         with ExitStack() as held:
             with self.ranks.together():
                 held.enter_context(self.log.board(self.epoch * len(self.loader)))
-            self._train(held.enter_context(self._bar()))
+            self._train(held.enter_context(self._bar()), self._steps(profile))
         write_finals(self.out, self.twins, self.inputs.test, self.config.train.layers, self.ranks)
         if self.ranks.first:
             log.info("finished: %d epochs in %s", self.epoch, shown(self.out))
@@ -140,11 +143,19 @@ class Lockstep:
             disable=None if self.ranks.first else True,
         )  # fmt: skip
 
-    def _train(self, bar: tqdm) -> None:
+    def _steps(self, profiled: bool) -> Steps:
+        profile = None
+        if profiled and self.ranks.first:
+            title = f"{len(self.twins)} models, batch of {self.loader.batch_size}, {_device_name(self.device)}"
+            profile = StepProfile(self.out, self.device, len(self.loader), title)
+        total, where = len(self.loader), shown(self.out)
+        return Steps(self.config, self.twins, self.ranks, self.log, total, self.device, where, profile)
+
+    def _train(self, bar: tqdm, steps: Steps) -> None:
         t = self.config.train
         for epoch in range(self.epoch, t.epochs):
             with closing(self.loader.batches(epoch)) as batches:
-                means = self._train_epoch(epoch, batches, bar)
+                means = steps.epoch(epoch, batches, bar)
             self.epoch = epoch + 1
             last = self.epoch == t.epochs
             if last or self.epoch % t.eval_every == 0:
@@ -175,59 +186,6 @@ class Lockstep:
         wrote = complete_finals(self.out, self.twins, self.inputs.test, self.config.train.layers)
         more = f"; wrote what was missing or damaged: {', '.join(wrote)}" if wrote else ""
         log.info("already finished: %d epochs in %s%s", self.epoch, shown(self.out), more)
-
-    def _train_epoch(self, epoch: int, batches: Iterator[Batch], bar: tqdm) -> dict[str, list[float]]:
-        """One epoch; returns each twin's means of STEP_VALUES."""
-        total, started, waiting = len(self.loader), time.perf_counter(), 0.0
-        sums = np.zeros((len(self.twins), len(STEP_VALUES)))
-        table: StepTable | None = None
-        for k in range(total):
-            step = epoch * total + k
-            mark = time.perf_counter()
-            with self.ranks.together():
-                if table is not None:
-                    self._note(step - 1, table)
-                batch = next(batches)
-            waiting += time.perf_counter() - mark
-            table = self._step(step, batch)
-            sums += table.values
-            bar.set_postfix_str(f"epoch {epoch + 1}, {self.twins[0].name} loss {table.values[0, 0]:.4f}", refresh=False)
-            bar.update(self.loader.batch_size)
-        seconds = time.perf_counter() - started
-        rate = total * self.loader.batch_size / seconds
-        timing = {"epoch": epoch + 1, "seconds": seconds, "images_per_second": rate, "rendering_seconds": waiting}
-        with self.ranks.together():
-            assert table is not None  # a batch is at most the split, so that an epoch has a step
-            self._note(epoch * total + total - 1, table)
-            self.log.epoch(timing)
-        return {t.name: row.tolist() for t, row in zip(self.twins, sums / total, strict=True)}
-
-    def _note(self, step: int, table: StepTable) -> None:
-        """Note a step's measurements."""
-        place = {"step": step, "epoch": step // len(self.loader)}
-        lr = learning_rate(self.config, step, len(self.loader))
-        rows = zip(self.twins, table.values.tolist(), strict=True)
-        models = [place | {"model": t.name, **dict(zip(STEP_VALUES, row, strict=True)), "lr": lr} for t, row in rows]
-        partner, pair = partner_of(self.twins), None
-        if partner is not None:
-            pair = place | {"pair": [self.twins[0].name, partner.name], **table.pair(), "lr": lr}
-        self.log.step(step, models, pair)
-
-    def _step(self, step: int, batch: Batch) -> StepTable:
-        """Step every twin on its views and check that all values are finite."""
-        t, lr = self.config.train, learning_rate(self.config, step, len(self.loader))
-        table = step_twins(
-            self.twins, batch.views[:2], batch.views[2:] or None, batch.labels, temperature=t.temperature, lr=lr,
-            seed=self.ranks.seed(t.seed << 32 | step), micro_batch=t.micro_batch, ranks=self.ranks,
-        )  # fmt: skip
-        for twin, row in zip(self.twins, table.values, strict=True):
-            for name, value in zip(STEP_VALUES, row, strict=True):
-                if not math.isfinite(value):
-                    raise self.ranks.error(
-                        f"{name} of model {twin.name!r} is {value} at step {step} (epoch {step // len(self.loader)}, "
-                        f"lr {lr:.4g}); epochs up to {self.epoch} are complete in {shown(self.out)}"
-                    )
-        return table
 
     def _measure(self, means: dict[str, list[float]]) -> None:
         for twin in self.twins:

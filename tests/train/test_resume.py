@@ -1,5 +1,7 @@
 """Bit-exactness through the command line: the same command twice, killed at random moments, damaged, out of space."""
 
+import gzip
+import json
 import random
 import signal
 import time
@@ -9,6 +11,9 @@ import pytest
 import tiny_run
 from tiny_run import results, tiny_toml
 from warm_commands import run, start
+
+from fastcl.train.step import BACKWARD, ENCODERS, WAITING
+from fastcl.train.step_profile import PARTS
 
 KILLS = 6
 
@@ -51,8 +56,17 @@ def state(folder):
 
 
 def test_the_same_command_twice_gives_the_same_bytes(config, unbroken, tmp_path):
-    done = tiny_run.run("train", config, "--out", tmp_path / "again")  # in a new process
+    """In a new process, and under a profile, which changes nothing else."""
+    done = tiny_run.run("train", config, "--out", tmp_path / "again", "--profile")
     assert done.returncode == 0, done.stdout
+    shares = (tmp_path / "again" / "profile" / "shares.txt").read_text()
+    assert shares in done.stdout and "4 steps after 2" in shares and "ERROR" not in done.stdout
+    parts = {line.split("  ")[0]: float(line.split()[-1][:-1]) for line in shares.splitlines() if line.endswith("%")}
+    assert list(parts) == ["data wait", *PARTS, "other", "step"] and parts.pop("step") == 100
+    assert sum(parts.values()) == pytest.approx(100, abs=0.5) and parts["forward"] > 1 and parts["backward"] > 1
+    with gzip.open(tmp_path / "again" / "profile" / "trace.json.gz") as trace:
+        names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    assert {WAITING, ENCODERS, BACKWARD} <= names
     assert results(tmp_path / "again") == results(unbroken)
 
 

@@ -23,6 +23,7 @@ from fastcl.train.run_folder.records import JsonLines, write_atomic
 log = logging.getLogger("fastcl")
 _KEPT = 2  # the latest and a fallback
 _FREE = ("lr", "params")  # keys of an optimiser's groups that change from step to step
+_OF_THE_DEVICE = ("fused", "foreach")  # and those that depend on where it runs; a run may go on elsewhere
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Checkpoint:
             try:
                 groups = [dict(group) for group in twin.optimizer.param_groups]
                 twin.network.load_state_dict(state["network"])
-                twin.optimizer.load_state_dict(state["optimizer"])
+                twin.optimizer.load_state_dict(_as_here(state["optimizer"], groups))
             except Exception as error:  # torch may raise anything
                 raise self.foreign(f"model {twin.name!r}: {brief(str(error))}") from error
             for group, before in zip(twin.optimizer.param_groups, groups, strict=True):
@@ -199,6 +200,13 @@ def _unfit(state: Any, twin: Twin, epoch: int) -> str:
                 how = "not finite" if value.dtype == torch.float32 else f"{value.dtype}, not torch.float32"
                 return f"its optimiser's {key} for {name} is {how}"
     return ""
+
+
+def _as_here(optimizer: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A saved optimiser whose groups run as this device's do: where PyTorch loads its tensors to depends on it."""
+    ours = [{key: group[key] for key in _OF_THE_DEVICE if key in group} for group in groups]
+    there = optimizer["param_groups"]
+    return optimizer | {"param_groups": [saved | own for saved, own in zip(there, ours, strict=False)]}
 
 
 def _kept_by(group: dict[str, Any]) -> set[str]:

@@ -23,7 +23,7 @@ from fastcl.train.run_folder.records import JsonLines, remove_leftovers, write_a
 log = logging.getLogger("fastcl")
 # Settings that do not change results, by table (images excluded by max_pixels are listed in `skipped`). The requested
 # renderer is ignored, since the one that was used is compared.
-_FREE = {"data": ("workers", "renderer", "max_pixels"), "train": ("timeout",)}
+_FREE = {"data": ("workers", "renderer", "max_pixels"), "train": ("timeout", "log_every")}
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _LEFTOVERS = {
     "checkpoints": (".fastcl-*.part", "epoch_*.pt.tmp"),
     "weights": (".fastcl-*.part", "*.safetensors.tmp"),
     "features": (".fastcl-*.part", "*.safetensors.tmp"),
+    "profile": (".fastcl-*.part",),
 }
 
 

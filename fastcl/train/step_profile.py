@@ -1,0 +1,138 @@
+"""Where the time of a training step goes: a Chrome trace of a few steps, and the shares of their parts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
+from torch.profiler import ProfilerActivity, profile
+
+from fastcl.errors import FastclError, shown
+from fastcl.train.run_folder.records import write_atomic
+from fastcl.train.step import BACKWARD, ENCODERS, LOSSES, METRICS, OPTIMIZERS, WAITING
+
+log = logging.getLogger("fastcl")
+WARM_UP, PROFILED = 3, 4  # steps
+_SPANS = {"forward": ENCODERS, "loss": LOSSES, "optimiser": OPTIMIZERS, "metrics": METRICS}
+PARTS = ("forward", "loss", "backward", "optimiser", "metrics")
+
+
+class StepProfile:
+    """Profiles PROFILED steps of an epoch after WARM_UP others, or as many as there are, and writes into the run's
+    folder `profile/trace.json.gz` and `profile/shares.txt`. Changes nothing else of the run.
+
+    The device is waited for after each of these steps, so that waiting for a batch is not hidden behind the work of the
+    step before.
+
+    Args:
+        out: the folder of the run.
+        device: of the networks.
+        length: steps of the epoch.
+        title: what is profiled, in words.
+    """
+
+    def __init__(self, out: Path, device: torch.device, length: int, title: str) -> None:
+        self._folder, self._device, self._title = out / "profile", device, title
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes lines of its own to standard error
+        count = min(PROFILED, length)
+        first = min(WARM_UP, length - count)
+        self._steps = range(first, first + count)
+        cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+        self._profile = profile(activities=[ProfilerActivity.CPU, *cuda])
+        self._began = 0.0
+
+    @contextmanager
+    def step(self, k: int) -> Iterator[None]:
+        """The epoch's k-th step, with the wait for its batch."""
+        if k not in self._steps:
+            yield
+            return
+        if k == self._steps[0]:
+            self._wait()
+            self._profile.start()
+            self._began = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self._stop()
+            raise
+        self._wait()
+        if k == self._steps[-1]:
+            seconds = time.perf_counter() - self._began
+            self._stop()
+            try:
+                self._write(seconds)
+            except FastclError as error:  # the run itself is sound
+                log.warning("profile: %s", error)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _stop(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # of each cycle; there is only one
+            self._profile.stop()
+
+    def _write(self, seconds: float) -> None:
+        events = self._profile.key_averages()
+        text = f"{self._title}: {len(self._steps)} steps after {self._steps[0]}, profiled\n\n"
+        text += table(shares(events, self._device.type == "cuda", seconds), seconds / len(self._steps))
+        with tempfile.TemporaryDirectory() as scratch:
+            trace = Path(scratch) / "trace.json.gz"
+            self._profile.export_chrome_trace(str(trace))
+            write_atomic(self._folder / trace.name, trace.read_bytes())
+        write_atomic(self._folder / "shares.txt", text.encode())
+        log.info("%s\nprofile: %s", text, shown(self._folder))
+
+
+def part_times(events: Sequence[Any], on_device: bool) -> dict[str, float]:
+    """Microseconds of each of PARTS.
+
+    Args:
+        events: `key_averages()` of a profile.
+        on_device: time on the device, where backward is what no other part is: the autograd thread works outside the
+            spans of the step. Otherwise time on the clock.
+    """
+    hosts = {e.key: e for e in events if e.device_type == DeviceType.CPU}
+    times = {part: _time(hosts.get(span), on_device) for part, span in _SPANS.items()}
+    backward = _time(hosts.get(BACKWARD), False)
+    if on_device:  # count each kernel once: spans are device events too
+        kernels = (e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation)
+        backward = sum(e.self_device_time_total for e in kernels) - sum(times.values())
+    times["backward"] = backward
+    return {part: times[part] for part in PARTS}
+
+
+def shares(events: Sequence[Any], on_device: bool, seconds: float) -> dict[str, float]:
+    """Shares of `seconds` on the clock: waiting for batches, then PARTS, then all else. On a GPU that is a device
+    without work, and copies to it.
+
+    Args:
+        events, on_device: as for `part_times`.
+    """
+    waiting = next((e for e in events if e.key == WAITING and e.device_type == DeviceType.CPU), None)
+    times = {"data wait": _time(waiting, False), **part_times(events, on_device)}
+    found = {part: 1e-6 * time / seconds for part, time in times.items()}
+    return found | {"other": max(0.0, 1 - sum(found.values()))}
+
+
+def table(found: dict[str, float], seconds: float) -> str:
+    """The result of `shares` as lines of text, for steps of so many seconds."""
+    rows = [*found.items(), ("step", 1.0)]
+    return "".join(f"{part:10} {1e3 * share * seconds:10.2f} ms {share:7.1%}\n" for part, share in rows)
+
+
+def _time(event: Any, on_device: bool) -> float:
+    if event is None:
+        return 0.0
+    return event.device_time_total if on_device else event.cpu_time_total
