@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness.records import Record
@@ -20,7 +20,8 @@ from fastcl.config.settings import Config
 from fastcl.data import Batch
 from fastcl.train import Lockstep
 from fastcl.train.models import learning_rate
-from fastcl.train.step import BACKWARD, ENCODERS, LOSSES, METRICS, OPTIMIZERS, step_twins
+from fastcl.train.step import Measured, fetch, step_twins
+from fastcl.train.step_profile import part_times
 
 WARM_UP, PROFILED = 2, 2  # steps
 TWIN = "fastcl::twin"
@@ -46,12 +47,12 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     seconds, waiting = [], []
-    with closing(_batches(run)) as batches:
+    with closing(endless(run)) as batches:
         for k in range(WARM_UP + repeats):
             began = perf_counter()
             batch = next(batches)
             ready = perf_counter()
-            _step(run, k, batch)
+            fetch([take(run, k, batch)])  # which waits for the step
             if k >= WARM_UP:
                 seconds.append(perf_counter() - began)
                 waiting.append(ready - began)
@@ -61,7 +62,7 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
             warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # of each cycle; there is only one
             with profile(activities=activities) as found:
                 for k, batch in enumerate(ahead):
-                    _step(run, k, batch)
+                    fetch([take(run, k, batch)])  # which waits for the step
     shares, twin = shares_of(found.key_averages(), cuda)
     return {
         "step_seconds": seconds, "waiting_seconds": waiting, "steps_per_epoch": len(run.loader),
@@ -74,40 +75,36 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
 def shares_of(events: Sequence[Any], on_device: bool) -> tuple[dict[str, float | None], float | None]:
     """Shares of a step's parts, and of the forward pass of twin_stats; None if the profile has no times.
 
-    fastcl's operators separate the backward passes of the losses from those of the encoders: on a GPU the autograd
-    thread works outside the spans of the step.
+    fastcl's operators separate the backward passes of the losses from those of the encoders.
 
     Args:
         events: `key_averages()` of a profile.
         on_device: use device time instead of CPU time.
     """
-    hosts = [e for e in events if e.device_type == DeviceType.CPU]
-    times = {e.key: e.device_time_total if on_device else e.cpu_time_total for e in hosts}
-    spans = [times[name] for name in (ENCODERS, LOSSES, METRICS, OPTIMIZERS)]
-    if on_device:  # count each kernel once: spans are device events too
-        kernels = (e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation)
-        total = sum(e.self_device_time_total for e in kernels)
-        backward = total - sum(spans)
-    else:
-        backward = times[BACKWARD]
-        total = sum(spans) + backward
-    backward_of_losses = sum(t for key, t in times.items() if key.startswith("fastcl::") and key.endswith("_backward"))
-    parts = (spans[0] + backward - backward_of_losses, spans[1] + backward_of_losses, *spans[2:])
+    operators = {e.key: e.device_time_total if on_device else e.cpu_time_total
+                 for e in events if e.device_type == DeviceType.CPU and e.key.startswith("fastcl::")}  # fmt: skip
+    times = part_times(events, on_device)
+    backward_of_losses = sum(time for key, time in operators.items() if key.endswith("_backward"))
+    encoders = times["forward"] + times["backward"] - backward_of_losses
+    parts = (encoders, times["loss"] + backward_of_losses, times["metrics"], times["optimiser"])
+    total = sum(parts)
     if not total:
         return dict.fromkeys(SHARES), None
-    twin = times[TWIN] / total if TWIN in times else None
+    twin = operators[TWIN] / total if TWIN in operators else None
     return {name: part / total for name, part in zip(SHARES, parts, strict=True)}, twin
 
 
-def _batches(run: Lockstep) -> Iterator[Batch]:
+def endless(run: Lockstep) -> Generator[Batch, None, None]:
+    """The batches of a run, epoch after epoch."""
     for epoch in itertools.count():
         with closing(run.loader.batches(epoch)) as batches:
             yield from batches
 
 
-def _step(run: Lockstep, k: int, batch: Batch) -> None:
+def take(run: Lockstep, k: int, batch: Batch) -> Measured:
+    """Take the k-th step of a run."""
     train = run.config.train
-    step_twins(
+    return step_twins(
         run.twins, batch.views[:2], batch.views[2:] or None, batch.labels, temperature=train.temperature,
         lr=learning_rate(run.config, k, len(run.loader)), seed=train.seed << 32 | k,
     )  # fmt: skip

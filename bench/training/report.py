@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 from bench.harness import markdown as md
-from bench.harness.records import Record, digits, table
+from bench.harness.records import Record, digits, grouped, milliseconds, table
 from bench.training.runs import ALIGNMENT
+from bench.training.speed import PUBLISHED, SECTION
 
 LIMIT = 0.05  # maximum share of losses and waiting for views, together, in a step on a GPU
 BATCH, PRECISIONS = 1024, ("fp32", "bf16")  # of the target
@@ -20,7 +21,8 @@ def markdown(records: Sequence[Record], facts: Record, source: str, args: argpar
     text = (
         f"# Training\n\n{md.conditions(facts, args)}\n- Images: {source}. ResNet-18 with the CIFAR stem{small}; LARS.\n"
     )
-    for name, write in (("steps", _steps), ("memory", _memory), ("runs", _runs), ("precision", _precision)):
+    sections = {"steps": _steps, SECTION: _speed, "memory": _memory, "runs": _runs, "precision": _precision}
+    for name, write in sections.items():
         mine = [r for r in records if r["section"] == name]
         text += write(mine) if mine else ""
     return text
@@ -74,6 +76,47 @@ def _step_row(r: Record) -> list[str]:
     return [
         *start, f"{digits(median(seconds))} ({digits(min(seconds))}-{digits(max(seconds))})", f"{rate:,.0f}",
         f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}", *("-" if s is None else f"{s:.1%}" for s in shares),
+        "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
+    ]  # fmt: skip
+
+
+def _speed(records: Sequence[Record]) -> str:
+    text = """
+## Speed
+
+Whole steps, with the wait for their batches. Every loop takes the same network, optimiser, batch and precision; the
+views are of one recipe, rendered by fastcl from its plan and by torchvision's transforms in a DataLoader otherwise.
+Images of a step count once for each network that it trains. The loops take turns.
+"""
+    for (batch, precision), rows in grouped(records, "batch", "precision").items():
+        rates = [_rate(r) for r in rows]
+        published = next((rate for r, rate in zip(rows, rates, strict=True) if r["provider"] == PUBLISHED), None)
+        head = (
+            "loop",
+            "networks",
+            "ms a step",
+            "images/s",
+            "images/s, all networks",
+            f"of the {PUBLISHED}",
+            "peak GiB",
+        )
+        body = (_speed_row(r, rate, published) for r, rate in zip(rows, rates, strict=True))
+        text += f"\nB = {batch:,}, {precision}:\n\n{table(head, body, left=1)}"
+    return text
+
+
+def _rate(r: Record) -> float | None:
+    """Images per second, once for each network."""
+    return None if r["reason"] else 1e3 * r["networks"] * r["batch"] / r["wall_ms"]
+
+
+def _speed_row(r: Record, rate: float | None, published: float | None) -> list[str]:
+    if rate is None:
+        return [r["provider"], str(r["networks"]), r["reason"], *[""] * 4]
+    time, alone = milliseconds(r["samples_ms"]), f"{rate / r['networks']:,.0f}"
+    return [
+        r["provider"], str(r["networks"]), time, alone, f"{rate:,.0f}",
+        "" if published is None else f"{digits(rate / published)}x",
         "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
     ]  # fmt: skip
 

@@ -15,14 +15,14 @@ from typing import Any, TypeAlias
 from bench.harness.command import Command
 from bench.harness.records import Record, machine, record
 from bench.harness.suite import Run
-from bench.training import memory, profile, report, runs
+from bench.training import memory, profile, report, runs, speed
 from fastcl.config.settings import Config, ModelConfig
 from fastcl.config.tables import parse_config
 from fastcl.errors import shown
 from fastcl.io.outputs import same
 
 BENCH = "training"
-STEPS, MEMORY, RUNS, PRECISION = SECTIONS = ("steps", "memory", "runs", "precision")
+STEPS, SPEED, MEMORY, RUNS, PRECISION = SECTIONS = ("steps", speed.SECTION, "memory", "runs", "precision")
 CIFAR = "cifar10_jpeg75.npz"
 MODELS = ("dcl", "nscl", "supcon", "ce")
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_type": "deep", "stem_width": 4}
@@ -34,6 +34,7 @@ CASES = {
     "cpu": ((64, "fp32"), (64, "bf16")),
     "tiny": ((64, "fp32"), (64, "bf16")),
 }
+SPEED_CASES = {"cuda": ((1024, "bf16"), (1024, "fp32")), "cpu": ((64, "fp32"),), "tiny": ((64, "fp32"),)}
 FOUR_UP_TO = 4096  # largest batch on which all four models train
 # Samples of the step whose memory is measured, side of the images, and options of the ResNet.
 MEMORY_CASE = {
@@ -52,6 +53,8 @@ The lockstep trainer on CIFAR-10 ({CIFAR}; digits where it is absent): ResNet-18
 sections, in this order:
   steps      seconds of a step of all models together, images/s, peak memory, and the shares of views, encoders, losses,
              metrics and optimisers, by torch.profiler; float32 and bfloat16 networks, several batch sizes
+  speed      images/s of whole steps of 1, 2 and 4 networks, beside the published loop and solo-learn's SimCLR step,
+             written from their descriptions: one network each, the same batch and views of the same recipe
   memory     peak memory of one step of one model: one part alone, the batch in {memory.PARTS} parts
              (fastcl.micro_step), and the batch at once
   runs       dcl, nscl, supcon and ce side by side at two temperatures for as many epochs as --seconds allow, on a card
@@ -63,7 +66,8 @@ sections, in this order:
 DIR/training.json holds the numbers, DIR/training.md the tables; they are rewritten after each case.
 """
 
-Part: TypeAlias = tuple[Record, Callable[[], Record]]  # a case, and what measures it
+# A case, and what measures it; None: it has added its records itself.
+Part: TypeAlias = tuple[Record, Callable[[], Record | None]]
 
 
 @dataclass
@@ -98,6 +102,17 @@ def steps(run: Training, scratch: Path) -> Iterator[Part]:
             {"section": STEPS, "batch": batch, "precision": precision, "models": len(models)},
             partial(profile.measure, asked, folder, run.device, run.args.repeats),
         )
+
+
+def speeds(run: Training, scratch: Path) -> Iterator[Part]:
+    """The section "speed"."""
+    for batch, precision in SPEED_CASES[run.kind]:
+
+        def asked(networks: int, batch: int = batch, precision: str = precision) -> Config:
+            return config(run, MODELS[:networks], batch, 1, precision=precision)
+
+        case = speed.Case(batch, precision, asked, scratch)
+        yield {"section": SPEED, "batch": batch, "precision": precision}, speed.Speed(run, case).measure
 
 
 def memories(run: Training, scratch: Path) -> Iterator[Part]:
@@ -145,14 +160,17 @@ def epochs_within(run: Training, scratch: Path) -> int:
     return max(2, int(run.args.seconds / (1.2 * epoch)))  # a fifth for evaluations
 
 
-PARTS = {STEPS: steps, MEMORY: memories, RUNS: trained, PRECISION: precisions}
+PARTS = {STEPS: steps, SPEED: speeds, MEMORY: memories, RUNS: trained, PRECISION: precisions}
 
 
-def attempt(run: Training, case: Record, measure: Callable[[], Record]) -> None:
+def attempt(run: Training, case: Record, measure: Callable[[], Record | None]) -> None:
     """Add the record of a case and print a line."""
     values, reason = {}, None
     try:
-        values = measure()
+        found = measure()
+        if found is None:
+            return
+        values = found
     except Exception as problem:  # go on with the other cases
         reason = run.reason(case["section"], problem)
     peak = values.get("peak_bytes")

@@ -9,10 +9,12 @@ import torch
 from torch.autograd import DeviceType
 
 from bench.harness.records import digits
+from bench.losses import plain
 from bench.training import profile as step_profile
 from bench.training import report as training_report
 from bench.training import run as training
 from bench.training import runs as training_runs
+from bench.training import speed
 from fastcl.train.step import BACKWARD, ENCODERS, LOSSES, METRICS, OPTIMIZERS
 
 
@@ -30,7 +32,8 @@ def results(tmp_path_factory):
 def test_every_section_is_measured(results):
     out, found = results
     assert [(r["section"], r["reason"]) for r in found] == [
-        ("steps", None), ("steps", None), *[("memory", None)] * 3, ("runs", None), ("runs", None), ("precision", None)
+        *[("steps", None)] * 2, *[("speed", None)] * 5, *[("memory", None)] * 3, *[("runs", None)] * 2,
+        ("precision", None),
     ]  # fmt: skip
     text = (out / "training.md").read_text()
     assert "measure nothing" in text and "peak memory not measured" in text
@@ -38,6 +41,10 @@ def test_every_section_is_measured(results):
         assert len(r["step_seconds"]) == 2 and r["twins"] == 4 and r["peak_bytes"] is None
         assert all(0 <= w <= s for w, s in zip(r["waiting_seconds"], r["step_seconds"], strict=True))
         assert sum(r["shares"].values()) == pytest.approx(1) and min(r["shares"].values()) > 0
+    speeds = {r["provider"]: r for r in found[2:7]}
+    assert [r["networks"] for r in speeds.values()] == [1, 2, 4, 1, 1] and "| published loop | 1 | " in text
+    assert all(len(r["samples_ms"]) == 2 and r["pass"] == "both" for r in speeds.values())
+    found = found[:2] + found[7:]
     assert [(r["batch"], r["parts"]) for r in found[2:5]] == [(4, 1), (64, 16), (64, 1)]
     assert all(r["peak_bytes"] >= 0 and r["seconds"] > 0 for r in found[2:5]) and "## Memory" in text
     for r in found[5:7]:
@@ -110,6 +117,12 @@ def test_the_largest_batch_trains_one_model(tmp_path, monkeypatch):
     assert [(t.batch_size, t.precision, len(t.models)) for t in asked] == [
         (1024, "fp32", 4), (1024, "bf16", 4), (4096, "bf16", 4), (16384, "bf16", 1)
     ]  # fmt: skip
+
+
+def test_the_masked_form_is_nt_xent():
+    z, labels = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).double(), torch.zeros(5)
+    found = speed.masked_ntxent(z, torch.arange(5).repeat(2), plain.TEMPERATURE)
+    assert found.item() == pytest.approx(plain.ntxent(z, labels).item(), rel=1e-12)
 
 
 def test_the_ridge_probe_separates_what_is_separable():
