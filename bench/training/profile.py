@@ -21,7 +21,7 @@ from fastcl.data import Batch
 from fastcl.train import Lockstep
 from fastcl.train.models import learning_rate
 from fastcl.train.step import Measured, fetch, step_twins
-from fastcl.train.step_profile import part_times
+from fastcl.train.step_profile import in_one_thread, part_times
 
 WARM_UP, PROFILED = 2, 2  # steps
 TWIN = "fastcl::twin"
@@ -60,7 +60,7 @@ def measure(config: Config, folder: Path, device: torch.device, repeats: int) ->
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # of each cycle; there is only one
-            with profile(activities=activities) as found:
+            with in_one_thread(), profile(activities=activities) as found:
                 for k, batch in enumerate(ahead):
                     fetch([take(run, k, batch)])  # which waits for the step
     shares, twin = shares_of(found.key_averages(), cuda)

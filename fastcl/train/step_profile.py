@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from fastcl.train.step import BACKWARD, ENCODERS, LOSSES, METRICS, OPTIMIZERS, W
 
 log = logging.getLogger("fastcl")
 WARM_UP, PROFILED = 3, 4  # steps
-_SPANS = {"forward": ENCODERS, "loss": LOSSES, "optimiser": OPTIMIZERS, "metrics": METRICS}
-PARTS = ("forward", "loss", "backward", "optimiser", "metrics")
+_SPANS = {"forward": ENCODERS, "loss": LOSSES, "backward": BACKWARD, "optimiser": OPTIMIZERS, "metrics": METRICS}
+PARTS = tuple(_SPANS)
 
 
 class StepProfile:
@@ -61,7 +61,8 @@ class StepProfile:
             self._profile.start()
             self._began = time.perf_counter()
         try:
-            yield
+            with in_one_thread():
+                yield
         except BaseException:
             self._stop()
             raise
@@ -85,7 +86,7 @@ class StepProfile:
 
     def _write(self, seconds: float) -> None:
         events = self._profile.key_averages()
-        text = f"{self._title}: {len(self._steps)} steps after {self._steps[0]}, profiled\n\n"
+        text = f"{self._title}: {len(self._steps)} steps after {self._steps[0]} others\n\n"
         text += table(shares(events, self._device.type == "cuda", seconds), seconds / len(self._steps))
         with tempfile.TemporaryDirectory() as scratch:
             trace = Path(scratch) / "trace.json.gz"
@@ -95,27 +96,25 @@ class StepProfile:
         log.info("%s\nprofile: %s", text, shown(self._folder))
 
 
+def in_one_thread() -> AbstractContextManager[None]:
+    """Backward passes to a GPU run in the calling thread, within its spans, rather than in a thread of their own. Their
+    order is the same."""
+    return torch.autograd.set_multithreading_enabled(False)
+
+
 def part_times(events: Sequence[Any], on_device: bool) -> dict[str, float]:
     """Microseconds of each of PARTS.
 
     Args:
-        events: `key_averages()` of a profile.
-        on_device: time on the device, where backward is what no other part is: the autograd thread works outside the
-            spans of the step. Otherwise time on the clock.
+        events: `key_averages()` of a profile of steps that ran `in_one_thread`.
+        on_device: of the kernels that a part launched; otherwise on the clock.
     """
     hosts = {e.key: e for e in events if e.device_type == DeviceType.CPU}
-    times = {part: _time(hosts.get(span), on_device) for part, span in _SPANS.items()}
-    backward = _time(hosts.get(BACKWARD), False)
-    if on_device:  # count each kernel once: spans are device events too
-        kernels = (e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation)
-        backward = sum(e.self_device_time_total for e in kernels) - sum(times.values())
-    times["backward"] = backward
-    return {part: times[part] for part in PARTS}
+    return {part: _time(hosts.get(span), on_device) for part, span in _SPANS.items()}
 
 
 def shares(events: Sequence[Any], on_device: bool, seconds: float) -> dict[str, float]:
-    """Shares of `seconds` on the clock: waiting for batches, then PARTS, then all else. On a GPU that is a device
-    without work, and copies to it.
+    """Shares of `seconds` on the clock: waiting for batches, then PARTS, then all else, such as a GPU without work.
 
     Args:
         events, on_device: as for `part_times`.
