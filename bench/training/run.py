@@ -34,7 +34,7 @@ CASES = {
     "cpu": ((64, "fp32"), (64, "bf16")),
     "tiny": ((64, "fp32"), (64, "bf16")),
 }
-SPEED_CASES = {"cuda": ((1024, "bf16"), (1024, "fp32")), "cpu": ((64, "fp32"),), "tiny": ((64, "fp32"),)}
+SPEED_CASES = {"cuda": ((1024, "bf16"), (1024, "fp32")), "cpu": ((64, "fp32"),), "tiny": ((16, "fp32"),)}
 FOUR_UP_TO = 4096  # largest batch on which all four models train
 # Samples of the step whose memory is measured, side of the images, and options of the ResNet.
 MEMORY_CASE = {
