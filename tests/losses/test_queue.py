@@ -200,7 +200,7 @@ def test_every_loss_has_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     z1, z2 = (normal(4, 24, seed=k).float() for k in range(2))
     labels = torch.tensor([0, 1, 0, 2])
 
-    def stopped(batch, temperature, normalize, columns, precision, codes):
+    def stopped(batch, temperature, normalize, columns, precision, *rest):
         raise InterruptedError(precision)
 
     monkeypatch.setattr(call_plans, "fused", stopped)
