@@ -80,7 +80,8 @@ def test_the_sdist_holds_every_file_and_builds_the_same_wheel(sdist, wheel, sour
 
 @pytest.mark.slow
 def test_the_tests_of_the_sdist_are_collected(sdist):
-    said = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=sdist)
+    options = "--collect-only", "--assert=plain", "-q", "-p", "no:cacheprovider"
+    said = run(sys.executable, "-m", "pytest", *options, cwd=sdist)
     files = {line.partition("::")[0] for line in said.splitlines() if "::" in line}
     assert files == {path.relative_to(sdist).as_posix() for path in (sdist / "tests").rglob("test_*.py")}
 
