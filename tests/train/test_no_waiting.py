@@ -78,9 +78,9 @@ def _epoch(monkeypatch, folder, **changes):
 
 
 @pytest.mark.parametrize(("reads", "changes"), [
-    ([2, 1], {"train__batch_size": 140}),
-    ([2], {"train__batch_size": 200, "train__models": ["dcl", "ce"], "train__controls": ["reseeded"],
-           "train__micro_batch": 120, "train__joint_views": False, "optim__name": "lars"}),
+    ([1], {"train__batch_size": 400}),
+    ([2, 1], {"train__batch_size": 140, "train__models": ["dcl"], "train__controls": ["reseeded"],
+              "train__micro_batch": 80, "train__joint_views": False, "optim__name": "lars"}),
 ])  # fmt: skip
 def test_an_epoch_waits_only_to_read_its_measurements(without_values, monkeypatch, tmp_path, reads, changes):
     found, copies = _epoch(monkeypatch, tmp_path, train__log_every=2, **changes)
