@@ -27,7 +27,7 @@ PARTS = tuple(_SPANS)
 
 
 class StepProfile:
-    """Profiles PROFILED steps of an epoch after WARM_UP others, or as many as there are, and writes into the run's
+    """Profiles PROFILED steps of an epoch after WARM_UP others, fewer of a short epoch, and writes into the run's
     folder `profile/trace.json.gz` and `profile/shares.txt`. Changes nothing else of the run.
 
     The device is waited for after each of these steps, so that waiting for a batch is not hidden behind the work of the
@@ -43,8 +43,8 @@ class StepProfile:
     def __init__(self, out: Path, device: torch.device, length: int, title: str) -> None:
         self._folder, self._device, self._title = out / "profile", device, title
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes lines of its own to standard error
-        count = min(PROFILED, length)
-        first = min(WARM_UP, length - count)
+        first = min(WARM_UP, length // 2)
+        count = min(PROFILED, length - first)
         self._steps = range(first, first + count)
         cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
         self._profile = profile(activities=[ProfilerActivity.CPU, *cuda])
