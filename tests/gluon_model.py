@@ -140,7 +140,8 @@ class Partition(threading.Thread):
     def __init__(self, machine: Machine, function: Callable, arguments: tuple) -> None:
         super().__init__(daemon=True)
         self.machine, self.function, self.arguments = machine, function, arguments
-        self.turn, self.ready = threading.Semaphore(0), lambda: True
+        self.turn = threading.Semaphore(0)
+        self.ready: Callable[[], bool] = lambda: True
         self.products: list[Product] = []
         self.written: list[Stage] = []  # since its last fence
         self.done = False

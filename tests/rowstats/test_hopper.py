@@ -49,10 +49,9 @@ def forward(ring: Ring, splits: int = 1, padding: int = 0, symmetric: bool = Tru
     """A launch over small blocks, its sums of resident rows (programs of a block, rows), and those of streamed rows."""
     rows = BLOCKS * SIDE
     resident = torch.full((splits * ring.CONSUMERS, 3, rows), torch.nan)
-    streamed = torch.full((BLOCKS, rows), torch.nan) if symmetric else None
-    arguments = sides(rows - padding) | {
-        "parts": Parts(resident, streamed, 0, BLOCKS, 0), "RING": fixed(ring), "SYMMETRIC": symmetric,
-    }  # fmt: skip
+    streamed = torch.full((BLOCKS if symmetric else 0, rows), torch.nan)
+    parts = Parts(resident, streamed if symmetric else None, 0, BLOCKS, 0)
+    arguments = sides(rows - padding) | {"parts": parts, "RING": fixed(ring), "SYMMETRIC": symmetric}
     arguments["z_r"] = arguments["z_s"]
     return Launch(forward_hopper_kernel, (BLOCKS, splits), 4, 1, arguments), resident, streamed
 
@@ -96,7 +95,7 @@ def test_forward_keeps_the_rules_and_its_sums_for_every_number_of_tiles(ring, sp
     sums = resident.sum(0).numpy()
     assert np.isnan(sums[:, n:]).all() and not sums[1:, :n].any()
     np.testing.assert_allclose(sums[0, :n], rows[:n], rtol=1e-5)
-    for k in range(BLOCKS if symmetric else 0):  # a block has all its tiles' sums, and no others
+    for k in range(len(streamed)):  # a block has all its tiles' sums, and no others
         before = k * SIDE
         np.testing.assert_allclose(streamed[k, :before], blocks[k, :before], rtol=1e-5)
         assert streamed[k, before:].isnan().all()

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
-import torch
 import triton
 
 from fastcl.kernels.common.arguments import Parts, fixed
@@ -71,15 +70,15 @@ def _described(r: Operand, rows: int):
     """A TMA descriptor of the working copy, in blocks of so many rows."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(r.z[0], [r.rows, r.width], [r.width, 1], [rows, r.width], _layout(rows, r.width, r.z.dtype))
+    return TensorDescriptor(r.z[0], [r.rows, r.width], [r.width, 1], [rows, r.width], _layout(r.width))
 
 
-@lru_cache(maxsize=64)
-def _layout(rows: int, width: int, dtype: torch.dtype):
-    """Shared memory as TMA writes it and WGMMA reads it."""
+@lru_cache(maxsize=16)
+def _layout(width: int):
+    """Shared memory as TMA writes it and WGMMA reads it, for rows of so many 16-bit numbers."""
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for([rows, width], {torch.float16: gl.float16}.get(dtype, gl.bfloat16))
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=16, rank=2)
 
 
 def _ring(config: Config) -> Ring:
