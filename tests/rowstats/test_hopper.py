@@ -40,7 +40,7 @@ def sides(n: int) -> dict[str, Any]:
     starts = torch.arange(rows, dtype=torch.int32) // SIDE * SIDE
     return {
         "r": Resident(z, None, starts, starts + SIDE, starts, n, rows), "s": Streamed(z, None, starts, starts, n, rows),
-        "z_s": described(z), "temperature": Temperature(None, 0.5),
+        "z_s": described(z), "temperature": Temperature(None, None, 0.5),
         "TILE": fixed(Tile(WIDTH, SIDE, SIDE, WIDTH, SIDE, True, False, False)),
     }  # fmt: skip
 
@@ -166,7 +166,8 @@ def config(kernel: str, *_: Any) -> Config | None:
     """A launch table of large tiles; the model runs kernels for narrow rows as well."""
     if kernel.endswith("_hopper"):
         return Config(128, 64, 32, 8, 4, consumers=2)
-    return None if kernel in ("forward_plain", "forward_masked", "backward_masked") else Config(128, 128, 32, 4, 1)
+    apart = kernel.endswith(("_joint", "_plain", "_masked"))
+    return None if apart else Config(128, 128, 32, 4, 1)
 
 
 @pytest.fixture
