@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
-from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -82,6 +81,8 @@ def _share_types() -> None:
 
 def _skip_checks_of_equal_types() -> None:
     """Operands of one type are neither cast nor broadcast."""
+    from triton.language.semantic import TritonSemantic  # which an older Triton lacks
+
     check, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
     cast = TritonSemantic.cast
 

@@ -28,7 +28,7 @@ from triton.runtime import interpreter
 import fastcl
 from fastcl.kernels.common import launch
 from fastcl.losses.objectives import ObjectiveLike
-from fastcl.rowstats.triton import backward, forward, operand, order, two_models
+from fastcl.rowstats.triton import backward, forward, operand, two_models, working_order
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -80,7 +80,7 @@ def launches() -> Iterator[Launches]:
     """Inside, the Triton backend is on, its launches are listed, and memory that it asks for is poisoned."""
     seen = Launches()
     with fastcl.backend("triton"), pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, operand, order, two_models):
+        for module in (forward, backward, operand, two_models, working_order):
             start = module.launch
 
             def recorded(kernel: Any, grid: tuple[int, ...], *options: int, start=start, **arguments: Any) -> None:

@@ -13,7 +13,7 @@ from fastcl.rowstats.triton import hopper, two_models
 from fastcl.rowstats.triton.backward import Upstream, gradients
 from fastcl.rowstats.triton.forward import statistics
 from fastcl.rowstats.triton.operand import NARROW, Call, Source
-from fastcl.rowstats.triton.order import COUNTED, known_order, orders
+from fastcl.rowstats.triton.working_order import COUNTED, known_order, orders
 
 _NTXENT, _SUPCON = 0b001_111, 0b011_111  # Objective.code of two rows of the table
 _ROWS = 8192  # more than few: masked tiles have launches of their own

@@ -16,7 +16,7 @@ from fastcl.rowstats.triton import backward, forward
 from fastcl.rowstats.triton import operator as fused
 from fastcl.rowstats.triton.backward import Upstream, gradients
 from fastcl.rowstats.triton.operand import Call, Source
-from fastcl.rowstats.triton.order import known_order
+from fastcl.rowstats.triton.working_order import known_order
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 NTXENT, SUPCON = (fastcl.OBJECTIVES[name].code for name in ("ntxent", "supcon"))

@@ -8,9 +8,9 @@ from torch import Tensor
 from triton_runs import DEVICE, Launches, few_programs, launches  # noqa: F401
 
 from fastcl.rowstats.order import Layout
-from fastcl.rowstats.triton import forward, order
+from fastcl.rowstats.triton import forward, working_order
 from fastcl.rowstats.triton.operand import Call, Source
-from fastcl.rowstats.triton.order import known_order
+from fastcl.rowstats.triton.working_order import known_order
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 
@@ -50,11 +50,11 @@ def test_the_known_order_of_two_views(kind: str, b: int, monkeypatch: pytest.Mon
     sample, both = torch.arange(b).repeat(2), None if labels is None else labels.repeat(2)
     found, ran = written(b, 2, labels)
     assert not ran.of("layout_kernel")
-    monkeypatch.setattr(order, "COUNTED", 0)
+    monkeypatch.setattr(working_order, "COUNTED", 0)
     by_sort, ran = written(b, 2, labels)
     assert [one.grid for one in ran.of("layout_kernel")] == ([] if labels is None else [(2 if b == 600 else 1,)])
     assert torch.equal(found, by_sort)
-    sorted_order, _ = order.sorted_orders(Layout.of(sample, both, None, None))
+    sorted_order, _ = working_order.sorted_orders(Layout.of(sample, both, None, None))
     if kind in ("none", "few"):  # no sample without a class: both sort alike
         assert torch.equal(found, sorted_order.tensor)
     m = masks(sample, both)
@@ -79,7 +79,7 @@ def test_counted_ids_have_the_order_of_sorted_ones(labelled: bool) -> None:
     for ids in ((sample, labels, None, None), (sample, labels, sample_y, labels_y)):
         given = [None if v is None else v.to(DEVICE) for v in ids]
         with launches():
-            counted = order.orders(*given)
-        for one, other in zip(counted, order.sorted_orders(Layout.of(*given)), strict=True):
+            counted = working_order.orders(*given)
+        for one, other in zip(counted, working_order.sorted_orders(Layout.of(*given)), strict=True):
             assert (one is None) == (other is None)
             assert one is None or other is None or torch.equal(one.tensor, other.tensor)

@@ -8,7 +8,7 @@ from triton_runs import DEVICE, few_programs, launches  # noqa: F401
 
 from fastcl.kernels.contrastive.prepare import Initial
 from fastcl.rowstats.triton.operand import ALIGN, Call, Operand, Source, allocated, fill, padded_width
-from fastcl.rowstats.triton.order import Order
+from fastcl.rowstats.triton.working_order import Order
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 # Widths up to a program's whole and beyond, numbers of rows around a block of the working copy.

@@ -12,7 +12,7 @@ from fastcl.losses.objectives import OBJECTIVES
 from fastcl.rowstats.api import fused
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.triton import hopper
-from fastcl.rowstats.triton.order import COUNTED
+from fastcl.rowstats.triton.working_order import COUNTED
 
 LOSSES = ("ntxent", "nscl", "supcon", "clip")
 PRECISIONS = ("fp16", "fp32")

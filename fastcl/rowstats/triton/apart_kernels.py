@@ -47,13 +47,13 @@ def _forward(x, y, labels, labels_y, *asked) -> tuple[Tensor, ...]:
 
     Where the logits may leave the range of a fixed shift, `theirs` has a sixth row: the other ranks' flags.
     """
-    from fastcl.rowstats.triton import forward, order
+    from fastcl.rowstats.triton import forward, working_order
     from fastcl.rowstats.triton.operand import Source
 
     call = _Asked(*asked).call(labels is not None)
     flag = torch.empty(1, dtype=torch.int32, device=x.device) if call.may_overflow else None
     with torch.cuda.device_of(x):
-        order_x, order_y = order.sorted_orders(layout_of(x, y, labels, labels_y, call.peers))
+        order_x, order_y = working_order.sorted_orders(layout_of(x, y, labels, labels_y, call.peers))
         assert order_y is not None
         sources = Source(x, None, order_x), Source(y, None, order_y)
         (a, b), ((stats, counts, _),) = forward.statistics(*sources, call, flag, columns=False)
@@ -86,7 +86,7 @@ def _backward(x, y, labelled, *rest) -> tuple[Tensor, Tensor]:
     from fastcl.rowstats.triton import backward, operand
 
     *asked, stats, saved, grads, theirs, need = rest
-    call, saved = _Asked(*asked).call(labelled), Saved(*saved, x.new_empty(0))
+    call, saved = _Asked(*asked).call(labelled), Saved(*saved, maxima=x.new_empty(0))
     flag = saved.flag if call.may_overflow else None
     scales = (None, None) if call.normalize else (saved.scale[:1], saved.scale[1:])
     a = operand.restored(x, None, saved.order, saved.z, saved.inv, scales[0])

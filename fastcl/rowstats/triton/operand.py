@@ -14,7 +14,7 @@ from fastcl.kernels.common.arguments import Resident, Rows, Streamed, Temperatur
 from fastcl.kernels.common.launch import Config, architecture, cdiv, config, launch
 from fastcl.kernels.common.numerics import SAFE_INVERSE_T
 from fastcl.kernels.contrastive.prepare import Initial, Preparation, prepare_kernel
-from fastcl.rowstats.triton.order import Order
+from fastcl.rowstats.triton.working_order import Order
 
 ALIGN = 128  # working copies are padded to whole blocks of this many rows; every tile size divides it
 NARROW = 256  # wider rows are processed in pieces

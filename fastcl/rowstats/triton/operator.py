@@ -105,27 +105,28 @@ def _tensors(x: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tensor, ...]:
-    from fastcl.rowstats.triton import forward, order
+    from fastcl.rowstats.triton import forward, working_order
     from fastcl.rowstats.triton.operand import Source
 
     columns, call = Asked(*asked).columns, Asked(*asked).call(labels is not None)
     flag = torch.empty(1, dtype=torch.int32, device=x.device) if call.may_overflow else None
     with torch.cuda.device_of(x):
         if sample is not None:
-            order_x, order_y = order.orders(sample, labels, sample_y, labels_y)
+            order_x, order_y = working_order.orders(sample, labels, sample_y, labels_y)
         else:
-            order_x, order_y = order.known_order(len(x), 2 if y is None else 1, labels, x.device), None
+            order_x, order_y = working_order.known_order(len(x), 2 if y is None else 1, labels, x.device), None
         theirs = None if y is None else Source(y, None, order_x if order_y is None else order_y)
         operands, found = forward.statistics(Source(x, x2, order_x), theirs, call, flag, columns)
-    given = [(*r[:2], r.losses.rows if r.losses.total is None else r.losses.total) for r in found]
-    given += [(None, None, None)] * (2 - len(found))
-    if call.reduced:
-        given[1] = (*given[1][:2], None)
+    first, *others = found
+    losses = first.losses.rows if first.losses.total is None else first.losses.total
+    given_y = (None, None, None)
+    for r in others:  # with columns; reduced losses are those of both sides
+        given_y = (*r[:2], None if call.reduced else r.losses.rows)
     a, b = operands[0], operands[1] if y is not None else None
     saved_y = (None, None, None) if b is None else (b.z, b.inv, None if order_y is None else b.order)
     scales = [operand.scale for operand in operands if operand.scale is not None]
     scale = torch.cat(scales) if len(scales) > 1 else scales[0] if scales else None
-    returned = *given[0], *given[1], a.z, a.inv, a.order, *saved_y, scale, flag, found[0].losses.maxima
+    returned = *first[:2], losses, *given_y, a.z, a.inv, a.order, *saved_y, scale, flag, first.losses.maxima
     return _tensors(x, returned)
 
 

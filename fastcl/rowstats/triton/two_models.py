@@ -16,7 +16,7 @@ from fastcl.kernels.contrastive.two_models import twin_kernel
 from fastcl.rowstats.pair_sums import PairSums, Profile, three
 from fastcl.rowstats.triton.forward import Result, finish, online, results, waves
 from fastcl.rowstats.triton.operand import ALIGN, Call, Operand, Source, allocated, fill
-from fastcl.rowstats.triton.order import Order
+from fastcl.rowstats.triton.working_order import Order
 
 # Cosines come from float32 sums. If a matrix's root mean square deviation is below this fraction of its mean, it is
 # rounding error, and the matrix counts as constant.

@@ -19,12 +19,12 @@ def _call(temperature, value, precision, labelled):
 
 
 def _forward(za, zb, sample, labels, temperature, value, precision):
-    from fastcl.rowstats.triton import order, two_models
+    from fastcl.rowstats.triton import two_models, working_order
 
     call = _call(temperature, value, precision, labels is not None)
     flags = [za.new_empty(1, dtype=torch.int32) if call.may_overflow else None for _ in range(2)]
     with torch.cuda.device_of(za):
-        given, _ = order.orders(sample, labels)
+        given, _ = working_order.orders(sample, labels)
         (a, b), found = two_models.statistics(za, zb, given, call, (flags[0], flags[1]))
     flags = [za.new_empty(0) if flag is None else flag for flag in flags]
     return *found, a.order, a.z, a.inv, b.z, b.inv, *flags
