@@ -109,14 +109,22 @@ def _run(case: _Case) -> None:
     else:
         order_x = order_y = known_order(n, 2 if views else 1, labels if views else None, x.device)
     a = Source(x, y if views and not case.ids else None, order_x)
-    operands, found = statistics(a, None if views else Source(y, None, order_y), call, flag, columns)
+    b = None if views or order_y is None else Source(y, None, order_y)
+    operands, found = statistics(a, b, call, flag, columns)
     losses = found[0].losses
     grad = losses.rows if losses.total is None else losses.total
     upstreams = [Upstream(one.stats, None, grad) for one in found]
     if not columns:
         upstreams.append(Upstream(found[0].stats[:, :0], None, None))
-    b = None if views else operands[1]
-    gradients(operands[0], b, call, flag, tuple(upstreams), (True, columns, case.learnable), losses.maxima)
+    gradients(
+        operands[0],
+        None if views else operands[1],
+        call,
+        flag,
+        tuple(upstreams),
+        (True, columns, case.learnable),
+        losses.maxima,
+    )
 
 
 def _run_twins(case: _Case) -> None:
@@ -125,5 +133,5 @@ def _run_twins(case: _Case) -> None:
     call = Call(temperature, 0.5, True, case.precision, (), case.split, labels is not None)
     flags = tuple(torch.empty(1, dtype=torch.int32, device="cpu") if call.may_overflow else None for _ in range(2))
     order = known_order(_ROWS, 1, labels, torch.device("cpu"))
-    rows = (torch.empty(_ROWS, width, dtype=case.dtype, device="cpu") for width in (case.d, case.second))
-    two_models.statistics(*rows, order, call, flags)
+    za, zb = (torch.empty(_ROWS, width, dtype=case.dtype, device="cpu") for width in (case.d, case.second))
+    two_models.statistics(za, zb, order, call, (flags[0], flags[1]))

@@ -91,15 +91,15 @@ def _sides(
     active = [(one, _derivatives(one, sides[len(sides) - 1 - k].operand, call)) for k, one in enumerate(sides)]
     active = [(one, given) for one, given in active if one.upstream.any]
     known = maxima is not None and all(one.upstream.grad_stats is None for one, _ in active)
-    if maxima is None or not known:
-        blocks = [one.operand.rows // ALIGN for one, _ in active]
-        maxima = z.new_empty(sum(blocks), dtype=torch.float32)
-        for (_, given), part in zip(active, maxima.split(blocks), strict=True):
+    blocks = [one.operand.rows // ALIGN for one, _ in active]
+    scales = maxima if maxima is not None and known else z.new_empty(sum(blocks), dtype=torch.float32)
+    if not known:
+        for (_, given), part in zip(active, scales.split(blocks), strict=True):
             launch(backward_prologue.maxima_kernel, (len(part),), 4, 1, **given[0], maxima=part, **given[1])
     for one, given in active:
         launch(
             backward_prologue.weights_kernel, (one.operand.rows // ALIGN,), 4, 1,
-            **given[0], weights=one.weights, maxima=maxima, n_maxima=len(maxima), bound=bound,
+            **given[0], weights=one.weights, maxima=scales, n_maxima=len(scales), bound=bound,
             arrived=arrived, flag=flag, temperature=call.degree, **given[1], UNIT=known,
         )  # fmt: skip
     return sides
@@ -108,13 +108,18 @@ def _sides(
 def _derivatives(side: _Side, other: Operand, call: Call) -> tuple[dict, dict]:
     """Arguments common to the kernels that form derivatives: the first of each, and constants."""
     r, upstream = side.operand, side.upstream
-    grad, factor, strides = upstream.grad_losses, 1.0, (0, 0)
+    grad, factor, stride_k, stride_n = upstream.grad_losses, 1.0, 0, 0
     if grad is not None:
-        strides = grad.stride(0), grad.stride(1) if grad.ndim == 2 else 0
-        factor = call.factor(r.n) if grad.ndim == 1 else 1.0
-    rows = r.order, upstream.stats, upstream.grad_stats, grad, *strides, factor, r.n, other.n, r.rows
+        stride_k = grad.stride(0)
+        if grad.ndim == 1:
+            factor = call.factor(r.n)
+        else:
+            stride_n = grad.stride(1)
+    given = backward_prologue.Upstream(
+        r.order, upstream.stats, upstream.grad_stats, grad, stride_k, stride_n, factor, r.n, other.n, r.rows
+    )
     constants = {"BLOCK_N": ALIGN, "SYMMETRIC": r is other, "CODES": fixed(() if grad is None else call.codes)}
-    return {"side": backward_prologue.Upstream(*rows)}, constants
+    return {"side": given}, constants
 
 
 def _gradient(
