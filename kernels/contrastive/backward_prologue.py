@@ -92,9 +92,9 @@ def weights_kernel(
     BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, CODES,
     UNIT: tl.constexpr,  # the maxima are those at an upstream gradient of 1
 ):  # fmt: skip
-    o_m = tl.arange(0, 1024)
-    b_largest = tl.zeros([1024], tl.float32)
-    for i_m in range(0, n_maxima, 1024):
+    o_m = tl.arange(0, 512)
+    b_largest = tl.zeros([512], tl.float32)
+    for i_m in range(0, n_maxima, 512):
         b_largest = tl.maximum(b_largest, tl.load(maxima + i_m + o_m, mask=i_m + o_m < n_maxima, other=0.0))
     largest = tl.max(b_largest, 0)
     if UNIT:
