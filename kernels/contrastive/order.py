@@ -54,21 +54,19 @@ def _count_ids(ids, b_sample, b_label, o_n, CHUNK: tl.constexpr):
         b_sample_j = tl.load(ids.sample_N + start + o_j, mask=start + o_j < ids.n, other=0)[None, :]
         m_less = m_j & (b_sample_j < b_sample[:, None])
         m_same = m_j & (b_sample_j == b_sample[:, None])
-        m_less_in = m_less & m_same  # none
         m_same_in = m_same
         if ids.label_N is not None:
             b_label_j = tl.load(ids.label_N + start + o_j, mask=start + o_j < ids.n, other=0)[None, :]
             m_none_j = b_label_j == -1
             m_none = (b_label == -1)[:, None]
             m_class = m_j & (b_label_j == b_label[:, None]) & (m_none == 0)
-            m_less_in = m_class & m_less
+            b_less_in += (m_class & m_less).to(tl.int32)
             m_same_in = m_same & (b_label_j == b_label[:, None])
             m_label = (m_none_j == 0) & (b_label_j < b_label[:, None])
             m_less = (m_none & m_none_j & m_less) | ((m_none == 0) & m_j & (m_none_j | m_label))
             m_same = m_class | (m_none & m_same_in)
         b_less += m_less.to(tl.int32)
         b_same += m_same.to(tl.int32)
-        b_less_in += m_less_in.to(tl.int32)
         b_same_in += m_same_in.to(tl.int32)
         b_before += (m_same_in & (start + o_j[None, :] < o_n[:, None])).to(tl.int32)
     b_lo = tl.sum(b_less, 1)

@@ -65,7 +65,7 @@ def _counted(own: Ids, other: Ids, with_own: bool) -> Order:
     order = torch.empty(7 if with_own else 5, own.n, dtype=torch.int32, device=own.sample_N.device)
     launch(
         order_kernel, (cdiv(own.n, 16),), 4, 1,
-        own=own, other=other, layout=order, BLOCK_N=16, CHUNK=64, OWN=with_own,
+        own=own, other=other, layout=order, BLOCK_N=16, CHUNK=32, OWN=with_own,
     )  # fmt: skip
     return Order(order)
 
