@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     print(text, end="")
     if args.json:
         write_file(args.json, lines(rows))
-    return _judge(rows, text, compared, args.accept)
+    return _judge(rows, text, compared, args.accept, whole=not args.only.pattern)
 
 
 def committed(arch: int) -> list[report.Record]:
@@ -68,15 +68,17 @@ def _path(arch: int, suffix: str) -> Path:
     return RESULTS / f"predicted-sm_{arch}.{suffix}"
 
 
-def _judge(rows: Sequence[report.Record], text: str, compared: Sequence[Comparison], accept: bool) -> int:
+def _judge(
+    rows: Sequence[report.Record], text: str, compared: Sequence[Comparison], accept: bool, whole: bool
+) -> int:  # fmt: skip
+    """Compare with what is committed, or commit; `whole`: the records are of all losses. Returns the exit status."""
     arch = int(rows[0]["arch"].removeprefix("sm_"))
     before = committed(arch)
     failed = [
         f"{one.figure.name}: predicted {one.predicted:.0f} TFLOP/s, out of range" for one in compared if not one.holds
     ]
     if accept:
-        whole = {report.key(row) for row in before} <= {report.key(row) for row in rows}
-        merged = {report.key(row): row for row in before} | {report.key(row): row for row in rows}
+        merged = {report.key(row): row for row in ([] if whole else before)} | {report.key(row): row for row in rows}
         write_file(_path(arch, "json"), lines(list(merged.values())))
         if whole:
             write_file(_path(arch, "md"), text)
