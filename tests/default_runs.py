@@ -1,6 +1,7 @@
 """What fastcl computes, as names and values: equal in every bit whatever PyTorch's default dtype and device are."""
 
 import io
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -114,8 +115,10 @@ def launches() -> dict:
     """What every launch of the Triton kernels is given; none is started."""
 
     def form(value):
-        if isinstance(value, tuple):
+        if isinstance(value, tuple | list):
             return tuple(map(form, value))
+        if is_dataclass(value):  # a descriptor of a tensor
+            return tuple(form(getattr(value, field.name)) for field in fields(value))
         value = value.value if isinstance(value, triton.language.constexpr) else value
         return (value.dtype, value.device, tuple(value.shape)) if isinstance(value, Tensor) else value
 

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from warm_commands import context
 
 WORLD = 3
+NAME = "rank of the tests"  # of the processes
 PATIENCE = 120  # seconds for a call, and for a collective
 groups: dict[str, Any] = {}  # in a rank's process: "all", "pair" (ranks 0 and 1; None elsewhere) and "last" (rank 2)
 
@@ -39,7 +40,8 @@ class Pool:
         self.processes, self.ends = [], []
         for rank in range(WORLD):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.folder.name, theirs), daemon=True)
+            given = rank, self.folder.name, theirs
+            process = context.Process(target=_serve, args=given, daemon=True, name=f"{NAME} {rank}")
             process.start()
             theirs.close()
             self.processes.append(process)

@@ -37,10 +37,10 @@ def in_batch_loss(
         raise ValueError(f"Expected at least 2 embeddings, got {len(embeddings)}")
     queries, positives, *_ = embeddings
     batch, sets = len(queries), len(embeddings) - 1
-    ids = torch.arange(batch, device=queries.device)
+    ids = torch.arange(batch, dtype=torch.int64, device=queries.device)
     all_documents = torch.cat(list(embeddings[1:]))
     # Without views, the ids of negatives are new ones.
-    strangers = torch.arange(batch, batch * sets, device=queries.device)
+    strangers = torch.arange(batch, batch * sets, dtype=torch.int64, device=queries.device)
     options = {"temperature": 1 / scale, "normalize": normalize, "gather_distributed": gathers}
     forward = row_stats(queries, all_documents, sample=ids, sample_y=torch.cat([ids, strangers]), **options)
     rest = {"query_to_doc": forward.lse_other}

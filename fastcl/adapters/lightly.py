@@ -48,7 +48,7 @@ class NTXentLoss(nn.Module):
         # exp(-s / |T|) against the rows turned round; the row itself is left out together with its view.
         x, sample, degree = (
             torch.cat([out0, out1]),
-            torch.arange(len(out0), device=out0.device).repeat(2),
+            torch.arange(len(out0), dtype=torch.int64, device=out0.device).repeat(2),
             -self.temperature,
         )
         options = {"temperature": degree, "gather_distributed": gathers}

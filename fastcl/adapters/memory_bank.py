@@ -33,9 +33,12 @@ class MemoryBankModule(nn.Module):
         if shape != (0,) and len(shape) != 2:
             raise ValueError(f"memory bank size must be 0 or (number of rows, width), got {size}: name both")
         self.size, self.gather_distributed = shape, gather_distributed
-        rows = normalize(torch.randn(shape), dim=-1) if len(shape) == 2 else torch.empty(shape)
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()  # as lightly's
+        rows = torch.empty(shape, dtype=dtype, device=device)
+        if len(shape) == 2:
+            rows = normalize(torch.randn(shape, dtype=dtype, device=device), dim=-1)
         self.register_buffer("bank", rows, persistent=False)
-        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
 
     @torch.no_grad()
     def enqueue(self, rows: Tensor) -> None:

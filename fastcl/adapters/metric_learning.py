@@ -52,7 +52,7 @@ class _OnRowStats:
             return compute(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         itself = ref_labels is labels
         ids, ids_y = class_ids(torch.cat([labels, ref_labels])).split([len(labels), len(ref_labels)])
-        sample = torch.arange(len(ids) + len(ids_y), device=embeddings.device)
+        sample = torch.arange(len(ids) + len(ids_y), dtype=torch.int64, device=embeddings.device)
         other = {} if itself else {"y": ref_emb.to(embeddings.dtype), "sample_y": sample[len(ids) :], "labels_y": ids_y}
         stats = row_stats(
             embeddings, sample=sample[: len(ids)], labels=ids, temperature=self.temperature, **other,
@@ -80,9 +80,8 @@ class SupConLoss(_OnRowStats, losses.SupConLoss):
 
     def _losses(self, stats: RowStats, _: _Sides, /) -> dict[str, Any]:
         found = supcon_rows(stats)
-        return {
-            "losses": found, "indices": torch.arange(len(found), device=found.device), "reduction_type": "element"
-        }  # fmt: skip
+        indices = torch.arange(len(found), dtype=torch.int64, device=found.device)
+        return {"losses": found, "indices": indices, "reduction_type": "element"}
 
 
 class NTXentLoss(_OnRowStats, losses.NTXentLoss):
@@ -108,8 +107,8 @@ def _positive_pairs(ids: Tensor, ids_y: Tensor, itself: bool) -> tuple[Tensor, T
     ordered, order = ids_y.sort(stable=True)
     first = torch.searchsorted(ordered, ids)
     count = torch.searchsorted(ordered, ids, right=True) - first
-    a = torch.arange(len(ids), device=ids.device).repeat_interleave(count)
-    place = torch.arange(len(a), device=ids.device) - (count.cumsum(0) - count)[a]
+    a = torch.arange(len(ids), dtype=torch.int64, device=ids.device).repeat_interleave(count)
+    place = torch.arange(len(a), dtype=torch.int64, device=ids.device) - (count.cumsum(0) - count)[a]
     p = order[first[a] + place]
     kept = a != p if itself else torch.ones_like(a, dtype=torch.bool)
     return a[kept], p[kept]

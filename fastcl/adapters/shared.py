@@ -112,7 +112,8 @@ def one_way(
         IndexError: a target, on a CPU, that is no index of a candidate.
     """
     device = candidates.device
-    own, first = torch.arange(len(candidates), device=device), torch.arange(len(anchors), device=device)
+    own = torch.arange(len(candidates), dtype=torch.int64, device=device)
+    first = torch.arange(len(anchors), dtype=torch.int64, device=device)
     sample = first + target if isinstance(target, int) else target
     if isinstance(target, Tensor) and target.device.type == "cpu":  # elsewhere a check would wait for the device
         wrong = (target >= len(candidates)) | ((target < 0) & (target != IGNORED))
@@ -140,7 +141,7 @@ def with_positives(x: Tensor, mask: Tensor, temperature: float | Tensor, normali
         mask: (B, B) weights of positives, the same for all views. Those of a row may add up to 0: its result is 0.
         own: whether the diagonal counts, which is each row with itself; V must be 1 then.
     """
-    ids = torch.arange(len(x), device=x.device)
+    ids = torch.arange(len(x), dtype=torch.int64, device=x.device)
     stats = row_stats(x, sample=ids, temperature=temperature, normalize=normalize, gather_distributed=False)
     with torch.autocast(x.device.type, enabled=False):
         rows = scaled(x, temperature, normalize)

@@ -42,7 +42,7 @@ def simclr_loss_func(
     if second.ndim == 1:
         if extra_pos_mask is not None:
             raise ValueError("extra_pos_mask belongs to z1 and z2; with z and indexes, positives share an index")
-        ids = torch.arange(len(first), device=first.device)
+        ids = torch.arange(len(first), dtype=torch.int64, device=first.device)
         labels, gathers = class_ids(second).to(first.device), world_size() > 1
         return contrastive_loss(first, ids, labels, _sum_inside, temperature, gather_distributed=gathers)
     if extra_pos_mask is None:

@@ -54,7 +54,7 @@ class SupConLoss(nn.Module):
         if mask is not None:
             rows = with_positives(x, mask.to(x.device), self.temperature, normalize=False)
         else:
-            ids = torch.arange(batch, device=x.device).repeat(views)
+            ids = torch.arange(batch, dtype=torch.int64, device=x.device).repeat(views)
             classes = None if labels is None else class_ids(labels).to(x.device).repeat(views)
             stats = row_stats(
                 x, sample=ids, labels=classes, temperature=self.temperature, normalize=False, gather_distributed=False

@@ -30,7 +30,7 @@ class _Published(nn.Module):
 
     def forward(self, z_i: Tensor, z_j: Tensor, labels: Tensor | None = None) -> Tensor:
         """Mean loss over all ranks' rows, of the views z_i and z_j, (B, D) each, and labels (B,)."""
-        ids = torch.arange(len(z_i), device=z_i.device).repeat(2)
+        ids = torch.arange(len(z_i), dtype=torch.int64, device=z_i.device).repeat(2)
         classes = None if labels is None else class_ids(labels).to(z_i.device).repeat(2)
         world = world_size()
         if world > 1:

@@ -39,7 +39,7 @@ class SimclrInfoNCECriterion(nn.Module):
         return 1 - self.pos_mask - (columns == own[:, None]).float()
 
     def _places(self) -> tuple[Tensor, Tensor]:
-        columns = torch.arange(self.buffer_params.effective_batch_size)
+        columns = torch.arange(self.buffer_params.effective_batch_size, dtype=torch.int64, device="cpu")
         return columns.view(self.buffer_params.world_size, -1)[self.dist_rank], columns
 
     def forward(self, embedding: Tensor) -> Tensor:

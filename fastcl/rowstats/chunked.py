@@ -234,7 +234,7 @@ class _Views:
 
 def _views(xs: Tensor, ys: Tensor, layout: Layout, selves: Tensor | None) -> Iterator[_Views]:
     if layout.symmetric:
-        selves = torch.arange(len(xs) + 1, device=xs.device)
+        selves = torch.arange(len(xs) + 1, dtype=torch.int64, device=xs.device)
     bounds_x, bounds_y = layout.samples()
     widest = max(int((stop - start).amax()) for start, stop in (bounds_x, bounds_y))
     size = max(1, VIEW_ELEMENTS // (widest * xs.shape[1]))

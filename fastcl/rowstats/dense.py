@@ -44,7 +44,8 @@ def row_stats(
 def views_without_self(x: Tensor, y: Tensor, sample: Tensor, sample_y: Tensor, self_y: Tensor) -> tuple[Tensor, Tensor]:
     """mean_view and spread_view as of `row_stats`, without the candidates (N,) that are the anchors themselves."""
     s = x @ y.T
-    view = (sample[:, None] == sample_y) & (self_y[:, None] != torch.arange(len(y), device=y.device))
+    candidates = torch.arange(len(y), dtype=torch.int64, device=y.device)
+    view = (sample[:, None] == sample_y) & (self_y[:, None] != candidates)
     return _mean(s, view), _spread(s, view)
 
 

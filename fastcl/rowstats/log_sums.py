@@ -50,7 +50,7 @@ def log_sums(
         rows = prepared(x, normalize)
         rows = rows / (temperature.to(rows).reshape(()) if isinstance(temperature, Tensor) else temperature)
     if chosen == "triton":
-        ids = torch.arange(len(x) + len(y), device=x.device)
+        ids = torch.arange(len(x) + len(y), dtype=torch.int64, device=x.device)
         batch = Batch(x, y=y, sample=ids[: len(x)], sample_y=ids[len(x) :])
         return fused(batch, temperature, normalize, False, precision, ())[0][4], rows
     with torch.autocast(x.device.type, enabled=False):

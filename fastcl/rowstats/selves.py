@@ -72,7 +72,8 @@ def left_out(
 def _positions(layout: Layout, self_y: Tensor) -> Tensor:
     """(N + 1,) positions among the sorted candidates of the sorted anchors' own; -1: none."""
     order = layout.y.order
-    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    positions = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    place = torch.empty_like(order).index_copy_(0, order, positions)
     found = place[self_y.clamp(0, len(order) - 1)].masked_fill(self_y < 0, -1)[layout.x.order]
     return torch.nn.functional.pad(found, (0, 1), value=-1)
 

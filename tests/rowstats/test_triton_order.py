@@ -26,12 +26,17 @@ def members(order: Tensor, rows: tuple[int, int]) -> Tensor:
     return found
 
 
+def apart(ids: Tensor) -> Tensor:
+    """The same ids, not one after the other in memory."""
+    return torch.stack([ids, -ids], 1)[:, 0]
+
+
 def written(samples: int, views: int, labels: Tensor | None) -> tuple[Tensor, Launches]:
     """The order that a forward pass works with, and its launches."""
     call = Call(None, 0.5, True, "fp16", (), "none", False)
     rows = [torch.ones(samples, 2, device=DEVICE) for _ in range(2)]
     with launches() as ran:
-        order = known_order(samples, views, None if labels is None else labels.to(DEVICE), DEVICE)
+        order = known_order(samples, views, None if labels is None else apart(labels.to(DEVICE)), DEVICE)
         one = Source(rows[0], rows[1] if views == 2 else None, order)
         other = None if views == 2 else Source(rows[1], None, order)
         operands, _ = forward.statistics(one, other, call, None, False)
@@ -77,7 +82,7 @@ def test_counted_ids_have_the_order_of_sorted_ones(labelled: bool) -> None:
     classes = torch.cat([extremes, integers(4, 90, 3) - 1])
     labels, labels_y = (classes[v.clamp(0, 5) + v.clamp(0, 89)] if labelled else None for v in (sample, sample_y))
     for ids in ((sample, labels, None, None), (sample, labels, sample_y, labels_y)):
-        given = [None if v is None else v.to(DEVICE) for v in ids]
+        given = [None if v is None else apart(v.to(DEVICE)) for v in ids]
         with launches():
             counted = working_order.orders(*given)
         for one, other in zip(counted, working_order.sorted_orders(Layout.of(*given)), strict=True):

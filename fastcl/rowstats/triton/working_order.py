@@ -38,7 +38,7 @@ def known_order(samples: int, views: int, labels: Tensor | None, device: torch.d
     n = samples * views
     order = torch.empty(5, n, dtype=torch.int32, device=device)
     if labels is None or n <= COUNTED:
-        return Order(order, views, labels)
+        return Order(order, views, None if labels is None else labels.contiguous())
     ordered, index = labels.sort(stable=True)
     launch(
         layout_kernel, (cdiv(n, 1024),), 4, 1,
@@ -54,11 +54,16 @@ def orders(
     """The orders of both sides for arbitrary int64 ids; the second is None if the candidates are the rows."""
     if max(len(sample), 0 if sample_y is None else len(sample_y)) > COUNTED:
         return sorted_orders(Layout.of(sample, labels, sample_y, labels_y))
-    x = Ids(sample, labels, len(sample))
+    x = _ids(sample, labels)
     if sample_y is None:
         return _counted(x, x, False), None
-    y = Ids(sample_y, labels_y, len(sample_y))
+    y = _ids(sample_y, labels_y)
     return _counted(x, y, True), _counted(y, x, True)
+
+
+def _ids(sample: Tensor, labels: Tensor | None) -> Ids:
+    """Ids as the kernel reads them, one after the other in memory."""
+    return Ids(sample.contiguous(), None if labels is None else labels.contiguous(), len(sample))
 
 
 def _counted(own: Ids, other: Ids, with_own: bool) -> Order:
