@@ -28,7 +28,7 @@ from triton.runtime import interpreter
 import fastcl
 from fastcl.kernels.common import launch
 from fastcl.losses.objectives import ObjectiveLike
-from fastcl.rowstats.triton import backward, forward, operand, two_models, working_order
+from fastcl.rowstats.triton import backward, forward, operand, two_models, weighted, wide, working_order
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -80,7 +80,7 @@ def launches() -> Iterator[Launches]:
     """Inside, the Triton backend is on, its launches are listed, and memory that it asks for is poisoned."""
     seen = Launches()
     with fastcl.backend("triton"), pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, operand, two_models, working_order):
+        for module in (launch, forward, backward, weighted, wide, two_models, working_order):
             start = module.launch
 
             def recorded(kernel: Any, grid: tuple[int, ...], *options: int, start=start, **arguments: Any) -> None:
@@ -125,7 +125,7 @@ def tables_own_tiles() -> Iterator[None]:
 def workspace(size: int) -> Iterator[None]:
     """Inside, partial results may take this many bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward):
+        for module in (forward, backward, wide):
             patch.setattr(module, "WORKSPACE", size)
         yield
 

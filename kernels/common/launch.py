@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -72,6 +72,22 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
         return
     # Request fused multiply-add explicitly: from Triton 3.10 on it is off by default.
     kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def launch_sides(
+    kernel: Any, sides: Sequence[tuple[Any, ...]], programs: Sequence[int], warps: int, stages: int, splits: int = 1,
+    **arguments: Any,
+) -> None:  # fmt: skip
+    """Start a kernel over one side or over two at once: one launch instead of two.
+
+    Args:
+        sides: the argument `one` and, if there are two, `two`.
+        programs: of each; those of the second follow those of the first, whose number is the argument `first`.
+        splits: programs along the second axis of the grid.
+    """
+    one, two = sides if len(sides) == 2 else (*sides, None)
+    grid = (sum(programs),) if splits == 1 else (sum(programs), splits)
+    launch(kernel, grid, warps, stages, one=one, two=two, first=programs[0], **arguments)
 
 
 @contextmanager

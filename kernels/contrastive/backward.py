@@ -115,20 +115,21 @@ def _accumulate(b_acc, b_s, b_s_low, b_w, SPLIT: tl.constexpr):
     return split_dot(tl.trans(b_s), tl.trans(b_s_low), b_w_high, b_w_low, b_acc, SPLIT)
 
 
+class Direction(NamedTuple):
+    """The rows whose gradient is computed, r, and their candidates."""
+
+    r: Any  # Resident
+    s: Any  # Streamed
+    w_r: Any  # their Weights
+    w_s: Any
+    acc: Any  # Accumulator
+
+
 @triton.jit
-def backward_kernel(
-    r, s,  # Resident, Streamed
-    w_r, w_s,  # their Weights
-    acc,  # Accumulator
-    temperature, flag,
-    TILE,
-    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch processes; masked ones alone add to the others
-    ONLINE: tl.constexpr,
+def _gradient(
+    r, s, w_r, w_s, acc, block_r, temperature, TILE,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
-    if flag is not None:
-        if (tl.load(flag) != 0) != ONLINE:
-            return
-    block_r = tl.program_id(0)
     split = tl.program_id(1)
     start_r = (acc.first_block + block_r) * TILE.BLOCK_R
     logits = logits_of(temperature, r, s)
@@ -164,3 +165,39 @@ def backward_kernel(
         # Added to the plain tiles, which an earlier launch stored. Each element has one writer per launch, so the order
         # is fixed; atomic, so that the old values take no registers.
         tl.atomic_add(p_acc, b_acc, sem="relaxed")
+
+
+@triton.jit
+def backward_kernel(
+    r, s,  # Resident, Streamed
+    w_r, w_s,  # their Weights
+    acc,  # Accumulator
+    temperature, flag,
+    TILE,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch processes; masked ones alone add to the others
+):  # fmt: skip
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    _gradient(r, s, w_r, w_s, acc, tl.program_id(0), temperature, TILE, PLAIN, MASKED, False)
+
+
+@triton.jit
+def backward_online_kernel(
+    one, two, first,  # Direction; as `launch_sides` passes them
+    temperature, flag,
+    TILE,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`backward_kernel` where the flag says that a fixed shift is not enough."""
+    if tl.load(flag) == 0:
+        return
+    program = tl.program_id(0)
+    if two is None:
+        _gradient(one.r, one.s, one.w_r, one.w_s, one.acc, program, temperature, TILE, PLAIN, MASKED, True)
+    else:
+        if program < first:
+            _gradient(one.r, one.s, one.w_r, one.w_s, one.acc, program, temperature, TILE, PLAIN, MASKED, True)
+        else:
+            i_r = program - first
+            _gradient(two.r, two.s, two.w_r, two.w_s, two.acc, i_r, temperature, TILE, PLAIN, MASKED, True)

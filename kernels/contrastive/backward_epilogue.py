@@ -45,6 +45,19 @@ class Degree(NamedTuple):
     programs: int  # of all launches
 
 
+class Finalized(NamedTuple):
+    """A side of `finalize_kernel`."""
+
+    tiles: Any  # Gradient
+    x: Any  # Rows of the rows whose gradient is computed
+    x_views: Any  # Views of these
+    y: Any  # Rows of their candidates
+    y_views: Any
+    dx: Any  # (n, d) in source order; may be tiles.sums
+    scale: Any  # (1,) float32: scale of the candidates' working copy; None: they are normalised
+    degree: Any  # Degree; None: not requested
+
+
 class View(NamedTuple):
     """Inside a kernel: one view of each row."""
 
@@ -87,74 +100,83 @@ def _pull(b_s, views, b_src, o_n, m_n, b_count, n):
 
 
 @triton.jit
-def _view_pairs(b_x, b_src, x, y, x_views, y_views, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS):
+def _view_pairs(b_x, b_src, side, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS):
     """(N, D) part of the gradient from the views of each row, in float32 from the original rows."""
-    b_first = begin(tl.load(x_views.first_N + o_n, mask=m_n, other=0))
-    b_last = tl.load(x_views.last_N + o_n, mask=m_n, other=0)
+    b_first = begin(tl.load(side.x_views.first_N + o_n, mask=m_n, other=0))
+    b_last = tl.load(side.x_views.last_N + o_n, mask=m_n, other=0)
     b_count = b_last - b_first - (1 if CONSTANTS.SYMMETRIC else 0)
     b_dz = tl.zeros([CONSTANTS.BLOCK_N, CONSTANTS.BLOCK_D], tl.float32)
     for i_k in range(0, tl.max(b_last - b_first, 0)):
         b_j = b_first + i_k
-        one = _view(b_x, y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS.SYMMETRIC)
+        one = _view(b_x, side.y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS.SYMMETRIC)
         b_g = tl.zeros([CONSTANTS.BLOCK_N], tl.float32)
-        if x_views.weights is not None:
-            b_g += _pull(one.logit, x_views, b_src, o_n, one.m, b_count, x.n)
-        if y_views.weights is not None:
-            b_count_j = tl.load(y_views.last_N + b_j, mask=one.m, other=0)
-            b_count_j -= begin(tl.load(y_views.first_N + b_j, mask=one.m, other=0))
+        if side.x_views.weights is not None:
+            b_g += _pull(one.logit, side.x_views, b_src, o_n, one.m, b_count, side.x.n)
+        if side.y_views.weights is not None:
+            b_count_j = tl.load(side.y_views.last_N + b_j, mask=one.m, other=0)
+            b_count_j -= begin(tl.load(side.y_views.first_N + b_j, mask=one.m, other=0))
             b_count_j -= 1 if CONSTANTS.SYMMETRIC else 0
-            b_g += _pull(one.logit, y_views, one.src, b_j, one.m, b_count_j, y.n)
+            b_g += _pull(one.logit, side.y_views, one.src, b_j, one.m, b_count_j, side.y.n)
         b_dz += tl.where(one.m, b_g, 0.0)[:, None] * one.b
     return b_dz
 
 
 @triton.jit
-def finalize_kernel(
-    tiles,  # Gradient
-    x, x_views,  # Rows, Views of the rows whose gradient is computed
-    y, y_views,  # Rows, Views of their candidates
-    dx,  # (n, d) in source order; may be tiles.sums
-    degree,  # Degree; None: not requested
-    bound,  # (1,) float32: the weights' divisor
-    scale,  # (1,) float32: scale of the candidates' working copy; None: they are normalised
-    temperature,
-    CONSTANTS,
-):  # fmt: skip
-    i_n = tl.program_id(0) * CONSTANTS.BLOCK_N + tl.arange(0, CONSTANTS.BLOCK_N)
-    o_n = tiles.first + i_n
-    m_n = (o_n < x.n) & (i_n < tiles.rows)
+def _finalize(side, program, bound, temperature, CONSTANTS):
+    i_n = program * CONSTANTS.BLOCK_N + tl.arange(0, CONSTANTS.BLOCK_N)
+    o_n = side.tiles.first + i_n
+    m_n = (o_n < side.x.n) & (i_n < side.tiles.rows)
     o_d = tl.arange(0, CONSTANTS.BLOCK_D)
-    m_d = o_d < x.d
+    m_d = o_d < side.x.d
     m_nd = m_n[:, None] & m_d[None, :]
     inverse_t = inverse_temperature(temperature)
-    b_x, b_src, b_inv = unit_rows(x, o_n, m_n, o_d, m_d)
+    b_x, b_src, b_inv = unit_rows(side.x, o_n, m_n, o_d, m_d)
 
     b_row = (b_src if CONSTANTS.IN_ORDER else i_n).to(tl.int64)
     b_dz = tl.zeros([CONSTANTS.BLOCK_N, CONSTANTS.BLOCK_D], tl.float32)
     for i_k in tl.static_range(CONSTANTS.SLOTS):
-        p_sums = tiles.sums + (i_k * tiles.rows + b_row)[:, None] * tiles.stride + o_d[None, :]
+        p_sums = side.tiles.sums + (i_k * side.tiles.rows + b_row)[:, None] * side.tiles.stride + o_d[None, :]
         b_dz += tl.load(p_sums, mask=m_nd, other=0.0)
-    if scale is None:
+    if side.scale is None:
         b_dz = b_dz * (tl.load(bound) / (SCALE * WEIGHT_SCALE))
     else:
-        b_dz = b_dz * (tl.load(bound) / WEIGHT_SCALE / tl.load(scale))
+        b_dz = b_dz * (tl.load(bound) / WEIGHT_SCALE / tl.load(side.scale))
 
-    b_dz += _view_pairs(b_x, b_src, x, y, x_views, y_views, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS)
+    b_dz += _view_pairs(b_x, b_src, side, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS)
     b_dz = b_dz * inverse_t
-    NORMALIZED: tl.constexpr = x.inv_N is not None
-    if NORMALIZED or degree is not None:
+    NORMALIZED: tl.constexpr = side.x.inv_N is not None
+    if NORMALIZED or side.degree is not None:
         b_dot = tl.sum(b_x * b_dz, 1)
-        if degree is not None:
-            before = tiles.first // tiles.rows * tl.cdiv(tiles.rows, CONSTANTS.BLOCK_N)  # programs of earlier waves
-            tl.store(degree.sums + before + tl.program_id(0), tl.sum(tl.where(m_n, b_dot, 0.0), 0))
+        if side.degree is not None:
+            before = (
+                side.tiles.first // side.tiles.rows * tl.cdiv(side.tiles.rows, CONSTANTS.BLOCK_N)
+            )  # programs of earlier waves
+            tl.store(side.degree.sums + before + program, tl.sum(tl.where(m_n, b_dot, 0.0), 0))
         if NORMALIZED:
             b_power = tl.where(b_inv < 0, 8.507059173023462e37, 1.0)
             # Clamped, so that the gradient keeps its direction if an inverse norm exceeds float32's range.
             b_inv = tl.minimum(b_power * tl.abs(b_inv), FLOAT_MAX)
             b_dz = b_inv[:, None] * (b_dz - b_x * b_dot[:, None])
-    p_dx = dx + b_src.to(tl.int64)[:, None] * x.d + o_d[None, :]
-    tl.store(p_dx, b_dz.to(dx.dtype.element_ty), mask=m_nd)
-    if degree is not None:
-        if is_last(degree.arrived, degree.programs):
-            total = added_up(degree.sums, degree.programs) * degree.factor
-            tl.store(degree.total, total / inverse_t if temperature.scale is not None else -total * inverse_t)
+    p_dx = side.dx + b_src.to(tl.int64)[:, None] * side.x.d + o_d[None, :]
+    tl.store(p_dx, b_dz.to(side.dx.dtype.element_ty), mask=m_nd)
+    if side.degree is not None:
+        if is_last(side.degree.arrived, side.degree.programs):
+            total = added_up(side.degree.sums, side.degree.programs) * side.degree.factor
+            tl.store(side.degree.total, total / inverse_t if temperature.scale is not None else -total * inverse_t)
+
+
+@triton.jit
+def finalize_kernel(
+    one, two, first,  # Finalized; as `launch_sides` passes them
+    bound,  # (1,) float32: the weights' divisor
+    temperature,
+    CONSTANTS,  # Finish
+):  # fmt: skip
+    program = tl.program_id(0)
+    if two is None:
+        _finalize(one, program, bound, temperature, CONSTANTS)
+    else:
+        if program < first:
+            _finalize(one, program, bound, temperature, CONSTANTS)
+        else:
+            _finalize(two, program - first, bound, temperature, CONSTANTS)

@@ -31,6 +31,9 @@ class Upstream(NamedTuple):
     n: int
     n_s: int
     rows: int
+    # (5, rows) in working order, of lse_other, lse_peer, mean_peer / n_peer, mean_view, spread_view; `weights_kernel`
+    # writes them.
+    weights: Any
 
 
 @triton.jit
@@ -82,9 +85,31 @@ def _inverse_sum(stats, b_src, m_n, n, shift, ROW: tl.constexpr):
 
 
 @triton.jit
+def _weigh(side, program, largest, flag, temperature, BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, CODES):
+    o_n = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < side.n
+    m_rows = o_n < side.rows  # padding has weight 0
+    b_mean, b_spread, b_linear, b_peer, b_other, _ = _derivatives(side, o_n, m_n, SYMMETRIC, CODES)
+    b_src = tl.load(side.layout_5N + o_n, mask=m_n, other=0)
+    shift = shift_log2(inverse_temperature(temperature))
+    b_power_o = _inverse_sum(side.stats, b_src, m_n, side.n, shift, 4)
+    b_power_p = _inverse_sum(side.stats, b_src, m_n, side.n, shift, 3)
+    if flag is not None:
+        if tl.load(flag) != 0:  # online: the tiles subtract each row's own log-sum-exp
+            b_power_o = tl.full([BLOCK_N], 1.0, tl.float32)
+            b_power_p = b_power_o
+    unit = WEIGHT_SCALE / largest
+    p_weights = side.weights + o_n
+    tl.store(p_weights, b_other * unit * b_power_o, mask=m_rows)
+    tl.store(p_weights + side.rows, b_peer * unit * b_power_p, mask=m_rows)
+    tl.store(p_weights + 2 * side.rows, b_linear * unit, mask=m_rows)
+    tl.store(p_weights + 3 * side.rows, b_mean, mask=m_rows)
+    tl.store(p_weights + 4 * side.rows, b_spread, mask=m_rows)
+
+
+@triton.jit
 def weights_kernel(
-    side,  # Upstream
-    weights,  # (5, rows) in working order, of lse_other, lse_peer, mean_peer / n_peer, mean_view, spread_view
+    one, two, first,  # Upstream; as `launch_sides` passes them
     maxima, n_maxima,  # (n_maxima,) float32 of all sides with an upstream gradient
     bound,  # (1,) float32: the divisor of the first three weights
     arrived,  # (1,) int32, as `Degree.arrived`: set to 0; None: not needed
@@ -98,28 +123,17 @@ def weights_kernel(
         b_largest = tl.maximum(b_largest, tl.load(maxima + i_m + o_m, mask=i_m + o_m < n_maxima, other=0.0))
     largest = tl.max(b_largest, 0)
     if UNIT:
-        largest = largest * tl.abs(tl.load(side.grad))
+        largest = largest * tl.abs(tl.load(one.grad))
     largest = tl.where(largest > 0, tl.maximum(largest, _SMALLEST), 1.0)
     if tl.program_id(0) == 0:
         tl.store(bound, largest)
         if arrived is not None:
             tl.store(arrived, 0)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < side.n
-    m_rows = o_n < side.rows  # padding has weight 0
-    b_mean, b_spread, b_linear, b_peer, b_other, _ = _derivatives(side, o_n, m_n, SYMMETRIC, CODES)
-    b_src = tl.load(side.layout_5N + o_n, mask=m_n, other=0)
-    shift = shift_log2(inverse_temperature(temperature))
-    b_power_o = _inverse_sum(side.stats, b_src, m_n, side.n, shift, 4)
-    b_power_p = _inverse_sum(side.stats, b_src, m_n, side.n, shift, 3)
-    if flag is not None:
-        if tl.load(flag) != 0:  # online: the tiles subtract each row's own log-sum-exp
-            b_power_o = tl.full([BLOCK_N], 1.0, tl.float32)
-            b_power_p = b_power_o
-    unit = WEIGHT_SCALE / largest
-    p_weights = weights + o_n
-    tl.store(p_weights, b_other * unit * b_power_o, mask=m_rows)
-    tl.store(p_weights + side.rows, b_peer * unit * b_power_p, mask=m_rows)
-    tl.store(p_weights + 2 * side.rows, b_linear * unit, mask=m_rows)
-    tl.store(p_weights + 3 * side.rows, b_mean, mask=m_rows)
-    tl.store(p_weights + 4 * side.rows, b_spread, mask=m_rows)
+    program = tl.program_id(0)
+    if two is None:
+        _weigh(one, program, largest, flag, temperature, BLOCK_N, SYMMETRIC, CODES)
+    else:
+        if program < first:
+            _weigh(one, program, largest, flag, temperature, BLOCK_N, SYMMETRIC, CODES)
+        else:
+            _weigh(two, program - first, largest, flag, temperature, BLOCK_N, SYMMETRIC, CODES)

@@ -16,6 +16,8 @@ There are no atomics and every element has one writer, so the sums do not depend
 up.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -167,50 +169,69 @@ def _add_online(b_max, b_sum, b_x, m):
     return b_new, b_sum
 
 
-@triton.jit
-def forward_online_kernel(
-    r, s,  # Resident, Streamed
-    layout_5N, stats,  # as in finish_kernel
-    losses,  # Losses
-    temperature, flag,
-    TILE,
-    SYMMETRIC: tl.constexpr, CODES,
-):  # fmt: skip
-    """Log-sum-exps with a running maximum, over all tiles; runs if the flag says that a fixed shift is not enough.
+class Online(NamedTuple):
+    """A side of `forward_online_kernel`."""
 
-    Writes rows 2 to 4 of stats (5, n) in source order, mean_peer, lse_peer and lse_other, and the losses again.
-    """
-    if tl.load(flag) == 0:
-        return
-    start_r = tl.program_id(0) * TILE.BLOCK_R
-    logits = logits_of(temperature, r, s)
-    block = load_block(r, start_r, TILE, TILE.SPLIT_MASKED)
+    r: Any  # Resident
+    s: Any  # Streamed
+    layout_5N: Any  # as in finish_kernel
+    stats: Any  # (5, n) in source order; rows 2 to 4 are written: mean_peer, lse_peer, lse_other
+    losses: Any  # Losses
+
+
+@triton.jit
+def _online(side, program, temperature, TILE, SYMMETRIC: tl.constexpr, CODES):
+    stats = side.stats
+    start_r = program * TILE.BLOCK_R
+    logits = logits_of(temperature, side.r, side.s)
+    block = load_block(side.r, start_r, TILE, TILE.SPLIT_MASKED)
     o_r = start_r + tl.arange(0, TILE.BLOCK_R)
-    m_r = o_r < r.n
+    m_r = o_r < side.r.n
     b_max = tl.full([TILE.BLOCK_R], float("-inf"), tl.float32)
     b_max_peer = b_max
     b_other = tl.zeros([TILE.BLOCK_R], tl.float32)
     b_peer = b_other
     b_linear = b_other
-    for start_s in tl.range(0, s.n, TILE.BLOCK_S):
+    for start_s in tl.range(0, side.s.n, TILE.BLOCK_S):
         o_s = start_s + tl.arange(0, TILE.BLOCK_S)
-        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
-        m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
+        b_p, _, _ = products(block, side.s, start_s, TILE, TILE.SPLIT_MASKED)
+        m_other, m_peer = relations(side.r, side.s.class_N, side.s.sample_N, o_r, o_s, o_s < side.s.n)
         b_x = b_p * logits.factor
         b_max, b_other = _add_online(b_max, b_other, b_x, m_other)
         if TILE.PEERS:
             b_max_peer, b_peer = _add_online(b_max_peer, b_peer, b_x, m_peer)
             b_linear += tl.sum(tl.where(m_peer, b_x, 0.0), 0)
-    b_src = tl.load(layout_5N + o_r, mask=m_r, other=0)
-    b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_r, m_r, r.n, s.n, SYMMETRIC)
-    tl.store(stats + 4 * r.n + b_src, (b_max + tl.log2(b_other)) * LN2, mask=m_r)
+    b_src = tl.load(side.layout_5N + o_r, mask=m_r, other=0)
+    b_n_v, b_n_p, b_n_o = relation_counts(side.layout_5N, o_r, m_r, side.r.n, side.s.n, SYMMETRIC)
+    tl.store(stats + 4 * side.r.n + b_src, (b_max + tl.log2(b_other)) * LN2, mask=m_r)
     if TILE.PEERS:
-        tl.store(stats + 2 * r.n + b_src, b_linear * LN2 / tl.maximum(b_n_p, 1).to(tl.float32), mask=m_r)
-        tl.store(stats + 3 * r.n + b_src, (b_max_peer + tl.log2(b_peer)) * LN2, mask=m_r)
+        tl.store(stats + 2 * side.r.n + b_src, b_linear * LN2 / tl.maximum(b_n_p, 1).to(tl.float32), mask=m_r)
+        tl.store(stats + 3 * side.r.n + b_src, (b_max_peer + tl.log2(b_peer)) * LN2, mask=m_r)
     else:
-        tl.store(stats + 2 * r.n + b_src, b_linear, mask=m_r)
-        tl.store(stats + 3 * r.n + b_src, b_max_peer, mask=m_r)
+        tl.store(stats + 2 * side.r.n + b_src, b_linear, mask=m_r)
+        tl.store(stats + 3 * side.r.n + b_src, b_max_peer, mask=m_r)
     tl.debug_barrier()
     BLOCKS: tl.constexpr = TILE.ALIGN // TILE.BLOCK_R
-    i_p = losses.first * BLOCKS + tl.program_id(0)
-    evaluate(losses, i_p, b_src, m_r, (b_n_v, b_n_p, b_n_o), stats, r.n, BLOCKS, True, CODES)
+    i_p = side.losses.first * BLOCKS + program
+    evaluate(side.losses, i_p, b_src, m_r, (b_n_v, b_n_p, b_n_o), stats, side.r.n, BLOCKS, True, CODES)
+
+
+@triton.jit
+def forward_online_kernel(
+    one, two, first,  # Online; as `launch_sides` passes them
+    temperature, flag,
+    TILE,
+    SYMMETRIC: tl.constexpr, CODES,
+):  # fmt: skip
+    """Log-sum-exps with a running maximum, over all tiles, and the losses again; runs if the flag says that a fixed
+    shift is not enough."""
+    if tl.load(flag) == 0:
+        return
+    program = tl.program_id(0)
+    if two is None:
+        _online(one, program, temperature, TILE, SYMMETRIC, CODES)
+    else:
+        if program < first:
+            _online(one, program, temperature, TILE, SYMMETRIC, CODES)
+        else:
+            _online(two, program - first, temperature, TILE, SYMMETRIC, CODES)

@@ -23,6 +23,16 @@ class Ids(NamedTuple):
 
 
 @triton.jit
+def store_layout(p_layout, n, b_src, b_lo, b_hi, b_first, b_last, m_n):
+    """Write the columns of a layout (5, n) that p_layout points to."""
+    tl.store(p_layout, b_src, mask=m_n)
+    tl.store(p_layout + n, b_lo, mask=m_n)
+    tl.store(p_layout + 2 * n, b_hi, mask=m_n)
+    tl.store(p_layout + 3 * n, b_first, mask=m_n)
+    tl.store(p_layout + 4 * n, b_last, mask=m_n)
+
+
+@triton.jit
 def count_labels(labels_B, b_label, b_k, batch, CHUNK: tl.constexpr):
     """Of all labels, how many are less than b_label (N,), how many are equal, and how many of these are before b_k."""
     o_j = tl.arange(0, CHUNK)
@@ -90,16 +100,14 @@ def order_kernel(
         b_label = tl.load(own.label_N + o_n, mask=m_n, other=0)
     b_lo, b_group, b_first, b_key, b_before = _count_ids(own, b_sample, b_label, o_n, CHUNK)
     p_layout = layout + (b_first + b_before)
-    tl.store(p_layout, o_n, mask=m_n)
     if OWN:
         tl.store(p_layout + 5 * n, b_lo, mask=m_n)
         tl.store(p_layout + 6 * n, b_first, mask=m_n)
         b_lo, b_group, b_first, b_key, _ = _count_ids(other, b_sample, b_label, o_n, CHUNK)
     # The start of an empty interval is stored as -1 - position.
-    tl.store(p_layout + n, tl.where(b_group > 0, b_lo, -1 - b_lo), mask=m_n)
-    tl.store(p_layout + 2 * n, b_lo + b_group, mask=m_n)
-    tl.store(p_layout + 3 * n, tl.where(b_key > 0, b_first, -1 - b_first), mask=m_n)
-    tl.store(p_layout + 4 * n, b_first + b_key, mask=m_n)
+    b_begins = tl.where(b_group > 0, b_lo, -1 - b_lo)
+    b_starts = tl.where(b_key > 0, b_first, -1 - b_first)
+    store_layout(p_layout, n, o_n, b_begins, b_lo + b_group, b_starts, b_first + b_key, m_n)
 
 
 @triton.jit
@@ -138,9 +146,5 @@ def layout_kernel(
     # -1 means unlabelled: such a sample is a class of its own.
     b_lo = tl.where(b_label == -1, b_first, bisect(sorted_B, b_label, batch, False, STEPS) * VIEWS)
     b_hi = tl.where(b_label == -1, b_first + VIEWS, bisect(sorted_B, b_label, batch, True, STEPS) * VIEWS)
-    p_layout = layout_5N + o_n
-    tl.store(p_layout, b_sample + o_n % VIEWS * batch, mask=m_n)
-    tl.store(p_layout + n, b_lo, mask=m_n)
-    tl.store(p_layout + 2 * n, b_hi, mask=m_n)
-    tl.store(p_layout + 3 * n, b_first, mask=m_n)
-    tl.store(p_layout + 4 * n, b_first + VIEWS, mask=m_n)
+    b_src = b_sample + o_n % VIEWS * batch
+    store_layout(layout_5N + o_n, n, b_src, b_lo, b_hi, b_first, b_first + VIEWS, m_n)

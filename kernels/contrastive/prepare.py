@@ -30,7 +30,20 @@ from ..common.numerics import (
     power_of_two_scale,
     split_half,
 )
-from .order import count_labels
+from .order import count_labels, store_layout
+
+
+class Prepared(NamedTuple):
+    """A side of `prepare_kernel`."""
+
+    x: Any  # Rows; inv_N is written
+    y: Any  # Rows of the candidates
+    layout_5N: Any  # (5, n) int32: source row, lo, hi, first, last
+    labels_B: Any  # (batch,) int64; None: no labels, or the order is given
+    z: Any  # (2 or 1, rows, D) half precision: the working copy, and with LOW its remainder
+    rows: int
+    scale: Any  # (1,) float32: factor of rows that are not normalised
+    stats: Any  # (5, n) float32 in source order; rows 0 and 1 are written: mean_view, spread_view; None: not requested
 
 
 class Initial(NamedTuple):
@@ -128,67 +141,70 @@ def _place(labels_B, layout_5N, o_n, m_n, n, VIEWS: tl.constexpr, CHUNK: tl.cons
         b_lo = tl.where(b_label == -1, b_first, b_less * VIEWS)
         b_hi = tl.where(b_label == -1, b_first + VIEWS, (b_less + b_same) * VIEWS)
     b_pos = tl.where(m_n, b_first + o_n % VIEWS, o_n)
-    p_layout = layout_5N + b_pos
-    tl.store(p_layout, b_k + o_n % VIEWS * batch, mask=m_n)
-    tl.store(p_layout + n, b_lo, mask=m_n)
-    tl.store(p_layout + 2 * n, b_hi, mask=m_n)
-    tl.store(p_layout + 3 * n, b_first, mask=m_n)
-    tl.store(p_layout + 4 * n, b_first + VIEWS, mask=m_n)
+    b_src = b_k + o_n % VIEWS * batch
+    store_layout(layout_5N + b_pos, n, b_src, b_lo, b_hi, b_first, b_first + VIEWS, m_n)
     return b_pos, b_k
 
 
 @triton.jit
+def _prepare(side, program, inverse_t, CONSTANTS):
+    o_n = program * CONSTANTS.BLOCK_N + tl.arange(0, CONSTANTS.BLOCK_N)
+    n = side.x.n
+    m_n = o_n < n
+    o_d = tl.arange(0, CONSTANTS.BLOCK_D)
+    m_d = o_d < side.x.d
+    NORMALIZE: tl.constexpr = side.x.inv_N is not None
+    b_pos = o_n
+    b_k = o_n
+    if CONSTANTS.VIEWS > 0:
+        b_pos, b_k = _place(side.labels_B, side.layout_5N, o_n, m_n, n, CONSTANTS.VIEWS, CONSTANTS.CHUNK)
+        b_src = b_k + o_n % CONSTANTS.VIEWS * (n // CONSTANTS.VIEWS)
+    else:
+        b_src = tl.load(side.layout_5N + o_n, mask=m_n, other=0)
+    b_z, b_inv = _unit(load_rows(side.x, b_src, m_n, o_d, m_d), NORMALIZE)
+    b_scaled = b_z
+    if NORMALIZE:
+        tl.store(side.x.inv_N + b_pos, b_inv, mask=m_n)
+        b_scaled = b_z * SCALE
+    else:
+        b_scaled = b_z * tl.load(side.scale)
+    b_high, b_low = split_half(b_scaled, side.z.dtype.element_ty)
+    p_z = side.z + b_pos.to(tl.int64)[:, None] * CONSTANTS.D + o_d[None, :]
+    m_z = (o_n[:, None] < side.rows) & (o_d[None, :] < CONSTANTS.D)
+    tl.store(p_z, b_high, mask=m_z)
+    if CONSTANTS.LOW:
+        tl.store(p_z + side.rows.to(tl.int64) * CONSTANTS.D, b_low, mask=m_z)
+    if side.stats is not None:
+        if CONSTANTS.VIEWS > 0:  # each row has a single view
+            b_other = b_k + (1 - o_n % CONSTANTS.VIEWS) * (n // CONSTANTS.VIEWS) if CONSTANTS.SYMMETRIC else b_k
+            b_mean = _logits(b_z, side.y, b_other, m_n, o_d, m_d, inverse_t)
+            b_spread = tl.zeros(o_n.shape, tl.float32)
+        else:
+            b_mean, b_spread = _views(
+                b_z, side.y, side.layout_5N, n, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS.SYMMETRIC
+            )
+        tl.store(side.stats + b_src, b_mean, mask=m_n)
+        tl.store(side.stats + n + b_src, b_spread, mask=m_n)
+
+
+@triton.jit
 def prepare_kernel(
-    x,  # Rows; inv_N is written
-    y,  # Rows of the candidates
-    layout_5N,  # (5, n) int32: source row, lo, hi, first, last
-    labels_B,  # (batch,) int64; None: no labels, or the order is given
-    z,  # (2 or 1, rows, D) half precision: the working copy, and with LOW its remainder
-    rows,
-    scale,  # (1,) float32: factor of rows that are not normalised
-    stats,  # (5, n) float32 in source order; rows 0 and 1 are written: mean_view, spread_view; None: not requested
+    one, two, first,  # Prepared; as `launch_sides` passes them
     initial,  # Initial
     temperature,
     CONSTANTS,  # Preparation
 ):  # fmt: skip
-    o_n = tl.program_id(0) * CONSTANTS.BLOCK_N + tl.arange(0, CONSTANTS.BLOCK_N)
-    n = x.n
-    m_n = o_n < n
-    o_d = tl.arange(0, CONSTANTS.BLOCK_D)
-    m_d = o_d < x.d
-    NORMALIZE: tl.constexpr = x.inv_N is not None
     inverse_t = inverse_temperature(temperature)
-    b_pos = o_n
-    b_k = o_n
-    if CONSTANTS.VIEWS > 0:
-        b_pos, b_k = _place(labels_B, layout_5N, o_n, m_n, n, CONSTANTS.VIEWS, CONSTANTS.CHUNK)
-        b_src = b_k + o_n % CONSTANTS.VIEWS * (n // CONSTANTS.VIEWS)
+    program = tl.program_id(0)
+    if two is None:
+        _prepare(one, program, inverse_t, CONSTANTS)
     else:
-        b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
-    b_z, b_inv = _unit(load_rows(x, b_src, m_n, o_d, m_d), NORMALIZE)
-    b_scaled = b_z
-    if NORMALIZE:
-        tl.store(x.inv_N + b_pos, b_inv, mask=m_n)
-        b_scaled = b_z * SCALE
-    else:
-        b_scaled = b_z * tl.load(scale)
-    b_high, b_low = split_half(b_scaled, z.dtype.element_ty)
-    p_z = z + b_pos.to(tl.int64)[:, None] * CONSTANTS.D + o_d[None, :]
-    m_z = (o_n[:, None] < rows) & (o_d[None, :] < CONSTANTS.D)
-    tl.store(p_z, b_high, mask=m_z)
-    if CONSTANTS.LOW:
-        tl.store(p_z + rows.to(tl.int64) * CONSTANTS.D, b_low, mask=m_z)
-    if stats is not None:
-        if CONSTANTS.VIEWS > 0:  # each row has a single view
-            b_other = b_k + (1 - o_n % CONSTANTS.VIEWS) * (n // CONSTANTS.VIEWS) if CONSTANTS.SYMMETRIC else b_k
-            b_mean = _logits(b_z, y, b_other, m_n, o_d, m_d, inverse_t)
-            b_spread = tl.zeros(o_n.shape, tl.float32)
+        if program < first:
+            _prepare(one, program, inverse_t, CONSTANTS)
         else:
-            b_mean, b_spread = _views(b_z, y, layout_5N, n, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS.SYMMETRIC)
-        tl.store(stats + b_src, b_mean, mask=m_n)
-        tl.store(stats + n + b_src, b_spread, mask=m_n)
-    if tl.program_id(0) == 0:
+            _prepare(two, program - first, inverse_t, CONSTANTS)
+    if program == 0:
         if initial.flag is not None:
-            tl.store(initial.flag, 1 if x.inv_N is None else tl.where(inverse_t > LAST_INVERSE_T, 1, 0))
+            tl.store(initial.flag, 1 if one.x.inv_N is None else tl.where(inverse_t > LAST_INVERSE_T, 1, 0))
         if initial.arrived is not None:
             tl.store(initial.arrived + tl.arange(0, 2), 0)

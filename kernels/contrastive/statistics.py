@@ -30,6 +30,19 @@ class Wave(NamedTuple):
     BLOCKS: int  # blocks of `forward_online_kernel`, if it may follow, for one of this kernel
 
 
+class Finished(NamedTuple):
+    """A side of `finish_kernel`."""
+
+    parts: Any  # Parts, with the slots of all waves
+    layout_5N: Any
+    stats: Any  # (5, n) float32 in source order: mean_view, spread_view, mean_peer, lse_peer, lse_other
+    counts: Any  # (3, n) int64 in source order: n_view, n_peer, n_other; None: not requested
+    losses: Any  # Losses
+    n: int
+    n_s: int
+    rows: int
+
+
 class Losses(NamedTuple):
     """Where the losses go: each row's own, or their sum over the rows of all launches that share these fields."""
 
@@ -67,19 +80,19 @@ def load_stats(stats, b_src, m_n, n):
 
 
 @triton.jit
-def _streamed_sum(parts, layout_5N, o_n, m_n, n, rows, WAVE):
+def _streamed_sum(side, program, o_n, m_n, WAVE):
     """Sums that the rows received as streamed rows, from this wave's resident blocks."""
     start = 0
     if WAVE.SYMMETRIC:  # only blocks whose class range starts after these rows have streamed them
-        last = tl.minimum(tl.program_id(0) * WAVE.BLOCK_N + WAVE.BLOCK_N, n) - 1
-        hi = tl.load(layout_5N + 2 * n + last)
+        last = tl.minimum(program * WAVE.BLOCK_N + WAVE.BLOCK_N, side.n) - 1
+        hi = tl.load(side.layout_5N + 2 * side.n + last)
         begins = (hi + WAVE.BLOCK_N - 1) // WAVE.BLOCK_N * WAVE.BLOCK_N // WAVE.BLOCK_R
-        start = tl.maximum(begins - parts.first_block, 0)
+        start = tl.maximum(begins - side.parts.first_block, 0)
     o_c = tl.arange(0, 16)
     b_sum = tl.zeros([WAVE.BLOCK_N], tl.float32)
-    for i_c in range(start, parts.n_blocks, 16):
-        p_part = parts.streamed + (i_c + o_c).to(tl.int64)[:, None] * rows + o_n[None, :]
-        m_part = (i_c + o_c < parts.n_blocks)[:, None] & m_n[None, :]
+    for i_c in range(start, side.parts.n_blocks, 16):
+        p_part = side.parts.streamed + (i_c + o_c).to(tl.int64)[:, None] * side.rows + o_n[None, :]
+        m_part = (i_c + o_c < side.parts.n_blocks)[:, None] & m_n[None, :]
         b_sum += tl.sum(tl.load(p_part, mask=m_part, other=0.0), 0)
     return b_sum
 
@@ -175,40 +188,50 @@ def evaluate(losses, i_p, b_src, m_n, counts, stats, n, BLOCKS: tl.constexpr, ON
 
 
 @triton.jit
-def finish_kernel(
-    parts,  # Parts, with the slots of all waves
-    layout_5N,
-    stats,  # (5, n) float32 in source order: mean_view, spread_view, mean_peer, lse_peer, lse_other
-    counts,  # (3, n) int64 in source order: n_view, n_peer, n_other; None: not requested
-    losses,  # Losses
-    flag, temperature, n, n_s, rows,
-    WAVE, CODES,  # constants: Wave; the objectives' codes
-):  # fmt: skip
-    o_n = tl.program_id(0) * WAVE.BLOCK_N + tl.arange(0, WAVE.BLOCK_N)
+def _finish(side, program, flag, temperature, WAVE, CODES):
+    n = side.n
+    o_n = program * WAVE.BLOCK_N + tl.arange(0, WAVE.BLOCK_N)
     m_n = o_n < n
-    b_src = tl.load(layout_5N + o_n, mask=m_n, other=0)
-    b_n_v, b_n_p, b_n_o = relation_counts(layout_5N, o_n, m_n, n, n_s, WAVE.SYMMETRIC)
+    b_src = tl.load(side.layout_5N + o_n, mask=m_n, other=0)
+    b_n_v, b_n_p, b_n_o = relation_counts(side.layout_5N, o_n, m_n, n, side.n_s, WAVE.SYMMETRIC)
     run = n > 0
     if flag is not None:
         run = tl.load(flag) == 0
     if run:
-        p_other = stats + 4 * n + b_src  # holds the running sum between waves
+        p_other = side.stats + 4 * n + b_src  # holds the running sum between waves
         b_sum = tl.zeros([WAVE.BLOCK_N], tl.float32)
         if not WAVE.FIRST:
             b_sum += tl.load(p_other, mask=m_n, other=0.0)
-        if parts.streamed is not None:
-            b_sum += _streamed_sum(parts, layout_5N, o_n, m_n, n, rows, WAVE)
+        if side.parts.streamed is not None:
+            b_sum += _streamed_sum(side, program, o_n, m_n, WAVE)
         if WAVE.LAST:
-            own = _resident_sums(parts, o_n, m_n, rows, WAVE.SLOTS, WAVE.PEERS)
+            own = _resident_sums(side.parts, o_n, m_n, side.rows, WAVE.SLOTS, WAVE.PEERS)
             sums = Sums(b_sum + own.other, own.peer, own.linear)
             inverse_t = inverse_temperature(temperature)
-            _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, WAVE.PEERS)
+            _store_stats(side.stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, WAVE.PEERS)
         else:
             tl.store(p_other, b_sum, mask=m_n)
         tl.debug_barrier()
-    if counts is not None:
-        tl.store(counts + b_src, b_n_v.to(tl.int64), mask=m_n)
-        tl.store(counts + n + b_src, b_n_p.to(tl.int64), mask=m_n)
-        tl.store(counts + 2 * n + b_src, b_n_o.to(tl.int64), mask=m_n)
+    if side.counts is not None:
+        tl.store(side.counts + b_src, b_n_v.to(tl.int64), mask=m_n)
+        tl.store(side.counts + n + b_src, b_n_p.to(tl.int64), mask=m_n)
+        tl.store(side.counts + 2 * n + b_src, b_n_o.to(tl.int64), mask=m_n)
     counts_of = (b_n_v, b_n_p, b_n_o)
-    evaluate(losses, losses.first + tl.program_id(0), b_src, m_n, counts_of, stats, n, WAVE.BLOCKS, False, CODES)
+    i_p = side.losses.first + program
+    evaluate(side.losses, i_p, b_src, m_n, counts_of, side.stats, n, WAVE.BLOCKS, False, CODES)
+
+
+@triton.jit
+def finish_kernel(
+    one, two, first,  # Finished; as `launch_sides` passes them
+    flag, temperature,
+    WAVE, CODES,  # constants: Wave; the objectives' codes
+):  # fmt: skip
+    program = tl.program_id(0)
+    if two is None:
+        _finish(one, program, flag, temperature, WAVE, CODES)
+    else:
+        if program < first:
+            _finish(one, program, flag, temperature, WAVE, CODES)
+        else:
+            _finish(two, program - first, flag, temperature, WAVE, CODES)

@@ -135,9 +135,11 @@ def test_masked_tiles_in_launches_of_their_own(layout: str, precision: str) -> N
         with tiles(64, 32, apart):
             ran = check([name], normal(len(sample), 12).float(), sample, labels, torch.tensor(0.1), precision)
         wanted = [(True, False), (False, True)] if apart else [(True, True)]
-        for kernel, online in (("forward_kernel", []), ("backward_kernel", [(True, True)])):
+        for kernel in ("forward_kernel", "backward_kernel"):
             takes = [(one.arguments["PLAIN"], one.arguments["MASKED"]) for one in ran.of(kernel)]
-            assert takes == wanted + online
+            assert takes == wanted
+        (online,) = ran.of("backward_online_kernel")
+        assert online.arguments["PLAIN"] and online.arguments["MASKED"]
 
 
 def test_waves_of_the_backward_pass() -> None:
@@ -146,7 +148,7 @@ def test_waves_of_the_backward_pass() -> None:
         ran = check(["supcon"], normal(300, 12).float(), sample, labels, 0.1, "fp16")
     backward = ran.of("backward_kernel")
     assert len(backward) == 6 and {one.grid for one in backward} == {(2, 2)}  # three waves, plain and masked tiles
-    assert [one.arguments["tiles"].first for one in ran.of("finalize_kernel")] == [0, 128, 256]
+    assert [one.arguments["one"].tiles.first for one in ran.of("finalize_kernel")] == [0, 128, 256]
 
 
 @pytest.mark.parametrize(("precision", "t"), (("fp16", 0.1), ("fp32", 0.005)))

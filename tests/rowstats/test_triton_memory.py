@@ -12,7 +12,7 @@ from triton_runs import DEVICE, few_programs, launches, leaf, tables_own_tiles  
 
 import fastcl
 from fastcl.kernels.common.launch import Launch, recording
-from fastcl.rowstats.triton import backward, forward
+from fastcl.rowstats.triton import backward, forward, wide
 from fastcl.rowstats.triton import operator as fused
 from fastcl.rowstats.triton.backward import Upstream, gradients
 from fastcl.rowstats.triton.operand import Call, Source
@@ -94,7 +94,7 @@ def recorded(n: int, d: int, split: str, columns: bool, labelled: bool) -> Itera
 def test_partial_results_of_a_million_rows_fit_the_workspace(d: int, split: str, columns: bool) -> None:
     n = 2**20
     with recorded(n, d, split, columns, labelled=split == "peers") as seen:
-        assert forward.WORKSPACE == backward.WORKSPACE == 2**28
+        assert forward.WORKSPACE == backward.WORKSPACE == wide.WORKSPACE == 2**28
         sizes = {}
         for kernel, (argument, names) in (
             ("forward_kernel", ("parts", ("resident", "streamed"))), ("backward_kernel", ("acc", ("sums",))),

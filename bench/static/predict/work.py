@@ -57,7 +57,7 @@ def of_launch(launch: Launch, classes: int) -> Work:
     """The work of a recorded launch; rows are in so many classes of equal size."""
     name, a = launch.kernel.__name__, launch.arguments
     count = math.prod(launch.grid)
-    if name == "forward_online_kernel" or value(a.get("ONLINE")):
+    if name.endswith("_online_kernel") or value(a.get("ONLINE")):
         return Work(uniform=(count, ()), skipped=True)
     if name.removesuffix("_kernel").removesuffix("_hopper") in ("forward", "backward"):
         return _tiled(launch, classes, name.startswith("forward"))
@@ -94,7 +94,7 @@ def _turns(name: str, a: dict[str, Any]) -> int:
     views = 2 if symmetric else 1
     if name == "prepare_kernel":
         constants = a["CONSTANTS"]
-        labels = a["labels_B"]
+        labels = a["one"].labels_B
         return 1 if labels is None else -(-len(labels) // value(constants.CHUNK))
     if name == "finalize_kernel":
         return views
@@ -102,9 +102,11 @@ def _turns(name: str, a: dict[str, Any]) -> int:
         return -(-a["n_maxima"] // 1024)
     if name == "layout_kernel":
         return value(a["STEPS"])
-    if name == "finish_kernel" and a["parts"].streamed is not None:
-        blocks = a["parts"].n_blocks / (2 if value(a["WAVE"].SYMMETRIC) else 1)
-        return max(1, math.ceil(blocks / 16))
+    if name == "finish_kernel":
+        # The programs of the second of two sides have other sums to add up.
+        parts = [side.parts for side in (a["one"], a["two"]) if side is not None]
+        blocks = max(part.n_blocks if part.streamed is not None else 0 for part in parts)
+        return max(1, math.ceil(blocks / (2 if value(a["WAVE"].SYMMETRIC) else 1) / 16))
     return 1
 
 

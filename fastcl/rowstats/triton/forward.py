@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import Parts, fixed
-from fastcl.kernels.common.launch import Config, cdiv, launch
+from fastcl.kernels.common.launch import Config, cdiv, launch, launch_sides
 from fastcl.kernels.common.launch import waves as planned
-from fastcl.kernels.contrastive.forward import forward_kernel, forward_online_kernel
+from fastcl.kernels.contrastive.forward import Online, forward_kernel, forward_online_kernel
 from fastcl.kernels.contrastive.prepare import Initial
-from fastcl.kernels.contrastive.statistics import Losses, Wave, finish_kernel
+from fastcl.kernels.contrastive.statistics import Finished, Losses, Wave, finish_kernel
 from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import (
     ALIGN,
@@ -49,14 +49,12 @@ def statistics(
     operands = [allocated(source, call) for source in sources]
     found = results(operands[: 2 if columns else 1], call)
     initial = Initial(flag, found[0].losses.arrived)
-    for k, (operand, source) in enumerate(zip(operands, sources, strict=True)):
-        stats = found[k].stats if k < len(found) else None
-        fill(operand, operands[-1 - k], source.order, call, stats, initial)
+    given = [found[k].stats if k < len(found) else None for k in range(len(operands))]
+    fill(operands, [source.order for source in sources], call, given, initial)
     a, b = operands[0], operands[-1]
     _tiles(a, b, call, flag, found, symmetric=y is None)
     if flag is not None:
-        for result, r, s in zip(found, (a, b), (b, a), strict=False):
-            online(r, s, call, flag, result)
+        online(operands, call, flag, found)
     return operands, found
 
 
@@ -105,9 +103,9 @@ def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[
         each = online_blocks(call, s.z.device, s.width)
         done = Wave(ALIGN, plain.block_r, slots, symmetric, call.peers, first == 0, last, each)
         if both or last:
-            finish(r, s, call, flag, found[0], done, made if symmetric else made._replace(streamed=None))
-        if len(found) == 2:
-            finish(s, r, call, flag, found[1], done, made._replace(resident=None))
+            own = made if symmetric else made._replace(streamed=None)
+            sums = [own, made._replace(resident=None)][: len(found)]
+            finish([r] if symmetric else [r, s], call, flag, found, done, sums)
 
 
 def waves(
@@ -161,24 +159,34 @@ def _launch_tiles(
 
 
 def finish(
-    r: Operand, s: Operand, call: Call, flag: Tensor | None, result: Result, wave: Wave, made: Parts
+    operands: Sequence[Operand], call: Call, flag: Tensor | None, found: Sequence[Result], wave: Wave,
+    made: Sequence[Parts],
 ) -> None:  # fmt: skip
-    """Turn partial sums into statistics and, after the last wave, counts and losses."""
-    stats, counts, losses = result
-    launch(
-        finish_kernel, (cdiv(r.n, ALIGN),), 4, 1,
-        parts=made, layout_5N=r.order, stats=stats, counts=counts if len(counts) and wave.LAST else None,
-        losses=losses, flag=flag, temperature=call.degree, n=r.n, n_s=s.n, rows=r.rows, WAVE=fixed(wave),
-        CODES=fixed(call.codes if wave.LAST else ()),
+    """Turn partial sums into statistics and, after the last wave, counts and losses.
+
+    Args:
+        operands: as `fill` takes them.
+        found, made: of the first operand, or of each.
+    """
+    sides = []
+    for r, s, result, parts in zip(operands, operands[::-1], found, made, strict=False):
+        stats, counts, losses = result
+        wanted = counts if len(counts) and wave.LAST else None
+        sides.append(Finished(parts, r.order, stats, wanted, losses, r.n, s.n, r.rows))
+    launch_sides(
+        finish_kernel, sides, [cdiv(side.n, ALIGN) for side in sides], 4, 1,
+        flag=flag, temperature=call.degree, WAVE=fixed(wave), CODES=fixed(call.codes if wave.LAST else ()),
     )  # fmt: skip
 
 
-def online(r: Operand, s: Operand, call: Call, flag: Tensor, result: Result) -> None:
-    """If the flag is set, compute r's statistics with running maxima, and the losses from these."""
-    chosen = online_tile(call, s.z.device, s.width)
-    launch(
-        forward_online_kernel, (cdiv(r.n, ALIGN) * (ALIGN // chosen.block_r),), chosen.warps, 1,
-        r=r.resident, s=s.streamed, layout_5N=r.order, stats=result.stats, losses=result.losses,
-        temperature=call.degree, flag=flag, TILE=fixed(call.tile(r, chosen)), SYMMETRIC=r is s,
+def online(operands: Sequence[Operand], call: Call, flag: Tensor, found: Sequence[Result]) -> None:
+    """If the flag is set, compute statistics with running maxima, and the losses from these; arguments as `finish`."""
+    given = zip(operands, operands[::-1], found, strict=False)
+    sides = [Online(r.resident, s.streamed, r.order, result.stats, result.losses) for r, s, result in given]
+    chosen = online_tile(call, operands[0].z.device, operands[0].width)
+    blocks = [cdiv(side.r.n, ALIGN) * (ALIGN // chosen.block_r) for side in sides]
+    launch_sides(
+        forward_online_kernel, sides, blocks, chosen.warps, 1,
+        temperature=call.degree, flag=flag, TILE=fixed(call.tile(operands[0], chosen)), SYMMETRIC=len(operands) == 1,
         CODES=fixed(call.codes),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple, cast
@@ -11,9 +12,9 @@ import triton
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import Resident, Rows, Streamed, Temperature, Tile, fixed
-from fastcl.kernels.common.launch import Config, architecture, cdiv, config, launch
+from fastcl.kernels.common.launch import Config, architecture, cdiv, config, launch_sides
 from fastcl.kernels.common.numerics import SAFE_INVERSE_T
-from fastcl.kernels.contrastive.prepare import Initial, Preparation, prepare_kernel
+from fastcl.kernels.contrastive.prepare import Initial, Preparation, Prepared, prepare_kernel
 from fastcl.rowstats.triton.working_order import Order
 
 ALIGN = 128  # working copies are padded to whole blocks of this many rows; every tile size divides it
@@ -204,19 +205,23 @@ def allocated(source: Source, call: Call) -> Operand:
 
 
 def fill(
-    operand: Operand, candidates: Operand, order: Order, call: Call, stats: Tensor | None, initial: Initial
+    operands: Sequence[Operand], orders: Sequence[Order], call: Call, stats: Sequence[Tensor | None], initial: Initial
 ) -> None:
-    """Write the working copy, and the statistics of view pairs among the candidates unless stats is None."""
-    block_n, block_d, warps = row_block(operand.width)
+    """Write the working copies, and the statistics of view pairs among the candidates where stats is not None.
+
+    Args:
+        operands: one, whose rows are its candidates, or two, each the other's candidates.
+    """
+    a, order = operands[0], orders[0]
+    block_n, block_d, warps = row_block(a.width)
     constants = Preparation(
-        operand.width, block_n, block_d, len(operand.z) == 2, order.views, operand is candidates,
-        max(2048 // block_n, 32),
-    )  # fmt: skip
-    launch(
-        prepare_kernel, (cdiv(operand.rows, block_n),), warps, 1,
-        x=operand.source, y=candidates.source, layout_5N=operand.order, labels_B=order.labels, z=operand.z,
-        rows=operand.rows, scale=operand.scale, stats=stats, initial=initial, temperature=call.degree,
-        CONSTANTS=fixed(constants),
+        a.width, block_n, block_d, len(a.z) == 2, order.views, len(operands) == 1, max(2048 // block_n, 32)
+    )
+    given = zip(operands, operands[::-1], orders, stats, strict=True)
+    sides = [Prepared(x.source, y.source, x.order, o.labels, x.z, x.rows, x.scale, s) for x, y, o, s in given]
+    launch_sides(
+        prepare_kernel, sides, [cdiv(x.rows, block_n) for x in operands], warps, 1,
+        initial=initial, temperature=call.degree, CONSTANTS=fixed(constants),
     )  # fmt: skip
 
 

@@ -38,12 +38,12 @@ def statistics(
     found = [results([operand], call)[0] for operand in (a, b)]
     found[1] = found[1]._replace(counts=found[1].counts[:0])  # same ids, hence same counts: not computed twice
     for operand, flag, result in zip((a, b), flags, found, strict=True):
-        fill(operand, operand, order, call, result.stats, Initial(flag, None))
+        fill([operand], [order], call, [result.stats], Initial(flag, None))
     profiles = [_profile(operand, call) for operand in (a, b)]
     squares = _tiles(a, b, call, flags, found, torch.stack([p.shift for p in profiles]).float())
     for operand, flag, result in zip((a, b), flags, found, strict=True):
         if flag is not None:
-            online(operand, operand, call, flag, result)
+            online([operand], call, flag, [result])
     return (a, b), (found[0].stats, found[1].stats, found[0].counts, _resolved(squares, *profiles))
 
 
@@ -73,7 +73,7 @@ def _tiles(
             _launch_tiles(a, b, call, masked, n_splits, whole, pairs[1], means, True)
         done = Wave(ALIGN, plain.block_r, 2 * n_splits, True, call.peers, first == 0, last, 1)
         for operand, flag, own, its in zip((a, b), flags, found, made, strict=True):
-            finish(operand, operand, call, flag, own, done, its)
+            finish([operand], call, flag, [own], done, [its])
     # A plain tile also stands for its transpose.
     return 2 * pairs[0].sum(0, dtype=torch.float64) + pairs[1].sum(0, dtype=torch.float64)
 

@@ -1,0 +1,57 @@
+"""The gradient of wide rows: the weights of a square block of pairs are stored, then multiplied by the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.kernels.common.arguments import fixed
+from fastcl.kernels.common.launch import cdiv, evened, launch
+from fastcl.kernels.contrastive import wide
+from fastcl.rowstats.triton.operand import ALIGN, WORKSPACE, Call
+from fastcl.rowstats.triton.weighted import Side, over_pairs
+
+
+def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor) -> None:
+    """Work through square blocks of pairs; in the symmetric case only those on and above the diagonal."""
+    halves = 1 if call.split == "none" else 2
+    most = int((WORKSPACE / (2 * halves)) ** 0.5) // ALIGN
+    chosen = s.operand.chosen("product", call.split)
+    strips = ALIGN // chosen.block_r * cdiv(s.operand.width, chosen.block_d)
+    size = min(evened(most, strips, r.operand.sm) * ALIGN, max(r.operand.rows, s.operand.rows))
+    w = torch.empty(halves, size, size, dtype=r.operand.z.dtype, device=acc.device)
+    for i in range(0, r.operand.rows, size):
+        for j in range(i if r is s else 0, s.operand.rows, size):
+            _pair_weights(r, s, call, flag, w, i, j)
+            _product(r, s, call, w, acc, i, j, transposed=False, add=i > 0 or j > 0 if r is s else j > 0)
+            if r is s and j > i:
+                _product(s, r, call, w, acc, j, i, transposed=True, add=i > 0)
+
+
+def _pair_weights(r: Side, s: Side, call: Call, flag: Tensor | None, w: Tensor, i: int, j: int) -> None:
+    size = w.shape[1]
+    for online in (False,) if flag is None else (False, True):
+        chosen = s.operand.chosen("weights_online" if online else "weights", call.split)
+        grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
+        constants = call.tile(r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # even for narrow rows
+        launch(
+            wide.pair_weights_kernel, grid, chosen.warps, chosen.stages,
+            **over_pairs(r, s, call, flag), pairs=wide.Pairs(w, i, j, size), TILE=fixed(constants), ONLINE=online,
+        )  # fmt: skip
+
+
+def _product(
+    rows: Side, summed: Side, call: Call, w: Tensor, acc: Tensor, i: int, k: int, transposed: bool, add: bool
+) -> None:
+    """Add to acc (or, without `add`, write) the gradient of rows i .. from rows k .. of the other side."""
+    chosen = summed.operand.chosen("product", call.split)
+    x, y = rows.operand, summed.operand
+    size = w.shape[1]
+    m, count = min(size, x.rows - i), min(size, y.rows - k)
+    sizes = y.width, chosen.block_r, chosen.block_s, chosen.block_d, ALIGN
+    launch(
+        wide.product_kernel, (m // chosen.block_r, cdiv(y.width, chosen.block_d)), chosen.warps, chosen.stages,
+        pairs=wide.Pairs(w, i, k, size), summed=wide.Summed(y.z, y.rows, k, count),
+        gradient=wide.Gradient(acc, x.order[0], x.order[1], x.order[2], x.n, acc.shape[1], i),
+        TILE=fixed(wide.Product(*sizes, transposed, call.split == "all", call.split != "none", add)),
+    )  # fmt: skip
