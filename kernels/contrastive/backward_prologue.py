@@ -36,6 +36,15 @@ class Upstream(NamedTuple):
     weights: Any
 
 
+class Scale(NamedTuple):
+    """The common scale of the weights."""
+
+    maxima: Any  # (n,) float32 of all sides with an upstream gradient
+    n: int
+    bound: Any  # (1,) float32, written: the divisor of the first three weights
+    arrived: Any  # (1,) int32, as `Degree.arrived`: set to 0; None: not needed
+
+
 @triton.jit
 def _derivatives(side, o_n, m_n, SYMMETRIC: tl.constexpr, CODES):
     """Derivatives of the total loss by a side's statistics, with mean_peer divided by n_peer; and the largest."""
@@ -110,25 +119,23 @@ def _weigh(side, program, largest, flag, temperature, BLOCK_N: tl.constexpr, SYM
 @triton.jit
 def weights_kernel(
     one, two, first,  # Upstream; as `launch_sides` passes them
-    maxima, n_maxima,  # (n_maxima,) float32 of all sides with an upstream gradient
-    bound,  # (1,) float32: the divisor of the first three weights
-    arrived,  # (1,) int32, as `Degree.arrived`: set to 0; None: not needed
+    scale,  # Scale
     flag, temperature,
     BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, CODES,
     UNIT: tl.constexpr,  # the maxima are those at an upstream gradient of 1
 ):  # fmt: skip
     o_m = tl.arange(0, 512)
     b_largest = tl.zeros([512], tl.float32)
-    for i_m in range(0, n_maxima, 512):
-        b_largest = tl.maximum(b_largest, tl.load(maxima + i_m + o_m, mask=i_m + o_m < n_maxima, other=0.0))
+    for i_m in range(0, scale.n, 512):
+        b_largest = tl.maximum(b_largest, tl.load(scale.maxima + i_m + o_m, mask=i_m + o_m < scale.n, other=0.0))
     largest = tl.max(b_largest, 0)
     if UNIT:
         largest = largest * tl.abs(tl.load(one.grad))
     largest = tl.where(largest > 0, tl.maximum(largest, _SMALLEST), 1.0)
     if tl.program_id(0) == 0:
-        tl.store(bound, largest)
-        if arrived is not None:
-            tl.store(arrived, 0)
+        tl.store(scale.bound, largest)
+        if scale.arrived is not None:
+            tl.store(scale.arrived, 0)
     program = tl.program_id(0)
     if two is None:
         _weigh(one, program, largest, flag, temperature, BLOCK_N, SYMMETRIC, CODES)

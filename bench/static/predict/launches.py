@@ -189,7 +189,7 @@ def predict(kernel: Kernel, work: Work, memory: int) -> Prediction:
 
 
 def _rows(kernel: Kernel, work: Work) -> tuple[float, dict[str, float], float]:
-    """Programs that run through their code once."""
+    """Programs that run through their code once; of two sides, through that of one, which stands for both."""
     programs = work.uniform[0] if work.uniform else 0
     code = kernel.paths.whole(work.turns)
     pipes = by_pipe(decode(code, kernel.machine), kernel.facts.warps, kernel.machine)

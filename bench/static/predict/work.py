@@ -99,11 +99,10 @@ def _turns(name: str, a: dict[str, Any]) -> int:
     if name == "finalize_kernel":
         return views
     if name == "weights_kernel":
-        return -(-a["n_maxima"] // 1024)
+        return -(-a["scale"].n // 512)
     if name == "layout_kernel":
         return value(a["STEPS"])
     if name == "finish_kernel":
-        # The programs of the second of two sides have other sums to add up.
         parts = [side.parts for side in (a["one"], a["two"]) if side is not None]
         blocks = max(part.n_blocks if part.streamed is not None else 0 for part in parts)
         return max(1, math.ceil(blocks / (2 if value(a["WAVE"].SYMMETRIC) else 1) / 16))

@@ -81,7 +81,7 @@ def weighted(
     for group, constants in alike(active):
         launch_sides(
             backward_prologue.weights_kernel, group, [side.rows // ALIGN for side in group], 4, 1,
-            maxima=scales, n_maxima=len(scales), bound=bound, arrived=arrived, flag=flag, temperature=call.degree,
+            scale=backward_prologue.Scale(scales, len(scales), bound, arrived), flag=flag, temperature=call.degree,
             **constants, UNIT=known,
         )  # fmt: skip
     return sides
