@@ -1,5 +1,6 @@
 """Fused contrastive losses, shared augmentations, and how self-supervised models align with supervised ones."""
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -42,3 +43,5 @@ def __dir__() -> list[str]:
 # torch, and does not need it to print help or to report invalid settings.
 if "torch" in sys.modules:
     _load()
+if os.environ.get("FASTCL_PATCH"):
+    import_module("fastcl.adapters.patching").patch_from_environment()

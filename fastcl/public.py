@@ -25,6 +25,7 @@ from fastcl.losses.queue import queue_loss
 from fastcl.rowstats.api import RowStats, normalize_rows, row_stats
 
 if TYPE_CHECKING:
+    from fastcl.adapters.patching import patch
     from fastcl.micro import micro_step
     from fastcl.similarity import (
         LayerCKA,
@@ -67,6 +68,7 @@ __all__ = [
     "nscl_loss",
     "ntxent_loss",
     "pair_stats",
+    "patch",
     "queue_loss",
     "row_stats",
     "rsa",
@@ -78,6 +80,7 @@ __all__ = [
 ]
 
 LATER = {
+    "fastcl.adapters.patching": ("patch",),
     "fastcl.micro": ("micro_step",),
     "fastcl.similarity": (
         "LayerCKA", "PairAccumulator", "PairStats", "SpearmanResult", "layer_cka", "linear_cka", "pair_stats", "rsa",

@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "config": {"errors", "io"},
     "data": {"config", "kernels"},
     "adapters": {"losses"},
-    "public": {"losses", "similarity", "micro"},
+    "public": {"adapters", "losses", "similarity", "micro"},
     "fastcl": {"public", "interrupts"},
     "train": {"fastcl", "data", "metrics", "io"},
     "report": {"theory", "io"},
