@@ -1,20 +1,17 @@
 """`fastcl.patch`: who follows, what is undone, what calls the original, and programs that are not edited."""
 
 import copy
-import importlib
-import importlib.util
 import inspect
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from originals import nt_xent, value_and_gradients
+from originals import nt_xent, value_and_gradients, without_their_init
 from reference import normal
 from torch import Tensor
 
@@ -25,20 +22,13 @@ from fastcl.adapters.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 B, D = 6, 5
-# Packages whose own imports need more than their losses do: without their __init__.
-BARE = {"lightly": ("lightly", "lightly.loss"), "open_clip": ("open_clip",)}
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few rows are enough, and nothing stays replaced."""
     monkeypatch.setattr(replacements, "FEWEST", dict.fromkeys(replacements.FEWEST, 0))
-    for name in (name for names in BARE.values() for name in names):
-        spec = importlib.util.find_spec(name)
-        if name not in sys.modules and spec is not None:
-            module = types.ModuleType(name)
-            module.__path__ = list(spec.submodule_search_locations)
-            monkeypatch.setitem(sys.modules, name, module)
+    without_their_init(monkeypatch)
     yield
     assert not patching._active
 
