@@ -1,8 +1,10 @@
 """MoCo: keys of a slowly moving encoder and a queue of negatives, with info-nce-pytorch or `fastcl.queue_loss`.
 
-pip install info-nce-pytorch
-python examples/moco_queue.py --loss original
-python examples/moco_queue.py --loss fastcl
+    pip install info-nce-pytorch
+    python examples/moco_queue.py --loss original
+    python examples/moco_queue.py --loss fastcl
+
+Both print the loss of every step.
 """
 
 import copy

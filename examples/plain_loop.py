@@ -1,7 +1,9 @@
 """A loop of plain PyTorch: NT-Xent written down with its matrix, or `fastcl.ntxent_loss`.
 
-python examples/plain_loop.py --loss original
-python examples/plain_loop.py --loss fastcl
+    python examples/plain_loop.py --loss original
+    python examples/plain_loop.py --loss fastcl
+
+Both print the loss of every step.
 """
 
 import torch

@@ -89,7 +89,7 @@ def patch(*libraries: str, force: bool = False) -> Patch:
         if library not in TARGETS:
             raise FastclError(one_of("library", sorted(TARGETS), library))
         for target in TARGETS[library]:
-            found[target.place] = target, *_place_of(library, target.place)
+            found[target.place] = target, *_place_of(library, target)
             if target.place not in _active and not force:
                 _check(library, target)
     for place, (target, owner, name) in found.items():
@@ -138,12 +138,14 @@ def _owner(place: str) -> tuple[Any, str]:
     return owner, name
 
 
-def _place_of(library: str, place: str) -> tuple[Any, str]:
+def _place_of(library: str, target: Target) -> tuple[Any, str]:
     try:
-        owner, name = _owner(place)
+        owner, name = _owner(target.place)
         getattr(owner, name)
+        if target.adapter:
+            import_module(target.adapter)
     except (ImportError, AttributeError) as error:
-        raise FastclError(f"{library} cannot be patched: {place} cannot be imported ({error})") from error
+        raise FastclError(f"{library} cannot be patched: {target.place} cannot be imported ({error})") from error
     return owner, name
 
 

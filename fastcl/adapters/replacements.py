@@ -32,6 +32,7 @@ class Target(NamedTuple):
         digests: of those sources, by the releases that have them.
         hooks: methods that a subclass may override and that `ours` does not call; with an override the original
             computes.
+        adapter: the module that `ours` imports when it is called, since it needs the library.
     """
 
     place: str
@@ -39,6 +40,7 @@ class Target(NamedTuple):
     sources: tuple[str, ...]
     digests: dict[str, str]
     hooks: tuple[str, ...] = ()
+    adapter: str = ""
 
 
 def worthwhile(kind: str, rows: Tensor) -> bool:
@@ -119,7 +121,8 @@ TARGETS: dict[str, tuple[Target, ...]] = {
                         {"0.1.4": "e440d08d4d064c39"}),),
     "pytorch_metric_learning": tuple(
         Target(f"{_PML}{file}:{name}.compute_loss", _metric_learning(name),
-               (*_PAIRS, f"{_PML}{file}:{name}._compute_loss"), {"2.9.0": newest, "2.8.1": before}, ("_compute_loss",))
+               (*_PAIRS, f"{_PML}{file}:{name}._compute_loss"), {"2.9.0": newest, "2.8.1": before}, ("_compute_loss",),
+               "fastcl.adapters.metric_learning")
         for file, name, newest, before in (
             ("ntxent_loss", "NTXentLoss", "dc24a6229451e3b9", "245febab1333ac1b"),
             ("supcon_loss", "SupConLoss", "92ca1637acfe8307", "c7a43656b3e16168"),
