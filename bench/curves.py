@@ -51,7 +51,7 @@ def draw(losses: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> Non
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
+    style: Any = {"svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
              "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
     columns = 4
     with matplotlib.rc_context():

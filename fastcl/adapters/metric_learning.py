@@ -58,7 +58,7 @@ def computed(
     indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor | None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """The losses of a loss of pytorch-metric-learning; None, said once, if row statistics are not enough."""
-    reason = _obstacle(loss, labels, indices_tuple)
+    reason = _obstacle(loss, indices_tuple)
     if reason is None and ref_labels is labels and ref_emb is not embeddings:  # no reference i for anchor i
         reason = "ref_labels that are the same tensor as labels"
     if reason is not None or labels is None or ref_labels is None:
@@ -80,10 +80,10 @@ def computed(
     return {"loss": rows(loss, stats, Sides(embeddings, ref_emb, ids, ids_y, itself))}
 
 
-def _obstacle(loss: Any, labels: Tensor | None, indices_tuple: Any) -> str | None:
+def _obstacle(loss: Any, indices_tuple: Any) -> str | None:
     """Why row statistics are not enough, or None."""
     distance = loss.distance
-    if indices_tuple is not None or labels is None:
+    if indices_tuple is not None:
         return "indices_tuple"
     plain = type(distance) in (CosineSimilarity, DotProductSimilarity) and (distance.p, distance.power) == (2, 1)
     return None if plain and not distance.collect_stats else f"distance={type(distance).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import multiprocessing
 import os
 import sys
 import warnings
@@ -100,15 +101,15 @@ def patch(*libraries: str, force: bool = False) -> Patch:
 
 
 def patch_from_environment() -> None:
-    """Patch what FASTCL_PATCH names, and say so on stderr, once for all processes of torchrun."""
+    """Patch what FASTCL_PATCH names, and tell."""
     names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     if names:
         tell(patch(*names))
 
 
 def tell(done: Patch) -> None:
-    """Write to stderr what was replaced; only the first process of torchrun does."""
-    if os.environ.get("RANK", "0") == "0":
+    """Write to stderr what was replaced; of the processes of torchrun only the first does, and no worker of it."""
+    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
         print(f"fastcl: {done}", file=sys.stderr)
 
 
@@ -141,11 +142,13 @@ def _owner(place: str) -> tuple[Any, str]:
 def _place_of(library: str, target: Target) -> tuple[Any, str]:
     try:
         owner, name = _owner(target.place)
-        getattr(owner, name)
+        found = getattr(owner, name)
         if target.adapter:
             import_module(target.adapter)
     except (ImportError, AttributeError) as error:
         raise FastclError(f"{library} cannot be patched: {target.place} cannot be imported ({error})") from error
+    if not inspect.isclass(owner) and not (isinstance(found, FunctionType) and found.__closure__ is None):
+        raise FastclError(f"{library} cannot be patched: {target.place} is not a function of its module any more")
     return owner, name
 
 
