@@ -1,4 +1,11 @@
-"""The public names of the package; importing this module loads torch and everything else they need."""
+"""The public names of the package.
+
+Importing this module loads torch, the losses and the row statistics, and registers their operators. Names that no loss
+needs load their own modules when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from fastcl.dispatch import backend, last_backend
 from fastcl.errors import FastclError
@@ -15,20 +22,23 @@ from fastcl.losses.functional import (
 from fastcl.losses.modules import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
 from fastcl.losses.objectives import OBJECTIVES, Objective, same_class_mass
 from fastcl.losses.queue import queue_loss
-from fastcl.micro import micro_step
 from fastcl.rowstats.api import RowStats, normalize_rows, row_stats
-from fastcl.similarity import (
-    LayerCKA,
-    PairAccumulator,
-    PairStats,
-    SpearmanResult,
-    layer_cka,
-    linear_cka,
-    pair_stats,
-    rsa,
-    spearman_rsa,
-)
-from fastcl.similarity.two_models import TwinStats, twin_stats
+
+if TYPE_CHECKING:
+    from fastcl.adapters.patching import patch
+    from fastcl.micro import micro_step
+    from fastcl.similarity import (
+        LayerCKA,
+        PairAccumulator,
+        PairStats,
+        SpearmanResult,
+        layer_cka,
+        linear_cka,
+        pair_stats,
+        rsa,
+        spearman_rsa,
+    )
+    from fastcl.similarity.two_models import TwinStats, twin_stats
 
 __all__ = [
     "OBJECTIVES",
@@ -58,6 +68,7 @@ __all__ = [
     "nscl_loss",
     "ntxent_loss",
     "pair_stats",
+    "patch",
     "queue_loss",
     "row_stats",
     "rsa",
@@ -67,3 +78,20 @@ __all__ = [
     "twin_stats",
     "two_view_stats",
 ]
+
+LATER = {
+    "fastcl.adapters.patching": ("patch",),
+    "fastcl.micro": ("micro_step",),
+    "fastcl.similarity": (
+        "LayerCKA", "PairAccumulator", "PairStats", "SpearmanResult", "layer_cka", "linear_cka", "pair_stats", "rsa",
+        "spearman_rsa",
+    ),
+    "fastcl.similarity.two_models": ("TwinStats", "twin_stats"),
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    for module, names in LATER.items():
+        if name in names:
+            return globals().setdefault(name, getattr(import_module(module), name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

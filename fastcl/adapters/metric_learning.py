@@ -6,6 +6,7 @@ wrappers work on their losses as on the originals'.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from fastcl.rowstats.api import RowStats, row_stats, scaled
 PAIRS = 1 << 14  # positive pairs whose rows are held at a time
 
 
-class _Sides(NamedTuple):
+class Sides(NamedTuple):
     """Anchors, references and their classes; itself: the references are the anchors."""
 
     x: Tensor
@@ -32,7 +33,7 @@ class _Sides(NamedTuple):
 
 
 class _OnRowStats:
-    """What both losses have in common: the statistics, or a reason to call the original."""
+    """What both losses have in common: the statistics where they are enough, otherwise the original."""
 
     temperature: float
     distance: Any
@@ -41,44 +42,58 @@ class _OnRowStats:
         self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor | None
     ) -> dict[str, Any]:
         """The losses for the reducer, as the original; called by the library."""
-        reason = self._obstacle(labels, indices_tuple)
-        if reason is None and ref_labels is labels and ref_emb is not embeddings:  # no reference i for anchor i
-            reason = "ref_labels that are the same tensor as labels"
-        if reason is not None or labels is None or ref_labels is None:
-            if reason is not None:
-                name = type(self).__name__
-                tell_once(f"{name} with {reason} is computed by pytorch_metric_learning itself, with whole matrices")
+        found = computed(self, type(self).rows, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if found is None:
             compute: Any = super().compute_loss  # pyright: ignore[reportAttributeAccessIssue]
             return compute(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        itself = ref_labels is labels
-        ids, ids_y = class_ids(torch.cat([labels, ref_labels])).split([len(labels), len(ref_labels)])
-        sample = torch.arange(len(ids) + len(ids_y), dtype=torch.int64, device=embeddings.device)
-        other = {} if itself else {"y": ref_emb.to(embeddings.dtype), "sample_y": sample[len(ids) :], "labels_y": ids_y}
-        stats = row_stats(
-            embeddings, sample=sample[: len(ids)], labels=ids, temperature=self.temperature, **other,
-            normalize=self.distance.normalize_embeddings, gather_distributed=False,
-        )  # fmt: skip
-        pairs = max(int(stats.n_peer.sum()), int(stats.n_other.sum()))
-        if pairs <= 1 or not stats.n_peer.any() or not stats.n_other.any():
-            return self.zero_losses()  # pyright: ignore[reportAttributeAccessIssue]
-        return {"loss": self._losses(stats, _Sides(embeddings, ref_emb, ids, ids_y, itself))}
+        return found
 
-    def _obstacle(self, labels: Tensor | None, indices_tuple: Any) -> str | None:
-        """Why row statistics are not enough, or None."""
-        distance = self.distance
-        if indices_tuple is not None or labels is None:
-            return "indices_tuple"
-        plain = type(distance) in (CosineSimilarity, DotProductSimilarity) and (distance.p, distance.power) == (2, 1)
-        return None if plain and not distance.collect_stats else f"distance={type(distance).__name__}"
-
-    def _losses(self, stats: RowStats, sides: _Sides, /) -> dict[str, Any]:
+    def rows(self, stats: RowStats, sides: Sides, /) -> dict[str, Any]:
+        """Losses, their indices and their kind, for a reducer."""
         raise NotImplementedError
+
+
+def computed(
+    loss: Any, rows: Callable[[Any, RowStats, Sides], dict[str, Any]], embeddings: Tensor, labels: Tensor | None,
+    indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor | None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The losses of a loss of pytorch-metric-learning; None, said once, if row statistics are not enough."""
+    reason = _obstacle(loss, indices_tuple)
+    if reason is None and ref_labels is labels and ref_emb is not embeddings:  # no reference i for anchor i
+        reason = "ref_labels that are the same tensor as labels"
+    if reason is not None or labels is None or ref_labels is None:
+        if reason is not None:
+            name = type(loss).__name__
+            tell_once(f"{name} with {reason} is computed by pytorch_metric_learning itself, with whole matrices")
+        return None
+    itself = ref_labels is labels
+    ids, ids_y = class_ids(torch.cat([labels, ref_labels])).split([len(labels), len(ref_labels)])
+    sample = torch.arange(len(ids) + len(ids_y), dtype=torch.int64, device=embeddings.device)
+    other = {} if itself else {"y": ref_emb.to(embeddings.dtype), "sample_y": sample[len(ids) :], "labels_y": ids_y}
+    stats = row_stats(
+        embeddings, sample=sample[: len(ids)], labels=ids, temperature=loss.temperature, **other,
+        normalize=loss.distance.normalize_embeddings, gather_distributed=False,
+    )  # fmt: skip
+    pairs = max(int(stats.n_peer.sum()), int(stats.n_other.sum()))
+    if pairs <= 1 or not stats.n_peer.any() or not stats.n_other.any():
+        return loss.zero_losses()
+    return {"loss": rows(loss, stats, Sides(embeddings, ref_emb, ids, ids_y, itself))}
+
+
+def _obstacle(loss: Any, indices_tuple: Any) -> str | None:
+    """Why row statistics are not enough, or None."""
+    distance = loss.distance
+    if indices_tuple is not None:
+        return "indices_tuple"
+    plain = type(distance) in (CosineSimilarity, DotProductSimilarity) and (distance.p, distance.power) == (2, 1)
+    return None if plain and not distance.collect_stats else f"distance={type(distance).__name__}"
 
 
 class SupConLoss(_OnRowStats, losses.SupConLoss):
     """pytorch_metric_learning.losses.SupConLoss: L_out of each anchor; its reducer drops those of 0."""
 
-    def _losses(self, stats: RowStats, _: _Sides, /) -> dict[str, Any]:
+    def rows(self, stats: RowStats, _: Sides, /) -> dict[str, Any]:
+        """The losses of anchors."""
         found = supcon_rows(stats)
         indices = torch.arange(len(found), dtype=torch.int64, device=found.device)
         return {"losses": found, "indices": indices, "reduction_type": "element"}
@@ -88,7 +103,8 @@ class NTXentLoss(_OnRowStats, losses.NTXentLoss):
     """pytorch_metric_learning.losses.NTXentLoss: a loss for each positive pair, alone with the negatives in its
     denominator. The logits of pairs are computed in slices, never the whole matrix."""
 
-    def _losses(self, stats: RowStats, sides: _Sides, /) -> dict[str, Any]:
+    def rows(self, stats: RowStats, sides: Sides, /) -> dict[str, Any]:
+        """The losses of positive pairs."""
         normalize = self.distance.normalize_embeddings
         x, y = (scaled(v, self.temperature, normalize) for v in (sides.x, sides.y))
         a, p = _positive_pairs(sides.ids, sides.ids_y, sides.itself)

@@ -47,7 +47,7 @@ class ClipLoss(nn.Module):
 
         The bias is one number for all logits, so it changes neither the loss nor another gradient: its own is 0.
         """
-        loss = self._loss(image_features, text_features, logit_scale)
+        loss = ClipLoss._loss(self, image_features, text_features, logit_scale)  # self: also open_clip's (fastcl.patch)
         if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from fastcl.choices import ObjectiveName, Precision, Reduction
 from fastcl.exchange import gathers
-from fastcl.losses import global_batch
 from fastcl.losses.call_plans import RECTANGLE, ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
 from fastcl.losses.objectives import ObjectiveLike
-from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats, statistics
-from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.request import Batch, check_two_views
 
 if TYPE_CHECKING:
@@ -242,7 +239,9 @@ def two_view_stats(
     Arguments and errors as `nscl_loss`.
     """
     if gather_distributed is not False and gathers(gather_distributed):
-        options = Options(temperature, normalize, False, None)
+        from fastcl.rowstats import meeting, sharded  # which one process does not need
+
+        options = meeting.Options(temperature, normalize, False, None)
         return sharded.row_stats(partial(_two_views, z1, z2, labels), options, "two_view_stats", group)[0]
     return statistics(_two_views(z1, z2, labels), temperature, normalize, False, None)[0]
 
@@ -265,5 +264,7 @@ def _losses(
     plan = partial(plan_of, kind, tensors, objectives, normalize, reduction, precision)
     gather, group = ranks
     if gather is not False and gathers(gather):
+        from fastcl.losses import global_batch
+
         return global_batch.losses(plan, tensors, temperature, group)
     return plan().run(tensors, temperature)

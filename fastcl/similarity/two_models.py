@@ -20,6 +20,7 @@ from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.pair_sums import PairSums
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.sharded import agreed, sharded_statistics
+from fastcl.rowstats.triton import two_models_operator  # noqa: F401  (registers its operator)
 from fastcl.similarity import PairStats
 from fastcl.similarity.sums.features import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.sums.rows import mapped

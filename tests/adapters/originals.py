@@ -5,6 +5,7 @@ A formula takes tensors of any dtype and returns row losses. Nothing here comes 
 
 import importlib.util
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,16 @@ def loaded(package: str, file: str = "") -> Any:
         sys.modules[name] = importlib.util.module_from_spec(found)
         found.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def without_their_init(patch: pytest.MonkeyPatch) -> None:
+    """Let the losses of lightly and open_clip be imported without the rest, whose dependencies may be absent."""
+    for name in ("lightly", "lightly.loss", "open_clip"):
+        spec = importlib.util.find_spec(name) if name not in sys.modules else None
+        if spec is not None and spec.submodule_search_locations:
+            module = types.ModuleType(name)
+            module.__path__ = list(spec.submodule_search_locations)
+            patch.setitem(sys.modules, name, module)
 
 
 def value_and_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from triton_runs import DEVICE, few_programs, launches, workspace  # noqa: F401
 
 import fastcl
+from fastcl.rowstats import meeting  # noqa: F401  (registers the operators)
 from fastcl.rowstats.api import scaled
 
 pytestmark = pytest.mark.usefixtures("few_programs")

@@ -12,6 +12,7 @@ from triton_runs import DEVICE, few_programs, launches, leaf  # noqa: F401
 import fastcl
 from fastcl import FastclError
 from fastcl.rowstats import chunked
+from fastcl.similarity import two_models  # noqa: F401  (registers the operator)
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 

@@ -1,0 +1,117 @@
+"""Losses of other libraries beside the same losses patched by fastcl, on a CPU: where `fastcl.patch` starts to pay.
+
+The last table is what `FEWEST` of fastcl/adapters/replacements.py should be: by kind of loss, the number of rows from
+which fastcl was never slower, forward and backward pass together.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fastcl
+from bench.harness.clocks import Sample, interleave, time_passes
+from bench.harness.command import Command
+from bench.harness.records import Record, digits, machine, milliseconds, table, write
+from fastcl.adapters import replacements
+from fastcl.errors import FastclError
+
+ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+QUEUE = 16384
+
+
+def _classes(loss: Any, a: Tensor, b: Tensor) -> Tensor:
+    return loss(torch.cat([a, b]), torch.arange(len(a), dtype=torch.int64).repeat(2))
+
+
+def _made(module: str, name: str, *options: Any) -> Any:
+    return getattr(importlib.import_module(module), name)(*options)
+
+
+# By kind of loss: library, and the original's loss of two sets of rows of this width.
+CASES: dict[str, tuple[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]]]] = {
+    "two views": ("lightly", lambda d: _made("lightly.loss.ntx_ent_loss", "NTXentLoss")),
+    "queue": ("lightly", lambda d: _made("lightly.loss.ntx_ent_loss", "NTXentLoss", 0.1, (QUEUE, d))),
+    "two directions": ("open_clip", lambda d: lambda a, b: _made("open_clip.loss", "ClipLoss")(a, b, 20.0)),
+    "one direction": ("info_nce", lambda d: _made("info_nce", "InfoNCE")),
+    "classes": ("pytorch_metric_learning",
+                lambda d: partial(_classes, _made("pytorch_metric_learning.losses", "NTXentLoss"))),
+}  # fmt: skip
+
+
+def measured(kind: str, rows: int, width: int, repeats: int, seconds: float) -> dict[str, list[Sample]]:
+    """Samples of both passes together: of the original, and of fastcl in its place."""
+    library, make = CASES[kind]
+    generator = torch.Generator().manual_seed(rows)
+    a, b = torch.nn.functional.normalize(torch.randn(2, rows, width, generator=generator), dim=2)
+    leaf = a.requires_grad_()
+    loss = make(width)
+
+    def original() -> dict[str, Sample]:
+        return time_passes(lambda: loss(leaf, b), leaf)
+
+    def patched() -> dict[str, Sample]:
+        with fastcl.patch(library):
+            return time_passes(lambda: loss(leaf, b), leaf)
+
+    with mock.patch.object(replacements, "FEWEST", dict.fromkeys(replacements.FEWEST, 0)):
+        for warm in (original, patched, patched):
+            warm()
+        found = interleave({"original": original, "fastcl": patched}, repeats, seconds)
+    return {name: passes["both"] for name, passes in found.items()}
+
+
+def fewest(records: Sequence[Record], kind: str) -> int | None:
+    """The number of rows from which fastcl was never slower; None if it was at the largest size."""
+    found = None
+    for record in sorted((r for r in records if r["kind"] == kind), key=lambda r: -r["rows"]):
+        if record["ratio"] < 1:
+            break
+        found = record["rows"]
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and write the results; return the exit status."""
+    parser = Command("adapters", [__doc__ or ""], "repeats", "seconds", repeats=30, seconds=5)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--width", type=int, default=128, metavar="D", help="default: %(default)s")
+    parser.add_names("--kinds", tuple(CASES))
+    args = parser.parse(argv)
+    libraries = [replacements.DISTRIBUTIONS[CASES[kind][0]] for kind in args.kinds]
+    facts = machine(torch.device("cpu"), libraries)
+    records: list[Record] = []
+    for kind in args.kinds:
+        for rows in args.rows:
+            try:
+                times = measured(kind, rows, args.width, args.repeats, args.seconds)
+            except FastclError as error:  # the library is not installed
+                print(f"{kind}: {error}")
+                break
+            walls = {name: [sample.ms for sample in samples] for name, samples in times.items()}
+            ratio = median(walls["original"]) / median(walls["fastcl"])
+            records.append({"bench": "adapters", "kind": kind, "rows": rows, "d": args.width, "ms": walls,
+                            "ratio": ratio} | facts)  # fmt: skip
+            print(f"{kind}, {rows} rows: {digits(ratio)} times as fast as {CASES[kind][0]}")
+    lines = [(r["kind"], str(r["rows"]), *map(milliseconds, r["ms"].values()), digits(r["ratio"])) for r in records]
+    limits = [(kind, str(fewest(records, kind))) for kind in args.kinds]
+    text = (
+        f"# Patched losses on a CPU\n\n{facts['device']}, {facts['date']}, {args.width} columns; ms, both passes\n\n"
+        + table(("kind", "rows", "original", "fastcl", "times as fast"), lines)
+        + "\n"
+        + table(("kind", "fewest rows"), limits, 1)
+    )
+    write(args.out, "adapters", records, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

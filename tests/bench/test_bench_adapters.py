@@ -1,0 +1,26 @@
+"""bench.adapters: what it writes, and the size from which a patch pays."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import adapters
+
+
+def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("info_nce")
+    options = ["--rows", "4", "--width", "3", "--repeats", "3", "--kinds", "one direction", "--out", str(tmp_path)]
+    assert adapters.main(options) == 0
+    (record,) = json.loads((tmp_path / "adapters.json").read_text())
+    assert (record["kind"], record["rows"]) == ("one direction", 4) and set(record["ms"]) == {"original", "fastcl"}
+    assert all(len(times) == 3 and min(times) > 0 for times in record["ms"].values())
+    assert "times as fast as info_nce" in capsys.readouterr().out
+    assert "| one direction | 4 |" in (tmp_path / "adapters.md").read_text()
+
+
+def test_the_fewest_rows_are_those_from_which_all_sizes_pay() -> None:
+    ratios = {64: 1.2, 128: 0.9, 256: 1.0, 512: 3.0}
+    records = [{"kind": "queue", "rows": rows, "ratio": ratio} for rows, ratio in ratios.items()]
+    assert adapters.fewest(records, "queue") == 256
+    assert adapters.fewest(records[:2], "queue") is None and adapters.fewest(records, "classes") is None
