@@ -80,7 +80,7 @@ CASES = [
     Case("open_clip, local, with gradient", clip_of(BOTH), clip_rows, original=their_clip(BOTH)),
     Case("open_clip, with gradient", clip_of(GRAD), clip_rows, is_local=False, original=their_clip(GRAD)),
     Case("open_clip", clip_of({}), clip_rows, is_local=False, factor=1, original=their_clip({})),
-    Case("solo, classes", lambda rank, a, b, s: solo_learn.simclr_loss_func(a, own(LABELS, rank), T),
+    Case("solo, classes", lambda rank, a, b, s: solo_learn.simclr_loss_func(a, own(LABELS / 4, rank), T),  # floats
          lambda a, b, s: inside_sum(a, LABELS, T)),
     Case("solo, MoCo v3", lambda rank, a, b, s: solo_learn.mocov3_loss_func(a, b, T) / (2 * T),
          lambda a, b, s: against(a, b.detach(), torch.arange(ALL), 1 / T)),

@@ -58,6 +58,15 @@ def test_queue(backend: str, normalize: bool, monkeypatch: pytest.MonkeyPatch) -
 
 
 @both_backends
+def test_one_float64_makes_all_of_it_float64(backend: str) -> None:
+    given = [v.float() for v in (normal(6, 8, seed=0), normal(6, 8, seed=1), normal(40, 8, seed=2))]
+    for k in range(3):
+        with fastcl.backend(backend):
+            loss = fastcl.queue_loss(*(v.double() if i == k else v for i, v in enumerate(given)), 0.1)
+        torch.testing.assert_close(loss, formula(*given, 0.1).mean(), rtol=1e-13, atol=0)
+
+
+@both_backends
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_keys_in_half_precision_and_a_queue_in_float32_or_the_other_way_round(dtype, backend: str) -> None:
     query, key, queue = (normal(*shape, seed=k) for k, shape in enumerate(((6, 8), (6, 8), (40, 8))))
