@@ -41,7 +41,7 @@ class _OnRowStats:
         self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor | None
     ) -> dict[str, Any]:
         """The losses for the reducer, as the original; called by the library."""
-        reason = self._obstacle(labels, indices_tuple)
+        reason = self._obstacle(indices_tuple)
         if reason is None and ref_labels is labels and ref_emb is not embeddings:  # no reference i for anchor i
             reason = "ref_labels that are the same tensor as labels"
         if reason is not None or labels is None or ref_labels is None:
@@ -63,10 +63,10 @@ class _OnRowStats:
             return self.zero_losses()  # pyright: ignore[reportAttributeAccessIssue]
         return {"loss": self._losses(stats, _Sides(embeddings, ref_emb, ids, ids_y, itself))}
 
-    def _obstacle(self, labels: Tensor | None, indices_tuple: Any) -> str | None:
+    def _obstacle(self, indices_tuple: Any) -> str | None:
         """Why row statistics are not enough, or None."""
         distance = self.distance
-        if indices_tuple is not None or labels is None:
+        if indices_tuple is not None:
             return "indices_tuple"
         plain = type(distance) in (CosineSimilarity, DotProductSimilarity) and (distance.p, distance.power) == (2, 1)
         return None if plain and not distance.collect_stats else f"distance={type(distance).__name__}"

@@ -162,3 +162,18 @@ def test_open_clips_local_loss_without_gradients_of_candidates(ranks: Pool) -> N
             to = torch.arange(B) + rank * B
             loss = (against(a, everyone[1], to, s, False) + against(b, everyone[0], to, s, False)).mean() / 2
             torch.testing.assert_close(got, originals.value_and_gradients(loss, leaves), rtol=1e-9, atol=1e-9)
+
+
+def bank(rank: int, gathers: bool) -> tuple[Tensor, int]:
+    loss = lightly.NTXentLoss(T, (ALL + 2, D), gathers).double()
+    loss(*leaves_of(rank)[:2])
+    return loss.memory_bank.bank, int(loss.memory_bank.bank_ptr)
+
+
+def test_lightlys_bank_takes_the_rows_of_all_ranks(ranks: Pool) -> None:  # noqa: F811
+    keys = leaves_of(None)[1].detach()
+    for gathers in (True, False):
+        for rank, (rows, place) in enumerate(ranks.run(bank, gathers)):
+            want = keys if gathers else own(keys, rank)
+            assert place == len(want)
+            torch.testing.assert_close(rows[:place], want)
