@@ -91,6 +91,25 @@ def test_a_queue_in_half_precision_is_saved_as_it_is() -> None:
     assert whole and all(v.data_ptr() == queue.data_ptr() for v in whole)
 
 
+def test_what_the_operator_lacks_is_refused() -> None:
+    query, key, queue = leaves((6, 8), (6, 8), (9, 8))
+    losses = fastcl.queue_loss(query, key, queue, 0.3, "none")
+    (first,) = torch.autograd.grad(losses.sum(), query, create_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):  # the backward pass does not round either
+        assert torch.equal(torch.autograd.grad(losses.sum(), query, retain_graph=True)[0], first)
+    with pytest.raises(FastclError, match="chunked .*second derivatives"):
+        torch.autograd.grad(first.sum(), query, retain_graph=True)
+    with pytest.raises(FastclError, match="chunked .*batched gradients"):
+        torch.autograd.grad(losses, query, torch.eye(6, dtype=torch.float64), is_grads_batched=True)
+    rows = query.detach(), torch.ones(6, 8, dtype=torch.float64)
+    with pytest.raises(FastclError, match="chunked .*forward-mode"):
+        torch.func.jvp(lambda q: fastcl.queue_loss(q, key, queue), rows[:1], rows[1:])
+    with pytest.raises(FastclError, match="chunked .*torch.func.grad"):
+        torch.func.grad(lambda k: fastcl.queue_loss(query, k, queue))(rows[0])
+    with pytest.raises(FastclError, match="chunked .*torch.func.grad"):
+        torch.func.grad(lambda m: fastcl.queue_loss(query, key, m))(rows[0])
+
+
 def test_queue_far_from_and_close_to_convergence() -> None:
     """float32: neither does a small loss lose its digits, nor does exp overflow."""
     for temperature in (0.01, 0.1):
