@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from reference import normal
-from triton_runs import DEVICE, launches
+from triton_runs import DEVICE, launches, tiles
 
 import fastcl
 from fastcl.kernels.contrastive.statistics import added_up
@@ -46,3 +46,14 @@ def test_the_largest_derivative_is_found_among_all_maxima(first: int, monkeypatc
         with launches():
             fastcl.ntxent_loss(z1, z2).backward()
     assert len(bounds) == 2 and bounds[0] == bounds[1] > 0
+
+
+def test_a_mean_that_both_kernels_of_the_forward_pass_evaluate() -> None:
+    """Two programs of `finish_kernel`, then, since the fixed shift does not suffice, four of the online kernel."""
+    rows = [normal(70, 4, seed=k).float().to(DEVICE) for k in range(2)]
+    t = torch.tensor(0.002, device=DEVICE)
+    with launches() as ran, tiles(64, 64):
+        loss = fastcl.ntxent_loss(*rows, t)
+    assert ran.flag() == 1 and [one.grid for one in ran.of("forward_online_kernel")] == [(4,)]
+    with fastcl.backend("dense"):
+        torch.testing.assert_close(loss, fastcl.ntxent_loss(*rows, t), rtol=1e-5, atol=0)
