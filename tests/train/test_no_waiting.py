@@ -22,6 +22,7 @@ from fastcl.train.inputs import open_inputs
 from fastcl.train.models import make_twins
 from fastcl.train.run_folder.logbook import Logbook
 from fastcl.train.step import Measured, StepTable
+from fastcl.train.step_profile import StepProfile
 
 META = torch.device("meta")
 MODELS = ["dcl", "nscl", "supcon", "ce"]
@@ -107,3 +108,8 @@ def test_the_first_step_that_is_not_finite_is_named(tmp_path):
     with pytest.raises(FastclError, match=r"nscl_loss of model 'identity' is inf at step 9 \(epoch 1, .* up to 1 are"):
         steps._read(1, 2, held)
     assert noted == [8]
+
+
+def test_a_profile_has_steps_of_every_epoch(tmp_path):
+    found = {n: StepProfile(tmp_path, torch.device("cpu"), n, "")._steps for n in (1, 2, 3, 6, 7, 50)}
+    assert found == {1: range(1), 2: range(1, 2), 3: range(1, 3), 6: range(3, 6), 7: range(3, 7), 50: range(3, 7)}
