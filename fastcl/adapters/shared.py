@@ -11,6 +11,7 @@ from torch import distributed as dist
 from fastcl.checks import describe
 from fastcl.choices import Reduction
 from fastcl.errors import FastclError
+from fastcl.exchange import callers
 from fastcl.losses.functional import contrastive_loss
 from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats.api import RowStats, row_stats, scaled
@@ -22,10 +23,10 @@ _told: set[str] = set()
 
 
 def tell_once(message: str) -> None:
-    """Warn, once for each message in a process."""
-    if message not in _told:
+    """Warn, once for each message in a process; the warning names the caller's line."""
+    if message not in _told and not torch.compiler.is_compiling():
         _told.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=callers("pytorch_metric_learning.", "sentence_transformers."))
 
 
 def world_size() -> int:
