@@ -135,15 +135,19 @@ def gathers(asked: bool | None) -> bool:
                 f"this loss compares the rows of one rank only, although {world} ranks run; pass "
                 "gather_distributed=True for the loss of the global batch, or gather_distributed=False if this is "
                 "meant",
-                stacklevel=_callers(),
+                stacklevel=callers(),
             )
     return False
 
 
-def _callers() -> int:
-    """How far above `gathers` the first frame outside of this package and of torch.nn is."""
+def callers(*libraries: str) -> int:
+    """How far above the function that calls this the first frame outside of this package and of torch.nn is.
+
+    Args:
+        libraries: further modules to leave, such as "sentence_transformers.".
+    """
     level, frame = 2, sys._getframe(2)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastcl.", "torch.nn.")):
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastcl.", "torch.nn.", *libraries)):
         level, frame = level + 1, frame.f_back
     return level
 

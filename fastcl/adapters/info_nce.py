@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from fastcl.adapters.shared import one_way
-from fastcl.choices import Reduction
+from fastcl.choices import REDUCTIONS, Reduction
+from fastcl.errors import FastclError, one_of
 from fastcl.losses.queue import queue_loss
 from fastcl.rowstats.api import normalize_rows
 
@@ -66,6 +67,8 @@ def info_nce(
         return one_way(query, positive_key, 0, temperature, reduction=reduction)
     if negative_mode == "unpaired":
         return queue_loss(query, positive_key, negative_keys, temperature, reduction)
+    if reduction not in REDUCTIONS:
+        raise FastclError(one_of("reduction", REDUCTIONS, reduction))
     with torch.autocast(query.device.type, enabled=False):
         negatives = normalize_rows(negative_keys.flatten(0, 1)).view(negative_keys.shape)
         queries = normalize_rows(query) / temperature

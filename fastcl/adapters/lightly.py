@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class DCLLoss(nn.Module):
 
     Args:
         temperature: divides the logits.
-        weight_fn: maps the unit rows of both views, (B, D) each, to the (B,) weights of their positives.
+        weight_fn: maps the unit rows of both views, (B, D) each, to the (B,) weights of their positives, or one weight.
         gather_distributed: negatives come from all ranks.
 
     Raises:
@@ -101,15 +102,16 @@ class DCLLoss(nn.Module):
             return dcl_loss(out0, out1, **options)
         stats = two_view_stats(out0, out1, None, **options)
         u0, u1 = normalize_rows(out0), normalize_rows(out1)
-        weights = torch.cat([self.weight_fn(u0, u1), self.weight_fn(u1, u0)])
-        return (stats.lse_other - weights * stats.mean_view).where(stats.n_other > 0, 0).mean()
+        sides = zip(*(v.chunk(2) for v in (stats.lse_other, stats.mean_view, stats.n_other)), strict=True)
+        losses = [
+            (lse - self.weight_fn(*rows) * positive).where(others > 0, 0).mean()
+            for (lse, positive, others), rows in zip(sides, ((u0, u1), (u1, u0)), strict=True)
+        ]
+        return (losses[0] + losses[1]) / 2
 
 
 class DCLWLoss(DCLLoss):
     """lightly's DCLWLoss: DCLLoss with negative von Mises-Fisher weights of width sigma."""
 
     def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False) -> None:
-        def weights(out0: Tensor, out1: Tensor) -> Tensor:
-            return negative_mises_fisher_weights(out0, out1, sigma)
-
-        super().__init__(temperature, weights, gather_distributed)
+        super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)

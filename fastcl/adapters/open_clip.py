@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastcl.adapters.shared import everywhere, gathered, one_way, tell_once, with_gradient_times
+from fastcl.adapters.shared import check_world_size, everywhere, gathered, one_way, tell_once, with_gradient_times
+from fastcl.checks import describe
+from fastcl.errors import FastclError
 from fastcl.losses.functional import clip_loss
 
 
@@ -46,15 +48,22 @@ class ClipLoss(nn.Module):
         """Loss of (B, D) features, whose logits are logit_scale * <image, text> + logit_bias.
 
         The bias is one number for all logits, so it changes neither the loss nor another gradient: its own is 0.
+
+        Raises:
+            FastclError: a bias of several numbers, a world_size that is not the process group's, and as
+                `fastcl.clip_loss`.
         """
         loss = ClipLoss._loss(self, image_features, text_features, logit_scale)  # self: also open_clip's (fastcl.patch)
         if isinstance(logit_bias, Tensor):
-            loss = loss + 0 * logit_bias.sum()
+            if logit_bias.numel() != 1:
+                raise FastclError(f"logit_bias must be one number for all logits, got {describe(logit_bias)}")
+            loss = loss + 0 * logit_bias.reshape(()).to(loss)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _loss(self, image: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
         if self.world_size == 1:
             return clip_loss(image, text, scale, normalize=False, gather_distributed=False)
+        check_world_size(self.world_size)
         if self.gather_with_grad:
             share = clip_loss(image, text, scale, normalize=False, gather_distributed=True)
             return share if self.local_loss else everywhere(share)

@@ -8,21 +8,25 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fastcl.checks import describe
 from fastcl.choices import Reduction
+from fastcl.errors import FastclError
+from fastcl.exchange import callers
 from fastcl.losses.functional import contrastive_loss
 from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats.api import RowStats, row_stats, scaled
 
 IGNORED = -100  # a target without a positive
+_NAN = 0x7FF8 << 48  # bits of the first NaN
 _ALONE = Objective(("view", "peer"), ("view", "peer"))
 _told: set[str] = set()
 
 
 def tell_once(message: str) -> None:
-    """Warn, once for each message in a process."""
-    if message not in _told:
+    """Warn, once for each message in a process; the warning names the caller's line."""
+    if message not in _told and not torch.compiler.is_compiling():
         _told.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=callers("pytorch_metric_learning.", "sentence_transformers."))
 
 
 def world_size() -> int:
@@ -83,11 +87,26 @@ def check_ranks(gather_distributed: bool) -> None:
         raise ValueError("gather_distributed=True needs torch.distributed, which this build of PyTorch does not have")
 
 
+def check_world_size(told: int) -> None:
+    """Raise FastclError if there are not as many processes as the caller was told of."""
+    if told != world_size():
+        raise FastclError(f"world_size must be the number of processes in the group, {world_size()}, got {told}")
+
+
 def class_ids(labels: Tensor) -> Tensor:
-    """(N,) labels of any dtype and shape as integers; -1, which fastcl takes for unlabelled, stays a class."""
+    """(N,) labels of any real dtype and any shape as integers, the same on all ranks; -1, which fastcl takes for
+    unlabelled, stays a class. A NaN equals no other label.
+
+    Raises:
+        FastclError: complex labels.
+    """
     labels = labels.reshape(-1)
+    if labels.is_complex():
+        raise FastclError(f"labels must be real, got {describe(labels)}")
     if labels.is_floating_point():
-        return labels.unique(return_inverse=True)[1]
+        number = labels.double() + 0.0  # -0.0 becomes 0.0
+        apart = _NAN + torch.arange(len(labels), dtype=torch.int64, device=labels.device)
+        return apart.where(number.isnan(), number.view(torch.int64))  # of these bits, only a NaN's are -1
     labels = labels.long()
     return labels - (labels < 0).long()
 
@@ -115,7 +134,8 @@ def one_way(
     own = torch.arange(len(candidates), dtype=torch.int64, device=device)
     first = torch.arange(len(anchors), dtype=torch.int64, device=device)
     sample = first + target if isinstance(target, int) else target
-    if isinstance(target, Tensor) and target.device.type == "cpu":  # elsewhere a check would wait for the device
+    # On another device a check would wait for it; a compiled call cannot read values.
+    if isinstance(target, Tensor) and target.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (target >= len(candidates)) | ((target < 0) & (target != IGNORED))
         if wrong.any():
             raise IndexError(f"Target {target[wrong][0].item()} is out of bounds for {len(candidates)} candidates")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcl.adapters.shared import rank, world_size
+from fastcl.adapters.shared import check_world_size, rank, world_size
 from fastcl.losses.functional import ntxent_loss
 
 
@@ -47,11 +47,12 @@ class SimclrInfoNCECriterion(nn.Module):
 
         Raises:
             AssertionError: another number of dimensions or columns than was told, or an odd number of rows.
-            ValueError: another number of rows than was told.
+            ValueError: another number of rows, or of processes, than was told.
         """
         assert embedding.ndim == 2
         assert embedding.shape[1] == int(self.buffer_params.embedding_dim)
         assert len(embedding) % self.num_pos == 0, "Batch size should be divisible by num_pos"
+        check_world_size(self.buffer_params.world_size)
         rows = self.buffer_params.effective_batch_size // self.buffer_params.world_size
         if len(embedding) != rows:
             raise ValueError(f"buffer_params tell of {rows} rows on a rank, got {len(embedding)}")

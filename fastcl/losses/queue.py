@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -56,6 +57,8 @@ def queue_loss(
         raise FastclError(f"query and key must have the same number of rows, got {len(query)} and {len(key)}")
     if reduction not in REDUCTIONS:
         raise FastclError(one_of("reduction", REDUCTIONS, reduction))
+    if torch.float64 in (query.dtype, key.dtype, queue.dtype):
+        query, key = query.double(), key.double()
     lse, anchors = log_sums(query, queue, temperature, normalize, precision)
     positive = (anchors * prepared(key, normalize)).sum(1)
     losses = -logsigmoid(positive - lse)

@@ -55,7 +55,7 @@ def log_sums(
         return fused(batch, temperature, normalize, False, precision, ())[0][4], rows
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "dense" or (y.requires_grad and torch.is_grad_enabled()):
-            y, normalize = prepared(y, normalize).to(rows.dtype), False
+            y, normalize = prepared(y.to(rows.dtype), normalize), False
         if chosen == "dense":
             return (rows @ y.T).logsumexp(1), rows
         check_transforms(chosen, rows, y)
@@ -67,7 +67,7 @@ def _tiles(x: Tensor, y: Tensor, normalize: bool) -> Iterator[tuple[slice, Tenso
     width = max(NARROWEST, TILE.get(x.device.type, TILE_ELSEWHERE) // len(x))
     for k in range(0, len(y), width):
         columns = slice(k, k + width)
-        yield columns, prepared(y[columns], normalize).to(x.dtype)
+        yield columns, prepared(y[columns].to(x.dtype), normalize)
 
 
 def _forward(x: Tensor, y: Tensor, normalize: bool) -> Tensor:

@@ -80,7 +80,7 @@ CASES = [
     Case("open_clip, local, with gradient", clip_of(BOTH), clip_rows, original=their_clip(BOTH)),
     Case("open_clip, with gradient", clip_of(GRAD), clip_rows, is_local=False, original=their_clip(GRAD)),
     Case("open_clip", clip_of({}), clip_rows, is_local=False, factor=1, original=their_clip({})),
-    Case("solo, classes", lambda rank, a, b, s: solo_learn.simclr_loss_func(a, own(LABELS, rank), T),
+    Case("solo, classes", lambda rank, a, b, s: solo_learn.simclr_loss_func(a, own(LABELS / 4, rank), T),  # floats
          lambda a, b, s: inside_sum(a, LABELS, T)),
     Case("solo, MoCo v3", lambda rank, a, b, s: solo_learn.mocov3_loss_func(a, b, T) / (2 * T),
          lambda a, b, s: against(a, b.detach(), torch.arange(ALL), 1 / T)),
@@ -162,3 +162,18 @@ def test_open_clips_local_loss_without_gradients_of_candidates(ranks: Pool) -> N
             to = torch.arange(B) + rank * B
             loss = (against(a, everyone[1], to, s, False) + against(b, everyone[0], to, s, False)).mean() / 2
             torch.testing.assert_close(got, originals.value_and_gradients(loss, leaves), rtol=1e-9, atol=1e-9)
+
+
+def bank(rank: int, gathers: bool) -> tuple[Tensor, int]:
+    loss = lightly.NTXentLoss(T, (ALL + 2, D), gathers).double()
+    loss(*leaves_of(rank)[:2])
+    return loss.memory_bank.bank, int(loss.memory_bank.bank_ptr)
+
+
+def test_lightlys_bank_takes_the_rows_of_all_ranks(ranks: Pool) -> None:  # noqa: F811
+    keys = leaves_of(None)[1].detach()
+    for gathers in (True, False):
+        for rank, (rows, place) in enumerate(ranks.run(bank, gathers)):
+            want = keys if gathers else own(keys, rank)
+            assert place == len(want)
+            torch.testing.assert_close(rows[:place], want)

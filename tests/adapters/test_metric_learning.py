@@ -51,6 +51,8 @@ def test_few_rows(name: str) -> None:
     for n in (1, 2, 3):
         agree(name, LABELS[:n], embeddings=normal(n, 6))
         agree(name, torch.zeros(n), (normal(1, 6, seed=1), torch.tensor([1.0])), embeddings=normal(n, 6))
+    one_pair_of_each = normal(2, 6, seed=1), torch.tensor([0, 3])  # which the original takes for none
+    agree(name, LABELS[:1], one_pair_of_each, embeddings=normal(1, 6))
 
 
 @each_loss
@@ -78,15 +80,16 @@ def test_wrappers(name: str) -> None:
 
 @each_loss
 def test_what_needs_pairs_is_left_to_the_original_with_one_warning(name: str) -> None:
-    shared._told.clear()
     z = normal(9, 6).requires_grad_()
     tuples = miners.MultiSimilarityMiner()(z.detach(), LABELS)
-    for options, given in (({}, {"indices_tuple": tuples}), ({"distance": distances.LpDistance()}, {})):
+    kinds = distances.LpDistance(), distances.CosineSimilarity(collect_stats=True), distances.CosineSimilarity(power=2)
+    for options, given in (({}, {"indices_tuple": tuples}), *(({"distance": kind}, {}) for kind in kinds)):
+        shared._told.clear()
         ours, theirs = (getattr(module, name)(**options) for module in (metric_learning, losses))
         with pytest.warns(UserWarning, match=f"{name} with .* is computed by pytorch_metric_learning itself") as told:
             for _ in range(2):
                 assert torch.equal(ours(z, LABELS, **given), theirs(z, LABELS, **given))
-        assert len([w for w in told if "computed by" in str(w.message)]) == 1
+        assert [w.filename for w in told if "computed by" in str(w.message)] == [__file__]
     with pytest.raises(ValueError, match="labels and indices_tuple cannot both be None"):
         ours(z)
 

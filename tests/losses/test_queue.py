@@ -58,6 +58,15 @@ def test_queue(backend: str, normalize: bool, monkeypatch: pytest.MonkeyPatch) -
 
 
 @both_backends
+def test_one_float64_makes_all_of_it_float64(backend: str) -> None:
+    given = [v.float() for v in (normal(6, 8, seed=0), normal(6, 8, seed=1), normal(40, 8, seed=2))]
+    for k in range(3):
+        with fastcl.backend(backend):
+            loss = fastcl.queue_loss(*(v.double() if i == k else v for i, v in enumerate(given)), 0.1)
+        torch.testing.assert_close(loss, formula(*given, 0.1).mean(), rtol=1e-13, atol=0)
+
+
+@both_backends
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_keys_in_half_precision_and_a_queue_in_float32_or_the_other_way_round(dtype, backend: str) -> None:
     query, key, queue = (normal(*shape, seed=k) for k, shape in enumerate(((6, 8), (6, 8), (40, 8))))
@@ -80,6 +89,25 @@ def test_a_queue_in_half_precision_is_saved_as_it_is() -> None:
         fastcl.queue_loss(query, key, queue)
     whole = [v for v in saved if v.numel() >= queue.numel()]
     assert whole and all(v.data_ptr() == queue.data_ptr() for v in whole)
+
+
+def test_what_the_operator_lacks_is_refused() -> None:
+    query, key, queue = leaves((6, 8), (6, 8), (9, 8))
+    losses = fastcl.queue_loss(query, key, queue, 0.3, "none")
+    (first,) = torch.autograd.grad(losses.sum(), query, create_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):  # the backward pass does not round either
+        assert torch.equal(torch.autograd.grad(losses.sum(), query, retain_graph=True)[0], first)
+    with pytest.raises(FastclError, match="chunked .*second derivatives"):
+        torch.autograd.grad(first.sum(), query, retain_graph=True)
+    with pytest.raises(FastclError, match="chunked .*batched gradients"):
+        torch.autograd.grad(losses, query, torch.eye(6, dtype=torch.float64), is_grads_batched=True)
+    rows = query.detach(), torch.ones(6, 8, dtype=torch.float64)
+    with pytest.raises(FastclError, match="chunked .*forward-mode"):
+        torch.func.jvp(lambda q: fastcl.queue_loss(q, key, queue), rows[:1], rows[1:])
+    with pytest.raises(FastclError, match="chunked .*torch.func.grad"):
+        torch.func.grad(lambda k: fastcl.queue_loss(query, k, queue))(rows[0])
+    with pytest.raises(FastclError, match="chunked .*torch.func.grad"):
+        torch.func.grad(lambda m: fastcl.queue_loss(query, key, m))(rows[0])
 
 
 def test_queue_far_from_and_close_to_convergence() -> None:

@@ -130,5 +130,11 @@ def test_the_operator_keeps_the_rules_and_dense_has_second_derivatives() -> None
         stats = fastcl.row_stats(x, y, self_y=selves(), temperature=0.5, **IDS)
         return stats.spread_view + stats.mean_view
 
+    found = spreads(x, y)
+    (first,) = torch.autograd.grad(found.sum(), x, create_graph=True)
+    with pytest.raises(FastclError, match="chunked .*second derivatives"):
+        torch.autograd.grad(first.sum(), x)
+    with pytest.raises(FastclError, match="chunked .*batched gradients"):
+        torch.autograd.grad(found, x, torch.eye(17, dtype=torch.float64), is_grads_batched=True)
     with fastcl.backend("dense"):
         assert gradcheck(spreads, (x, y)) and gradgradcheck(spreads, (x, y))

@@ -14,14 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastcl
-from fastcl import checks
+from fastcl import FastclError, checks
 from fastcl.train import epoch as epoch_module
 from fastcl.train.epoch import Steps, Waiting
 from fastcl.train.group import ALONE
 from fastcl.train.inputs import open_inputs
 from fastcl.train.models import make_twins
 from fastcl.train.run_folder.logbook import Logbook
-from fastcl.train.step import StepTable
+from fastcl.train.step import Measured, StepTable
+from fastcl.train.step_profile import StepProfile
 
 META = torch.device("meta")
 MODELS = ["dcl", "nscl", "supcon", "ce"]
@@ -95,3 +96,20 @@ def test_a_step_that_waits_is_seen(without_values, monkeypatch, tmp_path):
     with Copies() as copies:
         torch.zeros(1).to(META)
     assert copies.waited == ["aten._to_copy.default"]
+
+
+def test_the_first_step_that_is_not_finite_is_named(tmp_path):
+    noted = []
+    log = SimpleNamespace(step=lambda step, *_: noted.append(step))
+    twins = [SimpleNamespace(name=name) for name in ("dcl", "identity")]
+    steps = Steps(tiny_config(), twins, ALONE, log, 6, torch.device("cpu"), str(tmp_path))
+    held = [Measured(torch.zeros(10, dtype=torch.float64), 2, rows=8, rounding=0.0) for _ in range(4)]
+    held[1].flat[7], held[2].flat[0] = torch.inf, torch.nan
+    with pytest.raises(FastclError, match=r"nscl_loss of model 'identity' is inf at step 9 \(epoch 1, .* up to 1 are"):
+        steps._read(1, 2, held)
+    assert noted == [8]
+
+
+def test_a_profile_has_steps_of_every_epoch(tmp_path):
+    found = {n: StepProfile(tmp_path, torch.device("cpu"), n, "")._steps for n in (1, 2, 3, 6, 7, 50)}
+    assert found == {1: range(1), 2: range(1, 2), 3: range(1, 3), 6: range(3, 6), 7: range(3, 7), 50: range(3, 7)}
