@@ -95,14 +95,18 @@ def test_a_known_mistake_is_seen(ranks: Pool, name: str) -> None:  # noqa: F811
 KERNELS = [
     Case((5,), objective=o, views=v, dtype=torch.float32, backend="triton")
     for o, v in (("ntxent", 2), ("supcon", 3), ("nscl", 2))
-] + [Case((5,), loss, dtype=torch.float32, backend="triton") for loss in ("clip", "supcon")]
+] + [
+    Case((5,), loss, dtype=torch.float32, backend="triton", lowered=lowered)
+    for loss, lowered in (("clip", False), ("supcon", False), ("nscl", True))
+]
 
 
 def test_on_the_triton_backend(ranks: Pool) -> None:  # noqa: F811
     results = ranks.run(step, KERNELS, world=2)
     for case, shares in zip(KERNELS, zip(*results, strict=True), strict=True):
+        bound = TOLERANCE["bf16"].gradient if case.lowered else 2 * TOLERANCE[torch.float32].gradient
         for name, error in errors(case, shares).items():
-            assert error <= 2 * TOLERANCE[torch.float32].gradient, f"{name}: {error:.1e} in {case}"
+            assert error <= bound, f"{name}: {error:.1e} in {case}"
 
 
 def overflowing(rank: int | None, backend: str) -> list[Tensor]:

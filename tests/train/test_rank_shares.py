@@ -7,7 +7,7 @@ import torch
 from gloo_ranks import groups, ranks  # noqa: F401
 from tiny_run import tiny_config
 
-from fastcl.errors import ToldElsewhere
+from fastcl.errors import FastclError, ToldElsewhere
 from fastcl.similarity import PairAccumulator
 from fastcl.train.group import ALONE, Ranks, average_gradients
 from fastcl.train.inputs import open_inputs
@@ -127,3 +127,17 @@ def test_one_process_exchanges_nothing_and_the_first_rank_speaks():
     assert torch.equal(network.weight.grad, before)
     assert ALONE.gathered(3) == [3] and ALONE.from_first(3) == 3 and ALONE.within(1.0) is ALONE
     assert not isinstance(Ranks(0, 2).error("x"), ToldElsewhere) and isinstance(Ranks(1, 2).error("x"), ToldElsewhere)
+
+
+@pytest.mark.parametrize("within_a_loss", [False, True])
+def test_an_exchange_that_fails_is_a_rank_that_no_longer_answers(within_a_loss):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    with (
+        pytest.raises(FastclError, match="of 3 no longer answers.*train.timeout = 5 s"),
+        Ranks(1, 3, None, 5.0).watched(),
+    ):
+        if not within_a_loss:
+            raise lost
+        raise FastclError("rank 1 of 3 waited in vain") from lost
+    with pytest.raises(FastclError, match="^other$"), Ranks(1, 3, None, 5.0).watched():
+        raise FastclError("other") from KeyError()
