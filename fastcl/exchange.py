@@ -106,19 +106,28 @@ class Ranks:
 
     def gather(self, started: Tensor) -> Tensor:
         """(N, ...) rows of all ranks, in the order of the ranks."""
-        rows = _finished(started)
+        rows = self._arrived(started)
         if all(size == self.sizes[0] for size in self.sizes):
             return rows
         return torch.cat([part[:size] for part, size in zip(rows.chunk(self.world), self.sizes, strict=True)])
 
     def others(self, started: Tensor) -> Tensor:
         """The same without this rank's own rows."""
-        parts = zip(_finished(started).chunk(self.world), self.sizes, strict=True)
+        parts = zip(self._arrived(started).chunk(self.world), self.sizes, strict=True)
         return torch.cat([part[:size] for rank, (part, size) in enumerate(parts) if rank != self.rank])
 
     def add_up(self, values: Tensor) -> Tensor:
         """The sum over all ranks of a tensor that has the same shape on each."""
-        return _finished(torch.ops._c10d_functional.all_reduce(values.contiguous(), "sum", self.group))
+        return self._arrived(torch.ops._c10d_functional.all_reduce(values.contiguous(), "sum", self.group))
+
+    def _arrived(self, started: Tensor) -> Tensor:
+        try:
+            return _finished(started)
+        except RuntimeError as error:
+            raise FastclError(
+                f"rank {self.rank} of {self.world} waited in vain for what the other ranks of its process group send; "
+                f"does every rank run the same forward and backward passes, and has none ended? ({error})"
+            ) from error
 
 
 def gathers(asked: bool | None) -> bool:

@@ -27,7 +27,7 @@ class _Case:
     split: str = "none"
     precision: str = "fp16"
     dtype: torch.dtype = torch.float32
-    pair: str = "views"  # "views" of samples, two "towers", or a "queue" of candidates without gradient
+    pair: str = "views"  # "views" of samples, two "towers", a "queue" of candidates without gradient, other "ranks"
     second: int = 0  # width of the second model's rows; 0: only one model
     learnable: bool = False  # temperature on the device: kernels for logits of any range
     normalize: bool = True
@@ -55,6 +55,8 @@ def _cases(sm: int) -> Iterator[_Case]:
     yield _Case("supcon fp16 d=128, rows of any norm", 128, "peers", normalize=False)
     yield _Case("ntxent fp16 d=128, loss of each row", 128, reduction="none")
     yield _Case("supcon fp16 d=128, arbitrary ids", 128, "peers", ids=True)
+    yield _Case("ntxent fp16 d=128, other ranks", 128, pair="ranks")
+    yield _Case("supcon fp16 d=128, other ranks", 128, "peers", pair="ranks")
     yield _Case("ntxent fp16 d=128, arbitrary ids", 128, ids=True)
     yield _Case("queue fp16 d=128, arbitrary ids", 128, pair="queue", ids=True)
     yield _Case("supcon fp16 d=128, sorted labels", 128, "peers", n=2 * COUNTED)
@@ -86,7 +88,7 @@ def cases(sm: int) -> Iterator[tuple[str, Iterator[Launch]]]:
 
 def _launches(case: _Case, sm: int) -> Iterator[Launch]:
     with on_architecture(sm), hopper.using(case.by_hand), recording() as launches:
-        (_run_twins if case.second else _run)(case)
+        (_run_twins if case.second else _run_ranks if case.pair == "ranks" else _run)(case)
     yield from launches
 
 
@@ -125,6 +127,18 @@ def _run(case: _Case) -> None:
         (True, columns, case.learnable),
         losses.maxima,
     )
+
+
+def _run_ranks(case: _Case) -> None:
+    """Own rows in both roles against others' rows, which travel in half precision."""
+    n = _ROWS // 2
+    x = torch.empty(n, case.d, dtype=case.dtype, device="cpu", requires_grad=True)
+    y = torch.empty(n, case.d, dtype=torch.float16, device="cpu")
+    labels = torch.arange(n, dtype=torch.int64, device="cpu") if case.split != "none" else None
+    stats, _, theirs, *_ = torch.ops.fastcl.fused_apart(
+        x, y, labels, labels, None, 0.5, True, case.precision, True, True
+    )
+    torch.autograd.backward([stats, theirs], [torch.empty_like(stats), torch.empty_like(theirs)])
 
 
 def _run_twins(case: _Case) -> None:

@@ -63,15 +63,16 @@ class ViewLoader:
         renderer: for the same split and spec; default: torchvision's, on the CPU.
         others: further plans with other seeds; a batch also holds their views of the same samples.
         rank, world_size: this process's rank and the number of processes that share each batch: rank r gets the r-th
-            of world_size equal parts, so that the parts concatenated in rank order are a single process's batch.
+            of world_size parts, so that the parts concatenated in rank order are a single process's batch. Their sizes
+            differ by one sample at most.
         workers: 0 renders each batch on demand. Otherwise torchvision's renderer prefetches in that many processes,
             any other renderer in one thread. More than this rank's share of the cores gives a warning, more than 16
             times the cores an error.
         depth: batches that each worker may be ahead, at most 1,000.
 
     Raises:
-        FastclError: an unknown order, a batch larger than the split or not divisible among the ranks, an invalid rank,
-            number of workers or depth.
+        FastclError: an unknown order, a batch larger than the split or smaller than the number of ranks, an invalid
+            rank, number of workers or depth.
     """
 
     split: Split
@@ -96,9 +97,10 @@ class ViewLoader:
             raise FastclError(f"train.batch_size must be in [1, {n}] (training images), got {self.batch_size}")
         if not 0 <= self.rank < self.world_size:
             raise FastclError(f"rank must be in [0, world_size), got {self.rank} with world_size {self.world_size}")
-        if self.batch_size % self.world_size:
+        if self.batch_size < self.world_size:
             raise FastclError(
-                f"train.batch_size must be divisible by world_size, got {self.batch_size} and {self.world_size}"
+                f"train.batch_size must be at least world_size, an image for each rank, got {self.batch_size} and "
+                f"{self.world_size}"
             )
         check_workers(self.workers, ranks=self.world_size)
         check_depth(self.depth)
@@ -162,7 +164,7 @@ class ViewLoader:
                 yield Batch(views, *(to_device(fact, views[0].device) for fact in facts))
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
-        """This rank's samples of one batch: (batch_size / world_size,) positions in the split.
+        """This rank's samples of one batch: (b,) positions in the split.
 
         Args:
             epoch: from 0.
@@ -175,8 +177,8 @@ class ViewLoader:
         check_integer(epoch, "epoch")  # checked here because the cache of orders treats 1.0 as 1
         if not 0 <= step < len(self):
             raise FastclError(f"step must be in [0, {len(self)}) (batches of an epoch), got {step}")
-        share = self.batch_size // self.world_size
-        return self._whole_batch(epoch, step)[self.rank * share : (self.rank + 1) * share]
+        first, last = ((self.rank + k) * self.batch_size // self.world_size for k in (0, 1))
+        return self._whole_batch(epoch, step)[first:last]
 
     def views(self, positions: np.ndarray, epoch: int) -> tuple[Tensor, ...]:
         """Both views of the given samples, then those of the further plans, each (b, C, size, size) float32.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fastcl.exchange import Ranks
@@ -36,7 +37,8 @@ def losses(
     def request() -> sharded.Request:
         nonlocal plan
         plan = plan_of()
-        facts.update(reduction=plan.reduction, objective=", ".join(map(_name, plan.losses)))
+        if not torch.compiler.is_compiling():
+            facts.update(reduction=plan.reduction, objective=", ".join(map(_name, plan.losses)))
         degree = plan.kind.temperature(temperature, tensors[0])
         options = sharded.Options(degree, plan.normalize, plan.kind.columns, plan.precision)
         return plan.kind.batch(*tensors), options

@@ -101,7 +101,8 @@ def sharded_statistics(
     own = statistics(batch, *options)  # while the rows travel
     # Anchors meet the others' candidates; candidates meet the others' anchors.
     met = zip(mine, rows, reversed(sent), strict=not one_way)
-    found = [meet(meeting, x, labels, others) for (_, labels, _), x, others in met]
+    with torch.autocast(whole.x.device.type, enabled=False):  # torch.cat refuses other half precision than its own
+        found = [meet(meeting, x, labels, others) for (_, labels, _), x, others in met]
     whole_batch = []
     for k, (stats, one) in enumerate(zip(own, found, strict=False)):
         rest = one.stats

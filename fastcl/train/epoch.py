@@ -90,7 +90,7 @@ class Steps:
         return step_twins(
             self.twins, batch.views[:2], batch.views[2:] or None, batch.labels, temperature=t.temperature,
             lr=learning_rate(self.config, step, self.length), seed=self.ranks.seed(t.seed << 32 | step),
-            micro_batch=t.micro_batch, ranks=self.ranks,
+            micro_batch=t.micro_batch, ranks=self.ranks, total=t.batch_size,
         )  # fmt: skip
 
     def _read(self, epoch: int, k: int, held: Sequence[Measured]) -> list[StepTable]:

@@ -87,8 +87,9 @@ class Ranks:
         """Turn the failure of an exchange into an error that names the ranks that no longer answer."""
         try:
             yield
-        except RuntimeError as error:
-            if self.size == 1 or not _is_of_the_group(error):
+        except (RuntimeError, FastclError) as error:
+            # A loss that waits in vain raises a FastclError from the one of the group.
+            if self.size == 1 or not _is_of_the_group(error.__cause__ if isinstance(error, FastclError) else error):
                 raise
             raise self._lost() from error
 
@@ -258,5 +259,7 @@ def _env(name: str) -> int:
     return int(text)
 
 
-def _is_of_the_group(error: RuntimeError) -> bool:
+def _is_of_the_group(error: BaseException | None) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "c10d"))

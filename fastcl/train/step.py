@@ -92,6 +92,7 @@ def step_twins(
     seed: int,
     micro_batch: int | None = None,
     ranks: Ranks = ALONE,
+    total: int | None = None,
 ) -> Measured:
     """Update every twin once, without waiting for the device.
 
@@ -106,9 +107,10 @@ def step_twins(
         lr: learning rate of this step.
         seed: seed of dropout and other random layers.
         micro_batch: samples whose activations are held at a time (see `fastcl.micro_step`); None: the whole batch.
-        ranks: processes that share the batch in equal parts; losses, gradients and measurements are those of the whole.
+        ranks: processes that share the batch; losses, gradients and measurements are those of the whole.
+        total: samples of all ranks; None: each has as many as this one.
     """
-    step = _Step(views, reseeded, labels, temperature, lr, seed, micro_batch, ranks)
+    step = _Step(views, reseeded, labels, temperature, lr, seed, micro_batch, ranks, total)
     reference, partner = twins[0], partner_of(twins)
     found: dict[str, Tensor] = {}
     sums, rounding = None, 0.0
@@ -129,9 +131,9 @@ def step_twins(
                 stats = step.stats(twin.rows(z))
         found |= step.update({twin: (z, stats)})
     step.finish()
-    table = ranks.average(torch.stack([found[twin.name] for twin in twins]))
+    table = ranks.average(torch.stack([found[twin.name] for twin in twins]) * step.weight)
     flat = table.flatten() if sums is None else torch.cat([table.flatten(), sums])
-    return Measured(flat, len(twins), rows=2 * len(labels) * ranks.size, rounding=rounding)
+    return Measured(flat, len(twins), rows=2 * step.total, rounding=rounding)
 
 
 class _Step:
@@ -139,13 +141,16 @@ class _Step:
 
     def __init__(
         self, views: tuple[Tensor, Tensor], reseeded: tuple[Tensor, Tensor] | None, labels: Tensor,
-        temperature: float, lr: float, seed: int, micro_batch: int | None, ranks: Ranks,
+        temperature: float, lr: float, seed: int, micro_batch: int | None, ranks: Ranks, total: int | None,
     ) -> None:  # fmt: skip
         self.views, self.reseeded, self.labels = views, reseeded, labels
         self.temperature, self.lr, self.seed = temperature, lr, seed
         self.part = micro_batch if micro_batch is not None and micro_batch < len(labels) else None
         self.passes: dict[Twin, TwoPasses] = {}
         self.ranks, self.gather = ranks, {"gather_distributed": ranks.size > 1, "group": ranks.group}
+        self.total = len(labels) * ranks.size if total is None else total
+        # The average over ranks of their means, times these weights, is the mean over the batch. Equal parts: 1.0.
+        self.weight = len(labels) * ranks.size / self.total
         self.travelling: list[tuple[Twin, Callable[[], None]]] = []
 
     def embed(self, twin: Twin) -> Tensor:
@@ -182,7 +187,8 @@ class _Step:
         for twin in losses:
             twin.optimizer.zero_grad(set_to_none=True)
         with record_function(BACKWARD):
-            torch.autograd.backward(list(losses.values()))  # one call, since their statistics share a graph
+            weights = [torch.full_like(loss, self.weight) for loss in losses.values()]
+            torch.autograd.backward(list(losses.values()), weights)  # one call, since their statistics share a graph
             for twin in losses:
                 if twin in self.passes:
                     self.passes.pop(twin).backward()

@@ -121,7 +121,7 @@ def test_other_renderers_work_ahead_in_one_thread(split, wanted, kind, depth):
 
 
 @pytest.mark.parametrize("order", ["shuffled", "balanced"])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_ranks_share_the_batch_of_one(split, order, ranks):
     whole = list(ViewLoader(split, PLAN, 6, order).batches(1))
     shards = [list(ViewLoader(split, PLAN, 6, order, rank=r, world_size=ranks).batches(1)) for r in range(ranks)]
@@ -186,7 +186,7 @@ def test_batches_that_are_not_there(split):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"world_size": 4}, "batch_size must be divisible by world_size, got 6 and 4"),
+    ({"world_size": 7}, "batch_size must be at least world_size, an image for each rank, got 6 and 7"),
     ({"rank": 2, "world_size": 2}, "rank must be in .*got 2 with world_size 2"),
     ({"workers": 1.5}, "workers must be an integer, got 1.5"), ({"rank": True}, "rank must be an integer, got True"),
     ({"workers": -1}, "data.workers.*got -1"), ({"depth": 0}, r"depth must be in \[1, 1000\], got 0"),

@@ -35,6 +35,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     backend: str = "auto"
     normalize: bool = True
+    lowered: bool = False  # by autocast to bfloat16
 
     @property
     def world(self) -> int:
@@ -141,7 +142,8 @@ def step(rank: int, cases: Sequence[Case]) -> list[tuple[Tensor, ...]]:
             z, t = network(x[mine])
             z.retain_grad()
             labels = None if labels is None else labels[mine]
-            loss = loss_of(case, z, t, sample[mine], labels, gather_distributed=True, group=group)
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.lowered):
+                loss = loss_of(case, z, t, sample[mine], labels, gather_distributed=True, group=group)
         loss.backward()
         averaged = flat([p.grad for p in network.parameters()])
         if case.how == "mean":

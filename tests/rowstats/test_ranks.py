@@ -235,14 +235,18 @@ def test_a_group_that_does_not_hold_the_rank(ranks: Pool) -> None:  # noqa: F811
     assert "FastclError" in error.trace and "group does not hold this process" in error.text
 
 
-def missing(rank: int) -> None:
+def missing(rank: int, backward: bool) -> None:
     group = dist.new_group([0, 1, 2], timeout=timedelta(seconds=2))
-    if rank < 2:
-        fastcl.ntxent_loss(normal(3, 4), normal(3, 4), gather_distributed=True, group=group)
+    if rank < 2 or backward:
+        z = normal(3, 4).requires_grad_()
+        loss = fastcl.ntxent_loss(z, z, gather_distributed=True, group=group)
+        if rank < 2:
+            loss.backward()
 
 
-def test_a_rank_that_never_comes_is_an_error_of_the_others(ranks: Pool) -> None:  # noqa: F811
-    first, second, absent = ranks.outcomes(missing)
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_rank_that_never_comes_is_an_error_of_the_others(ranks: Pool, backward: bool) -> None:  # noqa: F811
+    first, second, absent = ranks.outcomes(missing, backward)
     assert absent is None
     for rank, error in enumerate((first, second)):
         assert "FastclError" in error.trace and f"rank {rank} of 3 waited in vain" in error.text

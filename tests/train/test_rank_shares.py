@@ -4,14 +4,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from gloo_ranks import groups, ranks  # noqa: F401
 from tiny_run import tiny_config
 
-from fastcl.errors import ToldElsewhere
+from fastcl.errors import FastclError, ToldElsewhere
 from fastcl.similarity import PairAccumulator
 from fastcl.train.group import ALONE, Ranks, average_gradients
 from fastcl.train.inputs import open_inputs
 from fastcl.train.measures import evaluate
-from fastcl.train.models import make_twins
+from fastcl.train.models import make_optimizer, make_twins
+from fastcl.train.step import fetch, step_twins
 
 CPU = torch.device("cpu")
 
@@ -28,15 +30,58 @@ class Told(Ranks):
 
 
 def test_the_ranks_see_the_batches_of_one_process(tmp_path):
-    config = tiny_config(train__batch_size=30, train__controls=["reseeded"])
+    config = tiny_config(train__batch_size=31, train__controls=["reseeded"])
     one = open_inputs(config, tmp_path, CPU).loader
     parts = [open_inputs(config, tmp_path, CPU, Ranks(rank, 3)).loader for rank in range(3)]
     for whole, *shares in zip(one.batches(1), *(part.batches(1) for part in parts), strict=True):
-        assert [len(share.ids) for share in shares] == [10] * 3 and len(whole.views) == 4
+        assert [len(share.ids) for share in shares] == [10, 10, 11] and len(whole.views) == 4
         assert torch.equal(torch.cat([share.ids for share in shares]), whole.ids)
         assert torch.equal(torch.cat([share.labels for share in shares]), whole.labels)
         for k, view in enumerate(whole.views):
             assert torch.equal(torch.cat([share.views[k] for share in shares]), view)
+
+
+UNEVEN = (3, 3, 4)  # images of each rank
+
+
+def two_steps(rank, *micro):
+    """The tables of two steps of this rank on its part of a batch, and how far each model's weights move; rank None: of
+    one process on all of it. No layer normalises over a batch."""
+    torch.use_deterministic_algorithms(True)
+    config = tiny_config(train__models=["nscl", "supcon", "ce"], train__controls=["identity", "reseeded"])
+    twins = make_twins(config, 1, 3, CPU)
+    for twin in twins:
+        for module in list(twin.network.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+                    setattr(module, name, torch.nn.Identity())
+        twin.optimizer = make_optimizer(twin.network, config.optim)
+    among = ALONE if rank is None else Ranks(rank, 3, groups["all"])
+    own, tables, numbers = slice(None), [], torch.Generator().manual_seed(5)
+    if rank is not None:
+        own = slice(sum(UNEVEN[:rank]), sum(UNEVEN[: rank + 1]))
+    before = [torch.nn.utils.parameters_to_vector(twin.network.parameters()) for twin in twins]
+    for k in range(2):
+        views, others = ([torch.randn(10, 1, 8, 8, generator=numbers)[own] for _ in range(2)] for _ in range(2))
+        labels = torch.randint(0, 3, (10,), generator=numbers)[own]
+        options = {"micro_batch": micro[0] if micro else None, "ranks": among, "total": 10}
+        tables.append(step_twins(twins, views, others, labels, temperature=0.5, lr=0.1, seed=k, **options))
+    after = [torch.nn.utils.parameters_to_vector(twin.network.parameters()) for twin in twins]
+    moved = [(b - a).detach() for a, b in zip(before, after, strict=True)]
+    return moved, [(table.values, table.rows, table.pair()) for table in fetch(tables)]
+
+
+@pytest.mark.dist
+def test_parts_that_are_not_equal_count_by_their_images(ranks):  # noqa: F811
+    """The third rank runs two parts, 3 images and 1, where the others run one."""
+    moved, tables = two_steps(None)
+    for rank, (found, noted) in enumerate(ranks.run(two_steps, 3)):
+        for got, want in zip(found, moved, strict=True):
+            assert (got - want).norm() <= 1e-4 * want.norm(), rank
+        assert torch.equal(found[0], found[3])  # the identity twin
+        for (values, rows, pair), (wanted, total, same) in zip(noted, tables, strict=True):
+            assert rows == total == 20 and pair == pytest.approx(same, rel=1e-3, abs=1e-5)
+            assert values == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [2, 3, 9])
@@ -82,3 +127,17 @@ def test_one_process_exchanges_nothing_and_the_first_rank_speaks():
     assert torch.equal(network.weight.grad, before)
     assert ALONE.gathered(3) == [3] and ALONE.from_first(3) == 3 and ALONE.within(1.0) is ALONE
     assert not isinstance(Ranks(0, 2).error("x"), ToldElsewhere) and isinstance(Ranks(1, 2).error("x"), ToldElsewhere)
+
+
+@pytest.mark.parametrize("within_a_loss", [False, True])
+def test_an_exchange_that_fails_is_a_rank_that_no_longer_answers(within_a_loss):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    with (
+        pytest.raises(FastclError, match="of 3 no longer answers.*train.timeout = 5 s"),
+        Ranks(1, 3, None, 5.0).watched(),
+    ):
+        if not within_a_loss:
+            raise lost
+        raise FastclError("rank 1 of 3 waited in vain") from lost
+    with pytest.raises(FastclError, match="^other$"), Ranks(1, 3, None, 5.0).watched():
+        raise FastclError("other") from KeyError()

@@ -154,7 +154,7 @@ def test_a_rank_that_stands_still_is_named(arguments, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (["train.batch_size=2"], "train.batch_size must be divisible by world_size, got 2 and 3"),
+    (["train.batch_size=2"], "train.batch_size must be at least world_size, an image for each rank, got 2 and 3"),
     (["optim.lr=1e30"], "of model 'dcl' is nan at step"),
     (["train.epoch=3"], "unknown key 'train.epoch'"),
 ])  # fmt: skip
