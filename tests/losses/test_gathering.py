@@ -160,6 +160,7 @@ def test_more_rows_than_a_rank_may_hold(ranks: Pool) -> None:  # noqa: F811
 COMPILED = [
     Case((6,), objective="supcon", backend="chunked"),
     Case((6,), "clip", backend="chunked"),
+    Case((6,), "sigmoid", backend="chunked"),
 ]
 
 
@@ -198,6 +199,8 @@ def rules(rank: int) -> None:
     theirs, flag = normal(5, 7).requires_grad_(), counts.new_empty(0)
     group = groups["pair"].group_name
     torch.library.opcheck(torch.ops.fastcl.tell_ranks.default, (*stats, counts, theirs, flag, [7, 7], rank, group))
+    rows = normal(3, 4).requires_grad_()
+    torch.library.opcheck(torch.ops.fastcl.gather_rows.default, (rows, [3, 3], rank, group))
     if rank == 0:
         return
     x, y = normal(7, 4).requires_grad_(), normal(9, 4, seed=1)
