@@ -1,11 +1,19 @@
-"""open_clip's ClipLoss (open_clip.loss, 2 and 3)."""
+"""open_clip's ClipLoss and SigLipLoss (open_clip.loss, 2 and 3)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from fastcl.adapters.shared import everywhere, gathered, one_way, tell_once, with_gradient_times
+from fastcl.exchange import Ranks
 from fastcl.losses.functional import clip_loss
+from fastcl.losses.sigmoid import sigmoid_loss
+from fastcl.rowstats.gathered import gather_rows
+
+_EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
 
 class ClipLoss(nn.Module):
@@ -52,6 +60,28 @@ class ClipLoss(nn.Module):
             loss = loss + 0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Logits of images by texts, and of texts by images; of all ranks' pairs with the bias twice, as in open_clip,
+        which adds it in place to a matrix and its transpose."""
+        images, texts = self._everyone(image_features), self._everyone(text_features)
+        own = (image_features, text_features) if self.local_loss else (images, texts)
+        bias = 0 if logit_bias is None else logit_bias * (1 if self.local_loss or self.world_size == 1 else 2)
+        return logit_scale * own[0] @ texts.T + bias, logit_scale * own[1] @ images.T + bias
+
+    def _everyone(self, x: Tensor) -> Tensor:
+        """The rows of all ranks; those of others, and under `local_loss` all, have a gradient only if asked for."""
+        if self.world_size == 1:
+            return x
+        if self.gather_with_grad:
+            return gather_rows(x, replace(Ranks.of(None), sizes=(len(x),) * self.world_size)).to(x.dtype)
+        parts = list(gathered(x).chunk(self.world_size))
+        if not self.local_loss:
+            parts[self.rank] = x
+        return torch.cat(parts)
+
     def _loss(self, image: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
         if self.world_size == 1:
             return clip_loss(image, text, scale, normalize=False, gather_distributed=False)
@@ -73,3 +103,48 @@ class ClipLoss(nn.Module):
         )
         image, text = (with_gradient_times(v, 1 / self.world_size) for v in (image, text))
         return everywhere(clip_loss(image, text, scale, normalize=False, gather_distributed=True))
+
+
+class SigLipLoss(nn.Module):
+    """open_clip's SigLipLoss: the sigmoid loss of features that the caller has normalised.
+
+    With several ranks the value is the loss of this rank's images against the texts of all ranks. Gradients are those
+    of the sum over the ranks, as in open_clip: their average over the ranks is that of the global batch.
+
+    Args:
+        cache_labels: has no effect here.
+        rank, world_size: of this process, and the number of processes.
+        dist_impl: how open_clip exchanges the texts, "bidir", "shift", "reduce" or "gather"; all give the same loss
+            and gradient. Here the texts are gathered.
+
+    Raises:
+        ValueError: an unknown dist_impl.
+    """
+
+    def __init__(
+        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+    ) -> None:
+        super().__init__()
+        if dist_impl and dist_impl not in _EXCHANGES:
+            raise ValueError(f"dist_impl must be one of {', '.join(_EXCHANGES)}, or None, got {dist_impl!r}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None, output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:  # fmt: skip
+        """Loss of (B, D) features, whose logits are logit_scale * <image, text> + logit_bias; None: no bias."""
+        bias = 0.0 if logit_bias is None else logit_bias
+        rows, gathers = (image_features, text_features), self.world_size > 1
+        loss = sigmoid_loss(*rows, logit_scale, bias, normalize=False, gather_distributed=gathers)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, B) logits of this rank's images by its texts, as in open_clip: the matrix that the loss avoids."""
+        return logit_scale * image_features @ text_features.T + (0 if logit_bias is None else logit_bias)

@@ -44,7 +44,8 @@ def sigmoid_loss(
         normalize: divide rows by their norms first.
         reduction: "mean" over the N images, as in SigLIP: the sum over all N x N pairs divided by N; "sum" over all
             pairs, or "none" for (N,), the losses of the images.
-        precision: of the Triton backend's products, as `fastcl.row_stats`; the logits of pairs are float32 always.
+        precision: of the Triton backend's products, as `fastcl.row_stats`; the logits of the pairs themselves are
+            never narrower than float32.
         gather_distributed: compare this rank's images with the texts of all ranks, as `contrastive_loss`: the average
             of the ranks' shares, and of their gradients, is the loss of the global batch. Each rank holds the texts of
             all ranks, (M, D), and their gradients are added up over the ranks.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastcl.errors import FastclError
 from fastcl.exchange import Ranks
 from fastcl.rowstats.registration import refuse_batched, register
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _library.define("gather_rows(Tensor rows, SymInt[] sizes, int rank, str group) -> Tensor")
+_library.define("gather_rows_backward(Tensor grad, SymInt[] sizes, int rank, str group) -> Tensor")
 
 
 def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
@@ -44,8 +46,21 @@ def _setup_context(ctx, inputs, **_) -> None:
 
 def _autograd(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_batched("chunked", grad)
-    total = _ranks(ctx.sizes, ctx.rank, ctx.group).add_up(grad)
-    return total.split(list(ctx.sizes))[ctx.rank].to(ctx.dtype), None, None, None
+    own = torch.ops.fastcl.gather_rows_backward(grad, ctx.sizes, ctx.rank, ctx.group)
+    return own.to(ctx.dtype), None, None, None
+
+
+def _backward(grad: Tensor, sizes: list[int], rank: int, group: str) -> Tensor:
+    return _ranks(sizes, rank, group).add_up(grad).split(list(sizes))[rank].clone()
+
+
+def _backward_fake(grad: Tensor, sizes: list[int], rank: int, _group: str) -> Tensor:
+    return grad.new_empty(sizes[rank], grad.shape[1])
+
+
+def _refuse(*_: object) -> None:
+    raise FastclError("second derivatives are not supported across ranks")
 
 
 register(_library, "gather_rows", _forward, _forward_fake, _autograd, _setup_context)
+register(_library, "gather_rows_backward", _backward, _backward_fake, _refuse)

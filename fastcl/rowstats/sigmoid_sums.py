@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 
 from fastcl.checks import check_finite, check_positive
 from fastcl.dispatch import choose
-from fastcl.rowstats.api import check_precision, check_transforms, prepared
+from fastcl.rowstats.api import check_precision, check_transforms, operator_arguments, prepared
 from fastcl.rowstats.log_sums import column_slices
 from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
 
@@ -48,6 +48,8 @@ def sigmoid_sums(
         FastclError: as `dispatch.choose`.
     """
     chosen = choose(x, y)
+    if chosen == "triton":
+        return _fused(x, y, scale, bias, normalize, precision, first)
     with torch.autocast(x.device.type, enabled=False):
         x = prepared(x, normalize)
         x = x * (scale.to(x).reshape(()) if isinstance(scale, Tensor) else scale)
@@ -60,6 +62,25 @@ def sigmoid_sums(
             return own, softplus(s, threshold=_LINEAR).scatter(1, pairs[:, None], 0).sum(1)
         check_transforms(chosen, x, y, bias)
         return own, torch.ops.fastcl.sigmoid_sums(x, y, bias, first)
+
+
+def _fused(
+    x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor, normalize: bool, precision: str | None,
+    first: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`sigmoid_sums` on the Triton backend."""
+    if isinstance(bias, Tensor):
+        bias = bias.to(x.device)
+    else:
+        bias = torch.full((), bias, dtype=torch.float32, device=x.device)
+    degree = scale if isinstance(scale, Tensor) else 1 / scale
+    options = operator_arguments(degree, precision, x, y, bias)
+    ids = None, None
+    if len(x) != len(y):
+        ids_y = torch.arange(len(y), dtype=torch.int64, device=x.device)
+        ids = ids_y[first : first + len(x)], ids_y
+    sums, views, *_ = torch.ops.fastcl.fused_sigmoid(x, y, *ids, bias, options[0], options[1], normalize, options[2])
+    return views[0] + bias.to(views).reshape(()), sums
 
 
 def _forward(x: Tensor, y: Tensor, bias: Tensor, first: int) -> Tensor:

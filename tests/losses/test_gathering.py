@@ -94,7 +94,7 @@ def test_a_known_mistake_is_seen(ranks: Pool, name: str) -> None:  # noqa: F811
 KERNELS = [
     Case((5,), objective=o, views=v, dtype=torch.float32, backend="triton")
     for o, v in (("ntxent", 2), ("supcon", 3), ("nscl", 2))
-] + [Case((5,), loss, dtype=torch.float32, backend="triton") for loss in ("clip", "supcon")]
+] + [Case((5,), loss, dtype=torch.float32, backend="triton") for loss in ("clip", "supcon", "sigmoid")]
 
 
 def test_on_the_triton_backend(ranks: Pool) -> None:  # noqa: F811
@@ -200,7 +200,13 @@ def rules(rank: int) -> None:
     group = groups["pair"].group_name
     torch.library.opcheck(torch.ops.fastcl.tell_ranks.default, (*stats, counts, theirs, flag, [7, 7], rank, group))
     rows = normal(3, 4).requires_grad_()
-    torch.library.opcheck(torch.ops.fastcl.gather_rows.default, (rows, [3, 3], rank, group))
+    shapes, ops = ("test_schema", "test_autograd_registration", "test_faketensor"), torch.ops.fastcl
+    torch.library.opcheck(ops.gather_rows.default, (rows, [3, 3], rank, group), test_utils=shapes)
+    torch.library.opcheck(ops.gather_rows_backward.default, (normal(6, 4), [3, 3], rank, group), test_utils=shapes)
+    twice = ops.gather_rows(rows, [3, 3], rank, group).square().sum()
+    (first,) = torch.autograd.grad(twice, rows, create_graph=True)
+    with pytest.raises(fastcl.FastclError, match="second derivatives are not supported across ranks"):
+        torch.autograd.grad(first.sum(), rows)
     if rank == 0:
         return
     x, y = normal(7, 4).requires_grad_(), normal(9, 4, seed=1)
