@@ -21,6 +21,15 @@ def check_positive(value: float | Tensor, name: str) -> None:
     """
     if type(value) is float and _SMALLEST <= value <= 1 / _SMALLEST:  # the usual case, in a few steps
         return
+    _check_range(value, name, _SMALLEST, "a positive number")
+
+
+def check_finite(value: float | Tensor, name: str) -> None:
+    """Raise FastclError unless the value is finite, of any sign; otherwise as `check_positive`."""
+    _check_range(value, name, -1 / _SMALLEST, "a number")
+
+
+def _check_range(value: float | Tensor, name: str, least: float, what: str) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise FastclError(f"{name} must be a number or a float tensor with one element, got {describe(value)}")
@@ -32,10 +41,10 @@ def check_positive(value: float | Tensor, name: str) -> None:
         value = cast(Any, value).item()
     # Type checkers know no ordering of numbers.Real.
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not _SMALLEST <= value <= 1 / _SMALLEST:  # pyright: ignore[reportOperatorIssue]
-        negative = is_number and value < 0  # pyright: ignore[reportOperatorIssue]
+    if not is_number or not least <= value <= 1 / _SMALLEST:  # pyright: ignore[reportOperatorIssue]
+        negative = is_number and least > 0 > value  # pyright: ignore[reportOperatorIssue]
         why = "; a negative one would attract the negatives and repel the positives" if negative else ""
-        raise FastclError(f"{name} must be a positive number ({_SMALLEST:g} to {1 / _SMALLEST:g}), got {value!r}{why}")
+        raise FastclError(f"{name} must be {what} ({least:g} to {1 / _SMALLEST:g}), got {value!r}{why}")
 
 
 def check_rows(x: Tensor, name: str) -> None:

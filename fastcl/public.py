@@ -22,6 +22,7 @@ from fastcl.losses.functional import (
 from fastcl.losses.modules import CLIPLoss, DCLLoss, NSCLLoss, NTXentLoss, SupConLoss
 from fastcl.losses.objectives import OBJECTIVES, Objective, same_class_mass
 from fastcl.losses.queue import queue_loss
+from fastcl.losses.sigmoid import sigmoid_loss
 from fastcl.rowstats.api import RowStats, normalize_rows, row_stats
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ __all__ = [
     "row_stats",
     "rsa",
     "same_class_mass",
+    "sigmoid_loss",
     "spearman_rsa",
     "supcon_loss",
     "twin_stats",

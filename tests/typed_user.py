@@ -31,6 +31,7 @@ def losses(z1: Tensor, z2: Tensor, labels: Tensor, temperature: nn.Parameter) ->
     total += fastcl.SupConLoss()(z1, z2, labels) + fastcl.CLIPLoss()(z1, z2, 10.0)
     rows = torch.arange(len(z1))
     total += fastcl.queue_loss(z1, z2, z, temperature, reduction="sum")
+    total += fastcl.sigmoid_loss(z1, z2, 10.0, temperature, reduction="sum", precision="fp32")
     total += fastcl.contrastive_loss((z1, z2), (rows, rows))
     total += fastcl.clip_loss(z1, z2, 1.0, reduction="none", precision="bf16").sum()
     with fastcl.backend("dense"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bench.static import gram_cases
 from fastcl.kernels.common.launch import Launch, on_architecture, recording
-from fastcl.rowstats.triton import hopper, two_models
+from fastcl.rowstats.triton import hopper, sigmoid_kernels, two_models
 from fastcl.rowstats.triton.backward import Upstream, gradients
 from fastcl.rowstats.triton.forward import statistics
 from fastcl.rowstats.triton.operand import NARROW, Call, Source
@@ -27,7 +27,7 @@ class _Case:
     split: str = "none"
     precision: str = "fp16"
     dtype: torch.dtype = torch.float32
-    pair: str = "views"  # "views" of samples, two "towers", a "queue" of candidates without gradient, other "ranks"
+    pair: str = "views"  # of samples; two "towers"; a "queue" without gradient; other "ranks"; "sigmoid": pairs
     second: int = 0  # width of the second model's rows; 0: only one model
     learnable: bool = False  # temperature on the device: kernels for logits of any range
     normalize: bool = True
@@ -48,6 +48,8 @@ def _cases(sm: int) -> Iterator[_Case]:
         yield _Case(f"clip fp16 d={d}, learnable temperature", d, pair="towers", learnable=True)
         yield _Case(f"supcon fp16 d={d}, learnable temperature", d, "peers", learnable=True)
         yield _Case(f"supcon fp32 d={d}, learnable temperature", d, "all", "fp32", learnable=True)
+        yield _Case(f"sigmoid fp16 d={d}", d, pair="sigmoid")
+        yield _Case(f"sigmoid fp32 d={d}", d, "all", "fp32", pair="sigmoid")
     yield _Case("ntxent bf16 d=128", 128, precision="bf16", dtype=torch.bfloat16)
     yield _Case("ntxent bf16 d=512", 512, precision="bf16", dtype=torch.bfloat16)
     yield _Case("ntxent fp16 d=4096", 4096)
@@ -88,7 +90,8 @@ def cases(sm: int) -> Iterator[tuple[str, Iterator[Launch]]]:
 
 def _launches(case: _Case, sm: int) -> Iterator[Launch]:
     with on_architecture(sm), hopper.using(case.by_hand), recording() as launches:
-        (_run_twins if case.second else _run_ranks if case.pair == "ranks" else _run)(case)
+        special = {"ranks": _run_ranks, "sigmoid": _run_sigmoid}
+        (_run_twins if case.second else special.get(case.pair, _run))(case)
     yield from launches
 
 
@@ -139,6 +142,19 @@ def _run_ranks(case: _Case) -> None:
         x, y, labels, labels, None, 0.5, True, case.precision, True, True
     )
     torch.autograd.backward([stats, theirs], [torch.empty_like(stats), torch.empty_like(theirs)])
+
+
+def _run_sigmoid(case: _Case) -> None:
+    """Both terms forward, since the bias has a gradient; scale and bias are on the device."""
+    scale, bias = torch.ones(2, dtype=torch.float32, device="cpu")
+    call = Call(scale, 0.0, case.normalize, case.precision, (), case.split, False, inverted=True, bias=bias)
+    n = _ROWS if case.d <= NARROW else _ROWS_WIDE
+    order = known_order(n, 1, None, torch.device("cpu"))
+    x, y = torch.empty(2, n, case.d, dtype=case.dtype, device="cpu")
+    rows = Source(x, None, order), Source(y, None, order)
+    a, b, *found = sigmoid_kernels.statistics(*rows, replace(call, term="softplus"))
+    grads = torch.empty(2, n, dtype=torch.float32, device="cpu").unbind()
+    sigmoid_kernels.gradients(a, b, replace(call, term="sigmoid"), found, grads, (True, True, True, True))
 
 
 def _run_twins(case: _Case) -> None:

@@ -172,6 +172,7 @@ def launch_name(r: dict[str, Any]) -> str:
         if name == "D" or name.startswith("BLOCK_"):
             words.append(f"{name.removeprefix('BLOCK_')}{value}")
     words.append(f"w{r['num_warps']} s{r['num_stages']}")
+    words += [value for name, value in constants if name == "TERM" and value != "exponential"]
     words += dict.fromkeys(name for name, value in constants if value is True)
     words += dict.fromkeys(f"-{name}" for name, value in constants if value is None)
     return " ".join(words)

@@ -1,13 +1,21 @@
-"""open_clip's ClipLoss (open_clip.loss, 2 and 3)."""
+"""open_clip's ClipLoss and SigLipLoss (open_clip.loss, 2 and 3)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
+from fastcl.adapters.open_clip_sigmoid import SigLipLoss
 from fastcl.adapters.shared import check_world_size, everywhere, gathered, one_way, tell_once, with_gradient_times
 from fastcl.checks import describe
 from fastcl.errors import FastclError
+from fastcl.exchange import Ranks
 from fastcl.losses.functional import clip_loss
+from fastcl.rowstats.gathered import gather_rows
+
+__all__ = ["ClipLoss", "SigLipLoss"]
 
 
 class ClipLoss(nn.Module):
@@ -59,6 +67,28 @@ class ClipLoss(nn.Module):
                 raise FastclError(f"logit_bias must be one number for all logits, got {describe(logit_bias)}")
             loss = loss + 0 * logit_bias.reshape(()).to(loss)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Logits of images by texts, and of texts by images; of all ranks' pairs with the bias twice, as in open_clip,
+        which adds it in place to a matrix and its transpose."""
+        images, texts = self._everyone(image_features), self._everyone(text_features)
+        own = (image_features, text_features) if self.local_loss else (images, texts)
+        bias = 0 if logit_bias is None else logit_bias * (1 if self.local_loss or self.world_size == 1 else 2)
+        return logit_scale * own[0] @ texts.T + bias, logit_scale * own[1] @ images.T + bias
+
+    def _everyone(self, x: Tensor) -> Tensor:
+        """The rows of all ranks; those of others, and under `local_loss` all, have a gradient only if asked for."""
+        if self.world_size == 1:
+            return x
+        if self.gather_with_grad:
+            return gather_rows(x, replace(Ranks.of(None), sizes=(len(x),) * self.world_size)).to(x.dtype)
+        parts = list(gathered(x).chunk(self.world_size))
+        if not self.local_loss:
+            parts[self.rank] = x
+        return torch.cat(parts)
 
     def _loss(self, image: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
         if self.world_size == 1:

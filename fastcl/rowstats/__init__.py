@@ -5,8 +5,8 @@ derivatives are registered on the operators themselves: wrapping them in an auto
 `torch.library.opcheck`.
 """
 
-from fastcl.rowstats import chunked_operator, log_sums, selves  # noqa: F401  (register their operators)
+from fastcl.rowstats import chunked_operator, log_sums, selves, sigmoid_sums  # noqa: F401  (register their operators)
 from fastcl.rowstats.api import RowStats, normalize_rows, row_stats
-from fastcl.rowstats.triton import operator  # noqa: F401  (registers its own)
+from fastcl.rowstats.triton import operator, sigmoid_operator  # noqa: F401  (register their own)
 
 __all__ = ["RowStats", "normalize_rows", "row_stats"]

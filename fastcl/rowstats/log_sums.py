@@ -62,11 +62,16 @@ def log_sums(
         return torch.ops.fastcl.log_sums(rows, y, normalize), rows
 
 
-def _tiles(x: Tensor, y: Tensor, normalize: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of y with their rows as x's dtype, normalised if requested."""
+def column_slices(x: Tensor, y: Tensor) -> Iterator[slice]:
+    """Slices of y's rows, each of which makes one tile with all rows of x."""
     width = max(NARROWEST, TILE.get(x.device.type, TILE_ELSEWHERE) // len(x))
     for k in range(0, len(y), width):
-        columns = slice(k, k + width)
+        yield slice(k, k + width)
+
+
+def _tiles(x: Tensor, y: Tensor, normalize: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of y with their rows as x's dtype, normalised if requested."""
+    for columns in column_slices(x, y):
         yield columns, prepared(y[columns].to(x.dtype), normalize)
 
 

@@ -25,6 +25,7 @@ class Temperature(NamedTuple):
     tensor: Any  # one element; None: use `scale` or `value`
     scale: Any  # one element, 1 / T
     value: float
+    bias: Any = None  # one element, which is added to all logits of tiles; None: 0
 
 
 class Rows(NamedTuple):
@@ -76,6 +77,7 @@ class Tile(NamedTuple):
     PEERS: bool  # sums over peers are needed
     SPLIT_PLAIN: bool  # products of plain tiles use split half precision
     SPLIT_MASKED: bool  # products of masked tiles use it
+    TERM: str = "exponential"  # what pairs add to sums, or weigh in gradients (contrastive/terms.py)
 
 
 class Parts(NamedTuple):

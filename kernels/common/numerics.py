@@ -61,7 +61,8 @@ def logits_of(temperature, r, s):
         factor = inverse_t / (SCALE * SCALE)
     else:
         factor = inverse_t / tl.load(r.scale) / tl.load(s.scale)
-    return Logits(factor * LOG2E, shift_log2(inverse_t))
+    shift = shift_log2(inverse_t) if temperature.bias is None else -tl.load(temperature.bias).to(tl.float32) * LOG2E
+    return Logits(factor * LOG2E, shift)
 
 
 @triton.jit
@@ -96,8 +97,7 @@ def load_rows(rows, b_src, m_n, o_d, m_d):
 
 @triton.jit
 def finite_rows(b_x):
-    """For rows that are not normalised: turn infinities into NaN, because some of their products in split half
-    precision would be finite."""
+    """Rows that are not normalised, with NaN for infinities, whose products in split half precision may be finite."""
     return tl.where(tl.abs(b_x) < float("inf"), b_x, float("nan"))
 
 
@@ -149,9 +149,8 @@ def split_half(b_x, dtype: tl.constexpr):
 @triton.jit
 def load_tile(z, start, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load rows start .. start + BLOCK_N, first BLOCK_D columns, of a working copy (., D). Must be in bounds."""
-    o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    return tl.load(z + tl.cast(start, tl.int64) * D + (o_n[:, None] * D + o_d[None, :]))
+    o_nd = tl.arange(0, BLOCK_N)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(z + tl.cast(start, tl.int64) * D + o_nd)
 
 
 @triton.jit

@@ -36,6 +36,7 @@ from ..common.numerics import (
     split_half,
     walk_of,
 )
+from .terms import term
 
 
 class Weights(NamedTuple):
@@ -95,7 +96,7 @@ def tile_weights(
     o_s = start_s + tl.arange(0, TILE.BLOCK_S)
     b_e = b_x
     if not ONLINE:
-        b_e = tl.exp2(b_x - shift)
+        b_e = term(b_x - shift, TILE.TERM)
     b_w = _exponentials(b_x, b_e, r, s, w_r, w_s, o_r, o_s, 4, 0, ONLINE)
     if MASKED:
         m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)

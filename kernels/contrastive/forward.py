@@ -34,6 +34,7 @@ from ..common.numerics import (
     walk_of,
 )
 from .statistics import evaluate, relation_counts
+from .terms import term
 
 
 @triton.jit
@@ -41,12 +42,12 @@ def plain_tile(
     b_sum, block, s, p_part, start_s, m_r, logits, TILE,
     SPLIT: tl.constexpr, PADDED: tl.constexpr, STREAMED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile's exponentials to sums (S, R); returns these and the products.
+    """Add a tile's terms to sums (S, R); returns these and the products.
 
     PADDED: keep resident rows outside m_r, padding, out of the sums. STREAMED: store the sums of the streamed rows.
     """
     b_p, _, _ = products(block, s, start_s, TILE, SPLIT)
-    b_e = tl.exp2(b_p * logits.factor - logits.shift)
+    b_e = term(b_p * logits.factor - logits.shift, TILE.TERM)
     if PADDED:
         b_e = tl.where(m_r[None, :], b_e, 0.0)
     b_sum += b_e
@@ -56,14 +57,14 @@ def plain_tile(
 
 
 @triton.jit
-def masked_tile(sums, b_p, m_other, m_peer, logits, PEERS: tl.constexpr):
-    """Add a tile of products to the sums; returns these and the exponentials (S, R) over others."""
-    b_e = tl.exp2(b_p * logits.factor - logits.shift)
+def masked_tile(sums, b_p, m_other, m_peer, logits, TILE):
+    """Add a tile of products to the sums; returns these and the terms (S, R) over others."""
+    b_e = term(b_p * logits.factor - logits.shift, TILE.TERM)
     b_e_other = tl.where(m_other, b_e, 0.0)
     b_other = sums.other + tl.sum(b_e_other, 0)
     b_peer = sums.peer
     b_linear = sums.linear
-    if PEERS:
+    if TILE.PEERS:
         b_peer += tl.sum(tl.where(m_peer, b_e, 0.0), 0)
         b_linear += tl.sum(tl.where(m_peer, b_p, 0.0), 0)
     return Sums(b_other, b_peer, b_linear), b_e_other
@@ -106,7 +107,7 @@ def _masked_tiles(block, r, s, parts, p_part, walk, split, logits, TILE, SYMMETR
         o_s = start_s + tl.arange(0, TILE.BLOCK_S)
         b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
         m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
-        sums, b_e = masked_tile(sums, b_p, m_other, m_peer, logits, TILE.PEERS)
+        sums, b_e = masked_tile(sums, b_p, m_other, m_peer, logits, TILE)
         if parts.streamed is not None and not SYMMETRIC:
             tl.store(p_part + o_s, tl.sum(tl.where(m_r[None, :], b_e, 0.0), 1), mask=o_s < s.n)
     return sums

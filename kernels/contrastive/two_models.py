@@ -100,12 +100,12 @@ def _masked_tiles(a, b, r, walk, split, logits, A, B, SPLIT: tl.constexpr, ROWS:
         b_p, _, _ = products(a.block, a.block, start_s, A, SPLIT)
         if ROWS:
             m_other, m_peer = relations(r, r.lo_N, r.first_N, o_r, o_s, o_s < r.n)
-            sums_a, _ = masked_tile(sums_a, b_p, m_other, m_peer, logits, A.PEERS)
+            sums_a, _ = masked_tile(sums_a, b_p, m_other, m_peer, logits, A)
         b_k = tl.where(m_pair, _deviations(b_p, a.mean), 0.0)
         b_p, _, _ = products(b.block, b.block, start_s, B, SPLIT)
         if ROWS:
             m_other, m_peer = relations(r, r.lo_N, r.first_N, o_r, o_s, o_s < r.n)
-            sums_b, _ = masked_tile(sums_b, b_p, m_other, m_peer, logits, A.PEERS)
+            sums_b, _ = masked_tile(sums_b, b_p, m_other, m_peer, logits, A)
         if PAIRS:
             b_l = tl.where(m_pair, _deviations(b_p, b.mean), 0.0)
             pairs = _add_pairs(pairs, b_k, b_l)

@@ -53,6 +53,12 @@ def against(x: Tensor, y: Tensor, target: Tensor, scale: float | Tensor, normali
     return s.logsumexp(1) - s.gather(1, target[:, None])[:, 0]
 
 
+def sigmoid(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """(N,) sums over all pairs of an image, SigLIP's."""
+    z = 2 * torch.eye(len(x), dtype=x.dtype) - 1
+    return -functional.logsigmoid(z * (scale * x @ y.T + bias)).sum(1)
+
+
 def queue(query: Tensor, key: Tensor, negatives: Tensor, temperature: float, normalize: bool = True) -> Tensor:
     """(N,) losses against negatives (K, D), or (N, K, D)."""
     q, k, rows = (unit(v) for v in (query, key, negatives)) if normalize else (query, key, negatives)

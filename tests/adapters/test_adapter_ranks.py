@@ -8,7 +8,7 @@ import originals
 import pytest
 import torch
 from gloo_ranks import WORLD, Pool, ranks  # noqa: F401
-from originals import against, dcl, inside_sum, nt_xent, unit, with_mask
+from originals import against, dcl, inside_sum, nt_xent, sigmoid, unit, with_mask
 from reference import normal
 from torch import Tensor
 
@@ -69,6 +69,15 @@ def their_clip(options: dict[str, bool]) -> Callable[..., Tensor]:
     return lambda *args: clip_of(options, originals.loaded("open_clip", "loss.py").ClipLoss)(*args)
 
 
+def siglip_of(how: str, loss: Any = open_clip.SigLipLoss) -> Callable[..., Tensor]:
+    return lambda rank, a, b, s: loss(rank=rank, world_size=WORLD, dist_impl=how)(a, b, s.reshape(()), -s)
+
+
+def their_siglip(how: str) -> Callable[..., Tensor]:
+    return lambda *args: siglip_of(how, originals.loaded("open_clip", "loss.py").SigLipLoss)(*args)
+
+
+EXCHANGES = ("bidir", "shift", "reduce", "gather")
 LOCAL, GRAD, BOTH = {"local_loss": True}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}
 CASES = [
     Case("lightly", lambda rank, a, b, s: lightly.NTXentLoss(T, gather_distributed=True)(a, b),
@@ -80,6 +89,8 @@ CASES = [
     Case("open_clip, local, with gradient", clip_of(BOTH), clip_rows, original=their_clip(BOTH)),
     Case("open_clip, with gradient", clip_of(GRAD), clip_rows, is_local=False, original=their_clip(GRAD)),
     Case("open_clip", clip_of({}), clip_rows, is_local=False, factor=1, original=their_clip({})),
+    *(Case(f"open_clip SigLIP, {how}", siglip_of(how), lambda a, b, s: sigmoid(a, b, s, -s),
+            original=their_siglip(how)) for how in EXCHANGES),
     Case("solo, classes", lambda rank, a, b, s: solo_learn.simclr_loss_func(a, own(LABELS / 4, rank), T),  # floats
          lambda a, b, s: inside_sum(a, LABELS, T)),
     Case("solo, MoCo v3", lambda rank, a, b, s: solo_learn.mocov3_loss_func(a, b, T) / (2 * T),
@@ -135,6 +146,27 @@ def test_value_and_gradient(ranks: Pool, name: str) -> None:  # noqa: F811
         scale = torch.stack([one[3] for one in found]).mean(0)
         scale /= WORLD if name == "inf_cl" else 1  # which adds it up on every rank
         torch.testing.assert_close(scale, gradients[2], rtol=1e-9, atol=1e-9)
+
+
+def logits(rank: int, which: str) -> list[Any] | str:
+    """Logits and their gradients for all options of ClipLoss, and SigLipLoss's logits."""
+    try:
+        module = open_clip if which == "ours" else originals.loaded("open_clip", "loss.py")
+    except pytest.skip.Exception as reason:
+        return str(reason)
+    found = []
+    for options in ({}, LOCAL, GRAD, BOTH):
+        a, b, s = leaves = leaves_of(rank)
+        made = module.ClipLoss(**options, rank=rank, world_size=WORLD).get_logits(a, b, s, -s)
+        found += [v.detach() for v in made] + originals.value_and_gradients(made[0].sin() + 2 * made[1].cos(), leaves)
+    return [*found, module.SigLipLoss(rank=rank, world_size=WORLD).get_logits(a, b, s, -s).detach()]
+
+
+def test_logits_of_open_clip(ranks: Pool) -> None:  # noqa: F811
+    ours, theirs = (ranks.run(logits, which) for which in ("ours", "original"))
+    if isinstance(theirs[0], str):
+        pytest.skip(theirs[0])
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def local_clip(rank: int, which: str) -> list[Tensor] | list[str] | str:

@@ -97,7 +97,7 @@ KERNELS = [
     for o, v in (("ntxent", 2), ("supcon", 3), ("nscl", 2))
 ] + [
     Case((5,), loss, dtype=torch.float32, backend="triton", lowered=lowered)
-    for loss, lowered in (("clip", False), ("supcon", False), ("nscl", True))
+    for loss, lowered in (("clip", False), ("supcon", False), ("sigmoid", False), ("nscl", True))
 ]
 
 
@@ -165,7 +165,7 @@ def test_more_rows_than_a_rank_may_hold(ranks: Pool) -> None:  # noqa: F811
 COMPILED = {
     "aot_eager": (
         Case((6,), objective="mine", backend="chunked"), Case((6,), "clip", backend="chunked"),
-        Case((6,), labels="none", dtype=torch.float32, backend="triton"),
+        Case((6,), "sigmoid", backend="chunked"), Case((6,), labels="none", dtype=torch.float32, backend="triton"),
     ),
     "inductor": (Case((6,), objective="supcon", backend="chunked"),),
 }  # fmt: skip
@@ -226,6 +226,14 @@ def rules(rank: int) -> None:
     theirs, flag = normal(5, 7).requires_grad_(), counts.new_empty(0)
     group = groups["pair"].group_name
     torch.library.opcheck(torch.ops.fastcl.tell_ranks.default, (*stats, counts, theirs, flag, [7, 7], rank, group))
+    rows = normal(3, 4).requires_grad_()
+    shapes, ops = ("test_schema", "test_autograd_registration", "test_faketensor"), torch.ops.fastcl
+    torch.library.opcheck(ops.gather_rows.default, (rows, [3, 3], rank, group), test_utils=shapes)
+    torch.library.opcheck(ops.gather_rows_backward.default, (normal(6, 4), [3, 3], rank, group), test_utils=shapes)
+    twice = ops.gather_rows(rows, [3, 3], rank, group).square().sum()
+    (first,) = torch.autograd.grad(twice, rows, create_graph=True)
+    with pytest.raises(fastcl.FastclError, match="second derivatives are not supported across ranks"):
+        torch.autograd.grad(first.sum(), rows)
     if rank == 0:
         return
     x, y = normal(7, 4).requires_grad_(), normal(9, 4, seed=1)

@@ -107,6 +107,8 @@ def loss_of(case: Case, z: Tensor, t: Tensor, sample: Tensor, labels: Tensor | N
             return fastcl.NSCLLoss(t, positive_in_denominator=True, **gathering)(first, second, of)
         case "clip":
             return fastcl.clip_loss(first, second, 1 / t, **gathering)
+        case "sigmoid":
+            return fastcl.sigmoid_loss(first, second, 1 / t, 3 * t - 2, normalize=case.normalize, **gathering)
         case "clip module":
             return fastcl.CLIPLoss(**gathering)(first, second, 1 / t)
     raise AssertionError(case.loss)
@@ -191,7 +193,9 @@ CASES = [
     *(Case((7,), objective=o, how=how) for o in ("ntxent", "supcon") for how in ("mean", "fsdp")),
     *(Case((1, 2), objective=o, normalize=False, temperature=2.0) for o in ("dcl", "supcon")),
     *(Case((5, 6), objective=o, dtype=torch.float32) for o in ("ntxent", "supcon", "nscl")),
-    Case((5, 6), "clip", dtype=torch.float32),
+    *(Case((5, 6), loss, dtype=torch.float32) for loss in ("clip", "sigmoid")),
+    *(Case((3,), "sigmoid", backend=backend, normalize=False) for backend in ("chunked", "dense")),
+    *(Case((2, 7), "sigmoid", how=how) for how in ("ddp", "fsdp")),
 ]
 
 

@@ -70,16 +70,30 @@ def gradients(
     if need[2]:
         total, arrived = x.z.new_empty((), dtype=torch.float32), x.z.new_empty(1, dtype=torch.int32)
     sides = weighted([x] if y is None else [x, y], call, flag, upstreams, maxima, arrived)
-    a, b = sides[0], sides[-1]
-    has_dx = y is None or need[0] or need[2]
+    return *of_sides(sides, call, flag, need, total, arrived), total
+
+
+def of_sides(
+    sides: Sequence[Side], call: Call, flag: Tensor | None, need: tuple[bool, bool, bool], total: Tensor | None,
+    arrived: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dx and dy of one side or two with their weights; dT is written to `total`. Arguments as `gradients`.
+
+    Args:
+        arrived: holds 0.
+    """
+    a, b, two = sides[0], sides[-1], len(sides) == 2
+    has_dx, has_dy = not two or need[0] or need[2], two and need[1]
     wanted = [_Wanted.of(a, b, total, arrived)] if has_dx else []
-    if y is not None and need[1]:
+    if has_dy:
         wanted.append(_Wanted.of(b, a, None, None))
-    if x.width > NARROW or not all(x.tabled("backward", mode) for mode, _, _ in call.parts):
+    if not wanted:
+        return None, None
+    if a.operand.width > NARROW or not all(a.operand.tabled("backward", mode) for mode, _, _ in call.parts):
         _wide_gradients(wanted, call, flag)
     else:
         _narrow_gradients(wanted, call, flag)
-    return wanted[0].dx if has_dx else None, wanted[-1].dx if y is not None and need[1] else None, total
+    return wanted[0].dx if has_dx else None, wanted[-1].dx if has_dy else None
 
 
 def _wide_gradients(wanted: Sequence[_Wanted], call: Call, flag: Tensor | None) -> None:
@@ -163,7 +177,8 @@ def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, boo
 
 def _rows_of(x: Operand, call: Call) -> tuple[int, int, int]:
     """Rows, columns and warps of a program of `finalize_kernel`."""
-    elements = 1024 if 64 < x.width <= NARROW and call.normalize else 512  # Triton 3.8 spills none of these on sm_90
+    # Triton 3.8 spills none of these on sm_90.
+    elements = 1024 if (64 if call.bias is None else 32) < x.width <= NARROW and call.normalize else 512
     return row_block(x.width, elements)
 
 

@@ -84,7 +84,7 @@ def results(operands: Sequence[Operand], call: Call) -> list[Result]:
 def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[Result], symmetric: bool) -> None:
     """Process resident rows in waves, each as large as the workspace allows for the sums of streamed rows."""
     both = symmetric or len(found) == 2
-    parts = _parts(s, call, apart=symmetric or not both)
+    parts = parts_of(s, call, apart=symmetric or not both)
     plain = parts[0][0]
     first_masked = max(plain.consumers, 1)
     per_split = first_masked + len(parts) - 1
@@ -96,10 +96,10 @@ def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[
         count = min(wave, n_blocks - first)
         last = first + count == n_blocks
         made = Parts(part_r, part_s, first, count, 0)
-        _launch_tiles(r, s, call, flag, parts[0], n_splits, symmetric, made)
+        launch_tiles(r, s, call, flag, parts[0], n_splits, symmetric, made)
         if last and len(parts) == 2:
             whole = Parts(part_r, None, 0, cdiv(r.n, parts[1][0].block_r), n_splits * first_masked)
-            _launch_tiles(r, s, call, flag, parts[1], n_splits, symmetric, whole)
+            launch_tiles(r, s, call, flag, parts[1], n_splits, symmetric, whole)
         each = online_blocks(call, s.z.device, s.width)
         done = Wave(ALIGN, plain.block_r, slots, symmetric, call.peers, first == 0, last, each)
         if both or last:
@@ -125,7 +125,7 @@ def waves(
     return n_blocks, wave, min(n_splits, max(1, WORKSPACE * 2 // 5 // (12 * r.rows * slots)))
 
 
-def _parts(s: Operand, call: Call, apart: bool) -> list[tuple[Config, bool, bool]]:
+def parts_of(s: Operand, call: Call, apart: bool) -> list[tuple[Config, bool, bool]]:
     """The launches over tiles: tiles, whether it processes plain ones, whether masked ones.
 
     Args:
@@ -142,10 +142,11 @@ def _parts(s: Operand, call: Call, apart: bool) -> list[tuple[Config, bool, bool
     return [(s.chosen("forward", mode), plain, masked) for mode, plain, masked in call.parts]
 
 
-def _launch_tiles(
+def launch_tiles(
     r: Operand, s: Operand, call: Call, flag: Tensor | None, part: tuple[Config, bool, bool], n_splits: int,
     symmetric: bool, made: Parts,
 ) -> None:  # fmt: skip
+    """Launch one of `parts_of` over a wave of resident blocks."""
     chosen, takes_plain, takes_masked = part
     if chosen.consumers:
         hopper.forward(r, s, call, chosen, n_splits, symmetric, made)

@@ -62,7 +62,7 @@ def _by_default() -> bool:
 def chosen(kernel: str, s: Operand, call: Call) -> Config | None:
     """Tiles of "forward_hopper" or "backward_hopper" for plain tiles against these rows; None if it does not fit them
     or is off."""
-    fits = call.split == "none" and not call.may_overflow and s.width in WIDTHS
+    fits = (call.split, call.term) == ("none", "exponential") and not call.may_overflow and s.width in WIDTHS
     return s.tabled(kernel, call.split) if fits and enabled() else None
 
 

@@ -28,6 +28,8 @@ class Call:
     """The options of a call. The temperature is the tensor `temperature` or, if that is None, the number `value`.
 
     inverted: the tensor holds 1 / T.
+    bias: one element, added to all logits but those of view pairs; None: 0.
+    term: what pairs add to sums, as `Tile.TERM`.
     split: which tiles use split half precision: "none", "peers" (same-class tiles) or "all".
     peers: whether sums over peers are needed.
     reduction: of the losses over all anchors, "mean" or "sum"; "none": each row has its own.
@@ -44,17 +46,21 @@ class Call:
     reduction: str = "none"
     sides: int = 1
     inverted: bool = False
+    bias: Tensor | None = None
+    term: str = "exponential"
 
     @property
     def may_overflow(self) -> bool:
         """Whether a fixed shift of the exponentials may be insufficient; a flag on the device then decides."""
+        if self.term != "exponential":
+            return False
         return self.temperature is not None or not self.normalize or self.value < 1 / SAFE_INVERSE_T.value
 
     @cached_property
     def degree(self) -> Temperature:
         """The temperature, as kernels take it."""
         given = (None, self.temperature) if self.inverted else (self.temperature, None)
-        return Temperature(*given, self.value)
+        return Temperature(*given, self.value, self.bias)
 
     @property
     def reduced(self) -> bool:
@@ -78,7 +84,7 @@ class Call:
         """Constants of a launch over tiles; narrow rows are processed in one piece."""
         block_d = r.width if r.width <= NARROW else chosen.block_d
         split = self.split == "all", self.split != "none"
-        return Tile(r.width, chosen.block_r, chosen.block_s, block_d, ALIGN, self.peers, *split)
+        return Tile(r.width, chosen.block_r, chosen.block_s, block_d, ALIGN, self.peers, *split, self.term)
 
 
 @dataclass(frozen=True)
