@@ -10,8 +10,8 @@ from reference import normal
 from triton_runs import DEVICE, launches, tiles
 
 import fastcl
+from fastcl.kernels.common import launch
 from fastcl.kernels.contrastive.statistics import added_up
-from fastcl.rowstats.triton import backward
 
 
 @triton.jit
@@ -30,18 +30,19 @@ def test_all_parts_are_added_up(n: int) -> None:
 @pytest.mark.parametrize("first", (0, 511, 512, 997))
 def test_the_largest_derivative_is_found_among_all_maxima(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     z1, z2 = (normal(8, 4, seed=k).float().to(DEVICE).requires_grad_() for k in range(2))
-    bounds, start = [], backward.launch
+    bounds, start = [], launch.launch
 
     def padded(kernel: Any, *options: Any, **given: Any) -> None:
         if kernel.fn.__name__ == "weights_kernel" and bounds:
             many = torch.zeros(1000, device=DEVICE)
-            many[first : first + given["n_maxima"]] = given["maxima"]
-            given |= {"maxima": many, "n_maxima": 1000}
+            scale = given["scale"]
+            many[first : first + scale.n] = scale.maxima
+            given["scale"] = scale._replace(maxima=many, n=1000)
         start(kernel, *options, **given)
         if kernel.fn.__name__ == "weights_kernel":
-            bounds.append(float(given["bound"]))
+            bounds.append(float(given["scale"].bound))
 
-    monkeypatch.setattr(backward, "launch", padded)
+    monkeypatch.setattr(launch, "launch", padded)
     for _ in range(2):
         with launches():
             fastcl.ntxent_loss(z1, z2).backward()
