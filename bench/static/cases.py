@@ -9,7 +9,12 @@ import torch
 
 from bench.static import gram_cases
 from fastcl.kernels.common.launch import Launch, on_architecture, recording
-from fastcl.rowstats.triton import hopper, sigmoid_kernels, two_models
+from fastcl.rowstats.triton import (
+    apart_kernels,  # noqa: F401 - registers fused_apart
+    hopper,
+    sigmoid_kernels,
+    two_models,
+)
 from fastcl.rowstats.triton.backward import Upstream, gradients
 from fastcl.rowstats.triton.forward import statistics
 from fastcl.rowstats.triton.operand import NARROW, Call, Source
