@@ -143,7 +143,7 @@ def drawn(file: Path, title: str, panels: Sequence[Sequence[Panel]]) -> str | No
 
 
 def _fill(ax: Any, panel: Panel) -> None:
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
 
     for line in panel.lines:
         colour, marker, dash = line.style
@@ -154,5 +154,6 @@ def _fill(ax: Any, panel: Panel) -> None:
                     label=line.label)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel=panel.x, title=panel.title)
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    # Less than a decade and a half may hold a single power of ten: label the ticks between as well.
+    ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.5, 0.5)))
     ax.grid(True, which="major", linewidth=0.6, color="#dddddd")

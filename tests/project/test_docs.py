@@ -1,7 +1,7 @@
 """README and docs can be followed: their code runs, what they name exists, their links lead somewhere.
 
 Each rule is a function from a text to a list of complaints; the tests apply it to every page and prove on a small bad
-text that it can fail. The site builds without a warning.
+text that it can fail. `make docs` builds the site itself.
 """
 
 import importlib
@@ -9,8 +9,6 @@ import importlib.util
 import pkgutil
 import re
 import shlex
-import subprocess
-import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -55,15 +53,6 @@ def run_blocks(text: str, page: str) -> None:
     namespace = {"__name__": "page"}
     for line, source in blocks(text, "python"):
         exec(compile("\n" * (line - 1) + source, page, "exec"), namespace)
-
-
-def test_the_site_builds(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stdout + built.stderr
-    found = (tmp_path / "site" / "api" / "similarity.html").read_text(encoding="utf-8")
-    assert "PairAccumulator" in found
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in text_of(page)])
