@@ -29,7 +29,7 @@ QUEUE = 16384
 
 
 def _classes(loss: Any, a: Tensor, b: Tensor) -> Tensor:
-    return loss(torch.cat([a, b]), torch.arange(len(a), dtype=torch.int64).repeat(2))
+    return loss(torch.cat([a, b]), torch.arange(len(a), dtype=torch.int64, device=a.device).repeat(2))
 
 
 def _made(module: str, name: str, *options: Any) -> Any:

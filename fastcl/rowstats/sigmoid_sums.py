@@ -58,7 +58,7 @@ def sigmoid_sums(
         own = (x * y[first : first + len(x)]).sum(1) + bias
         if chosen == "dense":
             s = x @ y.T + bias
-            pairs = torch.arange(len(x), device=x.device) + first
+            pairs = torch.arange(len(x), dtype=torch.int64, device=x.device) + first
             return own, softplus(s, threshold=_LINEAR).scatter(1, pairs[:, None], 0).sum(1)
         check_transforms(chosen, x, y, bias)
         return own, torch.ops.fastcl.sigmoid_sums(x, y, bias, first)
