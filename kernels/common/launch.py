@@ -82,12 +82,14 @@ def launch_sides(
 
     Args:
         sides: the argument `one` and, if there are two, `two`.
-        programs: of each; those of the second follow those of the first, whose number is the argument `first`.
+        programs: of each; those of the second follow those of the first, whose number is the argument `first`. It is
+            None for one side: Triton 3.6 cannot compare a tuple with None.
         splits: programs along the second axis of the grid.
     """
     one, two = sides if len(sides) == 2 else (*sides, None)
     grid = (sum(programs),) if splits == 1 else (sum(programs), splits)
-    launch(kernel, grid, warps, stages, one=one, two=two, first=programs[0], **arguments)
+    first = None if two is None else programs[0]
+    launch(kernel, grid, warps, stages, one=one, two=two, first=first, **arguments)
 
 
 @contextmanager

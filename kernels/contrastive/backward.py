@@ -194,7 +194,7 @@ def backward_online_kernel(
     if tl.load(flag) == 0:
         return
     program = tl.program_id(0)
-    if two is None:
+    if first is None:
         _gradient(one.r, one.s, one.w_r, one.w_s, one.acc, program, temperature, TILE, PLAIN, MASKED, True)
     else:
         if program < first:

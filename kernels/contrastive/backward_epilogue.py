@@ -173,7 +173,7 @@ def finalize_kernel(
     CONSTANTS,  # Finish
 ):  # fmt: skip
     program = tl.program_id(0)
-    if two is None:
+    if first is None:
         _finalize(one, program, bound, temperature, CONSTANTS)
     else:
         if program < first:

@@ -137,7 +137,7 @@ def weights_kernel(
         if scale.arrived is not None:
             tl.store(scale.arrived, 0)
     program = tl.program_id(0)
-    if two is None:
+    if first is None:
         _weigh(one, program, largest, flag, temperature, BLOCK_N, SYMMETRIC, CODES)
     else:
         if program < first:

@@ -229,7 +229,7 @@ def forward_online_kernel(
     if tl.load(flag) == 0:
         return
     program = tl.program_id(0)
-    if two is None:
+    if first is None:
         _online(one, program, temperature, TILE, SYMMETRIC, CODES)
     else:
         if program < first:

@@ -196,7 +196,7 @@ def prepare_kernel(
 ):  # fmt: skip
     inverse_t = inverse_temperature(temperature)
     program = tl.program_id(0)
-    if two is None:
+    if first is None:
         _prepare(one, program, inverse_t, CONSTANTS)
     else:
         if program < first:

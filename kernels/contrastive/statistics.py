@@ -228,7 +228,7 @@ def finish_kernel(
     WAVE, CODES,  # constants: Wave; the objectives' codes
 ):  # fmt: skip
     program = tl.program_id(0)
-    if two is None:
+    if first is None:
         _finish(one, program, flag, temperature, WAVE, CODES)
     else:
         if program < first:
