@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
+from bench.harness.clocks import QUICK
 from bench.harness.records import Record, digits, table
 
 TINY = "- Tiny sizes: they prove that the benchmark works and measure nothing."
@@ -27,7 +28,10 @@ def conditions(facts: Record, args: argparse.Namespace) -> str:
 def rounds(args: argparse.Namespace, what: str = "rounds") -> str:
     """How the times of a run are taken."""
     text = f"median (minimum-maximum) of at most {args.repeats} {what}, fewer after {args.seconds:g} s per\n"
-    return text + "  provider. In a round every provider runs once, in an order that changes from round to round"
+    return text + (
+        f"  provider. In a round every provider runs once (below {QUICK:g} ms twice: the second counts), in an\n"
+        "  order that changes from round to round"
+    )
 
 
 def allowed(tolerances: Mapping[str, float]) -> str:

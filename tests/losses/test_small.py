@@ -28,6 +28,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastcl
 from fastcl import FastclError, RowStats
 from fastcl.rowstats import chunked
+from fastcl.rowstats.small import whole
 
 every_objective = pytest.mark.parametrize("name", FORMULAS)
 SAMPLE = torch.arange(9).repeat(2)
@@ -50,6 +51,15 @@ def pairs(samples: int, shuffled: bool) -> tuple[Tensor, Tensor]:
 def test_values_and_gradients(name: str, dtype: torch.dtype, tiled: list[int]) -> None:
     for temperature, samples, shuffled in itertools.product((1 / 59, 0.1, 10.0), (3, 33), (False, True)):
         check("chunked", name, normal(2 * samples, 24).to(dtype), *pairs(samples, shuffled), temperature, tile=None)
+    assert not tiled
+
+
+@every_objective
+def test_masks_of_samples(name: str, monkeypatch: pytest.MonkeyPatch, tiled: list[int]) -> None:
+    """Above some number of samples, masks hold pairs of samples, not of rows."""
+    monkeypatch.setattr(whole, "SPELLED_OUT", 0)
+    for samples, dtype in itertools.product((3, 33), (torch.float64, torch.float32)):
+        check("chunked", name, normal(2 * samples, 24).to(dtype), *pairs(samples, True), 0.1, tile=None)
     assert not tiled
 
 

@@ -152,7 +152,7 @@ class _Reduced(Function):
         stats, kept = found
         rows, slopes = rows_and_slopes(form, stats)
         count = rows.numel() if reduction == "mean" else 1
-        loss = rows.sum().div_(count)  # faster than rows.mean(), with the same bits
+        loss = rows.sum().div_(whole.number(count, rows.dtype))  # faster than rows.mean(), with the same bits
         if wanted and True in ctx.needs_input_grad:
             dv = whole.backward(kept, way, 1 / count, *map(slopes.get, whole.PULLS))
             dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, temperature is not None)

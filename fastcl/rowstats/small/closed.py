@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus as torch_softplus
 
-from fastcl.rowstats.small.whole import MaybeNone, Stats
+from fastcl.rowstats.small.whole import MaybeNone, Stats, number
 
 # Derivatives by "view" (its mean logit), "peer", "other" (log-sum-exps) and "sum_peer": (N,), or 1 or -1 for all rows.
 Slopes: TypeAlias = dict[str, Tensor | float]
@@ -120,7 +120,7 @@ def _spread(
         if not softens:
             slopes["view"] = -1.0
         return 0.0 if softens else -view
-    n = s.n_peer + 1 if "view" in positives else s.n_peer.clamp(min=1)
+    n = s.n_peer + number(1, s.n_peer.dtype) if "view" in positives else s.n_peer.clamp(min=1)
     if inside:
         if not softens:
             slopes |= {r: -share for r, share in pulled.items()}
@@ -149,4 +149,4 @@ def _log_sum(s: Stats, relations: tuple[str, ...]) -> LogSum:
         return torch.logaddexp(a, b), {first: torch.sigmoid(a - b), rest[0]: torch.sigmoid(b - a)}
     gap = b - a  # finite or -inf: every row has a view
     share = torch.sigmoid(gap)
-    return a + softplus(gap), {first: torch.rsub(share, 1), rest[0]: share}
+    return a + softplus(gap), {first: number(1, share.dtype) - share, rest[0]: share}

@@ -8,6 +8,7 @@ to any others.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -22,6 +23,7 @@ NORMS = (1e-12, 1e12)  # squares of norms in this range neither overflow nor van
 
 MaybeNone: TypeAlias = Any  # None if statistics of peers are not requested; code that reads it knows whether they are
 Pull: TypeAlias = Tensor | float | None
+SPELLED_OUT = 128  # samples up to which masks of all pairs of rows cost less than four times those of the samples
 PULLS = ("view", "other", "peer", "sum_peer")  # the statistics whose gradients `backward` takes, in its order
 
 
@@ -42,7 +44,7 @@ class Kept(NamedTuple):
     other: Tensor  # (2, B) their sums, positive
     e_peer: Tensor | MaybeNone = None
     peer: Tensor | MaybeNone = None
-    mask: Tensor | MaybeNone = None  # (B, B) of v's dtype: 1 where the views of two samples are peers
+    mask: Tensor | MaybeNone = None  # 1 where two rows are peers, of v's dtype: (N, N), or (B, 1, B) of their samples
 
 
 class Stats(NamedTuple):
@@ -74,7 +76,7 @@ def forward(
     scale = 1 / way.temperature
     if way.towers:
         one, two = v.chunk(2)
-        s = torch.addmm(norm[:b], one, two.t(), beta=0, alpha=scale)
+        s = torch.addmm(number(0, v.dtype), one, two.t(), beta=0, alpha=scale)
     else:
         s = torch.addmm(norm, v, v.t(), beta=0, alpha=scale)
     mean_view = s.diagonal(0 if way.towers else b).expand(2, b)
@@ -101,26 +103,41 @@ def _classes(
     low, high = labels.aminmax()
     low, high = low.item(), high.item()
     n_other = 2 * b - 2 if low != high or low == UNLABELLED else 0
-    apart = (labels[:, None] != labels).to(v.dtype)  # (B, B): of samples, alike for all four pairs of their views
+    large = b > SPELLED_OUT  # the masks are those of the samples, alike for all four pairs of their views
+    ids = labels if large else torch.cat((labels, labels))
+    apart = (ids.unsqueeze(1) != ids).to(v.dtype)
     if low < 0:
-        apart.masked_fill_((labels == UNLABELLED)[:, None], 1)
-        _hide(apart, True)
-    grid = e.view(2, b, 2, b)
-    e_other = (grid * apart[:, None] if peers else grid.mul_(apart[:, None])).view_as(e)
+        apart.masked_fill_((ids == UNLABELLED).unsqueeze(1), 1)
+        _hide(apart, large)
+    grid, mask = e, None
+    if peers:
+        mask = number(1, v.dtype) - apart
+        _hide(mask, large)
+        n_peer = mask.sum(1)
+        n_peer = n_peer.add_(n_peer).expand(2, b) if large else n_peer.view(2, b)
+    if large:
+        grid, apart = e.view(2, b, 2, b), apart.unsqueeze(1)
+        mask = None if mask is None else mask.unsqueeze(1)
+    e_other = (grid * apart if peers else grid.mul_(apart)).view_as(e)
     other = e_other.sum(1).view(2, b)
     lse_other = other.log()
     if not n_other:
         other.clamp_(min=tiny)
-    if not peers:
+    if mask is None:
         return Stats({"view": mean_view, "other": lse_other}, n_other), Kept(v, norm, e, other)
-    mask = torch.rsub(apart, 1)
-    _hide(mask, True)
-    grid.mul_(mask[:, None])
+    grid.mul_(mask)
     peer = e.sum(1).view(2, b)
-    sum_peer = (s.view(2, b, 2, b) * mask[:, None]).view_as(e).sum(1).view(2, b)
+    sum_peer = (s.view_as(grid) * mask).view_as(e).sum(1).view(2, b)
     lse = {"view": mean_view, "other": lse_other, "peer": peer.log()}
-    stats = Stats(lse, n_other, mask.sum(1).mul_(2).expand(2, b), sum_peer)
-    return stats, Kept(v, norm, e_other, other, e, peer.clamp_(min=tiny), mask)
+    return Stats(lse, n_other, n_peer, sum_peer), Kept(v, norm, e_other, other, e, peer.clamp_(min=tiny), mask)
+
+
+@lru_cache(maxsize=256)
+def number(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor, made once: an operation makes one of each Python number that it is given, which for few
+    rows takes longer than the operation. Not an inference tensor: later calls may be outside of inference mode."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
@@ -154,8 +171,10 @@ def backward(
     if peer is not None:
         pull.addcmul_(weights(peer / kept.peer, way.towers), kept.e_peer)
     if sum_peer is not None:
-        split = 2, len(kept.mask), 2, len(kept.mask)
-        pull.view(split).addcmul_(weights(sum_peer, way.towers).view(split), kept.mask[:, None])
+        pairs = weights(sum_peer, way.towers)
+        if kept.mask.dim() > 2:
+            pairs = pairs.view(2, len(kept.mask), 2, len(kept.mask))
+        pull.view_as(pairs).addcmul_(pairs, kept.mask)
     pair = view.sum(0) if isinstance(view, Tensor) else 2 * (view or 0.0)
     places = pull.diagonal() if way.towers else _partners(pull)
     places.copy_(pair) if isinstance(pair, Tensor) else places.fill_(pair)
@@ -180,7 +199,8 @@ def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: b
 def weights(w: Tensor, towers: bool) -> Tensor:
     """Factors of the matrix entries from those (2, B) of the rows: the sum of the weights of row and column."""
     if towers:
-        return w[0, :, None] + w[1]
+        one, two = w.unbind()
+        return one.unsqueeze(1) + two
     column = w.reshape(-1, 1)
     return column + column.t()
 
