@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastcl.dispatch import backend, last_backend
 from fastcl.errors import FastclError
+from fastcl.losses.explicit import explicit_pairs_loss, paired_negatives, with_margin
 from fastcl.losses.functional import (
     clip_loss,
     contrastive_loss,
@@ -61,6 +62,7 @@ __all__ = [
     "contrastive_loss",
     "contrastive_losses",
     "dcl_loss",
+    "explicit_pairs_loss",
     "last_backend",
     "layer_cka",
     "linear_cka",
@@ -69,6 +71,7 @@ __all__ = [
     "nscl_loss",
     "ntxent_loss",
     "pair_stats",
+    "paired_negatives",
     "patch",
     "queue_loss",
     "row_stats",
@@ -79,6 +82,7 @@ __all__ = [
     "supcon_loss",
     "twin_stats",
     "two_view_stats",
+    "with_margin",
 ]
 
 LATER = {

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastcl.choices import ObjectiveName, Precision, Reduction
+from fastcl.errors import FastclError
 from fastcl.exchange import gathers
 from fastcl.losses.call_plans import RECTANGLE, ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
+from fastcl.losses.explicit import pairs_above_mean
 from fastcl.losses.objectives import ObjectiveLike
 from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.request import Batch, check_two_views
@@ -207,6 +209,7 @@ def clip_loss(
     group: ProcessGroup | None = None,
     reduction: Reduction = "mean",
     precision: Precision | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """CLIP's symmetric InfoNCE (Radford et al. 2021): the mean of image-to-text and text-to-image.
 
@@ -219,15 +222,25 @@ def clip_loss(
         reduction: "mean" over the B pairs, "sum", or "none" for (B,): for pair k the mean of the losses of image k and
             of text k.
         precision: of the Triton backend's products, as `fastcl.row_stats`.
+        label_smoothing: in [0, 1), the part of the target that is spread evenly over all B candidates, in both
+            directions, as torch's cross_entropy does; of one rank's pairs alone.
 
     Returns:
         A scalar, or (B,).
 
     Raises:
-        FastclError: as `contrastive_loss`, or image and text differ in shape.
+        FastclError: as `contrastive_loss`, or image and text differ in shape; `label_smoothing` out of range, or with
+            `gather_distributed`.
     """
+    if label_smoothing and (gather_distributed or not 0 < label_smoothing < 1):
+        where = " with gather_distributed=True" if gather_distributed else ""
+        allowed = "must be 0" if gather_distributed else "must be in [0, 1)"
+        raise FastclError(f"label_smoothing {allowed}{where}, got {label_smoothing!r}")
     ranks = gather_distributed, group
-    return _losses(TOWERS, (image, text), ("ntxent",), logit_scale, normalize, reduction, ranks, precision)[0]
+    loss = _losses(TOWERS, (image, text), ("ntxent",), logit_scale, normalize, reduction, ranks, precision)[0]
+    if not label_smoothing:
+        return loss
+    return loss + label_smoothing * pairs_above_mean(image, text, logit_scale, normalize, reduction)
 
 
 def two_view_stats(

@@ -161,6 +161,7 @@ class CLIPLoss(nn.Module):
         gather_distributed, group: compute the loss of all ranks' pairs together, as `fastcl.clip_loss`.
         reduction: "mean" over the B pairs of a batch, "sum", or "none" for (B,).
         precision: of the Triton backend's products, as `fastcl.row_stats`.
+        label_smoothing: in [0, 1), as `fastcl.clip_loss`.
 
     Raises:
         FastclError: when called, as `fastcl.clip_loss`.
@@ -168,7 +169,7 @@ class CLIPLoss(nn.Module):
 
     def __init__(
         self, normalize: bool = True, gather_distributed: bool | None = None, group: ProcessGroup | None = None,
-        reduction: Reduction = "mean", precision: Precision | None = None,
+        reduction: Reduction = "mean", precision: Precision | None = None, label_smoothing: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.normalize = normalize
@@ -176,12 +177,13 @@ class CLIPLoss(nn.Module):
         self.group = group
         self.reduction: Reduction = reduction
         self.precision: Precision | None = precision
+        self.label_smoothing = label_smoothing
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
         """Loss of (B, D) image and text embeddings, a scalar or (B,); logit_scale: positive number or one-element
         tensor."""
         options = self.normalize, self.gather_distributed, self.group, self.reduction, self.precision
-        return F.clip_loss(image, text, logit_scale, *options)
+        return F.clip_loss(image, text, logit_scale, *options, self.label_smoothing)
 
     if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 

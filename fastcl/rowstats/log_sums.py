@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fastcl.checks import check_positive
 from fastcl.dispatch import choose
+from fastcl.rowstats import chunked
 from fastcl.rowstats.api import check_precision, check_transforms, fused, prepared
 from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
 from fastcl.rowstats.request import Batch
+from fastcl.rowstats.small import route
 
 TILE = {"cpu": 1 << 19}  # logits of a tile: 2 MiB of float32
 TILE_ELSEWHERE = 1 << 24
@@ -54,12 +56,19 @@ def log_sums(
         batch = Batch(x, y=y, sample=ids[: len(x)], sample_y=ids[len(x) :])
         return fused(batch, temperature, normalize, False, precision, ())[0][4], rows
     with torch.autocast(x.device.type, enabled=False):
-        if chosen == "dense" or (y.requires_grad and torch.is_grad_enabled()):
+        few = _is_small(rows, y)
+        if chosen == "dense" or few or (y.requires_grad and torch.is_grad_enabled()):
             y, normalize = prepared(y.to(rows.dtype), normalize), False
-        if chosen == "dense":
+        if chosen == "dense" or few:
             return (rows @ y.T).logsumexp(1), rows
         check_transforms(chosen, rows, y)
         return torch.ops.fastcl.log_sums(rows, y, normalize), rows
+
+
+def _is_small(x: Tensor, y: Tensor) -> bool:
+    """Whether the whole matrix may be computed now. Rows y of another dtype would be copied."""
+    small = x.dtype == y.dtype and len(x) * len(y) <= chunked.WHOLE and y.numel() <= 4 * chunked.WHOLE
+    return small and route.supports(x) and route.untransformed()
 
 
 def column_slices(x: Tensor, y: Tensor) -> Iterator[slice]:

@@ -21,7 +21,7 @@ from triton_runs import compare_gradients, compare_rows, launches, leaf, row_wei
 import fastcl
 from fastcl import FastclError
 from fastcl.losses import call_plans
-from fastcl.rowstats import log_sums
+from fastcl.rowstats import chunked, log_sums
 
 BACKENDS = ("dense", "chunked")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -39,9 +39,12 @@ def leaves(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list
     return [normal(*shape, seed=k).to(dtype).requires_grad_() for k, shape in enumerate(shapes)]
 
 
+@pytest.mark.parametrize("few", (True, False))
 @pytest.mark.parametrize("normalize", (True, False))
 @both_backends
-def test_queue(backend: str, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queue(backend: str, normalize: bool, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not few:
+        monkeypatch.setattr(chunked, "WHOLE", 0)
     monkeypatch.setattr(log_sums, "TILE", {"cpu": 1})  # several tiles
     monkeypatch.setattr(log_sums, "NARROWEST", 4)
     given = leaves((7, 5), (7, 5), (11, 5))
@@ -91,7 +94,8 @@ def test_a_queue_in_half_precision_is_saved_as_it_is() -> None:
     assert whole and all(v.data_ptr() == queue.data_ptr() for v in whole)
 
 
-def test_what_the_operator_lacks_is_refused() -> None:
+def test_what_the_operator_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "WHOLE", 0)
     query, key, queue = leaves((6, 8), (6, 8), (9, 8))
     losses = fastcl.queue_loss(query, key, queue, 0.3, "none")
     (first,) = torch.autograd.grad(losses.sum(), query, create_graph=True)

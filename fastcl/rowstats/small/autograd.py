@@ -22,13 +22,14 @@ _refuse = differentiable_once("chunked")
 
 
 class Pairs(NamedTuple):
-    """2B rows of B samples with two views each, or two towers of B rows."""
+    """2B rows of B samples with two views each, or two towers of B rows, of which both or the first are anchors."""
 
     x: Tensor  # (B, D), or (2B, D) without x2
     x2: Tensor | None
     order: Tensor | None  # (2B,) rows of x: first views, then second views, samples in the same order; None: as in x
     labels: Tensor | None  # (B,)
     towers: bool
+    both_ways: bool = True
 
 
 def losses(
@@ -43,8 +44,8 @@ def losses(
         with torch.autocast("cpu", enabled=False):
             return losses(pairs, temperature, normalize, forms, peers, reduction)
     given = temperature if isinstance(temperature, Tensor) else None
-    x, x2, order, labels, towers = pairs
-    way = whole.Way(_number(temperature), normalize, towers)
+    x, x2, order, labels, *towers = pairs
+    way = whole.Way(_number(temperature), normalize, *towers)
     if len(forms) == 1 and reduction != "none":
         options = forms[0], peers, reduction, torch.is_grad_enabled()
         found = _Reduced.apply(options, way, order, labels, x, x2, given)
@@ -68,12 +69,12 @@ def row_stats(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
     """mean_view, spread_view, mean_peer, lse_peer, lse_other and three counts of N rows; None as in `losses`."""
     given = temperature if isinstance(temperature, Tensor) else None
-    way = whole.Way(_number(temperature), normalize, pairs.towers)
+    way = whole.Way(_number(temperature), normalize, pairs.towers, pairs.both_ways)
     with torch.no_grad(), _in_full():
         if (found := _forward(pairs, way, peers)) is None:
             return None
         stats, kept = found
-        n = len(kept.v)
+        n = kept.other.numel()
         zero = kept.v.new_zeros(n)
         n_view = torch.ones(n, dtype=torch.int64, device=zero.device)
         if peers:
@@ -85,7 +86,7 @@ def row_stats(
             n_peer, peer = n_view - 1, (zero.clone(), torch.full_like(zero, -torch.inf))
             slopes_peer = {}, {}
         statistics = stats.lse["view"], zero, *peer, stats.lse["other"]
-        n_other = n - 2 - n_peer
+        n_other = len(kept.e_other) - (1 if pairs.towers else 2) - n_peer
         counts = tuple(_restored(v, pairs.order) for v in (n_view, n_peer, n_other))
     slopes = [{"view": 1.0}, {}, *slopes_peer, {"other": 1.0}]
     return _Attached.apply(statistics, slopes, way, kept, pairs.order, pairs.x, pairs.x2, given), counts
@@ -188,7 +189,7 @@ class _Attached(Function):
         with torch.no_grad(), _in_full():
             kept, tensors = Kept(*rest[: len(Kept._fields)]), iter(rest[len(Kept._fields) :])
             slopes = [{r: next(tensors) if v is None else v for r, v in s.items()} for s in ctx.slopes]
-            scale, pulls = _pulls(slopes, grads, order)
+            scale, pulls = _pulls(slopes, grads, order, ctx.way.halves)
             dv = whole.backward(kept, ctx.way, scale, *pulls)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[7])
             found = ctx.given.gradients(_restored(dx, order), dt)
@@ -217,7 +218,7 @@ class _Masked(Function):
 
 
 def _pulls(
-    slopes: Sequence[Slopes], grads: Sequence[Tensor | None], order: Tensor | None
+    slopes: Sequence[Slopes], grads: Sequence[Tensor | None], order: Tensor | None, halves: int
 ) -> tuple[float, list[Tensor | None]]:
     """Largest upstream gradient, and the gradients of `whole.PULLS` divided by it, so that products with exponentials
     stay in range whatever the reduction."""
@@ -226,7 +227,7 @@ def _pulls(
     totals: dict[str, Tensor] = {}
     for s, g in given:
         for r, slope in s.items():
-            term = (g / scale).view(2, -1) * slope
+            term = (g / scale).view(halves, -1) * slope
             totals[r] = totals[r] + term if r in totals else term
     return scale, [totals.get(r) for r in whole.PULLS]
 

@@ -64,13 +64,11 @@ def groups(objectives: Sequence[Any]) -> tuple[Group, ...] | None:
 
 def row_stats(batch: Batch, temperature: float | Tensor, normalize: bool):
     """The five statistics and three counts of each row; None if tiles must be used."""
-    if batch.y is not None:
-        return None
     if not _is_small(batch):
         return None
     if (pairs := _pairs(batch, True)) is not None:
         return autograd.row_stats(pairs, temperature, normalize, pairs.labels is not None)
-    if batch.sample is None or len(batch.x) ** 2 > chunked.WHOLE // 4:
+    if batch.sample is None or batch.y is not None or len(batch.x) ** 2 > chunked.WHOLE // 4:
         return None
     return autograd.any_row_stats(batch.x, batch.sample, batch.labels, temperature, normalize)
 
@@ -81,10 +79,20 @@ def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
     if batch.sample is None:
         return Pairs(x, y, None, None, True) if x2 is None else Pairs(x, x2, None, labels, False)
     if y is not None:
-        return None
+        return _one_way(batch) if labels is None else None
     if batch.stacked:
         return Pairs(x, None, None, None if labels is None else labels[: len(x) // 2], False)
     return _sorted_pairs(x, batch.sample, labels)
+
+
+def _one_way(batch: Batch) -> Pairs | None:
+    """Anchors and candidates in the same order if each sample has one of both, by ascending ids; otherwise None."""
+    sample = batch.sample
+    if batch.y is None or sample is None or len(batch.x) != len(batch.y) or batch.y.dtype != batch.x.dtype:
+        return None
+    if not torch.equal(sample, batch.sample_y) or not bool((sample[1:] > sample[:-1]).all()):
+        return None
+    return Pairs(batch.x, batch.y, None, None, True, False)
 
 
 def _is_small(batch: Batch) -> bool:
@@ -94,12 +102,14 @@ def _is_small(batch: Batch) -> bool:
 
 
 def is_few(anchors: int) -> bool:
-    """Whether the whole matrix may be computed now: it is small, and no transform or dispatch mode is active, which
-    must see the registered operator instead."""
-    return (
-        anchors * anchors <= chunked.WHOLE and forward_ad._current_level < 0
-        and not _transforms() and not _modes()
-    )  # fmt: skip
+    """Whether the whole matrix may be computed now: it is small, and no transform or dispatch mode must see the
+    registered operator instead."""
+    return anchors * anchors <= chunked.WHOLE and untransformed()
+
+
+def untransformed() -> bool:
+    """Whether no transform or dispatch mode is active: values of tensors may be read."""
+    return forward_ad._current_level < 0 and not _transforms() and not _modes()
 
 
 def supports(x: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """Row statistics of small batches of pairs: compute the whole matrix of exponentials once, and every gradient from it.
 
 Each row has one view here: rows k of the two halves belong to sample k. Either all 2B rows are candidates (the matrix
-is (2B, 2B) and symmetric), or each half has the other as candidates ("towers": (B, B), whose rows and columns are both
-anchors). The views' logits are taken out of the matrix: their spread is exactly 0, and their exponentials are not added
-to any others.
+is (2B, 2B) and symmetric), or the first half has the second as candidates ("towers": (B, B), whose rows are anchors,
+and with "both ways" its columns too). The views' logits are taken out of the matrix: their spread is exactly 0, and
+their exponentials are not added to any others.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ class Way(NamedTuple):
     temperature: float
     normalize: bool
     towers: bool
+    both_ways: bool = True  # of towers: both are anchors
+
+    @property
+    def halves(self) -> int:
+        """Number of halves that are anchors."""
+        return 2 if self.both_ways else 1
 
 
 class Kept(NamedTuple):
@@ -41,14 +47,14 @@ class Kept(NamedTuple):
     v: Tensor  # (N, D) rows, normalised if requested
     norm: Tensor  # (N, 1) norms of the input rows
     e_other: Tensor  # exponentials of the logits of others, 0 elsewhere: (N, N), towers (B, B)
-    other: Tensor  # (2, B) their sums, positive
+    other: Tensor  # their sums, positive: (2, B), or (1, B) if the first half alone are anchors
     e_peer: Tensor | MaybeNone = None
     peer: Tensor | MaybeNone = None
     mask: Tensor | MaybeNone = None  # 1 where two rows are peers, of v's dtype: (N, N), or (B, 1, B) of their samples
 
 
 class Stats(NamedTuple):
-    """Statistics of the 2B anchors, (2, B) each; about peers only if requested."""
+    """Statistics of the anchors, (2, B) each, or (1, B); about peers only if requested."""
 
     lse: dict[str, Tensor]  # by relation; "view" is the logit of the only view, "peer" may be missing
     n_other: int  # 0: no row has others; positive: every row has some (with labels, not their number)
@@ -79,7 +85,7 @@ def forward(
         s = torch.addmm(number(0, v.dtype), one, two.t(), beta=0, alpha=scale)
     else:
         s = torch.addmm(norm, v, v.t(), beta=0, alpha=scale)
-    mean_view = s.diagonal(0 if way.towers else b).expand(2, b)
+    mean_view = s.diagonal(0 if way.towers else b).expand(way.halves, b)
     if high * high > EXP_LIMIT * way.temperature:
         mean_view = mean_view.clone()
         _hide(s, way.towers)
@@ -89,7 +95,8 @@ def forward(
     e = s.exp()
     if labels is None:
         _hide(e, way.towers)
-        other = torch.cat((e.sum(1), e.sum(0))).view(2, b) if way.towers else e.sum(1).view(2, b)
+        sums = torch.cat((e.sum(1), e.sum(0))) if way.towers and way.both_ways else e.sum(1)
+        other = sums.view(way.halves, b)
         n_other = b - 1 if way.towers else n - 2
         return Stats({"view": mean_view, "other": other.log()}, n_other), Kept(v, norm, e, other)
     return _classes(s, e, mean_view, labels, peers, v, norm)
@@ -160,14 +167,15 @@ def backward(
 
     Args:
         factor: a number, which includes the upstream gradient's magnitude.
-        view, other, peer, sum_peer: gradients of mean_view, lse_other, lse_peer, sum_peer: (2, B), or one number for
-            all rows, or None for zero.
+        view, other, peer, sum_peer: gradients of mean_view, lse_other, lse_peer, sum_peer: (2, B) or (1, B) as `Stats`,
+            or one number for all rows, or None for zero.
     """
     v = kept.v
     if other is None:
         pull = torch.zeros_like(kept.e_other)
     else:
-        pull = weights(other / kept.other, way.towers).mul_(kept.e_other)
+        pull = weights(other / kept.other, way.towers)
+        pull = pull.mul_(kept.e_other) if way.both_ways else pull * kept.e_other
     if peer is not None:
         pull.addcmul_(weights(peer / kept.peer, way.towers), kept.e_peer)
     if sum_peer is not None:
@@ -175,7 +183,7 @@ def backward(
         if kept.mask.dim() > 2:
             pairs = pairs.view(2, len(kept.mask), 2, len(kept.mask))
         pull.view_as(pairs).addcmul_(pairs, kept.mask)
-    pair = view.sum(0) if isinstance(view, Tensor) else 2 * (view or 0.0)
+    pair = view.sum(0) if isinstance(view, Tensor) else way.halves * (view or 0.0)
     places = pull.diagonal() if way.towers else _partners(pull)
     places.copy_(pair) if isinstance(pair, Tensor) else places.fill_(pair)
     scale = factor / way.temperature
@@ -197,7 +205,10 @@ def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: b
 
 
 def weights(w: Tensor, towers: bool) -> Tensor:
-    """Factors of the matrix entries from those (2, B) of the rows: the sum of the weights of row and column."""
+    """Factors of the matrix entries: of (2, B) weights the sums of those of row and column, of (1, B) those of the
+    rows, (B, 1)."""
+    if len(w) == 1:
+        return w.t()
     if towers:
         one, two = w.unbind()
         return one.unsqueeze(1) + two

@@ -1,0 +1,177 @@
+"""What ids cannot say: positives given as a list of pairs, negatives of one anchor alone, a margin, label smoothing.
+
+Each is a closed form of the row statistics and of O(D) numbers for each row or pair; nothing is N x N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import check_finite, check_positive, check_rows, describe
+from fastcl.choices import REDUCTIONS, Reduction
+from fastcl.errors import FastclError, one_of, type_of
+from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
+from fastcl.rowstats.api import RowStats, prepared, row_stats
+
+
+def explicit_pairs_loss(
+    z: Tensor,
+    pairs: Tensor,
+    weights: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+) -> Tensor:
+    """SupCon with its positives given as a list: any set of pairs, symmetric or not, each with a weight of its own.
+
+    With logits s and the pairs (i, p) of anchor i, of weight w, its loss is
+    sum_p w_p (log sum_{a != i} exp(s_ia) - s_ip) / sum_p w_p: L_out of Khosla et al. 2020, eq. 2, whose pairs are those
+    of equal labels, all of weight 1. Takes O(P D) memory for P pairs beside the row statistics.
+
+    Args:
+        z: (N, D) embeddings, float16, bfloat16, float32 or float64; N >= 2.
+        pairs: (P, 2) integers, the rows of the anchor and of its positive; a pair may be repeated. For a symmetric loss
+            list both orders.
+        weights: (P,) non-negative; None: 1. They get no gradient.
+        temperature: positive number, or a tensor with one element, which then gets a gradient.
+        reduction: "mean" over all N rows, "sum", or "none" for the (N,) losses. A row without a pair, or whose weights
+            are all 0, contributes 0 and still counts in the mean.
+        normalize: divide rows by their norms first.
+
+    Returns:
+        A scalar, or (N,); float32, or float64 for float64 rows. In float32 a loss is known to the rounding of the
+        logits, however small it is.
+
+    Raises:
+        FastclError: as `fastcl.row_stats`; pairs that are no (P, 2) integers or name no row or a row with itself;
+            weights of another shape, or negative or not finite ones; an unknown reduction.
+    """
+    check_rows(z, "z")
+    check_positive(temperature, "temperature")
+    if reduction not in REDUCTIONS:
+        raise FastclError(one_of("reduction", REDUCTIONS, reduction))
+    _check_pairs(pairs, len(z))
+    ids = torch.arange(len(z), dtype=torch.int64, device=z.device)
+    lse = row_stats(z, sample=ids, temperature=temperature, normalize=normalize, gather_distributed=False).lse_other
+    with torch.autocast(z.device.type, enabled=False):
+        anchor, positive = pairs.long().to(z.device).unbind(1)
+        rows = prepared(z, normalize)
+        logits = (rows[anchor] * rows[positive]).sum(1) / _number(temperature, rows)
+        share = _checked_weights(weights, logits)
+        total = torch.zeros_like(lse).index_add(0, anchor, share)
+        mean = torch.zeros_like(lse).index_add(0, anchor, share * logits) / total.where(total > 0, 1)
+        losses = (lse - mean).where(total > 0, 0)
+    return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def paired_negatives(
+    x: Tensor, negatives: Tensor, temperature: float | Tensor = 0.5, normalize: bool = True
+) -> RowStats:
+    """Row statistics of anchors against negatives of their own, such as mined hard negatives, all of them others.
+
+    Join them to the statistics of the batch:
+    `fastcl.OBJECTIVES["ntxent"](fastcl.row_stats(x, y, ...).union(fastcl.paired_negatives(x, hard, ...)))`.
+
+    Args:
+        x: (N, D) anchors, as `fastcl.row_stats`.
+        negatives: (N, M, D), the M negatives of each anchor, of x's dtype and device.
+        temperature, normalize: as `fastcl.row_stats`, and as in the call whose statistics they join.
+
+    Raises:
+        FastclError: as `fastcl.row_stats`; negatives of another shape, dtype or device.
+    """
+    check_rows(x, "x")
+    check_positive(temperature, "temperature")
+    if not isinstance(negatives, Tensor) or negatives.ndim != 3 or 0 in negatives.shape:
+        found = describe(negatives) if isinstance(negatives, Tensor) else type_of(negatives)
+        raise FastclError(f"negatives must be a non-empty (rows, negatives, width) tensor, got {found}")
+    given, wanted = (len(negatives), negatives.shape[2]), tuple(x.shape)
+    if given != wanted or (negatives.dtype, negatives.device) != (x.dtype, x.device):
+        raise FastclError(
+            f"negatives must have x's rows, width, dtype and device, got {describe(negatives)} for x {describe(x)}"
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        rows = prepared(x, normalize)
+        others = prepared(negatives.flatten(0, 1), normalize).view(negatives.shape)
+        lse = (torch.einsum("nd,nmd->nm", rows, others) / _number(temperature, rows)).logsumexp(1)
+    none, zero = torch.full_like(lse.detach(), -torch.inf), torch.zeros_like(lse.detach())
+    count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return RowStats(none, zero, zero, none, zero, lse, count, count, count + negatives.shape[1])
+
+
+def with_margin(objective: ObjectiveLike, margin: float | Tensor) -> Callable[[RowStats], Tensor]:
+    """An objective whose positives have to win by a margin (as additive-margin softmax, Wang et al. 2018).
+
+    Args:
+        objective: a name of `fastcl.OBJECTIVES` or an `Objective`.
+        margin: what is subtracted from the logits of the positives, in the numerator and in the denominator: a margin
+            of the cosine divided by the temperature; a number, or a tensor with one element, which gets a gradient.
+
+    Returns:
+        A function from RowStats to (N,) row losses, to be passed as the `objective` of `fastcl.contrastive_loss`.
+
+    Raises:
+        FastclError: an unknown objective, or a callable of your own, whose positives nobody knows; a margin that is no
+            finite number.
+    """
+    form = resolve(objective)
+    if not isinstance(form, Objective):
+        raise FastclError(f"objective must be a name or an Objective, whose positives are known, got {objective!r}")
+    check_finite(margin, "margin")
+
+    def losses(stats: RowStats) -> Tensor:
+        fields = [f"{field}_{relation}" for relation in form.positives for field in ("lse", "mean")]
+        shift = _number(margin, stats.mean_view)
+        moved = {name: getattr(stats, name) - shift for name in fields}
+        for relation in form.positives:  # an empty relation has a mean of 0
+            name = f"mean_{relation}"
+            moved[name] = moved[name].where(getattr(stats, f"n_{relation}") > 0, 0)
+        return form(replace(stats, **moved))
+
+    return losses
+
+
+def pairs_above_mean(
+    x: Tensor, y: Tensor, logit_scale: float | Tensor, normalize: bool, reduction: Reduction
+) -> Tensor:
+    """By how much the logit of pair k exceeds the mean of its row and its column: times e, what label smoothing by e
+    adds to the two cross-entropies, whose rows are then (1 - e) (lse - s_kk) + e (lse - mean of s). Arguments as
+    `fastcl.clip_loss`, checked by it."""
+    with torch.autocast(x.device.type, enabled=False):
+        u, v = prepared(x, normalize), prepared(y, normalize)
+        apart = (u * v).sum(1) - (u @ v.mean(0) + v @ u.mean(0)) / 2
+        rows = apart * _number(logit_scale, u)
+    return rows if reduction == "none" else getattr(rows, reduction)()
+
+
+def _number(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(like).reshape(()) if isinstance(value, Tensor) else value
+
+
+def _check_pairs(pairs: Tensor, rows: int) -> None:
+    if not isinstance(pairs, Tensor) or pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.is_floating_point:
+        found = describe(pairs) if isinstance(pairs, Tensor) else type_of(pairs)
+        raise FastclError(f"pairs must be a (P, 2) tensor of integers, got {found}")
+    if torch.compiler.is_compiling() or not len(pairs):
+        return
+    low, high = (v.item() for v in pairs.aminmax())
+    if low < 0 or high >= rows:
+        raise FastclError(f"pairs must name rows 0 to {rows - 1}, got {low if low < 0 else high}")
+    if (own := pairs[:, 0] == pairs[:, 1]).any():
+        raise FastclError(f"pairs must not pair a row with itself, got row {pairs[own][0, 0].item()}")
+
+
+def _checked_weights(weights: Tensor | None, logits: Tensor) -> Tensor:
+    if weights is None:
+        return torch.ones_like(logits.detach())
+    if not isinstance(weights, Tensor) or weights.shape != logits.shape:
+        found = describe(weights) if isinstance(weights, Tensor) else type_of(weights)
+        raise FastclError(f"weights must be one number for each of {len(logits)} pairs, got {found}")
+    share = weights.detach().to(logits)
+    if not torch.compiler.is_compiling() and not bool(((share >= 0) & share.isfinite()).all()):
+        raise FastclError(f"weights must be finite and not negative, got {share[~(share >= 0)].tolist()[:1] or 'inf'}")
+    return share
