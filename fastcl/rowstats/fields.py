@@ -74,5 +74,5 @@ def _joined_views(a: RowStats, b: RowStats) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, spread and number of the views of both; each spread is taken relative to the joint mean, so that close
     views cancel nothing."""
     mean, n = _joined_means(a.mean_view, a.n_view, b.mean_view, b.n_view)
-    parts = [(s.spread_view + (s.mean_view - mean)).masked_fill(s.n_view == 0, -torch.inf) for s in (a, b)]
-    return mean, _joined_log_sums(*parts, n > 0).masked_fill(n == 0, 0), n
+    one, two = ((s.spread_view + (s.mean_view - mean)).masked_fill(s.n_view == 0, -torch.inf) for s in (a, b))
+    return mean, _joined_log_sums(one, two, n > 0).masked_fill(n == 0, 0), n

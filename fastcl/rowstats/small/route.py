@@ -87,10 +87,10 @@ def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
 
 def _one_way(batch: Batch) -> Pairs | None:
     """Anchors and candidates in the same order if each sample has one of both, by ascending ids; otherwise None."""
-    sample = batch.sample
-    if batch.y is None or sample is None or len(batch.x) != len(batch.y) or batch.y.dtype != batch.x.dtype:
+    sample, sample_y = batch.sample, batch.sample_y
+    if batch.y is None or sample is None or sample_y is None or len(sample) != len(sample_y):
         return None
-    if not torch.equal(sample, batch.sample_y) or not bool((sample[1:] > sample[:-1]).all()):
+    if not torch.equal(sample, sample_y) or not bool((sample[1:] > sample[:-1]).all()):
         return None
     return Pairs(batch.x, batch.y, None, None, True, False)
 

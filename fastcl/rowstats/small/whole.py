@@ -116,7 +116,7 @@ def _classes(
     if low < 0:
         apart.masked_fill_((ids == UNLABELLED).unsqueeze(1), 1)
         _hide(apart, large)
-    grid, mask = e, None
+    grid, mask, n_peer = e, None, None
     if peers:
         mask = number(1, v.dtype) - apart
         _hide(mask, large)
