@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
+from time import perf_counter
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastcl
-from bench.harness.clocks import Sample, interleave, time_passes
+from bench.harness.clocks import MIN_ROUNDS, QUICK, Sample, time_passes
 from bench.harness.command import Command
 from bench.harness.records import Record, digits, machine, milliseconds, table, write
 from fastcl.adapters import replacements
@@ -26,6 +27,7 @@ from fastcl.errors import FastclError
 
 ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUEUE = 16384
+WARM, TIMED = 20, 10  # calls of a block, if they are quick
 
 
 def _classes(loss: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -48,25 +50,34 @@ CASES: dict[str, tuple[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]]]
 
 
 def measured(kind: str, rows: int, width: int, repeats: int, seconds: float) -> dict[str, list[Sample]]:
-    """Samples of both passes together: of the original, and of fastcl in its place."""
+    """Samples of both passes together: of the original, and of fastcl in its place.
+
+    The two take turns in blocks of calls: to patch at every call would time an interpreter that has to learn the
+    patched code again.
+    """
     library, make = CASES[kind]
     generator = torch.Generator().manual_seed(rows)
     a, b = torch.nn.functional.normalize(torch.randn(2, rows, width, generator=generator), dim=2)
     leaf = a.requires_grad_()
-    loss = make(width)
-
-    def original() -> dict[str, Sample]:
-        return time_passes(lambda: loss(leaf, b), leaf)
-
-    def patched() -> dict[str, Sample]:
-        with fastcl.patch(library):
-            return time_passes(lambda: loss(leaf, b), leaf)
-
+    call = partial(make(width), leaf, b)
+    found: dict[str, list[Sample]] = {"original": [], "fastcl": []}
+    began = perf_counter()
     with mock.patch.object(replacements, "FEWEST", dict.fromkeys(replacements.FEWEST, 0)):
-        for warm in (original, patched, patched):
-            warm()
-        found = interleave({"original": original, "fastcl": patched}, repeats, seconds)
-    return {name: passes["both"] for name, passes in found.items()}
+        for k in range(repeats):
+            if k >= MIN_ROUNDS and perf_counter() - began > seconds * len(found):
+                break
+            found["original"] += _block(call, leaf)
+            with fastcl.patch(library):
+                found["fastcl"] += _block(call, leaf)
+    return found
+
+
+def _block(call: Callable[[], Tensor], leaf: Tensor) -> list[Sample]:
+    """The times of a call after untimed ones, if it is quick of several."""
+    (first, *more) = [time_passes(call, leaf)["both"] for _ in range(2)]
+    if first.ms >= QUICK:
+        return more
+    return [time_passes(call, leaf)["both"] for _ in range(WARM + TIMED)][WARM:]
 
 
 def fewest(records: Sequence[Record], kind: str) -> int | None:

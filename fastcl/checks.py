@@ -34,7 +34,7 @@ def _check_range(value: float | Tensor, name: str, least: float, what: str) -> N
         if value.numel() != 1 or not value.is_floating_point():
             raise FastclError(f"{name} must be a number or a float tensor with one element, got {describe(value)}")
         check_not_meta(value, name)
-        if not _readable(value):
+        if not is_readable(value):
             return
         value = value.item()
     elif isinstance(value, numbers.Real) and hasattr(value, "item"):  # NumPy types may be too narrow for the bounds
@@ -79,7 +79,7 @@ def is_inside(x: Tensor, transform: str) -> bool:
     return False
 
 
-def _readable(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Whether a check may read values; otherwise that would synchronise the device or is impossible."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or hasattr(x, "fake_mode"):  # a FakeTensor
         return False
@@ -106,7 +106,7 @@ def check_all_ids(
         if rows is None or (name == "labels_y" and labels is None):
             raise FastclError(f"{name} was given without {'y' if rows is None else 'labels'}")
         check_ids(ids, rows, name)
-    if all(v is None or _readable(v) for v in (sample, labels, sample_y, labels_y)):
+    if all(v is None or is_readable(v) for v in (sample, labels, sample_y, labels_y)):
         _check_views_agree(sample, labels, sample_y, labels_y)
     labels, sample_y, labels_y = (None if v is None else v.long() for v in (labels, sample_y, labels_y))
     return sample.long(), labels, sample_y, labels_y
@@ -149,7 +149,7 @@ def is_stacked(sample: Tensor, labels: Tensor | None) -> bool:
     """Whether ids on a CPU list first views, then second views, samples ascending, with equal labels; False if values
     cannot be read. For small batches this saves a sort, which costs more than the loss itself."""
     half = len(sample) // 2
-    if type(sample) is not Tensor or not _readable(sample) or len(sample) != 2 * half:
+    if type(sample) is not Tensor or not is_readable(sample) or len(sample) != 2 * half:
         return False
     return all(torch.equal(v[:half], v[half:]) for v in (sample, labels) if v is not None) and bool(
         (sample[1:half] > sample[: half - 1]).all()

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_finite, check_positive, check_rows, describe
+from fastcl.checks import check_finite, check_positive, check_rows, describe, is_readable
 from fastcl.choices import REDUCTIONS, Reduction
 from fastcl.errors import FastclError, one_of, type_of
 from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
@@ -48,7 +48,8 @@ def explicit_pairs_loss(
 
     Raises:
         FastclError: as `fastcl.row_stats`; pairs that are no (P, 2) integers or name no row or a row with itself;
-            weights of another shape, or negative or not finite ones; an unknown reduction.
+            weights of another shape, or negative or not finite ones (values are checked on the CPU only); an unknown
+            reduction.
     """
     check_rows(z, "z")
     check_positive(temperature, "temperature")
@@ -156,7 +157,7 @@ def _check_pairs(pairs: Tensor, rows: int) -> None:
     if not isinstance(pairs, Tensor) or pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.is_floating_point:
         found = describe(pairs) if isinstance(pairs, Tensor) else type_of(pairs)
         raise FastclError(f"pairs must be a (P, 2) tensor of integers, got {found}")
-    if torch.compiler.is_compiling() or not len(pairs):
+    if not len(pairs) or not is_readable(pairs):
         return
     low, high = (v.item() for v in pairs.aminmax())
     if low < 0 or high >= rows:
@@ -172,6 +173,6 @@ def _checked_weights(weights: Tensor | None, logits: Tensor) -> Tensor:
         found = describe(weights) if isinstance(weights, Tensor) else type_of(weights)
         raise FastclError(f"weights must be one number for each of {len(logits)} pairs, got {found}")
     share = weights.detach().to(logits)
-    if not torch.compiler.is_compiling() and not bool(((share >= 0) & share.isfinite()).all()):
-        raise FastclError(f"weights must be finite and not negative, got {share[~(share >= 0)].tolist()[:1] or 'inf'}")
+    if is_readable(share) and (wrong := ~((share >= 0) & share.isfinite())).any():
+        raise FastclError(f"weights must be finite and not negative, got {share[wrong][0].item():g}")
     return share
