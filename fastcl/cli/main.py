@@ -170,6 +170,12 @@ def _views(args: argparse.Namespace) -> None:
     show_views(args)
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from fastcl.cli.compare import compare_run
+
+    compare_run(args)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from fastcl.cli.doctor import examine
 
@@ -178,6 +184,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 _RUN = {
+    "compare": _compare,
     "demo": _demo, "train": _train, "config": _config, "align": _align, "report": _report, "views": _views,
     "doctor": _doctor,
 }  # fmt: skip

@@ -15,6 +15,7 @@ Train self-supervised and supervised contrastive models side by side on the same
   fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; the same command resumes a stopped run
   fastcl config > CONFIG.toml                  a config with every key and its meaning; --preset NAME: a complete run
   fastcl report runs/x                         one self-contained HTML page for a run, finished or not
+  fastcl compare runs/x                        a run's alignment beside the curves of arXiv 2510.08852
   fastcl align A.npy B.npy                     CKA, RSA and drift of two feature files, or CKA of all their layers
   fastcl views --data SOURCE --out views.png   what the models see: images and their views by every renderer
   fastcl doctor                                versions and devices of this machine, and a numerical self-test
@@ -46,6 +47,17 @@ Prints every key with its meaning and its default (with --preset: the preset's v
 
   fastcl config --preset omniglot > run.toml
   fastcl train run.toml --out runs/x --set data.source=omniglot:PATH"""),
+    "compare": ("a run's alignment beside the curves of arXiv 2510.08852", """
+Prints CKA and RSA of nscl, supcon and ce with CL at every evaluated epoch beside the published value, the difference,
+and whether it is within the band in which the two cannot be told apart; then every setting in which the run differs
+from the published one, and what is doubtful about the published numbers. Works on unfinished runs too. Between two
+published epochs values are interpolated; outside of them there are none.
+
+  fastcl compare runs/x --out paper.svg                        the published run of the same data and temperature
+  fastcl compare runs/x --target cifar100-tau-1.0 --json paper.json
+  fastcl compare --list                                        all of them
+
+A run measures on held-out images, most published curves on training images: the output says what it compares."""),
     "align": ("CKA, RSA and drift of two feature files, or CKA of all pairs of layers", """
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
 Row k of both files must be the same sample. Prints CKA (linear, cosine; biased, debiased), RSA (Pearson; with
@@ -108,7 +120,17 @@ def parser() -> argparse.ArgumentParser:
     text = "page to write (default: DIR/report.html)"
     subs["report"].add_argument("--out", type=named_path, metavar="FILE", help=text)
     _add_views(subs["views"])
+    _add_compare(subs["compare"])
     return whole
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("run", type=named_path, nargs="?", metavar="RUN", help="folder of the run")
+    text = "name of a published run (default: that of the run's data set, number of classes and temperature)"
+    compare.add_argument("--target", metavar="NAME", help=text)
+    compare.add_argument("--list", action="store_true", help="list the published runs, and what they show")
+    compare.add_argument("--out", type=named_path, metavar="FILE", help="draw both: .svg or .png")
+    compare.add_argument("--json", type=named_path, metavar="FILE", help="write the numbers at full precision")
 
 
 def _add_views(views: argparse.ArgumentParser) -> None:
