@@ -85,8 +85,8 @@ class Comparison:
         if not held_out:
             low, high = published().above
             text += (
-                f" On held-out images the published curves of Fig. 2 lie {low:.2f} to {high:.2f} above those of training "
-                "images, so the band reaches as far up."
+                f" On held-out images the published curves of Fig. 2 lie {low:.2f} to {high:.2f} above those of "
+                "training images, so the band reaches as far up."
             )
         return text
 

@@ -55,7 +55,8 @@ def _draw(sides: Comparison) -> Figure:
     measures = [key for key in MEASURES if any(one.measure == key for one in sides.curves)]
     images = {one.measure: "held-out" if one.split == HELD_OUT else "training" for one in sides.curves}
     titles = [
-        f"{MEASURES[key]} with {sides.cl} on held-out images, beside {target.name} ({target.figure}, {images[key]} images)"
+        f"{MEASURES[key]} with {sides.cl} on held-out images, beside {target.name} ({target.figure}, {images[key]} "
+        "images)"
         for key in measures
     ]
     figure, axes = panels(run, titles, "alignment (1 = same)", sharey=True)

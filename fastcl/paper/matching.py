@@ -139,8 +139,9 @@ def _of_code(run: Run) -> Iterator[Difference]:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_same, a, b))
-    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
-    return math.isclose(a, b, rel_tol=_CLOSE) if numbers else a == b
+    if isinstance(a, int | float) and isinstance(b, int | float) and not (isinstance(a, bool) or isinstance(b, bool)):
+        return math.isclose(a, b, rel_tol=_CLOSE)
+    return a == b
 
 
 def _source(run: Run) -> str:

@@ -95,8 +95,8 @@ class Target:
         epochs = [epoch for curve in self.curves for epoch in curve.points]
         rate = f", learning rate {self.overrides['optim.lr']:g}" if "optim.lr" in self.overrides else ""
         return (
-            f"{self.figure}: {' and '.join(names)} of {', '.join(models)} with CL; {self.data}, {self.classes} classes, "
-            f"temperature {t.temperature:g}, batch {t.batch_size}{rate}; epochs {min(epochs)} to {max(epochs)}"
+            f"{self.figure}: {' and '.join(names)} of {', '.join(models)} with CL; {self.data}, {self.classes} "
+            f"classes, temperature {t.temperature:g}, batch {t.batch_size}{rate}; epochs {min(epochs)} to {max(epochs)}"
         )
 
 

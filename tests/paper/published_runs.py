@@ -17,7 +17,10 @@ PUBLISHED = 'train.models=["ntxent", "nscl_with_positive", "supcon", "ce"]'
 
 
 def preset_run(
-    path: Path, preset: str, curves: dict[str, dict[int, tuple[float | None, float | None]]], *overrides: str,
+    path: Path,
+    preset: str,
+    curves: dict[str, dict[int, tuple[float | None, float | None]]],
+    *overrides: str,
     **data: Any,
 ) -> Path:
     """A run of a preset with keys overridden.
