@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -129,6 +130,8 @@ def _of_settings(run: Run, target: Target) -> Iterator[Difference]:
 
 
 def _of_code(run: Run) -> Iterator[Difference]:
+    if (ranks := re.search(r" x (\d+) ranks$", str(run.facts.get("device")))) is not None:
+        yield Difference("processes", f"{ranks[1]}, each with batch statistics of its part", "1")
     precision = _table(run.config, "train").get("precision", "not recorded")
     yield Difference("precision", str(precision), "fp16 with loss scaling")
     if _table(run.config, "optim").get("name") == "lars":

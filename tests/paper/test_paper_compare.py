@@ -1,6 +1,7 @@
 """`fastcl compare`: rows, bands, the choice of the published run, what differs, and errors."""
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def shifted(*shifts: float, model: str = "nscl") -> dict:
 def run(tmp_path) -> Path:
     """With the published losses: at epoch 10 below the band, at 20 within, at 30 above, at 35 between two."""
     curves = {
-        "nscl_with_positive": shifted(0, -0.0035, 0.032, 0.034) | {35: (0.95, None), 1201: (0.7, 0.6)},
+        "nscl_with_positive": shifted(0, -0.0035, 0.032, 0.034) | {35: (0.95, None), 1201: (0.7, 0.0)},
         "ce": shifted(0, -0.0025, model="ce"),
     }
     return preset_run(tmp_path / "run", "cifar100", curves, PUBLISHED)
@@ -44,6 +45,7 @@ def test_rows_differences_and_bands(run):
     assert between.interpolated and between.paper == pytest.approx((NSCL[30] + NSCL[40]) / 2)
     after = rows["cka", "nscl", 1201]
     assert after.paper is None and after.place is None and after.difference is None and after.ours == 0.7
+    assert rows["rsa", "nscl", 1201].ours == 0.0
     undefined = rows["rsa", "nscl", 35]
     assert undefined.ours is None and undefined.place is None and undefined.paper is not None
     assert rows["rsa", "ce", 10].difference == 0 and rows["cka", "ce", 10].place == "within"
@@ -85,12 +87,15 @@ def test_what_differs_is_named(run, tmp_path):
         "train.batch_size=512", "views.size=28", "data.source=folder:photos", "train.precision=bf16",
         source="photos", classes=7,
     )  # fmt: skip
+    head = other / "run.json"
+    head.write_text(head.read_text().replace('"device": "cpu"', '"device": "NVIDIA H200 x 4 ranks"'))
     said = {one.what: (one.ours, one.published) for one in compare(other, "cifar100").differences}
     assert said["data set"] == ("folder:photos", "cifar100")
     assert said["loss of CL"][1] == "ntxent" and said["loss of NSCL"][1] == "nscl_with_positive"
     assert said["optim.name"] == ('"adamw"', '"lars"') and said["train.batch_size"] == ("512", "1024")
     assert said["views.size"] == ("28", "32") and said["model.name"] == ('"vit_base_patch16_224"', '"resnet50"')
     assert said["train.epochs"] == ("300", "1201") and said["precision"][0] == "bf16" and "LARS" not in said
+    assert said["processes"] == ("4, each with batch statistics of its part", "1")
     assert "train.temperature" not in said and "optim.momentum" not in said
     (tmp_path / "run" / "run.json").write_text((run / "run.json").read_text().replace('"joint_views": false, ', ""))
     assert {one.what: one.ours for one in compare(run).differences}["train.joint_views"] == "not recorded"
@@ -113,7 +118,11 @@ def test_the_command_prints_a_table_and_writes_its_files(run, tmp_path, capsys):
     assert b"wrong epoch" not in first and main(["compare", str(run), "--out", str(figure)]) == 0
     assert figure.read_bytes() == first, "the same run gives the same figure"
     assert main(["compare", str(run), "--target", "cifar100-tau-0.1", "--out", str(figure)]) == 0
-    assert b"published at a wrong epoch" in figure.read_bytes()
+    drawn = figure.read_text()
+    assert "published at a wrong epoch" in drawn
+    crosses = set(re.findall(r'<path id="(\w+)" d="M -2.25 2.25 \nL 2.25 -2.25 \nM', drawn))
+    count = sum(drawn.count(f'href="#{name}"') for name in crosses)
+    assert count == 2 * 3 + 1, "three in each panel, one in the legend"
 
 
 def test_many_epochs_are_shortened_to_the_published_ones(tmp_path, capsys):

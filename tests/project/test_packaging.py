@@ -41,7 +41,7 @@ def names(wheel: Path) -> set[str]:
 
 
 def modules(tree: Path) -> set[str]:
-    """What a wheel must hold: all Python files, configurations, templates, data of fastcl/; kernels/ as fastcl/kernels."""
+    """What a wheel must hold: all code, configurations, templates and data of fastcl/, kernels/ as fastcl/kernels."""
     suffixes = ("py", "toml", "j2", "css", "json")
     package = {path.relative_to(tree) for suffix in suffixes for path in (tree / "fastcl").rglob(f"*.{suffix}")}
     kernels = [path for suffix in ("py", "json") for path in (tree / "kernels").rglob(f"*.{suffix}")]
