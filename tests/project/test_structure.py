@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "dispatch": {"checks", "choices"},
     "rowstats": {"dispatch", "kernels", "exchange"},
     "losses": {"rowstats"},
-    "similarity": {"rowstats"},
+    "similarity": {"rowstats", "theory"},
     "metrics": {"errors"},
     "config": {"errors", "io"},
     "data": {"config", "kernels"},
