@@ -9,6 +9,12 @@ learning rates eta_t, temperature tau and largest class frequency pi_max, with p
 
 Delta (`softmax_gap.py`) bounds the L1 distance between two softmax distributions, which is never more than 2; if
 pi_max + eps >= 1, that 2 is the only bound. Everything is computed in logarithms: published settings reach 10^2783.
+
+The exponential comes from a step being allowed to increase an earlier drift by 1 + eta L, L = 1 / (2 tau^2 B). But the
+batch losses are convex in S, and then no step with eta <= 2 / L increases it at all (co-coercivity; beyond, by eta L - 1
+at most). With ||p - q||_2 <= sqrt(2) m <= sqrt(2) x / (1 + x) besides, under the same assumptions
+
+    d_{t+1} <= max(1, eta_t L - 1) d_t + eta_t sqrt(2) x / ((1 + x) tau sqrt(B)),     x = Delta / 2          (convex)
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastcl.theory.logarithms import LN10, log_drifts
+from fastcl.theory.logarithms import LN10, log_convex, log_drifts, log_smooth, log_sum
 from fastcl.theory.ranges import check_count, check_range, check_temperature, checked_rates
 from fastcl.theory.softmax_gap import log_printed_gap, sampling_error
 
@@ -58,7 +64,13 @@ class CouplingBound(DriftBound):
     """The bounds of `similarity_coupling_bound`: those of `DriftBound` on d_t = ||S_t^CL - S_t^NSCL||_F.
 
     `log10_largest` is `largest_drift(n)`, or inf without n.
+
+    Attributes:
+        log10_convex: T + 1 values; entry t bounds d_t by convexity (see the module): not the paper's, never larger than
+            `log10_recurrence`, and without its exponential.
     """
+
+    log10_convex: tuple[float, ...]
 
 
 def similarity_coupling_bound(
@@ -97,7 +109,11 @@ def similarity_coupling_bound(
     gap = log_printed_gap(temperature, largest_class, epsilon)
     # log of 1 / (tau sqrt(anchors)); its square is 1 / (tau^2 anchors)
     per_rate = -math.log(temperature) - math.log(batch_size * views) / 2
-    recurrence = log_drifts(rates, 2 * per_rate - math.log(2), per_rate + min(gap, math.log(2)))
+    smoothness = 2 * per_rate - math.log(2)
+    recurrence = log_drifts(rates, log_smooth(smoothness), per_rate + min(gap, math.log(2)))
+    odds = gap - math.log(2)
+    mass = -log_sum(0.0, -odds) if odds < math.inf else 0.0  # log of x / (1 + x)
+    convex = log_drifts(rates, log_convex(smoothness), per_rate + math.log(2) / 2 + mass)
     total = math.fsum(rates)
     printed = -math.inf
     if total > 0:
@@ -108,6 +124,7 @@ def similarity_coupling_bound(
         log10_recurrence=tuple(value / LN10 for value in recurrence),
         log10_printed=printed / LN10,
         log10_largest=math.inf if n is None else math.log10(largest_drift(n)),
+        log10_convex=tuple(value / LN10 for value in convex),
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastcl.theory.drift_bound import DriftBound
-from fastcl.theory.logarithms import LN10, log_drifts, log_expm1
+from fastcl.theory.logarithms import LN10, log_drifts, log_expm1, log_smooth
 from fastcl.theory.ranges import LARGEST, SMALLEST, check_range, check_temperature, checked_rates
 from fastcl.theory.softmax_gap import log_printed_gap, sampling_error
 
@@ -74,7 +74,7 @@ def parameter_divergence_bound(
     epsilon = sampling_error(len(rates), batch_size, delta)
     gap = log_printed_gap(temperature, largest_class, epsilon)
     per_rate = math.log(similarity_gradient) - math.log(temperature)  # log of G / tau
-    recurrence = log_drifts(rates, math.log(smoothness), per_rate + min(gap, math.log(2)))
+    recurrence = log_drifts(rates, log_smooth(math.log(smoothness)), per_rate + min(gap, math.log(2)))
     growth = log_expm1(smoothness * math.fsum(rates)) - math.log(smoothness)
     summary = growth + per_rate + 2 / temperature + math.log(largest_class)
     return ParameterBound(
