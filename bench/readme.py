@@ -47,8 +47,8 @@ def draw(results: Path) -> None:
             figure(read(file), file.parent)
     for file in sorted(results.rglob("metrics.jsonl")):
         figures.of_run(file.parent)
-    if (results / "theory").is_dir():
-        theory.draw(theory.read(results), results / "theory")
+    if records := theory.read(results):
+        theory.draw(records, results / "theory")
     if (results / "static").is_dir():
         scaling.draw(results)
 

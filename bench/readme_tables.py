@@ -222,12 +222,14 @@ def split_products(results: Path) -> str:
 
 def theory_covered(results: Path) -> str:
     """Slack of every bound in settings that the theorem covers."""
-    return theory.covered(theory.read(results))
+    records = theory.read(results)
+    return theory.covered(records) if records else NOT_MEASURED
 
 
 def theory_outside(results: Path) -> str:
     """What failed in the others."""
-    return theory.outside(theory.read(results))
+    records = theory.read(results)
+    return theory.outside(records) if records else NOT_MEASURED
 
 
 def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[Path], str]:

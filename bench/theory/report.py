@@ -37,9 +37,11 @@ def packed(facts: Record, records: Sequence[Record]) -> str:
 
 
 def read(results: Path) -> list[Record]:
-    """The committed records of a folder of results."""
-    found = json.loads((results / "theory" / "theory.json").read_text(encoding="utf-8"))
-    records = []
+    """The committed records of a folder of results; none without the file."""
+    file, records = results / "theory" / "theory.json", []
+    if not file.is_file():
+        return records
+    found = json.loads(file.read_text(encoding="utf-8"))
     for *values, slack, letters in found["settings"]:
         vacuous = {name: letter == "v" for name, letter in zip(found["bounds"], letters, strict=True) if letter != "-"}
         fields = dict(zip(found["fields"], values, strict=True))
