@@ -15,7 +15,14 @@ from bench.theory import report as theory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/scaling.md", "docs/theory.md", "docs/training.md", "kernels/README.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/scaling.md",
+    "docs/theory.md",
+    "docs/training.md",
+    "kernels/README.md",
+)
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.DOTALL)
 _DESCRIPTION = f"""\

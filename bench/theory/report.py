@@ -22,8 +22,8 @@ OURS = ("Theorem 1, convex", "loss gap, mean", "Lemma 4, known classes", "Coroll
 
 
 def packed(facts: Record, records: Sequence[Record]) -> str:
-    """The records as JSON, a line of values for each: the fields of its setting, then per bound the slack (null: nothing
-    was measured) and a letter: v for vacuous, s for one that says something, - where that has no meaning."""
+    """The records as JSON, a line of values for each: the fields of its setting, then per bound the slack, null if
+    nothing was measured, and a letter: v for vacuous, s for one that says something, - where that has no meaning."""
     fields = [field for field in records[0] if field not in ("slack", "vacuous")]
     bounds = list(dict.fromkeys(name for r in records for name in r["slack"]))
     head = {**facts, "fields": fields, "bounds": bounds}

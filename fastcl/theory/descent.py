@@ -22,6 +22,8 @@ from torch import Tensor
 from fastcl.errors import FastclError, one_of, type_of
 from fastcl.theory.ranges import check_count, check_temperature, checked_rates
 
+_ROUNDING = 1e-6  # of float32 cosines
+
 Entries: TypeAlias = Literal["free", "symmetric", "tied"]
 
 
@@ -73,8 +75,8 @@ def similarity_descent(
     """Run CL and NSCL on the entries of a similarity matrix, from one start on the same batches.
 
     Args:
-        start: (n, n) float, entries in [-1, 1], symmetric unless entries are free; n = N K, row k N + i is view k of
-            sample i. Computed in float64 on the CPU.
+        start: (n, n) float, entries in [-1, 1], symmetric unless entries are free, both up to 1e-6; n = N K, row
+            k N + i is view k of sample i. Computed in float64 on the CPU.
         labels: (N,) integers.
         batches: (T, B) integers, the samples of each batch, as `draw_batches` gives them. The theorem assumes that no
             batch repeats a sample; one that does adds up its gradients.
@@ -97,8 +99,7 @@ def similarity_descent(
     rates = checked_rates(learning_rates)
     _check_shapes(start, labels, batches, len(rates))
     views = len(start) // len(labels)
-    s = start.detach().to("cpu", torch.float64)
-    _check_entries(s, entries)
+    s = _checked_entries(start.detach().to("cpu", torch.float64), entries)
     classes = labels.to("cpu").unique(return_inverse=True)[1]
     cl, nscl, drift, found = s.clone(), s.clone(), [0.0], []
     for rate, samples in zip(rates, batches.to("cpu", torch.int64), strict=True):
@@ -202,9 +203,13 @@ def _check_shapes(start: Tensor, labels: Tensor, batches: Tensor, steps: int) ->
         raise FastclError(f"batches must hold indices in [0, {len(labels)}), got {low} to {high}")
 
 
-def _check_entries(s: Tensor, entries: Entries) -> None:
-    most = s.abs().max().item()
-    if not most <= 1 + 1e-9:
-        raise FastclError(f"start must have entries in [-1, 1], got one of size {most:g}")
-    if entries != "free" and not torch.equal(s, s.mT):
-        raise FastclError(f"start must be symmetric for {entries} entries, got one that differs from its transpose")
+def _checked_entries(s: Tensor, entries: Entries) -> Tensor:
+    """The start with what float32 cosines lack in range and symmetry put right."""
+    most, skew = s.abs().max().item(), (s - s.mT).abs().max().item()
+    if not most <= 1 + _ROUNDING:
+        raise FastclError(f"start must have entries in [-1, 1], got one of size {most:.7g}")
+    if entries == "free":
+        return s.clamp(-1.0, 1.0)
+    if not skew <= _ROUNDING:
+        raise FastclError(f"start must be symmetric for {entries} entries, got entries that differ by {skew:g}")
+    return ((s + s.mT) / 2).clamp(-1.0, 1.0)

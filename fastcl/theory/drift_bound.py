@@ -11,8 +11,8 @@ Delta (`softmax_gap.py`) bounds the L1 distance between two softmax distribution
 pi_max + eps >= 1, that 2 is the only bound. Everything is computed in logarithms: published settings reach 10^2783.
 
 The exponential comes from a step being allowed to increase an earlier drift by 1 + eta L, L = 1 / (2 tau^2 B). But the
-batch losses are convex in S, and then no step with eta <= 2 / L increases it at all (co-coercivity; beyond, by eta L - 1
-at most). With ||p - q||_2 <= sqrt(2) m <= sqrt(2) x / (1 + x) besides, under the same assumptions
+batch losses are convex in S, and then no step with eta <= 2 / L increases it at all (co-coercivity); beyond, it grows
+by eta L - 1 at most. With ||p - q||_2 <= sqrt(2) m <= sqrt(2) x / (1 + x) besides, under the same assumptions
 
     d_{t+1} <= max(1, eta_t L - 1) d_t + eta_t sqrt(2) x / ((1 + x) tau sqrt(B)),     x = Delta / 2          (convex)
 """

@@ -47,7 +47,7 @@ def log_smooth(log_smoothness: float) -> Callable[[float], float]:
 
 
 def log_convex(log_smoothness: float) -> Callable[[float], float]:
-    """log max(1, L eta - 1), by which one on a convex L-smooth function can, of log eta: none grow up to eta = 2 / L."""
+    """log max(1, L eta - 1), by which one on a convex L-smooth function can, of log eta: 0 up to eta = 2 / L."""
 
     def factor(log_rate: float) -> float:
         rate = log_rate + log_smoothness

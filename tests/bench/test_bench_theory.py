@@ -50,7 +50,7 @@ def test_the_committed_record_is_of_a_thousand_settings_and_its_report_says_what
     assert sum(r["kind"] == COVERED for r in records) == 1000
     made = report.body(records)
     assert made in (RESULTS / "theory" / "theory.md").read_text(encoding="utf-8")
-    # Recomputed here: a few of the small settings. Which of them are drawn depends on no version of PyTorch.
+    # A few of the small settings, again.
     small = [r for r in records if r["samples"] < 12 and r["kind"] == COVERED][:3]
     for r in small:
         found = slacks(drawn(r["seed"]))

@@ -1,4 +1,4 @@
-"""Similarity descent against autograd on the losses' formulas, and every bound in it; what fails outside the theorem."""
+"""Similarity descent against autograd on the losses' formulas, every bound in it, and what fails elsewhere."""
 
 import math
 
@@ -24,7 +24,8 @@ def uniform(n: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("entries", ("free", "symmetric", "tied"))
 def test_steps_are_those_of_autograd_on_the_formulas(entries):
     """Two views of 7 samples, batches of 5: the loss as the package defines it, on the entries of the batch."""
-    labels, batches, rates, tau = torch.tensor([0, 0, 1, 1, 1, 2, 7]), draw_batches(7, 5, 3, seed=1), [0.3, 0.0, 2.0], 0.4
+    labels, batches = torch.tensor([0, 0, 1, 1, 1, 2, 7]), draw_batches(7, 5, 3, seed=1)
+    rates, tau = [0.3, 0.0, 2.0], 0.4
     found = similarity_descent(uniform(14), labels, batches, rates, tau, entries, clamp=False)
     wanted = {}
     for name in ("dcl", "nscl"):
@@ -61,11 +62,11 @@ def test_what_a_step_records():
 
 
 def test_batches_without_negatives_and_entries_at_the_ends():
-    one_class = similarity_descent(torch.zeros(4, 4), torch.tensor([3, 3]), torch.tensor([[1, 0]]), [100.0], 1.0)
+    start, labels, batch = torch.zeros(4, 4), torch.tensor([3, 3]), torch.tensor([[1, 0]])
+    one_class = similarity_descent(start, labels, batch, [100.0], 1.0)
     assert torch.equal(one_class.nscl, torch.zeros(4, 4).double())  # no candidates: nothing moves
     assert one_class.cl.abs().max() == 1 and one_class.softmax_gap.item() == 2 and one_class.loss_gap.item() == math.inf
-    free = similarity_descent(torch.zeros(4, 4), torch.tensor([3, 3]), torch.tensor([[1, 0]]), [100.0], 1.0, clamp=False)
-    assert free.cl.abs().max() > 1
+    assert similarity_descent(start, labels, batch, [100.0], 1.0, clamp=False).cl.abs().max() > 1
     alone = similarity_descent(torch.zeros(4, 4), torch.tensor([3, 1]), torch.tensor([[1]]), [1.0], 1.0)
     assert not alone.cl.any() and not alone.drift.any() and alone.loss_gap.item() == 0
 
@@ -148,8 +149,12 @@ BAD = [
     ({"start": uniform(6)[:4]}, r"start must be a square matrix of all views of 3 labels' samples, got \(4, 6\)"),
     ({"start": uniform(5)}, "start must be a square matrix .* got .5, 5."),
     ({"start": 2 * torch.eye(6)}, r"start must have entries in \[-1, 1\], got one of size 2"),
+    ({"start": (1 + 1e-5) * torch.eye(6)}, "start must have entries .* got one of size 1.00001"),
     ({"start": math.nan * torch.eye(6)}, "start must have entries .* got one of size nan"),
-    ({"start": normal(6, 6).tanh(), "entries": "tied"}, "start must be symmetric for tied entries"),
+    (
+        {"start": normal(6, 6).tanh(), "entries": "tied"},
+        "start must be symmetric for tied entries, got entries that differ by",
+    ),
     ({"labels": torch.tensor([0.0, 1.0, 2.0])}, "labels must be a non-empty integer tensor of 1 dimensions"),
     ({"batches": torch.tensor([0, 1])}, "batches must be a non-empty integer tensor of 2 dimensions"),
     ({"batches": torch.tensor([[0, 3]])}, r"batches must hold indices in \[0, 3\), got 0 to 3"),
