@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl.theory.descent import Descent, Entries, draw_batches, similarity_descent
+from fastcl.choices import Entries
+from fastcl.theory import Descent, draw_batches, similarity_descent
 
 COVERED = "covered"
 # What each kind changes; all but the first are outside of the theorem's assumptions.

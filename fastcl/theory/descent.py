@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastcl.choices import ENTRIES, Entries
 from fastcl.errors import FastclError, one_of, type_of
 from fastcl.theory.ranges import check_count, check_temperature, checked_rates
 
 _ROUNDING = 1e-6  # of float32 cosines
-
-Entries: TypeAlias = Literal["free", "symmetric", "tied"]
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ def similarity_descent(
         FastclError: shapes that do not match, indices or entries out of range, or a value out of range.
     """
     check_temperature(temperature)
-    if entries not in get_args(Entries):
-        raise FastclError(one_of("entries", get_args(Entries), entries))
+    if entries not in ENTRIES:
+        raise FastclError(one_of("entries", ENTRIES, entries))
     rates = checked_rates(learning_rates)
     _check_shapes(start, labels, batches, len(rates))
     views = len(start) // len(labels)
@@ -104,9 +103,8 @@ def similarity_descent(
     cl, nscl, drift, found = s.clone(), s.clone(), [0.0], []
     for rate, samples in zip(rates, batches.to("cpu", torch.int64), strict=True):
         batch = _batch(samples, classes, views)
-        gradients = (_gradient(one, batch, mask, temperature, entries)
-                     for one, mask in ((cl, batch.candidate), (nscl, batch.other)))  # fmt: skip
-        g_cl, g_nscl = gradients
+        g_cl = _gradient(cl, batch, batch.candidate, temperature, entries)
+        g_nscl = _gradient(nscl, batch, batch.other, temperature, entries)
         anchors, gap = len(batch.rows), _softmax_gap(cl, batch, temperature)
         right = gap[0] / (temperature * anchors**0.5) + drift[-1] / (2 * temperature**2 * anchors)
         found.append(((g_cl - g_nscl).norm().item(), right, *gap))
@@ -174,11 +172,10 @@ def _gradient(s: Tensor, batch: _Batch, mask: Tensor, temperature: float, entrie
 def _softmax_gap(s: Tensor, batch: _Batch, temperature: float) -> tuple[float, float]:
     """The largest ||p - q||_1 of an anchor, and the mean of CL - NSCL over the anchors."""
     logits = s[batch.rows][:, batch.rows] / temperature
-    some = batch.candidate.any(dim=1)
-    if not some.any():
+    if not batch.candidate.any():
         return 0.0, 0.0  # one sample: both losses are 0 by convention
-    own = logits.masked_fill(~(batch.candidate & ~batch.other), -torch.inf).logsumexp(dim=1)[some]
-    odds = own - logits.masked_fill(~batch.other, -torch.inf).logsumexp(dim=1)[some]
+    own = logits.masked_fill(~(batch.candidate & ~batch.other), -torch.inf).logsumexp(dim=1)
+    odds = own - logits.masked_fill(~batch.other, -torch.inf).logsumexp(dim=1)
     return 2 * torch.sigmoid(odds).max().item(), torch.nn.functional.softplus(odds, threshold=700).mean().item()
 
 

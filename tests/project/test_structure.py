@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "io": {"errors", "interrupts"},
     "checks": {"errors"},
     "exchange": {"errors"},
-    "theory": {"errors"},
+    "theory": {"errors", "choices"},
     "micro": {"errors"},
     "dispatch": {"checks", "choices"},
     "rowstats": {"dispatch", "kernels", "exchange"},

@@ -51,7 +51,9 @@ def test_steps_are_those_of_autograd_on_the_formulas(entries):
 def test_what_a_step_records():
     labels = torch.tensor([0, 0, 1])
     start = uniform(3, seed=2)
-    found = similarity_descent(start, labels, torch.tensor([[0, 1, 2]]), [0.5], 0.7)
+    batches = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    found = similarity_descent(start, labels, batches[:1], [0.5], 0.7)
+    second = similarity_descent(start, labels, batches, [0.5, 0.0], 0.7)
     p = (start / 0.7).masked_fill(torch.eye(3).bool(), -math.inf).softmax(1)
     mass = torch.stack([p[0, 1], p[1, 0], torch.zeros(())])
     assert found.softmax_gap.item() == pytest.approx(2 * mass.max().item())
@@ -59,6 +61,8 @@ def test_what_a_step_records():
     assert found.gradient_gap.item() == pytest.approx(math.sqrt(2 * (mass**2).sum().item()) / (0.7 * 3))
     assert found.lemma.item() == pytest.approx(found.softmax_gap.item() / (0.7 * math.sqrt(3)))
     assert found.drift[1].item() == pytest.approx(0.5 * found.gradient_gap.item())
+    right = second.softmax_gap[1] / (0.7 * math.sqrt(3)) + found.drift[1] / (2 * 0.7**2 * 3)
+    assert second.lemma[1].item() == pytest.approx(right.item()) and second.drift[2] == second.drift[1] > 0
 
 
 def test_batches_without_negatives_and_entries_at_the_ends():

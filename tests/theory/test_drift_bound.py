@@ -26,7 +26,7 @@ def rates(epochs: int, horizon: int, steps_per_epoch: int) -> list[float]:
 
 @pytest.mark.parametrize("batch, temperature, largest", SETTINGS)
 def test_the_recurrence_in_decimals(batch, temperature, largest):
-    etas = [0.0, 1e-9, 0.3, 0.0, 2.5, 40.0] * 50
+    etas = [0.0, 1e-9, 0.3, 0.0, 2.5, 40.0] * 50 + [6 * temperature**2 * batch]  # the last is 3 / L
     bound = similarity_coupling_bound(etas, batch, temperature, largest, delta=0.05)
     with localcontext() as context:
         context.prec = 60
