@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.harness.figures import house_style, save
 from bench.harness.records import Record, digits, table
 from bench.theory.settings import COVERED, KINDS
-from bench.theory.slack import ROUNDING
+from bench.theory.slack import failed
 
 FIGURE = "slack.svg"
 _LETTERS = {True: "v", False: "s", None: "-"}
@@ -56,9 +56,8 @@ def covered(records: Sequence[Record]) -> str:
     for name in names(mine):
         found = _slacks(mine, name)
         says = [not r["vacuous"][name] for r in mine if name in r["vacuous"]]
-        failed = sum(value < -ROUNDING for value in found)
-        rows.append((name, f"{sum(says):,}" if says else "", f"{len(found):,}", f"{failed:,}", _factor(min(found)),
-                     _factor(statistics.median(found))))  # fmt: skip
+        counts = f"{sum(says):,}" if says else "", f"{len(found):,}", f"{sum(map(failed, found)):,}"
+        rows.append((name, *counts, _factor(min(found)), _factor(statistics.median(found))))
     head = ("bound", "settings where it says something", "measured", "failed", "least bound / measured", "median")
     return table(head, rows, left=1)
 
@@ -70,9 +69,8 @@ def outside(records: Sequence[Record]) -> str:
         mine = [r for r in records if r["kind"] == kind]
         for name in names(mine):
             found = _slacks(mine, name)
-            failed = [value for value in found if value < -ROUNDING]
-            if failed:
-                rows.append((KINDS[kind], name, f"{len(found):,}", f"{len(failed):,}", _factor(min(failed))))
+            if few := sum(map(failed, found)):
+                rows.append((KINDS[kind], name, f"{len(found):,}", f"{few:,}", _factor(min(found))))
     return table(("what is changed", "bound that failed", "measured", "failed", "least bound / measured"),
                  rows)  # fmt: skip
 

@@ -18,7 +18,7 @@ from bench.harness.command import Command
 from bench.harness.records import Record, machine, write_file
 from bench.theory import report
 from bench.theory.settings import COVERED, KINDS, drawn
-from bench.theory.slack import ROUNDING, slacks
+from bench.theory.slack import failed, slacks
 
 BENCH = "theory"
 
@@ -57,11 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     facts = machine(torch.device("cpu"))
     _write(args.out, facts, records)
     print(report.covered(records) + "\n" + report.outside(records))
-    failed = {name for r in records if r["kind"] == COVERED
-              for name, slack in r["slack"].items() if slack is not None and slack < -ROUNDING}  # fmt: skip
-    if failed:
-        print(f"failed within the assumptions: {', '.join(sorted(failed))}")
-    return int(bool(failed))
+    within = [r["slack"] for r in records if r["kind"] == COVERED]
+    if names := {name for found in within for name, slack in found.items() if failed(slack)}:
+        print(f"failed within the assumptions: {', '.join(sorted(names))}")
+    return int(bool(names))
 
 
 def _write(folder: Path, facts: Record, records: list[Record]) -> None:

@@ -27,7 +27,7 @@ from fastcl.theory import (
 )
 from fastcl.theory.corollaries import AlignmentBound
 
-ROUNDING = 1e-9  # relative error that the measured sides may have
+_ROUNDING = 1e-9  # relative error that the measured sides may have
 _NOTHING = 1e-12  # measured values below are rounding
 _ALIGNED = 1e-6  # of 1 - CKA and 1 - RSA, which lose their digits near 0
 
@@ -39,10 +39,10 @@ class Slack(NamedTuple):
     log10: float | None
     vacuous: bool | None = None
 
-    @property
-    def failed(self) -> bool:
-        """Whether the bound is below what was measured."""
-        return self.log10 is not None and self.log10 < -ROUNDING
+
+def failed(slack: float | None) -> bool:
+    """Whether the bound of a slack is below what was measured."""
+    return slack is not None and slack < -_ROUNDING
 
 
 def slacks(setting: Setting) -> dict[str, Slack]:
