@@ -12,8 +12,10 @@ Relation: TypeAlias = Literal["view", "peer", "other"]
 ObjectiveName: TypeAlias = Literal[
     "ntxent", "dcl", "nscl", "nscl_with_positive", "supcon", "supcon_in", "supcon_negatives"
 ]
+Entries: TypeAlias = Literal["free", "symmetric", "tied"]  # of a similarity matrix: see fastcl.theory.descent
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+ENTRIES: tuple[Entries, ...] = get_args(Entries)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)

@@ -189,7 +189,7 @@ def _named(name: str) -> Any:
     return pkgutil.resolve_name(name)
 
 
-PUBLIC = ("fastcl", *(f"fastcl.{name}" for name in ("data", "metrics", "report", "similarity", "train")))
+PUBLIC = ("fastcl", *(f"fastcl.{name}" for name in ("data", "metrics", "report", "similarity", "theory", "train")))
 
 
 def test_the_pages_of_the_api_have_every_public_name():
