@@ -160,8 +160,9 @@ def _report(args: argparse.Namespace) -> None:
 
 def _align(args: argparse.Namespace) -> None:
     from fastcl.cli.align import align
+    from fastcl.cli.similarity_table import wanted
 
-    align(args.a, args.b, args.json, args.out, args.spearman)
+    align(args.a, args.b, wanted(args), args.json, args.out)
 
 
 def _views(args: argparse.Namespace) -> None:

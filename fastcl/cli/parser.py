@@ -49,8 +49,11 @@ Prints every key with its meaning and its default (with --preset: the preset's v
     "align": ("CKA, RSA and drift of two feature files, or CKA of all pairs of layers", """
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
 Row k of both files must be the same sample. Prints CKA (linear, cosine; biased, debiased), RSA (Pearson; with
---spearman also by ranks), the drift of the similarities, its relative sizes rho and r, and the lower bounds of CKA and
-RSA that follow from them (arXiv 2510.08852).
+--spearman also by ranks), the overlap of nearest neighbours, Procrustes, the drift of the similarities, its relative
+sizes rho and r, and the lower bounds of CKA and RSA that follow from them (arXiv 2510.08852). Is it more than chance,
+and how sure is it?
+
+  fastcl align cl.npy nscl.npy --permutations 1000 --bootstrap 1000
 
 Layers: A and B are files with one array per layer, or folders with one feature file per layer (outputs with more than
 two dimensions are flattened). Prints the debiased linear CKA of every layer of A with every layer of B; --out draws it:
@@ -96,19 +99,28 @@ def parser() -> argparse.ArgumentParser:
             help="override a config value, such as train.epochs=3; the value is TOML or a bare string; repeatable",
         )  # fmt: skip
         subs[name].add_argument("--profile", action="store_true", help="also profile a few steps into DIR/profile/")
-    for name in ("a", "b"):
-        text = "feature file, or folder of layers"
-        subs["align"].add_argument(name, type=named_path, metavar=name.upper(), help=text)
-    subs["align"].add_argument("--json", type=named_path, metavar="FILE", help="write the numbers at full precision")
-    subs["align"].add_argument(
-        "--spearman", action="store_true", help="also RSA by ranks: about 20 s for 8,192 samples"
-    )
-    subs["align"].add_argument("--out", type=named_path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
+    _add_align(subs["align"])
     subs["report"].add_argument("dir", type=named_path, metavar="DIR", help="folder of the run")
     text = "page to write (default: DIR/report.html)"
     subs["report"].add_argument("--out", type=named_path, metavar="FILE", help=text)
     _add_views(subs["views"])
     return whole
+
+
+def _add_align(align: argparse.ArgumentParser) -> None:
+    for name in ("a", "b"):
+        align.add_argument(name, type=named_path, metavar=name.upper(), help="feature file, or folder of layers")
+    align.add_argument("--json", type=named_path, metavar="FILE", help="write the numbers at full precision")
+    align.add_argument("--out", type=named_path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
+    align.add_argument("--spearman", action="store_true", help="also RSA by ranks: about 20 s for 8,192 samples")
+    text = "p-value of each similarity from R permutations of the samples of B, such as 1000"
+    align.add_argument("--permutations", type=int, metavar="R", help=text)
+    text = "95 %% interval of each similarity from R random halves of the samples, such as 1000"
+    align.add_argument("--bootstrap", type=int, metavar="R", help=text)
+    for name, letter, default, text in (
+        ("neighbours", "K", 10, "neighbours that mutual k-NN compares"), ("seed", "N", 0, "of all random numbers"),
+    ):  # fmt: skip
+        align.add_argument(f"--{name}", type=int, default=default, metavar=letter, help=f"{text} (default: {default})")
 
 
 def _add_views(views: argparse.ArgumentParser) -> None:

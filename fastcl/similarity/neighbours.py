@@ -113,7 +113,7 @@ def _nearest(block: Tensor, k: int) -> Tensor:
 
 
 def common_neighbours(first: Tensor, second: Tensor) -> Tensor:
-    """(k,) int64: how many neighbours (n, k) lists have in common, over all samples, when cut to 1, ..., k neighbours."""
+    """(k,) int64: how many neighbours two (n, k) lists have in common, over all samples, if cut to 1, ..., k of them."""
     n, k = first.shape
     place = torch.arange(n * k, device=first.device) % k
     starts = torch.arange(0, n * n, n, device=first.device)[:, None]  # makes a number of a sample and its neighbour

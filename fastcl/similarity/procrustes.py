@@ -80,7 +80,7 @@ def procrustes(x: Tensor, y: Tensor) -> ProcrustesResult:
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """x itself, or if it has more columns than rows, (n, n) float64 features with the inner products of the centred x."""
+    """x, or if it has more columns than rows, (n, n) float64 features with the inner products of the centred rows."""
     return x if len(x) >= x.shape[1] else torch.linalg.qr(centred(x).mT, mode="r").R.mT
 
 
