@@ -58,6 +58,16 @@ def align(a: Path, b: Path, wanted: Wanted, json_file: Path | None = None, out: 
     conclude({"a": shown(a), "b": shown(b)} | record, [heading, *lines], json_file)
 
 
+def check_files(args: Any) -> None:
+    """Refuse arguments of `fastcl align` that two feature files do not go with. Raises FastclError."""
+    if args.a is None or args.b is None:
+        raise FastclError("align compares two feature files, A and B, or models by name: --models A,B --data SOURCE")
+    given = {"--root": args.root, "--samples": args.samples, "--layers": args.layers, "--pretrained": args.pretrained}
+    for option, value in given.items():
+        if value not in (None, False):
+            raise FastclError(f"{option} goes with --models, but {shown(args.a)} and {shown(args.b)} are files")
+
+
 def check_outputs(inputs: Iterable[Path], json_file: Path | None, out: Path | None) -> None:
     """Refuse outputs that cannot be written or would replace an input. Raises FastclError."""
     if out is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastcl.errors import FastclError
-from fastcl.similarity import pair_stats
+from fastcl.similarity import LayerCKA, pair_stats
 
 _PRINTED = 12  # columns of a table of layers that fit a terminal
 
@@ -38,13 +38,26 @@ def layer_record(a: str, b: str, left: Mapping[str, Tensor], right: Mapping[str,
     }  # fmt: skip
 
 
+def layer_cka_record(a: str, b: str, found: LayerCKA) -> dict[str, Any]:
+    """The result of `layer_cka`, which averages over batches, in the same form."""
+    undefined = {f"{name} of {model}": why for model, layers in ((a, found.undefined_a), (b, found.undefined_b))
+                 for name, why in layers.items()}  # fmt: skip
+    return {
+        "a": a, "b": b, "samples": found.samples, "batches": found.batches, "layers_a": list(found.names_a),
+        "layers_b": list(found.names_b), "undefined": undefined,
+        "cka_linear_debiased": [[None if math.isnan(v) else v for v in row] for row in found.matrix.tolist()],
+    }  # fmt: skip
+
+
 def layer_lines(record: Mapping[str, Any], drawn: bool) -> list[str]:
     """The table of a record with its reasons; `drawn`: there will be a heat map."""
     rows, columns = record["layers_a"], record["layers_b"]
     counts = f"{len(rows)} layers of {record['a']} against {len(columns)} of {record['b']}"
-    lines = [f"debiased linear CKA of {record['samples']} samples: {counts}"]
+    count = record.get("batches")  # the table is a mean over batches
+    batches = f" in {count} batch{'es' if count > 1 else ''}" if count else ""
+    lines = [f"debiased linear CKA of {record['samples']} samples{batches}: {counts}"]
     if len(columns) <= _PRINTED:
-        lines += _table(rows, columns, record["cka_linear_debiased"])
+        lines += matrix_lines(rows, columns, record["cka_linear_debiased"])
     elif not drawn:
         lines.append(f"  more than {_PRINTED} columns: draw the table with --out or write it with --json")
     reasons: dict[str, list[str]] = {}
@@ -70,7 +83,10 @@ def draw_layers(record: Mapping[str, Any], out: Path) -> Path:
     return write_heat_map(drawn, out, f"{a} against {b}: debiased linear CKA, {record['samples']:,} samples")
 
 
-def _table(rows: Sequence[str], columns: Sequence[str], table: Sequence[Sequence[float | None]]) -> list[str]:
+def matrix_lines(
+    rows: Sequence[str], columns: Sequence[str], table: Sequence[Sequence[float | None]]
+) -> list[str]:
+    """A matrix with the names of its rows and columns; "-" for None."""
     widths = [max(7, len(name)) for name in columns]
     first = max(map(len, rows))
     lines = [f"  {'':{first}}  " + "  ".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))]

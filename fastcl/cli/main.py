@@ -159,10 +159,18 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _align(args: argparse.Namespace) -> None:
-    from fastcl.cli.align import align
     from fastcl.cli.similarity_table import wanted
 
-    align(args.a, args.b, wanted(args), args.json, args.out)
+    chosen = wanted(args)
+    if args.models is not None or args.data is not None:
+        from fastcl.cli.align_models import align_models
+
+        align_models(args, chosen)
+        return
+    from fastcl.cli.align import align, check_files
+
+    check_files(args)
+    align(args.a, args.b, chosen, args.json, args.out)
 
 
 def _views(args: argparse.Namespace) -> None:

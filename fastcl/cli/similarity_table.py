@@ -26,6 +26,8 @@ from fastcl.similarity.measures import NEIGHBOURS
 
 T = TypeVar("T")
 
+BY_RANKS, RANK_LABEL = "rsa_spearman", "RSA, cosine, Spearman"
+
 # name in the JSON file -> label in the table, property of the PairStats of the cosine kernel
 _DRIFTS = {
     "drift": ("drift |K - L|, cosine", "drift"),
@@ -145,8 +147,8 @@ def _by_ranks(x: Tensor, y: Tensor) -> Iterator[Row]:
     else:
         value, error = found.value, found.error
         note = " (exact)" if found.bins is None else f" (within {error:.1e}: {found.bins:,} bins)"
-    yield Row("rsa_spearman", "RSA, cosine, Spearman", value, note)
-    yield Row("rsa_spearman_error", "", error)
+    yield Row(BY_RANKS, RANK_LABEL, value, note)
+    yield Row(f"{BY_RANKS}_error", "", error)
 
 
 def _doubts(
@@ -175,7 +177,7 @@ def _doubts(
 
 def _note(interval: BootstrapInterval | None, test: PermutationTest | None) -> str:
     shown = f"  [{interval.low:9.6f}, {interval.high:9.6f}]" if interval else ""
-    return shown + (f"  p = {test.p_value:.4g} (by chance {test.null_mean:.4f})" if test else "")
+    return shown + (f"  p = {test.p_value:.3g} (by chance {test.null_mean:.4f})" if test else "")
 
 
 def _legend(wanted: Wanted) -> list[str]:
