@@ -83,9 +83,7 @@ def draw_layers(record: Mapping[str, Any], out: Path) -> Path:
     return write_heat_map(drawn, out, f"{a} against {b}: debiased linear CKA, {record['samples']:,} samples")
 
 
-def matrix_lines(
-    rows: Sequence[str], columns: Sequence[str], table: Sequence[Sequence[float | None]]
-) -> list[str]:
+def matrix_lines(rows: Sequence[str], columns: Sequence[str], table: Sequence[Sequence[float | None]]) -> list[str]:
     """A matrix with the names of its rows and columns; "-" for None."""
     widths = [max(7, len(name)) for name in columns]
     first = max(map(len, rows))

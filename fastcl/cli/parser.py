@@ -138,7 +138,7 @@ def _add_align(align: argparse.ArgumentParser) -> None:
     models.add_argument("--part", choices=("all", "train", "test"), default="all", help=text)
     text = "weights of the library, which it may fetch; without it, and without FILE, random ones"
     models.add_argument("--pretrained", action="store_true", help=text)
-    text = "compare layers of two models: their stages, or those that PATTERNS (with commas) name in both"
+    text = "compare layers of two models: their stages, or those that PATTERNS (with commas) name"
     models.add_argument("--layers", nargs="?", const="", metavar="PATTERNS", help=text)
 
 

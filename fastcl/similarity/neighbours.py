@@ -57,13 +57,12 @@ def mutual_knn(x: Tensor, y: Tensor, k: int | Sequence[int] = 10, kernel: Inner 
         raise FastclError(one_of("kernel", INNER, kernel))
     x, y = checked_pair(x, y)
     choose_torch()
-    several = isinstance(k, Sequence) and not isinstance(k, str)
-    asked = list(k) if several else [k]
+    asked = list(k) if isinstance(k, Sequence) else [k]
     check_neighbours(asked, len(x))
     lists = [neighbours(v, max(asked), kernel, *names) for v, names in ((x, ("x", "first")), (y, ("y", "second")))]
     counts = common_neighbours(*lists).tolist()
     found = {each: counts[each - 1] / (len(x) * each) for each in asked}
-    return found if several else found[asked[0]]
+    return found if isinstance(k, Sequence) else found[k]
 
 
 def check_neighbours(asked: Sequence[object], n: int) -> None:
@@ -113,7 +112,7 @@ def _nearest(block: Tensor, k: int) -> Tensor:
 
 
 def common_neighbours(first: Tensor, second: Tensor) -> Tensor:
-    """(k,) int64: how many neighbours two (n, k) lists have in common, over all samples, if cut to 1, ..., k of them."""
+    """(k,) int64: how many neighbours two (n, k) lists share, over all samples, if they are cut to 1, ..., k."""
     n, k = first.shape
     place = torch.arange(n * k, device=first.device) % k
     starts = torch.arange(0, n * n, n, device=first.device)[:, None]  # makes a number of a sample and its neighbour

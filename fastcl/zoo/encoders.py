@@ -117,7 +117,8 @@ def _read_weights(module: nn.Module, name: ModelName, file: Path, classifiers: S
     """Load a model's weights; those of its classifiers may be there or not. A run's are found behind "encoder."."""
     file_status(file)
     try:
-        state: dict[str, Any] = load_state_dict(str(file))
+        with quiet_hub():  # timm tells of every file
+            state: dict[str, Any] = load_state_dict(str(file))
         ours = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
         found = module.load_state_dict(ours or state, strict=False)
     except Exception as error:  # of torch's or safetensors' reader, or shapes of another model

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastcl import LayerCKA, layer_cka
 from fastcl.data import Dataset, Split
 from fastcl.errors import FastclError
+from fastcl.similarity.layers import match_layers
 from fastcl.train.measures.layer_table import encoder_layers
 from fastcl.zoo.encoders import Encoder
 
@@ -101,14 +102,34 @@ def layers_of(
     """`fastcl.layer_cka` of two encoders on the same images, each prepared for the model that takes it.
 
     Args:
-        patterns: names of layers in both, as for `layer_cka`; empty: their stages.
+        patterns: names of layers, as for `layer_cka`, each in one model or in both; empty: the stages of both.
 
     Raises:
-        FastclError: as `layer_cka` and `features_of`.
+        FastclError: a pattern that matches in neither model, a model in which none matches, and as `layer_cka` and
+            `features_of`.
     """
-    readers = [_Reader(encoder, images, device) for encoder in (first, second)]
-    wanted = [[f"encoder.{p}" for p in patterns] or encoder_layers(reader.encoder) for reader in readers]
+    encoders = (first, second)
+    readers = [_Reader(encoder, images, device) for encoder in encoders]
+    wanted = [encoder_layers(encoder.module) for encoder in encoders] if not patterns else _matched(encoders, patterns)
     batches = list(images.batches())
     found = layer_cka(readers[0], readers[1], batches, wanted[0], wanted[1], progress=True)
     names = [tuple(name.removeprefix("encoder.") for name in names) for names in (found.names_a, found.names_b)]
     return replace(found, names_a=names[0], names_b=names[1])
+
+
+def _matched(encoders: Sequence[Encoder], patterns: Sequence[str]) -> list[list[str]]:
+    """Per encoder the names, in its reader, of the layers that the patterns match."""
+    found: list[list[str]] = [[] for _ in encoders]
+    for pattern in patterns:
+        misses = []
+        for encoder, names in zip(encoders, found, strict=True):
+            try:
+                names += [f"encoder.{name}" for name in match_layers(encoder.module, [pattern], "--layers")]
+            except FastclError as error:
+                misses.append(error)
+        if len(misses) == len(encoders):
+            raise misses[0]
+    for encoder, names in zip(encoders, found, strict=True):
+        if not names:
+            raise FastclError(f"--layers: none of the patterns {', '.join(patterns)} matches a layer of {encoder.name}")
+    return found

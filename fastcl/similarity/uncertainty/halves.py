@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastcl.similarity.stats import PairStats
-from fastcl.similarity.sums.rows import Inner
 from fastcl.similarity.sums.routes import statistics
+from fastcl.similarity.sums.rows import Inner
 from fastcl.similarity.uncertainty.permuted import Centred
 
 _TILE = 512  # rows of a tile

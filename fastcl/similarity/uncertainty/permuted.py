@@ -12,7 +12,6 @@ the cross-moment V'W_o alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
