@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastcl import __version__
+from fastcl.choices import DATA_PARTS
 from fastcl.config.written import listing, preset_names
 from fastcl.io.outputs import named_path
 
@@ -135,7 +136,7 @@ def _add_align(align: argparse.ArgumentParser) -> None:
     models.add_argument("--root", metavar="DIR", help="folder of the torchvision data set")
     models.add_argument("--samples", type=int, metavar="N", help="random images of it (default: all)")
     text = "which of its images (default: %(default)s)"
-    models.add_argument("--part", choices=("all", "train", "test"), default="all", help=text)
+    models.add_argument("--part", choices=DATA_PARTS, default="all", help=text)
     text = "weights of the library, which it may fetch; without it, and without FILE, random ones"
     models.add_argument("--pretrained", action="store_true", help=text)
     text = "compare layers of two models: their stages, or those that PATTERNS (with commas) name"

@@ -59,7 +59,7 @@ class Wanted:
     seed: int = 0
 
 
-def wanted(args: Any) -> Wanted:
+def wanted_by(args: Any) -> Wanted:
     """From the arguments of `fastcl align`. Raises FastclError for a number that is too small."""
     given = {"neighbours": args.neighbours, "permutations": args.permutations, "bootstrap": args.bootstrap}
     for name, least in (("neighbours", 1), ("permutations", 1), ("bootstrap", 2)):

@@ -6,9 +6,9 @@ from fastcl.similarity.functions import linear_cka, pair_stats, rsa
 from fastcl.similarity.layers import LayerCKA, layer_cka
 from fastcl.similarity.measures import SIMILARITIES, Measure, similarity
 from fastcl.similarity.neighbours import mutual_knn
-from fastcl.similarity.procrustes import ProcrustesResult, procrustes
 from fastcl.similarity.ranks import SpearmanResult, spearman_rsa
 from fastcl.similarity.results import AllPairs, PairResult
+from fastcl.similarity.rotation import ProcrustesResult, procrustes
 from fastcl.similarity.stats import PairStats
 from fastcl.similarity.sums.forms import GramSums
 from fastcl.similarity.uncertainty.bootstrap import BootstrapInterval, bootstrap_interval, bootstrap_intervals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcl.errors import FastclError, brief, suggest
 from fastcl.similarity.functions import pair_stats
 from fastcl.similarity.neighbours import mutual_knn
-from fastcl.similarity.procrustes import procrustes
+from fastcl.similarity.rotation import procrustes
 from fastcl.similarity.sums.rows import Inner
 
 NEIGHBOURS = 10  # of mutual k-NN, unless a caller says otherwise
@@ -40,7 +40,7 @@ SIMILARITIES = {
     "cka_cosine_debiased": Measure("cosine CKA, debiased", "cosine", "cka_debiased", -1.0),
     "rsa_cosine": Measure("RSA, cosine, Pearson", "cosine", "rsa", -1.0),
     "rsa_correlation": Measure("RSA, correlation, Pearson", "correlation", "rsa", -1.0),
-    "mutual_knn": Measure("mutual k-NN, cosine", "cosine"),
+    "mutual_knn": Measure("mutual k-NN, cosine"),
     "procrustes": Measure("Procrustes similarity"),
 }
 
@@ -64,8 +64,18 @@ def similarity(x: Tensor, y: Tensor, measure: str, *, k: int = NEIGHBOURS) -> fl
     Raises:
         FastclError: an unknown name, and as the function that computes it: `pair_stats`, `mutual_knn` or `procrustes`.
     """
-    check_measures([measure])
-    chosen = SIMILARITIES[measure]
-    if chosen.field is not None and chosen.kernel is not None:
-        return getattr(pair_stats(x, y, chosen.kernel), chosen.field)
-    return mutual_knn(x, y, k) if measure == "mutual_knn" else float(procrustes(x, y))
+    return similarities(x, y, (measure,), k=k)[measure]
+
+
+def similarities(x: Tensor, y: Tensor, measures: Sequence[str], *, k: int = NEIGHBOURS) -> dict[str, float]:
+    """`similarity` by several names; those of one kernel come from one `PairStats`."""
+    check_measures(measures)
+    chosen = {name: SIMILARITIES[name] for name in measures}
+    stats = {kernel: pair_stats(x, y, kernel) for kernel in {m.kernel: None for m in chosen.values()} if kernel}
+    found = {}
+    for name, measure in chosen.items():
+        if measure.field is not None and measure.kernel is not None:
+            found[name] = getattr(stats[measure.kernel], measure.field)
+        else:
+            found[name] = mutual_knn(x, y, k) if name == "mutual_knn" else float(procrustes(x, y))
+    return found

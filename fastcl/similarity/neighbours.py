@@ -2,8 +2,8 @@
 
     mutual k-NN = mean over samples i of |N_x(i) ∩ N_y(i)| / k
 
-where N_x(i) are the k samples j != i with the largest K_ij (Huh et al. 2024, "The Platonic Representation Hypothesis";
-also Klabunde et al. 2023, who call it k-NN overlap). Unrelated representations agree on k / (n - 1) of them on average.
+where N_x(i) are the k samples j != i with the largest K_ij (Huh et al. 2024, "The Platonic Representation Hypothesis").
+Unrelated representations agree on k / (n - 1) of them on average.
 """
 
 from __future__ import annotations
@@ -58,14 +58,25 @@ def mutual_knn(x: Tensor, y: Tensor, k: int | Sequence[int] = 10, kernel: Inner 
     x, y = checked_pair(x, y)
     choose_torch()
     asked = list(k) if isinstance(k, Sequence) else [k]
-    check_neighbours(asked, len(x))
-    lists = [neighbours(v, max(asked), kernel, *names) for v, names in ((x, ("x", "first")), (y, ("y", "second")))]
-    counts = common_neighbours(*lists).tolist()
+    _check_neighbours(asked, len(x))
+    counts = common_neighbours(*neighbour_lists(x, y, max(asked), kernel)).tolist()
     found = {each: counts[each - 1] / (len(x) * each) for each in asked}
     return found if isinstance(k, Sequence) else found[k]
 
 
-def check_neighbours(asked: Sequence[object], n: int) -> None:
+def neighbour_lists(x: Tensor, y: Tensor, k: int, kernel: Inner = "cosine") -> tuple[Tensor, Tensor]:
+    """(n, k) int64 twice: the nearest neighbours of each sample in both representations, nearest first.
+
+    Args:
+        x, y: (n, d) checked features, n > k.
+
+    Raises:
+        FastclError: similarities that are too large, or that are all equal in one of them.
+    """
+    return _nearest(Entries(x, kernel, "x", "first"), k), _nearest(Entries(y, kernel, "y", "second"), k)
+
+
+def _check_neighbours(asked: Sequence[object], n: int) -> None:
     """Raise FastclError unless there is at least one k and each is an integer in [1, n - 1]."""
     if not asked:
         raise FastclError("k is empty: give at least one number of neighbours")
@@ -74,34 +85,25 @@ def check_neighbours(asked: Sequence[object], n: int) -> None:
             raise FastclError(f"k must be an integer in [1, {n - 1}] (there are {n} samples), got {brief(k)}")
 
 
-def neighbours(x: Tensor, k: int, kernel: Inner, name: str, which: str) -> Tensor:
-    """(n, k) int64: the nearest neighbours of each sample, nearest first.
-
-    Args:
-        x: (n, d) checked features, n > k.
-        name, which: the argument and the representation in messages.
-
-    Raises:
-        FastclError: similarities that are too large, or that are all equal.
-    """
-    entries, n = Entries(x, kernel, name, which), len(x)
-    found = torch.empty(n, k, dtype=torch.int64, device=x.device)
+def _nearest(entries: Entries, k: int) -> Tensor:
+    rows, n = entries.rows, len(entries.rows)
+    found = torch.empty(n, k, dtype=torch.int64, device=rows.device)
     ends = []
     step = max(1, _BLOCK // n)
     for start in range(0, n, step):
-        block = entries.rounded(entries.rows[start : start + step] @ entries.rows.mT)
+        block = entries.rounded(rows[start : start + step] @ rows.mT)
         itself = block.diagonal(start)
         itself.fill_(torch.inf)
         smallest = block.amin()
         itself.fill_(-torch.inf)
         ends.append(torch.stack([smallest, block.amax()]))
-        found[start : start + step] = _nearest(block, k)
+        found[start : start + step] = _largest(block, k)
     smallest, largest = torch.stack(ends).T
     entries.check_spread(_MEASURE, smallest.min(), largest.max())
     return found
 
 
-def _nearest(block: Tensor, k: int) -> Tensor:
+def _largest(block: Tensor, k: int) -> Tensor:
     """(b, k) columns of the largest values of each row; of equal ones the first."""
     values, found = block.topk(min(k + 1, block.shape[1]))
     tied = (values[:, 1:] == values[:, :-1]).any(1)  # topk takes any of them
@@ -114,8 +116,9 @@ def _nearest(block: Tensor, k: int) -> Tensor:
 def common_neighbours(first: Tensor, second: Tensor) -> Tensor:
     """(k,) int64: how many neighbours two (n, k) lists share, over all samples, if they are cut to 1, ..., k."""
     n, k = first.shape
-    place = torch.arange(n * k, device=first.device) % k
-    starts = torch.arange(0, n * n, n, device=first.device)[:, None]  # makes a number of a sample and its neighbour
+    place = torch.arange(n * k, dtype=torch.int64, device=first.device) % k
+    # One number for a sample and its neighbour.
+    starts = torch.arange(0, n * n, n, dtype=torch.int64, device=first.device)[:, None]
     wanted = (first + starts).flatten()
     known, order = (second + starts).flatten().sort()
     at = torch.searchsorted(known, wanted).clamp_max_(n * k - 1)

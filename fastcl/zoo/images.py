@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -13,14 +12,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastcl import LayerCKA, layer_cka
+from fastcl.choices import DataPart
 from fastcl.data import Dataset, Split
 from fastcl.errors import FastclError
 from fastcl.similarity.layers import match_layers
 from fastcl.train.measures.layer_table import encoder_layers
 from fastcl.zoo.encoders import Encoder
 
-Part: TypeAlias = Literal["all", "train", "test"]
-PARTS: tuple[Part, ...] = ("all", "train", "test")
 _BATCH = 64  # images
 
 
@@ -31,7 +29,7 @@ class Images:
     places: Sequence[tuple[Split, int]]
 
     @classmethod
-    def chosen(cls, data: Dataset, part: Part, samples: int | None, seed: int) -> Images:
+    def chosen(cls, data: Dataset, part: DataPart, samples: int | None, seed: int) -> Images:
         """Random images of a part of a data set; None: all of them.
 
         Raises:

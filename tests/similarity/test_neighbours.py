@@ -44,9 +44,9 @@ def test_several_k_cost_one_pass_and_are_those_of_one_each(monkeypatch):
     x, y = related(60, 6, 5)
     wanted = {k: mutual_knn(x, y, k) for k in (20, 1, 7, 59)}
     passes = []
-    lists = neighbours.neighbours
-    monkeypatch.setattr(neighbours, "neighbours", lambda *given: passes.append(given) or lists(*given))
-    assert mutual_knn(x, y, (20, 1, 7, 59)) == wanted and len(passes) == 2
+    lists = neighbours.neighbour_lists
+    monkeypatch.setattr(neighbours, "neighbour_lists", lambda *given: passes.append(given) or lists(*given))
+    assert mutual_knn(x, y, (20, 1, 7, 59)) == wanted and len(passes) == 1
     assert list(wanted) == list(mutual_knn(x, y, (20, 1, 7, 59))) and wanted[59] == 1.0
 
 
@@ -62,7 +62,7 @@ def test_of_tied_samples_the_first_are_nearer():
     x = normal(4, 9)[label] * (0.5 + normal(40, 1, seed=1).abs())
     y = normal(4, 30, seed=2)[label] * (0.5 + normal(40, 1, seed=3).abs())
     assert mutual_knn(x, y, (1, 5, 9)) == {1: 1.0, 5: 1.0, 9: 1.0}
-    found = neighbours.neighbours(x, 3, "cosine", "x", "first")
+    found = neighbours.neighbour_lists(x, y, 3)[0]
     for i in range(40):
         assert found[i].tolist() == [j for j in range(40) if j % 4 == i % 4 and j != i][:3]
 

@@ -19,7 +19,8 @@ the replicates are put around the value of all samples: the interval is about th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 from fastcl.checks import check_count
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, brief
-from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, check_measures, similarity
+from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, similarities, similarity
 from fastcl.similarity.sums.features import checked_pair
 from fastcl.similarity.sums.rows import Inner
 from fastcl.similarity.uncertainty.halves import half_stats
@@ -112,7 +113,6 @@ def bootstrap_intervals(
     progress: bool = False,
 ) -> dict[str, BootstrapInterval]:
     """`bootstrap_interval` of several measures, by name, from the same halves; those of one kernel share the work."""
-    check_measures(measures)
     check_count(repeats, "repeats", 2)
     check_count(seed, "seed", 0)
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
@@ -121,27 +121,30 @@ def bootstrap_intervals(
     n = len(x)
     if n < _FEWEST:
         raise FastclError(f"a bootstrap interval needs n >= {_FEWEST} samples, got n={n}")
-    values = {name: similarity(x, y, name, k=k) for name in measures}
+    values = similarities(x, y, measures, k=k)
     choose_torch()
-    halves = half_samples(n, repeats, seed).to(x.device)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {name: [] for name in values}
     for kernel, names in _kernels(values).items():
-        stats = half_stats(x, y, kernel, halves)
+        stats = half_stats(x, y, kernel, half_samples(n, repeats, seed))
         for at, each in enumerate(counted(stats, repeats, f"bootstrap, {kernel} kernel", progress)):
-            for name in names:
-                found.setdefault(name, []).append(_of(each, name, at, repeats))
-    for name in values:
-        if SIMILARITIES[name].field is None:
-            rows = counted(halves, repeats, f"bootstrap, {name}", progress)
-            found[name] = [_on(x[half], y[half], name, k, at, repeats) for at, half in enumerate(rows)]
+            with _naming(at, repeats):
+                for name in names:
+                    found[name].append(getattr(each, str(SIMILARITIES[name].field)))
+    others = [name for name in values if SIMILARITIES[name].field is None]
+    for name in others:
+        halves = half_samples(n, repeats, seed)
+        for at, half in enumerate(counted(halves, repeats, f"bootstrap, {name}", progress)):
+            with _naming(at, repeats):
+                half = half.to(x.device)
+                found[name].append(similarity(x[half], y[half], name, k=k))
     return {name: _interval(name, value, found[name], level, seed, n) for name, value in values.items()}
 
 
-def half_samples(n: int, repeats: int, seed: int) -> Tensor:
-    """(repeats, n // 2) int64 on the CPU: random samples, each half without repetition and in ascending order."""
+def half_samples(n: int, repeats: int, seed: int) -> Iterator[Tensor]:
+    """Random samples, (n // 2,) int64 on the CPU, `repeats` times; each without repetition, in ascending order."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = [torch.randperm(n, generator=generator, device="cpu")[: n // 2].sort().values for _ in range(repeats)]
-    return torch.stack(drawn)
+    for _ in range(repeats):
+        yield torch.randperm(n, generator=generator, device="cpu")[: n // 2].sort().values
 
 
 def _kernels(names: Iterable[str]) -> dict[Inner, list[str]]:
@@ -154,16 +157,10 @@ def _kernels(names: Iterable[str]) -> dict[Inner, list[str]]:
     return found
 
 
-def _of(stats: object, name: str, at: int, repeats: int) -> float:
+@contextmanager
+def _naming(at: int, repeats: int) -> Iterator[None]:
     try:
-        return getattr(stats, str(SIMILARITIES[name].field))
-    except FastclError as error:
-        raise FastclError(f"half-sample {at} of {repeats}: {error}") from error
-
-
-def _on(x: Tensor, y: Tensor, name: str, k: int, at: int, repeats: int) -> float:
-    try:
-        return similarity(x, y, name, k=k)
+        yield
     except FastclError as error:
         raise FastclError(f"half-sample {at} of {repeats}: {error}") from error
 

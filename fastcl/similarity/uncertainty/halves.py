@@ -7,7 +7,8 @@ subset they are the sums that `PairStats` takes. Five products of matrices serve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,26 +24,27 @@ _FEW = 2000  # samples, below which tiles are always faster
 _TILES = 10  # multiplications for each entry of a Gram matrix and subset
 
 
-def half_stats(x: Tensor, y: Tensor, kernel: Inner, subsets: Tensor) -> Iterator[PairStats]:
+def half_stats(x: Tensor, y: Tensor, kernel: Inner, subsets: Iterable[Tensor]) -> Iterator[PairStats]:
     """The statistics of two models on each subset.
 
     Args:
         x, y: (n, d) checked features.
-        subsets: (R, m) int64 samples, those of a subset distinct.
+        subsets: (m,) int64 each, the distinct samples of a subset; the same m for all.
     """
-    a, b = x.shape[1], y.shape[1]
-    n, m = len(x), subsets.shape[1]
+    n, a, b = len(x), x.shape[1], y.shape[1]
     if n >= _FEW and a * a + a * b + b * b < _TILES * n:
         for chosen in subsets:
+            chosen = chosen.to(x.device)
             yield statistics(x[chosen], y[chosen], kernel)
         return
     models = [Centred.of(v, kernel) for v in (x, y)]
-    for group in subsets.split(_GROUP):
-        weights = x.new_zeros(n, len(group), dtype=torch.float64)
-        weights.scatter_(0, group.mT, 1.0)
+    drawn = iter(subsets)
+    while group := list(islice(drawn, _GROUP)):
+        weights = torch.zeros(n, len(group), dtype=torch.float64, device=x.device)
+        weights.scatter_(0, torch.stack(group, 1).to(x.device), 1.0)
         levels = [model.level.expand(1, len(group)) for model in models]
         for values in torch.cat([_sums(models, weights), *levels]).mT.tolist():
-            yield PairStats.unpacked(m, kernel, values)
+            yield PairStats.unpacked(len(group[0]), kernel, values)
 
 
 def _sums(models: list[Centred], weights: Tensor) -> Tensor:

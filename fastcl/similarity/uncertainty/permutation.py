@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastcl.checks import check_count
 from fastcl.dispatch import choose_torch
-from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, check_measures, similarity
+from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, similarities
 from fastcl.similarity.sums.features import checked_pair
 from fastcl.similarity.uncertainty.permuted import permuted
 from fastcl.similarity.uncertainty.progress import counted
@@ -116,18 +116,17 @@ def permutation_tests(
     progress: bool = False,
 ) -> dict[str, PermutationTest]:
     """`permutation_test` of several measures, by name, on the same permutations; those of one kernel share the work."""
-    check_measures(measures)
     check_count(repeats, "repeats", 1)
     check_count(seed, "seed", 0)
     x, y = checked_pair(x, y)
-    values = {name: similarity(x, y, name, k=k) for name in measures}
+    values = similarities(x, y, measures, k=k)
     choose_torch()
     groups: dict[object, list[str]] = {}
     for name in values:
         chosen = SIMILARITIES[name]
         groups.setdefault(name if chosen.field is None else chosen.kernel, []).append(name)
     tests = [(names, permuted(x, y, names, k)) for names in groups.values()]
-    identity = torch.arange(len(x), device=x.device)
+    identity = torch.arange(len(x), dtype=torch.int64, device=x.device)
     observed = {name: v for names, at in tests for name, v in zip(names, at(identity), strict=True)}
     nulls: dict[str, list[float]] = {name: [] for name in values}
     orders = _orders(len(x), repeats, seed)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastcl.rowstats.pair_sums import PairSums
 from fastcl.similarity.measures import SIMILARITIES
-from fastcl.similarity.neighbours import common_neighbours, neighbours
-from fastcl.similarity.procrustes import centred, narrowed, nuclear_norm
+from fastcl.similarity.neighbours import common_neighbours, neighbour_lists
+from fastcl.similarity.rotation import centred, narrowed, nuclear_norm
 from fastcl.similarity.stats import PairStats
 from fastcl.similarity.sums.rows import Inner, mapped
 
@@ -65,7 +65,7 @@ class Centred(NamedTuple):
 
 def _of_kernel(x: Tensor, y: Tensor, kernel: Inner, fields: Sequence[str]) -> Permuted:
     a, b = Centred.of(x, kernel), Centred.of(y, kernel)
-    identity = torch.arange(len(x), device=x.device)
+    identity = torch.arange(len(x), dtype=torch.int64, device=x.device)
     cross, selves = _products(a, b), [_products(model, model)(identity) for model in (a, b)]
 
     def at(order: Tensor) -> list[float]:
@@ -89,9 +89,7 @@ def _products(a: Centred, b: Centred) -> Callable[[Tensor], Tensor]:
 
 
 def _of_neighbours(x: Tensor, y: Tensor, k: int) -> Permuted:
-    kernel = SIMILARITIES["mutual_knn"].kernel
-    assert kernel is not None
-    first, second = neighbours(x, k, kernel, "x", "first"), neighbours(y, k, kernel, "y", "second")
+    first, second = neighbour_lists(x, y, k)
 
     def at(order: Tensor) -> list[float]:
         # Sample order[i] has become row i, and so have its neighbours.
