@@ -111,8 +111,15 @@ def layers_of(
     wanted = [encoder_layers(encoder.module) for encoder in encoders] if not patterns else _matched(encoders, patterns)
     batches = list(images.batches())
     found = layer_cka(readers[0], readers[1], batches, wanted[0], wanted[1], progress=True)
-    names = [tuple(name.removeprefix("encoder.") for name in names) for names in (found.names_a, found.names_b)]
-    return replace(found, names_a=names[0], names_b=names[1])
+    names = [tuple(map(_own_name, names)) for names in (found.names_a, found.names_b)]
+    why = [{_own_name(name): reason for name, reason in u.items()} for u in (found.undefined_a, found.undefined_b)]
+    left_out = tuple(map(_own_name, found.left_out))
+    return replace(found, names_a=names[0], names_b=names[1], left_out=left_out, undefined_a=why[0], undefined_b=why[1])
+
+
+def _own_name(layer: str) -> str:
+    """A layer's name in its encoder, from that in the reader."""
+    return layer.removeprefix("encoder.")
 
 
 def _matched(encoders: Sequence[Encoder], patterns: Sequence[str]) -> list[list[str]]:

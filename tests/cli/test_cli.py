@@ -144,7 +144,7 @@ def test_train_and_report_end_to_end(tmp_path, capsys):
     assert page.read_bytes() == (out / "report.html").read_bytes()
     capsys.readouterr()
     assert main(["align", *(str(out / "features" / f"{name}.safetensors") for name in ("dcl", "identity"))]) == 0
-    assert capsys.readouterr().out.count(" 1.000000") == 10
+    assert capsys.readouterr().out.count(" 1.000000") == 12
 
 
 def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path, capsys):
