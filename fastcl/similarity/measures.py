@@ -11,7 +11,7 @@ from fastcl.errors import FastclError, brief, suggest
 from fastcl.similarity.functions import pair_stats
 from fastcl.similarity.neighbours import mutual_knn
 from fastcl.similarity.rotation import procrustes
-from fastcl.similarity.sums.rows import Inner
+from fastcl.similarity.sums.rows import INNER, Inner
 
 NEIGHBOURS = 10  # of mutual k-NN, unless a caller says otherwise
 
@@ -71,7 +71,8 @@ def similarities(x: Tensor, y: Tensor, measures: Sequence[str], *, k: int = NEIG
     """`similarity` by several names; those of one kernel come from one `PairStats`."""
     check_measures(measures)
     chosen = {name: SIMILARITIES[name] for name in measures}
-    stats = {kernel: pair_stats(x, y, kernel) for kernel in {m.kernel: None for m in chosen.values()} if kernel}
+    kernels = [measure.kernel for measure in chosen.values()]
+    stats = {kernel: pair_stats(x, y, kernel) for kernel in INNER if kernel in kernels}
     found = {}
     for name, measure in chosen.items():
         if measure.field is not None and measure.kernel is not None:
