@@ -195,6 +195,11 @@ def test_models_of_both_libraries_see_images_as_they_were_made_to(tmp_path):
     assert [x.shape for x in found.values()] == [(6, 96), (6, 1024)] and all(x.std() > 0 for x in found.values())
     sides = [encoder.batch(images.read(torch.tensor([0]))).shape[2:] for encoder in encoders]
     assert sides == [(160, 160), (224, 224)]
+    four = [[i for _, i in Images.chosen(data, "all", 4, seed).places] for seed in range(5)]
+    assert len(set(map(tuple, four))) > 1 and four[0] == [i for _, i in Images.chosen(data, "all", 4, 0).places]
+    other = load_encoder(names[0], 1, False, CPU)
+    assert not torch.equal(features_of([other], images, CPU)["test_resnet"], found["test_resnet"])
+    torch.rand(1)
     again = load_encoder(names[0], 0, False, CPU)
     assert torch.equal(features_of([again], images, CPU)["test_resnet"], found["test_resnet"])
     assert not encoders[0].module.training
