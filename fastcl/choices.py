@@ -9,6 +9,7 @@ UsedBackend: TypeAlias = Literal["triton", "chunked", "dense", "none"]  # "none"
 Precision: TypeAlias = Literal["fp16", "bf16", "fp32"]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 Relation: TypeAlias = Literal["view", "peer", "other"]
+DataPart: TypeAlias = Literal["all", "train", "test"]
 ObjectiveName: TypeAlias = Literal[
     "ntxent", "dcl", "nscl", "nscl_with_positive", "supcon", "supcon_in", "supcon_negatives"
 ]
@@ -18,4 +19,5 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENTRIES: tuple[Entries, ...] = get_args(Entries)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+DATA_PARTS: tuple[DataPart, ...] = get_args(DataPart)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)

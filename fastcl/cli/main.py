@@ -159,9 +159,18 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _align(args: argparse.Namespace) -> None:
-    from fastcl.cli.align import align
+    from fastcl.cli.similarity_table import wanted_by
 
-    align(args.a, args.b, args.json, args.out, args.spearman)
+    wanted = wanted_by(args)
+    if args.models is not None or args.data is not None:
+        from fastcl.cli.align_models import align_models
+
+        align_models(args, wanted)
+        return
+    from fastcl.cli.align import align, check_files
+
+    check_files(args)
+    align(args.a, args.b, wanted, args.json, args.out)
 
 
 def _views(args: argparse.Namespace) -> None:

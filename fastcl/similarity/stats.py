@@ -156,8 +156,12 @@ class PairStats:
         Raises:
             FastclError: where `cka` does, so that the bound is defined exactly where `cka` is.
         """
-        first, _ = self._hsic0().self_terms(self._measure("rho"), CONSTANT)
+        first, _ = self.centred_squares("rho")
         return self.drift_centered / math.sqrt(first)
+
+    def centred_squares(self, measure: str) -> tuple[float, float]:
+        """||HKH||_F^2 and ||HLH||_F^2. Raises FastclError, which names the measure, where `cka` is undefined."""
+        return self._hsic0().self_terms(self._measure(measure), CONSTANT)
 
     @property
     def r(self) -> float:

@@ -37,8 +37,9 @@ LAYERS: dict[str, set[str]] = {
     "public": {"adapters", "losses", "similarity", "micro"},
     "fastcl": {"public", "interrupts"},
     "train": {"fastcl", "data", "metrics", "io"},
+    "zoo": {"train"},
     "report": {"theory", "io"},
-    "cli": {"train", "report"},
+    "cli": {"zoo", "report"},
     "__main__": {"cli"},
 }
 # What the public names may load: torch and the standard library are enough for it.
