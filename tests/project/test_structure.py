@@ -38,7 +38,8 @@ LAYERS: dict[str, set[str]] = {
     "fastcl": {"public", "interrupts"},
     "train": {"fastcl", "data", "metrics", "io"},
     "report": {"theory", "io"},
-    "cli": {"train", "report"},
+    "sweep": {"train", "report"},
+    "cli": {"sweep"},
     "__main__": {"cli"},
 }
 # What the public names may load: torch and the standard library are enough for it.
