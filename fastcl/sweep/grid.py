@@ -167,15 +167,27 @@ def _combined(
             yield values, config
 
 
-def cell_name(values: Mapping[str, str], seed: int) -> str:
-    """A name of a cell that any file system takes; it does not depend on what else is in the sweep.
+def shortened(values: Mapping[str, str]) -> dict[str, str]:
+    """Values by the last part of their key where that names one key alone."""
+    last = {key: key.rpartition(".")[2] for key in values}
+    names = [*last.values(), "seed"]
+    return {last[key] if names.count(last[key]) == 1 else key: text for key, text in values.items()}
 
-    What cannot stand in a name, and what is too long, is replaced by a hash of the whole.
+
+def cell_name(values: Mapping[str, str], seed: int) -> str:
+    """A name of a cell that any file system takes; it does not depend on the other values in the sweep.
+
+    A list of plain words is joined by "+". Whatever else cannot stand in a name, or is too long, is replaced, and a hash
+    of the whole added.
     """
-    short = {key: key.rpartition(".")[2] for key in values}
-    doubled = [name for name in short.values() if list(short.values()).count(name) > 1 or name == "seed"]
-    exact = ",".join(f"{key if short[key] in doubled else short[key]}={text}" for key, text in values.items())
-    plain = re.sub(r"[^\w.+,=-]+", "-", exact, flags=re.ASCII).strip("-")[:_LONGEST]
+    joined = {key: _joined(text) for key, text in shortened(values).items()}
+    exact = ",".join(f"{key}={text}" for key, text in joined.items())
+    plain = re.sub(r"[^\w.+,=-]+", "-", exact, flags=re.ASCII)[:_LONGEST]
     if plain != exact:
         plain += f"-{hashlib.sha256(exact.encode('utf-8', 'surrogateescape')).hexdigest()[:6]}"
     return f"{plain},seed={seed}" if plain else f"seed={seed}"
+
+
+def _joined(text: str) -> str:
+    words = re.fullmatch(r'\[("[\w.-]+"(?:, "[\w.-]+")*)\]', text)
+    return text if words is None else words[1].replace('"', "").replace(", ", "+")

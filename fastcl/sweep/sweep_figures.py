@@ -24,6 +24,7 @@ from fastcl.report.drawing import (
     look,
 )
 from fastcl.report.run import PAIR_MEASURES, RESEEDED, Run, known
+from fastcl.sweep.grid import shortened
 from fastcl.sweep.outcomes import FINISHED, Outcome, Sweep
 
 MOST_ROWS = 6  # of panels in a figure
@@ -66,9 +67,10 @@ def pictures(sweep: Sweep) -> Iterator[Picture]:
     if not any(run.pairs for run in sweep.runs):
         return
     yield _over_epochs(sweep)
-    for key in sweep.over:
-        yield _final(sweep, key)
-        yield from _by_value(sweep, key)
+    for key, values in sweep.over.items():
+        if len(values) > 1:
+            yield _final(sweep, key)
+            yield from _by_value(sweep, key)
 
 
 def final_values(sweep: Sweep, cells: Sequence[Outcome], model: str, measure: str) -> Spread | None:
@@ -77,9 +79,9 @@ def final_values(sweep: Sweep, cells: Sequence[Outcome], model: str, measure: st
     return _spread([run.pair_value(run.reference, model, measure) for run in runs])
 
 
-def shown_values(values: Mapping[str, str]) -> str:
-    """Swept values in words: "train.batch_size = 64, lr_rule = sqrt"; "" if there are none."""
-    return ", ".join(f"{key} = {value}" for key, value in values.items())
+def _told(values: Mapping[str, str]) -> str:
+    """Swept values in words: "batch_size = 64, lr_rule = sqrt"; "" if there are none."""
+    return ", ".join(f"{key} = {value}" for key, value in shortened(values).items())
 
 
 def _runs(sweep: Sweep, cells: Sequence[Outcome], model: str) -> list[Run]:
@@ -145,7 +147,7 @@ def _over_epochs(sweep: Sweep) -> Picture:
 
     def draw() -> Figure:
         drawn = groups[:MOST_ROWS]
-        figure, axes = _grid([shown_values(cells[0].values) for cells in drawn])
+        figure, axes = _grid([_told(cells[0].values) for cells in drawn])
         _time_axes(sweep, axes)
         for cells, row in zip(drawn, axes, strict=True):
             for ax, measure in zip(row, PAIR_MEASURES, strict=True):
@@ -180,7 +182,7 @@ def _final(sweep: Sweep, key: str) -> Picture:
 
     def draw() -> Figure:
         drawn = held[:MOST_ROWS]
-        figure, axes = _grid([shown_values(fixed) for fixed in drawn])
+        figure, axes = _grid([_told(fixed) for fixed in drawn])
         for fixed, row in zip(drawn, axes, strict=True):
             at = {value: sweep.group(fixed | {key: value}) for value in values}
             for ax, measure in zip(row, PAIR_MEASURES, strict=True):
@@ -232,7 +234,7 @@ def _by_value(sweep: Sweep, key: str) -> Iterator[Picture]:
                         _draw(ax, _series(sweep, cells, model, measure), **style)
             return finish(figure, sweep, [], [Line2D([], [], label=f"{key} = {v}", **s) for v, s in styles.items()])
 
-        where = f" ({shown_values(fixed)})" if fixed else ""
+        where = f" ({_told(fixed)})" if fixed else ""
         yield Picture(
             f"curves-{key.replace('.', '-')}-{number}",
             f"During training, by {key}{where}",

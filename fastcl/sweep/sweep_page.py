@@ -12,8 +12,8 @@ from fastcl.io.files import write_atomic
 from fastcl.io.outputs import check_output
 from fastcl.io.run_names import SWEEP
 from fastcl.report.drawing import inline_svg, label
-from fastcl.report.html import Table, number, outline, rendered
-from fastcl.report.run import PAIR_MEASURES, known
+from fastcl.report.html import Table, identity_control, number, outline, rendered
+from fastcl.report.run import IDENTITY, PAIR_MEASURES, known
 from fastcl.sweep.long_table import write_table
 from fastcl.sweep.outcomes import BROKEN, FINISHED, Outcome, Sweep, load_sweep
 from fastcl.sweep.sweep_figures import final_values, pictures
@@ -58,6 +58,7 @@ def _page(sweep: Sweep) -> bytes:
             "cells": str(len(sweep.cells)),
             **{state: str(count) for state, count in states.items()},
             "seeds": str(len(sweep.seeds)),
+            **_identity(sweep),
         },
         grid=Table(["key", "values"], _grid(sweep), "text"),
         failed=Table(["cell", "last error"], [[name, cell.error] for name, cell in failed.items()], "text"),
@@ -79,6 +80,13 @@ def _warning(states: Counter[str], count: int) -> str:
         return ""
     told = ", ".join(f"{number} {state}" for state, number in states.items())
     return f"Incomplete sweep: of {count} cells {told}. Final numbers are those of the finished ones."
+
+
+def _identity(sweep: Sweep) -> dict[str, str]:
+    """Whether the identity twin equalled its reference in every run."""
+    told = [identity_control(run) for run in sweep.runs if IDENTITY in run.models]
+    broken = sum(text.startswith("BROKEN") for text in told)
+    return {"identity control": f"BROKEN in {broken}" if broken else "holds"} if told else {}
 
 
 def _guide(sweep: Sweep) -> str:
@@ -119,8 +127,6 @@ def _finals(sweep: Sweep) -> Table:
             spreads = [*(spread.values if spread else () for spread in pairs), [s for s in scores if known(s)]]
             values = [_mean(values) for values in spreads]
             rows.append([*cells[0].values.values(), label(sweep, model), str(len(runs)), *values])
-    if not sweep.over:  # the first column names the row
-        head, rows = head[0:1] + head[1:], [[row[0], *row[1:]] for row in rows]
     return Table(head, rows)
 
 
