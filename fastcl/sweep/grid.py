@@ -177,8 +177,8 @@ def shortened(values: Mapping[str, str]) -> dict[str, str]:
 def cell_name(values: Mapping[str, str], seed: int) -> str:
     """A name of a cell that any file system takes; it does not depend on the other values in the sweep.
 
-    A list of plain words is joined by "+". Whatever else cannot stand in a name, or is too long, is replaced, and a hash
-    of the whole added.
+    A list of plain words is joined by "+". Whatever else cannot stand in a name, or is too long, is replaced, and a
+    hash of the whole added.
     """
     joined = {key: _joined(text) for key, text in shortened(values).items()}
     exact = ",".join(f"{key}={text}" for key, text in joined.items())
