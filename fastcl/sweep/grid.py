@@ -78,7 +78,7 @@ def make_cells(path: Path, over: Sequence[str], seeds: int) -> list[Cell]:
         raise FastclError("the sweep has a single cell: give --over KEY=V1,V2 or --seeds 2, or use fastcl train")
     if count > MOST_CELLS:
         raise FastclError(f"the sweep has {count:,} cells; at most {MOST_CELLS:,} are allowed")
-    labels = {key: _labels(path, key, texts) for key, texts in axes.items()}
+    labels = {key: _labels(path, key, axes) for key in axes}
     names = [(cell_name(v, c.train.seed), v, c) for v, c in _combined(path, base, axes, labels, seeds)]
     return [Cell(name, values, config.train.seed, config, name) for name, values, config in names]
 
@@ -128,13 +128,17 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _labels(path: Path, key: str, texts: Sequence[str]) -> list[str]:
-    """The values of a key as the config holds them, so that 0.1 and 1e-1 are one; strings without quotes."""
+def _labels(path: Path, key: str, axes: Mapping[str, Sequence[str]]) -> list[str]:
+    """The values of a key as the config holds them, so that 0.1 and 1e-1 are one; strings without quotes.
+
+    They are read beside the first values of the other keys, since what one key may be can depend on another.
+    """
+    others = [f"{other}={texts[0]}" for other, texts in axes.items() if other not in (key, RULE)]
     found: list[str] = []
     seen: list[Any] = []
-    for text in texts:
+    for text in axes[key]:
         try:
-            value = text if key == RULE else load_config(path, [f"{key}={text}"])
+            value = text if key == RULE else load_config(path, [*others, f"{key}={text}"])
         except FastclError as error:
             raise FastclError(f"--over {shown(key)}={shown(text)}: {error}") from error
         if value in seen:

@@ -13,7 +13,7 @@ from fastcl.errors import FastclError
 from fastcl.train.group import ALONE
 from fastcl.train.inputs import load_data
 from fastcl.train.measures.layer_table import check_layers
-from fastcl.train.models import make_twins
+from fastcl.train.models import make_optimizer, make_twins
 from fastcl.train.trainer import run_device
 
 
@@ -48,6 +48,7 @@ def check_configs(configs: Mapping[str, Config]) -> dict[str, Extent]:
     """
     found: dict[str, Extent] = {}
     built: set[str] = set()
+    network = None  # the first one, for all optimisers
     groups: dict[str, list[str]] = {}
     for name, config in configs.items():
         groups.setdefault(f"{config.data} {config.train.seed} {config.train.models}", []).append(name)
@@ -65,7 +66,11 @@ def check_configs(configs: Mapping[str, Config]) -> dict[str, Extent]:
                 if (shape := _shape(config, len(data.classes))) not in built:
                     twins = make_twins(config, data.channels, len(data.classes), run_device("cpu", ALONE))
                     check_layers(twins[0], config.train.layers)
+                    network = network or twins[0].network
                     built.add(shape)
+                elif network is not None and (optimiser := repr(config.optim)) not in built:
+                    make_optimizer(network, config.optim)
+                    built.add(optimiser)
             except FastclError as error:
                 raise FastclError(f"{name}: {error}") from error
             found[name] = Extent(len(data.train), len(data.test), len(data.classes), len(loader))
@@ -73,7 +78,7 @@ def check_configs(configs: Mapping[str, Config]) -> dict[str, Extent]:
 
 
 def _shape(config: Config, classes: int) -> str:
-    """What decides whether the networks and optimisers of a config can be made."""
+    """What decides whether the networks of a config can be made."""
     train = config.train
-    parts = (dataclasses.asdict(config.model), dataclasses.asdict(config.optim), config.data.source)
+    parts = (dataclasses.asdict(config.model), config.data.source)
     return json.dumps([*parts, config.views.size, train.models, train.controls, train.layers, classes])
