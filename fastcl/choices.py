@@ -12,8 +12,10 @@ Relation: TypeAlias = Literal["view", "peer", "other"]
 ObjectiveName: TypeAlias = Literal[
     "ntxent", "dcl", "nscl", "nscl_with_positive", "supcon", "supcon_in", "supcon_negatives"
 ]
+Equal: TypeAlias = Literal["epochs", "steps"]  # in all cells of a sweep
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
+EQUAL: tuple[Equal, ...] = get_args(Equal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastcl import __version__
+from fastcl.choices import EQUAL
 from fastcl.config.written import listing, preset_names
 from fastcl.io.outputs import named_path
 
@@ -138,7 +139,7 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("--seeds", type=int, default=1, metavar="N", help=text)
     sweep.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the sweep")
     text = "steps: set each cell's epochs so that all take about as many steps as the config (default: %(default)s)"
-    sweep.add_argument("--equal", choices=("epochs", "steps"), default="epochs", help=text)
+    sweep.add_argument("--equal", choices=EQUAL, default="epochs", help=text)
     text = "runs at a time, which share the threads; GPUs are given out in turn (default: 1, or one for each GPU)"
     sweep.add_argument("--jobs", type=int, metavar="N", help=text)
     sweep.add_argument("--dry-run", action="store_true", help="check and list the cells, and write nothing")

@@ -145,9 +145,8 @@ def _error(child: _Child) -> str | None:
     status = child.process.returncode
     if status == 0:
         return None
-    how = f"status {status}"
-    if status < 0:
-        how = f"killed by {signal.Signals(-status).name}"
+    names = {one.value: one.name for one in signal.Signals}
+    how = f"status {status}" if status > 0 else f"killed by {names.get(-status, f'signal {-status}')}"
     with open(child.log, "rb") as file:
         file.seek(max(child.start, child.log.stat().st_size - _TAIL))
         lines = file.read().decode(errors="replace").split("\n")
@@ -169,13 +168,16 @@ class _Progress:
         """Draw the line anew."""
         if self._bar.disable:
             return
-        texts = []
         for job in running:
             self._steps[job.name] = self._trained(job)
+        text = "waiting for a run that another process trains"
+        if running:
+            job = running[0]
             epoch = min(job.epochs, self._steps[job.name] // job.steps + 1)
-            texts.append(f"{job.name}: epoch {epoch} of {job.epochs}")
+            more = f", and {len(running) - 1} more" if len(running) > 1 else ""
+            text = f"{job.name}: epoch {epoch} of {job.epochs}{more}"
         self._bar.set_description_str(f"{len(self._gone)} of {len(self._jobs)} runs", refresh=False)
-        self._bar.set_postfix_str("; ".join(texts), refresh=False)
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.n = sum(self._steps.values())
         self._bar.refresh()
 

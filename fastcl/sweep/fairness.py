@@ -14,7 +14,6 @@ from fastcl.errors import FastclError
 from fastcl.sweep.grid import Cell
 from fastcl.train.early import Extent
 
-EQUAL = ("epochs", "steps")
 IMAGES = "data.test_images"
 # Settings in epochs that grow with the number of epochs, so that they are the same number of steps.
 _IN_EPOCHS = ("optim.warmup_epochs", "train.eval_every", "train.checkpoint_every")

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastcl.errors import FastclError, shown
+from fastcl.errors import FastclError, brief, shown
 from fastcl.io.run_names import SWEEP
 from fastcl.report.run import CONTROLS, RESEEDED, Run, load_run
 from fastcl.sweep.sweep_folder import CELLS, read_failures, read_sweep
@@ -118,14 +118,11 @@ def load_sweep(out: Path) -> Sweep:
     failures = read_failures(out)
     read: dict[str, tuple[str, str, Run | None]] = {}
     cells = []
-    try:
-        for cell in head["cells"]:
-            name = cell["run"]
-            if name not in read:
-                read[name] = _outcome(out / CELLS / name, failures.get(name, ""))
-            cells.append(Outcome(cell["name"], cell["values"], cell["seed"], *read[name]))
-    except (KeyError, TypeError) as error:
-        raise FastclError(f"{shown(out / SWEEP)} does not describe a sweep: a cell lacks {error}") from error
+    for cell in head["cells"]:
+        name = cell["run"]
+        if name not in read:
+            read[name] = _outcome(out / CELLS / name, failures.get(name, ""))
+        cells.append(Outcome(cell["name"], cell["values"], cell["seed"], *read[name]))
     over = {key: tuple(values) for key, values in head["over"].items()}
     return Sweep(out, head["config"], over, tuple(head["seeds"]), head["equal"], head.get("test_images"), tuple(cells))
 
@@ -141,8 +138,23 @@ def _outcome(folder: Path, failure: str) -> tuple[str, str, Run | None]:
         return BROKEN if failure else UNFINISHED if begun else WAITING, failure, None
     try:
         run = load_run(folder, with_steps=False)
+        _check_facts(run)
         if run.finished and not lacks(folder, run.planned_epochs, run.models):
             return FINISHED, "", run
     except FastclError as error:
         return BROKEN, str(error), None
     return BROKEN if failure else UNFINISHED, failure, run
+
+
+def _check_facts(run: Run) -> None:
+    """Refuse a run.json without what the table and the page say of every cell."""
+    train, optim = (run.config.get(name) for name in ("train", "optim"))
+    facts = {
+        "data.train": run.data.get("train"),
+        "data.test": run.data.get("test"),
+        "config.train.batch_size": train.get("batch_size") if isinstance(train, dict) else None,
+        "config.optim.lr": optim.get("lr") if isinstance(optim, dict) else None,
+    }
+    for name, value in facts.items():
+        if type(value) not in ((float, int) if name.endswith("lr") else (int,)) or not value > 0:
+            raise FastclError(f"{shown(run.path / 'run.json')}: {name} must be a positive number, got {brief(value)}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcl.config.settings import Config
-from fastcl.errors import FastclError, shown
+from fastcl.errors import FastclError, brief, shown
 from fastcl.io.files import cause, write_atomic
 from fastcl.io.json_text import parse_json
 from fastcl.io.run_names import SWEEP
@@ -28,6 +28,9 @@ from fastcl.train.run_folder.identity import differences, identity, lacks, read_
 FAILED, PAGE = "failed.json", "sweep.html"
 TABLE = "table"  # with .csv and .parquet
 CELLS, CONFIGS, LOGS = "cells", "configs", "logs"
+OTHERS = (SWEEP, FAILED, f"{TABLE}.csv", f"{TABLE}.parquet", CELLS, CONFIGS, LOGS)  # all but the page
+_HEAD = {"config": dict, "over": dict, "seeds": list, "equal": str, "cells": list}
+_CELL = {"name": str, "run": str, "values": dict, "seed": int}
 
 
 def described(base: Config, cells: Sequence[Cell], equal: str, test_images: int | None) -> dict[str, Any]:
@@ -61,10 +64,13 @@ def read_sweep(out: Path) -> dict[str, Any] | None:
             what = "a run" if strange[0] == "run.json" else f"{CELLS}/, but no {SWEEP}"
             raise FastclError(f"--out: {shown(out)} holds {what}; choose another folder")
         return None
-    kinds = {"config": dict, "over": dict, "seeds": list, "equal": str, "cells": list}
-    for key, kind in kinds.items():
+    for key, kind in _HEAD.items():
         if not isinstance(found.get(key), kind):
             raise FastclError(f"{shown(path)} does not describe a sweep: '{key}' is missing or is no {kind.__name__}")
+    for cell in found["cells"]:
+        fits = isinstance(cell, dict) and all(isinstance(cell.get(key), kind) for key, kind in _CELL.items())
+        if not fits or list(cell["values"]) != list(found["over"]):
+            raise FastclError(f"{shown(path)} does not describe a sweep: {brief(cell)} is no cell of it")
     return found
 
 
@@ -84,8 +90,6 @@ def check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
                 found.append(f"the values of {key} (there also {', '.join(gone)})")
     if gone := [seed for seed in before["seeds"] if seed not in now["seeds"]]:
         found.append(f"the seeds (there also {', '.join(map(str, gone))})")
-    if not any(found[:2]) and len(found) == 2 and before.get("test_images") != now["test_images"]:
-        found.append(differences({"test_images": before.get("test_images")}, {"test_images": now["test_images"]}))
     if any(found):
         raise FastclError(
             f"{shown(out)} holds another sweep, which differs in {', '.join(filter(None, found))}; choose another "

@@ -10,14 +10,13 @@ from pathlib import Path
 from fastcl.errors import shown
 from fastcl.io.files import write_atomic
 from fastcl.io.outputs import check_output
-from fastcl.io.run_names import SWEEP
 from fastcl.report.drawing import inline_svg, label
 from fastcl.report.html import Table, identity_control, number, outline, rendered
 from fastcl.report.run import IDENTITY, PAIR_MEASURES, known
 from fastcl.sweep.long_table import write_table
 from fastcl.sweep.outcomes import BROKEN, FINISHED, Outcome, Sweep, load_sweep
 from fastcl.sweep.sweep_figures import final_values, pictures
-from fastcl.sweep.sweep_folder import PAGE
+from fastcl.sweep.sweep_folder import OTHERS, PAGE
 
 _ACCURACY = "ncc_test"
 
@@ -37,7 +36,7 @@ def write_sweep_report(sweep_dir: Path, out: Path | None = None) -> Path:
     """
     out = sweep_dir / PAGE if out is None else out
     sweep = load_sweep(sweep_dir)
-    check_output(out, "--out", [sweep_dir / SWEEP, *(run.path for run in sweep.runs)])
+    check_output(out, "--out", [sweep_dir / name for name in OTHERS])
     write_table(sweep)
     write_atomic(out, _page(sweep))
     return out

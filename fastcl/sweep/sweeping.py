@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from fastcl.choices import EQUAL, Equal
 from fastcl.config.settings import Config
 from fastcl.config.tables import load_config
 from fastcl.config.written import written
@@ -18,7 +19,7 @@ from fastcl.io.files import write_atomic
 from fastcl.io.outputs import check_folder
 from fastcl.io.run_names import SWEEP
 from fastcl.sweep.children import Job, run_jobs, slots_for, visible_gpus
-from fastcl.sweep.fairness import EQUAL, with_equal_images, with_equal_steps
+from fastcl.sweep.fairness import with_equal_images, with_equal_steps
 from fastcl.sweep.grid import Cell, make_cells
 from fastcl.sweep.long_table import write_table
 from fastcl.sweep.outcomes import load_sweep
@@ -51,11 +52,13 @@ class Plan(NamedTuple):
     Attributes:
         cells: all of them, in order.
         head: its sweep.json.
+        before: the sweep.json that is there; None if there is none.
         jobs: the runs of the cells, each once.
     """
 
     cells: list[Cell]
     head: dict[str, Any]
+    before: dict[str, Any] | None
     jobs: list[Job]
 
     def finished(self, out: Path) -> set[str]:
@@ -64,7 +67,7 @@ class Plan(NamedTuple):
         return {cell.name for cell in own if is_finished(out / CELLS / cell.name, cell.config)}
 
 
-def plan_sweep(config: Path, over: Sequence[str], seeds: int, out: Path, equal: str = "epochs") -> Plan:
+def plan_sweep(config: Path, over: Sequence[str], seeds: int, out: Path, equal: Equal = "epochs") -> Plan:
     """Make the cells of a sweep and check each of them; creates nothing.
 
     Args:
@@ -87,25 +90,24 @@ def plan_sweep(config: Path, over: Sequence[str], seeds: int, out: Path, equal: 
         order = list(before["over"])
         over = sorted(over, key=lambda item: _place(order, item.partition("=")[0].strip()))
     cells = make_cells(config, over, seeds)
+    if before is not None:
+        check_same(out, before, described(base, cells, equal, None))
     extents = _extents(cells, base if equal == "steps" else None)
     if equal == "steps":
         cells = with_equal_steps(cells, extents, base, extents[BASE].steps)
     cells, images = with_equal_images(cells, extents, (before or {}).get("test_images"))
     cells = _with_runs(cells, before)
-    head = described(base, cells, equal, images)
-    if before is not None:
-        check_same(out, before, head)
     jobs = []
     for cell in cells:
         if cell.run == cell.name:
             folder = out / CELLS / cell.name
             check_run_folder(folder, [config, *data_paths(cell.config)], image_folders(cell.config))
             jobs.append(Job(cell.name, cell.config.train.epochs, extents[cell.name].steps))
-    return Plan(cells, head, jobs)
+    return Plan(cells, described(base, cells, equal, images), before, jobs)
 
 
 def run_sweep(
-    config: Path, over: Sequence[str], seeds: int, out: Path, *, equal: str = "epochs", jobs: int | None = None
+    config: Path, over: Sequence[str], seeds: int, out: Path, *, equal: Equal = "epochs", jobs: int | None = None
 ) -> None:
     """Run a sweep, or what is left of it, and write its table and page.
 
@@ -124,8 +126,8 @@ def run_sweep(
         raise FastclError(f"--jobs must be at least 1, got {jobs}")
     plan = plan_sweep(config, over, seeds, out, equal)
     with locked(out, "sweeping"):
-        if (before := read_sweep(out)) is not None:  # another process may have used the folder meanwhile
-            check_same(out, before, plan.head)
+        if read_sweep(out) != plan.before:
+            raise FastclError(f"another sweep has begun in {shown(out)} meanwhile; give the command again")
         write_json(out / SWEEP, plan.head)
         for cell in plan.cells:
             if cell.run == cell.name:
@@ -147,7 +149,8 @@ def run_sweep(
 def listing(plan: Plan, out: Path) -> str:
     """The cells of a plan as text, a line each."""
     axes = [f"{len(values)} values of {key}" for key, values in plan.head["over"].items()]
-    parts = " x ".join([*axes, f"{len(plan.head['seeds'])} seeds"])
+    seeds = len(plan.head["seeds"])
+    parts = " x ".join([*axes, f"{seeds} seed{'s' * (seeds > 1)}"])
     images, finished = plan.head["test_images"], plan.finished(out)
     told = f"; each is evaluated on {images} held-out images" if images is not None else ""
     lines = [f"{len(plan.cells)} cells ({parts}) in {len(plan.jobs)} runs, {len(finished)} finished{told}"]

@@ -1,16 +1,20 @@
 """What is planned before the first cell runs: cells, names, what is equal in all of them, and all refusals."""
 
 import dataclasses
+import io
 import json
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_run import tiny_toml
+from tqdm import tqdm
 
 from fastcl.config.tables import load_config
 from fastcl.errors import FastclError
-from fastcl.sweep import plan_sweep
-from fastcl.sweep.children import slots_for
+from fastcl.sweep import children, plan_sweep
+from fastcl.sweep.children import Job, slots_for
 from fastcl.sweep.grid import cell_name, make_cells
 from fastcl.sweep.sweeping import listing
 
@@ -167,3 +171,24 @@ def test_threads_are_divided_and_gpus_given_out_in_turn(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
     assert slots_for(3, []) == [{"OMP_NUM_THREADS": "4"}] * 3
+
+
+def test_one_line_tells_what_runs_and_how_long_it_takes(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(children, "tqdm", partial(tqdm, file=terminal))
+    jobs = [Job("a", 4, 10), Job("b", 2, 5), Job("c", 2, 5)]
+    (tmp_path / "cells" / "a").mkdir(parents=True)
+    (tmp_path / "cells" / "a" / "timing.jsonl").write_text("{}\n")
+    with closing(children._Progress(tmp_path, jobs)) as progress:
+        (tmp_path / "cells" / "a" / "timing.jsonl").write_text("{}\n{}\n{")
+        progress.show(jobs[:2])
+        progress.ended(jobs[1])
+        progress.show([])
+    lines = terminal.getvalue().split("\r")
+    first = [line for line in lines if line.startswith("0 of 3 runs") and "20/60" in line]
+    assert any("a: epoch 3 of 4, and 1 more" in line for line in first)
+    assert any(line.startswith("1 of 3 runs") and "30/60" in line and "waiting for" in line for line in lines)

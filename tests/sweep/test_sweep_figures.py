@@ -149,7 +149,7 @@ def test_folders_that_hold_no_sweep(tmp_path):
         write_sweep_report(tmp_path)
     for text, message in (
         ("{", "not valid JSON"), ("[]", "must be a JSON object"), ("{}", "'config' is missing"),
-        ('{"config": {}, "over": {}, "seeds": [0], "equal": "epochs", "cells": [{}]}', "a cell lacks 'run'"),
+        ('{"config": {}, "over": {}, "seeds": [0], "equal": "epochs", "cells": [{}]}', "{} is no cell of it"),
     ):  # fmt: skip
         (tmp_path / "sweep.json").write_text(text)
         with pytest.raises(FastclError, match=message):
