@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from fastcl.sweep.outcomes import FINISHED, Outcome, Sweep
 MOST_ROWS = 6  # of panels in a figure
 MOST_FIGURES = 4  # of curves for one key
 _BANDS = "Lines are means over the seeds, bands reach from the lowest to the highest seed. "
+_SLOWEST = "A line ends where the slowest of its begun runs is. "
 _UNITS = {"weight_gap": "relative distance (0 = same)"}
 _SPREAD = {"alpha": 0.18, "linewidth": 0}
 
@@ -160,7 +162,7 @@ def _over_epochs(sweep: Sweep) -> Picture:
         "over-epochs",
         "Alignment with the reference during training",
         f"Each line compares one model with {sweep.reference} on the same held-out images; each row has other swept "
-        f"values. {_BANDS}{_floor_note(sweep)}{_left_out('combinations', len(groups), MOST_ROWS)}"
+        f"values. {_BANDS}{_SLOWEST}{_floor_note(sweep)}{_left_out('combinations', len(groups), MOST_ROWS)}"
         "As Fig. 2 and Fig. 6 of arXiv 2510.08852.",
         draw,
     )
@@ -195,7 +197,7 @@ def _final(sweep: Sweep, key: str) -> Picture:
         return finish(figure, sweep, sweep.compared, [band] if RESEEDED in sweep.models else [])
 
     return Picture(
-        f"final-{key.replace('.', '-')}",
+        f"final-{_id(key)}",
         f"At the end of training, by {key}",
         f"Alignment with {sweep.reference} after the last epoch of the finished runs; the values of {key} are evenly "
         f"spaced along x. {_BANDS}{_floor_note(sweep)}{_left_out('combinations', len(held), MOST_ROWS)}",
@@ -236,12 +238,17 @@ def _by_value(sweep: Sweep, key: str) -> Iterator[Picture]:
 
         where = f" ({_told(fixed)})" if fixed else ""
         yield Picture(
-            f"curves-{key.replace('.', '-')}-{number}",
+            f"curves-{_id(key)}-{number}",
             f"During training, by {key}{where}",
             f"Each row compares one model with {sweep.reference}, each line is one value of {key}. {_BANDS}"
+            f"{_SLOWEST}"
             f"{_left_out('combinations of the other values', len(held), MOST_FIGURES)}",
             draw,
         )
+
+
+def _id(key: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]", "-", key)
 
 
 def _style(k: int) -> dict[str, Any]:

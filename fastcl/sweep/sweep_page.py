@@ -100,11 +100,13 @@ def _guide(sweep: Sweep) -> str:
         if sweep.test_images is not None
         else "The config says on how many held-out images each cell is evaluated. "
     )
+    others = sorted({run.reference for run in sweep.runs} - {sweep.reference})
+    foreign = f" Runs whose reference is {' or '.join(others)} are in table.csv alone." if others else ""
     return (
         "Each cell is a run of its own: several copies of one network trained side by side from the same initial "
         f"weights on the same views; only the loss differs. {equal.get(sweep.equal, '')}{images}"
         "The seed changes the initial weights, the views, the batches and every random split, the choice of classes "
-        "among them."
+        f"among them.{foreign}"
     )
 
 
