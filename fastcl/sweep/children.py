@@ -123,7 +123,7 @@ def _begin(out: Path, job: Job, variables: Mapping[str, str]) -> _Child:
         process = interrupts.started(
             lambda: subprocess.Popen(
                 command(out, job.name), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | variables, start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **variables}, start_new_session=True,
             )
         )  # fmt: skip
     return _Child(job, process, log, start)

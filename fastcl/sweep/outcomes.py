@@ -72,12 +72,12 @@ class Sweep:
         """Those of the cells that have measured something."""
         return [cell.run for cell in self.cells if cell.run is not None]
 
-    @cached_property
+    @property
     def reference(self) -> str:
         """The first run's reference; "" if there is no run."""
         return self.runs[0].reference if self.runs else ""
 
-    @cached_property
+    @property
     def models(self) -> tuple[str, ...]:
         """All models of all runs, controls last."""
         found = dict.fromkeys(model for run in self.runs for model in run.models)

@@ -33,7 +33,8 @@ MOST_FIGURES = 4  # of curves for one key
 _BANDS = "Lines are means over the seeds, bands reach from the lowest to the highest seed. "
 _SLOWEST = "A line ends where the slowest of its begun runs is. "
 _UNITS = {"weight_gap": "relative distance (0 = same)"}
-_SPREAD = {"alpha": 0.18, "linewidth": 0}
+_SPREAD: dict[str, Any] = {"alpha": 0.18, "linewidth": 0}
+_FLOOR: dict[str, Any] = dict(FLOOR_BAND)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 def _series(sweep: Sweep, cells: Sequence[Outcome], model: str, measure: str) -> dict[float, Spread]:
     """A measure of a model with the reference at every point that all begun runs of some cells have reached."""
     series = [run.pair_series(run.reference, model) for run in _runs(sweep, cells, model)]
-    epochs = sorted(set.intersection(*map(set, series))) if series else []
+    epochs = sorted(set(series[0]).intersection(*series[1:])) if series else []
     scale = next((_scale(sweep, cell) for cell in cells if cell.run is not None), 1)
     found = {epoch * scale: _spread([one[epoch][measure] for one in series]) for epoch in epochs}
     return {x: spread for x, spread in found.items() if spread is not None}
@@ -193,7 +194,7 @@ def _final(sweep: Sweep, key: str) -> Picture:
                     _draw(ax, {k: spread for k, spread in points.items() if spread is not None}, **look(sweep, model))
                 _named_places(ax, key, values)
                 _floor(ax, [final_values(sweep, at[value], RESEEDED, measure) for value in values], measure)
-        band = Patch(**FLOOR_BAND, label="noise floor: as close as the mean reseeded twin")
+        band = Patch(**_FLOOR, label="noise floor: as close as the mean reseeded twin")
         return finish(figure, sweep, sweep.compared, [band] if RESEEDED in sweep.models else [])
 
     return Picture(
@@ -208,13 +209,13 @@ def _final(sweep: Sweep, key: str) -> Picture:
 def _floor(ax: Axes, floor: Sequence[Spread | None], measure: str) -> None:
     points = {k: spread.mean for k, spread in enumerate(floor) if spread is not None}
     perfect = 0.0 if measure == "weight_gap" else 1.0
-    ax.fill_between(list(points), list(points.values()), perfect, **FLOOR_BAND)
+    ax.fill_between(list(points), list(points.values()), perfect, **_FLOOR)
 
 
 def _named_places(ax: Axes, key: str, values: Sequence[str]) -> None:
     """The values of a key along x; long ones are cut."""
     texts = [value if len(value) <= 12 else f"{value[:11]}…" for value in values]
-    ax.set_xticks(range(len(values)), texts, rotation=0 if len("  ".join(texts)) < 34 else 30)
+    ax.set_xticks(list(range(len(values))), texts, rotation=0 if len("  ".join(texts)) < 34 else 30)
     ax.set_xlim(-0.3, len(values) - 0.7)
     ax.set_xlabel(key)
 

@@ -77,7 +77,7 @@ def _page(sweep: Sweep) -> bytes:
 def _warning(states: Counter[str], count: int) -> str:
     if states[FINISHED] == count:
         return ""
-    told = ", ".join(f"{number} {state}" for state, number in states.items())
+    told = ", ".join(f"{some} {state}" for state, some in states.items())
     return f"Incomplete sweep: of {count} cells {told}. Final numbers are those of the finished ones."
 
 

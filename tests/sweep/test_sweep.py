@@ -57,7 +57,7 @@ def rows_of(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def until(condition: Callable[[], object], patience: float = 60) -> None:
+def until(condition: Callable[[], object], patience: float = 120) -> None:
     end = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < end
