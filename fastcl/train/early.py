@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from fastcl.config.settings import Config
 from fastcl.data import Dataset, ViewLoader, ViewPlan, choose_renderer
+from fastcl.data.loader import Order
 from fastcl.errors import FastclError
 from fastcl.train.group import ALONE
 from fastcl.train.inputs import load_data
@@ -73,7 +74,8 @@ def _check_views(config: Config, data: Dataset) -> int:
     device = run_device(config.train.device, ALONE)
     choose_renderer(config.data.renderer, (data.train, data.test), config.views, device)
     plan, workers = ViewPlan(config.views, config.train.seed), config.data.workers or 0
-    return len(ViewLoader(data.train, plan, config.train.batch_size, config.data.order, workers=workers))
+    order = cast(Order, config.data.order)  # the loader checks it
+    return len(ViewLoader(data.train, plan, config.train.batch_size, order, workers=workers))
 
 
 class _Networks:
