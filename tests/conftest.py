@@ -44,7 +44,8 @@ LONGEST = (
     "bench/test_bench_training.py", "project/test_packaging.py", "losses/test_gathering.py",
     "rowstats/test_triton_operator.py", "rowstats/test_triton_blocks.py", "cli/test_interrupts.py",
     "project/test_types.py", "bench/test_static_gate.py", "rowstats/test_defaults.py", "project/test_structure.py",
-    "report/test_report.py", "losses/test_objectives.py", "rowstats/test_gpu.py", "cli/test_cli.py", "rowstats/test_rowstats.py",
+    "report/test_report.py", "losses/test_objectives.py", "rowstats/test_gpu.py", "cli/test_cli.py",
+    "rowstats/test_rowstats.py",
 )  # fmt: skip
 
 
