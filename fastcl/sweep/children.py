@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,7 +163,11 @@ class _Progress:
         self._gone: set[str] = set()
         self._steps = {job.name: self._trained(job) for job in jobs}
         total = sum(job.epochs * job.steps for job in jobs)
-        self._bar = tqdm(total=total, initial=sum(self._steps.values()), unit="step", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total, initial=sum(self._steps.values()), unit="step", disable=None,
+            ncols=shutil.get_terminal_size().columns,  # tqdm itself assumes 0 if the terminal gives no size
+            bar_format="{percentage:3.0f}% [{elapsed}<{remaining}] {desc}",
+        )  # fmt: skip
 
     def show(self, running: Sequence[Job]) -> None:
         """Draw the line anew."""
@@ -176,8 +181,7 @@ class _Progress:
             epoch = min(job.epochs, self._steps[job.name] // job.steps + 1)
             more = f", and {len(running) - 1} more" if len(running) > 1 else ""
             text = f"{job.name}: epoch {epoch} of {job.epochs}{more}"
-        self._bar.set_description_str(f"{len(self._gone)} of {len(self._jobs)} runs", refresh=False)
-        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.set_description_str(f"{len(self._gone)} of {len(self._jobs)} runs; {text}", refresh=False)
         self._bar.n = sum(self._steps.values())
         self._bar.refresh()
 

@@ -30,7 +30,6 @@ from fastcl.sweep.outcomes import FINISHED, Outcome, Sweep
 
 MOST_ROWS = 6  # of panels in a figure
 MOST_FIGURES = 4  # of curves for one key
-_BANDS = "Lines are means over the seeds, bands reach from the lowest to the highest seed. "
 _SLOWEST = "A line ends where the slowest of its begun runs is. "
 _UNITS = {"weight_gap": "relative distance (0 = same)"}
 _SPREAD: dict[str, Any] = {"alpha": 0.18, "linewidth": 0}
@@ -163,18 +162,24 @@ def _over_epochs(sweep: Sweep) -> Picture:
         "over-epochs",
         "Alignment with the reference during training",
         f"Each line compares one model with {sweep.reference} on the same held-out images; each row has other swept "
-        f"values. {_BANDS}{_SLOWEST}{_floor_note(sweep)}{_left_out('combinations', len(groups), MOST_ROWS)}"
+        f"values. {_bands(sweep)}{_SLOWEST}{_floor_note(sweep)}{_left_out('combinations', len(groups), MOST_ROWS)}"
         "As Fig. 2 and Fig. 6 of arXiv 2510.08852.",
         draw,
     )
+
+
+def _bands(sweep: Sweep) -> str:
+    if len(sweep.seeds) == 1:
+        return "There is one seed, so there are no error bars. "
+    return "Lines are means over the seeds, bands reach from the lowest to the highest seed. "
 
 
 def _floor_note(sweep: Sweep) -> str:
     if RESEEDED not in sweep.models:
         return ""
     return (
-        f"The grey line is the reseeded twin, {sweep.reference} with other views: the noise floor, with a band of its "
-        "own. "
+        f"The grey line is the reseeded twin, {sweep.reference} with other views: the noise floor, one rerun for each "
+        "seed. "
     )
 
 
@@ -201,7 +206,7 @@ def _final(sweep: Sweep, key: str) -> Picture:
         f"final-{_id(key)}",
         f"At the end of training, by {key}",
         f"Alignment with {sweep.reference} after the last epoch of the finished runs; the values of {key} are evenly "
-        f"spaced along x. {_BANDS}{_floor_note(sweep)}{_left_out('combinations', len(held), MOST_ROWS)}",
+        f"spaced along x. {_bands(sweep)}{_floor_note(sweep)}{_left_out('combinations', len(held), MOST_ROWS)}",
         draw,
     )
 
@@ -241,7 +246,7 @@ def _by_value(sweep: Sweep, key: str) -> Iterator[Picture]:
         yield Picture(
             f"curves-{_id(key)}-{number}",
             f"During training, by {key}{where}",
-            f"Each row compares one model with {sweep.reference}, each line is one value of {key}. {_BANDS}"
+            f"Each row compares one model with {sweep.reference}, each line is one value of {key}. {_bands(sweep)}"
             f"{_SLOWEST}"
             f"{_left_out('combinations of the other values', len(held), MOST_FIGURES)}",
             draw,

@@ -188,7 +188,7 @@ def test_one_line_tells_what_runs_and_how_long_it_takes(tmp_path, monkeypatch):
         progress.show(jobs[:2])
         progress.ended(jobs[1])
         progress.show([])
-    lines = terminal.getvalue().split("\r")
-    first = [line for line in lines if line.startswith("0 of 3 runs") and "20/60" in line]
-    assert any("a: epoch 3 of 4, and 1 more" in line for line in first)
-    assert any(line.startswith("1 of 3 runs") and "30/60" in line and "waiting for" in line for line in lines)
+    lines = [line.rstrip() for line in terminal.getvalue().split("\r")]
+    wanted = "] 0 of 3 runs; a: epoch 3 of 4, and 1 more"
+    assert any(line.startswith(" 33% [00:") and line.endswith(wanted) for line in lines)
+    assert any(line.startswith(" 50% [00:") and "] 1 of 3 runs; waiting for a run that" in line for line in lines)
