@@ -14,6 +14,7 @@ ObjectiveName: TypeAlias = Literal[
     "ntxent", "dcl", "nscl", "nscl_with_positive", "supcon", "supcon_in", "supcon_negatives"
 ]
 Entries: TypeAlias = Literal["free", "symmetric", "tied"]  # of a similarity matrix: see fastcl.theory.descent
+Equal: TypeAlias = Literal["epochs", "steps"]  # in all cells of a sweep
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENTRIES: tuple[Entries, ...] = get_args(Entries)
@@ -21,3 +22,4 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 DATA_PARTS: tuple[DataPart, ...] = get_args(DataPart)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
+EQUAL: tuple[Equal, ...] = get_args(Equal)

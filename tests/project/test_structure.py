@@ -39,7 +39,8 @@ LAYERS: dict[str, set[str]] = {
     "train": {"fastcl", "data", "metrics", "io"},
     "zoo": {"train"},
     "report": {"theory", "io"},
-    "cli": {"zoo", "report"},
+    "sweep": {"train", "report"},
+    "cli": {"zoo", "sweep"},
     "__main__": {"cli"},
 }
 # What the public names may load: torch and the standard library are enough for it.
