@@ -6,7 +6,6 @@ curves.json has the loss of every step; curves.svg is drawn from it, by `--draw`
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from bench.harness.command import Command
+from bench.harness.figures import house_style, save
 from bench.harness.records import machine, write_file
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -48,15 +48,10 @@ def trained(steps: int) -> dict[str, dict[str, list[float]]]:
 
 def draw(losses: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
     """Write the figure: a panel for each example, the original's curve wide, fastcl's on it."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    style: Any = {"svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
-             "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
     columns = 4
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(style)
+    with house_style():
         figure = Figure((11, 2.4 * -(-len(losses) // columns)), layout="constrained")
         axes: list[Any] = list(figure.subplots(-(-len(losses) // columns), columns, squeeze=False).flat)
         for ax, (name, of) in zip(axes, losses.items(), strict=False):
@@ -70,9 +65,7 @@ def draw(losses: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> Non
         axes[0].set_ylabel("loss")
         where = axes[len(losses)] if len(axes) > len(losses) else axes[0]
         where.legend(*axes[0].get_legend_handles_labels(), loc="center")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    write_file(file, text.getvalue().replace("<svg ", '<svg style="background:#fff" ', 1))
+        save(figure, file)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,10 +11,18 @@ from bench.harness import figures
 from bench.harness.records import write_file
 from bench.readme_tables import TABLES, read
 from bench.scaling import report as scaling
+from bench.theory import report as theory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/scaling.md", "docs/training.md", "kernels/README.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/scaling.md",
+    "docs/theory.md",
+    "docs/training.md",
+    "kernels/README.md",
+)
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.DOTALL)
 _DESCRIPTION = f"""\
@@ -46,6 +54,8 @@ def draw(results: Path) -> None:
             figure(read(file), file.parent)
     for file in sorted(results.rglob("metrics.jsonl")):
         figures.of_run(file.parent)
+    if records := theory.read(results):
+        theory.draw(records, results / "theory")
     if (results / "static").is_dir():
         scaling.draw(results)
 

@@ -17,6 +17,7 @@ from bench.similarity import report as similarity_report
 from bench.similarity import two_models
 from bench.similarity.inputs import KEYS, Case
 from bench.similarity.providers import ALL_THREE
+from bench.theory import report as theory
 from bench.training import report as training_report
 from bench.training import waiting
 
@@ -219,6 +220,18 @@ def split_products(results: Path) -> str:
     return splits.report(records) if records else NOT_MEASURED
 
 
+def theory_covered(results: Path) -> str:
+    """Slack of every bound in settings that the theorem covers."""
+    records = theory.read(results)
+    return theory.covered(records) if records else NOT_MEASURED
+
+
+def theory_outside(results: Path) -> str:
+    """What failed in the others."""
+    records = theory.read(results)
+    return theory.outside(records) if records else NOT_MEASURED
+
+
 def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[Path], str]:
     def made(results: Path) -> str:
         records = read(*(results / "cpu" / file for file in files))
@@ -237,6 +250,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "views": _of_cpu(views, "data.json"),
     "gpu": gpu,
     "splits": split_products,
+    "theory": theory_covered,
+    "theory-outside": theory_outside,
     "scaling-formulas": scaling.formulas,
     "scaling-assumed": scaling.assumed,
     "scaling-hidden": scaling.hidden,

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError, type_of
+from fastcl.errors import FastclError, brief, type_of
 
 _SMALLEST = 1e-30  # lower bound of temperatures and scales: inverses stay in float32's range, with room for the logits
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -22,6 +22,12 @@ def check_positive(value: float | Tensor, name: str) -> None:
     if type(value) is float and _SMALLEST <= value <= 1 / _SMALLEST:  # the usual case, in a few steps
         return
     _check_range(value, name, _SMALLEST, "a positive number")
+
+
+def check_count(value: object, name: str, least: int) -> None:
+    """Raise FastclError unless the value is an integer of at least `least`; booleans do not count."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise FastclError(f"{name} must be an integer >= {least}, got {brief(value)}")
 
 
 def check_finite(value: float | Tensor, name: str) -> None:

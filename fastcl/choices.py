@@ -9,11 +9,17 @@ UsedBackend: TypeAlias = Literal["triton", "chunked", "dense", "none"]  # "none"
 Precision: TypeAlias = Literal["fp16", "bf16", "fp32"]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 Relation: TypeAlias = Literal["view", "peer", "other"]
+DataPart: TypeAlias = Literal["all", "train", "test"]
 ObjectiveName: TypeAlias = Literal[
     "ntxent", "dcl", "nscl", "nscl_with_positive", "supcon", "supcon_in", "supcon_negatives"
 ]
+Entries: TypeAlias = Literal["free", "symmetric", "tied"]  # of a similarity matrix: see fastcl.theory.descent
+Equal: TypeAlias = Literal["epochs", "steps"]  # in all cells of a sweep
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+ENTRIES: tuple[Entries, ...] = get_args(Entries)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+DATA_PARTS: tuple[DataPart, ...] = get_args(DataPart)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
+EQUAL: tuple[Equal, ...] = get_args(Equal)

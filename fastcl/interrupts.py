@@ -18,12 +18,16 @@ import sys
 
 TYPE_CHECKING = False  # importing typing would take longer than everything else here
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+    from subprocess import Popen
 
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
-_CONTINUED = ("demo", "train")  # commands that can resume
+_CONTINUED = ("demo", "train", "sweep")  # commands that can resume
 _removed: set[Path] = set()  # files to delete on exit by a signal
+_groups: set[int] = set()  # process groups to kill on exit by a signal
+_starting: list[int] = []  # not empty while a process is started whose id is not known yet
+_late: list[int] = []  # signals that came meanwhile
 _installed_in: list[int] = []  # id of the process whose signals are handled
 _ending: list[int] = []
 
@@ -77,6 +81,31 @@ class removing:
         _removed.discard(self.path)
 
 
+def started(start: Callable[[], Popen[bytes]]) -> Popen[bytes]:
+    """A process that `start` begins as the leader of a group of its own, which a signal that ends this one kills too.
+
+    Once the process has ended, or is to end, call `ended`.
+    """
+    _starting.append(0)
+    try:
+        process = start()
+        _groups.add(process.pid)
+        return process
+    finally:
+        _starting.pop()
+        while _late:
+            _end(_late.pop(), None)
+
+
+def ended(process: Popen[bytes]) -> None:
+    """Kill what is left of a process that `started` began, and of its group."""
+    _groups.discard(process.pid)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except OSError:  # nothing is left
+        pass
+
+
 def line(word: str, arguments: Sequence[str]) -> str:
     """Message of a command that was stopped: how, and whether it can resume."""
     more = "; the same command resumes from the last checkpoint" if arguments and arguments[0] in _CONTINUED else ""
@@ -86,10 +115,18 @@ def line(word: str, arguments: Sequence[str]) -> str:
 def _end(number: int, _frame: object) -> None:
     if os.getpid() != _installed_in[0]:  # a child that has just been forked
         os._exit(128 + number)
+    if _starting:
+        _late.append(number)
+        return
     if _ending:  # a second signal while the first is being handled
         return
     _ending.append(number)
     try:
+        for group in list(_groups):
+            try:
+                os.killpg(group, signal.SIGKILL)  # their files are complete or absent, as after any kill
+            except OSError:
+                pass
         _end_children()
         for path in list(_removed):
             try:

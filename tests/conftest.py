@@ -40,11 +40,12 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 # The files whose tests take longest, longest first: begun last, one of them would keep a single worker busy at the end.
 LONGEST = (
-    "train/test_torchrun.py", "train/test_resume.py", "bench/test_static.py", "bench/test_bench_training.py",
-    "project/test_packaging.py", "losses/test_gathering.py", "rowstats/test_triton_operator.py",
-    "rowstats/test_triton_blocks.py", "cli/test_interrupts.py", "project/test_types.py", "bench/test_static_gate.py",
-    "rowstats/test_defaults.py", "project/test_structure.py", "report/test_report.py", "losses/test_objectives.py",
-    "rowstats/test_gpu.py", "cli/test_cli.py", "rowstats/test_rowstats.py",
+    "train/test_torchrun.py", "train/test_resume.py", "sweep/test_sweep.py", "bench/test_static.py",
+    "bench/test_bench_training.py", "project/test_packaging.py", "losses/test_gathering.py",
+    "rowstats/test_triton_operator.py", "rowstats/test_triton_blocks.py", "cli/test_interrupts.py",
+    "project/test_types.py", "bench/test_static_gate.py", "rowstats/test_defaults.py", "project/test_structure.py",
+    "report/test_report.py", "losses/test_objectives.py", "rowstats/test_gpu.py", "cli/test_cli.py",
+    "rowstats/test_rowstats.py",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastcl
 from fastcl.data import ViewLoader, ViewPlan, ViewSpec, load, make_renderer
+from fastcl.similarity import bootstrap_interval, permutation_test
 from fastcl.theory import similarity_coupling_bound
 
 
@@ -65,6 +66,12 @@ def similarity(x: Tensor, y: Tensor, f: nn.Module, g: nn.Module) -> float:
     numbers += [stats.cka, stats.rho, stats.cka_bound, fastcl.rsa(x, y), fastcl.linear_cka(x, y, debiased=True)]
     ranks = fastcl.spearman_rsa(x, y)
     numbers += [ranks.value, ranks.low, ranks.high, ranks.error]
+    shares: dict[int, float] = fastcl.mutual_knn(x, y, k=(1, 10))
+    numbers += [fastcl.mutual_knn(x, y), shares[1], fastcl.procrustes(x, y).distance, fastcl.procrustes(x, y).angle]
+    test = permutation_test(x, y, "cka_linear", repeats=10, seed=1)
+    numbers += [test.p_value, test.null_mean, test.null_quantiles[0.95], test.null.sum().item()]
+    interval = bootstrap_interval(x, y, "mutual_knn", repeats=10, level=0.9, k=3)
+    numbers += [interval.low, interval.high, interval.standard_error]
     table = fastcl.layer_cka(f, g, [x], "*", progress=True)
     names: str = "".join(table.names_a)
     bound = similarity_coupling_bound([0.3], batch_size=4, temperature=1.0, largest_class=0.1, n=8)

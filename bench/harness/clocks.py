@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 PASSES = ("fwd", "bwd", "both")
-QUICK = 5.0  # ms
+QUICK = 10.0  # ms
 MIN_ROUNDS = 3  # needed for a median and a spread, however slow the case
 _HEAD_START = 1_000_000  # clock cycles, about half a millisecond, that the device waits before a replay
 
@@ -184,8 +184,9 @@ def interleave(
 ) -> dict[str, dict[str, list[Sample]]]:
     """Samples of every provider, in rounds in which each runs once, so that a drift of the machine affects all alike.
 
-    Each round has a random order, the same in every run. A quick call is made twice and timed the second time, as in a
-    loop of its own: the first finds caches that other providers have filled, and its time would depend on who they are.
+    Each round has a random order, the same in every run. A call that is shorter than `QUICK` is repeated for that long,
+    and the last one counts, as in a loop of its own: the first finds caches that other providers have filled, and its
+    time would depend on who they are.
 
     Args:
         timers: by provider, a call that times all passes once; warmed up by the caller.
@@ -208,8 +209,8 @@ def interleave(
             break
         order.shuffle(names)
         for name in names:
-            samples = timers[name]()
-            if max(sample.ms for sample in samples.values()) < QUICK:
+            samples, before = timers[name](), perf_counter()
+            while max(s.ms for s in samples.values()) < QUICK and 1e3 * (perf_counter() - before) < QUICK:
                 samples = timers[name]()
             for run, sample in samples.items():
                 found[name].setdefault(run, []).append(sample)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,14 +122,9 @@ def drawn(file: Path, title: str, panels: Sequence[Sequence[Panel]]) -> str | No
     """Write a figure of rows of panels that have the same lines; return its name, or None without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
-    import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
-             "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
-        matplotlib.rcParams.update(style)
+    with house_style():
         figure = Figure((10, 1.8 + 3.6 * len(panels)), layout="constrained")
         axes = figure.subplots(len(panels), len(panels[0]), squeeze=False)
         for row, of_row in zip(axes, panels, strict=True):
@@ -136,10 +132,28 @@ def drawn(file: Path, title: str, panels: Sequence[Sequence[Panel]]) -> str | No
                 _fill(ax, panel)
         figure.suptitle(title, fontsize=9.5)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    write_file(file, text.getvalue())
+        save(figure, file)
     return file.name
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """The style of all figures, whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    style: Any = {"svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
+             "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)
+        yield
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a figure as an SVG, the same bytes for the same figure; within `house_style`."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    write_file(file, text.getvalue())
 
 
 def _fill(ax: Any, panel: Panel) -> None:

@@ -29,8 +29,8 @@ def rounds(args: argparse.Namespace, what: str = "rounds") -> str:
     """How the times of a run are taken."""
     text = f"median (minimum-maximum) of at most {args.repeats} {what}, fewer after {args.seconds:g} s per\n"
     return text + (
-        f"  provider. In a round every provider runs once (below {QUICK:g} ms twice: the second counts), in an\n"
-        "  order that changes from round to round"
+        "  provider. In a round every provider runs once, in an order that changes from round to round; calls\n"
+        f"  below {QUICK:g} ms are repeated for that long, and the last one counts"
     )
 
 

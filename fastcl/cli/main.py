@@ -17,7 +17,7 @@ from fastcl.cli.parser import parser
 from fastcl.config.written import DEMO, commented, preset_file
 from fastcl.errors import FastclError, ToldElsewhere, install_hint, shown
 from fastcl.io.files import cause
-from fastcl.io.run_names import REPORT
+from fastcl.io.run_names import REPORT, SWEEP
 
 if TYPE_CHECKING:
     from fastcl.train.group import Ranks
@@ -152,16 +152,41 @@ def _is_newest(report: Path, out: Path) -> bool:
     return report.is_file() and all(report.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in shows)
 
 
-def _report(args: argparse.Namespace) -> None:
-    from fastcl.report import write_report
+def _sweep(args: argparse.Namespace) -> None:
+    from fastcl.sweep.sweeping import listing, plan_sweep, run_sweep
 
-    print(f"report: {shown(write_report(args.dir, args.out))}")
+    if args.dry_run:
+        plan = plan_sweep(args.config, args.over, args.seeds, args.out, args.equal)
+        print(listing(plan, args.out))
+    else:
+        run_sweep(args.config, args.over, args.seeds, args.out, equal=args.equal, jobs=args.jobs)
+
+
+def _report(args: argparse.Namespace) -> None:
+    if (args.dir / SWEEP).is_file():
+        from fastcl.sweep import write_sweep_report
+
+        page = write_sweep_report(args.dir, args.out)
+    else:
+        from fastcl.report import write_report
+
+        page = write_report(args.dir, args.out)
+    print(f"report: {shown(page)}")
 
 
 def _align(args: argparse.Namespace) -> None:
-    from fastcl.cli.align import align
+    from fastcl.cli.similarity_table import wanted_by
 
-    align(args.a, args.b, args.json, args.out, args.spearman)
+    wanted = wanted_by(args)
+    if args.models is not None or args.data is not None:
+        from fastcl.cli.align_models import align_models
+
+        align_models(args, wanted)
+        return
+    from fastcl.cli.align import align, check_files
+
+    check_files(args)
+    align(args.a, args.b, wanted, args.json, args.out)
 
 
 def _views(args: argparse.Namespace) -> None:
@@ -184,7 +209,6 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 _RUN = {
-    "compare": _compare,
     "demo": _demo, "train": _train, "config": _config, "align": _align, "report": _report, "views": _views,
-    "doctor": _doctor,
+    "doctor": _doctor, "sweep": _sweep, "compare": _compare,
 }  # fmt: skip

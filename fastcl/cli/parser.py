@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastcl import __version__
+from fastcl.choices import DATA_PARTS, EQUAL
 from fastcl.config.written import listing, preset_names
 from fastcl.io.outputs import named_path
 
@@ -15,8 +16,9 @@ Train self-supervised and supervised contrastive models side by side on the same
   fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; the same command resumes a stopped run
   fastcl config > CONFIG.toml                  a config with every key and its meaning; --preset NAME: a complete run
   fastcl report runs/x                         one self-contained HTML page for a run, finished or not
+  fastcl sweep CONFIG.toml --over train.temperature=0.1,0.5,1.0 --seeds 3 --out runs/s     a run for every combination
   fastcl compare runs/x                        a run's alignment beside the curves of arXiv 2510.08852
-  fastcl align A.npy B.npy                     CKA, RSA and drift of two feature files, or CKA of all their layers
+  fastcl align A.npy B.npy                     similarity of two feature files, of all their layers, or of timm models
   fastcl views --data SOURCE --out views.png   what the models see: images and their views by every renderer
   fastcl doctor                                versions and devices of this machine, and a numerical self-test
 """
@@ -42,6 +44,23 @@ report.html into --out. The same command resumes a stopped run."""),
 Several processes share each batch, one for each GPU:
 
   torchrun --nproc-per-node 4 -m fastcl train run.toml --out runs/x"""),
+    "sweep": ("a run for every combination of settings and seeds", """
+Trains a run for each combination of the --over values and the seeds, each in a process of its own, and gathers what
+they measured. Every cell is checked before the first one runs. The same command goes on after a stop, repeats no
+finished run, and tries failed ones again; with more values or seeds it extends the sweep.
+
+  fastcl sweep run.toml --over train.batch_size=64,128,256 --over lr_rule=constant,sqrt,linear --seeds 3 --out runs/s
+  fastcl sweep run.toml --over data.classes=2,5,10 --equal steps --out runs/classes --dry-run
+  fastcl report runs/s                      the table and the page anew, at any time
+
+KEY is a key of the config (`fastcl train --help` lists them), or lr_rule: how optim.lr follows train.batch_size
+(constant, fourth-root, sqrt, linear; at the config's batch size all agree). All cells are evaluated on equally many
+held-out images. Writes into --out:
+
+  table.csv         every measured value: a row for each cell, epoch, and pair of models or model; also table.parquet if
+                    pyarrow is installed
+  sweep.html        figures with the seeds as bands, final numbers with their spread, failed cells
+  cells/            one folder for each run, as fastcl train writes it; also configs/ and logs/"""),
     "config": ("a commented config for train", """
 Prints every key with its meaning and its default (with --preset: the preset's value). Edit it or train it as it is:
 
@@ -58,21 +77,30 @@ published epochs values are interpolated; outside of them there are none.
   fastcl compare --list                                        all of them
 
 A run measures on held-out images, most published curves on training images: the output says what it compares."""),
-    "align": ("CKA, RSA and drift of two feature files, or CKA of all pairs of layers", """
+    "align": ("similarity of two feature files, of all pairs of layers, or of models by name", """
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
 Row k of both files must be the same sample. Prints CKA (linear, cosine; biased, debiased), RSA (Pearson; with
---spearman also by ranks), the drift of the similarities, its relative sizes rho and r, and the lower bounds of CKA and
-RSA that follow from them (arXiv 2510.08852).
+--spearman also by ranks), the overlap of nearest neighbours, Procrustes, the drift of the similarities, its relative
+sizes rho and r, and the lower bounds of CKA and RSA that follow from them (arXiv 2510.08852). Is it more than chance,
+and how sure is it?
+
+  fastcl align cl.npy nscl.npy --permutations 1000 --bootstrap 1000
 
 Layers: A and B are files with one array per layer, or folders with one feature file per layer (outputs with more than
 two dimensions are flattened). Prints the debiased linear CKA of every layer of A with every layer of B; --out draws it:
 
-  fastcl align resnet.npz vit.npz --out layers.svg"""),
-    "report": ("one self-contained HTML page for a run", """
+  fastcl align resnet.npz vit.npz --out layers.svg
+
+Models: encoders of timm or torchvision with random weights, or those of a file or of the library (--pretrained), see
+the same images, each as it was made to see them; their features before the classifier are compared, pair by pair:
+
+  fastcl align --models resnet18,vit_tiny_patch16_224,torchvision:resnet18 --data folder:photos --samples 500
+  fastcl align --models resnet18,resnet18=trained.safetensors --data digits --layers --out layers.svg"""),
+    "report": ("one self-contained HTML page for a run or a sweep", """
 Works on unfinished runs too. Figures: alignment with the reference model per epoch and the noise floor, weight gap,
 drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, alignment of every pair and of every layer,
 losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, settings,
-versions."""),
+versions. Of a sweep, finished or not: its table anew, and its page (`fastcl sweep --help`)."""),
     "views": ("a contact sheet of images and their views", """
 Each row is a training image and its two views: by torchvision, and by every other renderer that this machine and the
 images support, with the difference from torchvision (blue: darker, red: brighter; mean and maximum in grey levels).
@@ -108,20 +136,57 @@ def parser() -> argparse.ArgumentParser:
             help="override a config value, such as train.epochs=3; the value is TOML or a bare string; repeatable",
         )  # fmt: skip
         subs[name].add_argument("--profile", action="store_true", help="also profile a few steps into DIR/profile/")
-    for name in ("a", "b"):
-        text = "feature file, or folder of layers"
-        subs["align"].add_argument(name, type=named_path, metavar=name.upper(), help=text)
-    subs["align"].add_argument("--json", type=named_path, metavar="FILE", help="write the numbers at full precision")
-    subs["align"].add_argument(
-        "--spearman", action="store_true", help="also RSA by ranks: about 20 s for 8,192 samples"
-    )
-    subs["align"].add_argument("--out", type=named_path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
-    subs["report"].add_argument("dir", type=named_path, metavar="DIR", help="folder of the run")
-    text = "page to write (default: DIR/report.html)"
+    _add_align(subs["align"])
+    subs["report"].add_argument("dir", type=named_path, metavar="DIR", help="folder of the run or sweep")
+    text = "page to write (default: DIR/report.html; of a sweep DIR/sweep.html)"
     subs["report"].add_argument("--out", type=named_path, metavar="FILE", help=text)
     _add_views(subs["views"])
+    _add_sweep(subs["sweep"])
     _add_compare(subs["compare"])
     return whole
+
+
+def _add_align(align: argparse.ArgumentParser) -> None:
+    for name in ("a", "b"):
+        text = "feature file, or folder of layers"
+        align.add_argument(name, type=named_path, metavar=name.upper(), nargs="?", help=text)
+    align.add_argument("--json", type=named_path, metavar="FILE", help="write the numbers at full precision")
+    align.add_argument("--out", type=named_path, metavar="FILE", help="draw the layers' CKA: .svg or .png")
+    align.add_argument("--spearman", action="store_true", help="also RSA by ranks: about 20 s for 8,192 samples")
+    text = "p-value of each similarity from R permutations of the samples of B, such as 1000"
+    align.add_argument("--permutations", type=int, metavar="R", help=text)
+    text = "95 %% interval of each similarity from R random halves of the samples, such as 1000"
+    align.add_argument("--bootstrap", type=int, metavar="R", help=text)
+    for name, letter, default, text in (
+        ("neighbours", "K", 10, "neighbours that mutual k-NN compares"), ("seed", "N", 0, "of all random numbers"),
+    ):  # fmt: skip
+        align.add_argument(f"--{name}", type=int, default=default, metavar=letter, help=f"{text} (default: {default})")
+    models = align.add_argument_group("models by name, instead of A and B")
+    text = "two or more, with commas, each [timm:|torchvision:]NAME[=FILE], FILE being its weights"
+    models.add_argument("--models", metavar="NAMES", help=text)
+    models.add_argument("--data", metavar="SOURCE", help="data source as in a config, such as folder:PATH")
+    models.add_argument("--root", metavar="DIR", help="folder of the torchvision data set")
+    models.add_argument("--samples", type=int, metavar="N", help="random images of it (default: all)")
+    text = "which of its images (default: %(default)s)"
+    models.add_argument("--part", choices=DATA_PARTS, default="all", help=text)
+    text = "weights of the library, which it may fetch; without it, and without FILE, random ones"
+    models.add_argument("--pretrained", action="store_true", help=text)
+    text = "compare layers of two models: their stages, or those that PATTERNS (with commas) name"
+    models.add_argument("--layers", nargs="?", const="", metavar="PATTERNS", help=text)
+
+
+def _add_sweep(sweep: argparse.ArgumentParser) -> None:
+    sweep.add_argument("config", type=named_path, metavar="CONFIG.toml")
+    text = "a key and its values, TOML or bare strings; repeatable: all combinations are run"
+    sweep.add_argument("--over", action="append", default=[], metavar="KEY=V1,V2,...", help=text)
+    text = "number of seeds: the config's train.seed and those that follow it (default: %(default)s)"
+    sweep.add_argument("--seeds", type=int, default=1, metavar="N", help=text)
+    sweep.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder of the sweep")
+    text = "steps: set each cell's epochs so that all take about as many steps as the config (default: %(default)s)"
+    sweep.add_argument("--equal", choices=EQUAL, default="epochs", help=text)
+    text = "runs at a time, which share the threads; GPUs are given out in turn (default: 1, or one for each GPU)"
+    sweep.add_argument("--jobs", type=int, metavar="N", help=text)
+    sweep.add_argument("--dry-run", action="store_true", help="check and list the cells, and write nothing")
 
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:

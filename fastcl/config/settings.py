@@ -23,6 +23,9 @@ class DataConfig:
     download: bool = key(False, "whether torchvision may download the data set into root")
     classes: int | None = key(None, "number of classes, the first of a seeded permutation; none: all")
     test_fraction: float = key(0.2, "fraction of each class to hold out if the source has no test split")
+    test_images: int | None = key(
+        None, "maximum number of held-out images, so that runs are evaluated on equally many; none: all"
+    )
     order: str = key(
         "shuffled", "shuffled | balanced: images are drawn with probability inverse to the size of their class"
     )

@@ -193,8 +193,9 @@ def _check_ranges(config: Config) -> None:
     train, optim, model = config.train, config.optim, config.model
     if train.batch_size < 2:  # one sample has no negatives
         raise FastclError(f"train.batch_size must be at least 2, got {train.batch_size}")
-    if train.micro_batch is not None and train.micro_batch < 1:
-        raise FastclError(f'train.micro_batch must be positive or "none", got {train.micro_batch}')
+    for name, value in (("train.micro_batch", train.micro_batch), ("data.test_images", config.data.test_images)):
+        if value is not None and value < 1:
+            raise FastclError(f'{name} must be positive or "none", got {value}')
     for name in _POSITIVE:
         table, key = name.split(".")
         value = getattr(getattr(config, table), key)

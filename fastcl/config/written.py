@@ -58,6 +58,16 @@ def commented(preset: str | None = None) -> str:
             config = load_config(path)
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         about = "".join(itertools.takewhile(lambda line: line.startswith("#"), lines)) + "#\n" + about
+    return written(config, about)
+
+
+def written(config: Config, about: str) -> str:
+    """A config as a TOML file with every key, its meaning in a comment above it; `load_config` reads it back.
+
+    Args:
+        config: the values.
+        about: comment lines at the top.
+    """
     parts = [about]
     for table, kind in tables_of().items():
         parts.append(f"\n[{table}]  # {title_of(kind)}\n")

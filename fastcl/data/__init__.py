@@ -7,6 +7,7 @@ from fastcl.data.renderers.choose import RENDERERS, Renderer, TorchvisionRendere
 from fastcl.data.renderers.torchvision import render_torchvision
 from fastcl.data.sources.decode import DECODED_LIMIT, keep_decoded
 from fastcl.data.sources.load import Dataset, Split, load
+from fastcl.data.sources.subset import subsample
 
 __all__ = [
     "DECODED_LIMIT",
@@ -28,4 +29,5 @@ __all__ = [
     "load",
     "make_renderer",
     "render_torchvision",
+    "subsample",
 ]

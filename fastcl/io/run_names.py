@@ -4,3 +4,4 @@ RECORDS = ("metrics", "steps", "pairs", "timing")  # NAME.jsonl
 FOLDERS = ("checkpoints", "tensorboard", "weights", "features", "profile")
 FILES = (".lock", "run.json", "layers.json", *(f"{name}.jsonl" for name in RECORDS))
 REPORT = "report.html"
+SWEEP = "sweep.json"  # in the folder of a sweep

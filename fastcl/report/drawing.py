@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from textwrap import fill
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -82,11 +82,22 @@ class Plate:
 
 def svg(plate: Plate, run: Run) -> str:
     """The figure as an SVG element for an HTML (or XHTML) page; the same run gives the same bytes."""
+    return inline_svg(plate.name, plate.title, lambda: plate.draw(run))
+
+
+def inline_svg(name: str, title: str, draw: Callable[[], Figure]) -> str:
+    """What `draw` draws as an SVG element for a page.
+
+    Args:
+        name: of the figure, unique in the page.
+        title: what the figure shows, for those who do not see it.
+        draw: makes the figure; called within the style of all figures.
+    """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with styled():
         # Figure.savefig would draw everything twice, the first time only for the layout.
-        figure = plate.draw(run)
+        figure = draw()
         canvas = FigureCanvasSVG(figure)
         figure.set_dpi(72)  # as print_svg does
         layout = figure.get_layout_engine()
@@ -95,8 +106,8 @@ def svg(plate: Plate, run: Run) -> str:
         figure.set_layout_engine("none")
         canvas.print_svg(buffer, metadata=nothing)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(plate.title)}" ', 1)
-    return re.sub(r"<[^<>]+>", lambda tag: _for_page(tag[0], plate.name), text)
+    text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    return re.sub(r"<[^<>]+>", lambda tag: _for_page(tag[0], name), text)
 
 
 @contextmanager
@@ -157,7 +168,21 @@ class GridLayout(LayoutEngine):
             ax.set_position((x / width, place.y0, inner / width, place.height))
 
 
-def look(run: Run, model: str) -> dict[str, Any]:
+class Cast(Protocol):
+    """Whose models are drawn: a run, or a sweep of runs."""
+
+    @property
+    def reference(self) -> str:
+        """The model that the others are compared with."""
+        ...
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The models with an objective of their own."""
+        ...
+
+
+def look(run: Cast, model: str) -> dict[str, Any]:
     """Colour, marker and line style of a model, the same in every figure."""
     if model == run.reference:
         return {"color": REFERENCE_COLOUR, "marker": "o", "linewidth": 2.4, "zorder": 2.5}
@@ -169,7 +194,7 @@ def look(run: Run, model: str) -> dict[str, Any]:
     return {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "zorder": 3.0}
 
 
-def label(run: Run, model: str) -> str:
+def label(run: Cast, model: str) -> str:
     """A model's label in legends."""
     notes = {run.reference: "reference", IDENTITY: "= reference", RESEEDED: "other views"}
     return f"{model} ({notes[model]})" if model in notes else model
@@ -187,23 +212,34 @@ def curve(ax: Axes, run: Run, model: str, series: Series, measure: str, above: f
 
 def panels(run: Run, titles: list[str], unit: str, rows: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
     """A figure with one panel per title, epochs along x."""
+    figure, axes = frames(titles, rows, **shared)
+    columns = math.ceil(len(titles) / rows)
+    for at, ax in enumerate(axes):
+        count_axis(ax, run.epochs[0], run.epochs[-1], "completed epochs")
+        if at % columns == 0:
+            ax.set_ylabel(unit)
+    return figure, axes
+
+
+def frames(titles: Sequence[str], rows: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per title, in so many rows."""
     columns = math.ceil(len(titles) / rows)
     figure = Figure(figsize=(WIDTH, 0.65 + 2.75 * rows), layout=GridLayout())
     axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
     for spare in axes[len(titles) :]:
         spare.remove()
-    axes = axes[: len(titles)]
-    first = run.epochs[0]
-    last = max(run.epochs[-1], first + 1)
-    pad = 0.03 * (last - first)
-    for at, (ax, title) in enumerate(zip(axes, titles, strict=True)):
+    for ax, title in zip(axes, titles, strict=False):
         ax.set_title(fill(title, int(10 * WIDTH / columns)))  # about 10 letters an inch
-        ax.set_xlim(first - pad, last + pad)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
-        ax.set_xlabel("completed epochs")
-        if at % columns == 0:
-            ax.set_ylabel(unit)
-    return figure, axes
+    return figure, axes[: len(titles)]
+
+
+def count_axis(ax: Axes, first: float, last: float, unit: str) -> None:
+    """Counts from `first` to `last`, such as epochs, along x."""
+    last = max(last, first + 1)
+    pad = 0.03 * (last - first)
+    ax.set_xlim(first - pad, last + pad)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
+    ax.set_xlabel(unit)
 
 
 def log_axis(ax: Axes) -> None:
@@ -219,7 +255,7 @@ def log_axis(ax: Axes) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def finish(figure: Figure, run: Run, models: list[str], extra: Sequence[Artist] = ()) -> Figure:
+def finish(figure: Figure, run: Cast, models: Sequence[str], extra: Sequence[Artist] = ()) -> Figure:
     """Mark empty panels and add one legend below all panels."""
     for ax in figure.axes:
         if not any(known(y) for line in ax.lines for y in line.get_ydata()):

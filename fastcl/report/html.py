@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from fastcl.errors import FastclError, shown
 from fastcl.io.files import write_atomic
@@ -16,10 +16,6 @@ from fastcl.report.figures import PLATES
 from fastcl.report.heat_maps import LAYERS
 from fastcl.report.run import IDENTITY, MODEL_MEASURES, PAIR_MEASURES, RESEEDED, Number, Run, known, load_run
 
-_TEMPLATES = Environment(
-    loader=PackageLoader("fastcl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-    lstrip_blocks=True, keep_trailing_newline=True,
-)  # fmt: skip
 UNWRITABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
 )  # characters that HTML or UTF-8 cannot represent
@@ -44,7 +40,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     out = run_dir / REPORT if out is None else Path(out)
     run = load_run(run_dir)
     check_output(out, "--out", [run_dir / name for name in (*FILES, *FOLDERS)])
-    page = _page(run).encode()
+    page = _page(run)
     try:
         write_atomic(out, page)
     except FastclError as error:
@@ -129,9 +125,28 @@ class Table(NamedTuple):
     kind: str = "numbers"
 
 
-def _page(run: Run) -> str:
-    facts = Table(["fact", "value"], _outline(run.facts | {"throughput": _throughput(run)}), "text")
-    page = _TEMPLATES.get_template("page.html.j2").render(
+def rendered(template: str, package: str, **values: Any) -> bytes:
+    """A page in UTF-8. Characters that HTML cannot represent are escaped.
+
+    Args:
+        template: name of the template in the package; it may include the report's own files.
+        package: the package that has it.
+        values: what the template asks for.
+    """
+    places = ChoiceLoader([PackageLoader(package, "."), PackageLoader("fastcl.report", ".")])
+    templates = Environment(
+        loader=places, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    page = templates.get_template(template).render(**values)
+    return UNWRITABLE.sub(lambda letter: shown(letter[0]), page).encode()
+
+
+def _page(run: Run) -> bytes:
+    facts = Table(["fact", "value"], outline(run.facts | {"throughput": _throughput(run)}), "text")
+    return rendered(
+        "page.html.j2",
+        "fastcl.report",
         title=f"fastcl report: {run.data.get('source', shown(run.path.name))}, {run.reference} and its twins",
         warning="" if run.finished else _progress(run),
         guide=_guide(run),
@@ -144,9 +159,8 @@ def _page(run: Run) -> str:
         about_certificates=CERTIFICATES,
         models=_model_table(run),
         facts=facts,
-        config=Table(["setting", "value"], _outline(run.config), "text"),
+        config=Table(["setting", "value"], outline(run.config), "text"),
     )
-    return UNWRITABLE.sub(lambda letter: shown(letter[0]), page)
 
 
 def _figures(run: Run) -> list[dict[str, str]]:
@@ -245,13 +259,13 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def _outline(tree: dict[str, Any], depth: int = 0) -> list[list[str]]:
+def outline(tree: dict[str, Any], depth: int = 0) -> list[list[str]]:
     """One row per setting, in order; the settings of a section are indented below its name."""
     rows = []
     for name, value in tree.items():
         section = isinstance(value, dict)
         rows.append(["\u2003" * depth + name, "" if section and value else _plain(value)])
-        rows += _outline(value, depth + 1) if section else []
+        rows += outline(value, depth + 1) if section else []
     return rows
 
 

@@ -125,13 +125,14 @@ class Run:
         return median(rates) if rates else None
 
 
-def load_run(run_dir: Path) -> Run:
+def load_run(run_dir: Path, *, with_steps: bool = True) -> Run:
     """Read a run directory, finished or not.
 
     Args:
         run_dir: holds run.json, metrics.jsonl, pairs.jsonl if steps of a pair were measured, and timing.jsonl if
             epochs were timed. An incomplete last line is ignored; of two lines for one epoch or step the later one
             counts.
+        with_steps: whether to read pairs.jsonl, which grows with the steps; otherwise `steps` is empty.
 
     Raises:
         FastclError: a file is missing, unreadable or invalid, or no evaluation has been written.
@@ -139,7 +140,7 @@ def load_run(run_dir: Path) -> Run:
     run_dir = Path(run_dir)
     head = _read_header(run_dir / "run.json")
     pairs, per_model = _read_metrics(head["models"], run_dir / "metrics.jsonl")
-    steps = _read_steps(head["models"], run_dir / "pairs.jsonl")
+    steps = _read_steps(head["models"], run_dir / "pairs.jsonl") if with_steps else {}
     rows = _read_lines(run_dir / "timing.jsonl", optional=True)
     timed = tuple(_numbers(row, ("seconds", "images_per_second"), where) for where, row in rows)
     return Run(path=run_dir, pairs=pairs, per_model=per_model, steps=steps, timing=timed, **head)

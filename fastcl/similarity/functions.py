@@ -8,7 +8,7 @@ from torch import Tensor
 from fastcl.checks import check_positive
 from fastcl.errors import FastclError, one_of
 from fastcl.similarity.stats import PairStats
-from fastcl.similarity.sums.features import checked
+from fastcl.similarity.sums.features import checked_pair
 from fastcl.similarity.sums.routes import Route, statistics
 from fastcl.similarity.sums.rows import KERNELS, Kernel
 
@@ -42,9 +42,7 @@ def pair_stats(
     if kernel not in KERNELS:
         raise FastclError(one_of("kernel", KERNELS, kernel))
     check_positive(bandwidth, "bandwidth")
-    x, y = checked({"x": x, "y": y})
-    if len(x) == 0:
-        raise FastclError(f"x and y must have at least one row, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    x, y = checked_pair(x, y)
     return statistics(x, y, kernel, float(bandwidth), route)
 
 

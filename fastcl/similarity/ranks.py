@@ -11,9 +11,7 @@ the triangle inequality, so the true angle differs from that of R and S by at mo
 equal counts sqrt(E/T) is 1/B, whatever the values. The bins are nearly equal: a first histogram with steps of equal
 width locates the pairs, then each step is split into a number of bins proportional to its count.
 
-Ties. Similarities that are equal in exact arithmetic (rows of two columns can only have correlations +1 and -1,
-collapsed classes have one cosine per pair of classes) differ by rounding, and ranks would turn that noise into an
-order. So entries are first rounded to multiples of 2^-44 of the median |row|^2 (1 for unit rows).
+Ties take average ranks. `fastcl.similarity.sums.entries` says what counts as a tie.
 """
 
 from __future__ import annotations
@@ -28,15 +26,13 @@ from torch import Tensor
 
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, one_of
+from fastcl.similarity.sums.entries import Entries
 from fastcl.similarity.sums.features import checked
-from fastcl.similarity.sums.forms import EQUAL, ROUNDING
-from fastcl.similarity.sums.rows import INNER, Inner, mapped
+from fastcl.similarity.sums.rows import INNER, Inner
 
 _EXACT_PAIRS = 1 << 25
 _BINS = 1 << 20
 _BLOCK = 1 << 20  # entries in one block of rows of a Gram matrix
-_GRID = 44  # entries are rounded to 2^-44 of the median |row|^2; their own rounding errors are about 2^-52
-_SPREAD = 2 * ROUNDING  # times the largest |row|^2: range of the entries that rounding explains, twice the deviation
 
 
 @dataclass(frozen=True)
@@ -107,17 +103,8 @@ def spearman_rsa(x: Tensor, y: Tensor, kernel: Inner = "cosine", bins: int | Non
     return _from_bins(matrices, pairs, bins or _BINS)
 
 
-class _Matrix:
+class _Matrix(Entries):
     """One Gram matrix, formed only block by block."""
-
-    def __init__(self, x: Tensor, kernel: str, name: str, which: str) -> None:
-        self.rows, self.kernel, self.which = mapped(x, kernel), kernel, which
-        squares = self.rows.square().sum(dim=1)
-        self.limit = squares.max().item()  # bound of |K_ij|, by Cauchy-Schwarz
-        if not math.isfinite(self.limit * self.limit):
-            raise FastclError(f"the {kernel} similarities of {name!r} are not finite (features too large for float64)")
-        typical = max(squares.median().item(), self.limit * 2.0**-50) or 1.0
-        self.grid = 2.0 ** max(round(math.log2(typical)) - _GRID, -1022)
 
     def blocks(self) -> Iterator[Tensor]:
         """Rounded K_ij for i < j; every call yields the same values in the same order."""
@@ -128,16 +115,7 @@ class _Matrix:
             height = len(block)
             i, j = torch.triu_indices(height, height, 1, dtype=torch.int64, device=block.device)
             entries = torch.cat([block[i, j], block[:, height:].reshape(-1)])
-            yield entries.div_(self.grid).round_().mul_(self.grid)
-
-    def check_spread(self, smallest: Tensor, largest: Tensor) -> None:
-        spread = (largest - smallest).item()
-        floor = _SPREAD * self.limit
-        if not spread > floor:
-            raise FastclError(
-                f"Spearman RSA ({self.kernel} kernel, n={len(self.rows)}) is undefined: "
-                f"{EQUAL.format(which=self.which)} (spread {spread:.3g} is not above its rounding error {floor:.3g})"
-            )
+            yield self.rounded(entries)
 
 
 def _cosine(rs: Tensor, rr: Tensor, ss: Tensor) -> float:
@@ -158,7 +136,7 @@ def _exact_ranks(matrix: _Matrix, pairs: int) -> Tensor:
         keys[filled : filled + len(block)] = block
         filled += len(block)
     values, order = keys.sort()
-    matrix.check_spread(values[0], values[-1])
+    matrix.check_spread("Spearman RSA", values[0], values[-1])
     counts = torch.unique_consecutive(values, return_counts=True)[1]
     del values
     return keys.scatter_(0, order, _middles(counts).repeat_interleave(counts))
@@ -170,7 +148,7 @@ class _Bins:
     def __init__(self, matrix: _Matrix, pairs: int, bins: int) -> None:
         ends = torch.stack([torch.stack(block.aminmax()) for block in matrix.blocks() if len(block)])
         smallest, largest = ends[:, 0].min(), ends[:, 1].max()
-        matrix.check_spread(smallest, largest)
+        matrix.check_spread("Spearman RSA", smallest, largest)
         self.smallest, self.spread, self.steps = smallest, largest - smallest, bins
         coarse = reduce(torch.add, (torch.bincount(self._place(b).long(), minlength=bins) for b in matrix.blocks()))
         self.widths = 1 + coarse * bins // pairs

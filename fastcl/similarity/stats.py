@@ -25,6 +25,7 @@ from dataclasses import astuple, dataclass
 
 from fastcl.errors import FastclError
 from fastcl.similarity.sums.forms import ADDITIVE, CONSTANT, EQUAL, ROUNDING, Form, GramSums
+from fastcl.theory.corollaries import cosine_floor, cosine_floor_tight
 
 
 @dataclass(frozen=True, repr=False)
@@ -155,8 +156,12 @@ class PairStats:
         Raises:
             FastclError: where `cka` does, so that the bound is defined exactly where `cka` is.
         """
-        first, _ = self._hsic0().self_terms(self._measure("rho"), CONSTANT)
+        first, _ = self.centred_squares("rho")
         return self.drift_centered / math.sqrt(first)
+
+    def centred_squares(self, measure: str) -> tuple[float, float]:
+        """||HKH||_F^2 and ||HLH||_F^2. Raises FastclError, which names the measure, where `cka` is undefined."""
+        return self._hsic0().self_terms(self._measure(measure), CONSTANT)
 
     @property
     def r(self) -> float:
@@ -177,7 +182,7 @@ class PairStats:
         Raises:
             FastclError: as `rho`.
         """
-        return max(0.0, (1 - self.rho) / (1 + self.rho))
+        return max(0.0, cosine_floor(self.rho))
 
     @property
     def cka_bound_tight(self) -> float:
@@ -186,7 +191,7 @@ class PairStats:
         Raises:
             FastclError: as `rho`.
         """
-        return math.sqrt(max(0.0, 1 - self.rho**2))
+        return max(0.0, cosine_floor_tight(self.rho))
 
     @property
     def rsa_bound(self) -> float:
@@ -196,7 +201,7 @@ class PairStats:
         Raises:
             FastclError: as `r`.
         """
-        return (1 - self.r) / (1 + self.r) if self.r < 1 else -1.0
+        return cosine_floor(self.r)
 
     @property
     def rsa_bound_tight(self) -> float:
@@ -205,7 +210,7 @@ class PairStats:
         Raises:
             FastclError: as `r`.
         """
-        return math.sqrt(1 - self.r**2) if self.r < 1 else -1.0
+        return cosine_floor_tight(self.r)
 
     def _hsic0(self) -> Form:
         return self._form(self.full, -2 / self.n, 1 / self.n**2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,17 @@ import torch
 
 from fastcl import OBJECTIVES
 from fastcl.config.settings import Config
-from fastcl.data import Dataset, EvalViews, ViewLoader, ViewPlan, choose_renderer, keep_decoded, load, make_renderer
+from fastcl.data import (
+    Dataset,
+    EvalViews,
+    ViewLoader,
+    ViewPlan,
+    choose_renderer,
+    keep_decoded,
+    load,
+    make_renderer,
+    subsample,
+)
 from fastcl.errors import FastclError, brief, shown
 from fastcl.train.group import ALONE, Ranks
 from fastcl.train.models import CROSS_ENTROPY, RESEEDED
@@ -59,11 +69,7 @@ def open_inputs(config: Config, out: Path, device: torch.device, ranks: Ranks = 
     if skipped is not None and not _are_reasons(skipped):
         raise FastclError(f"{shown(out / 'run.json')}: 'skipped' must give a reason for each id, got {brief(skipped)}")
     skipped = {int(key): why for key, why in skipped.items()} if skipped is not None else None
-    data = load(
-        d.source, classes=d.classes, seed=t.seed, test_fraction=d.test_fraction, root=d.root, download=d.download,
-        corrupt=d.corrupt, skipped=skipped, max_pixels=d.max_pixels,
-    )  # fmt: skip
-    _check_classes(data, t.models)
+    data = load_data(config, skipped)
     name = choose_renderer(d.renderer, (data.train, data.test), config.views, device)
     plan, other = (ViewPlan(config.views, seed) for seed in (t.seed, t.seed ^ _RESEED))
     options = {
@@ -83,6 +89,27 @@ def open_inputs(config: Config, out: Path, device: torch.device, ranks: Ranks = 
         train=EvalViews(data.train, plan, train, options["workers"]),
         test=EvalViews(data.test, plan, test, options["workers"]),
     )
+
+
+def load_data(config: Config, skipped: Mapping[int, str] | None = None) -> Dataset:
+    """A run's data set.
+
+    Args:
+        config: the run's config.
+        skipped: images that an earlier check left out, as for `load`.
+
+    Raises:
+        FastclError: data that cannot be read, or fewer classes than the models need.
+    """
+    d, seed = config.data, config.train.seed
+    data = load(
+        d.source, classes=d.classes, seed=seed, test_fraction=d.test_fraction, root=d.root, download=d.download,
+        corrupt=d.corrupt, skipped=skipped, max_pixels=d.max_pixels,
+    )  # fmt: skip
+    _check_classes(data, config.train.models)
+    if d.test_images is not None:
+        data = dataclasses.replace(data, test=subsample(data.test, d.test_images, seed))
+    return data
 
 
 def _check_classes(data: Dataset, models: Sequence[str]) -> None:

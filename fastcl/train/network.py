@@ -84,7 +84,7 @@ def build_network(config: ModelConfig, channels: int, size: int, seed: int) -> N
         try:
             if _asks_hub(config):
                 log.info("asking the model hub for %s; without a network this takes a minute", config.name)
-            with _quiet_hub():
+            with quiet_hub():
                 encoder = timm.create_model(config.name, in_chans=channels, num_classes=0, **config.options)
         except Exception as error:  # from timm, the hub that it fetches weights from, or a model's own code
             raise FastclError(_refusal(config, error)) from error
@@ -104,7 +104,7 @@ def _asks_hub(config: ModelConfig) -> bool:
 
 
 @contextmanager
-def _quiet_hub() -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """Silence the hub client's retry messages; without a network a single error is enough."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm")]
     levels = [logger.level for logger in loggers]
@@ -118,7 +118,7 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _refusal(config: ModelConfig, error: Exception) -> str:
-    asked, why = f"{config.name!r} with model.options = {brief(config.options)}", _first_line(error)
+    asked, why = f"{config.name!r} with model.options = {brief(config.options)}", first_line(error)
     if _asks_hub(config) or "checkpoint_path" in config.options:
         return (
             f"timm cannot create {asked}, because it cannot get the weights or settings: {why.rstrip('.')}. "
@@ -128,7 +128,8 @@ def _refusal(config: ModelConfig, error: Exception) -> str:
     return f"timm cannot create {asked}: {why}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
     return next((line for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
 
 
@@ -149,7 +150,7 @@ def _width(encoder: nn.Module, name: str, channels: int, size: int) -> int:
         with torch.no_grad():
             h = encoder.eval()(torch.zeros(1, channels, size, size, dtype=torch.float32, device="cpu"))
     except Exception as error:  # a model's own code may raise anything
-        why = _first_line(error)
+        why = first_line(error)
         raise FastclError(f"model {name!r} does not accept images of {size} x {size} pixels: {why}") from error
     encoder.train()
     if not isinstance(h, Tensor) or h.ndim != 2 or not h.shape[1]:

@@ -72,7 +72,7 @@ class Lockstep:
         config = self.config
         if self.ranks.first:
             check_run_folder(self.out, [*inputs, *data_paths(config)], image_folders(config))
-        self.device = _device(config.train.device, self.ranks)
+        self.device = run_device(config.train.device, self.ranks)
         # cuBLAS reads this on first use; without it deterministic mode raises on a GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -237,7 +237,9 @@ def _digest(data: Dataset) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(a, np.int64).tobytes() for a in arrays)).hexdigest()
 
 
-def _device(name: str, ranks: Ranks) -> torch.device:
+def run_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of a run: "auto" is a CUDA device if there is one; under torchrun each rank has its own. Raises
+    FastclError for a name that is none of auto, cpu and cuda, or if there is no CUDA device."""
     if name not in ("auto", "cpu", "cuda"):
         raise FastclError(one_of("train.device", ("auto", "cpu", "cuda"), name))
     if name == "cuda" and not torch.cuda.is_available():

@@ -14,7 +14,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
     assert adapters.main(options) == 0
     (record,) = json.loads((tmp_path / "adapters.json").read_text())
     assert (record["kind"], record["rows"]) == ("one direction", 4) and set(record["ms"]) == {"original", "fastcl"}
-    assert all(len(times) == 3 and min(times) > 0 for times in record["ms"].values())
+    assert all(3 <= len(times) <= 3 * adapters.TIMED and min(times) > 0 for times in record["ms"].values())
     assert "times as fast as info_nce" in capsys.readouterr().out
     assert "| one direction | 4 |" in (tmp_path / "adapters.md").read_text()
 

@@ -137,7 +137,7 @@ def test_rounds_that_warm_up_leave_no_times(monkeypatch):
 
 def test_no_provider_always_follows_the_same_one():
     called = []
-    timers = {name: lambda name=name: called.append(name) or {"both": clocks.Sample(1.0)} for name in "abc"}
+    timers = {name: lambda name=name: called.append(name) or {"both": clocks.Sample(100.0)} for name in "abc"}
     found = clocks.interleave(timers, repeats=12, seconds=60)
     assert {name: len(passes["both"]) for name, passes in found.items()} == {"a": 12, "b": 12, "c": 12}
     assert all(sorted(called[k : k + 3]) == ["a", "b", "c"] for k in range(0, 36, 3))
@@ -150,14 +150,14 @@ def test_rounds_interleave_the_providers_and_end_with_the_time():
 
     def timer(name):
         called.append(name)
-        return {"both": clocks.Sample(float(len(called)))}
+        return {"both": clocks.Sample(100.0 + len(called))}
 
     timers = {name: partial(timer, name) for name in "abc"}
     found = clocks.interleave(timers, repeats=12, seconds=60)
     rounds = ["".join(called[k : k + 3]) for k in range(0, 36, 3)]
     assert {"".join(sorted(each)) for each in rounds} == {"abc"}
     assert {each[0] for each in rounds} == set("abc")  # no provider always comes after the same one
-    assert [s.wall for s in found["a"]["both"]] == [1 + k for k, name in enumerate(called) if name == "a"]
+    assert [s.wall for s in found["a"]["both"]] == [101 + k for k, name in enumerate(called) if name == "a"]
     first = called.copy()
     called.clear()
     clocks.interleave(timers, repeats=12, seconds=60)
@@ -168,3 +168,16 @@ def test_rounds_interleave_the_providers_and_end_with_the_time():
     called.clear()
     clocks.interleave(timers, repeats=1, seconds=0)
     assert len(called) == 3
+
+
+def test_a_quick_call_counts_when_it_has_run_for_a_while(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clocks, "perf_counter", lambda: now[0])
+
+    def timer(ms: float) -> dict[str, clocks.Sample]:
+        now[0] += ms / 1e3
+        return {"fwd": clocks.Sample(0.0), "both": clocks.Sample(now[0])}
+
+    found = clocks.interleave({"quick": partial(timer, clocks.QUICK / 8)}, repeats=1, seconds=60)
+    (sample,) = found["quick"]["both"]
+    assert sample.wall == pytest.approx(clocks.QUICK * 9 / 8 / 1e3)  # the first call, and the while after it

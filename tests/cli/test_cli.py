@@ -15,7 +15,9 @@ from fastcl.cli.contact_sheet import _difference
 from fastcl.cli.main import main
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "config", "compare", "align", "report", "views", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "train", "config", "compare", "align", "report", "views", "doctor", "sweep"]
+)
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -48,7 +50,7 @@ def test_align_reads_every_format_and_agrees_with_the_functions(tmp_path, capsys
     written = json.loads((tmp_path / "o.json").read_text())
     assert written["samples"] == 40 and written["undefined"] == {} and written["measures"]["rsa_spearman_error"] == 0
     measures = [value for name, value in written["measures"].items() if name != "rsa_spearman_error"]
-    assert measures == pytest.approx(list(values.values()), abs=1e-6) and len(measures) == 14
+    assert measures == pytest.approx(list(values.values()), abs=1e-6) and len(measures) == 17
     assert main(["align", str(tmp_path / "a.npy"), str(tmp_path / "b.npz")]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == shown[0][:-1]  # ranks of all pairs are for those who ask
     for measure, bound in (("cka_cosine", "cka_bound_tight"), ("rsa_cosine", "rsa_bound_tight")):
@@ -62,7 +64,7 @@ def test_align_says_what_is_undefined_and_shows_the_rest(tmp_path, capsys):
     names = [str(tmp_path / name) for name in ("a.npy", "dead.npy", "o.json")]
     assert main(["align", *names[:2], "--spearman", "--json", names[2]]) == 0
     text = capsys.readouterr().out
-    assert text.count("is undefined") == 13 and "drift |K - L|, cosine" in text
+    assert text.count("is undefined") == 16 and "drift |K - L|, cosine" in text
     written = json.loads((tmp_path / "o.json").read_text())
     assert written["measures"]["cka_linear"] is None is written["measures"]["rsa_spearman_error"]
     assert written["measures"]["drift"] > 0 and "all similarities" in written["undefined"]["rsa_spearman"]
@@ -144,7 +146,7 @@ def test_train_and_report_end_to_end(tmp_path, capsys):
     assert page.read_bytes() == (out / "report.html").read_bytes()
     capsys.readouterr()
     assert main(["align", *(str(out / "features" / f"{name}.safetensors") for name in ("dcl", "identity"))]) == 0
-    assert capsys.readouterr().out.count(" 1.000000") == 10
+    assert capsys.readouterr().out.count(" 1.000000") == 12
 
 
 def test_views_draws_every_renderer_and_names_those_that_cannot_be_used(tmp_path, capsys):

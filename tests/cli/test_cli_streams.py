@@ -12,8 +12,6 @@ from fastcl.cli import main as cli
 from fastcl.cli.main import main
 from fastcl.errors import FastclError
 
-_DOCTOR = cli._COMMANDS["doctor"]
-
 
 class _AsciiTerminal(io.TextIOWrapper):
     """Standard output where letters beyond ASCII cannot be written."""
@@ -27,7 +25,7 @@ class _AsciiTerminal(io.TextIOWrapper):
 
 def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := _AsciiTerminal())
-    monkeypatch.setitem(cli._COMMANDS, "doctor", (lambda _: print("caf\u00e9 \u2013 \udce9"), *_DOCTOR[1:]))
+    monkeypatch.setitem(cli._RUN, "doctor", lambda _: print("caf\u00e9 \u2013 \udce9"))
     assert main(["doctor"]) == 0
     assert terminal.text() == "caf\\xe9 \\u2013 \\udce9\n"
 
@@ -79,7 +77,7 @@ def failing(monkeypatch, error):
     def fail(_):
         raise error
 
-    monkeypatch.setitem(cli._COMMANDS, "doctor", (fail, *_DOCTOR[1:]))
+    monkeypatch.setitem(cli._RUN, "doctor", fail)
 
 
 @pytest.mark.parametrize("error, message", (

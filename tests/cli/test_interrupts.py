@@ -181,3 +181,35 @@ def test_a_command_of_its_own_process_finishes(monkeypatch):
     with pytest.raises(SystemExit):
         main()
     assert calls == ["install", "finish"]
+
+
+def test_processes_begun_by_a_command_end_with_it(tmp_path):
+    """Even if the signal comes while one is being started, whose id is not known yet."""
+    code = """
+import subprocess, pathlib
+def begin():
+    child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $! > $0; wait", sys.argv[1]], start_new_session=True)
+    if sys.argv[2] == "early":
+        print("ready", flush=True)
+        for _ in range(600): time.sleep(0.1) if not interrupts._late else None
+    while not (path.exists() and path.read_text()): time.sleep(0.01)
+    return child
+path = pathlib.Path(sys.argv[1])
+other = interrupts.started(lambda: subprocess.Popen(["true"], start_new_session=True))
+other.wait()
+interrupts.ended(other)
+interrupts.started(begin)
+print("ready", flush=True)
+work()
+"""
+    for moment in ("early", "late"):
+        path = tmp_path / moment
+        assert end(launch(code, str(path), moment), "SIGTERM") == (143, LINES["SIGTERM"])
+        child = int(path.read_text())
+        for _ in range(1000):
+            if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+                break
+            time.sleep(0.01)
+        else:
+            os.kill(child, signal.SIGKILL)
+            pytest.fail("the child of a child lives on")

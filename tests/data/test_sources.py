@@ -9,6 +9,7 @@ from small_images import by_id, check_shapes, pixels_by_id
 
 from fastcl.data.philox import Stream, words
 from fastcl.data.sources.load import load
+from fastcl.data.sources.subset import subsample
 from fastcl.errors import FastclError
 
 
@@ -141,3 +142,27 @@ class TestRealData:
         assert (len(data.classes), len(data.train), len(data.test)) == (10, 1435, 372)
         assert data.train.image(0).shape == (*data.train.sizes[0], 3)
         assert data.train.ids.min() == 372, "test/ sorts before train/"
+
+
+class TestSubsample:
+    @pytest.mark.parametrize("count", [1, 7, 10, 100, 359])
+    def test_shares_of_the_classes_are_kept_and_images_are_theirs(self, count):
+        whole = load("digits", seed=3).test
+        some = subsample(whole, count, seed=3)
+        assert len(some) == count and set(some.ids) <= set(whole.ids) and list(some.ids) == sorted(some.ids)
+        counts, sizes = (np.bincount(split.labels, minlength=10) for split in (some, whole))
+        assert np.abs(counts - count * sizes / len(whole)).max() < 1
+        where = np.searchsorted(whole.ids, some.ids)
+        np.testing.assert_array_equal(some.labels, whole.labels[where])
+        np.testing.assert_array_equal(some.sizes, whole.sizes[where])
+        for k in (0, count - 1):
+            np.testing.assert_array_equal(some.image(k), whole.image(int(where[k])))
+            assert some.file(k) is None
+        with pytest.raises(FastclError, match=rf"in \[0, {count}\), got {count}"):
+            some.image(count)
+
+    def test_a_larger_count_contains_a_smaller_one_and_the_seed_matters(self):
+        whole = load("digits", seed=3).test
+        small, large = (set(subsample(whole, count, seed=3).ids) for count in (50, 51))
+        assert small < large and small != set(subsample(whole, 50, seed=4).ids)
+        assert subsample(whole, len(whole), seed=3) is whole and subsample(whole, 10**9, seed=3) is whole

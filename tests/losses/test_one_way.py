@@ -51,3 +51,28 @@ def test_statistics_one_way(field: str, tiled: list[int], monkeypatch: pytest.Mo
     ids = {"sample": torch.arange(15), "sample_y": torch.arange(15)}
     test_rowstats.check("chunked", (field,), normal(15, 9), normal(15, 9, seed=1), ids, 0.2)
     assert not tiled
+
+
+@pytest.mark.parametrize("both_ways", (True, False))
+@pytest.mark.parametrize("normalize", (True, False))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_a_tower_that_is_frozen(both_ways: bool, normalize: bool, reduction: str, tiled: list[int]) -> None:
+    """Whatever gets no gradient, the gradients of the rest are the same."""
+    ids = torch.arange(7)
+
+    def gradients(trained: str) -> dict[str, torch.Tensor]:
+        given = {"x": normal(7, 5), "y": normal(7, 5, seed=1), "t": torch.tensor(0.3, dtype=torch.float64)}
+        leaves = [given[name].requires_grad_() for name in trained]
+        x, y, t = given.values()
+        if both_ways:
+            loss = fastcl.clip_loss(x, y, 1 / t, normalize, reduction=reduction)
+        else:
+            loss = fastcl.contrastive_loss((x, y), (ids, ids), None, "ntxent", t, reduction, normalize)
+        weights = torch.linspace(0.5, 1, loss.numel(), dtype=torch.float64).view(loss.shape)
+        return dict(zip(trained, torch.autograd.grad((loss * weights).sum(), leaves), strict=True))
+
+    want = gradients("xyt")
+    for trained in ("x", "y", "t", "xt", "yt", "xy"):
+        for name, got in gradients(trained).items():
+            torch.testing.assert_close(got, want[name], rtol=1e-13, atol=1e-15)
+    assert not tiled

@@ -124,21 +124,32 @@ class _Given(NamedTuple):
 
     dtype: torch.dtype  # dtype of the rows
     two: bool  # whether the rows are in two tensors
+    need: whole.Need
     temperature: tuple[torch.Size, torch.dtype] | MaybeNone  # None: the temperature is not a tensor
 
     @classmethod
-    def of(cls, x: Tensor, x2: Tensor | None, temperature: Tensor | None) -> _Given:
-        return cls(x.dtype, x2 is not None, None if temperature is None else (temperature.shape, temperature.dtype))
+    def of(cls, x: Tensor, x2: Tensor | None, temperature: Tensor | None, need: whole.Need = (True, True)) -> _Given:
+        kind = None if temperature is None else (temperature.shape, temperature.dtype)
+        return cls(x.dtype, x2 is not None, need, kind)
 
     def gradients(self, dx: Tensor, dt: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, x2 and the temperature, converted from working precision."""
         if dx.dtype != self.dtype:
             dx = dx.to(self.dtype)
-        rows = dx.chunk(2) if self.two else (dx, None)
+        if self.need == (True, True):
+            rows = dx.chunk(2) if self.two else (dx, None)
+        else:
+            rows = (dx, None) if self.need[0] else (None, dx)
         if dt is not None:
             shape, dtype = self.temperature
             dt = dt.reshape(shape).to(dtype)
         return *rows, dt
+
+
+def _need(way: whole.Way, wanted: Sequence[bool]) -> whole.Need:
+    """Which gradients of rows to compute: of towers those wanted, one for a temperature alone; else all."""
+    first, second = wanted
+    return (first or not second, second) if way.towers else (True, True)
 
 
 class _Reduced(Function):
@@ -155,9 +166,10 @@ class _Reduced(Function):
         count = rows.numel() if reduction == "mean" else 1
         loss = rows.sum().div_(whole.number(count, rows.dtype))  # faster than rows.mean(), with the same bits
         if wanted and True in ctx.needs_input_grad:
-            dv = whole.backward(kept, way, 1 / count, *map(slopes.get, whole.PULLS))
-            dx, dt = whole.to_inputs(kept.v, kept.norm, way, dv, temperature is not None)
-            ctx.given, ctx.inputs = _Given.of(x, x2, temperature), (x, x2, temperature)
+            need = _need(way, ctx.needs_input_grad[4:6])
+            dv = whole.backward(kept, way, need, 1 / count, *map(slopes.get, whole.PULLS))
+            dx, dt = whole.to_inputs(kept.v, kept.norm, way, need, dv, temperature is not None)
+            ctx.given, ctx.inputs = _Given.of(x, x2, temperature, need), (x, x2, temperature)
             ctx.save_for_backward(_restored(dx, order), dt)
         return loss
 
@@ -176,7 +188,7 @@ class _Attached(Function):
     @staticmethod
     def forward(ctx, results, slopes, way, kept, order, *inputs):
         ctx.way, ctx.slopes = way, [{r: v if isinstance(v, float) else None for r, v in s.items()} for s in slopes]
-        ctx.given, ctx.inputs = _Given.of(*inputs), inputs
+        ctx.given, ctx.inputs = _Given.of(*inputs, _need(way, ctx.needs_input_grad[5:7])), inputs
         tensors = [v for s in slopes for v in s.values() if not isinstance(v, float)]
         ctx.save_for_backward(order, *kept, *tensors)
         ctx.set_materialize_grads(False)
@@ -190,8 +202,9 @@ class _Attached(Function):
             kept, tensors = Kept(*rest[: len(Kept._fields)]), iter(rest[len(Kept._fields) :])
             slopes = [{r: next(tensors) if v is None else v for r, v in s.items()} for s in ctx.slopes]
             scale, pulls = _pulls(slopes, grads, order, ctx.way.halves)
-            dv = whole.backward(kept, ctx.way, scale, *pulls)
-            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[7])
+            need = ctx.given.need
+            dv = whole.backward(kept, ctx.way, need, scale, *pulls)
+            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, need, dv, ctx.needs_input_grad[7])
             found = ctx.given.gradients(_restored(dx, order), dt)
         return None, None, None, None, None, *_once(found, ctx.inputs, grads)
 
@@ -212,7 +225,7 @@ class _Masked(Function):
             kept = masked.Kept(*ctx.saved_tensors)
             scale = torch.stack(grads).abs().amax().item() or 1.0
             dv = masked.backward(kept, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
-            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, dv, ctx.needs_input_grad[4])
+            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, (True, True), dv, ctx.needs_input_grad[4])
             dx, _, dt = ctx.given.gradients(dx, dt)
         return None, None, None, *_once((dx, dt), ctx.inputs, grads)
 

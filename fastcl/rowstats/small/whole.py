@@ -23,6 +23,7 @@ NORMS = (1e-12, 1e12)  # squares of norms in this range neither overflow nor van
 
 MaybeNone: TypeAlias = Any  # None if statistics of peers are not requested; code that reads it knows whether they are
 Pull: TypeAlias = Tensor | float | None
+Need: TypeAlias = tuple[bool, bool]  # which of two towers get a gradient; rows that are one matrix get theirs together
 SPELLED_OUT = 128  # samples up to which masks of all pairs of rows cost less than four times those of the samples
 PULLS = ("view", "other", "peer", "sum_peer")  # the statistics whose gradients `backward` takes, in its order
 
@@ -161,9 +162,9 @@ def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
 
 
 def backward(
-    kept: Kept, way: Way, factor: float, view: Pull, other: Pull, peer: Pull, sum_peer: Tensor | MaybeNone
+    kept: Kept, way: Way, need: Need, factor: float, view: Pull, other: Pull, peer: Pull, sum_peer: Tensor | MaybeNone
 ) -> Tensor:
-    """(N, D) gradient of `Kept.v`, times `factor`.
+    """Gradient of `Kept.v`, times `factor`: (N, D), or (B, D) of the one tower that needs it.
 
     Args:
         factor: a number, which includes the upstream gradient's magnitude.
@@ -190,18 +191,26 @@ def backward(
     if not way.towers:
         return torch.addmm(v, pull, v, beta=0, alpha=scale)
     one, two = v.chunk(2)
+    if need == (False, True):
+        return torch.addmm(two, pull.t(), one, beta=0, alpha=scale)
     first = torch.addmm(one, pull, two, beta=0, alpha=scale)
-    return torch.cat((first, torch.addmm(two, pull.t(), one, beta=0, alpha=scale)))
+    return torch.cat((first, torch.addmm(two, pull.t(), one, beta=0, alpha=scale))) if need[1] else first
 
 
-def to_inputs(v: Tensor, norm: Tensor, way: Way, dv: Tensor, need_temperature: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the input rows and of the temperature, from dv, which is overwritten."""
+def to_inputs(
+    v: Tensor, norm: Tensor, way: Way, need: Need, dv: Tensor, need_temperature: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the input rows, of one tower if `dv` is, and of the temperature. Overwrites `dv`."""
     if not (way.normalize or need_temperature):
         return dv, None
+    logits = 2  # how often dv * v has each logit times its gradient
+    if len(dv) < len(v):
+        v, norm = (x.chunk(2)[need == (False, True)] for x in (v, norm))
+        logits = 1
     radial = (dv * v).sum(1, keepdim=True)
     if way.normalize:
         dv.addcmul_(v, radial, value=-1).div_(norm)
-    return dv, radial.sum() * (-0.5 / way.temperature) if need_temperature else None
+    return dv, radial.sum() * (-1 / (logits * way.temperature)) if need_temperature else None
 
 
 def weights(w: Tensor, towers: bool) -> Tensor:

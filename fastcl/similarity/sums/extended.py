@@ -49,7 +49,7 @@ def sums_of(moments: Tensor, x: Model, y: Model) -> Tensor:
     and the row sums are n a_i.
     """
     n = moments[-1, -1]
-    centred = torch.addr(moments[:-3, :-3], -n * x.offset, y.offset)
+    centred = cross_moment(moments, x.offset, y.offset)
     margins = x.margin @ (moments @ y.margin)
     full = centred.square_().sum() + 2 * n * margins
     full_rows = n * n * margins
@@ -57,6 +57,11 @@ def sums_of(moments: Tensor, x: Model, y: Model) -> Tensor:
     diagonals = x.diagonal @ along_diagonal
     mixed = x.margin @ along_diagonal + x.diagonal @ (moments @ y.margin)
     return torch.stack([full, full_rows, full - diagonals, full_rows - n * mixed + diagonals])
+
+
+def cross_moment(moments: Tensor, x_offset: Tensor, y_offset: Tensor) -> Tensor:
+    """(d_x, d_y) cross-moment of the centred rows, from moments and the offsets of both models."""
+    return torch.addr(moments[:-3, :-3], -moments[-1, -1] * x_offset, y_offset)
 
 
 def strain(model: Model, sums: Tensor, n: Tensor) -> Tensor:

@@ -50,6 +50,14 @@ def checked(features: Mapping[str, Tensor], seen: int = 0, device: torch.device 
     return batch
 
 
+def checked_pair(x: Tensor, y: Tensor) -> list[Tensor]:
+    """Features x and y of the same n >= 1 samples, checked as by `checked`."""
+    found = checked({"x": x, "y": y})
+    if len(found[0]) == 0:
+        raise FastclError(f"x and y must have at least one row, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    return found
+
+
 def multiplied_narrow(*features: Tensor) -> bool:
     """Whether torch multiplies these features in float32: all narrower than float64, on a CPU with full float32.
 

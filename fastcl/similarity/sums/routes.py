@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, cast
 
+import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError, one_of
@@ -39,14 +40,25 @@ def choose_route(n: int, widths: tuple[int, int], kernel: str, route: Route) -> 
     return "features" if a * a + a * b + b * b <= n * (a + b + _ELEMENTWISE) / 2 else "tiles"
 
 
+def stream_of(x: Tensor, y: Tensor, kernel: Inner, dtype: torch.dtype | None = None) -> Moments:
+    """The moments of two checked (n, d) features, n >= 1, in one pass over chunks of their rows, which are converted
+    to a dtype if one is given."""
+    stream, step = Moments(kernel), chunk_rows(x)
+    for start in range(0, len(x), step):
+        stream.add([v[start : start + step].to(dtype or v.dtype) for v in (x, y)])
+    return stream
+
+
+def statistics_of(stream: Moments, n: int) -> PairStats:
+    """PairStats of a stream of two models that has seen n samples."""
+    ((_, values, strains),) = stream.pair_sums()
+    return PairStats.unpacked(n, stream.kernel, values, stream.rounding, strains)
+
+
 def statistics(x: Tensor, y: Tensor, kernel: str, bandwidth: float = 1.0, route: Route = "auto") -> PairStats:
     """PairStats of two checked (n, d) features, n >= 1; arguments as in `fastcl.pair_stats`."""
     if choose_route(len(x), (x.shape[1], y.shape[1]), kernel, route) == "features":
-        stream, step = Moments(cast(Inner, kernel)), chunk_rows(x)
-        for start in range(0, len(x), step):
-            stream.add([v[start : start + step] for v in (x, y)])
-        ((_, values, strains),) = stream.pair_sums()
-        return PairStats.unpacked(len(x), kernel, values, stream.rounding, strains)
+        return statistics_of(stream_of(x, y, cast(Inner, kernel)), len(x))
     rounding = rounding_of(x, y)
     values = tile_sums(x, y, kernel, bandwidth).packed().tolist()
     return PairStats.unpacked(len(x), kernel, values, rounding)

@@ -104,12 +104,21 @@ def check_run_folder(out: Path, inputs: Iterable[Path] = (), images: Iterable[Pa
                 raise FastclError(f"--out: the run would overwrite {shown(given)}, which it reads")
 
 
+class HeldElsewhere(FastclError):
+    """Another process holds the lock of a folder."""
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a run's folder for one process. The lock ends with the process in any case, and children do not inherit it.
+def locked(folder: Path, doing: str = "training") -> Iterator[None]:
+    """Lock a folder for one process. The lock ends with the process in any case, and children do not inherit it.
+
+    Args:
+        folder: of a run, or of a sweep; created if absent.
+        doing: what a process does that holds the lock, for the message.
 
     Raises:
-        FastclError: another process holds the lock, or it cannot be acquired.
+        HeldElsewhere: another process holds the lock.
+        FastclError: it cannot be acquired.
     """
     path = folder / ".lock"
     # A file system without locks is an error: the fallback, a plain file, would outlive a killed run.
@@ -119,7 +128,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            raise FastclError(f"another process is training in {shown(folder)}") from None
+            raise HeldElsewhere(f"another process is {doing} in {shown(folder)}") from None
     try:
         yield
     finally:

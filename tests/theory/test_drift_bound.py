@@ -26,7 +26,7 @@ def rates(epochs: int, horizon: int, steps_per_epoch: int) -> list[float]:
 
 @pytest.mark.parametrize("batch, temperature, largest", SETTINGS)
 def test_the_recurrence_in_decimals(batch, temperature, largest):
-    etas = [0.0, 1e-9, 0.3, 0.0, 2.5, 40.0] * 50
+    etas = [0.0, 1e-9, 0.3, 0.0, 2.5, 40.0] * 50 + [6 * temperature**2 * batch]  # the last is 3 / L
     bound = similarity_coupling_bound(etas, batch, temperature, largest, delta=0.05)
     with localcontext() as context:
         context.prec = 60
@@ -35,7 +35,11 @@ def test_the_recurrence_in_decimals(batch, temperature, largest):
         share = Decimal(largest) + eps
         gap = 2 * (2 / tau).exp() * share / (1 - share) if share < 1 else None
         d, exact = Decimal(0), [Decimal(0)]
+        c, convex = Decimal(0), [Decimal(0)]
+        mass = gap / (2 + gap) if gap else 1  # x / (1 + x), x = gap / 2
         for eta in map(Decimal, etas):
+            c = max(1, eta / (2 * tau**2 * b) - 1) * c + eta * Decimal(2).sqrt() * mass / (tau * b.sqrt())
+            convex.append(c)
             d = (1 + eta / (2 * tau**2 * b)) * d + eta * (min(gap, 2) if gap else 2) / (tau * b.sqrt())
             exact.append(d)
         total = sum(map(Decimal, etas))
@@ -44,9 +48,13 @@ def test_the_recurrence_in_decimals(batch, temperature, largest):
         assert bound.log10_recurrence[:2] == (-math.inf, -math.inf)
         wanted = [float(value.log10()) for value in exact[2:]]
         assert bound.log10_recurrence[2:] == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+        assert bound.log10_convex[:2] == (-math.inf, -math.inf)
+        wanted = [float(value.log10()) for value in convex[2:]]
+        assert bound.log10_convex[2:] == pytest.approx(wanted, rel=1e-12, abs=1e-12)
         assert bound.log10_gap == (pytest.approx(float(gap.log10()), rel=1e-13) if gap else math.inf)
         assert bound.log10_printed == (pytest.approx(float(printed.log10()), rel=1e-13) if gap else math.inf)
     assert bound.log10_recurrence[-1] <= bound.log10_printed
+    assert all(a <= b for a, b in zip(bound.log10_convex, bound.log10_recurrence, strict=True))
     assert bound.log10 == bound.log10_recurrence and bound.vacuous_from is None
 
 
@@ -58,6 +66,8 @@ def test_published_settings():
     assert bound.epsilon == pytest.approx(0.102, abs=5e-4) and 10**bound.log10_gap == pytest.approx(1.2e8, rel=0.02)
     assert round(bound.log10_printed) == 355 and round(bound.log10_recurrence[-1]) == 335
     assert 0 < bound.vacuous_from < 1000 and bound.log10[-1] == bound.log10_largest
+    # Without the exponential it says something: a tenth of the largest drift.
+    assert 10 ** (bound.log10_convex[-1] - bound.log10_largest) == pytest.approx(0.101, abs=5e-4)
     # ImageNet-1k, temperature 0.1, 100 of 301 epochs: 10^2783, which no float64 holds.
     imagenet = similarity_coupling_bound(rates(100, 301, 1_281_167 // 1024), 1024, 0.1, 0.001)
     assert round(imagenet.log10_printed) == 2783 and 2000 < imagenet.log10_recurrence[-1] < 2783
@@ -139,8 +149,16 @@ def test_similarity_descent_stays_below_the_bound(temperature, rate, adverse):
         drift.append((cl - nscl).norm().item())
     bound = similarity_coupling_bound([rate] * steps, 2 * samples, temperature, 1 / classes)
     assert all(a < b for a, b in zip(drift, drift[1:], strict=False))
-    assert all(d == 0 or math.log10(d) <= b for d, b in zip(drift, bound.log10, strict=True))
+    for line in (bound.log10, bound.log10_convex):
+        assert all(d == 0 or math.log10(d) <= b for d, b in zip(drift, line, strict=True))
     assert not adverse or drift[1] > 10 ** bound.log10[1] / 3
+
+
+def test_views_are_anchors_but_not_samples():
+    one, two = (similarity_coupling_bound([0.1] * 5, 64, 0.5, 0.1, views=views) for views in (1, 2))
+    assert one.epsilon == two.epsilon and one.log10_gap == two.log10_gap
+    assert one.log10_recurrence[1] - two.log10_recurrence[1] == pytest.approx(math.log10(2) / 2)
+    assert all(a > b for a, b in zip(one.log10_convex[1:], two.log10_convex[1:], strict=True))
 
 
 BAD = [
@@ -159,6 +177,7 @@ BAD = [
     ({"largest_class": None}, "largest_class .* got None"),
     ({"delta": 1.0}, r"delta must be in \(0, 1\), got 1.0"),
     ({"n": 1}, "n must be an integer >= 2, got 1"),
+    ({"views": 0}, "views must be an integer >= 1, got 0"),
 ]
 
 

@@ -1,0 +1,5 @@
+"""`python -m bench.theory`."""
+
+from bench.theory.run import main
+
+raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""How sure a similarity is: permutation tests and bootstrap intervals."""

@@ -1,0 +1,1 @@
+"""Models by name, of timm and torchvision, as encoders of images: for `fastcl align --models`."""
