@@ -54,8 +54,9 @@ def _draw(sides: Comparison) -> Figure:
     run, target = sides.run, sides.target
     measures = [key for key in MEASURES if any(one.measure == key for one in sides.curves)]
     images = {one.measure: "held-out" if one.split == HELD_OUT else "training" for one in sides.curves}
+    figure_name = target.figure.replace(" ", "\u00a0")  # on one line
     titles = [
-        f"{MEASURES[key]} with {sides.cl} on held-out images, beside {target.name} ({target.figure}, {images[key]} "
+        f"{MEASURES[key]} with {sides.cl} on held-out images, beside {target.name} ({figure_name}, {images[key]} "
         "images)"
         for key in measures
     ]
