@@ -14,6 +14,7 @@ Train self-supervised and supervised contrastive models side by side on the same
   fastcl demo --out runs/demo                  a complete run on scikit-learn's digits, a few minutes on two CPU cores
   fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; the same command resumes a stopped run
   fastcl config > CONFIG.toml                  a config with every key and its meaning; --preset NAME: a complete run
+  fastcl eval runs/x                           accuracy of probes on the frozen features of every model of a run
   fastcl report runs/x                         one self-contained HTML page for a run, finished or not
   fastcl align A.npy B.npy                     CKA, RSA and drift of two feature files, or CKA of all their layers
   fastcl views --data SOURCE --out views.png   what the models see: images and their views by every renderer
@@ -46,6 +47,19 @@ Prints every key with its meaning and its default (with --preset: the preset's v
 
   fastcl config --preset omniglot > run.toml
   fastcl train run.toml --out runs/x --set data.source=omniglot:PATH"""),
+    "eval": ("linear probe, k-NN, class centres and few shots on frozen features", """
+Fits simple classifiers on the features of the training images and prints their accuracy on both splits: a linear probe
+(its penalty chosen on held-out training images), the k nearest neighbours by cosine (majority and weighted vote), the
+nearest class centre, and from a few images of each class the nearest centre and a linear probe, with the mean and 95 %
+interval over repeated draws. No label of a test image is used.
+
+  fastcl eval runs/x                           every model of a run, finished or not; writes runs/x/evaluation.json
+  fastcl eval runs/x --probes knn,ncc --k 1,10,50
+  fastcl eval --features train.npz test.npz --json out.json
+
+The same command resumes a stopped one, and measures only what is not in the JSON file yet. A feature file is .npz or
+.safetensors with the arrays 'features' (samples, width), 'labels' (integers) and, if the training samples are to be
+drawn by names of their own, 'ids'."""),
     "align": ("CKA, RSA and drift of two feature files, or CKA of all pairs of layers", """
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
 Row k of both files must be the same sample. Prints CKA (linear, cosine; biased, debiased), RSA (Pearson; with
@@ -96,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
             help="override a config value, such as train.epochs=3; the value is TOML or a bare string; repeatable",
         )  # fmt: skip
         subs[name].add_argument("--profile", action="store_true", help="also profile a few steps into DIR/profile/")
+    _add_eval(subs["eval"])
     for name in ("a", "b"):
         text = "feature file, or folder of layers"
         subs["align"].add_argument(name, type=named_path, metavar=name.upper(), help=text)
@@ -109,6 +124,33 @@ def parser() -> argparse.ArgumentParser:
     subs["report"].add_argument("--out", type=named_path, metavar="FILE", help=text)
     _add_views(subs["views"])
     return whole
+
+
+def _add_eval(probes: argparse.ArgumentParser) -> None:
+    probes.add_argument("run", type=named_path, nargs="?", metavar="RUN", help="folder of a run")
+    text = "two feature files with labels, instead of a run"
+    probes.add_argument("--features", type=named_path, nargs=2, metavar=("TRAIN", "TEST"), help=text)
+    text = "which to run, separated by commas (default: %(default)s)"
+    probes.add_argument("--probes", default="linear,ncc,knn,few-shot", metavar="NAMES", help=text)
+    for name, text in (("k", "numbers of neighbours"), ("shots", "training samples of each class")):
+        default = {"k": "1,5,20", "shots": "1,5,10,20,50,100"}[name]
+        text = f"{text}, separated by commas (default: those of {default} that there are)"
+        probes.add_argument(f"--{name}", type=_counts, metavar="N,...", help=text)
+    for name, default, text in (("repeats", 5, "draws of the few shots"), ("seed", 0, "seed of all draws")):
+        probes.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    text = "file for the numbers at full precision (default: RUN/evaluation.json)"
+    probes.add_argument("--json", type=named_path, metavar="FILE", help=text)
+    text = "where the run's images are now, such as data.source=folder:PATH; also data.root, data.renderer, "
+    text += "data.workers, train.device; repeatable"
+    probes.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """argparse `type` for integers separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers separated by commas, got {text!r}") from None
 
 
 def _add_views(views: argparse.ArgumentParser) -> None:

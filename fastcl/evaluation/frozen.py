@@ -18,8 +18,10 @@ class FrozenFeatures:
 
     Attributes:
         train: (n, d) training features.
+        train_labels: (n,) int64 as given.
         index: (n,) int64 class of each training row, in [0, C).
         test: (m, d) test features.
+        test_labels: (m,) int64 as given.
         test_index: (m,) int64 class of each test row; -1 if no training row has its label.
         labels: (C,) int64, the labels of the training rows, ascending.
         unseen: labels of test rows that no training row has, ascending.
@@ -27,8 +29,10 @@ class FrozenFeatures:
     """
 
     train: Tensor
+    train_labels: Tensor
     index: Tensor
     test: Tensor
+    test_labels: Tensor
     test_index: Tensor
     labels: Tensor
     unseen: tuple[int, ...]
@@ -54,17 +58,19 @@ def frozen_features(
     """
     train, train_labels = labelled_features(train_features, train_labels, "train_")
     test, labels = (value.to(train.device) for value in labelled_features(features, labels))
+    train_labels, labels = train_labels.long(), labels.long()
     if train.shape[1] != test.shape[1]:
         raise FastclError(
             f"features and train_features must have the same width, got {test.shape[1]} and {train.shape[1]}"
         )
-    known, index = torch.unique(train_labels.long(), return_inverse=True)
+    known, index = torch.unique(train_labels, return_inverse=True)
     if len(known) < 2:
         raise FastclError(f"a probe needs at least 2 classes, but train_labels are all {known.item()}")
-    place = torch.searchsorted(known, labels.long()).clamp_max(len(known) - 1)
+    place = torch.searchsorted(known, labels).clamp_max(len(known) - 1)
     test_index = torch.where(known[place] == labels, place, -1)
     unseen = tuple(labels[test_index < 0].unique().tolist())
-    return FrozenFeatures(train, index, test, test_index, known, unseen, _checked_ids(ids, len(train)))
+    ids = _checked_ids(ids, len(train))
+    return FrozenFeatures(train, train_labels, index, test, labels, test_index, known, unseen, ids)
 
 
 def _checked_ids(ids: Tensor | None, rows: int) -> Tensor:
@@ -74,7 +80,8 @@ def _checked_ids(ids: Tensor | None, rows: int) -> Tensor:
         raise FastclError(f"ids must be a tensor, got {type_of(ids)}")
     if ids.is_floating_point() or ids.is_complex() or ids.shape != (rows,):
         raise FastclError(
-            f"ids must be integers of shape ({rows},), one per training row, got shape {tuple(ids.shape)} of {ids.dtype}"
+            f"ids must be integers of shape ({rows},), one per training row, got shape {tuple(ids.shape)} of "
+            f"{ids.dtype}"
         )
     ids = ids.to("cpu", torch.int64)
     distinct, counts = ids.unique(return_counts=True)

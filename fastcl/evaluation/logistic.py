@@ -7,8 +7,8 @@ With C classes and n rows x_i of class y_i, standardised, it minimises
 in float64; b is not penalised. scikit-learn's `LogisticRegression` has the same minimum with C = 1 / (penalty n) for
 three classes and more. For two, where it has one weight vector instead of two, C = 2 / (penalty n).
 
-A fit has converged when no entry of the gradient exceeds 1e-5, nor a thousandth of the penalty: since the penalty
-curves the objective by that much, a gradient g leaves W within |g| / penalty of the minimum.
+A fit has converged when no entry of the gradient exceeds 1e-6, nor a hundredth of the penalty: since the penalty curves
+the objective by that much, a gradient g leaves W within |g| / penalty of the minimum.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 MAX_STEPS = 1000
-_ABSOLUTE, _RELATIVE = 1e-5, 1e-3  # tolerances of the gradient; the second is relative to the penalty
-_HISTORY = 10  # pairs of vectors that L-BFGS keeps
+_ABSOLUTE, _RELATIVE = 1e-6, 1e-2  # tolerances of the gradient; the second is relative to the penalty
+_HISTORY, _KEPT = 100, 1 << 28  # pairs of vectors that L-BFGS keeps, and most numbers in all of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +87,11 @@ def fit_logistic(features: Tensor, index: Tensor, classes: int, penalty: float, 
         torch.mean(residual, dim=0, out=gradient[:, -1])
         return -log_softmax[rows, index].mean() + penalty / 2 * w.square().sum()
 
+    history = max(2, min(_HISTORY, _KEPT // (2 * weights.numel())))
     tolerance = min(_ABSOLUTE, _RELATIVE * penalty)
     lbfgs = torch.optim.LBFGS(
         [weights], max_iter=MAX_STEPS, max_eval=25 * MAX_STEPS, tolerance_grad=tolerance, tolerance_change=0.0,
-        history_size=_HISTORY, line_search_fn="strong_wolfe",
+        history_size=history, line_search_fn="strong_wolfe",
     )  # fmt: skip
     lbfgs.step(loss)  # pyright: ignore[reportArgumentType]  # returns a tensor, as its own type would have a float
     loss()

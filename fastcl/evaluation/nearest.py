@@ -96,7 +96,7 @@ def _neighbours(train: Tensor, queries: Tensor, count: int, first: int | None) -
         found = torch.arange(begin, begin + similarity.shape[1], dtype=torch.int64, device=queries.device).expand_as(
             similarity
         )
-        best, rows = torch.cat([best, similarity], dim=1), torch.cat([rows, found], dim=1)
+        best, rows = torch.cat([best, similarity], dim=1), torch.cat([rows, found.expand_as(similarity)], dim=1)
         best, at = best.topk(min(count, best.shape[1]), dim=1)
         rows = rows.gather(1, at)
     return best, rows

@@ -58,7 +58,7 @@ PROBES = tuple(_PROBES)
 
 def evaluate(
     train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor, *, ids: Tensor | None = None,
-    probes: Sequence[str] = PROBES, settings: ProbeSettings = ProbeSettings(),  # noqa: B008  it is frozen
+    probes: Sequence[str] = PROBES, settings: ProbeSettings = ProbeSettings(),
 ) -> Evaluation:  # fmt: skip
     """Probe one model's frozen features. No label of the test split is used to fit or to choose anything.
 
@@ -97,7 +97,7 @@ def with_probe(evaluation: Evaluation, name: str, data: FrozenFeatures, settings
     more: dict[str, Any] = {key: getattr(settings, key) for key in probe.settings}
     if probe.seeded:
         more["ids"] = data.ids
-    result = probe.run(data.train, data.index, data.test, data.test_index, **more)
+    result = probe.run(data.train, data.train_labels, data.test, data.test_labels, **more)
     return dataclasses.replace(evaluation, **{name: result})
 
 

@@ -132,12 +132,12 @@ def traces(out: Path) -> str:
     return ", ".join(found)
 
 
-def missing_files(out: Path, models: Sequence[str]) -> dict[str, str]:
-    """Final weights and features that a folder lacks: {"weights/dcl.safetensors": why}.
+def missing_files(out: Path, models: Sequence[str], of: Sequence[str] = ("weights", "features")) -> dict[str, str]:
+    """Final weights and features (or one of them) that a folder lacks: {"weights/dcl.safetensors": why}.
 
     Files are opened, since an empty or truncated file is not a result.
     """
-    names = [f"{folder}/{model}.safetensors" for folder in ("weights", "features") for model in models]
+    names = [f"{folder}/{model}.safetensors" for folder in of for model in models]
     return {name: why for name in names if (why := _unreadable(out / name))}
 
 
