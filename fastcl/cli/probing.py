@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastcl.cli.feature_files import read_labelled
 from fastcl.errors import FastclError, shown
-from fastcl.evaluation.comparison import accuracy_rows, remarks
+from fastcl.evaluation.comparison import Split, accuracy_rows, remarks
 from fastcl.evaluation.frozen import FrozenFeatures, frozen_features
 from fastcl.evaluation.record import ModelRecord, read_record, write_record
 from fastcl.evaluation.suite import ProbeSettings, begun, check_probes, settings_of, with_probe
@@ -71,12 +71,11 @@ def probe(args: argparse.Namespace) -> None:
     elif args.overrides:
         raise FastclError("--set is for the data of a run, not for --features")
     else:
-        _probe_files(*args.features, args.json, probes, settings)
+        train, test = args.features
+        _probe_files(train, test, args.json, probes, settings)
 
 
-def _probe_run(
-    run: Path, path: Path, overrides: Sequence[str], probes: Sequence[str], settings: ProbeSettings
-) -> None:
+def _probe_run(run: Path, path: Path, overrides: Sequence[str], probes: Sequence[str], settings: ProbeSettings) -> None:
     from fastcl.train.frozen_run import open_frozen
 
     _check_json(path, [run / name for name in (*FILES, *FOLDERS, REPORT) if name != EVALUATION])
@@ -137,9 +136,11 @@ def _measure(
             except FastclError as error:
                 raise FastclError(f"{name}: {error}" if len(task.digests) > 1 else error) from error
     found = {name: records[name].evaluation for name in task.digests}
-    for split, title in (("train", "accuracy on the training split"), ("test", "accuracy on the test split")):
-        print("\n".join(_table([[title, *found], *accuracy_rows(found, split, task.probes)])))
-    print("\n".join(remarks(found)), end="\n" if remarks(found) else "")
+    splits: dict[Split, str] = {"train": "training split", "test": "test split"}
+    for split, title in splits.items():
+        print("\n".join(_table([[f"accuracy on the {title}", *found], *accuracy_rows(found, split, task.probes)])))
+    for line in remarks(found):
+        print(line)
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Evaluation of frozen features: linear probe, nearest neighbours, nearest class centre, few shots."""
 
 from fastcl.evaluation.few_shot import few_shot_probe
-from fastcl.evaluation.linear_probe import linear_probe
+from fastcl.evaluation.linear import linear_probe
 from fastcl.evaluation.nearest import knn_probe
 from fastcl.evaluation.results import Evaluation, FewShotProbe, KNNProbe, LinearProbe, NCCProbe, Spread
 from fastcl.evaluation.suite import PROBES, ProbeSettings, evaluate, ncc_probe

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from fastcl.evaluation.results import Evaluation, Spread
 
+Split: TypeAlias = Literal["train", "test"]
 _NONE = "–"
 _CLASSIFIERS = {"ncc": "nearest centre", "linear": "linear probe"}
 
 
 def accuracy_rows(
-    models: Mapping[str, Evaluation], split: Literal["train", "test"], probes: Sequence[str] | None = None
+    models: Mapping[str, Evaluation], split: Split, probes: Sequence[str] | None = None
 ) -> list[list[str]]:
     """One row per probe and setting: its name, then the accuracy of each model; a dash where it was not measured.
 
@@ -39,16 +40,16 @@ def remarks(models: Mapping[str, Evaluation]) -> list[str]:
         if one.linear is not None and not one.linear.converged:
             lines.append(f"{name}: a fit of the linear probe did not converge.")
         if one.linear is not None and one.linear.sweep and one.linear.penalty == one.linear.sweep[-1][0]:
-            lines.append(f"{name}: the linear probe chose the weakest penalty that it was given, {one.linear.penalty:g}.")
+            lines.append(
+                f"{name}: the linear probe chose the weakest penalty that it was given, {one.linear.penalty:g}."
+            )
         failed = [f"{few.shots}" for few in one.few_shot if not few.converged]
         if failed:
             lines.append(f"{name}: few-shot linear probes did not all converge, of {', '.join(failed)} shots.")
     return lines
 
 
-def _cells(
-    one: Evaluation, split: Literal["train", "test"], probes: Sequence[str] | None
-) -> Iterator[tuple[str, str]]:
+def _cells(one: Evaluation, split: Split, probes: Sequence[str] | None) -> Iterator[tuple[str, str]]:
     """Name and text of each accuracy."""
 
     def wanted(probe: str) -> bool:

@@ -1,4 +1,4 @@
-"""The file that an evaluation is written to and resumed from: for every model its results, and what they follow from."""
+"""The file that an evaluation is written to and resumed from: every model's results, and what they follow from."""
 
 from __future__ import annotations
 

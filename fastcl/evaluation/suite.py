@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcl.errors import FastclError, suggest
 from fastcl.evaluation.few_shot import REPEATS, few_shot_probe
 from fastcl.evaluation.frozen import FrozenFeatures, frozen_features
-from fastcl.evaluation.linear_probe import HELD_OUT, PENALTIES, linear_probe
+from fastcl.evaluation.linear import HELD_OUT, PENALTIES, linear_probe
 from fastcl.evaluation.nearest import TEMPERATURE, knn_probe
 from fastcl.evaluation.results import Evaluation, NCCProbe
 from fastcl.metrics import ncc_accuracy

@@ -1,4 +1,4 @@
-"""Arrays of numbers from .npy, .npz and .safetensors files: selected by name and checked by header before they are read."""
+"""Arrays from .npy, .npz and .safetensors files: selected by name and checked by header before they are read."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def file_status(path: Path) -> os.stat_result:
         raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
 
 
-def read_arrays(
-    path: Path, choose: Choose, layers: bool = False, integers: Collection[str] = ()
-) -> dict[str, Tensor]:
+def read_arrays(path: Path, choose: Choose, layers: bool = False, integers: Collection[str] = ()) -> dict[str, Tensor]:
     """Read selected arrays of a file; the others are neither decompressed nor converted.
 
     Args:
@@ -230,7 +228,9 @@ def _check(shape: Sequence[int], dtype: str, where: str, kind: Kind) -> None:
     """Raise FastclError unless it is a non-empty float matrix (a layer: of two or more dimensions), or integers."""
     if kind == "integers":
         if dtype not in _INTEGERS or len(shape) != 1 or not shape[0]:
-            raise FastclError(f"{where} must be (samples,) integers, {', '.join(_INTEGERS)}, got {_text(shape)} {dtype}")
+            raise FastclError(
+                f"{where} must be (samples,) integers, {', '.join(_INTEGERS)}, got {_text(shape)} {dtype}"
+            )
         return
     layers = kind == "layer"
     if dtype not in _FLOATS:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -157,9 +157,9 @@ def _evaluation(run: Run) -> dict[str, Any] | None:
     found = {model: record.evaluation for model, record in read_evaluations(run).items()}
     if not found:
         return None
-    from fastcl.evaluation.comparison import accuracy_rows, remarks
+    from fastcl.evaluation.comparison import Split, accuracy_rows, remarks
 
-    splits: dict[str, Literal["train", "test"]] = {"held-out images": "test", "training images": "train"}
+    splits: dict[str, Split] = {"held-out images": "test", "training images": "train"}
     return {
         "about": about(run),
         "remarks": remarks(found),

@@ -22,7 +22,7 @@ from fastcl.config.settings import Config
 from fastcl.errors import shown
 from fastcl.train.epoch import Steps
 from fastcl.train.finals import complete_finals, write_finals
-from fastcl.train.group import Ranks, average_buffers, copy_state, start
+from fastcl.train.group import average_buffers, copy_state, start
 from fastcl.train.inputs import data_paths, image_folders, images_digest, open_inputs, training_device
 from fastcl.train.measures.evaluate import evaluate
 from fastcl.train.measures.layer_table import check_layers

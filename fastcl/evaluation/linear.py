@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.errors import FastclError, brief
 from fastcl.evaluation.draws import held_out_rows
 from fastcl.evaluation.frozen import FrozenFeatures, accuracy, check_seed, frozen_features
-from fastcl.evaluation.logistic import MAX_STEPS, Fit, fit_logistic
+from fastcl.evaluation.logistic import Fit, fit_logistic
 from fastcl.evaluation.results import LinearProbe
 
 log = logging.getLogger("fastcl")
@@ -87,6 +87,8 @@ def _warn(fits: Sequence[Fit], penalties: Sequence[float]) -> None:
     for fit, penalty in zip(fits, penalties, strict=True):
         if not fit.converged:
             log.warning(
-                "linear probe: with penalty %g the gradient is still %.1e after %d of %d steps",
-                penalty, fit.gradient, fit.steps, MAX_STEPS,
-            )  # fmt: skip
+                "linear probe: with penalty %g the gradient is still %.1e after %d steps",
+                penalty,
+                fit.gradient,
+                fit.steps,
+            )
