@@ -76,25 +76,27 @@ def fit_logistic(features: Tensor, index: Tensor, classes: int, penalty: float, 
     weights.grad = torch.zeros_like(weights)
 
     def loss() -> Tensor:
-        """The objective; its gradient goes into weights.grad."""
+        """The objective over the penalty, since torch's L-BFGS skips pairs of vectors whose product is below 1e-10,
+        which the objective's own may be; its gradient goes into weights.grad."""
         w, b = weights[:, :-1], weights[:, -1]
         log_softmax = torch.log_softmax(x @ w.mT + b, dim=1)
         residual = log_softmax.exp()
         residual[rows, index] -= 1
+        residual /= n * penalty
         gradient = weights.grad
         assert gradient is not None
-        torch.mm(residual.mT, x, out=gradient[:, :-1]).div_(n).add_(w, alpha=penalty)
-        torch.mean(residual, dim=0, out=gradient[:, -1])
-        return -log_softmax[rows, index].mean() + penalty / 2 * w.square().sum()
+        torch.addmm(w, residual.mT, x, out=gradient[:, :-1])
+        torch.sum(residual, dim=0, out=gradient[:, -1])
+        return -log_softmax[rows, index].mean() / penalty + w.square().sum() / 2
 
     history = max(2, min(_HISTORY, _KEPT // (2 * weights.numel())))
     tolerance = min(_ABSOLUTE, _RELATIVE * penalty)
     lbfgs = torch.optim.LBFGS(
-        [weights], max_iter=MAX_STEPS, max_eval=25 * MAX_STEPS, tolerance_grad=tolerance, tolerance_change=0.0,
+        [weights], max_iter=MAX_STEPS, max_eval=25 * MAX_STEPS, tolerance_grad=tolerance / penalty, tolerance_change=0.0,
         history_size=history, line_search_fn="strong_wolfe",
     )  # fmt: skip
     lbfgs.step(loss)  # pyright: ignore[reportArgumentType]  # returns a tensor, as its own type would have a float
     loss()
-    largest = weights.grad.abs().max().item()
+    largest = penalty * weights.grad.abs().max().item()
     steps = lbfgs.state[weights].get("n_iter", 0)
     return Fit(centre, deviation, weights.detach(), largest <= tolerance, steps, largest)

@@ -228,9 +228,8 @@ def _check(shape: Sequence[int], dtype: str, where: str, kind: Kind) -> None:
     """Raise FastclError unless it is a non-empty float matrix (a layer: of two or more dimensions), or integers."""
     if kind == "integers":
         if dtype not in _INTEGERS or len(shape) != 1 or not shape[0]:
-            raise FastclError(
-                f"{where} must be (samples,) integers, {', '.join(_INTEGERS)}, got {_text(shape)} {dtype}"
-            )
+            known = ", ".join(_INTEGERS)
+            raise FastclError(f"{where} must be (samples,) integers ({known}), got {_text(shape)} {dtype}")
         return
     layers = kind == "layer"
     if dtype not in _FLOATS:

@@ -15,7 +15,7 @@ from fastcl.cli.contact_sheet import _difference
 from fastcl.cli.main import main
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "config", "align", "report", "views", "doctor"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "config", "eval", "align", "report", "views", "doctor"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
