@@ -18,7 +18,7 @@ from fastcl.errors import FastclError, shown
 from fastcl.evaluation.comparison import Split, accuracy_rows, remarks
 from fastcl.evaluation.frozen import FrozenFeatures, frozen_features
 from fastcl.evaluation.record import ModelRecord, read_record, write_record
-from fastcl.evaluation.suite import ProbeSettings, begun, check_probes, settings_of, with_probe
+from fastcl.evaluation.suite import ProbeSettings, begun, check_probes, check_settings, settings_of, with_probe
 from fastcl.io.arrays import ENDINGS
 from fastcl.io.outputs import check_output
 from fastcl.io.run_names import EVALUATION, FILES, FOLDERS, REPORT
@@ -81,19 +81,20 @@ def _probe_run(run: Path, path: Path, overrides: Sequence[str], probes: Sequence
     _check_json(path, [run / name for name in (*FILES, *FOLDERS, REPORT) if name != EVALUATION])
     frozen = open_frozen(run, overrides)
     train, test = frozen.inputs.data.train, frozen.inputs.data.test
+    labels, test_labels, ids = map(torch.from_numpy, (train.labels, test.labels, train.ids))
+    check_settings(settings, labels)  # encoding may take long
     task = _Task(frozen.digests, frozen.epoch, probes, settings, path)
     records = task.kept()
     lacking = task.lacking(records)
     print(
-        f"{shown(run)}: {len(frozen.twins)} models after {frozen.epoch} epochs, {len(train)} training and {len(test)} "
+        f"{shown(run)}, epoch {frozen.epoch}: {len(frozen.twins)} models, {len(train)} training and {len(test)} "
         f"held-out images of {frozen.inputs.data.name}"
     )
     features = frozen.features(list(lacking)) if lacking else {}
 
     def data(name: str) -> FrozenFeatures:
         on_train, on_test = features.pop(name)
-        labels = [torch.from_numpy(split.labels) for split in (train, test)]
-        return frozen_features(on_train, labels[0], on_test, labels[1], torch.from_numpy(train.ids))
+        return frozen_features(on_train, labels, on_test, test_labels, ids)
 
     _measure(task, records, lacking, data)
     print(f"results: {shown(path)}" + (f" (fastcl report {shown(run)} draws them)" if path.name == EVALUATION else ""))

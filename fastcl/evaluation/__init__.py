@@ -1,9 +1,9 @@
 """Evaluation of frozen features: linear probe, nearest neighbours, nearest class centre, few shots."""
 
 from fastcl.evaluation.few_shot import few_shot_probe
+from fastcl.evaluation.findings import Evaluation, FewShotProbe, KNNProbe, LinearProbe, NCCProbe, Spread
 from fastcl.evaluation.linear import linear_probe
 from fastcl.evaluation.nearest import knn_probe
-from fastcl.evaluation.results import Evaluation, FewShotProbe, KNNProbe, LinearProbe, NCCProbe, Spread
 from fastcl.evaluation.suite import PROBES, ProbeSettings, evaluate, ncc_probe
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
-from fastcl.evaluation.results import Evaluation, Spread
+from fastcl.evaluation.findings import Evaluation, Spread
 
 Split: TypeAlias = Literal["train", "test"]
 _NONE = "–"

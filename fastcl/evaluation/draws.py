@@ -29,37 +29,23 @@ def held_out_rows(data: FrozenFeatures, fraction: float, seed: int) -> Tensor:
     """
     if not 0 < fraction < 1:
         raise FastclError(f"held_out must be between 0 and 1, got {fraction}")
-    sizes = class_sizes(data)
+    index = data.index.cpu().numpy()
+    sizes = np.bincount(index)
     if sizes.max() < 2:
         raise FastclError(
             f"the penalty cannot be chosen on held-out rows: none of the {len(sizes)} classes has 2 training rows; "
             "give a single penalty"
         )
     wanted = np.minimum(np.maximum(np.rint(fraction * sizes), 1), sizes - 1)
-    index = data.index.cpu().numpy()
     places = _places(index, data.ids.numpy(), seed, Purpose.HELD_OUT, 0)
     return torch.from_numpy(places < wanted[index]).to(data.index.device)
 
 
 def shot_rows(data: FrozenFeatures, shots: int, seed: int, repeat: int) -> Tensor:
-    """(n,) bool on the device of the features: so many rows of each class. Those of fewer shots are among them.
-
-    Raises:
-        FastclError: a class with fewer rows.
-    """
-    sizes = class_sizes(data)
-    if shots > sizes.min():
-        smallest = data.labels[int(sizes.argmin())].item()
-        raise FastclError(
-            f"shots must be at most {sizes.min()}, the number of training rows of class {smallest}, got {shots}"
-        )
+    """(n,) bool on the device of the features: so many rows of each class (all of a class that has fewer). Those of
+    fewer shots are among them."""
     places = _places(data.index.cpu().numpy(), data.ids.numpy(), seed, Purpose.SHOTS, repeat)
     return torch.from_numpy(places < shots).to(data.index.device)
-
-
-def class_sizes(data: FrozenFeatures) -> np.ndarray:
-    """(C,) number of training rows of each class."""
-    return np.bincount(data.index.cpu().numpy(), minlength=len(data.labels))
 
 
 def _places(index: np.ndarray, ids: np.ndarray, seed: int, purpose: Purpose, repeat: int) -> np.ndarray:

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import get_args
 
+import torch
 from scipy.stats import t as student
 from torch import Tensor
 
 from fastcl.errors import FastclError, brief
-from fastcl.evaluation.draws import class_sizes, shot_rows
+from fastcl.evaluation.draws import shot_rows
+from fastcl.evaluation.findings import Classifier, FewShotProbe, Spread
 from fastcl.evaluation.frozen import FrozenFeatures, accuracy, check_counts, check_seed, frozen_features
 from fastcl.evaluation.logistic import fit_logistic
-from fastcl.evaluation.results import Classifier, FewShotProbe, Spread
 from fastcl.metrics import ncc_accuracy
 
 log = logging.getLogger("fastcl")
@@ -50,17 +51,38 @@ def few_shot_probe(
         FastclError: as `frozen_features` does; m that is not positive, or more than a class has rows; no repeats.
     """
     check_seed(seed)
-    if type(repeats) is not int or repeats < 1:
-        raise FastclError(f"repeats must be a positive integer, got {brief(repeats)}")
+    check_repeats(repeats)
     data = frozen_features(train_features, train_labels, features, labels, ids)
-    least = int(class_sizes(data).min())
-    wanted = check_counts("shots", shots) if shots is not None else tuple(m for m in SHOTS if m <= least)
-    shot_rows(data, wanted[-1], seed, 0)  # refuses too many before anything is fitted
+    wanted = shot_counts(shots, data.train_labels)
     return tuple(
         _few_shot(data, classifier, m, [shot_rows(data, m, seed, repeat) for repeat in range(repeats)])
         for classifier in get_args(Classifier)
         for m in wanted
     )
+
+
+def check_repeats(repeats: int) -> None:
+    """Raise FastclError unless there is at least one repeat."""
+    if type(repeats) is not int or repeats < 1:
+        raise FastclError(f"repeats must be a positive integer, got {brief(repeats)}")
+
+
+def shot_counts(shots: Sequence[int] | None, train_labels: Tensor) -> tuple[int, ...]:
+    """`shots` in ascending order, or those of SHOTS that every class has. Raises FastclError as `few_shot_probe` does.
+
+    Args:
+        shots: values of m, or None.
+        train_labels: (n,) integers.
+    """
+    names, sizes = torch.unique(train_labels, return_counts=True)
+    least = int(sizes.min())
+    wanted = check_counts("shots", shots) if shots is not None else tuple(m for m in SHOTS if m <= least)
+    if wanted[-1] > least:
+        raise FastclError(
+            f"shots must be at most {least}, the number of training rows of class {names[sizes.argmin()].item()}, "
+            f"got {wanted[-1]}"
+        )
+    return wanted
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastcl.errors import FastclError, brief
 from fastcl.evaluation.draws import held_out_rows
+from fastcl.evaluation.findings import LinearProbe
 from fastcl.evaluation.frozen import FrozenFeatures, accuracy, check_seed, frozen_features
 from fastcl.evaluation.logistic import Fit, fit_logistic
-from fastcl.evaluation.results import LinearProbe
 
 log = logging.getLogger("fastcl")
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)

@@ -92,8 +92,8 @@ def fit_logistic(features: Tensor, index: Tensor, classes: int, penalty: float, 
     history = max(2, min(_HISTORY, _KEPT // (2 * weights.numel())))
     tolerance = min(_ABSOLUTE, _RELATIVE * penalty)
     lbfgs = torch.optim.LBFGS(
-        [weights], max_iter=MAX_STEPS, max_eval=25 * MAX_STEPS, tolerance_grad=tolerance / penalty, tolerance_change=0.0,
-        history_size=history, line_search_fn="strong_wolfe",
+        [weights], max_iter=MAX_STEPS, max_eval=25 * MAX_STEPS, tolerance_grad=tolerance / penalty,
+        tolerance_change=0.0, history_size=history, line_search_fn="strong_wolfe",
     )  # fmt: skip
     lbfgs.step(loss)  # pyright: ignore[reportArgumentType]  # returns a tensor, as its own type would have a float
     loss()

@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 from fastcl.checks import check_positive
 from fastcl.errors import FastclError
+from fastcl.evaluation.findings import KNNProbe, Vote
 from fastcl.evaluation.frozen import FrozenFeatures, check_counts, frozen_features
-from fastcl.evaluation.results import KNNProbe, Vote
 
 NEIGHBOURS = (1, 5, 20)
 TEMPERATURE = 0.07  # of Wu et al. 2018, as usual since
@@ -45,16 +45,23 @@ def knn_probe(
     """
     check_positive(temperature, "temperature")
     data = frozen_features(train_features, train_labels, features, labels)
-    most = len(data.train) - 1
-    wanted = check_counts("k", k) if k is not None else tuple(n for n in NEIGHBOURS if n <= most)
-    if wanted[-1] > most:
-        raise FastclError(
-            f"k must be at most {most}, as many neighbours as one of {most + 1} training rows has, got {wanted[-1]}"
-        )
+    wanted = neighbour_counts(k, len(data.train))
     train, test = _unit_rows(data.train), _unit_rows(data.test)
     on_train = _accuracies(data, train, train, data.index, wanted, temperature, leave_out=True)
     on_test = _accuracies(data, train, test, data.test_index, wanted, temperature, leave_out=False)
     return tuple(KNNProbe(*key, train=on_train[key], test=on_test[key]) for key in on_train)
+
+
+def neighbour_counts(k: Sequence[int] | None, rows: int) -> tuple[int, ...]:
+    """`k` in ascending order; for None, those of NEIGHBOURS that a training row has. Raises FastclError as `knn_probe`
+    does."""
+    most = rows - 1
+    wanted = check_counts("k", k) if k is not None else tuple(n for n in NEIGHBOURS if n <= most)
+    if wanted[-1] > most:
+        raise FastclError(
+            f"k must be at most {most}, as many neighbours as one of {rows} training rows has, got {wanted[-1]}"
+        )
+    return wanted
 
 
 def _accuracies(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcl.errors import FastclError, brief, shown
-from fastcl.evaluation.results import Evaluation, evaluation_from_json, evaluation_to_json
+from fastcl.evaluation.findings import Evaluation, evaluation_from_json, evaluation_to_json
 from fastcl.io.files import cause, write_atomic
 from fastcl.io.json_text import parse_json
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastcl.errors import FastclError, suggest
-from fastcl.evaluation.few_shot import REPEATS, few_shot_probe
-from fastcl.evaluation.frozen import FrozenFeatures, frozen_features
+from fastcl.evaluation.few_shot import REPEATS, check_repeats, few_shot_probe, shot_counts
+from fastcl.evaluation.findings import Evaluation, NCCProbe
+from fastcl.evaluation.frozen import FrozenFeatures, check_seed, frozen_features
 from fastcl.evaluation.linear import HELD_OUT, PENALTIES, linear_probe
-from fastcl.evaluation.nearest import TEMPERATURE, knn_probe
-from fastcl.evaluation.results import Evaluation, NCCProbe
+from fastcl.evaluation.nearest import TEMPERATURE, knn_probe, neighbour_counts
 from fastcl.metrics import ncc_accuracy
 
 
@@ -105,6 +105,14 @@ def settings_of(name: str, settings: ProbeSettings) -> dict[str, Any]:
     """Those settings that the result of a probe of PROBES depends on, as JSON has them."""
     values = ((key, getattr(settings, key)) for key in _PROBES[name].settings)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values}
+
+
+def check_settings(settings: ProbeSettings, train_labels: Tensor) -> None:
+    """Refuse, before any features are there, what the probes would refuse for these (n,) integer labels."""
+    check_seed(settings.seed)
+    check_repeats(settings.repeats)
+    neighbour_counts(settings.k, len(train_labels))
+    shot_counts(settings.shots, train_labels)
 
 
 def check_probes(names: Sequence[str]) -> None:

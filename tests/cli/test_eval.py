@@ -20,6 +20,7 @@ from fastcl.report.evaluations import FEW_SHOTS, about, read_evaluations
 from fastcl.report.run import load_run
 from fastcl.train import Lockstep
 from fastcl.train.frozen_run import open_frozen
+from fastcl.train.run_folder.identity import claim_folder
 
 QUICK = ["--shots", "1,3", "--repeats", "2", "--k", "1,4"]
 
@@ -61,7 +62,7 @@ def evaluated(run) -> dict:
 def test_every_model_of_a_run_is_evaluated_on_its_own_features(run, capsys):
     assert main(["eval", str(run), *QUICK]) == 0
     printed = capsys.readouterr().out
-    assert "3 models after 2 epochs" in printed and "fastcl report" in printed
+    assert "epoch 2: 3 models" in printed and "fastcl report" in printed
     frozen = open_frozen(run)
     features, data = frozen.features(["ce", "dcl"]), frozen.inputs.data
     for model, (train, test) in features.items():
@@ -123,7 +124,7 @@ def test_an_unfinished_run_is_evaluated_at_its_last_checkpoint(run, capsys):
     (run / "weights" / "ce.safetensors").unlink()
     max((run / "checkpoints").iterdir()).unlink()
     main(["eval", str(run), "--probes", "ncc"])
-    assert "3 models after 1 epochs" in capsys.readouterr().out
+    assert "epoch 1: 3 models" in capsys.readouterr().out
     part = evaluated(run)
     assert part["dcl"]["epoch"] == 1 and part["dcl"]["features"] != whole["dcl"]["features"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -223,6 +224,9 @@ def test_errors_name_what_is_wrong(run, tmp_path, capsys):
         "train_labels are all 0": (["--features", str(one), str(test)],),
         "unknown probe 'nnc'; did you mean 'ncc'?": ([*both, "--probes", "nnc"],),
         "k must be at most 59": ([*both, "--k", "60"],),
+        "k must be at most 432": ([str(run), "--k", "433"],),
+        "seed must be an integer in [0, 2**32), got -1": ([str(run), "--seed", "-1"],),
+        "repeats must be a positive integer, got 0": ([str(run), "--repeats", "0"],),
         "shots must be at most 20, the number of training rows of class 0, got 21": ([*both, "--shots", "21"],),
         "is an input or another output": ([*both, "--json", str(train)], [str(run), "--json", str(run / "run.json")]),
         "looks like a feature file": ([*both, "--json", str(tmp_path / "x.npz")],),
@@ -239,6 +243,19 @@ def test_errors_name_what_is_wrong(run, tmp_path, capsys):
     np.savez(tmp_path / "nan.npz", features=np.full((6, 4), np.nan), labels=np.arange(6) % 3)
     assert main(["eval", *against("nan.npz")]) == 1
     assert "features are not finite: first in row 0" in capsys.readouterr().err
+
+
+def test_another_run_in_the_folder_has_no_evaluation(run):
+    """One of an untrained run, of which the folder had only the initial weights, would be of other models."""
+    main(["eval", str(run), "--probes", "ncc"])
+    keep = {"run.json", "evaluation.json"}
+    for path in run.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    claim_folder(run, json.loads((run / "run.json").read_text()))
+    assert (run / "evaluation.json").is_file()
+    claim_folder(run, {"config": {}, "seed": 1})
+    assert not (run / "evaluation.json").exists()
 
 
 def test_a_run_without_its_images_or_weights_is_refused(run, capsys):

@@ -16,7 +16,7 @@ from fastcl.config.settings import Config
 from fastcl.errors import FastclError, brief, shown
 from fastcl.io.files import cause
 from fastcl.io.json_text import parse_json
-from fastcl.io.run_names import RECORDS, REPORT
+from fastcl.io.run_names import EVALUATION, RECORDS, REPORT
 from fastcl.train.run_folder.checkpoints import drop_checkpoints, last_epoch, load_checkpoint
 from fastcl.train.run_folder.records import JsonLines, remove_leftovers, write_atomic
 
@@ -98,6 +98,7 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
     if theirs is None or difference:
         if not found:
             drop_checkpoints(out / "checkpoints")  # at most those of the initial weights
+            (out / EVALUATION).unlink(missing_ok=True)  # and what was measured of them
         write_atomic(out / "run.json", (json.dumps(mine, indent=1) + "\n").encode())
         if difference:
             log.warning(
