@@ -165,9 +165,9 @@ def _align(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from fastcl.cli.probing import probe
+    from fastcl.cli.probing import evaluate_frozen
 
-    probe(args)
+    evaluate_frozen(args)
 
 
 def _views(args: argparse.Namespace) -> None:

@@ -54,7 +54,7 @@ class _Task:
         return {name: probes for name, probes in lacks.items() if probes}
 
 
-def probe(args: argparse.Namespace) -> None:
+def evaluate_frozen(args: argparse.Namespace) -> None:
     """Evaluate what the arguments name, write the results after each probe, and print them.
 
     Raises:
