@@ -73,8 +73,8 @@ two dimensions are flattened). Prints the debiased linear CKA of every layer of 
     "report": ("one self-contained HTML page for a run", """
 Works on unfinished runs too. Figures: alignment with the reference model per epoch and the noise floor, weight gap,
 drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, alignment of every pair and of every layer,
-losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, settings,
-versions."""),
+losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, what `fastcl eval`
+has measured, settings, versions."""),
     "views": ("a contact sheet of images and their views", """
 Each row is a training image and its two views: by torchvision, and by every other renderer that this machine and the
 images support, with the difference from torchvision (blue: darker, red: brighter; mean and maximum in grey levels).

@@ -62,8 +62,7 @@ def _cells(one: Evaluation, split: Split, probes: Sequence[str] | None) -> Itera
     if one.ncc is not None and wanted("ncc"):
         yield "nearest class centre", _number(getattr(one.ncc, split))
     for found in one.knn if wanted("knn") else ():
-        vote = "majority" if found.vote == "majority" else "weighted"
-        yield f"{found.k} nearest, {vote}", _number(getattr(found, split))
+        yield f"{found.k} nearest, {found.vote}", _number(getattr(found, split))
     for few in one.few_shot if wanted("few_shot") else ():
         plural = "" if few.shots == 1 else "s"
         yield f"{few.shots} shot{plural}, {_CLASSIFIERS[few.classifier]}", _spread(getattr(few, split))

@@ -100,10 +100,8 @@ def _neighbours(train: Tensor, queries: Tensor, count: int, first: int | None) -
         similarity = queries @ train[begin : begin + TILE[1]].mT
         if first is not None:
             similarity.diagonal(first - begin).fill_(-torch.inf)  # empty where this tile has none of them
-        found = torch.arange(begin, begin + similarity.shape[1], dtype=torch.int64, device=queries.device).expand_as(
-            similarity
-        )
-        best, rows = torch.cat([best, similarity], dim=1), torch.cat([rows, found.expand_as(similarity)], dim=1)
+        found, at = similarity.topk(min(count, similarity.shape[1]), dim=1)
+        best, rows = torch.cat([best, found], dim=1), torch.cat([rows, at + begin], dim=1)
         best, at = best.topk(min(count, best.shape[1]), dim=1)
         rows = rows.gather(1, at)
     return best, rows
