@@ -17,7 +17,7 @@ from fastcl.config.settings import Config
 from fastcl.config.tables import overridden, parse_config
 from fastcl.errors import FastclError, brief, shown
 from fastcl.io.files import cause
-from fastcl.train.inputs import Inputs, images_digest, open_inputs, training_device
+from fastcl.train.inputs import Inputs, images_digest, open_inputs, run_device
 from fastcl.train.measures.evaluate import encode
 from fastcl.train.models import Twin, make_twins
 from fastcl.train.network import plain_defaults
@@ -67,7 +67,7 @@ def open_frozen(out: Path, overrides: Iterable[str] = ()) -> FrozenRun:
     if run is None:
         raise FastclError(f"{shown(out / 'run.json')} does not exist; is {shown(out)} the folder of a run?")
     config = _config(run, [*overrides])
-    device = training_device(config.train.device)
+    device = run_device(config.train.device)
     inputs = open_inputs(config, out, device)
     data, there = inputs.data, run.get("data")
     here = {"train": len(data.train), "test": len(data.test), "classes": len(data.classes)}

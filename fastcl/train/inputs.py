@@ -97,7 +97,7 @@ def _check_classes(data: Dataset, models: Sequence[str]) -> None:
         )
 
 
-def training_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+def run_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """The device that train.device names; on a GPU each rank has its own.
 
     Raises:

@@ -23,7 +23,7 @@ from fastcl.errors import shown
 from fastcl.train.epoch import Steps
 from fastcl.train.finals import complete_finals, write_finals
 from fastcl.train.group import average_buffers, copy_state, start
-from fastcl.train.inputs import data_paths, image_folders, images_digest, open_inputs, training_device
+from fastcl.train.inputs import data_paths, image_folders, images_digest, open_inputs, run_device
 from fastcl.train.measures.evaluate import evaluate
 from fastcl.train.measures.layer_table import check_layers
 from fastcl.train.models import make_twins
@@ -70,7 +70,7 @@ class Lockstep:
         config = self.config
         if self.ranks.first:
             check_run_folder(self.out, [*inputs, *data_paths(config)], image_folders(config))
-        self.device = training_device(config.train.device, self.ranks)
+        self.device = run_device(config.train.device, self.ranks)
         # cuBLAS reads this on first use; without it deterministic mode raises on a GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
