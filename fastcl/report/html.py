@@ -140,7 +140,7 @@ def _page(run: Run) -> str:
         key_numbers=_key_numbers(run),
         epoch=run.last_epoch,
         findings=findings(run),
-        figures=_figures(run, (*PLATES, LAYERS)),
+        figures=_figures(run),
         pairs=_pair_table(run),
         certificates=_certificate_table(run),
         about_certificates=CERTIFICATES,
@@ -168,7 +168,7 @@ def _evaluation(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _figures(run: Run, wanted: Iterable[Plate]) -> list[dict[str, str]]:
+def _figures(run: Run, wanted: Iterable[Plate] = (*PLATES, LAYERS)) -> list[dict[str, str]]:
     classes = run.data.get("classes")
     chance = f"{1 / classes:.2g}" if isinstance(classes, int) and classes > 0 else "1 / (number of classes)"
     plates = [plate for plate in wanted if plate.shown(run)]  # a broken file is found before any is drawn

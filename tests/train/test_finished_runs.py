@@ -109,7 +109,7 @@ def times(out):
 
 
 def test_the_command_of_a_finished_run_writes_only_what_is_missing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastcl.report.html._figures", lambda run, plates: [])  # five reports are written
+    monkeypatch.setattr("fastcl.report.html._figures", lambda run: [])  # five reports are written
     config, out = tiny_toml(tmp_path / "tiny.toml"), tmp_path / "run"
     command = ["train", str(config), "--out", str(out)]
     for item in ("train.epochs=1", 'train.models=["dcl", "nscl"]', "train.controls=[]"):
