@@ -12,10 +12,12 @@ from tiny_run import run, tiny_toml
 
 from fastcl import pair_stats
 from fastcl.cli.contact_sheet import _difference
-from fastcl.cli.main import main
+from fastcl.cli.main import _RUN, main
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "config", "align", "report", "views", "doctor", "sweep"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "train", "config", "align", "report", "views", "doctor", "sweep", "eval"]
+)
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
