@@ -15,9 +15,7 @@ from fastcl.cli.contact_sheet import _difference
 from fastcl.cli.main import _RUN, main
 
 
-@pytest.mark.parametrize(
-    "command", ["", "demo", "train", "config", "align", "report", "views", "doctor", "sweep", "eval"]
-)
+@pytest.mark.parametrize("command", ["", *_RUN])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
