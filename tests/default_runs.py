@@ -17,6 +17,7 @@ from bench.static import cases, view_cases
 from fastcl.cli.contact_sheet import contact_sheet
 from fastcl.cli.feature_files import read_features
 from fastcl.data import Dataset, EvalViews, Split, ViewLoader, ViewPlan, ViewSpec, make_renderer
+from fastcl.evaluation import ProbeSettings, evaluate
 from fastcl.metrics import cdnv, directional_cdnv, ncc_accuracy, weight_gap
 from fastcl.theory import similarity_coupling_bound
 
@@ -146,6 +147,7 @@ def measures(folder: Path) -> dict:
     return {
         "layers": fastcl.layer_cka(a, b, [drawn(7), drawn(8)]).matrix,
         "features": [x, cdnv(x, labels), directional_cdnv(x, labels), ncc_accuracy(x, labels, drawn(6), labels)],
+        "probes": evaluate(x, labels, drawn(6), labels, settings=ProbeSettings(penalties=(0.1, 1.0), repeats=2)),
         "weights": weight_gap(a, b),
         "bound": [bound.log10, bound.log10_printed],
     }

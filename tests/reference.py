@@ -42,6 +42,8 @@ TOLERANCE: dict[torch.dtype | str, Tolerance] = {
 # does to a gradient (`Truth.blur`) bounds every implementation; it exceeds the table only where attraction and
 # repulsion cancel pair by pair (SupCon with collapsed classes).
 BLUR_FACTOR = 4
+# Probes against scikit-learn: fractions of rows, and weights of a logistic regression on standardised features.
+PROBE_ACCURACY, PROBE_WEIGHTS = 1e-3, 5e-3
 NOISE = 2.0**-48  # what the formulas below lose to their own subtractions in float64
 
 

@@ -34,6 +34,35 @@ def read_features(path: Path) -> Tensor:
     return _one(Path(path))
 
 
+def read_labelled(path: Path) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read a feature matrix with a label for each row.
+
+    Args:
+        path: .npz or .safetensors with the arrays "features", "labels" and, optionally, "ids"; others are not read.
+
+    Returns:
+        Features as `read_features` gives them, (samples,) int64 labels, and (samples,) int64 ids or None.
+
+    Raises:
+        FastclError: as for `read_features`; a missing array, labels or ids that are not integers, or not one per row.
+    """
+    path = Path(path)
+
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        if lacks := [name for name in ("features", "labels") if name not in names]:
+            raise FastclError(
+                f"{shown(path)} must contain the arrays 'features' and 'labels' (.npz or .safetensors); it has "
+                f"{listed(names)}, not {' and '.join(lacks)}"
+            )
+        return [name for name in ("features", "labels", "ids") if name in names]
+
+    arrays = read_arrays(path, choose, integers=("labels", "ids"))
+    rows = {name: len(x) for name, x in arrays.items()}
+    if len(set(rows.values())) > 1:
+        raise FastclError(f"{shown(path)}: all arrays must have the same number of rows, got {rows}")
+    return arrays["features"], arrays["labels"], arrays.get("ids")
+
+
 def read_layers(path: Path) -> dict[str, Tensor] | None:
     """Read the features of several layers of one model.
 

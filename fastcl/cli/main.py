@@ -17,13 +17,13 @@ from fastcl.cli.parser import parser
 from fastcl.config.written import DEMO, commented, preset_file
 from fastcl.errors import FastclError, ToldElsewhere, install_hint, shown
 from fastcl.io.files import cause
-from fastcl.io.run_names import REPORT, SWEEP
+from fastcl.io.run_names import EVALUATION, REPORT, SWEEP
 
 if TYPE_CHECKING:
     from fastcl.train.group import Ranks
 
 # Modules that training, reports and data import and the base package does not install.
-_TRAIN = {"PIL", "filelock", "jinja2", "matplotlib", "numpy", "safetensors", "sklearn", "tensorboard", "timm",
+_TRAIN = {"PIL", "filelock", "jinja2", "matplotlib", "numpy", "safetensors", "scipy", "sklearn", "tensorboard", "timm",
           "tomli", "torchvision", "tqdm"}  # fmt: skip
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # errors of a failed write
@@ -148,7 +148,7 @@ def _run_on(ranks: Ranks, config: Path, args: argparse.Namespace) -> None:
 
 def _is_newest(report: Path, out: Path) -> bool:
     """Whether a run's report exists and was written after what it shows."""
-    shows = [path for path in (*out.glob("*.jsonl"), out / "layers.json") if path.is_file()]
+    shows = [path for path in (*out.glob("*.jsonl"), out / "layers.json", out / EVALUATION) if path.is_file()]
     return report.is_file() and all(report.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in shows)
 
 
@@ -189,6 +189,12 @@ def _align(args: argparse.Namespace) -> None:
     align(args.a, args.b, wanted, args.json, args.out)
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from fastcl.cli.probing import evaluate_frozen
+
+    evaluate_frozen(args)
+
+
 def _views(args: argparse.Namespace) -> None:
     from fastcl.cli.contact_sheet import show_views
 
@@ -209,6 +215,6 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 _RUN = {
-    "demo": _demo, "train": _train, "config": _config, "align": _align, "report": _report, "views": _views,
-    "doctor": _doctor, "sweep": _sweep, "compare": _compare,
+    "demo": _demo, "train": _train, "config": _config, "sweep": _sweep, "eval": _eval, "align": _align,
+    "report": _report, "views": _views, "doctor": _doctor, "compare": _compare,
 }  # fmt: skip

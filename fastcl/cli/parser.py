@@ -15,6 +15,7 @@ Train self-supervised and supervised contrastive models side by side on the same
   fastcl demo --out runs/demo                  a complete run on scikit-learn's digits, a few minutes on two CPU cores
   fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; the same command resumes a stopped run
   fastcl config > CONFIG.toml                  a config with every key and its meaning; --preset NAME: a complete run
+  fastcl eval runs/x                           accuracy of probes on the frozen features of every model of a run
   fastcl report runs/x                         one self-contained HTML page for a run, finished or not
   fastcl sweep CONFIG.toml --over train.temperature=0.1,0.5,1.0 --seeds 3 --out runs/s     a run for every combination
   fastcl compare runs/x                        a run's alignment beside the curves of arXiv 2510.08852
@@ -66,6 +67,19 @@ Prints every key with its meaning and its default (with --preset: the preset's v
 
   fastcl config --preset omniglot > run.toml
   fastcl train run.toml --out runs/x --set data.source=omniglot:PATH"""),
+    "eval": ("linear probe, k-NN, class centres and few shots on frozen features", """
+Fits simple classifiers on the features of the training images and prints their accuracy on both splits: a linear probe
+(its penalty chosen on held-out training images), the k nearest neighbours by cosine (majority and weighted vote), the
+nearest class centre, and from a few images of each class the nearest centre and a linear probe, with the mean and 95 %
+interval over repeated draws. No label of a test image is used.
+
+  fastcl eval runs/x                           every model of a run, finished or not; writes runs/x/evaluation.json
+  fastcl eval runs/x --probes knn,ncc --k 1,10,50
+  fastcl eval --features train.npz test.npz --json out.json
+
+The same command resumes a stopped one, and measures only what is not in the JSON file yet. A feature file is .npz or
+.safetensors with the arrays 'features' (samples, width), 'labels' (integers) and, if the training samples are to be
+drawn by names of their own, 'ids'."""),
     "compare": ("a run's alignment beside the curves of arXiv 2510.08852", """
 Prints CKA and RSA of nscl, supcon and ce with CL at every evaluated epoch beside the published value, the difference,
 and whether it is within the band in which the two cannot be told apart; then every setting in which the run differs
@@ -99,8 +113,8 @@ the same images, each as it was made to see them; their features before the clas
     "report": ("one self-contained HTML page for a run or a sweep", """
 Works on unfinished runs too. Figures: alignment with the reference model per epoch and the noise floor, weight gap,
 drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, alignment of every pair and of every layer,
-losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, settings,
-versions. Of a sweep, finished or not: its table anew, and its page (`fastcl sweep --help`)."""),
+losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, what `fastcl eval`
+has measured, settings, versions. Of a sweep, finished or not: its table anew, and its page (see `fastcl sweep`)."""),
     "views": ("a contact sheet of images and their views", """
 Each row is a training image and its two views: by torchvision, and by every other renderer that this machine and the
 images support, with the difference from torchvision (blue: darker, red: brighter; mean and maximum in grey levels).
@@ -136,6 +150,7 @@ def parser() -> argparse.ArgumentParser:
             help="override a config value, such as train.epochs=3; the value is TOML or a bare string; repeatable",
         )  # fmt: skip
         subs[name].add_argument("--profile", action="store_true", help="also profile a few steps into DIR/profile/")
+    _add_eval(subs["eval"])
     _add_align(subs["align"])
     subs["report"].add_argument("dir", type=named_path, metavar="DIR", help="folder of the run or sweep")
     text = "page to write (default: DIR/report.html; of a sweep DIR/sweep.html)"
@@ -187,6 +202,33 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     text = "runs at a time, which share the threads; GPUs are given out in turn (default: 1, or one for each GPU)"
     sweep.add_argument("--jobs", type=int, metavar="N", help=text)
     sweep.add_argument("--dry-run", action="store_true", help="check and list the cells, and write nothing")
+
+
+def _add_eval(probes: argparse.ArgumentParser) -> None:
+    probes.add_argument("run", type=named_path, nargs="?", metavar="RUN", help="folder of a run")
+    text = "two feature files with labels, instead of a run"
+    probes.add_argument("--features", type=named_path, nargs=2, metavar=("TRAIN", "TEST"), help=text)
+    text = "which to run, separated by commas (default: %(default)s)"
+    probes.add_argument("--probes", default="linear,ncc,knn,few-shot", metavar="NAMES", help=text)
+    for name, text in (("k", "numbers of neighbours"), ("shots", "training samples of each class")):
+        default = {"k": "1,5,20", "shots": "1,5,10,20,50,100"}[name]
+        text = f"{text}, separated by commas (default: those of {default} that there are)"
+        probes.add_argument(f"--{name}", type=_counts, metavar="N,...", help=text)
+    for name, default, text in (("repeats", 5, "draws of the few shots"), ("seed", 0, "seed of all draws")):
+        probes.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    text = "file for the numbers at full precision (default: RUN/evaluation.json)"
+    probes.add_argument("--json", type=named_path, metavar="FILE", help=text)
+    text = "where the run's images are now, such as data.source=folder:PATH; also data.root, data.renderer, "
+    text += "data.workers, train.device; repeatable"
+    probes.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """argparse `type` for integers separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers separated by commas, got {text!r}") from None
 
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:

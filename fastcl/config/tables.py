@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,14 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise FastclError(f"config {shown(path)} is not UTF-8, as TOML must be: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also an integer with more digits than Python converts
         raise FastclError(f"config {shown(path)} is not valid TOML: {_toml_fault(error)}") from None
-    for item in overrides or []:
+    return parse_config(overridden(tables, overrides or []))
+
+
+def overridden(tables: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Nested tables with "table.key=value" items put in, as for `load_config`, which also says what it raises."""
+    for item in overrides:
         _override(tables, item)
-    return parse_config(tables)
+    return tables
 
 
 def parse_config(tables: dict[str, Any]) -> Config:

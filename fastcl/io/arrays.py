@@ -1,4 +1,4 @@
-"""Float arrays from .npy, .npz and .safetensors files: selected by name and checked by header before they are read."""
+"""Arrays from .npy, .npz and .safetensors files: selected by name and checked by header before they are read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, BinaryIO, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, BinaryIO, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -24,13 +24,17 @@ ENDINGS = (".npy", ".npz", ".safetensors")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _KINDS = {"O": "Python objects", "U": "text", "S": "bytes", "M": "dates", "m": "durations",
           "V": "raw bytes (as NumPy keeps bfloat16)"}  # fmt: skip
-_SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
+_SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I8": "int8", "I16": "int16",
+                "I32": "int32", "I64": "int64", "U8": "uint8"}  # fmt: skip
 _CHUNK = 1 << 24  # bytes read at a time
 # Limits of decompression. Features hardly compress; zeros compress to a thousandth. Up to _SMALL decompressed bytes are
 # always accepted.
 _RATIO, _SMALL = 100, 1 << 28
 
 Choose: TypeAlias = Callable[[Sequence[str]], Sequence[str]]
+Kind: TypeAlias = Literal["matrix", "layer", "integers"]
+KindOf: TypeAlias = Callable[[str], Kind]
 
 
 def file_status(path: Path) -> os.stat_result:
@@ -43,21 +47,27 @@ def file_status(path: Path) -> os.stat_result:
         raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
 
 
-def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, Tensor]:
+def read_arrays(path: Path, choose: Choose, layers: bool = False, integers: Collection[str] = ()) -> dict[str, Tensor]:
     """Read selected arrays of a file; the others are neither decompressed nor converted.
 
     Args:
         path: a regular file with suffix .npy, .npz or .safetensors; its first bytes decide which format it is.
         choose: takes the names in the file (`features` for an .npy), in file order, and returns those to read.
         layers: also accept arrays of more than two dimensions, flattened to (samples, width).
+        integers: names of arrays that must be (samples,) integers of at most 64 bits.
 
     Returns:
-        By name, (samples, width) float16, bfloat16, float32 or float64, in native byte order, on the CPU.
+        By name, (samples, width) float16, bfloat16, float32 or float64, or (samples,) int64, in native byte order, on
+        the CPU.
 
     Raises:
         FastclError: a file that is missing, damaged, of another kind, or larger than this machine's memory; a selected
-            array that is not a float matrix, or is empty.
+            array that is not a float matrix (or integers), or is empty.
     """
+
+    def kind_of(name: str) -> Kind:
+        return "integers" if name in integers else "layer" if layers else "matrix"
+
     if not stat.S_ISREG(file_status(path).st_mode):
         raise FastclError(f"{shown(path)} is not a regular file")
     if path.suffix.lower() not in ENDINGS:
@@ -66,7 +76,7 @@ def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, T
         with open(path, "rb") as file:
             read = _reader(file.read(9), path)
             file.seek(0)
-            return read(path, file, choose, layers)
+            return read(path, file, choose, kind_of)
     except (FastclError, ModuleNotFoundError):
         raise
     except OSError as error:
@@ -75,7 +85,7 @@ def read_arrays(path: Path, choose: Choose, layers: bool = False) -> dict[str, T
         raise FastclError(f"{shown(path)} cannot be read: it does not fit in memory") from None
 
 
-def _reader(start: bytes, path: Path) -> Callable[[Path, BinaryIO, Choose, bool], dict[str, Tensor]]:
+def _reader(start: bytes, path: Path) -> Callable[[Path, BinaryIO, Choose, KindOf], dict[str, Tensor]]:
     """Choose the reader by content, not by suffix: an .npy renamed to .npz is still an .npy."""
     if start.startswith(b"\x93NUMPY"):
         return _read_npy
@@ -89,12 +99,12 @@ def _reader(start: bytes, path: Path) -> Callable[[Path, BinaryIO, Choose, bool]
     raise FastclError(f"{shown(path)} cannot be read: it {what}")
 
 
-def _read_npy(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
+def _read_npy(path: Path, file: BinaryIO, choose: Choose, kind_of: KindOf) -> dict[str, Tensor]:
     size = os.fstat(file.fileno()).st_size
-    return {name: _array(file, size, shown(path), layers) for name in choose(["features"])}
+    return {name: _array(file, size, shown(path), kind_of(name)) for name in choose(["features"])}
 
 
-def _read_npz(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
+def _read_npz(path: Path, file: BinaryIO, choose: Choose, kind_of: KindOf) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(file) as archive:
             found = _entries(archive, path)
@@ -109,7 +119,8 @@ def _read_npz(path: Path, file: BinaryIO, choose: Choose, layers: bool) -> dict[
             arrays = {}
             for name in chosen:
                 with archive.open(found[name]) as entry:
-                    arrays[name] = _array(entry, found[name].file_size, f"{shown(path)}: {name!r}", layers)
+                    where = f"{shown(path)}: {name!r}"
+                    arrays[name] = _array(entry, found[name].file_size, where, kind_of(name))
             return arrays
     except (FastclError, OSError, MemoryError):
         raise
@@ -140,7 +151,7 @@ def _entries(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
     return found
 
 
-def _read_safetensors(path: Path, _file: BinaryIO, choose: Choose, layers: bool) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, _file: BinaryIO, choose: Choose, kind_of: KindOf) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -152,20 +163,25 @@ def _read_safetensors(path: Path, _file: BinaryIO, choose: Choose, layers: bool)
             for name in choose(list(names)):
                 array, where = opened.get_slice(names[name]), f"{shown(path)}: {name!r}"
                 dtype, shape = cast(str, array.get_dtype()), array.get_shape()
-                _check(shape, _SAFETENSORS.get(dtype, dtype), where, layers)
+                _check(shape, _SAFETENSORS.get(dtype, dtype), where, kind_of(name))
                 _check_memory(math.prod(shape) * getattr(torch, _SAFETENSORS[dtype]).itemsize, where)
-                arrays[name] = opened.get_tensor(names[name]).flatten(1)
+                arrays[name] = _plain(opened.get_tensor(names[name]))
             return arrays
     except SafetensorError as error:
         raise FastclError(f"{shown(path)} cannot be read: the .safetensors is damaged") from error
 
 
-def _array(file: IO[bytes], size: int, where: str, layers: bool) -> Tensor:
+def _plain(x: Tensor) -> Tensor:
+    """Integers as int64, anything else as a matrix."""
+    return x.flatten(1) if x.is_floating_point() else x.long()
+
+
+def _array(file: IO[bytes], size: int, where: str, kind: Kind) -> Tensor:
     """Read an array in .npy format that takes `size` bytes including its header."""
     import numpy as np
 
     shape, fortran, dtype = _header(file, where)
-    _check(shape, _described(dtype), where, layers)
+    _check(shape, _described(dtype), where, kind)
     needed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
     if needed != there:
         raise FastclError(
@@ -181,7 +197,7 @@ def _array(file: IO[bytes], size: int, where: str, layers: bool) -> Tensor:
             raise FastclError(f"{where} cannot be read: it is truncated")
         raw[begin : begin + len(part)] = np.frombuffer(part, np.uint8)
     values = values.astype(dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(values.reshape(shape[::-1]).T if fortran else values.reshape(shape)).flatten(1)
+    return _plain(torch.from_numpy(values.reshape(shape[::-1]).T if fortran else values.reshape(shape)))
 
 
 def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -208,8 +224,14 @@ def _described(dtype: np.dtype) -> str:
     return _KINDS.get(dtype.kind) or dtype.newbyteorder("=").name
 
 
-def _check(shape: Sequence[int], dtype: str, where: str, layers: bool) -> None:
-    """Raise FastclError unless it is a non-empty float matrix (with `layers`, of two or more dimensions)."""
+def _check(shape: Sequence[int], dtype: str, where: str, kind: Kind) -> None:
+    """Raise FastclError unless it is a non-empty float matrix (a layer: of two or more dimensions), or integers."""
+    if kind == "integers":
+        if dtype not in _INTEGERS or len(shape) != 1 or not shape[0]:
+            known = ", ".join(_INTEGERS)
+            raise FastclError(f"{where} must be (samples,) integers ({known}), got {_text(shape)} {dtype}")
+        return
+    layers = kind == "layer"
     if dtype not in _FLOATS:
         more = "; in a file of layers every array must be one; to read only one matrix, name it 'features'"
         raise FastclError(

@@ -1,7 +1,8 @@
-"""Names of the files and folders in a run folder, which training writes and the report reads."""
+"""Names of the files and folders in a run folder, which training and evaluation write and the report reads."""
 
 RECORDS = ("metrics", "steps", "pairs", "timing")  # NAME.jsonl
 FOLDERS = ("checkpoints", "tensorboard", "weights", "features", "profile")
-FILES = (".lock", "run.json", "layers.json", *(f"{name}.jsonl" for name in RECORDS))
+EVALUATION = "evaluation.json"
+FILES = (".lock", "run.json", "layers.json", EVALUATION, *(f"{name}.jsonl" for name in RECORDS))
 REPORT = "report.html"
 SWEEP = "sweep.json"  # in the folder of a sweep

@@ -1,6 +1,7 @@
 """The report: findings, tables, figures and settings of a run in one HTML file that loads nothing else."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from fastcl.io.files import write_atomic
 from fastcl.io.outputs import check_output
 from fastcl.io.run_names import FILES, FOLDERS, REPORT
 from fastcl.report.coupling import CERTIFICATES, certificates
-from fastcl.report.drawing import svg
+from fastcl.report.drawing import Plate, svg
+from fastcl.report.evaluations import FEW_SHOTS, about, read_evaluations
 from fastcl.report.figures import PLATES
 from fastcl.report.heat_maps import LAYERS
 from fastcl.report.run import IDENTITY, MODEL_MEASURES, PAIR_MEASURES, RESEEDED, Number, Run, known, load_run
@@ -25,8 +27,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the report of a run as one self-contained HTML file (figures inline; the same run gives the same bytes).
 
     Args:
-        run_dir: the directory of a run, finished or not: run.json, metrics.jsonl, and pairs.jsonl and timing.jsonl
-            if present.
+        run_dir: the directory of a run, finished or not: run.json, metrics.jsonl, and pairs.jsonl, timing.jsonl,
+            layers.json and evaluation.json if present.
         out: the file to write, atomically; None: ``report.html`` in ``run_dir``.
 
     Returns:
@@ -158,15 +160,32 @@ def _page(run: Run) -> bytes:
         certificates=_certificate_table(run),
         about_certificates=CERTIFICATES,
         models=_model_table(run),
+        evaluation=_evaluation(run),
         facts=facts,
         config=Table(["setting", "value"], outline(run.config), "text"),
     )
 
 
-def _figures(run: Run) -> list[dict[str, str]]:
+def _evaluation(run: Run) -> dict[str, Any] | None:
+    """The section on probes; None if none has run."""
+    found = {model: record.evaluation for model, record in read_evaluations(run).items()}
+    if not found:
+        return None
+    from fastcl.evaluation.comparison import Split, accuracy_rows, remarks
+
+    splits: dict[str, Split] = {"held-out images": "test", "training images": "train"}
+    return {
+        "about": about(run),
+        "remarks": remarks(found),
+        "tables": {name: Table(["probe", *found], accuracy_rows(found, split)) for name, split in splits.items()},
+        "figures": _figures(run, (FEW_SHOTS,)),
+    }
+
+
+def _figures(run: Run, wanted: Iterable[Plate] = (*PLATES, LAYERS)) -> list[dict[str, str]]:
     classes = run.data.get("classes")
     chance = f"{1 / classes:.2g}" if isinstance(classes, int) and classes > 0 else "1 / (number of classes)"
-    plates = [plate for plate in (*PLATES, LAYERS) if plate.shown(run)]  # a broken file is found before any is drawn
+    plates = [plate for plate in wanted if plate.shown(run)]  # a broken file is found before any is drawn
     return [
         {
             "title": plate.title,

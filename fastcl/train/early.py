@@ -14,11 +14,10 @@ from fastcl.data import Dataset, ViewLoader, ViewPlan, choose_renderer
 from fastcl.data.loader import Order
 from fastcl.errors import FastclError
 from fastcl.train.group import ALONE
-from fastcl.train.inputs import load_data
+from fastcl.train.inputs import load_data, run_device
 from fastcl.train.measures.layer_table import check_layers
 from fastcl.train.models import make_optimizer, make_twins
 from fastcl.train.network import Network
-from fastcl.train.trainer import run_device
 
 
 class Extent(NamedTuple):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastcl import OBJECTIVES
@@ -23,8 +25,8 @@ from fastcl.data import (
     make_renderer,
     subsample,
 )
-from fastcl.errors import FastclError, brief, shown
-from fastcl.train.group import ALONE, Ranks
+from fastcl.errors import FastclError, brief, one_of, shown
+from fastcl.train.group import ALONE, Ranks, own_gpu
 from fastcl.train.models import CROSS_ENTROPY, RESEEDED
 from fastcl.train.run_folder.identity import read_run, same_data
 
@@ -120,6 +122,27 @@ def _check_classes(data: Dataset, models: Sequence[str]) -> None:
             f"the models {', '.join(using)} need at least 2 classes; {data.name} has {len(data.classes)}: "
             f"{data.classes[0]!r}"
         )
+
+
+def run_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device that train.device names; on a GPU each rank has its own.
+
+    Raises:
+        FastclError: another name, or "cuda" where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise FastclError(one_of("train.device", ("auto", "cpu", "cuda"), name))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FastclError("train.device is 'cuda', but torch finds no CUDA device")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda") if ranks.size == 1 else own_gpu()
+
+
+def images_digest(data: Dataset) -> str:
+    """Which images a data set has, in which order, and their labels."""
+    arrays = [array for split in (data.train, data.test) for array in (split.ids, split.labels)]
+    return hashlib.sha256(b"".join(np.ascontiguousarray(a, np.int64).tobytes() for a in arrays)).hexdigest()
 
 
 def data_paths(config: Config) -> list[Path]:

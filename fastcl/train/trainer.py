@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import platform
@@ -20,12 +19,11 @@ from tqdm import tqdm
 
 import fastcl
 from fastcl.config.settings import Config
-from fastcl.data import Dataset
-from fastcl.errors import FastclError, one_of, shown
+from fastcl.errors import shown
 from fastcl.train.epoch import Steps
 from fastcl.train.finals import complete_finals, write_finals
-from fastcl.train.group import Ranks, average_buffers, copy_state, own_gpu, start
-from fastcl.train.inputs import data_paths, image_folders, open_inputs
+from fastcl.train.group import average_buffers, copy_state, start
+from fastcl.train.inputs import data_paths, image_folders, images_digest, open_inputs, run_device
 from fastcl.train.measures.evaluate import evaluate
 from fastcl.train.measures.layer_table import check_layers
 from fastcl.train.models import make_twins
@@ -62,7 +60,7 @@ class Lockstep:
         with self.ranks.watched():
             with self.ranks.together():
                 self._open(inputs)
-            mine = identity(self._describe()) | {"images": _digest(self.data)}
+            mine = identity(self._describe()) | {"images": images_digest(self.data)}
             self.ranks.agree(mine, lambda first: differences(first, mine))
             with self.ranks.together(), self._holding():
                 pass
@@ -229,24 +227,6 @@ class Lockstep:
                 "largest_class": int(np.bincount(data.train.labels).max()) / len(data.train),
             },
         })  # fmt: skip
-
-
-def _digest(data: Dataset) -> str:
-    """Which images a data set has, in which order, and their labels."""
-    arrays = [array for split in (data.train, data.test) for array in (split.ids, split.labels)]
-    return hashlib.sha256(b"".join(np.ascontiguousarray(a, np.int64).tobytes() for a in arrays)).hexdigest()
-
-
-def run_device(name: str, ranks: Ranks) -> torch.device:
-    """The device of a run: "auto" is a CUDA device if there is one; under torchrun each rank has its own. Raises
-    FastclError for a name that is none of auto, cpu and cuda, or if there is no CUDA device."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise FastclError(one_of("train.device", ("auto", "cpu", "cuda"), name))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise FastclError("train.device is 'cuda', but torch finds no CUDA device")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda") if ranks.size == 1 else own_gpu()
 
 
 def _device_name(device: torch.device) -> str:

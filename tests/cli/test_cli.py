@@ -12,12 +12,10 @@ from tiny_run import run, tiny_toml
 
 from fastcl import pair_stats
 from fastcl.cli.contact_sheet import _difference
-from fastcl.cli.main import main
+from fastcl.cli.main import _RUN, main
 
 
-@pytest.mark.parametrize(
-    "command", ["", "demo", "train", "config", "compare", "align", "report", "views", "doctor", "sweep"]
-)
+@pytest.mark.parametrize("command", ["", *_RUN])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

@@ -123,7 +123,7 @@ def damaged(folder) -> dict[str, tuple[bytes, str]]:
         "header.safetensors": (struct.pack("<Q", 1 << 40) + b"{}", "the .safetensors is damaged"),
         "none.safetensors": (struct.pack("<Q", 2) + b"{}", "contains no array"),
         "float8.safetensors": (safetensors.torch.save(float8), "got (4, 2) F8_E4M3"),
-        "ints.safetensors": (safetensors.torch.save({"h": torch.ones(4, 2).long()}), "got (4, 2) I64"),
+        "ints.safetensors": (safetensors.torch.save({"h": torch.ones(4, 2).long()}), "got (4, 2) int64"),
     }  # fmt: skip
 
 

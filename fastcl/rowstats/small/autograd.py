@@ -188,7 +188,8 @@ class _Attached(Function):
     @staticmethod
     def forward(ctx, results, slopes, way, kept, order, *inputs):
         ctx.way, ctx.slopes = way, [{r: v if isinstance(v, float) else None for r, v in s.items()} for s in slopes]
-        ctx.given, ctx.inputs = _Given.of(*inputs, _need(way, ctx.needs_input_grad[5:7])), inputs
+        x, x2, temperature = ctx.inputs = inputs
+        ctx.given = _Given.of(x, x2, temperature, _need(way, ctx.needs_input_grad[5:7]))
         tensors = [v for s in slopes for v in s.values() if not isinstance(v, float)]
         ctx.save_for_backward(order, *kept, *tensors)
         ctx.set_materialize_grads(False)

@@ -16,7 +16,7 @@ from fastcl.config.settings import Config
 from fastcl.errors import FastclError, brief, shown
 from fastcl.io.files import cause
 from fastcl.io.json_text import parse_json
-from fastcl.io.run_names import RECORDS, REPORT
+from fastcl.io.run_names import EVALUATION, RECORDS, REPORT
 from fastcl.train.run_folder.checkpoints import drop_checkpoints, last_epoch, load_checkpoint
 from fastcl.train.run_folder.records import JsonLines, remove_leftovers, write_atomic
 
@@ -98,6 +98,7 @@ def claim_folder(out: Path, mine: dict[str, Any]) -> None:
     if theirs is None or difference:
         if not found:
             drop_checkpoints(out / "checkpoints")  # at most those of the initial weights
+            (out / EVALUATION).unlink(missing_ok=True)  # and what was measured of them
         write_atomic(out / "run.json", (json.dumps(mine, indent=1) + "\n").encode())
         if difference:
             log.warning(
@@ -132,12 +133,12 @@ def traces(out: Path) -> str:
     return ", ".join(found)
 
 
-def missing_files(out: Path, models: Sequence[str]) -> dict[str, str]:
-    """Final weights and features that a folder lacks: {"weights/dcl.safetensors": why}.
+def missing_files(out: Path, models: Sequence[str], of: Sequence[str] = ("weights", "features")) -> dict[str, str]:
+    """Final weights and features (or one of them) that a folder lacks: {"weights/dcl.safetensors": why}.
 
     Files are opened, since an empty or truncated file is not a result.
     """
-    names = [f"{folder}/{model}.safetensors" for folder in ("weights", "features") for model in models]
+    names = [f"{folder}/{model}.safetensors" for folder in of for model in models]
     return {name: why for name in names if (why := _unreadable(out / name))}
 
 
