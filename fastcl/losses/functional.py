@@ -209,7 +209,7 @@ def clip_loss(
     group: ProcessGroup | None = None,
     reduction: Reduction = "mean",
     precision: Precision | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,  # not 0.0, which torch.compile may take for a number that changes
 ) -> Tensor:
     """CLIP's symmetric InfoNCE (Radford et al. 2021): the mean of image-to-text and text-to-image.
 

@@ -169,7 +169,7 @@ class CLIPLoss(nn.Module):
 
     def __init__(
         self, normalize: bool = True, gather_distributed: bool | None = None, group: ProcessGroup | None = None,
-        reduction: Reduction = "mean", precision: Precision | None = None, label_smoothing: float = 0.0,
+        reduction: Reduction = "mean", precision: Precision | None = None, label_smoothing: float = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.normalize = normalize

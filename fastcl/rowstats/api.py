@@ -25,7 +25,6 @@ from fastcl.rowstats import dense
 from fastcl.rowstats.fields import RowStats, unpack
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.small import route as small
-from fastcl.rowstats.small.whole import NORMS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -214,7 +213,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     """Rows of unit Euclidean norm.
 
     Dividing by the largest entry first keeps the squares of any finite row in range. That entry is detached, because
-    the direction does not depend on it. Where the values can be read, on a CPU, most rows turn out not to need it.
+    the direction does not depend on it.
 
     Args:
         x: (N, D) floating point.
@@ -223,12 +222,6 @@ def normalize_rows(x: Tensor) -> Tensor:
         (N, D) float32, float64 for float64. Zero rows stay zero, with zero gradient; non-finite rows become NaN.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    if small.supports(x) and small.untransformed() and x.numel():
-        norm = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
-        low, high = norm.aminmax()
-        if NORMS[0] <= low.item() and high.item() <= NORMS[1]:
-            u = x / norm
-            return u / u.square().sum(1, keepdim=True).sqrt()  # keeps u for the gradient, not the caller's rows
     peak = x.detach().abs().amax(dim=1, keepdim=True)
     is_zero = peak == 0
     u = (x / peak.masked_fill(is_zero, 1)).masked_fill(is_zero, 0)

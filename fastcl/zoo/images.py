@@ -42,7 +42,8 @@ class Images:
         if not 4 <= wanted <= len(places):
             which = "" if part == "all" else f"{part} "
             raise FastclError(f"--samples must be in [4, {len(places)}] ({which}images of {data.name}), got {wanted}")
-        order = torch.randperm(len(places), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        generator = torch.Generator("cpu").manual_seed(seed)
+        order = torch.randperm(len(places), generator=generator, dtype=torch.int64, device="cpu")
         return cls([places[i] for i in sorted(order[:wanted].tolist())])
 
     def __len__(self) -> int:

@@ -39,7 +39,7 @@ class Kernels(TorchDispatchMode):
 def kernels(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> list[str]:
     """The kernels of a loss of CPU tensors and its gradient; values of ids are not read, as on a GPU."""
     with pytest.MonkeyPatch.context() as patch, fastcl.backend("triton"), on_architecture(90), recording() as launches:
-        patch.setattr(checks, "_readable", lambda _: False)
+        patch.setattr(checks, "is_readable", lambda _: False)
         with Kernels() as seen:
             torch.autograd.grad(loss(), leaves)
     seen.names.remove("ones_like")  # the gradient's own

@@ -144,7 +144,7 @@ def half_samples(n: int, repeats: int, seed: int) -> Iterator[Tensor]:
     """Random samples, (n // 2,) int64 on the CPU, `repeats` times; each without repetition, in ascending order."""
     generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(repeats):
-        yield torch.randperm(n, generator=generator, device="cpu")[: n // 2].sort().values
+        yield torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")[: n // 2].sort().values
 
 
 def _kernels(names: Iterable[str]) -> dict[Inner, list[str]]:

@@ -146,4 +146,4 @@ def permutation_tests(
 def _orders(n: int, repeats: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(repeats):
-        yield torch.randperm(n, generator=generator, device="cpu")
+        yield torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")
