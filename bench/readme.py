@@ -18,6 +18,7 @@ RESULTS = ROOT / "bench" / "results"
 PAGES = (
     "README.md",
     "docs/benchmarks.md",
+    "docs/losses.md",
     "docs/scaling.md",
     "docs/theory.md",
     "docs/training.md",

@@ -164,6 +164,11 @@ def training_steps(records: Sequence[Record]) -> str:
     return training_report.steps_table([r for r in records if r["section"] == "steps"])
 
 
+def micro_step(records: Sequence[Record]) -> str:
+    """Peak memory of a step in parts, of one part alone and of the whole batch."""
+    return training_report.memory_table([r for r in records if r["section"] == "memory"])
+
+
 def training_runs(records: Sequence[Record]) -> str:
     """Alignment and accuracy at the end of the runs, and the effect of the networks' precision."""
     head, rows = ("run", "model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe"), []
@@ -248,6 +253,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "libraries": _of_cpu(libraries, "similarity.json"),
     "twins": _of_cpu(pairs_of_twins, "stream/similarity.json"),
     "views": _of_cpu(views, "data.json"),
+    "micro-step": _of_cpu(micro_step, "training/training.json"),
     "gpu": gpu,
     "splits": split_products,
     "theory": theory_covered,

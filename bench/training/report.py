@@ -122,14 +122,19 @@ def _speed_row(r: Record, rate: float | None, published: float | None) -> list[s
 
 
 def _memory(records: Sequence[Record]) -> str:
-    rows = ([f"{r['batch']:,}", str(r["parts"]), *_memory_cells(r)] for r in records)
     return f"""
 ## Memory
 
 One step of one model (NT-Xent, float32), forward and backward, beyond weights and images: one part alone, the batch in
 parts by `fastcl.micro_step`, the batch at once.
 
-{table(("B", "parts", "peak MiB", "s"), rows)}"""
+{memory_table(records)}"""
+
+
+def memory_table(records: Sequence[Record]) -> str:
+    """A table with one row per case of the section "memory"."""
+    rows = ([f"{r['batch']:,}", str(r["parts"]), *_memory_cells(r)] for r in records)
+    return table(("B", "parts", "peak MiB", "s"), rows)
 
 
 def _memory_cells(r: Record) -> list[str]:

@@ -11,15 +11,9 @@ from fastcl.adapters import info_nce, lightly, open_clip
 from fastcl.losses.queue import queue_loss
 from fastcl.rowstats.api import normalize_rows
 
-# By loss, the number of rows from which fastcl computes it on a CPU; with fewer the original does. None: the original
-# always does. These are not measurements but guesses on the safe side; `python -m bench.adapters` measures.
-FEWEST: dict[str, int | None] = {
-    "two views": 1024,
-    "one direction": 8192,
-    "two directions": 8192,
-    "classes": 1024,
-    "queue": None,
-}
+# By loss, the number of rows from which fastcl computes it on a CPU; with fewer the original does. From there on fastcl
+# was never slower: bench/results/cpu/adapters.md, 128 columns. With fewer than 64 rows nothing was measured.
+FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "queue": 256}
 
 
 class Target(NamedTuple):
@@ -45,8 +39,7 @@ class Target(NamedTuple):
 
 def worthwhile(kind: str, rows: Tensor) -> bool:
     """Whether fastcl computes a loss of this kind (`FEWEST`) of (N, D) rows."""
-    fewest = FEWEST[kind]
-    return rows.device.type != "cpu" or (fewest is not None and len(rows) >= fewest)
+    return rows.device.type != "cpu" or len(rows) >= FEWEST[kind]
 
 
 def _lightly_ntxent(self: Any, out0: Tensor, out1: Tensor) -> Any:

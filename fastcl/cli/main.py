@@ -201,6 +201,12 @@ def _views(args: argparse.Namespace) -> None:
     show_views(args)
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from fastcl.cli.compare import compare_run
+
+    compare_run(args)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from fastcl.cli.doctor import examine
 
@@ -210,5 +216,5 @@ def _doctor(args: argparse.Namespace) -> None:
 
 _RUN = {
     "demo": _demo, "config": _config, "train": _train, "eval": _eval, "report": _report, "sweep": _sweep,
-    "align": _align, "views": _views, "doctor": _doctor,
+    "compare": _compare, "align": _align, "views": _views, "doctor": _doctor,
 }  # fmt: skip

@@ -18,6 +18,7 @@ Train self-supervised and supervised contrastive models side by side on the same
   fastcl eval runs/x                           accuracy of probes on the frozen features of every model of a run
   fastcl report runs/x                         one self-contained HTML page for a run, finished or not
   fastcl sweep CONFIG.toml --over train.temperature=0.1,0.5,1.0 --seeds 3 --out runs/s     a run for every combination
+  fastcl compare runs/x                        a run's alignment beside the curves of arXiv 2510.08852
   fastcl align A.npy B.npy                     similarity of two feature files, of all their layers, or of named models
   fastcl views --data SOURCE --out views.png   what the models see: images and their views by every renderer
   fastcl doctor                                versions and devices of this machine, and a numerical self-test
@@ -84,6 +85,17 @@ held-out images. Writes into --out:
                     pyarrow is installed
   sweep.html        figures with the seeds as bands, final numbers with their spread, failed cells
   cells/            one folder for each run, as fastcl train writes it; also configs/ and logs/"""),
+    "compare": ("a run's alignment beside the curves of arXiv 2510.08852", """
+Prints CKA and RSA of nscl, supcon and ce with CL at every evaluated epoch beside the published value, the difference,
+and whether it is within the band in which the two cannot be told apart; then every setting in which the run differs
+from the published one, and what is doubtful about the published numbers. Works on unfinished runs too. Between two
+published epochs values are interpolated; outside of them there are none.
+
+  fastcl compare runs/x --out paper.svg                        the published run of the same data and temperature
+  fastcl compare runs/x --target cifar100-tau-1.0 --json paper.json
+  fastcl compare --list                                        all of them
+
+A run measures on held-out images, most published curves on training images: the output says what it compares."""),
     "align": ("similarity of two feature files, of all pairs of layers, or of models by name", """
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
 Row k of both files must be the same sample. Prints CKA (linear, cosine; biased, debiased), RSA (Pearson; with
@@ -145,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     subs["report"].add_argument("--out", type=named_path, metavar="FILE", help=text)
     _add_views(subs["views"])
     _add_sweep(subs["sweep"])
+    _add_compare(subs["compare"])
     return whole
 
 
@@ -216,6 +229,15 @@ def _counts(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be integers separated by commas, got {text!r}") from None
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("run", type=named_path, nargs="?", metavar="RUN", help="folder of the run")
+    text = "name of a published run (default: that of the run's data set, number of classes and temperature)"
+    compare.add_argument("--target", metavar="NAME", help=text)
+    compare.add_argument("--list", action="store_true", help="list the published runs, and what they show")
+    compare.add_argument("--out", type=named_path, metavar="FILE", help="draw both: .svg or .png")
+    compare.add_argument("--json", type=named_path, metavar="FILE", help="write the numbers at full precision")
 
 
 def _add_views(views: argparse.ArgumentParser) -> None:

@@ -18,9 +18,8 @@ from fastcl.report.figures import PLATES
 from fastcl.report.heat_maps import LAYERS
 from fastcl.report.run import IDENTITY, MODEL_MEASURES, PAIR_MEASURES, RESEEDED, Number, Run, known, load_run
 
-UNWRITABLE = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
-)  # characters that HTML or UTF-8 cannot represent
+# Characters that HTML or UTF-8 cannot represent.
+UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastcl.theory.corollaries import AlignmentBound, cka_coupling_bound, rsa_coupling_bound
 from fastcl.theory.drift_bound import CouplingBound, DriftBound, largest_drift, similarity_coupling_bound
-from fastcl.theory.few_shot import FewShotBound, few_shot_bound
+from fastcl.theory.few_shot_error import FewShotBound, few_shot_bound
 from fastcl.theory.loss_gap import LossGapBound, loss_gap_bound
 from fastcl.theory.parameter_bound import ParameterBound, parameter_divergence_bound
 from fastcl.theory.softmax_gap import sampling_error, softmax_gap_bound

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import adapters
+from fastcl.adapters import replacements
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,3 +25,8 @@ def test_the_fewest_rows_are_those_from_which_all_sizes_pay() -> None:
     records = [{"kind": "queue", "rows": rows, "ratio": ratio} for rows, ratio in ratios.items()]
     assert adapters.fewest(records, "queue") == 256
     assert adapters.fewest(records[:2], "queue") is None and adapters.fewest(records, "classes") is None
+
+
+def test_the_limits_of_the_patches_are_those_of_the_record() -> None:
+    records = json.loads((Path(adapters.__file__).parent / "results/cpu/adapters.json").read_text())
+    assert {kind: adapters.fewest(records, kind) for kind in adapters.CASES} == replacements.FEWEST

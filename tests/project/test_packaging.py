@@ -41,8 +41,8 @@ def names(wheel: Path) -> set[str]:
 
 
 def modules(tree: Path) -> set[str]:
-    """What a wheel must hold: all Python files, configurations and templates of fastcl/, kernels/ as fastcl/kernels."""
-    suffixes = ("py", "toml", "j2", "css")
+    """What a wheel must hold: all code, configurations, templates and data of fastcl/, kernels/ as fastcl/kernels."""
+    suffixes = ("py", "toml", "j2", "css", "json")
     package = {path.relative_to(tree) for suffix in suffixes for path in (tree / "fastcl").rglob(f"*.{suffix}")}
     kernels = [path for suffix in ("py", "json") for path in (tree / "kernels").rglob(f"*.{suffix}")]
     families = {"fastcl" / path.relative_to(tree) for path in kernels}

@@ -41,7 +41,8 @@ LAYERS: dict[str, set[str]] = {
     "zoo": {"train"},
     "report": {"theory", "evaluation"},
     "sweep": {"train", "report"},
-    "cli": {"zoo", "sweep"},
+    "paper": {"report", "config"},
+    "cli": {"zoo", "sweep", "paper"},
     "__main__": {"cli"},
 }
 # What the public names may load: torch and the standard library are enough for it.
