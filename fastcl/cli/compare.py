@@ -71,7 +71,7 @@ def _lines(sides: Comparison) -> list[str]:
         rows = [row for row in sides.rows if row.measure == measure]
         if rows:
             lines += ["", f"{title} with {sides.cl}", *_table(sides, rows)]
-    lines += ["", "What this run has otherwise than the published one:"]
+    lines += ["", "Where this run differs from the published one:"]
     for one in sides.differences:
         lines += _wrapped(f"- {one.what}: {one.ours}; published: {one.published}", "  ")
     if target.remarks:

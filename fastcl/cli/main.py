@@ -128,12 +128,12 @@ def _run_on(ranks: Ranks, config: Path, args: argparse.Namespace) -> None:
     with ranks.together():
         settings = load_config(config, args.overrides)
     run = Lockstep(settings, args.out, inputs=(config,))
-    data, twins = run.data, run.twins
+    data, twins, epochs = run.data, run.twins, run.config.train.epochs
     if ranks.first:
         print(
             f"{data.name}: {len(data.train)} training and {len(data.test)} held-out images of {len(data.classes)} "
             f"classes; {len(twins)} models ({', '.join(t.name for t in twins)}) in lockstep on {run.device} for "
-            f"{run.config.train.epochs} epochs of {len(run.loader)} steps"
+            f"{epochs} epoch{'s' * (epochs != 1)} of {len(run.loader)} steps"
         )
     with logging_redirect_tqdm():
         run.run(profile=args.profile)
@@ -215,6 +215,6 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 _RUN = {
-    "demo": _demo, "train": _train, "config": _config, "sweep": _sweep, "eval": _eval, "align": _align,
-    "report": _report, "views": _views, "doctor": _doctor, "compare": _compare,
+    "demo": _demo, "config": _config, "train": _train, "eval": _eval, "report": _report, "sweep": _sweep,
+    "compare": _compare, "align": _align, "views": _views, "doctor": _doctor,
 }  # fmt: skip

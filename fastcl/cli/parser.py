@@ -13,13 +13,13 @@ _DESCRIPTION = """\
 Train self-supervised and supervised contrastive models side by side on the same views, and measure how they align.
 
   fastcl demo --out runs/demo                  a complete run on scikit-learn's digits, a few minutes on two CPU cores
-  fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; the same command resumes a stopped run
   fastcl config > CONFIG.toml                  a config with every key and its meaning; --preset NAME: a complete run
+  fastcl train CONFIG.toml --out runs/x        any data, any timm encoder; the same command resumes a stopped run
   fastcl eval runs/x                           accuracy of probes on the frozen features of every model of a run
   fastcl report runs/x                         one self-contained HTML page for a run, finished or not
   fastcl sweep CONFIG.toml --over train.temperature=0.1,0.5,1.0 --seeds 3 --out runs/s     a run for every combination
   fastcl compare runs/x                        a run's alignment beside the curves of arXiv 2510.08852
-  fastcl align A.npy B.npy                     similarity of two feature files, of all their layers, or of timm models
+  fastcl align A.npy B.npy                     similarity of two feature files, of all their layers, or of named models
   fastcl views --data SOURCE --out views.png   what the models see: images and their views by every renderer
   fastcl doctor                                versions and devices of this machine, and a numerical self-test
 """
@@ -29,6 +29,11 @@ _COMMANDS = {
 Trains CL (dcl), NSCL, SupCon and cross-entropy from one initialisation on the same batches and views, with two
 controls: an identity twin, which must stay bit-identical, and a reseeded twin, the noise floor. Writes the run and
 report.html into --out. The same command resumes a stopped run."""),
+    "config": ("a commented config for train", """
+Prints every key with its meaning and its default (with --preset: the preset's value). Edit it or train it as it is:
+
+  fastcl config --preset omniglot > run.toml
+  fastcl train run.toml --out runs/x --set data.source=omniglot:PATH"""),
     "train": ("train from a TOML file", """
 `fastcl config` prints a config to start from; the keys are listed below. Writes into --out:
 
@@ -45,28 +50,6 @@ report.html into --out. The same command resumes a stopped run."""),
 Several processes share each batch, one for each GPU:
 
   torchrun --nproc-per-node 4 -m fastcl train run.toml --out runs/x"""),
-    "sweep": ("a run for every combination of settings and seeds", """
-Trains a run for each combination of the --over values and the seeds, each in a process of its own, and gathers what
-they measured. Every cell is checked before the first one runs. The same command goes on after a stop, repeats no
-finished run, and tries failed ones again; with more values or seeds it extends the sweep.
-
-  fastcl sweep run.toml --over train.batch_size=64,128,256 --over lr_rule=constant,sqrt,linear --seeds 3 --out runs/s
-  fastcl sweep run.toml --over data.classes=2,5,10 --equal steps --out runs/classes --dry-run
-  fastcl report runs/s                      the table and the page anew, at any time
-
-KEY is a key of the config (`fastcl train --help` lists them), or lr_rule: how optim.lr follows train.batch_size
-(constant, fourth-root, sqrt, linear; at the config's batch size all agree). All cells are evaluated on equally many
-held-out images. Writes into --out:
-
-  table.csv         every measured value: a row for each cell, epoch, and pair of models or model; also table.parquet if
-                    pyarrow is installed
-  sweep.html        figures with the seeds as bands, final numbers with their spread, failed cells
-  cells/            one folder for each run, as fastcl train writes it; also configs/ and logs/"""),
-    "config": ("a commented config for train", """
-Prints every key with its meaning and its default (with --preset: the preset's value). Edit it or train it as it is:
-
-  fastcl config --preset omniglot > run.toml
-  fastcl train run.toml --out runs/x --set data.source=omniglot:PATH"""),
     "eval": ("linear probe, k-NN, class centres and few shots on frozen features", """
 Fits simple classifiers on the features of the training images and prints their accuracy on both splits: a linear probe
 (its penalty chosen on held-out training images), the k nearest neighbours by cosine (majority and weighted vote), the
@@ -80,6 +63,28 @@ interval over repeated draws. No label of a test image is used.
 The same command resumes a stopped one, and measures only what is not in the JSON file yet. A feature file is .npz or
 .safetensors with the arrays 'features' (samples, width), 'labels' (integers) and, if the training samples are to be
 drawn by names of their own, 'ids'."""),
+    "report": ("one self-contained HTML page for a run or a sweep", """
+Works on unfinished runs too. Figures: alignment with the reference model per epoch and the noise floor, weight gap,
+drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, alignment of every pair and of every layer,
+losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, what `fastcl eval`
+has measured, settings, versions. Of a sweep, finished or not: its table anew, and its page (see `fastcl sweep`)."""),
+    "sweep": ("a run for every combination of settings and seeds", """
+Trains a run for each combination of the --over values and the seeds, each in a process of its own, and gathers what
+they measured. Each combination is a cell; all are checked before the first one runs. The same command goes on after a
+stop, repeats no finished run, and tries failed ones again; with more values or seeds it extends the sweep.
+
+  fastcl sweep run.toml --over train.batch_size=64,128,256 --over lr_rule=constant,sqrt,linear --seeds 3 --out runs/s
+  fastcl sweep run.toml --over data.classes=2,5,10 --equal steps --out runs/classes --dry-run
+  fastcl report runs/s                      the table and the page anew, at any time
+
+KEY is a key of the config (`fastcl train --help` lists them), or lr_rule: how optim.lr follows train.batch_size
+(constant, fourth-root, sqrt, linear; at the config's batch size all agree). All cells are evaluated on equally many
+held-out images. Writes into --out:
+
+  table.csv         every measured value: a row for each cell, epoch, and pair of models or model; also table.parquet if
+                    pyarrow is installed
+  sweep.html        figures with the seeds as bands, final numbers with their spread, failed cells
+  cells/            one folder for each run, as fastcl train writes it; also configs/ and logs/"""),
     "compare": ("a run's alignment beside the curves of arXiv 2510.08852", """
 Prints CKA and RSA of nscl, supcon and ce with CL at every evaluated epoch beside the published value, the difference,
 and whether it is within the band in which the two cannot be told apart; then every setting in which the run differs
@@ -95,8 +100,8 @@ A run measures on held-out images, most published curves on training images: the
 Each file holds one (samples, width) matrix: .npy, or .npz / .safetensors with a single array or one named 'features'.
 Row k of both files must be the same sample. Prints CKA (linear, cosine; biased, debiased), RSA (Pearson; with
 --spearman also by ranks), the overlap of nearest neighbours, Procrustes, the drift of the similarities, its relative
-sizes rho and r, and the lower bounds of CKA and RSA that follow from them (arXiv 2510.08852). Is it more than chance,
-and how sure is it?
+sizes rho and r, and the lower bounds of CKA and RSA that follow from them (arXiv 2510.08852). With p-values and 95 %
+intervals:
 
   fastcl align cl.npy nscl.npy --permutations 1000 --bootstrap 1000
 
@@ -110,11 +115,6 @@ the same images, each as it was made to see them; their features before the clas
 
   fastcl align --models resnet18,vit_tiny_patch16_224,torchvision:resnet18 --data folder:photos --samples 500
   fastcl align --models resnet18,resnet18=trained.safetensors --data digits --layers --out layers.svg"""),
-    "report": ("one self-contained HTML page for a run or a sweep", """
-Works on unfinished runs too. Figures: alignment with the reference model per epoch and the noise floor, weight gap,
-drift of the similarities per step beside Theorem 1 of arXiv 2510.08852, alignment of every pair and of every layer,
-losses, loss gap and same-class mass, accuracy, CDNV. Tables: final numbers, drift and certificates, what `fastcl eval`
-has measured, settings, versions. Of a sweep, finished or not: its table anew, and its page (see `fastcl sweep`)."""),
     "views": ("a contact sheet of images and their views", """
 Each row is a training image and its two views: by torchvision, and by every other renderer that this machine and the
 images support, with the difference from torchvision (blue: darker, red: brighter; mean and maximum in grey levels).

@@ -94,15 +94,19 @@ def _override(tables: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        meant = [f"'{name}=...'" for name in _keys() if name.endswith(f".{parts[0]}")] if len(parts) == 1 else []
-        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
-        raise FastclError(f"--set takes table.key=value, got {brief(item)}{hint}")
+        raise FastclError(f"--set takes table.key=value, got {brief(item)}{meant_keys(key)}")
     table = tables
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise FastclError(f"--set {shown(item)}: {part!r} is not a table")
     table[parts[-1]] = _override_value(parts, text.strip(), item)
+
+
+def meant_keys(name: str) -> str:
+    """End of a message about a key without its table: suggests the keys of that name; "" if there are none."""
+    meant = [f"'{key}=...'" for key in _keys() if key.partition(".")[2] == name.strip()]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def _keys() -> list[str]:

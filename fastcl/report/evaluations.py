@@ -11,11 +11,11 @@ from fastcl.report.run import Run
 
 _ABOUT = (
     "Simple classifiers fitted on the features of the training images, with the encoders as they were after {epochs}; "
-    "no label of a held-out image was used. Linear probe: multinomial logistic regression, its penalty chosen on "
-    "held-out training images. Nearest neighbours by cosine, with one vote each or exp(similarity / T) votes; a "
-    "training image is not its own neighbour. Shots: so many training images of each class, the same ones for every "
-    "model; mean over draws ± half the 95 % interval by Student's t, which covers the draw of the images, but neither "
-    "other held-out images nor another training."
+    "no label of a held-out image was used. Linear probe: multinomial logistic regression, its penalty chosen on held-"
+    "out training images. Nearest neighbours by cosine, with one vote each (majority) or a vote that grows with the "
+    "similarity (weighted); a training image is not its own neighbour. Shots: so many training images of each class, "
+    "the same ones for every model; mean over draws ± half the 95 % interval by Student's t, which covers the draw of "
+    "the images, but neither other held-out images nor another training."
 )
 _OLDER = " The run has gone on since then: fastcl eval measures it anew."
 _TITLES = {"ncc": "nearest centre", "linear": "linear probe"}

@@ -13,6 +13,7 @@ from typing import Any
 from fastcl.errors import FastclError, brief, shown
 from fastcl.io.files import cause
 from fastcl.io.json_text import parse_json
+from fastcl.io.run_names import absent
 
 IDENTITY = "identity"
 RESEEDED = "reseeded"
@@ -239,8 +240,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        folder = shown(path.parent)
-        raise FastclError(f"{shown(path)}: no such file; is {folder} the folder of a run?") from error
+        raise FastclError(absent(path)) from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise FastclError(f"{shown(path)}: cannot be read ({cause(error)})") from error
 

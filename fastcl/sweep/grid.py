@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcl.config.settings import Config
-from fastcl.config.tables import load_config
+from fastcl.config.tables import load_config, meant_keys
 from fastcl.config.written import toml
 from fastcl.errors import FastclError, brief, shown, suggest
 
@@ -108,7 +108,8 @@ def _parsed(item: str) -> tuple[str, list[str]]:
             if text not in RULES:
                 raise FastclError(f"--over {RULE}: unknown rule {brief(text)}{suggest(text, RULES)}")
     elif "." not in key:
-        raise FastclError(f"--over takes a key of the config such as {BATCH}, or {RULE}, got {brief(key)}")
+        what = f"--over takes a key of the config such as {BATCH}, or {RULE}, got {brief(key)}"
+        raise FastclError(f"{what}{meant_keys(key)}")
     return key, texts
 
 

@@ -125,7 +125,9 @@ def _draw(ax: Axes, points: Mapping[float, Spread], **style: Any) -> None:
 
 def _grid(rows: Sequence[str]) -> tuple[Figure, list[list[Axes]]]:
     """A row of panels, one for each measure, for each title; a column shares its scale."""
-    titles = [f"{name}: {row}" if row else name for row in rows for name in PAIR_MEASURES.values()]
+    # A line break of a long title falls before a key, not between it and its value.
+    told = [row.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}") for row in rows]
+    titles = [f"{name}: {row}" if row else name for row in told for name in PAIR_MEASURES.values()]
     figure, axes = frames(titles, len(rows), sharey="col")
     width = len(PAIR_MEASURES)
     for ax, measure in zip(axes, list(PAIR_MEASURES) * len(rows), strict=True):

@@ -148,7 +148,7 @@ def run_sweep(
 
 def listing(plan: Plan, out: Path) -> str:
     """The cells of a plan as text, a line each."""
-    axes = [f"{len(values)} values of {key}" for key, values in plan.head["over"].items()]
+    axes = [f"{len(values)} value{'s' * (len(values) > 1)} of {key}" for key, values in plan.head["over"].items()]
     seeds = len(plan.head["seeds"])
     parts = " x ".join([*axes, f"{seeds} seed{'s' * (seeds > 1)}"])
     images, finished = plan.head["test_images"], plan.finished(out)
@@ -159,7 +159,7 @@ def listing(plan: Plan, out: Path) -> str:
         job = jobs[cell.run]
         state = ", finished" if cell.run in finished else ""
         same = f", the run of {cell.run}" if cell.run != cell.name else ""
-        steps = f"{job.epochs} epochs of {job.steps} steps, lr {cell.config.optim.lr:.6g}"
+        steps = f"{job.epochs} epoch{'s' * (job.epochs > 1)} of {job.steps} steps, lr {cell.config.optim.lr:.6g}"
         lines.append(f"  {cell.name}: {steps}{same}{state}")
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from fastcl.config.settings import Config
 from fastcl.config.tables import overridden, parse_config
 from fastcl.errors import FastclError, brief, shown
 from fastcl.io.files import cause
+from fastcl.io.run_names import absent
 from fastcl.train.inputs import Inputs, images_digest, open_inputs, run_device
 from fastcl.train.measures.evaluate import encode
 from fastcl.train.models import Twin, make_twins
@@ -65,7 +66,7 @@ def open_frozen(out: Path, overrides: Iterable[str] = ()) -> FrozenRun:
     """
     run = read_run(out)
     if run is None:
-        raise FastclError(f"{shown(out / 'run.json')} does not exist; is {shown(out)} the folder of a run?")
+        raise FastclError(absent(out / "run.json"))
     config = _config(run, [*overrides])
     device = run_device(config.train.device)
     inputs = open_inputs(config, out, device)

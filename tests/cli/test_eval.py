@@ -214,7 +214,11 @@ def test_errors_name_what_is_wrong(run, tmp_path, capsys):
     def against(name):
         return ["--features", str(train), str(tmp_path / name)]
 
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text("{}", encoding="utf-8")
     cases = {
+        "is the folder of a sweep; its runs are the folders in": ([str(sweep)],),
         "give the folder of a run, or --features TRAIN TEST": ([], [str(run), *both]),
         "the folder of a run?": ([str(tmp_path)],),
         "must have the same number of rows, got {'features': 6, 'labels': 5}": (against("short.npz"),),

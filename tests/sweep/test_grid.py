@@ -118,7 +118,8 @@ def test_a_shared_run_keeps_its_folder_when_the_grid_grows(config, tmp_path):
 REFUSED = {
     "an unknown key": (["train.batchsize=1,2"], "unknown key 'train.batchsize'; did you mean 'train.batch_size'?"),
     "an unknown table": (["trian.epochs=1,2"], "unknown key 'trian'"),
-    "a key without a table": (["epochs=1,2"], "a key of the config such as train.batch_size, or lr_rule, got 'epochs'"),
+    "a key without a table": (["epochs=1,2"], "lr_rule, got 'epochs'; did you mean 'train.epochs=...'?"),
+    "no key of that name": (["epoch=1,2"], "a key of the config such as train.batch_size, or lr_rule, got 'epoch'"),
     "no values": (["train.epochs="], "--over train.epochs has no value"),
     "an empty value": (["train.epochs=1,,2"], "--over train.epochs has an empty value, got 'train.epochs=1,,2'"),
     "no equals sign": (["train.epochs"], "--over takes KEY=V1,V2,..., got 'train.epochs'"),
