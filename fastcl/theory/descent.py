@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcl.checks import check_seed, holds_integers
 from fastcl.choices import ENTRIES, Entries
 from fastcl.errors import FastclError, one_of, type_of
 from fastcl.theory.ranges import check_count, check_temperature, checked_rates
@@ -130,10 +131,11 @@ def draw_batches(samples: int, batch_size: int, steps: int, seed: int = 0, repla
         replacement: whether a batch may repeat a sample, which the theorem does not cover.
 
     Raises:
-        FastclError: a number below 1, or more samples in a batch than there are.
+        FastclError: a number below 1, a seed that is not in [0, 2**32), or more samples in a batch than there are.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size), ("steps", steps)):
         check_count(name, value, 1)
+    check_seed(seed)
     if batch_size > samples and not replacement:
         raise FastclError(f"batch_size is at most samples without replacement, got {batch_size} of {samples}")
     numbers = torch.Generator("cpu").manual_seed(seed)
@@ -183,7 +185,8 @@ def _check_shapes(start: Tensor, labels: Tensor, batches: Tensor, steps: int) ->
     for name, value, dims in (("start", start, 2), ("labels", labels, 1), ("batches", batches, 2)):
         if not isinstance(value, Tensor):
             raise FastclError(f"{name} must be a tensor, got {type_of(value)}")
-        if value.ndim != dims or 0 in value.shape or value.is_floating_point() != (name == "start"):
+        fits = value.is_floating_point() if name == "start" else holds_integers(value)
+        if value.ndim != dims or 0 in value.shape or not fits:
             kind = "floating-point" if name == "start" else "integer"
             raise FastclError(
                 f"{name} must be a non-empty {kind} tensor of {dims} dimensions, got shape {tuple(value.shape)} of "

@@ -173,6 +173,8 @@ BAD = [
 def test_bad_arguments(change, message):
     with pytest.raises(FastclError, match=message):
         similarity_descent(**GOOD | change)
+    with pytest.raises(FastclError, match=r"seed must be an integer in \[0, 2\*\*32\), got 4294967296"):
+        draw_batches(5, 2, 3, seed=1 << 32)
     with pytest.raises(FastclError, match="batch_size is at most samples without replacement, got 3 of 2"):
         draw_batches(2, 3, 1)
     with pytest.raises(AttributeError, match="has no attribute 'descend'"):
