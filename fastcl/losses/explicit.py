@@ -127,11 +127,7 @@ def with_margin(objective: ObjectiveLike, margin: float | Tensor) -> Callable[[R
     def losses(stats: RowStats) -> Tensor:
         fields = [f"{field}_{relation}" for relation in form.positives for field in ("lse", "mean")]
         shift = _number(margin, stats.mean_view)
-        moved = {name: getattr(stats, name) - shift for name in fields}
-        for relation in form.positives:  # an empty relation has a mean of 0
-            name = f"mean_{relation}"
-            moved[name] = moved[name].where(getattr(stats, f"n_{relation}") > 0, 0)
-        return form(replace(stats, **moved))
+        return form(replace(stats, **{name: getattr(stats, name) - shift for name in fields}))
 
     return losses
 

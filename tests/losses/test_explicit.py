@@ -118,6 +118,9 @@ def test_a_union_is_the_statistics_against_all_candidates(backend: str) -> None:
                 if name.startswith("n_"):
                     continue
                 losses = [(v.masked_fill(v == -torch.inf, 0) * weights).sum() for v in (got, want)]
+                if name == "lse_peer":  # -inf in both for some rows
+                    part = torch.autograd.grad(losses[0], (a.lse_peer, b.lse_peer), retain_graph=True)
+                    assert all(grad.isfinite().all() for grad in part)
                 grads = [torch.autograd.grad(loss, (x, y), retain_graph=True) for loss in losses]
                 torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
@@ -135,19 +138,36 @@ def test_a_union_of_close_views_cancels_nothing() -> None:
         parts[0].union(None)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("normalize", (True, False))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16), ids=str)
-def test_paired_negatives(dtype: torch.dtype) -> None:
+def test_paired_negatives(dtype: torch.dtype, normalize: bool) -> None:
     x, y, hard = (v.to(dtype).requires_grad_() for v in (normal(6, 5), normal(6, 5, seed=1), normal(24, 5, seed=2)))
     negatives, ids = hard.view(6, 4, 5), torch.arange(6)
-    u, v, w = (unit_rows(r.detach().double()) for r in (x, y, hard))
+    u, v, w = (unit_rows(r.detach().double()) if normalize else r.detach().double() for r in (x, y, hard))
     s = torch.cat([u @ v.T, (u[:, None] * w.view(6, 4, 5)).sum(2)], 1) / 0.3
     want = cross_entropy(s, ids)
-    stats = fastcl.row_stats(x, y, sample=ids, sample_y=ids, temperature=0.3)
-    joined = stats.union(fastcl.paired_negatives(x, negatives, 0.3))
+    stats = fastcl.row_stats(x, y, sample=ids, sample_y=ids, temperature=0.3, normalize=normalize)
+    joined = stats.union(fastcl.paired_negatives(x, negatives, 0.3, normalize))
     loss = fastcl.OBJECTIVES["ntxent"](joined).mean()
     assert (joined.n_other == 9).all() and joined.valid.all()
     torch.testing.assert_close(loss.double(), want, rtol=TOLERANCE[dtype].loss, atol=0)
     assert all(g.abs().sum() > 0 and g.dtype == dtype for g in torch.autograd.grad(loss, (x, y, hard)))
+
+
+def test_autocast_changes_nothing() -> None:
+    x, y, hard = normal(8, 5).float(), normal(8, 5, seed=1).float(), normal(32, 5, seed=2).float().view(8, 4, 5)
+
+    def values() -> list[Tensor]:
+        return [
+            fastcl.explicit_pairs_loss(x, PAIRS, temperature=0.3),
+            fastcl.paired_negatives(x, hard, 0.3).lse_other,
+            fastcl.clip_loss(x, y, 5.0, label_smoothing=0.3),
+        ]
+
+    want = values()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = values()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_paired_negatives_that_cannot_be_used() -> None:

@@ -55,6 +55,13 @@ def test_the_loss_gap_of_the_losses_is_below_its_bound(counts, kind, temperature
     assert 2 * fastcl.same_class_mass(stats).max() <= softmax_gap_bound(counts, temperature) + CLOSE
 
 
+def test_the_loss_gap_with_positives_counts_the_other_views():
+    found = loss_gap_bound([3, 1], 0.5, views=3, positive_in_denominator=True)
+    largest = math.log1p(math.exp(4) * 6 / (3 + 2))  # an anchor's 6 peers against 3 others and 2 views of its own
+    assert (found.largest, found.mean) == pytest.approx((largest, 3 / 4 * largest), rel=1e-14)
+    assert found.uninformed == pytest.approx(math.log(11), rel=1e-15)
+
+
 def test_published_loss_gaps():
     # Balanced classes of many samples, temperature 1: log(1 + e^2 / (C - 1)).
     for classes, wanted in ((2, 2.127), (5, 1.047), (10, 0.600), (100, 0.0719), (1000, 0.00737)):
