@@ -28,9 +28,10 @@ class Fit:
     """A fitted classifier.
 
     Attributes:
-        size: (d,) largest entry of each column of the rows it was fitted on, by which all rows are divided first.
-        centre, deviation: (d,) mean and standard deviation of those rows then. A column that was constant there has an
-            infinite one: it is left out.
+        size: (d,) largest entry of each column of the rows it was fitted on, by which all rows are divided first; at
+            least 1 for a column that was constant there.
+        centre, deviation: (d,) mean and standard deviation of those rows then. A constant column has an infinite
+            one: it is left out.
         weights: (C, d + 1), of which the last column is b.
         converged: whether the gradient is within the tolerance.
         steps: L-BFGS steps, at most MAX_STEPS.
@@ -52,12 +53,14 @@ class Fit:
 
 
 def standardisation(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(d,) largest entry of (n, d) float64 features, then mean and population standard deviation of the features
-    divided by it, so that neither differences nor squares leave float64's range; infinite for constant columns."""
+    """(d,) size, mean and standard deviation of (n, d) float64 features, as `Fit` has them: with features divided by
+    their size, neither differences nor squares leave float64's range."""
     least, most = features.aminmax(dim=0)
+    constant = most == least
     size = torch.maximum(most, -least).clamp_min(torch.finfo(torch.float64).tiny)
+    size = torch.where(constant, size.clamp_min(1.0), size)  # of a column of zeros, other rows may have any entry
     deviation, centre = torch.std_mean(features / size, dim=0, correction=0)
-    return size, centre, deviation.masked_fill(most == least, torch.inf)
+    return size, centre, deviation.masked_fill(constant, torch.inf)
 
 
 @torch.no_grad()
