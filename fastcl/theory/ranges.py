@@ -27,7 +27,7 @@ def check_count(name: str, value: int, least: int) -> None:
 
 def _is_count(value: object) -> bool:
     """Whether a value is an integer in [0, 1e30]; more would leave float64's range."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) <= LARGEST
 
 
 def check_range(name: str, value: float, low: float, high: float, includes: str = "") -> None:

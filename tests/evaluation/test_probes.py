@@ -252,7 +252,7 @@ def test_bad_input_is_named(digits):
         (lambda: few_shot_probe(x, y, x_test, y_test, seed=-1), r"seed must be an integer in \[0, 2\*\*32\), got -1"),
         (lambda: linear_probe(x, y, x_test, y_test, penalties=[0.0]), "penalties must be positive numbers, got 0.0"),
         (lambda: linear_probe(x, y, x_test, y_test, penalties=[]), "penalties is empty"),
-        (lambda: linear_probe(x, y, x_test, y_test, held_out=1.0), "held_out must be a number between 0 and 1, got 1.0"),
+        (lambda: linear_probe(x, y, x_test, y_test, held_out=1.0), "held_out must be .* between 0 and 1, got 1.0"),
         (lambda: linear_probe(x, y, x_test, y_test, held_out=None), "held_out must be a number .* got None"),
         (lambda: linear_probe(x, y, x_test, y_test, penalties=0.1), "penalties must be a list .* got 0.1"),
         (lambda: linear_probe(x[:2], torch.tensor([0, 1]), x_test, y_test), "none of the 2 classes has 2 training"),

@@ -127,7 +127,8 @@ def test_bad_input_is_named():
             ({"measure": 3}, "unknown name 3; expected one of: cka_cosine, "),
             ({"repeats": least - 1}, f"repeats must be an integer >= {least}, got {least - 1}"),
             ({"repeats": 1.5}, "got 1.5"),
-            ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"), ({"seed": 1 << 64}, "got 18446744073709551616"),
+            ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
+            ({"seed": 1 << 64}, r"seed must be an integer in \[0, 2\*\*32\), got 18446744073709551616"),
             ({"measure": "mutual_knn", "k": 12}, r"k must be an integer in \[1, 11\]"),
         ):  # fmt: skip
             with pytest.raises(FastclError, match=told):
