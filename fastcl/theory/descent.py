@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_seed, holds_integers
 from fastcl.choices import ENTRIES, Entries
 from fastcl.errors import FastclError, one_of, type_of
-from fastcl.theory.ranges import check_count, check_temperature, checked_rates
+from fastcl.theory.ranges import check_count, check_range, check_temperature, checked_rates
 
 _ROUNDING = 1e-6  # of float32 cosines
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def draw_batches(samples: int, batch_size: int, steps: int, seed: int = 0, repla
     """
     for name, value in (("samples", samples), ("batch_size", batch_size), ("steps", steps)):
         check_count(name, value, 1)
-    check_seed(seed)
+    check_count("seed", seed, 0)
+    check_range("seed", seed, 0, 1 << 32, includes="low")
     if batch_size > samples and not replacement:
         raise FastclError(f"batch_size is at most samples without replacement, got {batch_size} of {samples}")
     numbers = torch.Generator("cpu").manual_seed(seed)
@@ -185,7 +186,7 @@ def _check_shapes(start: Tensor, labels: Tensor, batches: Tensor, steps: int) ->
     for name, value, dims in (("start", start, 2), ("labels", labels, 1), ("batches", batches, 2)):
         if not isinstance(value, Tensor):
             raise FastclError(f"{name} must be a tensor, got {type_of(value)}")
-        fits = value.is_floating_point() if name == "start" else holds_integers(value)
+        fits = value.is_floating_point() if name == "start" else value.dtype in _INTEGERS
         if value.ndim != dims or 0 in value.shape or not fits:
             kind = "floating-point" if name == "start" else "integer"
             raise FastclError(
