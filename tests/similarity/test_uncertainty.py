@@ -50,7 +50,13 @@ def test_p_values_count_permutations_that_change_nothing():
     exact = sum(value >= values[0] - 1e-9 for value in values) / 24
     found = permutation_test(x, y, repeats=2000)
     assert exact >= 4 / 24 and found.p_value == pytest.approx(exact, abs=0.04)
-    assert permutation_test(x, x.clone(), "cka_linear", repeats=200).p_value > 1 / 24
+    for rows in (x, x.float()):
+        assert permutation_test(rows, rows.clone(), "cka_linear", repeats=200).p_value > 1 / 24
+
+
+def test_intervals_end_where_the_measure_does():
+    found = bootstrap_interval(normal(16, 5), normal(16, 4, seed=1), "mutual_knn", k=1, repeats=20)
+    assert found.low == 0 < found.standard_error and found.value < 1.9 * found.standard_error
 
 
 def test_p_values_are_uniform_without_relation_and_small_with_one():
