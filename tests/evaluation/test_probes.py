@@ -127,6 +127,13 @@ def test_a_row_is_not_its_own_neighbour_even_if_all_others_are():
     assert majority.test == 1  # a row and its three nearest
 
 
+def test_votes_of_far_neighbours_do_not_vanish():
+    """All similarities are below -0.8, whose exponentials at this temperature are 0 in float64."""
+    x, y = torch.tensor([[1.0, 0.0], [1.0, 0.5], [1.0, -0.5]]), torch.tensor([0, 1, 0])
+    found = knn_probe(x, y, torch.tensor([[-1.0, 0.1]]), torch.tensor([1]), k=[2], temperature=1e-3)
+    assert [one.test for one in found if one.vote == "weighted"] == [1.0]
+
+
 def test_class_centres_are_those_of_scikit_learn(digits):
     x, y, x_test, y_test = digits
     model = NearestCentroid().fit(x[:, 2:6], y)
