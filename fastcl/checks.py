@@ -30,6 +30,12 @@ def check_count(value: object, name: str, least: int) -> None:
         raise FastclError(f"{name} must be an integer >= {least}, got {brief(value)}")
 
 
+def check_seed(value: object, name: str = "seed") -> None:
+    """Raise FastclError unless the value is an integer in [0, 2**32): every generator of random numbers takes those."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+        raise FastclError(f"{name} must be an integer in [0, 2**32), got {brief(value)}")
+
+
 def check_finite(value: float | Tensor, name: str) -> None:
     """Raise FastclError unless the value is finite, of any sign; otherwise as `check_positive`."""
     _check_range(value, name, -1 / _SMALLEST, "a number")
@@ -127,7 +133,7 @@ def check_ids(ids: Tensor, rows: Tensor, name: str) -> None:
     """Raise FastclError unless `ids` holds one integer for each row of `rows`, on the same device."""
     if not isinstance(ids, Tensor):
         raise FastclError(f"{name} must be an integer tensor, got {type_of(ids)}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if not holds_integers(ids):
         raise FastclError(f"{name} must be an integer tensor, got {describe(ids)}")
     if ids.shape != rows.shape[:1] or ids.device != rows.device:
         raise FastclError(
@@ -160,6 +166,11 @@ def is_stacked(sample: Tensor, labels: Tensor | None) -> bool:
     return all(torch.equal(v[:half], v[half:]) for v in (sample, labels) if v is not None) and bool(
         (sample[1:half] > sample[: half - 1]).all()
     )
+
+
+def holds_integers(x: Tensor) -> bool:
+    """Whether the elements are integers; booleans are not."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def describe(x: Tensor) -> str:

@@ -67,6 +67,8 @@ def evaluate_frozen(args: argparse.Namespace) -> None:
     check_probes(probes)
     settings = ProbeSettings(k=args.k, shots=args.shots, repeats=args.repeats, seed=args.seed)
     if args.run is not None:
+        if args.run.exists() and not args.run.is_dir():
+            raise FastclError(f"{shown(args.run)} is not a folder; give that of a run, or --features TRAIN TEST")
         _probe_run(args.run, args.json or args.run / EVALUATION, args.overrides, probes, settings)
     elif args.overrides:
         raise FastclError("--set is for the data of a run, not for --features")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from fastcl.checks import check_count
+from fastcl.checks import check_count, check_seed
 from fastcl.errors import FastclError
 from fastcl.similarity import (
     SIMILARITIES,
@@ -65,7 +65,7 @@ def wanted_by(args: Any) -> Wanted:
     for name, least in (("neighbours", 1), ("permutations", 1), ("bootstrap", 2)):
         if given[name] is not None:
             check_count(given[name], f"--{name}", least)
-    check_count(args.seed, "--seed", 0)
+    check_seed(args.seed, "--seed")
     return Wanted(spearman=args.spearman, seed=args.seed, **given)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, brief
 from fastcl.evaluation.frozen import FrozenFeatures
 
 
@@ -27,8 +27,8 @@ def held_out_rows(data: FrozenFeatures, fraction: float, seed: int) -> Tensor:
     Raises:
         FastclError: a fraction that is not between 0 and 1, or no class with two rows.
     """
-    if not 0 < fraction < 1:
-        raise FastclError(f"held_out must be between 0 and 1, got {fraction}")
+    if not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        raise FastclError(f"held_out must be a number between 0 and 1, got {brief(fraction)}")
     index = data.index.cpu().numpy()
     sizes = np.bincount(index)
     if sizes.max() < 2:

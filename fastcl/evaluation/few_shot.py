@@ -12,10 +12,11 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from fastcl.checks import check_seed
 from fastcl.errors import FastclError, brief
 from fastcl.evaluation.draws import shot_rows
 from fastcl.evaluation.findings import Classifier, FewShotProbe, Spread
-from fastcl.evaluation.frozen import FrozenFeatures, accuracy, check_counts, check_seed, frozen_features
+from fastcl.evaluation.frozen import FrozenFeatures, accuracy, check_counts, frozen_features
 from fastcl.evaluation.logistic import fit_logistic
 from fastcl.metrics import ncc_accuracy
 

@@ -92,16 +92,12 @@ def _checked_ids(ids: Tensor | None, rows: int) -> Tensor:
 
 def check_counts(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """Positive integers in ascending order, each once. Raises FastclError for anything else, or for none."""
+    if not isinstance(values, Sequence):
+        raise FastclError(f"{name} must be a list of positive integers, got {brief(values)}")
     wrong = [value for value in values if type(value) is not int or value < 1]
     if wrong or not values:
         raise FastclError(f"{name} must be positive integers, got {brief(wrong[0] if wrong else tuple(values))}")
     return tuple(sorted(set(values)))
-
-
-def check_seed(seed: int) -> None:
-    """Raise FastclError unless the seed of the draws is in [0, 2**32)."""
-    if type(seed) is not int or not 0 <= seed < 1 << 32:
-        raise FastclError(f"seed must be an integer in [0, 2**32), got {brief(seed)}")
 
 
 def accuracy(predicted: Tensor, index: Tensor) -> float:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastcl.checks import check_seed
 from fastcl.errors import FastclError, brief
 from fastcl.evaluation.draws import held_out_rows
 from fastcl.evaluation.findings import LinearProbe
-from fastcl.evaluation.frozen import FrozenFeatures, accuracy, check_seed, frozen_features
+from fastcl.evaluation.frozen import FrozenFeatures, accuracy, frozen_features
 from fastcl.evaluation.logistic import Fit, fit_logistic
 
 log = logging.getLogger("fastcl")
@@ -75,6 +76,8 @@ def _result(
 
 def _checked_penalties(penalties: Sequence[float]) -> tuple[float, ...]:
     """Distinct penalties, strongest first."""
+    if not isinstance(penalties, Sequence):
+        raise FastclError(f"penalties must be a list of positive numbers, got {brief(penalties)}")
     for value in penalties:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise FastclError(f"penalties must be positive numbers, got {brief(value)}")

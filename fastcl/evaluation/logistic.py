@@ -28,14 +28,17 @@ class Fit:
     """A fitted classifier.
 
     Attributes:
-        centre, deviation: (d,) mean and standard deviation of the rows it was fitted on. A column that was constant
-            there has an infinite one: it is left out.
+        size: (d,) largest entry of each column of the rows it was fitted on, by which all rows are divided first; at
+            least 1 for a column that was constant there.
+        centre, deviation: (d,) mean and standard deviation of those rows then. A constant column has an infinite
+            one: it is left out.
         weights: (C, d + 1), of which the last column is b.
         converged: whether the gradient is within the tolerance.
         steps: L-BFGS steps, at most MAX_STEPS.
         gradient: its largest entry.
     """
 
+    size: Tensor
     centre: Tensor
     deviation: Tensor
     weights: Tensor
@@ -45,16 +48,19 @@ class Fit:
 
     def predict(self, features: Tensor) -> Tensor:
         """(m,) int64 classes of (m, d) features; of equal scores the lowest."""
-        x = (features - self.centre) / self.deviation
+        x = (features / self.size - self.centre) / self.deviation
         return (x @ self.weights[:, :-1].mT + self.weights[:, -1]).argmax(dim=1)
 
 
-def standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(d,) mean and population standard deviation of (n, d) float64 features; infinite for constant columns."""
+def standardisation(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(d,) size, mean and standard deviation of (n, d) float64 features, as `Fit` has them: with features divided by
+    their size, neither differences nor squares leave float64's range."""
     least, most = features.aminmax(dim=0)
-    size = torch.maximum(most, -least).clamp_min(torch.finfo(torch.float64).tiny)  # squares neither over- nor underflow
+    constant = most == least
+    size = torch.maximum(most, -least).clamp_min(torch.finfo(torch.float64).tiny)
+    size = torch.where(constant, size.clamp_min(1.0), size)  # of a column of zeros, other rows may have any entry
     deviation, centre = torch.std_mean(features / size, dim=0, correction=0)
-    return centre * size, (deviation * size).masked_fill(most == least, torch.inf)
+    return size, centre, deviation.masked_fill(constant, torch.inf)
 
 
 @torch.no_grad()
@@ -68,8 +74,8 @@ def fit_logistic(features: Tensor, index: Tensor, classes: int, penalty: float, 
         penalty: positive.
         start: (C, d + 1) weights to begin with, such as those of another penalty; None: zeros.
     """
-    centre, deviation = standardisation(features)
-    x = (features - centre) / deviation
+    size, centre, deviation = standardisation(features)
+    x = (features / size - centre) / deviation
     n, d = x.shape
     rows = torch.arange(n, dtype=torch.int64, device=x.device)
     weights = x.new_zeros(classes, d + 1) if start is None else start.clone()
@@ -99,4 +105,4 @@ def fit_logistic(features: Tensor, index: Tensor, classes: int, penalty: float, 
     loss()
     largest = penalty * weights.grad.abs().max().item()
     steps = lbfgs.state[weights].get("n_iter", 0)
-    return Fit(centre, deviation, weights.detach(), largest <= tolerance, steps, largest)
+    return Fit(size, centre, deviation, weights.detach(), largest <= tolerance, steps, largest)

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastcl.errors import FastclError, suggest
+from fastcl.checks import check_seed
+from fastcl.errors import FastclError, brief, suggest
 from fastcl.evaluation.few_shot import REPEATS, check_repeats, few_shot_probe, shot_counts
 from fastcl.evaluation.findings import Evaluation, NCCProbe
-from fastcl.evaluation.frozen import FrozenFeatures, check_seed, frozen_features
+from fastcl.evaluation.frozen import FrozenFeatures, frozen_features
 from fastcl.evaluation.linear import HELD_OUT, PENALTIES, linear_probe
 from fastcl.evaluation.nearest import TEMPERATURE, knn_probe, neighbour_counts
 from fastcl.metrics import ncc_accuracy
@@ -117,8 +118,10 @@ def check_settings(settings: ProbeSettings, train_labels: Tensor) -> None:
 
 def check_probes(names: Sequence[str]) -> None:
     """Raise FastclError unless these are names of PROBES."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise FastclError(f"probes must be a list of names, got {brief(names)}")
     for name in names:
-        if name not in _PROBES:
-            raise FastclError(f"unknown probe {name!r}{suggest(name, _PROBES)}")
+        if not isinstance(name, str) or name not in _PROBES:
+            raise FastclError(f"unknown probe {brief(name)}{suggest(str(name), _PROBES)}")
     if not names:
         raise FastclError(f"no probe is named; there are {', '.join(_PROBES)}")

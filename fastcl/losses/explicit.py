@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_finite, check_positive, check_rows, describe, is_readable
+from fastcl.checks import check_finite, check_positive, check_rows, describe, holds_integers, is_readable
 from fastcl.choices import REDUCTIONS, Reduction
 from fastcl.errors import FastclError, one_of, type_of
 from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
@@ -62,7 +62,7 @@ def explicit_pairs_loss(
         anchor, positive = pairs.long().to(z.device).unbind(1)
         rows = prepared(z, normalize)
         logits = (rows[anchor] * rows[positive]).sum(1) / _number(temperature, rows)
-        share = _checked_weights(weights, logits)
+        share = _shares(weights, anchor, lse)
         total = torch.zeros_like(lse).index_add(0, anchor, share)
         mean = torch.zeros_like(lse).index_add(0, anchor, share * logits) / total.where(total > 0, 1)
         losses = (lse - mean).where(total > 0, 0)
@@ -127,11 +127,7 @@ def with_margin(objective: ObjectiveLike, margin: float | Tensor) -> Callable[[R
     def losses(stats: RowStats) -> Tensor:
         fields = [f"{field}_{relation}" for relation in form.positives for field in ("lse", "mean")]
         shift = _number(margin, stats.mean_view)
-        moved = {name: getattr(stats, name) - shift for name in fields}
-        for relation in form.positives:  # an empty relation has a mean of 0
-            name = f"mean_{relation}"
-            moved[name] = moved[name].where(getattr(stats, f"n_{relation}") > 0, 0)
-        return form(replace(stats, **moved))
+        return form(replace(stats, **{name: getattr(stats, name) - shift for name in fields}))
 
     return losses
 
@@ -154,7 +150,7 @@ def _number(value: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def _check_pairs(pairs: Tensor, rows: int) -> None:
-    if not isinstance(pairs, Tensor) or pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.is_floating_point:
+    if not isinstance(pairs, Tensor) or pairs.ndim != 2 or pairs.shape[1] != 2 or not holds_integers(pairs):
         found = describe(pairs) if isinstance(pairs, Tensor) else type_of(pairs)
         raise FastclError(f"pairs must be a (P, 2) tensor of integers, got {found}")
     if not len(pairs) or not is_readable(pairs):
@@ -166,13 +162,16 @@ def _check_pairs(pairs: Tensor, rows: int) -> None:
         raise FastclError(f"pairs must not pair a row with itself, got row {pairs[own][0, 0].item()}")
 
 
-def _checked_weights(weights: Tensor | None, logits: Tensor) -> Tensor:
+def _shares(weights: Tensor | None, anchor: Tensor, lse: Tensor) -> Tensor:
+    """(P,) weights, checked, relative to the largest of their anchor: any finite ones have sums in range."""
     if weights is None:
-        return torch.ones_like(logits.detach())
-    if not isinstance(weights, Tensor) or weights.shape != logits.shape:
+        return torch.ones_like(anchor, dtype=lse.dtype)
+    if not isinstance(weights, Tensor) or weights.shape != anchor.shape or weights.is_complex():
         found = describe(weights) if isinstance(weights, Tensor) else type_of(weights)
-        raise FastclError(f"weights must be one number for each of {len(logits)} pairs, got {found}")
-    share = weights.detach().to(logits)
-    if is_readable(share) and (wrong := ~((share >= 0) & share.isfinite())).any():
-        raise FastclError(f"weights must be finite and not negative, got {share[wrong][0].item():g}")
-    return share
+        raise FastclError(f"weights must be one real number for each of {len(anchor)} pairs, got {found}")
+    wide = torch.promote_types(weights.dtype, lse.dtype)
+    weights = weights.detach().to(lse.device, wide)
+    if is_readable(weights) and (wrong := ~((weights >= 0) & weights.isfinite())).any():
+        raise FastclError(f"weights must be finite and not negative, got {weights[wrong][0].item():g}")
+    largest = torch.zeros_like(lse, dtype=wide).scatter_reduce(0, anchor, weights, "amax")[anchor]
+    return (weights / largest.where(largest > 0, 1)).to(lse.dtype)

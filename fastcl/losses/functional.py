@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fastcl.choices import ObjectiveName, Precision, Reduction
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, brief
 from fastcl.exchange import gathers
 from fastcl.losses.call_plans import RECTANGLE, ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
 from fastcl.losses.explicit import pairs_above_mean
@@ -232,10 +233,10 @@ def clip_loss(
         FastclError: as `contrastive_loss`, or image and text differ in shape; `label_smoothing` out of range, or with
             `gather_distributed`.
     """
-    if label_smoothing and (gather_distributed or not 0 < label_smoothing < 1):
-        where = " with gather_distributed=True" if gather_distributed else ""
-        allowed = "must be 0" if gather_distributed else "must be in [0, 1)"
-        raise FastclError(f"label_smoothing {allowed}{where}, got {label_smoothing!r}")
+    if not isinstance(label_smoothing, Real) or not 0 <= label_smoothing < 1:
+        raise FastclError(f"label_smoothing must be a number in [0, 1), got {brief(label_smoothing)}")
+    if label_smoothing and gather_distributed:
+        raise FastclError(f"label_smoothing must be 0 with gather_distributed=True, got {label_smoothing!r}")
     ranks = gather_distributed, group
     loss = _losses(TOWERS, (image, text), ("ntxent",), logit_scale, normalize, reduction, ranks, precision)[0]
     if not label_smoothing:

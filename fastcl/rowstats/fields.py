@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, type_of
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class RowStats:
         """Statistics of the same anchors against the candidates of both, with gradients to both.
 
         Raises:
-            FastclError: numbers of anchors that differ.
+            FastclError: something else than RowStats, numbers of anchors that differ.
         """
+        if not isinstance(other, RowStats):
+            raise FastclError(f"other must be RowStats, got {type_of(other)}")
         if len(self.n_view) != len(other.n_view):
             raise FastclError(f"anchors must be the same, got {len(self.n_view)} and {len(other.n_view)}")
         mean_view, spread_view, n_view = _joined_views(self, other)

@@ -64,14 +64,34 @@ def read_sweep(out: Path) -> dict[str, Any] | None:
             what = "a run" if strange[0] == "run.json" else f"{CELLS}/, but no {SWEEP}"
             raise FastclError(f"--out: {shown(out)} holds {what}; choose another folder")
         return None
-    for key, kind in _HEAD.items():
-        if not isinstance(found.get(key), kind):
-            raise FastclError(f"{shown(path)} does not describe a sweep: '{key}' is missing or is no {kind.__name__}")
-    for cell in found["cells"]:
-        fits = isinstance(cell, dict) and all(isinstance(cell.get(key), kind) for key, kind in _CELL.items())
-        if not fits or list(cell["values"]) != list(found["over"]):
-            raise FastclError(f"{shown(path)} does not describe a sweep: {brief(cell)} is no cell of it")
+    if wrong := _fault(found):
+        raise FastclError(f"{shown(path)} does not describe a sweep: {wrong}")
     return found
+
+
+def _fault(head: Mapping[str, Any]) -> str:
+    """What is wrong with a sweep.json; "" if nothing is."""
+    for key, kind in _HEAD.items():
+        if not isinstance(head.get(key), kind):
+            return f"'{key}' is missing or is no {kind.__name__}"
+    members = {
+        "config": (head["config"].values(), dict),
+        "over": (head["over"].values(), list),
+        "seeds": (head["seeds"], int),
+    }
+    for key, (values, kind) in members.items():
+        for value in values:
+            if not isinstance(value, kind):
+                return f"{brief(value)} in '{key}' is no {kind.__name__}"
+    names = [cell.get("name") for cell in head["cells"] if isinstance(cell, dict)]
+    for cell in head["cells"]:
+        fits = isinstance(cell, dict) and all(isinstance(cell.get(key), kind) for key, kind in _CELL.items())
+        if not fits or list(cell["values"]) != list(head["over"]) or cell["run"] not in names:
+            return f"{brief(cell)} is no cell of it"
+        for key, value in cell["values"].items():
+            if not isinstance(value, str) or value not in head["over"][key]:
+                return f"{brief(value)} is no value of '{key}'"
+    return ""
 
 
 def check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

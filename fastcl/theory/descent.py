@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fastcl.choices import ENTRIES, Entries
 from fastcl.errors import FastclError, one_of, type_of
-from fastcl.theory.ranges import check_count, check_temperature, checked_rates
+from fastcl.theory.ranges import check_count, check_range, check_temperature, checked_rates
 
 _ROUNDING = 1e-6  # of float32 cosines
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,12 @@ def draw_batches(samples: int, batch_size: int, steps: int, seed: int = 0, repla
         replacement: whether a batch may repeat a sample, which the theorem does not cover.
 
     Raises:
-        FastclError: a number below 1, or more samples in a batch than there are.
+        FastclError: a number below 1, a seed that is not in [0, 2**32), or more samples in a batch than there are.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size), ("steps", steps)):
         check_count(name, value, 1)
+    check_count("seed", seed, 0)
+    check_range("seed", seed, 0, 1 << 32, includes="low")
     if batch_size > samples and not replacement:
         raise FastclError(f"batch_size is at most samples without replacement, got {batch_size} of {samples}")
     numbers = torch.Generator("cpu").manual_seed(seed)
@@ -183,7 +186,8 @@ def _check_shapes(start: Tensor, labels: Tensor, batches: Tensor, steps: int) ->
     for name, value, dims in (("start", start, 2), ("labels", labels, 1), ("batches", batches, 2)):
         if not isinstance(value, Tensor):
             raise FastclError(f"{name} must be a tensor, got {type_of(value)}")
-        if value.ndim != dims or 0 in value.shape or value.is_floating_point() != (name == "start"):
+        fits = value.is_floating_point() if name == "start" else value.dtype in _INTEGERS
+        if value.ndim != dims or 0 in value.shape or not fits:
             kind = "floating-point" if name == "start" else "integer"
             raise FastclError(
                 f"{name} must be a non-empty {kind} tensor of {dims} dimensions, got shape {tuple(value.shape)} of "

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable
+from typing import TypeVar
 
-from fastcl.errors import FastclError
+from fastcl.errors import FastclError, brief
+
+T = TypeVar("T")
 
 SMALLEST, LARGEST = 1e-30, 1e30  # temperatures, learning rates, norms: results stay in float64's range
 
@@ -17,9 +20,14 @@ def is_number(value: object) -> bool:
 
 
 def check_count(name: str, value: int, least: int) -> None:
-    """Raise FastclError unless the value is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise FastclError(f"{name} must be an integer >= {least}, got {value!r}")
+    """Raise FastclError unless the value is an integer of at least `least` and at most 1e30."""
+    if not _is_count(value) or value < least:
+        raise FastclError(f"{name} must be an integer >= {least}, at most {LARGEST:g}, got {brief(value)}")
+
+
+def _is_count(value: object) -> bool:
+    """Whether a value is an integer in [0, 1e30]; more would leave float64's range."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) <= LARGEST
 
 
 def check_range(name: str, value: float, low: float, high: float, includes: str = "") -> None:
@@ -38,7 +46,7 @@ def check_temperature(value: float) -> None:
 
 def checked_rates(learning_rates: Iterable[float]) -> list[float]:
     """The learning rates as a list. Raises FastclError unless all are in [0, 1e30]."""
-    rates = list(learning_rates)
+    rates = _listed("learning_rates", learning_rates)
     for t, rate in enumerate(rates):
         if not is_number(rate) or not 0 <= rate <= LARGEST:
             raise FastclError(f"learning_rates must be in [0, {LARGEST:g}], got {rate!r} at step {t}")
@@ -46,12 +54,19 @@ def checked_rates(learning_rates: Iterable[float]) -> list[float]:
 
 
 def checked_counts(class_counts: Iterable[int]) -> list[int]:
-    """The positive counts as a list. Raises FastclError unless all are integers >= 0 with a sum of at least 2."""
-    counts = list(class_counts)
+    """The positive counts as a list. Raises FastclError unless all are integers in [0, 1e30] of sum 2 or more."""
+    counts = _listed("class_counts", class_counts)
     for k, count in enumerate(counts):
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
-            raise FastclError(f"class_counts must be integers >= 0, got {count!r} at {k}")
+        if not _is_count(count):
+            raise FastclError(f"class_counts must be integers in [0, {LARGEST:g}], got {brief(count)} at {k}")
     counts = [int(count) for count in counts if count > 0]
     if sum(counts) < 2:
         raise FastclError(f"class_counts must have a sum of at least 2, got {sum(counts)}")
     return counts
+
+
+def _listed(name: str, values: Iterable[T]) -> list[T]:
+    try:
+        return list(values)
+    except TypeError:
+        raise FastclError(f"{name} must be a list of numbers, got {brief(values)}") from None

@@ -54,7 +54,7 @@ def softmax_gap_bound(class_counts: Sequence[int], temperature: float) -> float:
     check_temperature(temperature)
     counts = checked_counts(class_counts)
     odds = log_odds(max(counts) - 1, sum(counts) - max(counts), temperature)
-    return 2 / (1 + math.exp(-odds)) if odds > -700 else 2 * math.exp(odds)
+    return 2 / (1 + math.exp(-odds))
 
 
 def log_odds(same: float, other: float, temperature: float) -> float:

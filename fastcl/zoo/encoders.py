@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def _of_torchvision(name: str, pretrained: bool) -> _Made:
 
 def _read_weights(module: nn.Module, name: ModelName, file: Path, classifiers: Sequence[str]) -> None:
     """Load a model's weights; those of its classifiers may be there or not. A run's are found behind "encoder."."""
-    file_status(file)
+    if not stat.S_ISREG(file_status(file).st_mode):
+        raise FastclError(f"{name.name}: {shown(file)} is not a regular file")
     try:
         with quiet_hub():  # timm tells of every file
             state: dict[str, Any] = load_state_dict(str(file))

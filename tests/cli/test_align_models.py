@@ -169,6 +169,7 @@ def test_weights_come_from_files(tmp_path, capsys):
         capsys, "--models", f"{names[0]},tiny_9", "--data", "digits", "--samples", 20
     )[0]  # fmt: skip
     for model, file, why in (("tiny_9", "w.pth", "size mismatch"), ("tiny_6", "none.pth", "does not exist"),
+                             ("tiny_6", "", "is not a regular file"),
                              ("test_vit", "w.pth", "weights of another model")):  # fmt: skip
         message = refused(capsys, "--models", f"{model}={tmp_path / file},tiny_7", "--data", "digits")
         assert why in message and file in message

@@ -226,6 +226,7 @@ def test_errors_name_what_is_wrong(run, tmp_path, capsys):
         "must contain the arrays 'features' and 'labels'": (against("none.npz"), against("bare.npy")),
         "must have the same width, got 5 and 4": (against("wide.npz"),),
         "train_labels are all 0": (["--features", str(one), str(test)],),
+        "bare.npy is not a folder; give that of a run": ([str(tmp_path / "bare.npy")],),
         "unknown probe 'nnc'; did you mean 'ncc'?": ([*both, "--probes", "nnc"],),
         "k must be at most 59": ([*both, "--k", "60"],),
         "k must be at most 432": ([str(run), "--k", "433"],),

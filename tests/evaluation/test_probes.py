@@ -127,6 +127,13 @@ def test_a_row_is_not_its_own_neighbour_even_if_all_others_are():
     assert majority.test == 1  # a row and its three nearest
 
 
+def test_votes_of_far_neighbours_do_not_vanish():
+    """All similarities are below -0.8, whose exponentials at this temperature are 0 in float64."""
+    x, y = torch.tensor([[1.0, 0.0], [1.0, 0.5], [1.0, -0.5]]), torch.tensor([0, 1, 0])
+    found = knn_probe(x, y, torch.tensor([[-1.0, 0.1]]), torch.tensor([1]), k=[2], temperature=1e-3)
+    assert [one.test for one in found if one.vote == "weighted"] == [1.0]
+
+
 def test_class_centres_are_those_of_scikit_learn(digits):
     x, y, x_test, y_test = digits
     model = NearestCentroid().fit(x[:, 2:6], y)
@@ -188,17 +195,18 @@ def test_test_labels_fit_nothing(digits):
 
 def test_scale_constant_columns_dtypes_and_label_values_change_nothing(digits):
     x, y, x_test, y_test = (rows[:300] for rows in digits)
-    want = evaluate(x, y, x_test, y_test, probes=("linear", "knn"))
+    x, x_test = x - 8, x_test - 8  # the largest factor below makes differences of entries overflow
+    want = evaluate(x, y, x_test, y_test, probes=("linear", "knn", "ncc"))
     names = torch.tensor([7, -3, 2**40, 11, 0, 5, 90, 91, 92, 93]).sort().values
-    for factor in (2.0**500, 2.0**-900):
-        moved = evaluate(x * factor, names[y], x_test * factor, names[y_test], probes=("linear", "knn"))
+    for factor in (2.0**500, 2.0**1020, 2.0**-900):
+        moved = evaluate(x * factor, names[y], x_test * factor, names[y_test], probes=("linear", "knn", "ncc"))
         assert moved == want
     padded = [torch.cat([rows, torch.full((300, 1), 0.1)], dim=1).double() for rows in (x, x_test)]
     padded[1][:, -1] = 1e6  # constant where it was fitted: no information
     alone = linear_probe(padded[0], y, padded[1], y_test, penalties=[0.01])
     plain = linear_probe(x, y, x_test, y_test, penalties=[0.01])
     assert (alone.train, alone.test, alone.steps) == (plain.train, plain.test, plain.steps)
-    half = evaluate(x.half(), y.short(), x_test.bfloat16(), y_test.int(), probes=("linear", "knn"))
+    half = evaluate(x.half(), y.short(), x_test.bfloat16(), y_test.int(), probes=("linear", "knn", "ncc"))
     assert half == want  # the pixels are small integers
     zero = torch.zeros_like(x_test)
     assert all(0 <= one.test <= 1 for one in knn_probe(x, y, zero, y_test))
@@ -235,12 +243,15 @@ def test_bad_input_is_named(digits):
         (lambda: evaluate(x, y, x_test[:, 1:], y_test), "the same width, got 63 and 64"),
         (lambda: evaluate(nan, y, x_test, y_test), "train_features are not finite: first in row 4"),
         (lambda: evaluate(x, y, x_test, y_test, probes=["nnc"]), "unknown probe 'nnc'; did you mean 'ncc'"),
+        (lambda: evaluate(x, y, x_test, y_test, probes=[["ncc"]]), r"unknown probe \['ncc'\]; did you mean"),
+        (lambda: evaluate(x, y, x_test, y_test, probes="ncc"), "probes must be a list of names, got 'ncc'"),
         (lambda: evaluate(x, y, x_test, y_test, probes=[]), "no probe is named"),
         (lambda: evaluate(x, y, x_test, y_test, ids=torch.zeros(60).long()), "ids must be distinct, but 0 is there"),
         (lambda: evaluate(x, y, x_test, y_test, ids=torch.arange(59)), r"ids must be integers of shape \(60,\)"),
         (lambda: evaluate(x, y, x_test, y_test, ids=[1]), "ids must be a tensor, got list"),
         (lambda: knn_probe(x, y, x_test, y_test, k=[60]), "k must be at most 59, .* of 60 training rows has, got 60"),
         (lambda: knn_probe(x, y, x_test, y_test, k=[0]), "k must be positive integers, got 0"),
+        (lambda: knn_probe(x, y, x_test, y_test, k=5), "k must be a list of positive integers, got 5"),
         (lambda: knn_probe(x, y, x_test, y_test, k=[]), r"k must be positive integers, got \(\)"),
         (lambda: knn_probe(x, y, x_test, y_test, temperature=0.0), "temperature must be a positive number"),
         (lambda: few_shot_probe(x, y, x_test, y_test, shots=[30]), "shots must be at most .* of class .*, got 30"),
@@ -248,7 +259,9 @@ def test_bad_input_is_named(digits):
         (lambda: few_shot_probe(x, y, x_test, y_test, seed=-1), r"seed must be an integer in \[0, 2\*\*32\), got -1"),
         (lambda: linear_probe(x, y, x_test, y_test, penalties=[0.0]), "penalties must be positive numbers, got 0.0"),
         (lambda: linear_probe(x, y, x_test, y_test, penalties=[]), "penalties is empty"),
-        (lambda: linear_probe(x, y, x_test, y_test, held_out=1.0), "held_out must be between 0 and 1, got 1.0"),
+        (lambda: linear_probe(x, y, x_test, y_test, held_out=1.0), "held_out must be .* between 0 and 1, got 1.0"),
+        (lambda: linear_probe(x, y, x_test, y_test, held_out=None), "held_out must be a number .* got None"),
+        (lambda: linear_probe(x, y, x_test, y_test, penalties=0.1), "penalties must be a list .* got 0.1"),
         (lambda: linear_probe(x[:2], torch.tensor([0, 1]), x_test, y_test), "none of the 2 classes has 2 training"),
     ]  # fmt: skip
     for call, message in cases:

@@ -45,6 +45,16 @@ def test_explicit_pairs(normalize: bool, backend: str) -> None:
                 torch.testing.assert_close(torch.autograd.grad(loss, (z, t)), expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", (1e-300, 1e308))
+def test_weights_of_any_size(size: float) -> None:
+    """Only the ratios of an anchor's weights count, though their sums leave float32's range, and even float64's."""
+    z, weights = normal(7, 5).float(), torch.tensor([size, 1.0, 3e37, 1e-40, 3e38, 1e-44], dtype=torch.float64)
+    weights[2] = size / 2
+    ratios = torch.tensor([2.0, 1.0, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    got, want = (fastcl.explicit_pairs_loss(z, PAIRS, w, 0.3, "none") for w in (weights, ratios))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
 def test_pairs_of_equal_labels_are_supcon() -> None:
     z, labels = normal(12, 5), torch.arange(12) % 4
     pairs = (labels[:, None] == labels).fill_diagonal_(False).nonzero()
@@ -59,11 +69,14 @@ def test_pairs_of_equal_labels_are_supcon() -> None:
     [
         (torch.tensor([[0, 1, 2]]), None, r"pairs must be a \(P, 2\) tensor of integers, got .*1, 3"),
         (torch.tensor([[0.0, 1.0]]), None, r"pairs must be a \(P, 2\) tensor"),
+        (torch.tensor([[False, True]]), None, r"pairs must be a \(P, 2\) tensor of integers, got .*bool"),
+        (torch.tensor([[0j, 1]]), None, r"pairs must be a \(P, 2\) tensor of integers, got .*complex"),
         ([(0, 1)], None, "pairs must be .* list"),
         (torch.tensor([[0, 7]]), None, "pairs must name rows 0 to 6, got 7"),
         (torch.tensor([[-1, 2]]), None, "pairs must name rows 0 to 6, got -1"),
         (torch.tensor([[0, 1], [3, 3]]), None, "itself, got row 3"),
-        (PAIRS, torch.ones(5), "weights must be one number for each of 6 pairs"),
+        (PAIRS, torch.ones(5), "weights must be one real number for each of 6 pairs"),
+        (PAIRS, WEIGHTS + 0j, "weights must be one real number .*complex128"),
         (PAIRS, -torch.ones(6), "weights must be finite and not negative, got -1"),
         (PAIRS, torch.full((6,), torch.inf), "weights must be finite and not negative, got inf"),
         (PAIRS, torch.full((6,), torch.nan), "weights must be finite and not negative, got nan"),
@@ -105,6 +118,9 @@ def test_a_union_is_the_statistics_against_all_candidates(backend: str) -> None:
                 if name.startswith("n_"):
                     continue
                 losses = [(v.masked_fill(v == -torch.inf, 0) * weights).sum() for v in (got, want)]
+                if name == "lse_peer":  # -inf in both for some rows
+                    part = torch.autograd.grad(losses[0], (a.lse_peer, b.lse_peer), retain_graph=True)
+                    assert all(grad.isfinite().all() for grad in part)
                 grads = [torch.autograd.grad(loss, (x, y), retain_graph=True) for loss in losses]
                 torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
@@ -118,21 +134,40 @@ def test_a_union_of_close_views_cancels_nothing() -> None:
     torch.testing.assert_close(parts[0].union(parts[1]).spread_view, whole.spread_view, rtol=1e-14, atol=0)
     with pytest.raises(FastclError, match="anchors must be the same, got 3 and 4"):
         parts[0].union(fastcl.row_stats(normal(4, 6), x, sample=torch.arange(4), sample_y=ids, temperature=1.0))
+    with pytest.raises(FastclError, match="other must be RowStats, got NoneType"):
+        parts[0].union(None)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("normalize", (True, False))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16), ids=str)
-def test_paired_negatives(dtype: torch.dtype) -> None:
+def test_paired_negatives(dtype: torch.dtype, normalize: bool) -> None:
     x, y, hard = (v.to(dtype).requires_grad_() for v in (normal(6, 5), normal(6, 5, seed=1), normal(24, 5, seed=2)))
     negatives, ids = hard.view(6, 4, 5), torch.arange(6)
-    u, v, w = (unit_rows(r.detach().double()) for r in (x, y, hard))
+    u, v, w = (unit_rows(r.detach().double()) if normalize else r.detach().double() for r in (x, y, hard))
     s = torch.cat([u @ v.T, (u[:, None] * w.view(6, 4, 5)).sum(2)], 1) / 0.3
     want = cross_entropy(s, ids)
-    stats = fastcl.row_stats(x, y, sample=ids, sample_y=ids, temperature=0.3)
-    joined = stats.union(fastcl.paired_negatives(x, negatives, 0.3))
+    stats = fastcl.row_stats(x, y, sample=ids, sample_y=ids, temperature=0.3, normalize=normalize)
+    joined = stats.union(fastcl.paired_negatives(x, negatives, 0.3, normalize))
     loss = fastcl.OBJECTIVES["ntxent"](joined).mean()
     assert (joined.n_other == 9).all() and joined.valid.all()
     torch.testing.assert_close(loss.double(), want, rtol=TOLERANCE[dtype].loss, atol=0)
     assert all(g.abs().sum() > 0 and g.dtype == dtype for g in torch.autograd.grad(loss, (x, y, hard)))
+
+
+def test_autocast_changes_nothing() -> None:
+    x, y, hard = normal(8, 5).float(), normal(8, 5, seed=1).float(), normal(32, 5, seed=2).float().view(8, 4, 5)
+
+    def values() -> list[Tensor]:
+        return [
+            fastcl.explicit_pairs_loss(x, PAIRS, temperature=0.3),
+            fastcl.paired_negatives(x, hard, 0.3).lse_other,
+            fastcl.clip_loss(x, y, 5.0, label_smoothing=0.3),
+        ]
+
+    want = values()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = values()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_paired_negatives_that_cannot_be_used() -> None:
@@ -200,8 +235,8 @@ def test_label_smoothing_is_that_of_cross_entropy(normalize: bool, backend: str)
 
 def test_label_smoothing_out_of_range() -> None:
     rows = normal(4, 5)
-    for value in (-0.1, 1.0, float("nan")):
-        with pytest.raises(FastclError, match=r"label_smoothing must be in \[0, 1\), got"):
+    for value in (-0.1, 1.0, float("nan"), True, "0.1", None, torch.tensor(0.1)):
+        with pytest.raises(FastclError, match=r"label_smoothing must be a number in \[0, 1\), got"):
             fastcl.clip_loss(rows, rows, 1.0, label_smoothing=value)
     with pytest.raises(FastclError, match="label_smoothing must be 0 with gather_distributed=True, got 0.1"):
         fastcl.clip_loss(rows, rows, 1.0, label_smoothing=0.1, gather_distributed=True)

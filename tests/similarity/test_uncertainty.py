@@ -53,6 +53,11 @@ def test_p_values_count_permutations_that_change_nothing():
     assert permutation_test(x, x.clone(), "cka_linear", repeats=200).p_value > 1 / 24
 
 
+def test_intervals_end_where_the_measure_does():
+    found = bootstrap_interval(normal(16, 5), normal(16, 4, seed=1), "mutual_knn", k=1, repeats=20)
+    assert found.low == 0 < found.standard_error and found.value < 1.9 * found.standard_error
+
+
 def test_p_values_are_uniform_without_relation_and_small_with_one():
     for name in ("cka_linear", "rsa_cosine", "mutual_knn", "procrustes"):
         given = dict(repeats=39, k=3)
@@ -126,7 +131,9 @@ def test_bad_input_is_named():
             ({"measure": "cka_linaer"}, "unknown name 'cka_linaer'; did you mean 'cka_linear'"),
             ({"measure": 3}, "unknown name 3; expected one of: cka_cosine, "),
             ({"repeats": least - 1}, f"repeats must be an integer >= {least}, got {least - 1}"),
-            ({"repeats": 1.5}, "got 1.5"), ({"seed": -1}, "seed must be an integer >= 0, got -1"),
+            ({"repeats": 1.5}, "got 1.5"),
+            ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
+            ({"seed": 1 << 64}, r"seed must be an integer in \[0, 2\*\*32\), got 18446744073709551616"),
             ({"measure": "mutual_knn", "k": 12}, r"k must be an integer in \[1, 11\]"),
         ):  # fmt: skip
             with pytest.raises(FastclError, match=told):

@@ -91,6 +91,13 @@ def test_steps_or_epochs_are_equal(config, tmp_path, equal):
     small = next(cell for cell in whole if cell.values == {"data.classes": "2", "train.batch_size": "64"}).config
     epochs = 3 if equal == "epochs" else round(18 / 4)
     assert (small.train.epochs, small.optim.warmup_epochs) == (epochs, pytest.approx(epochs / 3))
+    long = plan_sweep(config, ["train.batch_size=4,8"], 1, tmp_path / "s", equal).cells[0].config
+    assert long.train.epochs == (3 if equal == "epochs" else 1)  # of 107 steps, more than the config takes in all
+
+
+def test_commas_in_quotes_separate_nothing(config):
+    cells = make_cells(config, ["data.root='a,b',\"c,'d\",e"], 1)
+    assert [cell.values["data.root"] for cell in cells] == ["a,b", "c,'d", "e"]
 
 
 def test_all_cells_are_evaluated_on_as_many_images_unless_the_config_says_otherwise(config, tmp_path):

@@ -145,11 +145,19 @@ def _page(out: Path) -> ElementTree.Element:
 
 
 def test_folders_that_hold_no_sweep(tmp_path):
+    cell = {"name": "seed=0", "run": "seed=0", "values": {}, "seed": 0}
+
+    def whole(**changes):
+        return json.dumps({"config": {}, "over": {}, "seeds": [0], "equal": "epochs", "cells": [cell]} | changes)
+
     with pytest.raises(FastclError, match=r"sweep.json: no such file; is .* the folder of a sweep"):
         write_sweep_report(tmp_path)
     for text, message in (
         ("{", "not valid JSON"), ("[]", "must be a JSON object"), ("{}", "'config' is missing"),
-        ('{"config": {}, "over": {}, "seeds": [0], "equal": "epochs", "cells": [{}]}', "{} is no cell of it"),
+        (whole(cells=[{}]), "{} is no cell of it"), (whole(config={"data": 5}), "5 in 'config' is no dict"),
+        (whole(over={"optim.lr": 5}), "5 in 'over' is no list"), (whole(seeds=["x"]), "'x' in 'seeds' is no int"),
+        (whole(cells=[cell | {"run": "../x"}]), "'../x'.* is no cell of it"),
+        (whole(over={"optim.lr": [1]}, cells=[cell | {"values": {"optim.lr": 1}}]), "1 is no value of 'optim.lr'"),
     ):  # fmt: skip
         (tmp_path / "sweep.json").write_text(text)
         with pytest.raises(FastclError, match=message):

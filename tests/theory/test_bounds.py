@@ -55,6 +55,13 @@ def test_the_loss_gap_of_the_losses_is_below_its_bound(counts, kind, temperature
     assert 2 * fastcl.same_class_mass(stats).max() <= softmax_gap_bound(counts, temperature) + CLOSE
 
 
+def test_the_loss_gap_with_positives_counts_the_other_views():
+    found = loss_gap_bound([3, 1], 0.5, views=3, positive_in_denominator=True)
+    largest = math.log1p(math.exp(4) * 6 / (3 + 2))  # an anchor's 6 peers against 3 others and 2 views of its own
+    assert (found.largest, found.mean) == pytest.approx((largest, 3 / 4 * largest), rel=1e-14)
+    assert found.uninformed == pytest.approx(math.log(11), rel=1e-15)
+
+
 def test_published_loss_gaps():
     # Balanced classes of many samples, temperature 1: log(1 + e^2 / (C - 1)).
     for classes, wanted in ((2, 2.127), (5, 1.047), (10, 0.600), (100, 0.0719), (1000, 0.00737)):
@@ -167,23 +174,27 @@ def test_the_best_a_is_the_best(v, along, shots):
 
 BAD = [
     (lambda: loss_gap_bound([1], 1.0), "class_counts must have a sum of at least 2, got 1"),
-    (lambda: loss_gap_bound([3, -1], 1.0), "class_counts must be integers >= 0, got -1 at 1"),
+    (lambda: loss_gap_bound([3, -1], 1.0), r"class_counts must be integers in \[0, 1e\+30\], got -1 at 1"),
+    (lambda: loss_gap_bound([3, 10**400], 1.0), r"class_counts must be integers in \[0, 1e\+30\], got 1000"),
+    (lambda: loss_gap_bound(3, 1.0), "class_counts must be a list of numbers, got 3"),
     (lambda: loss_gap_bound([3, 2.0], 1.0), "class_counts .* got 2.0 at 1"),
     (lambda: loss_gap_bound([3, 3], 0.0), "temperature must be in"),
-    (lambda: loss_gap_bound([3, 3], 1.0, views=0), "views must be an integer >= 1, got 0"),
+    (lambda: loss_gap_bound([3, 3], 1.0, views=0), "views must be an integer >= 1, .* got 0"),
     (lambda: softmax_gap_bound([], 1.0), "class_counts must have a sum of at least 2, got 0"),
     (lambda: parameter_divergence_bound([1.0], 4, 1.0, 0.5, 0.0, 1.0), "smoothness must be in .* got 0.0"),
     (lambda: parameter_divergence_bound([1.0], 4, 1.0, 0.5, 1.0, math.inf), "similarity_gradient .* got inf"),
     (lambda: parameter_divergence_bound([1.0], 4, 1.0, 0.5, 1.0, 1.0, largest=0.0), "largest must be in .* got 0.0"),
-    (lambda: parameter_divergence_bound([], 4, 1.0, 0.5, 1.0, 1.0), "steps must be an integer >= 1, got 0"),
+    (lambda: parameter_divergence_bound([], 4, 1.0, 0.5, 1.0, 1.0), "steps must be an integer >= 1, .* got 0"),
+    (lambda: parameter_divergence_bound(0.1, 4, 1.0, 0.5, 1.0, 1.0), "learning_rates must be a list of .* got 0.1"),
+    (lambda: sampling_error(1, 10**31), r"batch_size must be an integer >= 1, at most 1e\+30, got 1000"),
     (lambda: cka_coupling_bound(1.0, 0.0), "centred_norm must be in .* got 0.0"),
     (lambda: cka_coupling_bound(math.nan, 1.0), "log10_drift must be a number, got nan"),
-    (lambda: rsa_coupling_bound(1.0, 2, 1.0), "n must be an integer >= 3, got 2"),
+    (lambda: rsa_coupling_bound(1.0, 2, 1.0), "n must be an integer >= 3, .* got 2"),
     (lambda: rsa_coupling_bound(1.0, 3, -1.0), "spread must be in .* got -1.0"),
     (lambda: few_shot_bound(-1.0, 0.0, 10, 2), "cdnv must be in .* got -1.0"),
     (lambda: few_shot_bound(1.0, 2.0, 10, 2), "directional_cdnv is at most cdnv, got 2.0 and 1.0"),
-    (lambda: few_shot_bound(1.0, 0.5, 9, 2), "shots must be an integer >= 10, got 9"),
-    (lambda: few_shot_bound(1.0, 0.5, 10, 1), "ways must be an integer >= 2, got 1"),
+    (lambda: few_shot_bound(1.0, 0.5, 9, 2), "shots must be an integer >= 10, .* got 9"),
+    (lambda: few_shot_bound(1.0, 0.5, 10, 1), "ways must be an integer >= 2, .* got 1"),
     (lambda: few_shot_bound(1.0, 0.5, 10, 2, a=4.9), "a must be in .* got 4.9"),
     (lambda: few_shot_bound(1.0, 0.5, 10, 2, root_cdnv=1.1), "root_cdnv must be in .* got 1.1"),
 ]  # fmt: skip

@@ -160,6 +160,8 @@ BAD = [
         "start must be symmetric for tied entries, got entries that differ by",
     ),
     ({"labels": torch.tensor([0.0, 1.0, 2.0])}, "labels must be a non-empty integer tensor of 1 dimensions"),
+    ({"labels": torch.tensor([0j, 1.0, 2.0])}, "labels must be a non-empty integer tensor of 1 dimensions"),
+    ({"batches": torch.tensor([[False, True]])}, "batches must be a non-empty integer tensor of 2 dimensions"),
     ({"batches": torch.tensor([0, 1])}, "batches must be a non-empty integer tensor of 2 dimensions"),
     ({"batches": torch.tensor([[0, 3]])}, r"batches must hold indices in \[0, 3\), got 0 to 3"),
     ({"learning_rates": [0.1, 0.2]}, "batches must have one row per learning rate, got 1 and 2"),
@@ -173,6 +175,8 @@ BAD = [
 def test_bad_arguments(change, message):
     with pytest.raises(FastclError, match=message):
         similarity_descent(**GOOD | change)
+    with pytest.raises(FastclError, match=r"seed must be in \[0, 4.29497e\+09\), got 4294967296"):
+        draw_batches(5, 2, 3, seed=1 << 32)
     with pytest.raises(FastclError, match="batch_size is at most samples without replacement, got 3 of 2"):
         draw_batches(2, 3, 1)
     with pytest.raises(AttributeError, match="has no attribute 'descend'"):

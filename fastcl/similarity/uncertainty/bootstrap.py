@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_count
+from fastcl.checks import check_count, check_seed
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, brief
 from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, similarities, similarity
@@ -94,7 +94,7 @@ def bootstrap_interval(
 
     Raises:
         FastclError: an unknown measure, n < 8, repeats < 2, a level outside (0, 1), a seed that is not an integer
-            >= 0, and where the measure itself raises, for all samples or for a half (named).
+            in [0, 2**32), and where the measure itself raises, for all samples or for a half (named).
     """
     several = bootstrap_intervals(x, y, (measure,), repeats=repeats, level=level, seed=seed, k=k, progress=progress)
     return several[measure]
@@ -114,7 +114,7 @@ def bootstrap_intervals(
 ) -> dict[str, BootstrapInterval]:
     """`bootstrap_interval` of several measures, by name, from the same halves; those of one kernel share the work."""
     check_count(repeats, "repeats", 2)
-    check_count(seed, "seed", 0)
+    check_seed(seed)
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise FastclError(f"level must be a number in (0, 1), got {brief(level)}")
     x, y = checked_pair(x, y)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_count
+from fastcl.checks import check_count, check_seed
 from fastcl.dispatch import choose_torch
 from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, similarities
 from fastcl.similarity.sums.features import checked_pair
@@ -98,8 +98,8 @@ def permutation_test(
         progress: show a tqdm bar if standard error is a terminal.
 
     Raises:
-        FastclError: an unknown measure, repeats < 1, a seed that is not an integer >= 0, and where the measure itself
-            raises.
+        FastclError: an unknown measure, repeats < 1, a seed that is not an integer in [0, 2**32), and where the measure
+            itself raises.
     """
     return permutation_tests(x, y, (measure,), repeats=repeats, seed=seed, k=k, progress=progress)[measure]
 
@@ -117,7 +117,7 @@ def permutation_tests(
 ) -> dict[str, PermutationTest]:
     """`permutation_test` of several measures, by name, on the same permutations; those of one kernel share the work."""
     check_count(repeats, "repeats", 1)
-    check_count(seed, "seed", 0)
+    check_seed(seed)
     x, y = checked_pair(x, y)
     values = similarities(x, y, measures, k=k)
     choose_torch()
