@@ -184,9 +184,9 @@ def interleave(
 ) -> dict[str, dict[str, list[Sample]]]:
     """Samples of every provider, in rounds in which each runs once, so that a drift of the machine affects all alike.
 
-    Each round has a random order, the same in every run. A call that is shorter than `QUICK` is repeated for that long,
-    and the last one counts, as in a loop of its own: the first finds caches that other providers have filled, and its
-    time would depend on who they are.
+    Each round has a random order, the same in every run. On a CPU a call that is shorter than `QUICK` is repeated for
+    that long, and the last one counts, as in a loop of its own: the first finds the caches as the provider before has
+    left them, and its time would depend on who that was.
 
     Args:
         timers: by provider, a call that times all passes once; warmed up by the caller.
@@ -210,11 +210,16 @@ def interleave(
         order.shuffle(names)
         for name in names:
             samples, before = timers[name](), perf_counter()
-            while max(s.ms for s in samples.values()) < QUICK and 1e3 * (perf_counter() - before) < QUICK:
+            while _is_quick(samples) and 1e3 * (perf_counter() - before) < QUICK:
                 samples = timers[name]()
             for run, sample in samples.items():
                 found[name].setdefault(run, []).append(sample)
     return found
+
+
+def _is_quick(samples: dict[str, Sample]) -> bool:
+    """Whether all passes are short and were timed on a CPU."""
+    return all(s.gpu is None and s.ms < QUICK for s in samples.values())
 
 
 def measure_peak(prepare: Prepare, device: str, *args: Any) -> Peak:

@@ -30,7 +30,7 @@ def rounds(args: argparse.Namespace, what: str = "rounds") -> str:
     text = f"median (minimum-maximum) of at most {args.repeats} {what}, fewer after {args.seconds:g} s per\n"
     return text + (
         "  provider. In a round every provider runs once, in an order that changes from round to round; calls\n"
-        f"  below {QUICK:g} ms are repeated for that long, and the last one counts"
+        f"  below {QUICK:g} ms on a CPU are repeated for that long, and the last one counts"
     )
 
 

@@ -174,10 +174,13 @@ def test_a_quick_call_counts_when_it_has_run_for_a_while(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(clocks, "perf_counter", lambda: now[0])
 
-    def timer(ms: float) -> dict[str, clocks.Sample]:
+    def timer(ms: float, gpu: float | None = None) -> dict[str, clocks.Sample]:
         now[0] += ms / 1e3
-        return {"fwd": clocks.Sample(0.0), "both": clocks.Sample(now[0])}
+        return {"fwd": clocks.Sample(0.0, gpu), "both": clocks.Sample(now[0], gpu)}
 
     found = clocks.interleave({"quick": partial(timer, clocks.QUICK / 8)}, repeats=1, seconds=60)
     (sample,) = found["quick"]["both"]
     assert sample.wall == pytest.approx(clocks.QUICK * 9 / 8 / 1e3)  # the first call, and the while after it
+    now[0] = 0.0
+    found = clocks.interleave({"on a card": partial(timer, clocks.QUICK / 8, 0.1)}, repeats=1, seconds=60)
+    assert found["on a card"]["both"][0].wall == pytest.approx(clocks.QUICK / 8 / 1e3)
