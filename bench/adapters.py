@@ -75,9 +75,9 @@ def measured(kind: str, rows: int, width: int, repeats: int, seconds: float) -> 
 
 def _block(call: Callable[[], Tensor], leaf: Tensor) -> list[Sample]:
     """The times of a call after untimed ones, if it is quick of several."""
-    (first, *more) = [time_passes(call, leaf)["both"] for _ in range(2)]
+    first, second = (time_passes(call, leaf)["both"] for _ in range(2))
     if first.ms >= QUICK:
-        return more
+        return [second]
     return [time_passes(call, leaf)["both"] for _ in range(WARM + TIMED)][WARM:]
 
 

@@ -52,6 +52,15 @@ def check_measures(names: Iterable[object]) -> None:
             raise FastclError(f"measure: unknown name {brief(name)}{suggest(str(name), SIMILARITIES)}")
 
 
+def grouped(names: Iterable[str]) -> list[tuple[Inner | None, list[str]]]:
+    """Names whose measures are properties of one `PairStats`, with its kernel; any other by itself, with None."""
+    found: dict[str, tuple[Inner | None, list[str]]] = {}
+    for name in names:
+        kernel = None if SIMILARITIES[name].field is None else SIMILARITIES[name].kernel
+        found.setdefault(kernel or name, (kernel, []))[1].append(name)
+    return list(found.values())
+
+
 def similarity(x: Tensor, y: Tensor, measure: str, *, k: int = NEIGHBOURS) -> float:
     """A similarity of two representations by its name.
 

@@ -62,6 +62,16 @@ MOMENTS = {
 }  # fmt: skip
 
 
+def ends(child: int) -> bool:
+    """Whether a process ends within ten seconds; it is killed if it does not."""
+    for _ in range(1000):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return True
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    return False
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("times", (1, 2))
 def test_one_line_and_a_status_at_any_moment(moment, times):
@@ -109,13 +119,7 @@ with interrupts.removing(path):
     process.terminate()  # this process alone
     assert process.wait(timeout=60) == 143
     child = int((tmp_path / "pid").read_text())
-    for _ in range(1000):
-        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
-            break
-        time.sleep(0.01)
-    else:
-        os.kill(child, signal.SIGKILL)
-        pytest.fail("the child lives on")
+    assert ends(child), "the child lives on"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "pid"]
     process.communicate()
 
@@ -206,10 +210,4 @@ work()
         path = tmp_path / moment
         assert end(launch(code, str(path), moment), "SIGTERM") == (143, LINES["SIGTERM"])
         child = int(path.read_text())
-        for _ in range(1000):
-            if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
-                break
-            time.sleep(0.01)
-        else:
-            os.kill(child, signal.SIGKILL)
-            pytest.fail("the child of a child lives on")
+        assert ends(child), "the child of a child lives on"

@@ -19,7 +19,7 @@ the replicates are put around the value of all samples: the interval is about th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,10 +29,10 @@ from torch import Tensor
 from fastcl.checks import check_count, check_seed
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, brief
-from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, similarities, similarity
+from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, grouped, similarities, similarity
 from fastcl.similarity.sums.features import checked_pair
-from fastcl.similarity.sums.rows import Inner
 from fastcl.similarity.uncertainty.halves import half_stats
+from fastcl.similarity.uncertainty.permuted import random_orders
 from fastcl.similarity.uncertainty.progress import counted
 
 _FEWEST = 8  # samples: half of them are the four that a debiased measure needs
@@ -124,37 +124,24 @@ def bootstrap_intervals(
     values = similarities(x, y, measures, k=k)
     choose_torch()
     found: dict[str, list[float]] = {name: [] for name in values}
-    for kernel, names in _kernels(values).items():
-        stats = half_stats(x, y, kernel, half_samples(n, repeats, seed))
-        for at, each in enumerate(counted(stats, repeats, f"bootstrap, {kernel} kernel", progress)):
+    for kernel, names in grouped(values):
+        halves = half_samples(n, repeats, seed)
+        about = f"bootstrap, {names[0] if kernel is None else f'{kernel} kernel'}"
+        several = halves if kernel is None else half_stats(x, y, kernel, halves)
+        for at, each in enumerate(counted(several, repeats, about, progress)):
             with _naming(at, repeats):
                 for name in names:
-                    found[name].append(getattr(each, str(SIMILARITIES[name].field)))
-    others = [name for name in values if SIMILARITIES[name].field is None]
-    for name in others:
-        halves = half_samples(n, repeats, seed)
-        for at, half in enumerate(counted(halves, repeats, f"bootstrap, {name}", progress)):
-            with _naming(at, repeats):
-                half = half.to(x.device)
-                found[name].append(similarity(x[half], y[half], name, k=k))
+                    if isinstance(each, Tensor):
+                        half = each.to(x.device)
+                        found[name].append(similarity(x[half], y[half], name, k=k))
+                    else:
+                        found[name].append(getattr(each, str(SIMILARITIES[name].field)))
     return {name: _interval(name, value, found[name], level, seed, n) for name, value in values.items()}
 
 
 def half_samples(n: int, repeats: int, seed: int) -> Iterator[Tensor]:
     """Random samples, (n // 2,) int64 on the CPU, `repeats` times; each without repetition, in ascending order."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    for _ in range(repeats):
-        yield torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")[: n // 2].sort().values
-
-
-def _kernels(names: Iterable[str]) -> dict[Inner, list[str]]:
-    """The measures that are properties of PairStats, by kernel."""
-    found: dict[Inner, list[str]] = {}
-    for name in names:
-        measure = SIMILARITIES[name]
-        if measure.field is not None and measure.kernel is not None:
-            found.setdefault(measure.kernel, []).append(name)
-    return found
+    return (order[: n // 2].sort().values for order in random_orders(n, repeats, seed))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ is a valid p-value at any n (Phipson and Smyth 2010); it is never below 1 / (1 +
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fastcl.checks import check_count, check_seed
 from fastcl.dispatch import choose_torch
-from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, similarities
+from fastcl.similarity.measures import NEIGHBOURS, grouped, similarities
 from fastcl.similarity.sums.features import checked_pair
-from fastcl.similarity.uncertainty.permuted import permuted
+from fastcl.similarity.uncertainty.permuted import permuted, random_orders
 from fastcl.similarity.uncertainty.progress import counted
 
 QUANTILES = (0.05, 0.5, 0.95, 0.99)
@@ -121,15 +121,11 @@ def permutation_tests(
     x, y = checked_pair(x, y)
     values = similarities(x, y, measures, k=k)
     choose_torch()
-    groups: dict[object, list[str]] = {}
-    for name in values:
-        chosen = SIMILARITIES[name]
-        groups.setdefault(name if chosen.field is None else chosen.kernel, []).append(name)
-    tests = [(names, permuted(x, y, names, k)) for names in groups.values()]
+    tests = [(names, permuted(x, y, names, k)) for _, names in grouped(values)]
     identity = torch.arange(len(x), dtype=torch.int64, device=x.device)
     observed = {name: v for names, at in tests for name, v in zip(names, at(identity), strict=True)}
     nulls: dict[str, list[float]] = {name: [] for name in values}
-    orders = _orders(len(x), repeats, seed)
+    orders = random_orders(len(x), repeats, seed)
     for order in counted(orders, repeats, "permutations", progress):
         for names, at in tests:
             for name, value in zip(names, at(order.to(x.device)), strict=True):
@@ -141,9 +137,3 @@ def permutation_tests(
         as_similar = int((null >= observed[name] - _TIE).sum())
         found[name] = PermutationTest(name, value, (1 + as_similar) / (1 + repeats), null, seed)
     return found
-
-
-def _orders(n: int, repeats: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    for _ in range(repeats):
-        yield torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")

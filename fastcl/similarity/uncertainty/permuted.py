@@ -12,7 +12,7 @@ the cross-moment V'W_o alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -102,3 +102,10 @@ def _of_neighbours(x: Tensor, y: Tensor, k: int) -> Permuted:
 def _of_procrustes(x: Tensor, y: Tensor) -> Permuted:
     v, w = (rows / torch.linalg.vector_norm(rows) for rows in (centred(narrowed(x)), centred(narrowed(y))))
     return lambda order: [min(1.0, nuclear_norm(v.mT @ w[order]).item())]
+
+
+def random_orders(n: int, repeats: int, seed: int) -> Iterator[Tensor]:
+    """Random permutations of n samples, (n,) int64 on the CPU, `repeats` of them; the same for the same seed."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for _ in range(repeats):
+        yield torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")
