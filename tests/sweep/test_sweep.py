@@ -134,8 +134,11 @@ def test_the_same_command_repeats_nothing_and_report_writes_the_same(
     assert (swept / "sweep.html").read_bytes() == page and (swept / "table.csv").read_bytes() == table
 
 
-def test_a_real_process_makes_the_same_run(swept: Path, config: Path, tmp_path: Path, undrawn: None) -> None:
-    """All others are forked here from a process that has its libraries imported."""
+def test_a_real_process_makes_the_same_run(
+    swept: Path, config: Path, tmp_path: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others are forked here from a process that has its libraries imported and uses one thread."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many threads, the same bits
     shutil.copytree(swept, tmp_path / "s")
     shutil.rmtree(tmp_path / "s" / "cells" / NAMES[1])
     assert main(["sweep", str(config), *GRID, "--out", str(tmp_path / "s")]) == 0
