@@ -14,7 +14,7 @@ CORE := $(addprefix tests/,losses project/test_structure.py project/test_rooms.p
     similarity/test_accumulator.py similarity/test_spearman.py data/test_plan.py data/test_loader.py train/test_config.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint coverage docs matrix bench clean
+.PHONY: help demo check test lint coverage docs matrix bench reproduce clean
 
 help:
 	@echo 'make demo      train small models on the same views, measure how they align, write a report to $(OUT)/demo'
@@ -25,6 +25,8 @@ help:
 	@echo 'make docs      build the documentation into $(OUT)/docs; needs no network once .venv exists'
 	@echo 'make matrix    other versions of PyTorch and Triton, on Python 3.12 and 3.10 if installed: 6 GB each in .matrix'
 	@echo 'make bench     benchmarks ($(BENCHES)); results go to $(OUT)/bench'
+	@echo 'make reproduce the questions of arXiv 2510.08852 on small networks: about 90 minutes on two cores, 1 GB of memory each;'
+	@echo '               IMAGES=FOLDER has the images, results go to $(OUT)/reproduction; a stopped run goes on'
 	@echo 'make clean     remove .venv, .matrix, build output and caches; keeps the results in $(OUT)/'
 	@echo
 	@echo 'The first demo, check, test, lint, docs or bench installs everything into .venv: a few minutes and about 6 GB.'
@@ -85,6 +87,9 @@ bench: $(STAMP)
 	    echo "Measuring $$bench; results go to $(OUT)/bench."; \
 	    $(BIN)/python -m bench.$$bench --out $(OUT)/bench; \
 	done
+
+reproduce: $(STAMP)
+	@$(BIN)/python -m bench.reproduction --out $(OUT)/reproduction $(if $(IMAGES),--data $(IMAGES))
 
 clean:
 	@echo 'Removing $(VENV), .matrix, build output and caches; keeping $(OUT)/.'

@@ -1,4 +1,5 @@
-"""Make all tables and figures of README and docs from the results under bench/results/; none is typed by hand."""
+"""Make all tables and figures of README and docs from the results under bench/results/ and docs/reproduction/; none is
+typed by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from pathlib import Path
 from bench.harness import figures
 from bench.harness.records import write_file
 from bench.readme_tables import TABLES, read
+from bench.reproduction import rows
+from bench.reproduction.report import committed
 from bench.scaling import report as scaling
 from bench.theory import report as theory
 
@@ -19,6 +22,7 @@ PAGES = (
     "README.md",
     "docs/benchmarks.md",
     "docs/losses.md",
+    "docs/reproduction/index.md",
     "docs/scaling.md",
     "docs/theory.md",
     "docs/training.md",
@@ -28,7 +32,8 @@ PAGES = (
 _BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.DOTALL)
 _DESCRIPTION = f"""\
 Write what stands in {", ".join(PAGES)} between
-"<!-- table: NAME -->" and "<!-- end -->" anew, from the results under bench/results/, and draw the figures there.
+"<!-- table: NAME -->" and "<!-- end -->" anew, from the results under bench/results/ and docs/reproduction/, and draw
+the figures there.
 Results of bench.gpu are expected in bench/results/gpu; what is not there is "not measured".
 Tables: {", ".join(TABLES)}.
 """
@@ -59,6 +64,11 @@ def draw(results: Path) -> None:
         theory.draw(records, results / "theory")
     if (results / "static").is_dir():
         scaling.draw(results)
+    folder = committed(results)
+    if (folder / rows.FILE).is_file():
+        from bench.reproduction import pictures  # imported here: needs matplotlib
+
+        pictures.draw(rows.read(folder), folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from bench.harness.figures import LOSSES
 from bench.harness.records import Record, digits, duration, grouped, table
 from bench.losses import report as losses_report
 from bench.losses import splits
+from bench.reproduction import report as reproduction
 from bench.scaling import report as scaling
 from bench.similarity import report as similarity_report
 from bench.similarity import two_models
@@ -262,4 +263,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scaling-assumed": scaling.assumed,
     "scaling-hidden": scaling.hidden,
     "scaling": scaling.numbers,
+    **reproduction.TABLES,
 }

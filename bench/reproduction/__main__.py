@@ -1,0 +1,5 @@
+"""`python -m bench.reproduction`."""
+
+from bench.reproduction.run import main
+
+raise SystemExit(main())

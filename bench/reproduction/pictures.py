@@ -1,0 +1,145 @@
+"""The figures of the paper with ours beside them: means over the seeds, bands from the lowest to the highest seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from bench.reproduction.experiments import FAMILIES, PAPER
+from bench.reproduction.panels import Column, Line, write_figure
+from bench.reproduction.questions import MEASURES
+from bench.reproduction.rows import Row
+from fastcl.paper.published import Target, targets
+from fastcl.report.run import PAIR_MEASURES, RESEEDED
+
+# Label, colour and marker (Okabe and Ito's palette).
+_NSCL, _FLOOR = ("NSCL", "#D55E00", "s"), ("CL on other views (noise floor)", "#808080", "o")
+_MODELS = {"nscl": _NSCL, "nscl_with_positive": _NSCL, "supcon": ("SCL (SupCon)", "#009E73", "^"),
+           "ce": ("CE", "#CC79A7", "D"), RESEEDED: _FLOOR}  # fmt: skip
+_FAMILIES = {"paper": ("NSCL, the paper's formulas", "#D55E00", "s"),
+             "code": ("NSCL, the published code's", "#0072B2", "v")}  # fmt: skip
+_SETS = {"mini-imagenet": ("Mini-ImageNet", "#E69F00", "P"), "tiny-imagenet": ("Tiny-ImageNet", "#56B4E9", "X"),
+         "cifar100": ("CIFAR-100", "#CC79A7", "D"), "imagenet-1k": ("ImageNet-1k", "#000000", "d")}  # fmt: skip
+_RULES = {"linear": ("learning rate ~ batch", "#D55E00", "s"), "sqrt": ("~ its square root", "#009E73", "^"),
+          "fourth-root": ("~ its fourth root", "#0072B2", "v")}  # fmt: skip
+_OURS = {"omniglot": "Omniglot", "cifar10": "CIFAR-10", "fruits": "fruits"}
+# Fig. 6, CIFAR-100: completed epochs -> mean relative distance of the weights.
+_GAP = {10: 0.195, 20: 0.310, 50: 0.452, 100: 0.575, 200: 0.702, 400: 0.80, 600: 0.84, 800: 0.861, 1000: 0.870,
+        1200: 0.876, 2400: 0.880}  # fmt: skip
+_GAP_SCL = {10: 0.208, 20: 0.348, 50: 0.495, 100: 0.620, 200: 0.757, 400: 0.88, 600: 0.944, 800: 0.971, 1000: 0.978,
+            1200: 0.977, 2400: 0.965}  # fmt: skip
+EPOCH = 90  # of the published points by classes and temperature: later ones of Fig. 4 stand at wrong epochs
+LATE = 200  # of those by batch size: the last
+
+
+def draw(rows: Sequence[Row], folder: Path) -> None:
+    """Write the figures into a folder."""
+    for family in FAMILIES:
+        columns = [Column("published, CIFAR-100", "epochs", _published_over_time), *_over_time(rows, family)]
+        write_figure(folder / f"objectives-{family}.svg", MEASURES, columns)
+        columns[0] = Column("published, CIFAR-100", "epochs", _published_weights)
+        measures = {key: PAIR_MEASURES[key] for key in ("weight_gap", "cka")}
+        write_figure(folder / f"weights-{family}.svg", measures, columns)
+    for key, x in (("classes", "classes"), ("temperature", "temperature")):
+        published = Column(f"published, epoch {EPOCH}", x, partial(_published_ends, key), True, "not published")
+        ours = [Column(f"ours, {_OURS[data]}", x, partial(_ends, rows, key, data), spaced=True)
+                for data in ("omniglot", "cifar10")]  # fmt: skip
+        write_figure(folder / f"{key}.svg", MEASURES, [published, *ours])
+    columns = [
+        Column(f"published, Mini-ImageNet, epoch {LATE}", "batch size", _published_batches, True),
+        Column("ours, Omniglot", "batch size", partial(_batches, rows), spaced=True),
+    ]
+    write_figure(folder / "batch.svg", MEASURES, columns)
+
+
+def of_data(rows: Sequence[Row], data: str, family: str) -> list[Row]:
+    """The rows of the sweep that compares all objectives on a data set, in one family."""
+    name = data if family == "paper" else f"{data}-published"
+    return [row for row in rows if row.experiment == name]
+
+
+def _over_time(rows: Sequence[Row], family: str) -> list[Column]:
+    def lines(data: str, measure: str) -> list[Line]:
+        mine, (reference, nscl) = of_data(rows, data, family), FAMILIES[family]
+        return [Line(*_MODELS[other], _points(mine, "step", (reference, other), measure))
+                for other in (nscl, "supcon", "ce", RESEEDED)]  # fmt: skip
+
+    return [Column(f"ours, {name}", "steps", partial(lines, data)) for data, name in _OURS.items()]
+
+
+def _published_over_time(measure: str) -> list[Line]:
+    return [
+        Line(*_MODELS[curve.model], {epoch: [value] for epoch, value in curve.points.items()}, "--")
+        for curve in targets()["cifar100"].curves
+        if curve.measure == measure and curve.split == "train"
+    ]
+
+
+def _published_weights(measure: str) -> list[Line]:
+    if measure != "weight_gap":
+        return _published_over_time(measure)
+    return [Line(*_MODELS[model], {epoch: [value] for epoch, value in points.items()}, "--")
+            for model, points in (("nscl", _GAP), ("supcon", _GAP_SCL))]  # fmt: skip
+
+
+def _ends(rows: Sequence[Row], key: str, data: str, measure: str) -> list[Line]:
+    """NSCL of both families and the rerun at the end of training, by a swept key."""
+    mine = _last([row for row in rows if row.experiment == f"{data}-{key}"])
+    pairs = [(_FAMILIES[family], pair) for family, pair in FAMILIES.items()] + [(_FLOOR, (PAPER[0], RESEEDED))]
+    return [Line(*look, _points(mine, key, pair, measure)) for look, pair in pairs]
+
+
+def _published_ends(key: str, measure: str) -> list[Line]:
+    figure = {"classes": "Fig. 3", "temperature": "Fig. 4"}[key]
+    found: dict[str, dict[float, Sequence[float]]] = {}
+    for target in targets().values():
+        if target.figure == figure and (value := _at(target, measure, EPOCH)) is not None:
+            x = target.classes if key == "classes" else target.config().train.temperature
+            found.setdefault(target.data, {})[x] = [value]
+    return [Line(*_SETS[data], points, "--") for data, points in found.items()]
+
+
+def _batches(rows: Sequence[Row], measure: str) -> list[Line]:
+    mine = _last([row for row in rows if row.rule])
+    found = [Line(*look, _points([row for row in mine if row.rule == rule], "batch", PAPER, measure))
+             for rule, look in _RULES.items()]  # fmt: skip
+    floor = [row for row in mine if row.rule == "sqrt"]
+    label, colour, marker = _FLOOR
+    points = _points(floor, "batch", (PAPER[0], RESEEDED), measure)
+    return [*found, Line(f"{label}, square root", colour, marker, points)]
+
+
+def _published_batches(measure: str) -> list[Line]:
+    found: dict[str, dict[float, Sequence[float]]] = {rule: {} for rule in _RULES}
+    for target in targets().values():
+        if target.figure == "Fig. 5" and (value := _at(target, measure, LATE)) is not None:
+            rule = next(rule for rule in _RULES if f"-{rule}-" in target.name)
+            found[rule][target.config().train.batch_size] = [value]
+    return [Line(*_RULES[rule], points, "--") for rule, points in found.items()]
+
+
+def _at(target: Target, measure: str, epoch: int) -> float | None:
+    """The published alignment of NSCL with CL on training images."""
+    curve = target.curve(measure, "nscl", "train")
+    return curve.at(epoch) if curve is not None else None
+
+
+def _last(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the last evaluation of each run."""
+    ends: dict[tuple[object, ...], int] = {}
+    for row in rows:
+        ends[_run(row)] = max(row.epoch, ends.get(_run(row), 0))
+    return [row for row in rows if row.epoch == ends[_run(row)]]
+
+
+def _run(row: Row) -> tuple[object, ...]:
+    return row[: row._fields.index("epoch")]
+
+
+def _points(rows: Sequence[Row], x: str, pair: tuple[str, str], measure: str) -> dict[float, list[float]]:
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if (row.model, row.other) == pair and (value := getattr(row, measure)) is not None:
+            found.setdefault(getattr(row, x), []).append(value)
+    return found

@@ -1,0 +1,128 @@
+"""The tables of the reproduction."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from bench.harness.records import Record, table
+from bench.reproduction.claims import NO, NOISE, OPEN, YES, Claim, Finding, Interval, interval, verdict
+from bench.reproduction.experiments import EXPERIMENTS, FAMILIES
+from bench.reproduction.questions import CLAIMS
+from bench.reproduction.rows import Row, read
+from fastcl.report.run import PAIR_MEASURES
+
+ABOUT = "about.json"  # machine, versions and date of the runs
+
+
+def conditions(about: Record) -> str:
+    """Device, versions, date and the time of the training in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{about['device']}; {versions}; {about['date'][:10]}; epochs took {about['core_hours']:g} core hours."
+
+
+def answers(rows: Sequence[Row]) -> str:
+    """One row per claim: how many answers of each kind, and the verdict."""
+    found = []
+    for claim in CLAIMS:
+        each = [finding.answer for finding in claim.find(rows)]
+        counts = Counter(each)
+        numbers = (str(counts[word]) for word in (YES, NOISE, OPEN, NO))
+        found.append((claim.text, claim.figure, *numbers, f"**{verdict(each)}**" if each else "was not run"))
+    return table(("claim", "paper", YES, NOISE, OPEN, NO, "here it"), found)
+
+
+def details(rows: Sequence[Row], claim: Claim) -> str:
+    """One row per finding of a claim."""
+    found = []
+    for one in claim.find(rows):
+        first, second = (interval(values) for values in zip(*one.values, strict=True))
+        more = (_with_limits(interval(one.control)),) if one.control is not None else ()
+        found.append((_where(one), PAIR_MEASURES[one.measure], _with_spread(first), _with_spread(second),
+                      _with_limits(one.difference), *more, one.answer))  # fmt: skip
+    control = (claim.control,) if claim.control else ()
+    return table(("runs", "measure", claim.first, claim.second, "difference", *control, "answer"), found)
+
+
+def accuracies(rows: Sequence[Row]) -> str:
+    """Nearest-class-centre accuracy of every model of the sweeps over objectives, mean ± spread."""
+    found = []
+    for experiment in EXPERIMENTS:
+        mine = [row for row in rows if row.experiment == experiment.name and not row.other]
+        if "ce" in experiment.models and mine:
+            ncc = {model: [row.ncc for row in mine if row.model == model] for model in experiment.models}
+            cells = [_with_spread(interval([100 * one for one in each if one is not None]), 1) for each in ncc.values()]
+            found.append((experiment.name, str(mine[0].classes), f"{100 / mine[0].classes:.1f}", *cells))
+    return table(("runs", "classes", "chance", "CL", "NSCL", "SCL", "CE"), found, left=1)
+
+
+def sweeps(rows: Sequence[Row]) -> str:
+    """One row per sweep: its data, models, settings and length."""
+    found = []
+    for experiment in EXPERIMENTS:
+        mine = [row for row in rows if row.experiment == experiment.name]
+        if not mine:
+            continue
+        several = [_several(mine, field) for field in ("classes", "batch", "temperature", "images")]
+        steps = [max(row.step for row in mine if _cell(row) == cell) for cell in {_cell(row) for row in mine}]
+        length = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
+        found.append((experiment.name, *several, length, str(len({row.seed for row in mine}))))
+    head = ("sweep", "classes", "batch", "temperature", "evaluated images", "steps", "seeds")
+    return table(head, found, left=1)
+
+
+def body(rows: Sequence[Row]) -> str:
+    """All tables, each claim with its findings."""
+    parts = [answers(rows)]
+    parts += [f"{claim.figure}: {claim.text}\n\n{details(rows, claim)}" for claim in CLAIMS if claim.find(rows)]
+    return "\n".join([*parts, "Accuracies (%):\n", accuracies(rows), "Sweeps:\n", sweeps(rows)])
+
+
+def _where(finding: Finding) -> str:
+    objectives = " and ".join(f"`{name}`" for name in FAMILIES[finding.family])
+    return f"{finding.experiment}, {objectives}"
+
+
+def _cell(row: Row) -> tuple[object, ...]:
+    return row[: row._fields.index("epoch")]
+
+
+def _several(rows: Sequence[Row], field: str) -> str:
+    return ", ".join(f"{value:,g}" for value in sorted({getattr(row, field) for row in rows}))
+
+
+def _with_spread(found: Interval, decimals: int = 3) -> str:
+    return f"{found.mean:.{decimals}f} ± {found.spread:.{decimals}f}"
+
+
+def _with_limits(found: Interval) -> str:
+    return f"{found.mean:+.3f} ({found.mean - found.half:+.3f} to {found.mean + found.half:+.3f})"
+
+
+def committed(results: Path) -> Path:
+    """The folder of the committed results, by that of the benchmarks, bench/results."""
+    return results.parents[1] / "docs" / "reproduction"
+
+
+def _table(make: Callable[[Sequence[Row]], str], results: Path) -> str:
+    return make(read(committed(results)))
+
+
+def _conditions(results: Path) -> str:
+    return conditions(json.loads((committed(results) / ABOUT).read_text(encoding="utf-8")))
+
+
+# The tables of the committed page.
+TABLES: dict[str, Callable[[Path], str]] = {
+    "reproduction-conditions": _conditions,
+    "reproduction": partial(_table, answers),
+    "reproduction-sweeps": partial(_table, sweeps),
+    "reproduction-accuracies": partial(_table, accuracies),
+    **{
+        f"reproduction-{claim.name.replace(' ', '-')}": partial(_table, partial(details, claim=claim))
+        for claim in CLAIMS
+    },
+}

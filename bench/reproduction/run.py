@@ -1,0 +1,82 @@
+"""Small networks on a CPU asked the questions of arXiv 2510.08852: how alike do CL and supervised losses become?
+
+Twelve sweeps (fastcl sweep) on Omniglot, a part of CIFAR-10 and fruits, three seeds each; --sweeps has a folder for
+each, with its own page. What is finished is not run again, and a stopped command goes on where it stopped. --out gets
+results.csv with every alignment, reproduction.md with the claims and what the runs say of them, and the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.harness.command import Command
+from bench.harness.records import machine, write_file
+from bench.reproduction import pictures, report, rows
+from bench.reproduction.experiments import EXPERIMENTS, Experiment, tiny
+from bench.reproduction.images import write_config
+from fastcl.errors import FastclError
+from fastcl.io.outputs import check_folder, named_path
+from fastcl.sweep import load_sweep, run_sweep
+
+BENCH = "reproduction"
+log = logging.getLogger("fastcl")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is not finished and write the results; return the exit status."""
+    names = [experiment.name for experiment in EXPERIMENTS]
+    parser = Command(BENCH, [__doc__ or ""], "data", "tiny")
+    parser.add_argument("--sweeps", type=named_path, metavar="DIR", help="folder of the sweeps (default: OUT/sweeps)")
+    parser.add_names("--only", names, f"these sweeps (default: all): {', '.join(names)}")
+    text = "runs at a time, with a thread each (default: the cores, %(default)s here)"
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help=text)
+    args = parser.parse(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs: must be at least 1, got {args.jobs}")
+    sweeps = args.sweeps or args.out / "sweeps"
+    chosen = [tiny(one) if args.tiny else one for one in EXPERIMENTS if one.name in args.only]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        check_folder(sweeps, "--sweeps", [args.data])
+        train(chosen, args.data, sweeps, args.jobs)
+        found = rows.gathered(chosen, sweeps)
+    except FastclError as error:
+        raise SystemExit(f"error: {error}") from error
+    rows.write(found, args.out)
+    hours = sum(seconds_of(sweeps / one.name) for one in chosen) / 3600
+    about = {**machine(torch.device("cpu")), "core_hours": round(hours, 2)}
+    write_file(args.out / report.ABOUT, json.dumps(about, indent=1) + "\n")
+    found = rows.read(args.out)  # with the digits that the file has
+    pictures.draw(found, args.out)
+    title = f"{BENCH.capitalize()}{' in miniature: digits instead of all images, which measures nothing' * args.tiny}"
+    write_file(args.out / f"{BENCH}.md", f"# {title}\n\n{report.conditions(about)}\n\n{report.body(found)}")
+    print(report.answers(found))
+    return 0
+
+
+def train(experiments: Sequence[Experiment], images: Path, folder: Path, jobs: int) -> None:
+    """Run every sweep, each run in one thread, so that its bits do not depend on how many there are at a time.
+
+    All configs are written and checked for their images before the first run.
+
+    Raises:
+        FastclError: images that are not there, or a run that failed.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(jobs)  # divided among them
+    folder.mkdir(parents=True, exist_ok=True)
+    configs = [write_config(experiment, images, folder) for experiment in experiments]
+    for number, (one, config) in enumerate(zip(experiments, configs, strict=True), 1):
+        log.info("sweep %d of %d: %s", number, len(experiments), one.name)
+        run_sweep(config, one.over, one.seeds, folder / one.name, equal=one.equal, jobs=jobs)
+
+
+def seconds_of(sweep: Path) -> float:
+    """Seconds that the epochs of all runs of a sweep took."""
+    runs = {cell.run.path: cell.run for cell in load_sweep(sweep).cells if cell.run is not None}
+    return sum(epoch["seconds"] or 0.0 for run in runs.values() for epoch in run.timing)
