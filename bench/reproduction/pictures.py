@@ -84,10 +84,13 @@ def _published_weights(measure: str) -> list[Line]:
 
 
 def _ends(rows: Sequence[Row], key: str, data: str, measure: str) -> list[Line]:
-    """NSCL of both families and the rerun at the end of training, by a swept key."""
-    mine = _last([row for row in rows if row.experiment == f"{data}-{key}"])
+    """NSCL of both families and the rerun at the end of training, by a swept key; two classes stand apart."""
     pairs = [(_FAMILIES[family], pair) for family, pair in FAMILIES.items()] + [(_FLOOR, (PAPER[0], RESEEDED))]
-    return [Line(*look, _points(mine, key, pair, measure)) for look, pair in pairs]
+    found = []
+    for name in (f"{data}-{key}", f"{data}-two-{key}"):
+        mine = _last([row for row in rows if row.experiment == name])
+        found += [Line(*look, _points(mine, key, pair, measure)) for look, pair in pairs]
+    return found
 
 
 def _published_ends(key: str, measure: str) -> list[Line]:

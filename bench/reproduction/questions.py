@@ -73,9 +73,9 @@ def _trend(rows: Sequence[Row], key: str, kind: str, *, falls: bool = False, rul
     found = []
     for experiment in EXPERIMENTS:
         mine = [row for row in rows if row.experiment == experiment.name and row.rule == rule]
-        if not experiment.name.endswith(f"-{kind}") or not mine:
-            continue
         values = sorted({getattr(row, key) for row in mine})
+        if not experiment.name.endswith(f"-{kind}") or len(values) < 2:
+            continue
         low, high = ([row for row in mine if getattr(row, key) == value] for value in (values[0], values[-1]))
         ends = (low, high) if falls else (high, low)
         rerun = (experiment.models[0], RESEEDED)
