@@ -39,7 +39,8 @@ class Command(argparse.ArgumentParser):
 
     def __init__(self, name: str, texts: Sequence[str], *options: str, **defaults: object) -> None:
         """A parser of some options, with their defaults; `texts` are the description and what follows the options."""
-        super().__init__(f"python -m bench.{name}", None, *texts, formatter_class=argparse.RawDescriptionHelpFormatter)
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"python -m bench.{name}", None, *texts, formatter_class=raw, allow_abbrev=False)
         for option in ("out", *options):
             self.add_argument(f"--{option}", required=option == "out" and "out" not in defaults, **OPTIONS[option])
         self.set_defaults(**defaults)

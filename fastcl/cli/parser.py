@@ -132,12 +132,14 @@ Prints versions, devices and optional packages, then checks losses and similarit
 def parser() -> argparse.ArgumentParser:
     """The parser of `fastcl`; `args.command` is the name of the command."""
     raw = argparse.RawDescriptionHelpFormatter
-    whole = argparse.ArgumentParser(prog="fastcl", description=_DESCRIPTION, formatter_class=raw)
+    whole = argparse.ArgumentParser(prog="fastcl", description=_DESCRIPTION, formatter_class=raw, allow_abbrev=False)
     whole.add_argument("--version", action="version", version=f"fastcl {__version__}")
     commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
     subs = {}
     for name, (text, details) in _COMMANDS.items():
-        subs[name] = commands.add_parser(name, help=text, description=f"{text}\n{details}", formatter_class=raw)
+        subs[name] = commands.add_parser(
+            name, help=text, description=f"{text}\n{details}", formatter_class=raw, allow_abbrev=False
+        )
         subs[name].set_defaults(command=name)
     subs["train"].add_argument("config", type=named_path, metavar="CONFIG.toml")
     subs["train"].epilog = listing()

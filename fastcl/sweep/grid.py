@@ -97,7 +97,7 @@ def _parsed(item: str) -> tuple[str, list[str]]:
     key = key.strip()
     if not equals or not key:
         raise FastclError(f"--over takes KEY=V1,V2,..., got {brief(item)}")
-    texts = [part.strip() for part in _parts(text)]
+    texts = [part.strip() for part in _parts(text, key)]
     if not all(texts):
         what = "has no value" if texts == [""] else "has an empty value"
         raise FastclError(f"--over {shown(key)} {what}, got {brief(item)}")
@@ -113,8 +113,8 @@ def _parsed(item: str) -> tuple[str, list[str]]:
     return key, texts
 
 
-def _parts(text: str) -> Iterator[str]:
-    """A text cut at its commas, but not within quotes, brackets and braces."""
+def _parts(text: str, key: str) -> Iterator[str]:
+    """A text cut at its commas, but not within quotes, brackets and braces, which must be closed if they hold one."""
     start, depth, quote = 0, 0, ""
     for k, letter in enumerate(text):
         if quote:
@@ -126,6 +126,8 @@ def _parts(text: str) -> Iterator[str]:
             start = k + 1
         else:
             depth += (letter in "[{") - (letter in "]}")
+    if (quote or depth > 0) and "," in text[start:]:
+        raise FastclError(f"--over {shown(key)}: a {quote or 'bracket'} is not closed, got {brief(text)}")
     yield text[start:]
 
 

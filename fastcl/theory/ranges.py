@@ -33,10 +33,18 @@ def _is_count(value: object) -> bool:
 def check_range(name: str, value: float, low: float, high: float, includes: str = "") -> None:
     """Raise FastclError unless low < value < high; `includes` may name ends that are allowed: "low", "high", "both"."""
     from_low, to_high = includes in ("low", "both"), includes in ("high", "both")
-    inside = is_number(value) and (low < value < high or (from_low and value == low) or (to_high and value == high))
-    if not inside:
+    found = _as_float(value) if is_number(value) else math.nan
+    if not (low < found < high or (from_low and found == low) or (to_high and found == high)):
         opening, closing = "[" if from_low else "(", "]" if to_high else ")"
-        raise FastclError(f"{name} must be in {opening}{low:g}, {high:g}{closing}, got {value!r}")
+        raise FastclError(f"{name} must be in {opening}{low:g}, {high:g}{closing}, got {brief(value)}")
+
+
+def _as_float(value: float) -> float:
+    """The value as float64; infinite where an integer is larger than any."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_temperature(value: float) -> None:

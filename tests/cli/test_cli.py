@@ -211,3 +211,9 @@ def test_doctor_passes_here_and_fails_on_wrong_numbers(capsys, monkeypatch):
     assert main(["doctor"]) == 1
     captured = capsys.readouterr()
     assert "FAILED: ArithmeticError" in captured.out and "self-test failed" in captured.err
+
+
+def test_options_are_not_shortened(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "x", "--ou", "y"])
+    assert "unrecognized arguments: --ou y" in capsys.readouterr().err

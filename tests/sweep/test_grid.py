@@ -129,6 +129,8 @@ REFUSED = {
     "no key of that name": (["epoch=1,2"], "a key of the config such as train.batch_size, or lr_rule, got 'epoch'"),
     "no values": (["train.epochs="], "--over train.epochs has no value"),
     "an empty value": (["train.epochs=1,,2"], "--over train.epochs has an empty value, got 'train.epochs=1,,2'"),
+    "an open list": (['train.models=["dcl","ce"],["dcl","nscl"'], "--over train.models: a bracket is not closed, got"),
+    "an open quote": (["data.source='digits,omniglot"], "--over data.source: a ' is not closed, got"),
     "no equals sign": (["train.epochs"], "--over takes KEY=V1,V2,..., got 'train.epochs'"),
     "a value out of range": (["train.batch_size=1,64"], "train.batch_size=1: train.batch_size must be at least 2"),
     "a value of another type": (["train.epochs=1,many"], "train.epochs must be an integer, got 'many'"),

@@ -189,6 +189,7 @@ BAD = [
     (lambda: sampling_error(1, 10**31), r"batch_size must be an integer >= 1, at most 1e\+30, got 1000"),
     (lambda: cka_coupling_bound(1.0, 0.0), "centred_norm must be in .* got 0.0"),
     (lambda: cka_coupling_bound(math.nan, 1.0), "log10_drift must be a number, got nan"),
+    (lambda: cka_coupling_bound(1.0, 10**400), "centred_norm must be .* got 1000"),
     (lambda: rsa_coupling_bound(1.0, 2, 1.0), "n must be an integer >= 3, .* got 2"),
     (lambda: rsa_coupling_bound(1.0, 3, -1.0), "spread must be in .* got -1.0"),
     (lambda: few_shot_bound(-1.0, 0.0, 10, 2), "cdnv must be in .* got -1.0"),

@@ -172,6 +172,8 @@ BAD = [
     ({"batch_size": True}, "batch_size .* got True"),
     ({"temperature": 0.0}, r"temperature must be in \(1e-30, inf\), got 0.0"),
     ({"temperature": math.nan}, "temperature .* got nan"),
+    ({"temperature": 10**400}, "temperature .* got 1000"),
+    ({"largest_class": 10**400}, "largest_class .* got 1000"),
     ({"largest_class": 0.0}, r"largest_class must be in \(0, 1\], got 0.0"),
     ({"largest_class": 1.5}, "largest_class .* got 1.5"),
     ({"largest_class": None}, "largest_class .* got None"),
