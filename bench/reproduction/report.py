@@ -21,7 +21,8 @@ ABOUT = "about.json"  # machine, versions and date of the runs
 def conditions(about: Record) -> str:
     """Device, versions, date and the time of the training in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return f"{about['device']}; {versions}; {about['date'][:10]}; epochs took {about['core_hours']:g} core hours."
+    hours = f"one thread a run; all epochs took {about['core_hours']:g} core hours"
+    return f"{about['device']}; {versions}; {about['date'][:10]}; {hours}."
 
 
 def answers(rows: Sequence[Row]) -> str:

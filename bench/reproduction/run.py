@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,12 +69,26 @@ def train(experiments: Sequence[Experiment], images: Path, folder: Path, jobs: i
     Raises:
         FastclError: images that are not there, or a run that failed.
     """
-    os.environ["OMP_NUM_THREADS"] = str(jobs)  # divided among them
     folder.mkdir(parents=True, exist_ok=True)
     configs = [write_config(experiment, images, folder) for experiment in experiments]
-    for number, (one, config) in enumerate(zip(experiments, configs, strict=True), 1):
-        log.info("sweep %d of %d: %s", number, len(experiments), one.name)
-        run_sweep(config, one.over, one.seeds, folder / one.name, equal=one.equal, jobs=jobs)
+    with _threads(jobs):  # which a sweep divides among them
+        for number, (one, config) in enumerate(zip(experiments, configs, strict=True), 1):
+            log.info("sweep %d of %d: %s", number, len(experiments), one.name)
+            run_sweep(config, one.over, one.seeds, folder / one.name, equal=one.equal, jobs=jobs)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """OMP_NUM_THREADS for the processes begun within."""
+    name = "OMP_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = str(count)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def seconds_of(sweep: Path) -> float:

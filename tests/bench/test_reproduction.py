@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -183,10 +184,11 @@ class TestImages:
 
 
 @pytest.mark.slow
-def test_one_sweep_in_miniature(tmp_path, capsys):
+def test_one_sweep_in_miniature(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     out, sweeps = tmp_path / "out", tmp_path / "sweeps"
     options = ["--tiny", "--only", "omniglot", "--out", str(out), "--sweeps", str(sweeps)]
-    assert run.main(options) == 0
+    assert run.main(options) == 0 and os.environ["OMP_NUM_THREADS"] == "7"
     said = capsys.readouterr().out
     found = rows.read(out)
     runs = [cell.run for cell in load_sweep(sweeps / "omniglot").cells]
