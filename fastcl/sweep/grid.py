@@ -21,6 +21,7 @@ from fastcl.errors import FastclError, brief, shown, suggest
 RULE = "lr_rule"
 RULES = {"constant": 0.0, "fourth-root": 0.25, "sqrt": 0.5, "linear": 1.0}
 BATCH = "train.batch_size"
+PRESET = "views.preset"
 MOST_CELLS = 10_000
 _LONGEST = 120  # letters of a cell's name before it is cut
 
@@ -145,11 +146,12 @@ def _labels(path: Path, key: str, axes: Mapping[str, Sequence[str]]) -> list[str
         except FastclError as error:
             raise FastclError(f"--over {shown(key)}={shown(text)}: {error}") from error
         if value in seen:
-            raise FastclError(f"--over {shown(key)} repeats a value: {brief(text)}")
+            wins = "; the keys of [views] in the config win over a preset" if key == PRESET else ""
+            raise FastclError(f"--over {shown(key)} repeats a value: {brief(text)}{wins}")
         seen.append(value)
         try:
             held = value_of(value, key) if isinstance(value, Config) else text
-        except KeyError:  # views.preset, which stands for other keys
+        except KeyError:  # PRESET, which stands for other keys
             held = text
         found.append(held if isinstance(held, str) else toml(held))
     return found

@@ -12,6 +12,7 @@ from tiny_run import tiny_toml
 from tqdm import tqdm
 
 from fastcl.config.tables import load_config
+from fastcl.config.written import written
 from fastcl.errors import FastclError
 from fastcl.sweep import children, plan_sweep
 from fastcl.sweep.children import Job, slots_for
@@ -170,6 +171,13 @@ def test_other_refusals(config, tmp_path):
     ):
         with pytest.raises(FastclError, match=message):
             plan_sweep(*arguments)
+
+
+def test_presets_of_a_config_that_sets_every_view_are_one(config, tmp_path):
+    whole = tmp_path / "whole.toml"
+    whole.write_text(written(load_config(config), ""))
+    with pytest.raises(FastclError, match=r"repeats a value: 'cifar'; the keys of \[views\] in the config win"):
+        make_cells(whole, ["views.preset=characters,cifar"], 1)
 
 
 def test_threads_are_divided_and_gpus_given_out_in_turn(monkeypatch):
