@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from bench.data import report as data_report
@@ -13,6 +14,7 @@ from bench.harness.records import Record, digits, duration, grouped, table
 from bench.losses import report as losses_report
 from bench.losses import splits
 from bench.reproduction import report as reproduction
+from bench.reproduction import rows
 from bench.scaling import report as scaling
 from bench.similarity import report as similarity_report
 from bench.similarity import two_models
@@ -246,6 +248,11 @@ def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[P
     return made
 
 
+def _reproduced(make: Callable[[Path], str], results: Path) -> str:
+    folder = reproduction.committed(results)
+    return make(folder) if (folder / rows.FILE).is_file() else NOT_MEASURED
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "omniglot": omniglot,
     "losses": _of_cpu(losses, "losses.json"),
@@ -263,5 +270,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scaling-assumed": scaling.assumed,
     "scaling-hidden": scaling.hidden,
     "scaling": scaling.numbers,
-    **reproduction.TABLES,
+    **{name: partial(_reproduced, make) for name, make in reproduction.TABLES.items()},
 }

@@ -18,7 +18,7 @@ from scipy.stats import t as student
 from bench.reproduction.rows import Row
 
 YES, NOISE, OPEN, NO = "yes", "within the noise", "open", "no"
-HOLDS, PARTLY, NOT = "holds", "holds partly", "does not hold here"
+HOLDS, PARTLY, NOT, UNSHOWN = "holds", "holds partly", "does not hold", "is not shown"
 
 
 class Interval(NamedTuple):
@@ -100,7 +100,9 @@ class Claim:
 
 
 def verdict(answers: Sequence[str]) -> str:
-    """HOLDS if every answer is YES, PARTLY if any is, else NOT."""
+    """HOLDS if every answer is YES, PARTLY if any is; else NOT if any is NO, and UNSHOWN if none is."""
     if set(answers) == {YES}:
         return HOLDS
-    return PARTLY if YES in answers else NOT
+    if YES in answers:
+        return PARTLY
+    return NOT if NO in answers else UNSHOWN

@@ -26,14 +26,16 @@ def conditions(about: Record) -> str:
 
 
 def answers(rows: Sequence[Row]) -> str:
-    """One row per claim: how many answers of each kind, and the verdict."""
+    """One row per claim: how many differences are positive on average, how many answers of each kind, the verdict."""
     found = []
     for claim in CLAIMS:
-        each = [finding.answer for finding in claim.find(rows)]
+        findings = claim.find(rows)
+        each = [finding.answer for finding in findings]
         counts = Counter(each)
+        positive = f"{sum(finding.difference.mean > 0 for finding in findings)} of {len(findings)}"
         numbers = (str(counts[word]) for word in (YES, NOISE, OPEN, NO))
-        found.append((claim.text, claim.figure, *numbers, f"**{verdict(each)}**" if each else "was not run"))
-    return table(("claim", "paper", YES, NOISE, OPEN, NO, "here it"), found)
+        found.append((claim.text, claim.figure, f"**{verdict(each)}**" if each else "was not run", positive, *numbers))
+    return table(("claim", "paper", "here it", "on average", YES, NOISE, OPEN, NO), found, left=3)
 
 
 def details(rows: Sequence[Row], claim: Claim) -> str:
@@ -123,15 +125,15 @@ def committed(results: Path) -> Path:
     return results.parents[1] / "docs" / "reproduction"
 
 
-def _table(make: Callable[[Sequence[Row]], str], results: Path) -> str:
-    return make(read(committed(results)))
+def _table(make: Callable[[Sequence[Row]], str], folder: Path) -> str:
+    return make(read(folder))
 
 
-def _conditions(results: Path) -> str:
-    return conditions(json.loads((committed(results) / ABOUT).read_text(encoding="utf-8")))
+def _conditions(folder: Path) -> str:
+    return conditions(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
 
 
-# The tables of the committed page.
+# The tables of the page, each a function of the folder that `run` has written.
 TABLES: dict[str, Callable[[Path], str]] = {
     "reproduction-conditions": _conditions,
     "reproduction": partial(_table, answers),
