@@ -45,9 +45,9 @@ def start_ranks(world: int, *arguments: str | Path, output: Path) -> list[multip
             torchrun is told of an error.
     """
     output.mkdir(exist_ok=True)
-    environments = [
-        found | {"TORCHELASTIC_ERROR_FILE": str(output / f"{k}.json")} for k, found in enumerate(rank_environments(world))
-    ]
+    environments = rank_environments(world)
+    for k, found in enumerate(environments):
+        found["TORCHELASTIC_ERROR_FILE"] = str(output / f"{k}.json")
     return [start(*arguments, output=output / str(k), environment=found) for k, found in enumerate(environments)]
 
 
