@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _WORDS = 64  # of 8 bytes: room for what ranks compare, or for the message of an error
 _REFUSED = -1  # in place of the number of rows: this rank has raised an error
+_KEPT = 64  # agreements that a captured call can go back to
+_agreements: dict[tuple[str, int, str], list[list[int]]] = {}  # of group, world and facts: both counts of every rank
 _told: list[bool] = []  # not empty: this process has been warned
 
 
@@ -56,22 +58,33 @@ class Ranks:
         """These ranks with their sizes, once for each of the counts: this rank's numbers of rows, two at most.
 
         Compiled code exchanges nothing here: it takes the facts for equal and all ranks for as large as this one.
+        While a CUDA graph is captured nothing is exchanged either, for nothing can be read: the call takes the sizes of
+        the last one with these facts. All ranks have agreed in that one, so that all remember the same.
 
         Args:
             facts: what has to be the same on all ranks, by the name that an error gives it.
 
         Raises:
-            FastclError: on every rank, with the same message: facts differ, or a rank called `refuse`.
+            FastclError: on every rank, with the same message: facts differ, or a rank called `refuse`. On this rank: a
+                graph is captured, and no call before has agreed on these facts with as many rows of this rank.
         """
         if torch.compiler.is_compiling():
             return tuple(replace(self, sizes=(count,) * self.world) for count in counts)
         text = "\n".join(f"{name}: {value}" for name, value in facts.items())
-        sizes = self._compared((*counts, 0)[:2], text)
+        own, key = (*counts, 0)[:2], (self.group, self.world, text)
+        if _is_capturing():
+            sizes = self._remembered(own, key)
+        else:
+            sizes = self._compared(own, text)
+            _agreements.pop(key, None)
+            _agreements[key] = sizes
+            if len(_agreements) > _KEPT:  # the oldest: forgotten, a captured call is refused
+                del _agreements[next(iter(_agreements))]
         return tuple(replace(self, sizes=tuple(side)) for side, _ in zip(sizes, counts, strict=False))
 
     def refuse(self, error: Exception) -> FastclError:
         """Tell the other ranks, which are in `agree`, about an error of this one; returns what all of them raise."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_capturing():
             return FastclError(str(error))
         text = str(error) if isinstance(error, FastclError) else f"{type(error).__name__}: {error}"
         try:
@@ -79,6 +92,16 @@ class Ranks:
         except FastclError as common:
             return common
         raise AssertionError("a refusal that no rank has seen")
+
+    def _remembered(self, counts: Sequence[int], key: tuple[str, int, str]) -> list[list[int]]:
+        sizes = _agreements.get(key)
+        if sizes is None or [side[self.rank] for side in sizes] != list(counts):
+            before = "no such call" if sizes is None else f"{[side[self.rank] for side in sizes]} rows"
+            raise FastclError(
+                f"a loss with gather_distributed=True can be captured into a CUDA graph once all ranks have run the "
+                f"same call without capture: rank {self.rank} of {self.world} has {list(counts)} rows now and had {before}"
+            )
+        return sizes
 
     def _compared(self, counts: Sequence[int], text: str) -> list[list[int]]:
         """Both counts of every rank. Raises FastclError if the texts differ or a rank has refused."""
@@ -192,6 +215,11 @@ def _place(group: ProcessGroup | None) -> tuple[str, int, int, str]:
         )
     kinds = [part.partition(":")[0] for part in str(dist.get_backend_config(group)).split(",")]
     return group.group_name, rank, dist.get_world_size(group), "cpu" if "cpu" in kinds else kinds[0]
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is captured. PyTorch's own answer is an error where there is no driver."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _current(kind: str) -> torch.device:

@@ -41,10 +41,13 @@ def start_ranks(world: int, *arguments: str | Path, output: Path) -> list[multip
     """`fastcl` with these arguments in as many processes, with the environment that torchrun gives them.
 
     Args:
-        output: folder of the files "0", "1", ..., which take both streams of each rank.
+        output: folder of the files "0", "1", ..., which take both streams of each rank, and "0.json", ...: what
+            torchrun is told of an error.
     """
     output.mkdir(exist_ok=True)
     environments = rank_environments(world)
+    for k, found in enumerate(environments):
+        found["TORCHELASTIC_ERROR_FILE"] = str(output / f"{k}.json")
     return [start(*arguments, output=output / str(k), environment=found) for k, found in enumerate(environments)]
 
 

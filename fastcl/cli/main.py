@@ -111,10 +111,13 @@ def _run(config: Path, args: argparse.Namespace) -> None:
     ranks = start()
     try:
         _run_on(ranks, config, args)
-    except FastclError:
-        if ranks.size > 1:  # at exit the process would wait for exchanges with ranks that have gone
-            atexit.register(os._exit, 1)
-        raise
+    except Exception as error:
+        if ranks.size == 1:
+            raise
+        atexit.register(os._exit, 1)  # the process would wait for exchanges with ranks that have gone
+        if isinstance(error, (FastclError, ImportError, OSError)):  # `_command` has words for these
+            raise
+        raise ranks.failed(error) from error
 
 
 def _run_on(ranks: Ranks, config: Path, args: argparse.Namespace) -> None:
@@ -125,7 +128,7 @@ def _run_on(ranks: Ranks, config: Path, args: argparse.Namespace) -> None:
 
     if not ranks.first:
         logging.getLogger().setLevel(logging.CRITICAL)  # the first rank speaks
-    with ranks.together():
+    with ranks.watched(), ranks.together():
         settings = load_config(config, args.overrides)
     run = Lockstep(settings, args.out, inputs=(config,))
     data, twins, epochs = run.data, run.twins, run.config.train.epochs

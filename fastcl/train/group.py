@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -93,13 +94,35 @@ class Ranks:
                 raise
             raise self._lost() from error
 
+    def failed(self, error: Exception) -> FastclError:
+        """What this rank ends with after an error that no rank expects. The others, which wait for this one, are told
+        the cause; the traceback goes to torchrun, which shows it, or without torchrun to standard error."""
+        why = f"rank {self.rank} of {self.size} has failed: {_in_one_line(error)}"
+        try:
+            first = _pulses[0].tell(why)
+        except (IndexError, RuntimeError):  # as below
+            first = True
+        if not first:
+            return ToldElsewhere("another rank tells why it ends")
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+        else:
+            traceback.print_exception(error)
+        return FastclError(why)
+
     def _lost(self) -> FastclError:
+        cause = ""
         try:
             silent = _pulses[0].silent()
+            cause = _pulses[0].cause()
         except (IndexError, RuntimeError):  # the caller's own group, or torchrun itself has gone
             silent = []
         if silent is None:
             return ToldElsewhere("another rank tells which one no longer answers")
+        if cause:
+            return FastclError(f"{cause}; the same command resumes from the last checkpoint")
         who = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent)) or 'unknown'}"
         return FastclError(
             f"{who} of {self.size} no longer answers: killed, failed, or at a standstill for longer than "
@@ -257,6 +280,12 @@ def _env(name: str) -> int:
     if not text.isdecimal():
         raise FastclError(f"the environment variable {name} must be a number, as torchrun sets it, got {text!r}")
     return int(text)
+
+
+def _in_one_line(error: Exception) -> str:
+    """The error's type and the first line of what it says; what follows in PyTorch's errors is where they come from."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _is_of_the_group(error: BaseException | None) -> bool:

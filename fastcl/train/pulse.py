@@ -37,7 +37,7 @@ class Pulse:
             pass
 
     def silent(self) -> list[int] | None:
-        """Ranks that do not answer; None if another rank has noticed first and says so.
+        """Ranks that do not answer; None if another rank has noticed first and says so; none if there is a `cause`.
 
         Those that give no sign of life, killed or stopped; if all do, those for which the others have waited.
         Raises RuntimeError if torchrun has gone.
@@ -48,6 +48,9 @@ class Pulse:
             self._store.wait(["verdict"], timedelta(seconds=2 * _GRACE))
             time.sleep(_EVERY)
             return None
+        if self.cause():
+            self._store.set("verdict", "")
+            return []
         before = self._beats()
         time.sleep(_GRACE)
         after = self._beats()
@@ -55,6 +58,17 @@ class Pulse:
         found = found or [k for k in range(self.size) if not self._store.check([f"failed {k}"])]
         self._store.set("verdict", "")
         return found
+
+    def tell(self, cause: str) -> bool:
+        """Tell the others why this process ends. Returns whether it is the first that does."""
+        if self._store.add("causes", 1) > 1:
+            return False
+        self._store.set("cause", cause)
+        return True
+
+    def cause(self) -> str:
+        """What the first process that told has told; else nothing."""
+        return self._store.get("cause").decode() if self._store.check(["cause"]) else ""
 
     def _beats(self) -> list[bytes | None]:
         names = [f"beat {k}" for k in range(self.size)]

@@ -174,6 +174,21 @@ def test_an_error_of_one_rank_ends_all(arguments, tmp_path):
     assert said[1] == ""
 
 
+@pytest.mark.parametrize(("images", "failing"), [(3, [0]), (2, [0, 1])])
+def test_an_error_that_nobody_expects_ends_all_with_its_cause(arguments, tmp_path, images, failing):
+    """Batch normalisation refuses one row: the first of two ranks has one image of three, both have one of two."""
+    changes = f"train.batch_size={images}", "train.joint_views=false"
+    statuses, said = run_ranks(2, *arguments(tmp_path / "run", *changes), output=tmp_path / "log")
+    assert statuses == [1, 1] and "Traceback" not in "".join(said), said
+    lines = [line for text in said for line in text.splitlines() if line.startswith("error: ")]
+    why = "error: rank {} of 2 has failed: ValueError: Expected more than 1 value per channel"
+    (spoke,) = [k for k in range(2) if (tmp_path / "log" / f"{k}.json").exists()]
+    assert spoke in failing and all(line.startswith(why.format(spoke)) for line in lines), said
+    assert len(lines) == (1 if len(failing) == 2 else 2), said
+    told = json.loads((tmp_path / "log" / f"{spoke}.json").read_text())["message"]["extraInfo"]
+    assert "in embed" in told["py_callstack"]  # the traceback, which torchrun shows
+
+
 UNEVEN = (9, 6, 7)  # samples of each rank
 
 
