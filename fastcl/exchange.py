@@ -99,7 +99,8 @@ class Ranks:
             before = "no such call" if sizes is None else f"{[side[self.rank] for side in sizes]} rows"
             raise FastclError(
                 f"a loss with gather_distributed=True can be captured into a CUDA graph once all ranks have run the "
-                f"same call without capture: rank {self.rank} of {self.world} has {list(counts)} rows now and had {before}"
+                f"same call without capture: rank {self.rank} of {self.world} has {list(counts)} rows now "
+                f"and had {before}"
             )
         return sizes
 

@@ -54,7 +54,7 @@ def write_figure(file: Path, measures: Mapping[str, str], columns: Sequence[Colu
         columns: of panels.
     """
     with house_style():
-        figure = Figure((3.1 * len(columns), 0.6 + 2.5 * len(measures)), layout="constrained")
+        figure = Figure((max(8.4, 3.1 * len(columns)), 0.6 + 2.5 * len(measures)), layout="constrained")
         axes = figure.subplots(len(measures), len(columns), squeeze=False, sharey="row")
         labels: dict[str, Artist] = {}
         for row, (measure, name) in zip(axes, measures.items(), strict=True):
