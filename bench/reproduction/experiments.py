@@ -52,7 +52,7 @@ def _lasting(epochs: int, every: int) -> tuple[str, ...]:
     return (f"train.epochs={epochs}", f"train.eval_every={every}", f"train.checkpoint_every={epochs}")
 
 
-def _objectives(suffix: str, family: tuple[str, str], seeds: int) -> Iterator[Experiment]:
+def _objectives(suffix: str, family: tuple[str, str]) -> Iterator[Experiment]:
     """All objectives side by side on each data set."""
     models = (*family, "supcon", "ce")
     for name, data, settings in (
@@ -60,12 +60,12 @@ def _objectives(suffix: str, family: tuple[str, str], seeds: int) -> Iterator[Ex
         ("cifar10", CIFAR10, (*_COLOUR, *_lasting(15, 3))),
         ("fruits", FRUITS, (*_COLOUR, *_lasting(20, 4))),
     ):
-        yield Experiment(f"{name}{suffix}", data, models, settings, seeds=seeds)
+        yield Experiment(f"{name}{suffix}", data, models, settings)
 
 
 _BOTH = PAPER + PUBLISHED
 EXPERIMENTS = (
-    *_objectives("", PAPER, 5),
+    *_objectives("", PAPER),
     Experiment("cifar10-classes", CIFAR10, _BOTH, (*_COLOUR, *_lasting(10, 5)), ("data.classes=2,4,6,8,10",), "steps"),
     Experiment(
         "omniglot-classes",
@@ -97,7 +97,7 @@ EXPERIMENTS = (
             *_lasting(744, 186),
         ),
     ),
-    *_objectives("-published", PUBLISHED, 3),
+    *_objectives("-published", PUBLISHED),
 )
 
 DIGITS = "digits"
