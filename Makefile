@@ -29,7 +29,7 @@ help:
 	@echo '               IMAGES=FOLDER has the images, results go to $(OUT)/reproduction; a stopped run goes on'
 	@echo 'make clean     remove .venv, .matrix, build output and caches; keeps the results in $(OUT)/'
 	@echo
-	@echo 'The first demo, check, test, lint, docs or bench installs everything into .venv: a few minutes and about 6 GB.'
+	@echo 'The first demo, check, test, lint, docs, bench or reproduce installs everything into .venv: a few minutes and about 6 GB.'
 	@echo 'To use another interpreter (3.11 or newer): make PYTHON=python3.12 demo'
 
 # The stamp is removed before an update and restored only after the last step, so an interrupted install never counts as

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from bench.harness.figures import house_style, save
 
@@ -46,16 +47,17 @@ class Column(NamedTuple):
     without: str = "not run"
 
 
-def write_figure(file: Path, measures: Mapping[str, str], columns: Sequence[Column]) -> None:
+def write_figure(file: Path, measures: Mapping[str, str], columns: Sequence[Column], same_y: bool = True) -> None:
     """Write a figure as an SVG.
 
     Args:
         measures: measure -> its name.
         columns: of panels.
+        same_y: whether the panels of a row share their scale.
     """
     with house_style():
         figure = Figure((max(8.4, 3.1 * len(columns)), 0.6 + 2.5 * len(measures)), layout="constrained")
-        axes = figure.subplots(len(measures), len(columns), squeeze=False, sharey="row")
+        axes = figure.subplots(len(measures), len(columns), squeeze=False, sharey="row" if same_y else False)
         labels: dict[str, Artist] = {}
         for row, (measure, name) in zip(axes, measures.items(), strict=True):
             for ax, column in zip(row, columns, strict=True):
@@ -63,9 +65,11 @@ def write_figure(file: Path, measures: Mapping[str, str], columns: Sequence[Colu
                 _fill(ax, column, lines)
                 ax.set_title(f"{column.title}: {name}", fontsize=9, loc="left")
                 ax.set_xlabel(column.x)
-                for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-                    labels.setdefault(label, handle)
-            row[0].set_ylabel("relative distance" if measure == "weight_gap" else "alignment (1 = same)")
+                for line in lines:
+                    look = {"color": line.colour, "marker": line.marker, "markersize": 4, "label": line.label}
+                    labels.setdefault(line.label, Line2D([], [], **look))
+            row[0].set_ylabel("relative distance from CL" if measure == "weight_gap" else "alignment with CL")
+        labels["dashed: published"] = Line2D([], [], color="#57606a", linestyle="--")
         figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=min(4, len(columns) + 1))
         figure.patch.set_facecolor("white")
         save(figure, file)
@@ -82,10 +86,11 @@ def _fill(ax: Axes, column: Column, lines: Sequence[Line]) -> None:
         at = sorted(line.points)
         means = [statistics.fmean(line.points[x]) for x in at]
         where = [place[x] for x in at]
-        ax.plot(where, means, line.dash, color=line.colour, marker=line.marker, markersize=4, linewidth=1.5,
-                label=line.label)  # fmt: skip
-        if any(len(line.points[x]) > 1 for x in at):
-            low, high = ([limit(line.points[x]) for x in at] for limit in (min, max))
+        ax.plot(where, means, line.dash, color=line.colour, marker=line.marker, markersize=4, linewidth=1.5)
+        low, high = ([limit(line.points[x]) for x in at] for limit in (min, max))
+        if len(at) == 1:  # a band would have no width
+            ax.vlines(where, low, high, color=line.colour, alpha=0.6, linewidth=3)
+        elif any(len(line.points[x]) > 1 for x in at):
             ax.fill_between(where, low, high, color=line.colour, alpha=0.18, linewidth=0)
     if column.spaced:
         ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])

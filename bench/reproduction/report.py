@@ -22,7 +22,7 @@ def conditions(about: Record) -> str:
     """Device, versions, date and the time of the training in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     hours = f"one thread a run; all epochs took {about['core_hours']:g} core hours"
-    return f"{about['device']}; {versions}; {about['date'][:10]}; {hours}."
+    return f"{about['device'].partition(',')[0]}; {versions}; {about['date'][:10]}; {hours}."
 
 
 def answers(rows: Sequence[Row]) -> str:
@@ -73,7 +73,8 @@ def accuracies(rows: Sequence[Row]) -> str:
         if "ce" in experiment.models and mine:
             ncc = {model: [row.ncc for row in mine if row.model == model] for model in experiment.models}
             cells = [_with_spread(interval([100 * one for one in each if one is not None]), 1) for each in ncc.values()]
-            found.append((experiment.name, str(mine[0].classes), f"{100 / mine[0].classes:.1f}", *cells))
+            name = f"{experiment.name.removesuffix('-published')}, CL: `{experiment.models[0]}`"
+            found.append((name, str(mine[0].classes), f"{100 / mine[0].classes:.1f}", *cells))
     return table(("runs", "classes", "chance", "CL", "NSCL", "SCL", "CE"), found, left=1)
 
 
@@ -101,7 +102,7 @@ def body(rows: Sequence[Row]) -> str:
 
 def _where(finding: Finding) -> str:
     objectives = " and ".join(f"`{name}`" for name in FAMILIES[finding.family])
-    return f"{finding.experiment}, {objectives}"
+    return f"{finding.experiment.removesuffix('-published')}, {objectives}"
 
 
 def _cell(row: Row) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from bench.harness.records import write_file
 from bench.reproduction.experiments import BATCH_RULE, FAMILIES, Experiment
 from fastcl.errors import FastclError, shown
+from fastcl.io.files import cause
 from fastcl.report.run import PAIR_MEASURES
 from fastcl.sweep import load_sweep
 from fastcl.sweep.outcomes import FINISHED, Outcome
@@ -101,21 +102,26 @@ def read(folder: Path) -> list[Row]:
     """The table of a folder.
 
     Raises:
-        FastclError: there is none, or another one.
+        FastclError: there is none, or what it holds is no such table.
     """
     path = folder / FILE
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise FastclError(f"{shown(path)}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = cause(error) if isinstance(error, OSError) else "it is not UTF-8"
+        raise FastclError(f"{shown(path)} cannot be read ({why})") from None
     kinds = [_KINDS.get(name, float) for name in Row._fields]
     found = list(csv.reader(lines))
     if not found or tuple(found[0]) != Row._fields:
         raise FastclError(f"{shown(path)}: its columns must be {', '.join(Row._fields)}")
-    return [
-        Row._make(kind(text) if text or kind is str else None for kind, text in zip(kinds, line, strict=True))
-        for line in found[1:]
-    ]
+    rows = []
+    for number, line in enumerate(found[1:], 2):
+        try:
+            values = [kind(text) if text or kind is str else None for kind, text in zip(kinds, line, strict=True)]
+        except ValueError as error:
+            raise FastclError(f"{shown(path)}: line {number}: {error}") from None
+        rows.append(Row._make(values))
+    return rows
 
 
 _KINDS = {name: str for name in ("experiment", "rule", "model", "other")} | {

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from bench.harness.command import Command
+from bench.harness.command import OPTIONS, Command
 from bench.harness.records import machine, write_file
-from bench.reproduction import pictures, report, rows
+from bench.reproduction import images, pictures, report, rows
 from bench.reproduction.experiments import EXPERIMENTS, Experiment, tiny
-from bench.reproduction.images import write_config
 from fastcl.errors import FastclError
 from fastcl.io.outputs import check_folder, named_path
 from fastcl.sweep import load_sweep, run_sweep
@@ -32,7 +31,9 @@ log = logging.getLogger("fastcl")
 def main(argv: list[str] | None = None) -> int:
     """Run what is not finished and write the results; return the exit status."""
     names = [experiment.name for experiment in EXPERIMENTS]
-    parser = Command(BENCH, [__doc__ or ""], "data", "tiny")
+    parser = Command(BENCH, [__doc__ or ""], "tiny")
+    text = f"folder of {', '.join(images.FILES)} (default: $FASTCL_DATA, else ../shared/data)"
+    parser.add_argument("--data", **{**OPTIONS["data"], "help": text})
     parser.add_argument("--sweeps", type=named_path, metavar="DIR", help="folder of the sweeps (default: OUT/sweeps)")
     parser.add_names("--only", names, f"these sweeps (default: all): {', '.join(names)}")
     text = "runs at a time, with a thread each (default: the cores, %(default)s here)"
@@ -61,16 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(experiments: Sequence[Experiment], images: Path, folder: Path, jobs: int) -> None:
+def train(experiments: Sequence[Experiment], data: Path, folder: Path, jobs: int) -> None:
     """Run every sweep, each run in one thread, so that its bits do not depend on how many there are at a time.
-
-    All configs are written and checked for their images before the first run.
 
     Raises:
         FastclError: images that are not there, or a run that failed.
     """
+    for experiment in experiments:
+        images.check(experiment, data)
     folder.mkdir(parents=True, exist_ok=True)
-    configs = [write_config(experiment, images, folder) for experiment in experiments]
+    configs = [images.write_config(experiment, data, folder) for experiment in experiments]
     with _threads(jobs):  # which a sweep divides among them
         for number, (one, config) in enumerate(zip(experiments, configs, strict=True), 1):
             log.info("sweep %d of %d: %s", number, len(experiments), one.name)
