@@ -13,8 +13,8 @@ PAPER, PUBLISHED = ("dcl", "nscl"), ("ntxent", "nscl_with_positive")
 FAMILIES = {"paper": PAPER, "code": PUBLISHED}
 BATCH_RULE = "lr_rule"
 
-# Of every run. An hour and a half on two cores for all of them allows a small network.
-_NETWORK = (
+# Settings of every run. An hour and a half on two cores for all of them allows a small network.
+NETWORK = (
     "model.cifar_stem=false",
     'model.options={ layers = [1, 1, 1, 1], channels = [16, 32, 64, 128], stem_type = "deep", stem_width = 8 }',
     'train.controls=["reseeded"]',
@@ -35,7 +35,6 @@ class Experiment:
         over: swept keys, "KEY=V1,V2,...".
         equal: what is equal in all cells.
         seeds: of each cell.
-        common: overrides of the preset that come before `settings`.
     """
 
     name: str
@@ -45,7 +44,6 @@ class Experiment:
     over: tuple[str, ...] = ()
     equal: Equal = "epochs"
     seeds: int = 3
-    common: tuple[str, ...] = _NETWORK
 
 
 def _lasting(epochs: int, every: int) -> tuple[str, ...]:

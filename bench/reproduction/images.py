@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.reproduction.experiments import CIFAR10, DIGITS, FRUITS, OMNIGLOT, Experiment
+from bench.reproduction.experiments import CIFAR10, DIGITS, FRUITS, NETWORK, OMNIGLOT, Experiment
 from fastcl.config.tables import load_config
 from fastcl.config.written import preset_file, written
 from fastcl.data.sources.readers import read_cifar10
@@ -42,7 +42,7 @@ def write_config(experiment: Experiment, images: Path, folder: Path) -> Path:
     models = ", ".join(f'"{name}"' for name in experiment.models)
     own = (f"data.source={_source(experiment, images, folder)}", f"train.models=[{models}]")
     with preset_file("omniglot") as preset:
-        config = load_config(preset, [*own, *experiment.common, *experiment.settings])
+        config = load_config(preset, [*own, *NETWORK, *experiment.settings])
     write_atomic(path, written(config, _ABOUT.format(name=experiment.name)).encode())
     return path
 

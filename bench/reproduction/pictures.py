@@ -59,7 +59,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     write_figure(folder / "batch.svg", MEASURES, columns)
 
 
-def of_data(rows: Sequence[Row], data: str, family: str) -> list[Row]:
+def _of_data(rows: Sequence[Row], data: str, family: str) -> list[Row]:
     """The rows of the sweep that compares all objectives on a data set, in one family."""
     name = data if family == "paper" else f"{data}-published"
     return [row for row in rows if row.experiment == name]
@@ -67,7 +67,7 @@ def of_data(rows: Sequence[Row], data: str, family: str) -> list[Row]:
 
 def _over_time(rows: Sequence[Row], family: str) -> list[Column]:
     def lines(data: str, measure: str) -> list[Line]:
-        mine, (reference, nscl) = of_data(rows, data, family), FAMILIES[family]
+        mine, (reference, nscl) = _of_data(rows, data, family), FAMILIES[family]
         return [Line(*_MODELS[other], _points(mine, "step", (reference, other), measure))
                 for other in (nscl, "supcon", "ce", RESEEDED)]  # fmt: skip
 

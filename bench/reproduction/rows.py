@@ -90,7 +90,7 @@ def _of_cell(experiment: Experiment, cell: Outcome) -> Iterator[Row]:
 
 
 def write(rows: Iterable[Row], folder: Path) -> None:
-    """Write the table into a folder, with six decimals."""
+    """Write the table into a folder, with six significant digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Row._fields)

@@ -47,19 +47,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_folder(sweeps, "--sweeps", [args.data])
         train(chosen, args.data, sweeps, args.jobs)
-        found = rows.gathered(chosen, sweeps)
+        print(_written(chosen, sweeps, args.out, args.tiny))
     except FastclError as error:
         raise SystemExit(f"error: {error}") from error
-    rows.write(found, args.out)
+    return 0
+
+
+def _written(chosen: Sequence[Experiment], sweeps: Path, out: Path, small: bool) -> str:
+    """Write all results; returns the answers."""
+    rows.write(rows.gathered(chosen, sweeps), out)
     hours = sum(seconds_of(sweeps / one.name) for one in chosen) / 3600
     about = {**machine(torch.device("cpu")), "core_hours": round(hours, 2)}
-    write_file(args.out / report.ABOUT, json.dumps(about, indent=1) + "\n")
-    found = rows.read(args.out)  # with the digits that the file has
-    pictures.draw(found, args.out)
-    title = f"{BENCH.capitalize()}{' in miniature: digits instead of all images, which measures nothing' * args.tiny}"
-    write_file(args.out / f"{BENCH}.md", f"# {title}\n\n{report.conditions(about)}\n\n{report.body(found)}")
-    print(report.answers(found))
-    return 0
+    write_file(out / report.ABOUT, json.dumps(about, indent=1) + "\n")
+    found = rows.read(out)  # with the digits that the file has
+    pictures.draw(found, out)
+    title = f"{BENCH.capitalize()}{' in miniature: digits instead of all images, which measures nothing' * small}"
+    write_file(out / f"{BENCH}.md", f"# {title}\n\n{report.conditions(about)}\n\n{report.body(found)}")
+    return report.answers(found)
 
 
 def train(experiments: Sequence[Experiment], data: Path, folder: Path, jobs: int) -> None:
