@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.harness.command import Command
+from bench.harness.command import Command, at_least
 from bench.harness.figures import house_style, save
 from bench.harness.records import machine, write_file
 
@@ -71,7 +71,7 @@ def draw(losses: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> Non
 def main(argv: list[str] | None = None) -> int:
     """Train, write the losses and draw them; return the exit status."""
     parser = Command("curves", [__doc__ or ""])
-    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--steps", type=at_least(1), default=STEPS, metavar="N", help="default: %(default)s")
     parser.add_argument("--draw", action="store_true", help="only draw the losses that are in --out")
     args = parser.parse(argv)
     file = args.out / "curves.json"

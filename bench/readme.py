@@ -3,20 +3,19 @@ typed by hand."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
 from bench.harness import figures
-from bench.harness.records import write_file
-from bench.readme_tables import TABLES, read
+from bench.harness.command import ROOT, Parser
+from bench.harness.records import read, write_file
+from bench.readme_tables import TABLES
 from bench.reproduction import rows
 from bench.reproduction.report import committed
 from bench.scaling import report as scaling
 from bench.theory import report as theory
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGES = (
     "README.md",
@@ -73,9 +72,7 @@ def draw(results: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the pages and the figures, or with --check print which pages would change; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.readme", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("readme", [_DESCRIPTION])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a table is old")
     args = parser.parse_args(argv)
     before = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}

@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.data import report as data_report
 from bench.harness import markdown as md
 from bench.harness.figures import LOSSES
-from bench.harness.records import Record, digits, duration, grouped, table
+from bench.harness.records import Record, digits, duration, grouped, read, table
 from bench.losses import report as losses_report
 from bench.losses import splits
 from bench.reproduction import report as reproduction
@@ -29,11 +29,6 @@ NOT_MEASURED = "Not measured."
 PAIRS = ((1000, 4096), (10_000, 512), (50_000, 512), (100_000, 512), (10_000, 2048))
 OURS = ("fastcl linear", ALL_THREE, "fastcl rbf")
 LIBRARIES = (ALL_THREE, "fastcl linear", "X'Y fp32", "authors' formulation", "torch-cka", "ckatorch", "rsatoolbox")
-
-
-def read(*files: Path) -> list[Record]:
-    """All records of the files that exist."""
-    return [r for file in files if file.is_file() for r in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def conditions(records: Sequence[Record]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.harness import ceilings, figures
 from bench.harness.clocks import PASSES, Sample, Timer
-from bench.harness.command import Command
+from bench.harness.command import Command, at_least
 from bench.harness.markdown import allowed
 from bench.harness.records import Record, agree, machine, over_memory, write
 from bench.harness.suite import Comparison, Entry, Run
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     defaults = "; ".join(f"{kind}: {' '.join(map(str, sizes))}" for kind, sizes in SIZES.items())
     parser.add_argument("--n", type=int, nargs="+", metavar="N",
         help=f"rows: two views of N / 2 samples, even, at least 8 (default: {defaults})")  # fmt: skip
-    parser.add_argument("--d", type=int, nargs="+", default=[128], metavar="D", help="widths of rows (default: 128)")
+    parser.add_argument("--d", type=at_least(1), nargs="+", default=[128], metavar="D", help="widths (default: 128)")
     parser.add_names("--objectives", OBJECTIVES, f"default: all, {' '.join(OBJECTIVES)}")
     parser.add_names("--providers", [p.name for p in PROVIDERS])
     args = parser.parse(argv)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness.command import OPTIONS, Command
+from bench.harness.command import OPTIONS, Command, at_least
 from bench.harness.records import machine, write_file
 from bench.reproduction import images, pictures, report, rows
 from bench.reproduction.experiments import EXPERIMENTS, Experiment, tiny
@@ -37,10 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sweeps", type=named_path, metavar="DIR", help="folder of the sweeps (default: OUT/sweeps)")
     parser.add_names("--only", names, f"these sweeps (default: all): {', '.join(names)}")
     text = "runs at a time, with a thread each (default: the cores, %(default)s here)"
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help=text)
+    parser.add_argument("--jobs", type=at_least(1), default=len(os.sched_getaffinity(0)), metavar="N", help=text)
     args = parser.parse(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs: must be at least 1, got {args.jobs}")
     sweeps = args.sweeps or args.out / "sweeps"
     chosen = [tiny(one) if args.tiny else one for one in EXPERIMENTS if one.name in args.only]
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -16,10 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.harness.command import ROOT
 from bench.static.compile import Facts, Job, Signature
 from fastcl.kernels.common.launch import Launch
 
-ROOT = Path(__file__).resolve().parents[2]
 HOST = "fastcl."  # kernels are fastcl.kernels.* here, but kernels.* in a worker, which has no fastcl
 SECONDS = 600  # per kernel; ptxas can take minutes for tiles that are far too large
 _CONSTANTS = (bool, int, float, str, type(None))

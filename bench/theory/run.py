@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.harness.command import Command
+from bench.harness.command import Command, at_least
 from bench.harness.records import Record, machine, write_file
 from bench.theory import report
 from bench.theory.settings import COVERED, KINDS, drawn
@@ -44,13 +44,10 @@ def measured(settings: int, first: int, most: int) -> Iterator[Record]:
 def main(argv: list[str] | None = None) -> int:
     """Measure and write the results; return the exit status."""
     parser = Command(BENCH, [__doc__ or ""])
-    parser.add_argument("--settings", type=int, default=1000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="first seed (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=300, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument("--settings", type=at_least(1), default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="first seed (default: %(default)s)")
+    parser.add_argument("--samples", type=at_least(2), default=300, metavar="N", help="at most (default: %(default)s)")
     args = parser.parse(argv)
-    for name, least in (("settings", 1), ("seed", 0), ("samples", 2)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name}: must be at least {least}, got {getattr(args, name)}")
     total = sum(count(kind, args.settings) for kind in KINDS)
     found = measured(args.settings, args.seed, args.samples)
     records = list(tqdm(found, total=total, desc="descending", unit="setting", disable=None))

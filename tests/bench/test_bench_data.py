@@ -262,7 +262,7 @@ def test_bad_arguments_are_refused(capsys):
     for arguments in (["--seconds", "0"], ["--sizes", "33"]):
         with pytest.raises(SystemExit):
             data.main(["--out", "x", *arguments])
-    assert "--seconds: must be positive, got 0" in capsys.readouterr().err
+    assert "--seconds: must be positive and finite, got 0" in capsys.readouterr().err
 
 
 def test_dali_again(tmp_path, monkeypatch, capsys):

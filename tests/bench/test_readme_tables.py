@@ -11,7 +11,7 @@ from bench import readme, readme_tables
 from bench.data import report as data_report
 from bench.harness import figures
 from bench.harness.clocks import Sample
-from bench.harness.records import record
+from bench.harness.records import read, record
 from bench.losses import report as losses_report
 from bench.losses.providers import FUSED, PROVIDERS
 from bench.similarity import report as similarity_report
@@ -36,7 +36,7 @@ def test_the_pages_are_up_to_date(capsys):
 ))  # fmt: skip
 def test_committed_reports_say_what_their_records_do(name, body):
     file = ROOT / "bench" / "results" / "cpu" / name
-    made = body(readme_tables.read(file.with_suffix(".json"))).split()
+    made = body(read(file.with_suffix(".json"))).split()
     assert len(made) > 200 and file.with_suffix(".md").read_text(encoding="utf-8").split()[-len(made) :] == made
 
 
