@@ -21,6 +21,7 @@ import torch
 from bench.gpu import predicted
 from bench.gpu.plan import PART_MINUTES, PARTS, REHEARSAL_MINUTES, Step, plan
 from bench.harness.command import ROOT, Command, positive
+from bench.harness.markdown import machine_line
 from bench.harness.records import machine, table, write_file
 
 GRACE = 15  # seconds for a step to exit after an interrupt, so that benchmarks can write their results
@@ -116,9 +117,8 @@ def _stop(process: subprocess.Popen) -> int:
 
 def report(outcomes: Sequence[Outcome], facts: dict, out: Path) -> None:
     """Write gpu.json and gpu.md."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     rows = [(o.step, o.status, f"{o.seconds:.0f}", o.reason or "", f"`{o.command}`") for o in outcomes]
-    text = f"# GPU run\n\n{facts['device']}; {versions}; {facts['date']}\n\n"
+    text = f"# GPU run\n\n{machine_line(facts)}\n\n"
     text += table(("step", "status", "seconds", "reason", "command"), rows)
     for o in outcomes:
         log = out / f"{o.step}.log"

@@ -39,6 +39,10 @@ LOSSES = {
     "pytorch-metric-learning": ("#8B5A2B", ">", "--"),
     "authors' formulation": ("#000000", "X", "--"),
 }
+_STYLE: Any = {
+    "svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "grid.color": "#dddddd", "grid.linewidth": 0.5,
+}  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -122,37 +126,30 @@ def drawn(file: Path, title: str, panels: Sequence[Sequence[Panel]]) -> str | No
     """Write a figure of rows of panels that have the same lines; return its name, or None without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
-    from matplotlib.figure import Figure
-
-    with house_style():
-        figure = Figure((10, 1.8 + 3.6 * len(panels)), layout="constrained")
+    with drawing(file, 10, 1.8 + 3.6 * len(panels)) as figure:
         axes = figure.subplots(len(panels), len(panels[0]), squeeze=False)
         for row, of_row in zip(axes, panels, strict=True):
             for ax, panel in zip(row, of_row, strict=True):
                 _fill(ax, panel)
         figure.suptitle(title, fontsize=9.5)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        save(figure, file)
     return file.name
 
 
 @contextmanager
-def house_style() -> Iterator[None]:
-    """The style of all figures, whatever the user's matplotlibrc says."""
+def drawing(file: Path, width: float, height: float) -> Iterator[Any]:
+    """A new figure of so many inches, which is written as an SVG when the block ends: the same bytes for the same
+    figure, in the style of all figures, whatever the user's matplotlibrc says."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    style: Any = {"svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
-             "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
+    text = io.StringIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(style)
-        yield
-
-
-def save(figure: Any, file: Path) -> None:
-    """Write a figure as an SVG, the same bytes for the same figure; within `house_style`."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure((width, height), layout="constrained")
+        yield figure
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     write_file(file, text.getvalue())
 
 
@@ -170,4 +167,4 @@ def _fill(ax: Any, panel: Panel) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
     # Less than a decade and a half may hold a single power of ten: label the ticks between as well.
     ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.5, 0.5)))
-    ax.grid(True, which="major", linewidth=0.6, color="#dddddd")
+    ax.grid(True, linewidth=0.6)

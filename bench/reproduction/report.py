@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from bench.harness.markdown import machine_line
 from bench.harness.records import Record, table
 from bench.reproduction.claims import NO, NOISE, OPEN, YES, Claim, Finding, Interval, interval, verdict
 from bench.reproduction.experiments import EXPERIMENTS, FAMILIES
@@ -20,9 +21,8 @@ ABOUT = "about.json"  # machine, versions and date of the runs
 
 def conditions(about: Record) -> str:
     """Device, versions, date and the time of the training in one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    hours = f"one thread a run; all epochs took {about['core_hours']:g} core hours"
-    return f"{about['device'].partition(',')[0]}; {versions}; {about['date'][:10]}; {hours}."
+    facts = about | {"device": about["device"].partition(",")[0], "date": about["date"][:10]}
+    return f"{machine_line(facts)}; one thread a run; all epochs took {about['core_hours']:g} core hours."
 
 
 def answers(rows: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.harness.figures import house_style, save
+from bench.harness.figures import drawing
 from bench.harness.records import Record, digits, table
 from bench.theory.settings import COVERED, KINDS
 from bench.theory.slack import failed
@@ -92,12 +92,9 @@ def body(records: Sequence[Record]) -> str:
 
 def draw(records: Sequence[Record], folder: Path) -> None:
     """Write the figure: per bound the least slack, 5 % to 95 %, the quartiles and the median."""
-    from matplotlib.figure import Figure
-
     mine = [r for r in records if r["kind"] == COVERED]
     shown = names(mine)
-    with house_style():
-        figure = Figure((9, 0.7 + 0.33 * len(shown)), layout="constrained")
+    with drawing(folder / FIGURE, 9, 0.7 + 0.33 * len(shown)) as figure:
         ax = figure.subplots()
         for row, name in enumerate(reversed(shown)):
             found, colour = sorted(_slacks(mine, name)), _OURS if name in OURS else _PAPERS
@@ -117,8 +114,7 @@ def draw(records: Sequence[Record], folder: Path) -> None:
             ax.plot([], [], color=colour, linewidth=7, alpha=0.6, label=label)
         figure.legend(loc="outside upper right", ncols=2)
         ax.set_xlabel("bound / measured: 1 is tight, below 1 it fails. Dot: least; bars: 5 to 95 % and quartiles")
-        ax.grid(True, axis="x", linewidth=0.5, color="#dddddd")
-        save(figure, folder / FIGURE)
+        ax.grid(True, axis="x")
 
 
 def _slacks(records: Sequence[Record], name: str) -> list[float]:

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from bench.harness.command import Command, at_least
+from bench.harness.markdown import machine_line
 from bench.harness.records import Record, machine, write_file
 from bench.theory import report
 from bench.theory.settings import COVERED, KINDS, drawn
@@ -62,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(folder: Path, facts: Record, records: list[Record]) -> None:
     write_file(folder / f"{BENCH}.json", report.packed(facts, records))
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    text = f"# Slack of the bounds\n\n{facts['device']}; {versions}; {facts['date']}.\n\n{report.body(records)}"
+    text = f"# Slack of the bounds\n\n{machine_line(facts)}.\n\n{report.body(records)}"
     write_file(folder / f"{BENCH}.md", text)
     report.draw(records, folder)
 

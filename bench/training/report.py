@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
 
 from bench.harness import markdown as md
 from bench.harness.records import Record, digits, grouped, milliseconds, table
@@ -71,12 +70,11 @@ def _step_row(r: Record) -> list[str]:
     start = [f"{r['batch']:,}", r["precision"], str(r["models"])]
     if r["reason"]:
         return [*start, r["reason"], *[""] * 9]
-    seconds, rate, of = r["step_seconds"], r["images_per_second"], r["shares"]
+    rate, of = r["images_per_second"], r["shares"]
     shares = (of["encoders"], of["losses"], r["twin_share"], of["metrics"], of["optimisers"])
     return [
-        *start, f"{digits(median(seconds))} ({digits(min(seconds))}-{digits(max(seconds))})", f"{rate:,.0f}",
-        f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}", *("-" if s is None else f"{s:.1%}" for s in shares),
-        "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
+        *start, milliseconds(r["step_seconds"]), f"{rate:,.0f}", f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}",
+        *("-" if s is None else f"{s:.1%}" for s in shares), md.gib(r["peak_bytes"]),
     ]  # fmt: skip
 
 
@@ -91,15 +89,8 @@ Images of a step count once for each network that it trains. The loops take turn
     for (batch, precision), rows in grouped(records, "batch", "precision").items():
         rates = [_rate(r) for r in rows]
         published = next((rate for r, rate in zip(rows, rates, strict=True) if r["provider"] == PUBLISHED), None)
-        head = (
-            "loop",
-            "networks",
-            "ms a step",
-            "images/s",
-            "images/s, all networks",
-            f"of the {PUBLISHED}",
-            "peak GiB",
-        )
+        head = ("loop", "networks", "ms a step", "images/s", "images/s, all networks", f"of the {PUBLISHED}",
+                "peak GiB")  # fmt: skip
         body = (_speed_row(r, rate, published) for r, rate in zip(rows, rates, strict=True))
         text += f"\nB = {batch:,}, {precision}:\n\n{table(head, body, left=1)}"
     return text
@@ -113,12 +104,9 @@ def _rate(r: Record) -> float | None:
 def _speed_row(r: Record, rate: float | None, published: float | None) -> list[str]:
     if rate is None:
         return [r["provider"], str(r["networks"]), r["reason"], *[""] * 4]
-    time, alone = milliseconds(r["samples_ms"]), f"{rate / r['networks']:,.0f}"
-    return [
-        r["provider"], str(r["networks"]), time, alone, f"{rate:,.0f}",
-        "" if published is None else f"{digits(rate / published)}x",
-        "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
-    ]  # fmt: skip
+    faster = md.times(published and rate / published)
+    cells = milliseconds(r["samples_ms"]), f"{rate / r['networks']:,.0f}", f"{rate:,.0f}", faster
+    return [r["provider"], str(r["networks"]), *cells, md.gib(r["peak_bytes"])]
 
 
 def _memory(records: Sequence[Record]) -> str:
@@ -154,7 +142,7 @@ def _runs(records: Sequence[Record]) -> str:
 
 def _run(r: Record) -> str:
     head = ("model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe")
-    peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f} GiB"
+    peak = md.gib(r["peak_bytes"]) + (" GiB" if r["peak_bytes"] is not None else "")
     rate = f"{r['images_per_second']:,.0f} images/s, all models together"
     evaluation = f"an evaluation of all {digits(r['evaluation_seconds'])} s, an epoch {digits(r['epoch_seconds'])} s"
     return f"{table(head, models(r), left=1)}\n{rate}; {evaluation}; peak memory {peak}.\n"
