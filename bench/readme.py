@@ -12,7 +12,6 @@ from bench.harness.command import ROOT, Parser
 from bench.harness.records import read, write_file
 from bench.readme_tables import TABLES
 from bench.reproduction import rows
-from bench.reproduction.report import committed
 from bench.scaling import report as scaling
 from bench.theory import report as theory
 
@@ -63,11 +62,10 @@ def draw(results: Path) -> None:
         theory.draw(records, results / "theory")
     if (results / "static").is_dir():
         scaling.draw(results)
-    folder = committed(results)
-    if (folder / rows.FILE).is_file():
+    if found := rows.committed(results):
         from bench.reproduction import pictures  # imported here: needs matplotlib
 
-        pictures.draw(rows.read(folder), folder)
+        pictures.draw(found, rows.folder_of(results))
 
 
 def main(argv: list[str] | None = None) -> int:

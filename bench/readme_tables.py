@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench.data import report as data_report
 from bench.harness import markdown as md
@@ -217,35 +217,22 @@ def gpu(results: Path) -> str:
     return "\n\n".join(part.strip() for part in text)
 
 
-def split_products(results: Path) -> str:
-    """Error and price of each way to split float32 rows; the same on every machine."""
-    records = read(results / "splits.json")
-    return splits.report(records) if records else NOT_MEASURED
+def _of(find: Callable[[Path], Any], make: Callable[[Any], str]) -> Callable[[Path], str]:
+    """The table of what is found in the results, if anything is."""
 
-
-def theory_covered(results: Path) -> str:
-    """Slack of every bound in settings that the theorem covers."""
-    records = theory.read(results)
-    return theory.covered(records) if records else NOT_MEASURED
-
-
-def theory_outside(results: Path) -> str:
-    """What failed in the others."""
-    records = theory.read(results)
-    return theory.outside(records) if records else NOT_MEASURED
-
-
-def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[Path], str]:
     def made(results: Path) -> str:
-        records = read(*(results / "cpu" / file for file in files))
-        return f"{conditions(records)}\n\n{make(records)}" if records else NOT_MEASURED
+        found = find(results)
+        return make(found) if found else NOT_MEASURED
 
     return made
 
 
-def _reproduced(make: Callable[[Path], str], results: Path) -> str:
-    folder = reproduction.committed(results)
-    return make(folder) if (folder / rows.FILE).is_file() else NOT_MEASURED
+def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[Path], str]:
+    """The table of some records, below the conditions of their run."""
+    return _of(
+        lambda results: read(*(results / "cpu" / file for file in files)),
+        lambda records: f"{conditions(records)}\n\n{make(records)}",
+    )
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -258,12 +245,13 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "views": _of_cpu(views, "data.json"),
     "micro-step": _of_cpu(micro_step, "training/training.json"),
     "gpu": gpu,
-    "splits": split_products,
-    "theory": theory_covered,
-    "theory-outside": theory_outside,
+    "splits": _of(lambda results: read(results / "splits.json"), splits.report),
+    "theory": _of(theory.read, theory.covered),
+    "theory-outside": _of(theory.read, theory.outside),
     "scaling-formulas": scaling.formulas,
     "scaling-assumed": scaling.assumed,
     "scaling-hidden": scaling.hidden,
     "scaling": scaling.numbers,
-    **{name: partial(_reproduced, make) for name, make in reproduction.TABLES.items()},
+    "reproduction-conditions": _of(reproduction.about, reproduction.conditions),
+    **{name: _of(rows.committed, make) for name, make in reproduction.TABLES.items()},
 }

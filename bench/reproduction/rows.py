@@ -53,6 +53,27 @@ class Row(NamedTuple):
     weight_gap: float | None
     ncc: float | None
 
+    @property
+    def run(self) -> tuple[object, ...]:
+        """What identifies the run."""
+        return self[: self._fields.index("epoch")]
+
+
+def where(rows: Iterable[Row], **values: object) -> list[Row]:
+    """The rows that have these values in their fields."""
+    return [row for row in rows if all(getattr(row, name) == value for name, value in values.items())]
+
+
+def folder_of(results: Path) -> Path:
+    """The folder of the committed results, by that of the benchmarks, bench/results."""
+    return results.parents[1] / "docs" / "reproduction"
+
+
+def committed(results: Path) -> list[Row]:
+    """The committed rows; none without the file."""
+    folder = folder_of(results)
+    return read(folder) if (folder / FILE).is_file() else []
+
 
 def gathered(experiments: Iterable[Experiment], sweeps: Path) -> list[Row]:
     """The rows of all sweeps, in order.
