@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,7 @@ def _cell(r: Record | None) -> str:
     return digits(duration(r)) if r["wall_ms"] else reason_word(r)
 
 
-def _share(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
-
-
-def _mib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**20:,.0f}"
+_share, _mib = partial(md.percent, form=".0f"), partial(md.mib, form=",.0f")
 
 
 def similarity(records: Sequence[Record]) -> str:

@@ -87,9 +87,9 @@ def not_measured(records: Sequence[Record]) -> str:
     return "\nNot measured: " + "; ".join(reasons) + ".\n" if reasons else ""
 
 
-def mib(size: int | None) -> str:
+def mib(size: int | None, form: str = ".1f") -> str:
     """Bytes in MiB; empty for None."""
-    return "" if size is None else f"{size / 2**20:.1f}"
+    return "" if size is None else f"{size / 2**20:{form}}"
 
 
 def gib(size: int | None) -> str:
@@ -97,9 +97,9 @@ def gib(size: int | None) -> str:
     return "not measured" if size is None else f"{size / 2**30:.1f}"
 
 
-def percent(share: float | None) -> str:
+def percent(share: float | None, form: str = ".3g") -> str:
     """A share in percent; empty for None."""
-    return "" if share is None else f"{100 * share:.3g} %"
+    return "" if share is None else f"{100 * share:{form}} %"
 
 
 def times(ratio: float | None) -> str:

@@ -121,12 +121,9 @@ parts by `fastcl.micro_step`, the batch at once.
 
 def memory_table(records: Sequence[Record]) -> str:
     """A table with one row per case of the section "memory"."""
-    rows = ([f"{r['batch']:,}", str(r["parts"]), *_memory_cells(r)] for r in records)
+    rows = ((f"{r['batch']:,}", str(r["parts"]), r["reason"] or md.mib(r["peak_bytes"], ",.0f"),
+             "" if r["reason"] else digits(r["seconds"])) for r in records)  # fmt: skip
     return table(("B", "parts", "peak MiB", "s"), rows)
-
-
-def _memory_cells(r: Record) -> list[str]:
-    return [r["reason"], ""] if r["reason"] else [f"{r['peak_bytes'] / 2**20:,.0f}", digits(r["seconds"])]
 
 
 def _cases(records: Sequence[Record], heading: str, body: Callable[[Record], str]) -> str:

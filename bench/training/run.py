@@ -96,12 +96,9 @@ def steps(run: Training, scratch: Path) -> Iterator[Part]:
     """The section "steps"."""
     for batch, precision in CASES[run.kind]:
         models = MODELS if batch <= FOUR_UP_TO else MODELS[:1]
-        asked = config(run, models, batch, 1, precision=precision)
-        folder = scratch / f"steps-{batch}-{precision}"
-        yield (
-            {"section": STEPS, "batch": batch, "precision": precision, "models": len(models)},
-            partial(profile.measure, asked, folder, run.device, run.args.repeats),
-        )
+        case = {"section": STEPS, "batch": batch, "precision": precision, "models": len(models)}
+        asked, folder = config(run, models, batch, 1, precision=precision), scratch / f"steps-{batch}-{precision}"
+        yield case, partial(profile.measure, asked, folder, run.device, run.args.repeats)
 
 
 def speeds(run: Training, scratch: Path) -> Iterator[Part]:
@@ -120,10 +117,8 @@ def memories(run: Training, scratch: Path) -> Iterator[Part]:
     batch, size, options = MEMORY_CASE[run.kind]
     model = ModelConfig(options=options, projection=128)
     for samples, parts in ((batch // memory.PARTS, 1), (batch, memory.PARTS), (batch, 1)):
-        yield (
-            {"section": MEMORY, "batch": samples, "parts": parts},
-            partial(memory.measure, model, size, samples, parts, run.device),
-        )
+        case = {"section": MEMORY, "batch": samples, "parts": parts}
+        yield case, partial(memory.measure, model, size, samples, parts, run.device)
 
 
 def trained(run: Training, scratch: Path) -> Iterator[Part]:
@@ -132,17 +127,14 @@ def trained(run: Training, scratch: Path) -> Iterator[Part]:
     batch, precision = BATCH[run.kind], PRECISION_OF_RUNS[run.kind]
     for temperature in TEMPERATURES:
         asked = config(run, MODELS, batch, epochs, temperature=temperature, precision=precision, controls=["reseeded"])
-        yield (
-            {"section": RUNS, "temperature": temperature, "epochs": epochs, "batch": batch, "precision": precision},
-            partial(runs.train, asked, run.args.out / "runs" / f"temperature-{temperature:g}"),
-        )
+        case = {"section": RUNS, "temperature": temperature, "epochs": epochs, "batch": batch, "precision": precision}
+        yield case, partial(runs.train, asked, run.args.out / "runs" / f"temperature-{temperature:g}")
 
 
 def precisions(run: Training, scratch: Path) -> Iterator[Part]:
     """The section "precision"."""
-    batch, asked = BATCH[run.kind], {}
-    for precision in ("fp32", "bf16"):
-        asked[precision] = config(run, MODELS[:2], batch, 2, precision=precision, controls=["reseeded"])
+    batch = BATCH[run.kind]
+    asked = {p: config(run, MODELS[:2], batch, 2, precision=p, controls=["reseeded"]) for p in ("fp32", "bf16")}
     yield {"section": PRECISION, "epochs": 2, "batch": batch}, partial(runs.compare, asked, scratch / "precision")
 
 
@@ -165,14 +157,13 @@ PARTS = {STEPS: steps, SPEED: speeds, MEMORY: memories, RUNS: trained, PRECISION
 
 def attempt(run: Training, case: Record, measure: Callable[[], Record | None]) -> None:
     """Add the record of a case and print a line."""
-    values, reason = {}, None
+    reason = None
     try:
-        found = measure()
-        if found is None:
-            return
-        values = found
+        values = measure()
     except Exception as problem:  # go on with the other cases
-        reason = run.reason(case["section"], problem)
+        values, reason = {}, run.reason(case["section"], problem)
+    if values is None:
+        return
     peak = values.get("peak_bytes")
     run.found.append(record(BENCH, "fastcl", case | values, run.facts, peak_bytes=peak, reason=reason))
     print(f"{', '.join(f'{k} {v}' for k, v in case.items())}: {reason or 'done'}", flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.harness.command import Parser, pattern
-from bench.harness.records import json_lines, read, write_file
+from bench.harness.records import Record, json_lines, read, write_file
 from bench.static.compile import obstacle
 from bench.static.jobs import StaticError
 from bench.static.known import RESULTS
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     return _judge(rows, text, compared, args.accept, whole=not args.only.pattern)
 
 
-def committed(arch: int) -> list[report.Record]:
+def committed(arch: int) -> list[Record]:
     """The committed predictions for an architecture; empty if there are none."""
     return read(_path(arch, "json"))
 
@@ -61,7 +61,7 @@ def _path(arch: int, suffix: str) -> Path:
 
 
 def _judge(
-    rows: Sequence[report.Record], text: str, compared: Sequence[Comparison], accept: bool, whole: bool
+    rows: Sequence[Record], text: str, compared: Sequence[Comparison], accept: bool, whole: bool
 ) -> int:  # fmt: skip
     """Compare with what is committed, or commit; `whole`: the records are of all losses. Returns the exit status."""
     arch = int(rows[0]["arch"].removeprefix("sm_"))
