@@ -78,9 +78,9 @@ def assumed(results: Path) -> str:
         f"{digits(1e-9 / rate.backward)} backward (S), from the predicted {digits(large)} ms of the CLIP loss of "
         f"{times.SIZE // 2:,} samples on one sm_90. Those of {few.samples:,} samples are predicted to take "
         f"{digits(small)} ms, {digits(small / alone)} times as long as these rates say: they hold for large batches. "
-        f"Links: a GPU sends {NODE.gathers:g} GB/s if there are up to 8; beyond, {NETWORK.gathers:g} GB/s in a gather, and "
-        f"{NETWORK.ring:g} GB/s in a ring, where all that passes between two nodes goes through one network card. At "
-        f"{NETWORK.gathers:g} GB/s the ring of {MANY.world} GPUs would send for {digits(fast.sending)} ms with "
+        f"Links: a GPU sends {NODE.gathers:g} GB/s if there are up to 8; beyond, {NETWORK.gathers:g} GB/s in a gather, "
+        f"and {NETWORK.ring:g} GB/s in a ring, where all that passes between two nodes goes through one network card. "
+        f"At {NETWORK.gathers:g} GB/s the ring of {MANY.world} GPUs would send for {digits(fast.sending)} ms with "
         f"{MANY.samples:,} samples, and {digits(fast.seen)} ms of that would be seen."
     )
 
