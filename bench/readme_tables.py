@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from bench.similarity.providers import ALL_THREE
 from bench.theory import report as theory
 from bench.training import report as training_report
 from bench.training import waiting
+from fastcl.report.run import PAIR_MEASURES, load_run
 
 NOT_MEASURED = "Not measured."
 # Measured (n, d) of two models held in memory that are shown.
@@ -178,19 +178,15 @@ def training_runs(records: Sequence[Record]) -> str:
 
 def omniglot(results: Path) -> str:
     """Alignment with the reference after the run's last epoch."""
-    file = results / "omniglot" / "metrics.jsonl"
-    if not file.is_file():
+    if not (results / "omniglot").is_dir():
         return NOT_MEASURED
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    last = [r for r in rows if r["epoch"] == rows[-1]["epoch"]]
-    accuracy = {r["model"]: r["ncc_test"] for r in last if "model" in r}
-    reference = next(iter(accuracy))
-    head = (f"with `{reference}` at the end", "CKA", "debiased CKA", "RSA", "weight gap", "nearest centre")
-    body = [[f"`{reference}`", "", "", "", "", f"{accuracy[reference]:.3f}"]]
-    for r in (r for r in last if r.get("pair", [""])[0] == reference):
-        name = r["pair"][1]
-        body.append([f"`{name}`", *(f"{r[key]:.4f}" for key in ("cka", "cka_debiased", "rsa", "weight_gap")),
-                     f"{accuracy[name]:.3f}"])  # fmt: skip
+    run = load_run(results / "omniglot", with_steps=False)
+    head = (f"with `{run.reference}` at the end", *PAIR_MEASURES.values(), "nearest centre")
+    body = []
+    for name in run.models:
+        pair = (run.pair_value(run.reference, name, key) for key in PAIR_MEASURES)
+        cells = ("" if value is None else f"{value:.4f}" for value in pair)
+        body.append([f"`{name}`", *cells, f"{run.model_value(name, 'ncc_test'):.3f}"])
     return table(head, body, left=1)
 
 
