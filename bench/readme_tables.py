@@ -10,7 +10,7 @@ from typing import Any
 from bench.data import report as data_report
 from bench.harness import markdown as md
 from bench.harness.figures import LOSSES
-from bench.harness.records import Record, digits, duration, grouped, read, table
+from bench.harness.records import Record, digits, duration, grouped, having, read, table
 from bench.losses import report as losses_report
 from bench.losses import splits
 from bench.reproduction import report as reproduction
@@ -79,7 +79,7 @@ def losses(records: Sequence[Record]) -> str:
 
 def ntxent(records: Sequence[Record]) -> str:
     """The table of `losses` for NT-Xent only."""
-    return losses([r for r in records if r["objective"] == "ntxent"])
+    return losses(having(records, objective="ntxent"))
 
 
 def _cell(r: Record | None) -> str:
@@ -115,7 +115,7 @@ def similarity(records: Sequence[Record]) -> str:
 
 def libraries(records: Sequence[Record]) -> str:
     """Other ways to compute a measure at n = 10,000, d = 512, from the run that has most of them."""
-    at = [r for r in records if r["provider"] in LIBRARIES and (r["section"], r["n"], r["d"]) == ("pair", 10_000, 512)]
+    at = [r for r in having(records, section="pair", n=10_000, d=512) if r["provider"] in LIBRARIES]
     rows = []
     for r in max(grouped(at, "date").values(), key=len):
         time = digits(r["wall_ms"]) if r["wall_ms"] else r["reason"].partition(": ")[2] or r["reason"]
@@ -126,7 +126,7 @@ def libraries(records: Sequence[Record]) -> str:
 def pairs_of_twins(records: Sequence[Record]) -> str:
     """twin_stats compared with the calls it replaces and with the losses alone."""
     names, rows = (two_models.TOGETHER, two_models.APART, two_models.ALONE), []
-    whole = [r for r in records if r["section"] == two_models.SECTION and r["pass"] == "both"]
+    whole = having(records, **{"section": two_models.SECTION, "pass": "both"})
     for (n, precision), chosen in grouped(whole, "n", "precision").items():
         at = {r["provider"]: r for r in chosen}
         rows.append([f"{n:,}", precision, *(_cell(at.get(name)) for name in names)])
@@ -135,10 +135,10 @@ def pairs_of_twins(records: Sequence[Record]) -> str:
 
 def views(records: Sequence[Record]) -> str:
     """Images per second and core-ms per image by size, and the share of a training step spent waiting."""
-    timed = [r for r in records if r["section"] == "views" and r["samples_ms"]]
+    timed = [r for r in having(records, section="views") if r["samples_ms"]]
     sizes = {r["size"]: f"{r['size']} pixels ({r['source']})" for r in timed}
-    waits = {r["provider"]: f"{100 * waiting.share_of(r):.1f} %" for r in records
-             if r["section"] == waiting.SECTION and not r["reason"]}  # fmt: skip
+    waits = {r["provider"]: f"{100 * waiting.share_of(r):.1f} %"
+             for r in having(records, section=waiting.SECTION, reason=None)}  # fmt: skip
     rows = []
     for (name,), chosen in grouped(timed, "provider").items():
         at = {r["size"]: r for r in chosen}
@@ -155,22 +155,21 @@ def _rate(r: Record | None) -> str:
 
 def training_steps(records: Sequence[Record]) -> str:
     """The parts of a training step."""
-    return training_report.steps_table([r for r in records if r["section"] == "steps"])
+    return training_report.steps_table(having(records, section="steps"))
 
 
 def micro_step(records: Sequence[Record]) -> str:
     """Peak memory of a step in parts, of one part alone and of the whole batch."""
-    return training_report.memory_table([r for r in records if r["section"] == "memory"])
+    return training_report.memory_table(having(records, section="memory"))
 
 
 def training_runs(records: Sequence[Record]) -> str:
     """Alignment and accuracy at the end of the runs, and the effect of the networks' precision."""
     head, rows = ("run", "model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe"), []
-    done = [r for r in records if not r["reason"]]
-    for r in (r for r in done if r["section"] == "runs"):
+    for r in having(records, section="runs", reason=None):
         run = f"temperature {r['temperature']:g}, {r['precision']}, {r['epochs']} epochs"
         rows += [(run, model, *cells) for model, *cells in training_report.models(r)]
-    for r in (r for r in done if r["section"] == "precision"):
+    for r in having(records, section="precision", reason=None):
         run = f"two precisions, {r['epochs']} epochs"
         rows += [(run, f"{models}: {what}", *cells, "", "") for models, what, *cells in training_report.compared(r)]
     return table(head, rows)

@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.harness.records import Record, duration, write_file
+from bench.harness.records import Record, duration, having, write_file
 
 # Colour (Okabe and Ito, and more), marker and line style by provider; other formulations and libraries are dashed.
 SIMILARITY = {
@@ -65,7 +65,7 @@ class Panel(NamedTuple):
 
 def similarity(records: Sequence[Record], folder: Path) -> str | None:
     """Draw two models held in memory, at the width with the most sizes; return the file name, None if not drawn."""
-    chosen = _most([r for r in records if r["section"] == "pair"], SIMILARITY)
+    chosen = _most(having(records, section="pair"), SIMILARITY)
     lines = _lines(chosen, SIMILARITY, "{provider}: {computes}", itemgetter("wall_ms"))
     title = "Two models, d = {d}; {device}".format(**chosen[0]) if chosen else ""
     return _draw(folder / "similarity.svg", title, lines, "peak memory beyond the features (MiB)")
@@ -73,7 +73,7 @@ def similarity(records: Sequence[Record], folder: Path) -> str | None:
 
 def losses(records: Sequence[Record], folder: Path) -> str | None:
     """Draw NT-Xent, forward and backward together, and its bound if any; returns what `similarity` does."""
-    chosen = _most([r for r in records if r["objective"] == "ntxent" and r["pass"] == "both"], LOSSES)
+    chosen = _most(having(records, **{"objective": "ntxent", "pass": "both"}), LOSSES)
     lines = _lines(chosen, LOSSES, "{provider}", duration)
     if bounds := {r["n"]: (r["bound_ms"], None) for r in chosen if r["bound_ms"]}:
         lines.append(Line("bound", ("#000000", "", ":"), bounds))
@@ -95,7 +95,7 @@ def _lines(
     """A line for each provider, named by the format `label` of its fields."""
     lines = []
     for name, style in styles.items():
-        if mine := [r for r in records if r["provider"] == name]:
+        if mine := having(records, provider=name):
             lines.append(Line(label.format(**mine[0]), style, {r["n"]: (time(r), r["peak_bytes"]) for r in mine}))
     return lines
 

@@ -161,6 +161,11 @@ def grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list
     return found
 
 
+def having(records: Iterable[Record], **values: object) -> list[Record]:
+    """The records that have these values."""
+    return [r for r in records if values.items() <= r.items()]
+
+
 def read(*files: Path) -> list[Record]:
     """All records of the files that exist."""
     return [r for file in files if file.is_file() for r in json.loads(file.read_text(encoding="utf-8"))]

@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.reproduction.experiments import FAMILIES, PAPER
 from bench.reproduction.panels import Column, Line, write_figure
 from bench.reproduction.questions import MEASURES
-from bench.reproduction.rows import Row, where
+from bench.reproduction.rows import Row, having
 from fastcl.paper.published import Target, targets
 from fastcl.report.run import PAIR_MEASURES, RESEEDED
 
@@ -61,7 +61,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
 
 def _over_time(rows: Sequence[Row], family: str) -> list[Column]:
     def lines(data: str, measure: str) -> list[Line]:
-        mine = where(rows, experiment=data if family == "paper" else f"{data}-published")
+        mine = having(rows, experiment=data if family == "paper" else f"{data}-published")
         reference, nscl = FAMILIES[family]
         return [Line(*_MODELS[other], _points(mine, "step", (reference, other), measure))
                 for other in (nscl, "supcon", "ce", RESEEDED)]  # fmt: skip
@@ -89,7 +89,7 @@ def _ends(rows: Sequence[Row], key: str, data: str, measure: str) -> list[Line]:
     pairs = [(_FAMILIES[family], pair) for family, pair in FAMILIES.items()] + [(_FLOOR, (PAPER[0], RESEEDED))]
     found = []
     for name in (f"{data}-{key}", f"{data}-two-{key}"):
-        mine = _last(where(rows, experiment=name))
+        mine = _last(having(rows, experiment=name))
         found += [Line(*look, _points(mine, key, pair, measure)) for look, pair in pairs]
     return found
 
@@ -106,9 +106,9 @@ def _published_ends(key: str, measure: str) -> list[Line]:
 
 def _batches(rows: Sequence[Row], measure: str) -> list[Line]:
     mine = _last([row for row in rows if row.rule])
-    found = [Line(*look, _points(where(mine, rule=rule), "batch", PAPER, measure)) for rule, look in _RULES.items()]
+    found = [Line(*look, _points(having(mine, rule=rule), "batch", PAPER, measure)) for rule, look in _RULES.items()]
     label, colour, marker = _FLOOR
-    points = _points(where(mine, rule="sqrt"), "batch", (PAPER[0], RESEEDED), measure)
+    points = _points(having(mine, rule="sqrt"), "batch", (PAPER[0], RESEEDED), measure)
     return [*found, Line(f"{label}, square root", colour, marker, points)]
 
 
@@ -143,7 +143,7 @@ def _last(rows: Sequence[Row]) -> list[Row]:
 
 def _points(rows: Sequence[Row], x: str, pair: tuple[str, str], measure: str) -> dict[float, list[float]]:
     found: dict[float, list[float]] = {}
-    for row in where(rows, model=pair[0], other=pair[1]):
+    for row in having(rows, model=pair[0], other=pair[1]):
         if (value := getattr(row, measure)) is not None:
             found.setdefault(getattr(row, x), []).append(value)
     return found

@@ -7,7 +7,7 @@ from functools import partial
 
 from bench.reproduction.claims import Claim, Finding
 from bench.reproduction.experiments import EXPERIMENTS, FAMILIES
-from bench.reproduction.rows import Row, where
+from bench.reproduction.rows import Row, having
 from fastcl.errors import FastclError
 from fastcl.report.run import RESEEDED
 
@@ -23,7 +23,7 @@ def by_seed(rows: Sequence[Row], pair: tuple[str, str], measure: str, at: int = 
         FastclError: it is undefined there, or the seeds were not evaluated at the same epochs.
     """
     found: dict[int, dict[int, float | None]] = {}
-    for row in where(rows, model=pair[0], other=pair[1]):
+    for row in having(rows, model=pair[0], other=pair[1]):
         found.setdefault(row.seed, {})[row.epoch] = getattr(row, measure)
     if len({tuple(sorted(values)) for values in found.values()}) > 1:
         raise FastclError(f"{rows[0].experiment}: the seeds of {' and '.join(pair)} were evaluated at different epochs")
@@ -61,7 +61,7 @@ def _beyond(values: Iterable[tuple[float, float]], floor: Iterable[tuple[float, 
 def _sweeps(rows: Sequence[Row], *others: str) -> Iterator[tuple[str, str, tuple[str, str], list[Row]]]:
     """(name, family, its pair, rows) of the sweeps whose reference is compared with all these models."""
     for experiment in EXPERIMENTS:
-        mine = where(rows, experiment=experiment.name)
+        mine = having(rows, experiment=experiment.name)
         known = {row.other for row in mine}
         for family, pair in FAMILIES.items():
             if set(others) <= known and pair[1] in known and pair[0] == experiment.models[0]:
@@ -93,11 +93,11 @@ def _trend(rows: Sequence[Row], key: str, kind: str, *, falls: bool = False, rul
     """
     found = []
     for experiment in EXPERIMENTS:
-        mine = where(rows, experiment=experiment.name, rule=rule)
+        mine = having(rows, experiment=experiment.name, rule=rule)
         values = sorted({getattr(row, key) for row in mine})
         if not experiment.name.endswith(f"-{kind}") or len(values) < 2:
             continue
-        low, high = (where(mine, **{key: value}) for value in (values[0], values[-1]))
+        low, high = (having(mine, **{key: value}) for value in (values[0], values[-1]))
         ends = (low, high) if falls else (high, low)
         rerun = (experiment.models[0], RESEEDED)
         for family, pair in FAMILIES.items():

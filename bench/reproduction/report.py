@@ -13,7 +13,7 @@ from bench.harness.records import Record, table
 from bench.reproduction.claims import NO, NOISE, OPEN, YES, Claim, Finding, Interval, interval, verdict
 from bench.reproduction.experiments import EXPERIMENTS, FAMILIES
 from bench.reproduction.questions import CLAIMS
-from bench.reproduction.rows import Row, folder_of, where
+from bench.reproduction.rows import Row, folder_of, having
 from fastcl.report.run import PAIR_MEASURES
 
 ABOUT = "about.json"  # machine, versions and date of the runs
@@ -69,9 +69,9 @@ def accuracies(rows: Sequence[Row]) -> str:
     """Nearest-class-centre accuracy of every model of the sweeps over objectives, mean ± spread."""
     found = []
     for experiment in EXPERIMENTS:
-        mine = where(rows, experiment=experiment.name, other="")
+        mine = having(rows, experiment=experiment.name, other="")
         if "ce" in experiment.models and mine:
-            ncc = ([row.ncc for row in where(mine, model=model) if row.ncc is not None] for model in experiment.models)
+            ncc = ([row.ncc for row in having(mine, model=model) if row.ncc is not None] for model in experiment.models)
             cells = [_with_spread(interval([100 * one for one in each]), 1) for each in ncc]
             name = f"{experiment.name.removesuffix('-published')}, CL: `{experiment.models[0]}`"
             found.append((name, str(mine[0].classes), f"{100 / mine[0].classes:.1f}", *cells))
@@ -82,7 +82,7 @@ def sweeps(rows: Sequence[Row]) -> str:
     """One row per sweep: its data, models, settings and length."""
     found = []
     for experiment in EXPERIMENTS:
-        if not (mine := where(rows, experiment=experiment.name)):
+        if not (mine := having(rows, experiment=experiment.name)):
             continue
         several = [_several(mine, field) for field in ("classes", "batch", "temperature", "images")]
         steps = [max(row.step for row in mine if row.run == run) for run in {row.run for row in mine}]

@@ -59,7 +59,7 @@ class Row(NamedTuple):
         return self[: self._fields.index("epoch")]
 
 
-def where(rows: Iterable[Row], **values: object) -> list[Row]:
+def having(rows: Iterable[Row], **values: object) -> list[Row]:
     """The rows that have these values in their fields."""
     return [row for row in rows if all(getattr(row, name) == value for name, value in values.items())]
 

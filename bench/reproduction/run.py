@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -74,24 +74,10 @@ def train(experiments: Sequence[Experiment], data: Path, folder: Path, jobs: int
         images.check(experiment, data)
     folder.mkdir(parents=True, exist_ok=True)
     configs = [images.write_config(experiment, data, folder) for experiment in experiments]
-    with _threads(jobs):  # which a sweep divides among them
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS=str(jobs)):  # which a sweep divides among them
         for number, (one, config) in enumerate(zip(experiments, configs, strict=True), 1):
             log.info("sweep %d of %d: %s", number, len(experiments), one.name)
             run_sweep(config, one.over, one.seeds, folder / one.name, equal=one.equal, jobs=jobs)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """OMP_NUM_THREADS for the processes begun within."""
-    name = "OMP_NUM_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = str(count)
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def seconds_of(sweep: Path) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.harness.records import read
+from bench.harness.records import having, read
 from bench.scaling.formulas import TRITON, Cost, Pass, Setting
 
 SIZE, COLUMNS = 65_536, 512  # rows of both towers, and columns, of the predicted CLIP loss that gives the rates
@@ -49,8 +49,8 @@ class Time(NamedTuple):
 def predicted(results: Path, rows: int = SIZE) -> tuple[float, float]:
     """Predicted ms of the forward and the backward pass of the CLIP loss, with `rows` rows in both towers."""
     records = read(results / "static" / "predicted-sm_90.json")
-    wanted = {"objective": "clip", "n": rows, "d": COLUMNS, "precision": "fp16"}
-    found = {r["pass"]: r["predicted_ms"] for r in records if "kernel" not in r and wanted.items() <= r.items()}
+    chosen = having(records, objective="clip", n=rows, d=COLUMNS, precision="fp16")
+    found = {r["pass"]: r["predicted_ms"] for r in chosen if "kernel" not in r}
     return found["fwd"], found["bwd"]
 
 

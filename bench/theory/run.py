@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bench.harness.command import Command, at_least
 from bench.harness.markdown import machine_line
-from bench.harness.records import Record, machine, write_file
+from bench.harness.records import Record, having, machine, write_file
 from bench.theory import report
 from bench.theory.settings import COVERED, KINDS, drawn
 from bench.theory.slack import failed, slacks
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = machine(torch.device("cpu"))
     _write(args.out, facts, records)
     print(report.covered(records) + "\n" + report.outside(records))
-    within = [r["slack"] for r in records if r["kind"] == COVERED]
+    within = [r["slack"] for r in having(records, kind=COVERED)]
     if names := {name for found in within for name, slack in found.items() if failed(slack)}:
         print(f"failed within the assumptions: {', '.join(sorted(names))}")
     return int(bool(names))

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 
 from bench.harness import markdown as md
-from bench.harness.records import Record, digits, grouped, milliseconds, table
+from bench.harness.records import Record, digits, grouped, having, milliseconds, table
 from bench.training.runs import ALIGNMENT
 from bench.training.speed import PUBLISHED, SECTION
 
@@ -22,7 +22,7 @@ def markdown(records: Sequence[Record], facts: Record, source: str, args: argpar
     )
     sections = {"steps": _steps, SECTION: _speed, "memory": _memory, "runs": _runs, "precision": _precision}
     for name, write in sections.items():
-        mine = [r for r in records if r["section"] == name]
+        mine = having(records, section=name)
         text += write(mine) if mine else ""
     return text
 
@@ -45,8 +45,8 @@ twin_stats, which is shown by itself too: it returns the pair statistics of a st
 def targets(records: Sequence[Record]) -> Iterator[md.Target]:
     """Rows of the target table."""
     for precision in PRECISIONS:
-        wanted = {"section": "steps", "batch": BATCH, "precision": precision, "models": 4, "reason": None}
-        r = next((r for r in records if wanted.items() <= r.items() and "cuda" in r["versions"]), None)
+        found = having(records, section="steps", batch=BATCH, precision=precision, models=4, reason=None)
+        r = next((r for r in found if "cuda" in r["versions"]), None)
         share = None
         if r is not None and r["shares"]["losses"] is not None:
             share = waiting(r) + (1 - waiting(r)) * r["shares"]["losses"]

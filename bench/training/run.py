@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, TypeAlias
 
 from bench.harness.command import Command
-from bench.harness.records import Record, machine, record
+from bench.harness.records import Record, having, machine, record
 from bench.harness.suite import Run
 from bench.training import memory, profile, report, runs, speed
 from fastcl.config.settings import Config, ModelConfig
@@ -142,8 +142,8 @@ def epochs_within(run: Training, scratch: Path) -> int:
     """Number of epochs that take about --seconds, from the time of a step of four models; at least 2, and 2 if no step
     could be timed."""
     batch, precision = BATCH[run.kind], PRECISION_OF_RUNS[run.kind]
-    wanted = {"section": STEPS, "batch": batch, "precision": precision, "models": len(MODELS)}
-    values = next((r for r in run.found if wanted.items() <= r.items()), None)
+    found = having(run.found, section=STEPS, batch=batch, precision=precision, models=len(MODELS))
+    values = found[0] if found else None
     if run.kind == "tiny" or (values and values["reason"]):
         return 2
     if values is None:
