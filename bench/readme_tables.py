@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data import report as data_report
+from bench.data import waiting
 from bench.harness import markdown as md
 from bench.harness.figures import LOSSES
 from bench.harness.records import Record, digits, duration, grouped, having, read, table
@@ -22,7 +23,6 @@ from bench.similarity.inputs import KEYS, Case
 from bench.similarity.providers import ALL_THREE
 from bench.theory import report as theory
 from bench.training import report as training_report
-from bench.training import waiting
 from fastcl.report.run import PAIR_MEASURES, load_run
 
 NOT_MEASURED = "Not measured."

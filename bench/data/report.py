@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+from bench.data import waiting
 from bench.data.providers import DALI_RENDERER, DECODING, LEVELS, TRITON_RENDERER
 from bench.harness import markdown as md
 from bench.harness.records import Record, digits, grouped, having, table
-from bench.training import waiting
 
 TRITON_TARGET, TRITON_SIZE, DECODER_SIZE = 1e6, 32, 224
 

@@ -13,14 +13,13 @@ from time import perf_counter, process_time
 
 import torch
 
-from bench.data import inputs, report
+from bench.data import inputs, report, waiting
 from bench.data.inputs import CASES, TINY, Case, Photos
 from bench.data.providers import LEVELS, PROVIDERS, Batch, Provider, reference
 from bench.harness.clocks import Peak, Sample
 from bench.harness.command import Command
 from bench.harness.records import Record, machine
 from bench.harness.suite import Comparison, Entry, Run
-from bench.training import waiting
 
 BENCH = "data"
 SECTIONS = ("views", waiting.SECTION)

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from bench.harness.records import write_file
 from bench.reproduction.experiments import BATCH_RULE, FAMILIES, Experiment
@@ -131,7 +131,7 @@ def read(folder: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         why = cause(error) if isinstance(error, OSError) else "it is not UTF-8"
         raise FastclError(f"{shown(path)} cannot be read ({why})") from None
-    kinds = [_KINDS.get(name, float) for name in Row._fields]
+    kinds = [kind if kind in (str, int) else float for kind in get_type_hints(Row).values()]
     found = list(csv.reader(lines))
     if not found or tuple(found[0]) != Row._fields:
         raise FastclError(f"{shown(path)}: its columns must be {', '.join(Row._fields)}")
@@ -143,8 +143,3 @@ def read(folder: Path) -> list[Row]:
             raise FastclError(f"{shown(path)}: line {number}: {error}") from None
         rows.append(Row._make(values))
     return rows
-
-
-_KINDS = {name: str for name in ("experiment", "rule", "model", "other")} | {
-    name: int for name in ("classes", "batch", "seed", "epoch", "step", "images")
-}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastcl
-from bench.data import decoder, peers, providers
+from bench.data import decoder, peers, providers, waiting
 from bench.data import inputs as photos
 from bench.data import report as data_report
 from bench.data import run as data
@@ -23,7 +23,6 @@ from bench.data.inputs import CASES, TINY
 from bench.data.providers import DALI_RENDERER, DECODING, LEVELS, PROVIDERS, TRITON_RENDERER
 from bench.harness.records import record
 from bench.harness.suite import Run
-from bench.training import waiting
 from fastcl.cli import main as cli
 from fastcl.train import load_config
 

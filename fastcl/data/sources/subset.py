@@ -36,9 +36,9 @@ def subsample(split: Split, count: int, seed: int) -> Split:
 
 def part(split: Split, positions: np.ndarray) -> Split:
     """The images of a split at (n,) positions, in that order."""
-    facts = (values[positions] for values in (split.ids, split.labels, split.sizes))
+    at, read = positions, partial(_at, split.read, positions)
     encoded = None if split.encoded is None else partial(_at, split.encoded, positions)
-    return Split(*facts, partial(_at, split.read, positions), encoded)
+    return Split(split.ids[at], split.labels[at], split.sizes[at], read, encoded)
 
 
 def _at(read: Callable[[int], Any], positions: np.ndarray, i: int) -> Any:
