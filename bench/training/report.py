@@ -87,26 +87,24 @@ views are of one recipe, rendered by fastcl from its plan and by torchvision's t
 Images of a step count once for each network that it trains. The loops take turns.
 """
     for (batch, precision), rows in grouped(records, "batch", "precision").items():
-        rates = [_rate(r) for r in rows]
-        published = next((rate for r, rate in zip(rows, rates, strict=True) if r["provider"] == PUBLISHED), None)
+        published = next(map(_rate, having(rows, provider=PUBLISHED, reason=None)), None)
         head = ("loop", "networks", "ms a step", "images/s", "images/s, all networks", f"of the {PUBLISHED}",
                 "peak GiB")  # fmt: skip
-        body = (_speed_row(r, rate, published) for r, rate in zip(rows, rates, strict=True))
-        text += f"\nB = {batch:,}, {precision}:\n\n{table(head, body, left=1)}"
+        text += f"\nB = {batch:,}, {precision}:\n\n{table(head, (_speed_row(r, published) for r in rows), left=1)}"
     return text
 
 
-def _rate(r: Record) -> float | None:
+def _rate(r: Record) -> float:
     """Images per second, once for each network."""
-    return None if r["reason"] else 1e3 * r["networks"] * r["batch"] / r["wall_ms"]
+    return 1e3 * r["networks"] * r["batch"] / r["wall_ms"]
 
 
-def _speed_row(r: Record, rate: float | None, published: float | None) -> list[str]:
-    if rate is None:
-        return [r["provider"], str(r["networks"]), r["reason"], *[""] * 4]
-    faster = md.times(published and rate / published)
-    cells = milliseconds(r["samples_ms"]), f"{rate / r['networks']:,.0f}", f"{rate:,.0f}", faster
-    return [r["provider"], str(r["networks"]), *cells, md.gib(r["peak_bytes"])]
+def _speed_row(r: Record, published: float | None) -> list[str]:
+    start = [r["provider"], str(r["networks"])]
+    if r["reason"]:
+        return [*start, r["reason"], *[""] * 4]
+    faster, alone = md.times(published and _rate(r) / published), f"{_rate(r) / r['networks']:,.0f}"
+    return [*start, milliseconds(r["samples_ms"]), alone, f"{_rate(r):,.0f}", faster, md.gib(r["peak_bytes"])]
 
 
 def _memory(records: Sequence[Record]) -> str:
