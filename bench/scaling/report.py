@@ -99,7 +99,7 @@ def draw(results: Path) -> None:
     for x, settings in (("samples, 64 GPUs", samples), ("GPUs, 262,144 samples", worlds)):
         row = []
         for title, of in measures.items():
-            points = {name: {at: (of(name, s), None) for at, s in settings.items()} for name in SHOWN}
+            points = {name: {at: of(name, s) for at, s in settings.items()} for name in SHOWN}
             row.append(Panel(x, title, [Line(name, STYLES[name], points[name]) for name in SHOWN]))
         panels.append(row)
     drawn(results / "static" / FIGURE, "CLIP loss on each of several GPUs, D = 512, 2 bytes a number: computed", panels)
