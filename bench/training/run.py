@@ -66,8 +66,7 @@ sections, in this order:
 DIR/training.json holds the numbers, DIR/training.md the tables; they are rewritten after each case.
 """
 
-# A case, and what measures it; None: it has added its records itself.
-Part: TypeAlias = tuple[Record, Callable[[], Record | None]]
+Part: TypeAlias = Callable[[], None]  # measures a case
 
 
 @dataclass
@@ -98,7 +97,7 @@ def steps(run: Training, scratch: Path) -> Iterator[Part]:
         models = MODELS if batch <= FOUR_UP_TO else MODELS[:1]
         case = {"section": STEPS, "batch": batch, "precision": precision, "models": len(models)}
         asked, folder = config(run, models, batch, 1, precision=precision), scratch / f"steps-{batch}-{precision}"
-        yield case, partial(profile.measure, asked, folder, run.device, run.args.repeats)
+        yield partial(attempt, run, case, partial(profile.measure, asked, folder, run.device, run.args.repeats))
 
 
 def speeds(run: Training, scratch: Path) -> Iterator[Part]:
@@ -108,8 +107,7 @@ def speeds(run: Training, scratch: Path) -> Iterator[Part]:
         def asked(networks: int, batch: int = batch, precision: str = precision) -> Config:
             return config(run, MODELS[:networks], batch, 1, precision=precision)
 
-        case = speed.Case(batch, precision, asked, scratch)
-        yield {"section": SPEED, "batch": batch, "precision": precision}, speed.Speed(run, case).measure
+        yield speed.Speed(run, speed.Case(batch, precision, asked, scratch)).measure
 
 
 def memories(run: Training, scratch: Path) -> Iterator[Part]:
@@ -118,7 +116,7 @@ def memories(run: Training, scratch: Path) -> Iterator[Part]:
     model = ModelConfig(options=options, projection=128)
     for samples, parts in ((batch // memory.PARTS, 1), (batch, memory.PARTS), (batch, 1)):
         case = {"section": MEMORY, "batch": samples, "parts": parts}
-        yield case, partial(memory.measure, model, size, samples, parts, run.device)
+        yield partial(attempt, run, case, partial(memory.measure, model, size, samples, parts, run.device))
 
 
 def trained(run: Training, scratch: Path) -> Iterator[Part]:
@@ -128,14 +126,16 @@ def trained(run: Training, scratch: Path) -> Iterator[Part]:
     for temperature in TEMPERATURES:
         asked = config(run, MODELS, batch, epochs, temperature=temperature, precision=precision, controls=["reseeded"])
         case = {"section": RUNS, "temperature": temperature, "epochs": epochs, "batch": batch, "precision": precision}
-        yield case, partial(runs.train, asked, run.args.out / "runs" / f"temperature-{temperature:g}")
+        folder = run.args.out / "runs" / f"temperature-{temperature:g}"
+        yield partial(attempt, run, case, partial(runs.train, asked, folder))
 
 
 def precisions(run: Training, scratch: Path) -> Iterator[Part]:
     """The section "precision"."""
     batch = BATCH[run.kind]
     asked = {p: config(run, MODELS[:2], batch, 2, precision=p, controls=["reseeded"]) for p in ("fp32", "bf16")}
-    yield {"section": PRECISION, "epochs": 2, "batch": batch}, partial(runs.compare, asked, scratch / "precision")
+    case = {"section": PRECISION, "epochs": 2, "batch": batch}
+    yield partial(attempt, run, case, partial(runs.compare, asked, scratch / "precision"))
 
 
 def epochs_within(run: Training, scratch: Path) -> int:
@@ -155,15 +155,13 @@ def epochs_within(run: Training, scratch: Path) -> int:
 PARTS = {STEPS: steps, SPEED: speeds, MEMORY: memories, RUNS: trained, PRECISION: precisions}
 
 
-def attempt(run: Training, case: Record, measure: Callable[[], Record | None]) -> None:
+def attempt(run: Training, case: Record, measure: Callable[[], Record]) -> None:
     """Add the record of a case and print a line."""
-    reason = None
+    values, reason = {}, None
     try:
         values = measure()
     except Exception as problem:  # go on with the other cases
-        values, reason = {}, run.reason(case["section"], problem)
-    if values is None:
-        return
+        reason = run.reason(case["section"], problem)
     peak = values.get("peak_bytes")
     run.found.append(record(BENCH, "fastcl", case | values, run.facts, peak_bytes=peak, reason=reason))
     print(f"{', '.join(f'{k} {v}' for k, v in case.items())}: {reason or 'done'}", flush=True)
@@ -196,5 +194,4 @@ def main(argv: list[str] | None = None) -> int:
     run.kind, run.source = "tiny" if args.tiny else args.device.type, f"cifar10:{CIFAR}" if real else "digits"
     with tempfile.TemporaryDirectory() as scratch, working_in(file.parent if real else Path.cwd()):
         chosen = (section for section in SECTIONS if section in args.sections)
-        parts = (part for section in chosen for part in PARTS[section](run, Path(scratch)))
-        return run.execute(partial(attempt, run, *part) for part in parts)
+        return run.execute(part for section in chosen for part in PARTS[section](run, Path(scratch)))

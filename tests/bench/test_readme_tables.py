@@ -180,11 +180,14 @@ def test_every_provider_of_losses_but_the_specification_has_a_line():
 
 def test_figures_show_the_time_on_the_device_and_mib(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(figures, "_draw", lambda file, title, lines, memory: drawn.extend(lines))
+    monkeypatch.setattr(figures, "_draw", lambda file, title, records, lines, memory: drawn.extend((lines, memory)))
     figures.losses([loss(FUSED, n, 64, 1.0, wall=7.0, peak=5, bound=0.5) for n in (512, 4096)], tmp_path)
-    assert [(line.label, line.points) for line in drawn] == [
-        (FUSED, {512: (1.0, 5), 4096: (1.0, 5)}), ("bound", {512: (0.5, None), 4096: (0.5, None)})
+    lines, memory = drawn
+    assert [(line.label, line.points) for line in lines] == [
+        (FUSED, {512: 1.0, 4096: 1.0}), ("bound", {512: 0.5, 4096: 0.5})
     ]  # fmt: skip
+    assert [line.points for line in memory.lines] == [dict.fromkeys((512, 4096), 5 / 2**20)]
+    assert memory.title == "peak memory beyond the inputs (MiB)"
 
 
 def statistic(provider, n, measures, ms, dense=False, section="pair", bound=None, reason=None):
