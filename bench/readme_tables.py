@@ -11,8 +11,8 @@ from bench.data import report as data_report
 from bench.harness import markdown as md
 from bench.harness.figures import LOSSES
 from bench.harness.records import Record, digits, duration, grouped, table
+from bench.losses import host, splits
 from bench.losses import report as losses_report
-from bench.losses import splits
 from bench.reproduction import report as reproduction
 from bench.reproduction import rows
 from bench.scaling import report as scaling
@@ -263,6 +263,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "views": _of_cpu(views, "data.json"),
     "micro-step": _of_cpu(micro_step, "training/training.json"),
     "gpu": gpu,
+    "host": _of_cpu(host.report, "host.json"),
     "splits": split_products,
     "theory": theory_covered,
     "theory-outside": theory_outside,

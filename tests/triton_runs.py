@@ -88,7 +88,7 @@ def launches() -> Iterator[Launches]:
                 start(kernel, grid, *options, **arguments)
 
             patch.setattr(module, "launch", recorded)
-        patch.setattr(replay, "MOST_ROWS", 0)  # a replayed call takes neither part
+        patch.setattr(replay, "MOST_ROWS", 0)
         patch.setattr(torch, "empty", poisoned)
         if DEVICE.type == "cpu":
             patch.setattr(interpreter, "_convert_float", convert_as_a_gpu)
@@ -152,16 +152,9 @@ def row_weights(n: int) -> Tensor:
 
 
 def check(
-    names: Sequence[str],
-    z: Tensor,
-    sample: Tensor,
-    labels: Tensor | None,
-    temperature: float | Tensor,
-    precision: str = "fp32",
-    normalize: bool = True,
-    weights: Tensor | None = None,
-    within: str | None = None,
-) -> Launches:
+    names: Sequence[str], z: Tensor, sample: Tensor, labels: Tensor | None, temperature: float | Tensor,
+    precision: str = "fp32", normalize: bool = True, weights: Tensor | None = None, within: str | None = None,
+) -> Launches:  # fmt: skip
     """Objectives of the table, from one pass, against their formulas: values, and the gradient of a sum of them.
 
     Args:

@@ -169,8 +169,8 @@ def fused(
     """
     given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
     return call(
-        "fused", batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value, normalize,
-        precision, columns, list(codes), reduction, inverted,
+        "fused", batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value,
+        normalize, precision, columns, list(codes), reduction, inverted,
     )[:6]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ _operators: dict[str, _Operator] = {}
 
 def register(
     library: torch.library.Library, name: str, impl: Callable, fake: Callable, autograd: Callable,
-    setup_context: Callable | None = None, results: int | None = None,
+    setup_context: Callable | None = None, results: int | None = None, replay: bool = False,
 ) -> None:  # fmt: skip
     """Register the implementation, fake implementation and derivative of an operator that the library defines.
 
@@ -38,7 +38,9 @@ def register(
             An operator of torch.library can only return tensors: with it, empty ones stand for None.
         setup_context: saves what `autograd` needs; None: the operator is itself a backward pass.
         results: how many results callers use; the others are only saved. None: all.
+        replay: the implementation may be replayed (`triton.replay.run`).
     """
+    impl = partial(_replayed, impl) if replay else impl
     library.impl(name, _tensors(impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastcl::{name}", _tensors(fake), lib=library)
     torch.library.register_autograd(f"fastcl::{name}", autograd, setup_context=setup_context, lib=library)
@@ -49,6 +51,12 @@ def register(
 
     direct = backward_pass if setup_context is None else _function(name, impl, autograd, setup_context, results).apply
     _operators[name] = _Operator(registered, direct)
+
+
+def _replayed(host: Callable, *args: Any) -> Any:
+    from fastcl.rowstats.triton.replay import run  # not with the package, which imports quickly
+
+    return run(host, args)
 
 
 def _tensors(function: Callable) -> Callable:
@@ -82,10 +90,10 @@ def call(name: str, *args: Any) -> Any:
     """torch.ops.fastcl.NAME. A call that autograd alone can see goes round PyTorch's dispatcher, which would take
     longer than the launches of a small loss."""
     registered, direct = _operators[name]
-    return direct(*args) if _is_plain(args) else registered(*args)
+    return direct(*args) if is_plain(args) else registered(*args)
 
 
-def _is_plain(args: Iterable[Any]) -> bool:
+def is_plain(args: Iterable[Any]) -> bool:
     """Whether a call is neither compiled, nor transformed by torch.func, nor watched by a mode, and its tensors are of
     no class of their own. Lists of tensors are what a plain call has saved."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _is_transformed():

@@ -71,15 +71,20 @@ _architecture: int | None = None
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
     """Start a kernel on the current device; pass arguments by parameter name, in the kernel's order."""
-    around = nullcontext
+    one, around = Launch(kernel, grid, warps, stages, arguments), nullcontext
     if (recorded := _recorded.get()) is not None:
         launches, around = recorded
-        launches.append(Launch(kernel, grid, warps, stages, arguments))
+        launches.append(one)
         if around is None:
             return
     with around():
-        # Request fused multiply-add explicitly: from Triton 3.10 on it is off by default.
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        start(one)
+
+
+def start(one: Launch) -> None:
+    """Start a kernel, whether or not launches are recorded."""
+    # Request fused multiply-add explicitly: from Triton 3.10 on it is off by default.
+    one.kernel[one.grid](**one.arguments, num_warps=one.warps, num_stages=one.stages, enable_fp_fusion=True)
 
 
 def launch_sides(

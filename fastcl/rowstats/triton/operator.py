@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcl.choices import RELATIONS
 from fastcl.rowstats.registration import call, differentiable_once, refuse_batched, register
-from fastcl.rowstats.triton.replay import replayed
 
 if TYPE_CHECKING:
     from fastcl.rowstats.triton.operand import Call
@@ -44,17 +43,17 @@ class Asked(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Saved for the backward pass, besides the rows."""
+    """Saved for the backward pass, besides the rows; what a call does not have is None."""
 
-    z: Tensor  # working copies, inverse norms and orders of the anchors, then of the candidates
-    inv: Tensor | None
-    order: Tensor
-    z_y: Tensor | None = None
-    inv_y: Tensor | None = None
-    order_y: Tensor | None = None
-    scale: Tensor | None = None  # (1,) or (2,); of rows that are not normalised
-    flag: Tensor | None = None
-    maxima: Tensor | None = None  # of derivatives, if the losses are those of one objective, reduced
+    z: Any  # working copies, inverse norms and orders of the anchors, then of the candidates
+    inv: Any
+    order: Any
+    z_y: Any = None
+    inv_y: Any = None
+    order_y: Any = None
+    scale: Any = None  # (1,) or (2,); of rows that are not normalised
+    flag: Any = None
+    maxima: Any = None  # of derivatives, if the losses are those of one objective, reduced
 
 
 class Returned(NamedTuple):
@@ -63,21 +62,21 @@ class Returned(NamedTuple):
     Reduced losses are (K,), of both sides together.
     """
 
-    stats: Tensor
-    counts: Tensor
-    losses: Tensor
-    stats_y: Tensor | None
-    counts_y: Tensor | None
-    losses_y: Tensor | None
-    z: Tensor
-    inv: Tensor | None
-    order: Tensor
-    z_y: Tensor | None
-    inv_y: Tensor | None
-    order_y: Tensor | None
-    scale: Tensor | None
-    flag: Tensor | None
-    maxima: Tensor | None
+    stats: Any
+    counts: Any
+    losses: Any
+    stats_y: Any
+    counts_y: Any
+    losses_y: Any
+    z: Any
+    inv: Any
+    order: Any
+    z_y: Any
+    inv_y: Any
+    order_y: Any
+    scale: Any
+    flag: Any
+    maxima: Any
 
     @property
     def saved(self) -> Saved:
@@ -97,8 +96,6 @@ _library.define(
     f"fused_backward({_ROWS}, bool labelled, {_CALL}, Tensor?[] saved, Tensor?[] grads, bool[] need) "
     "-> (Tensor, Tensor, Tensor)"
 )
-
-
 
 
 def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> Returned:
@@ -144,15 +141,17 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Ret
         order = empty(orders, rows, dtype=torch.int32) if with_order else None
         return z, empty(rows) if call.normalize else None, order
 
-    nothing = (None, None, None)
     blocks = sum((rows + ALIGN - 1) // ALIGN for rows in ((n, y.shape[0]) if columns and y is not None else (n,)))
-    return Returned(
-        *results(n, True), *(results(y.shape[0], False) if columns and y is not None else nothing), *saved(n, True),
-        *(nothing if y is None else saved(y.shape[0], orders == 7)),
-        None if call.normalize else empty(1 if y is None else 2),
-        empty(1, dtype=torch.int32) if call.may_overflow else None,
-        empty(blocks * online_blocks(call, x.device, padded_width(d))) if call.reduced and len(codes) == 1 else None,
-    )  # fmt: skip
+    most = blocks * online_blocks(call, x.device, padded_width(d))
+    maxima = empty(most) if call.reduced and len(codes) == 1 else None
+    scale = None if call.normalize else empty(1 if y is None else 2)
+    flag = empty(1, dtype=torch.int32) if call.may_overflow else None
+    given_y = saved_y = (None, None, None)
+    if y is not None:
+        given_y = results(y.shape[0], False) if columns else given_y
+        saved_y = saved(y.shape[0], orders == 7)
+    parts = *results(n, True), *given_y, *saved(n, True), *saved_y, scale, flag, maxima
+    return Returned(*parts)
 
 
 def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor | None, ...]:
@@ -160,8 +159,11 @@ def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor | None, ...]:
 
     *asked, given, grads, need = rest
     columns, call = Asked(*asked).columns, Asked(*asked).call(labelled)
-    stats, stats_y, *saved = (None if t is None or t.numel() == 0 else t for t in given)
-    saved, flag = Saved(*saved), saved[7]
+    stats: Any
+    stats_y: Any
+    stats, stats_y, *others = (None if t is None or t.numel() == 0 else t for t in given)
+    saved = Saved(*others)
+    flag = saved.flag
     scales = [None, None] if saved.scale is None else [saved.scale[:1], saved.scale[1:]]
     a = operand.restored(x, x2, saved.order, saved.z, saved.inv, scales[0])
     upstreams = [backward.Upstream(stats, grads[0], grads[1])]
@@ -210,5 +212,5 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return *two, dy if need[1] else None, None, None, None, None, dt, *(None,) * 7
 
 
-register(_library, "fused", replayed(_forward), _forward_fake, _autograd, _setup_context, results=6)
-register(_library, "fused_backward", replayed(_backward), _backward_fake, differentiable_once("triton"))
+register(_library, "fused", _forward, _forward_fake, _autograd, _setup_context, results=6, replay=True)
+register(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"), replay=True)

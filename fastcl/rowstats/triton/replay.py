@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -34,35 +33,31 @@ _calls: dict[Any, Any] = {}
 _NEW = object()
 
 
-def replayed(host: Host) -> Host:
-    """The function, replayed from its third call with tensors of the same shapes and equal other arguments on.
+def run(host: Host, args: Sequence[Any]) -> Results:
+    """The host function's results; replayed from the third call with tensors of the same shapes and equal other
+    arguments on.
 
     Args:
         host: takes tensors, lists of them, and values with a hash. What it does may follow from shapes, strides, dtypes
             and these values, but not from what the tensors hold. The first tensor's device is the current one.
     """
-
-    @wraps(host)
-    def called(*args: Any) -> Results:
-        tensors: list[Tensor] = []
-        key = host, forced_architecture(), *_key(args, tensors)
-        with torch.cuda.device_of(tensors[0]):
-            if len(tensors[0]) > MOST_ROWS or is_recording():
-                return host(*args)
-            known = _calls.get(key, _NEW)
-            if known is _NEW:
-                if len(_calls) >= MOST_CALLS:
-                    _calls.clear()
-                _calls[key] = None
-            if known is _NEW or known is host:
-                return host(*args)
-            with torch._C._AutoDispatchBelowAutograd():  # autograd would put other tensors in the place of views
-                if known is not None:
-                    return known(*tensors)
-                results, _calls[key] = _recorded(host, args, tensors)
-                return results
-
-    return called
+    tensors: list[Tensor] = []
+    key = host, forced_architecture(), *_key(args, tensors)
+    with torch.cuda.device_of(tensors[0]):
+        if len(tensors[0]) > MOST_ROWS or is_recording():
+            return host(*args)
+        known = _calls.get(key, _NEW)
+        if known is _NEW:
+            if len(_calls) >= MOST_CALLS:
+                _calls.clear()
+            _calls[key] = None
+        if known is _NEW or known is host:
+            return host(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # autograd would put other tensors in the place of views
+            if known is not None:
+                return known(*tensors)
+            results, _calls[key] = _recorded(host, args, tensors)
+            return results
 
 
 def forget() -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastcl.rowstats.registration import call, refuse_batched, register
 from fastcl.rowstats.triton.operator import Asked, Saved
-from fastcl.rowstats.triton.replay import replayed
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _IDS = "Tensor sample, Tensor? labels"
@@ -78,4 +77,4 @@ def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | No
     return *rows, None, None, dt, None, None
 
 
-register(_library, "twin", replayed(_forward), _forward_fake, _autograd, _setup_context, results=4)
+register(_library, "twin", _forward, _forward_fake, _autograd, _setup_context, results=4, replay=True)
