@@ -12,8 +12,8 @@ from bench.data import waiting
 from bench.harness import markdown as md
 from bench.harness.figures import LOSSES
 from bench.harness.records import Record, digits, duration, grouped, having, read, table
+from bench.losses import host, splits
 from bench.losses import report as losses_report
-from bench.losses import splits
 from bench.reproduction import report as reproduction
 from bench.reproduction import rows
 from bench.scaling import report as scaling
@@ -236,6 +236,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "views": _of_cpu(views, "data.json"),
     "micro-step": _of_cpu(micro_step, "training/training.json"),
     "gpu": gpu,
+    "host": _of_cpu(host.report, "host.json"),
     "splits": _of(lambda results: read(results / "splits.json"), splits.report),
     "theory": _of(theory.read, theory.covered),
     "theory-outside": _of(theory.read, theory.outside),

@@ -23,6 +23,7 @@ from fastcl.errors import FastclError, one_of
 from fastcl.exchange import gathers
 from fastcl.rowstats import dense
 from fastcl.rowstats.fields import RowStats, unpack
+from fastcl.rowstats.registration import call
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.small import route as small
 
@@ -167,9 +168,9 @@ def fused(
         inverted: `temperature` is a tensor that holds 1 / T.
     """
     given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
-    return torch.ops.fastcl.fused(
-        batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value, normalize,
-        precision, columns, list(codes), reduction, inverted,
+    return call(
+        "fused", batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value,
+        normalize, precision, columns, list(codes), reduction, inverted,
     )[:6]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from fastcl.exchange import gathers
 from fastcl.rowstats.api import RowStats, operator_arguments, statistics, unpack
 from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.pair_sums import PairSums
+from fastcl.rowstats.registration import call
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.sharded import agreed, sharded_statistics
 from fastcl.rowstats.triton import two_models_operator  # noqa: F401  (registers its operator)
@@ -127,7 +128,7 @@ def _alone(batch: Batch, zb: Tensor, temperature: float | Tensor, precision: str
     check_positive(temperature, "temperature")
     if choose(za, zb) == "triton":
         arguments = operator_arguments(temperature, precision, za, zb)
-        stats_a, stats_b, counts, sums, *_ = torch.ops.fastcl.twin(za, zb, batch.sample, batch.labels, *arguments)
+        stats_a, stats_b, counts, sums, *_ = call("twin", za, zb, batch.sample, batch.labels, *arguments)
         return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), NARROW_ROUNDING)
     a, b = (statistics(one, temperature, True, False, precision)[0] for one in (batch, _with_rows(batch, zb)))
     narrow = multiplied_narrow(za, zb) and za.shape[1] == zb.shape[1]
