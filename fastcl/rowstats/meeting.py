@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastcl.checks import check_positive
+from fastcl.checks import check_positive, check_precision, check_transforms
 from fastcl.exchange import Ranks
 from fastcl.rowstats import apart_operator  # noqa: F401  (registers its operators)
-from fastcl.rowstats.api import check_precision, check_transforms, normalize_rows, operator_arguments, scaled
+from fastcl.rowstats.api import normalize_rows, scaled
 from fastcl.rowstats.triton import apart_kernels  # noqa: F401  (registers its own)
+from fastcl.rowstats.triton.operator import operator_arguments
 
 SLICE = 2**31  # bytes of rows of all ranks that a rank holds at once, besides as many while it takes them apart
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fastcl.dispatch import choose
 from fastcl.exchange import Ranks
-from fastcl.rowstats.api import RowStats, operator_arguments, statistics
+from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.meeting import ALL, Needs, OnTorch, OnTriton, Options, Sent, joined, meet
 from fastcl.rowstats.request import Batch
+from fastcl.rowstats.triton.operator import operator_arguments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

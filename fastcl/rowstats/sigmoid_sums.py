@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastcl.checks import check_finite, check_positive
+from fastcl.checks import check_finite, check_positive, check_precision, check_transforms
 from fastcl.dispatch import choose
-from fastcl.rowstats.api import check_precision, check_transforms, operator_arguments, prepared
+from fastcl.rowstats.api import prepared
 from fastcl.rowstats.log_sums import column_slices
 from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
+from fastcl.rowstats.triton.operator import operator_arguments
 
 _LINEAR = 40.0  # from here on softplus is its argument, to the last digit of float64
 

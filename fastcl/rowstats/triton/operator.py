@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastcl.checks import check_precision, check_transforms
 from fastcl.choices import RELATIONS
+from fastcl.dispatch import wants_float32
 from fastcl.rowstats.registration import call, differentiable_once, refuse_batched, register
+from fastcl.rowstats.request import Batch
 
 if TYPE_CHECKING:
     from fastcl.rowstats.triton.operand import Call
@@ -98,7 +102,44 @@ _library.define(
 )
 
 
-def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> Returned:
+def fused(
+    batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
+    codes: Sequence[int], reduction: str = "none", inverted: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates.
+
+    Args:
+        codes: the K objectives whose losses are requested (`Objective.code`). If empty, counts are returned instead.
+        reduction: "mean" or "sum" of the losses over the anchors; the first losses are then (K,), with columns the mean
+            of both sides'.
+        inverted: `temperature` is a tensor that holds 1 / T.
+    """
+    given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
+    return call(
+        "fused", batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value,
+        normalize, precision, columns, list(codes), reduction, inverted,
+    )[:6]  # fmt: skip
+
+
+def operator_arguments(
+    temperature: float | Tensor, precision: str | None, x: Tensor, *others: Tensor | None
+) -> tuple[Tensor | None, float, str]:
+    """Temperature as a tensor or else as a number, and the precision, for a Triton operator's call on rows x."""
+    is_tensor = isinstance(temperature, Tensor)
+    given = temperature.to(x.device) if is_tensor else None
+    check_transforms("triton", x, *others, given)
+    check_precision(precision)
+    return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
+
+
+def _precision(precision: str | None, x: Tensor) -> str:
+    if precision is None:
+        full = wants_float32() and not torch.is_autocast_enabled(x.device.type)
+        return "fp32" if x.dtype == torch.float32 and full else "fp16"
+    return precision
+
+
+def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tensor, ...]:
     from fastcl.rowstats.triton import forward, working_order
     from fastcl.rowstats.triton.operand import Source
 
