@@ -23,6 +23,7 @@ from bench.harness.clocks import MIN_ROUNDS, QUICK, Sample, time_passes
 from bench.harness.command import Command
 from bench.harness.records import Record, digits, machine, milliseconds, table, write
 from fastcl.adapters import replacements
+from fastcl.adapters.targets import DISTRIBUTIONS
 from fastcl.errors import FastclError
 
 ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -44,6 +45,7 @@ CASES: dict[str, tuple[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]]]
     "two views": ("lightly", lambda d: _made("lightly.loss.ntx_ent_loss", "NTXentLoss")),
     "queue": ("lightly", lambda d: _made("lightly.loss.ntx_ent_loss", "NTXentLoss", 0.1, (QUEUE, d))),
     "two directions": ("open_clip", lambda d: lambda a, b: _made("open_clip.loss", "ClipLoss")(a, b, 20.0)),
+    "all pairs": ("open_clip", lambda d: lambda a, b: _made("open_clip.loss", "SigLipLoss")(a, b, 10.0, -10.0)),
     "one direction": ("info_nce", lambda d: _made("info_nce", "InfoNCE")),
     "classes": ("pytorch_metric_learning",
                 lambda d: partial(_classes, _made("pytorch_metric_learning.losses", "NTXentLoss"))),
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=128, metavar="D", help="default: %(default)s")
     parser.add_names("--kinds", tuple(CASES))
     args = parser.parse(argv)
-    libraries = [replacements.DISTRIBUTIONS[CASES[kind][0]] for kind in args.kinds]
+    libraries = [DISTRIBUTIONS[CASES[kind][0]] for kind in args.kinds]
     facts = machine(torch.device("cpu"), libraries)
     records: list[Record] = []
     for kind in args.kinds:
