@@ -18,7 +18,8 @@ from fastcl.rowstats.api import normalize_rows
 
 # By loss, the number of rows from which fastcl computes it on a CPU; with fewer the original does. From there on fastcl
 # was never slower: bench/results/cpu/adapters.md, 128 columns. With fewer than 64 rows nothing was measured.
-FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "queue": 256, "all pairs": 64}
+FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "queue": 256, "all pairs": 1024,
+          "in batch": 2048}  # fmt: skip
 
 
 def worthwhile(kind: str, rows: Tensor) -> bool:
@@ -118,7 +119,7 @@ def ranking(self: Any, embeddings: Sequence[Tensor], labels: Tensor | None = Non
     """sentence-transformers' MultipleNegativesRankingLoss."""
     from fastcl.adapters import sentence_transformers  # which needs the library
 
-    if not embeddings or not worthwhile("one direction", embeddings[0]):
+    if not embeddings or not worthwhile("in batch", embeddings[0]):
         return NotImplemented
     found = sentence_transformers.computed(self, embeddings)
     return NotImplemented if found is None else found
@@ -134,7 +135,7 @@ def cached_ranking(
     """sentence-transformers' CachedMultipleNegativesRankingLoss."""
     from fastcl.adapters import sentence_transformers
 
-    if not reps or not worthwhile("one direction", torch.cat(list(reps[0]))):
+    if not reps or not worthwhile("in batch", torch.cat(list(reps[0]))):
         return NotImplemented
     found = sentence_transformers.computed_cached(self, reps, with_backward)
     return NotImplemented if found is None else found

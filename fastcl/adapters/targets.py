@@ -83,14 +83,14 @@ TARGETS: dict[str, tuple[Target, ...]] = {
                      "GradientGather.backward"), *_FLASH), dict.fromkeys(("1.2.1", "1.2"), "5715d3690e79dbb0")),
     ),
     "info_nce": (Target("info_nce:info_nce", replacements.infonce, ("info_nce:info_nce", "info_nce:normalize"),
-                        {"0.1.4": "e440d08d4d064c39"}),),
+                        {"0.1.4": "e440d08d4d064c39", "0.1.3": "a2bd52f85e7a7eea"}),),
     "lightly": (
         Target("lightly.loss.ntx_ent_loss:NTXentLoss.forward", replacements.lightly_ntxent,
                ("lightly.loss.ntx_ent_loss:NTXentLoss.forward",),
-               {"1.6.0": "c2fe35b380b7abbe", "1.5.23": "90dbb1e967200034"}),
+               {"1.6.0": "c2fe35b380b7abbe", "1.5.26": "c2fe35b380b7abbe", "1.5.23": "90dbb1e967200034"}),
         Target("lightly.loss.dcl_loss:DCLLoss.forward", if_worthwhile("two views", lightly.DCLLoss.forward),
                ("lightly.loss.dcl_loss:DCLLoss.forward", "lightly.loss.dcl_loss:DCLLoss._loss"),
-               dict.fromkeys(("1.6.0", "1.5.23"), "79eda9174765df8d"), ("_loss",)),
+               dict.fromkeys(("1.6.0", "1.5.26", "1.5.23"), "79eda9174765df8d"), ("_loss",)),
     ),
     "open_clip": (
         Target(_CLIP + "forward", replacements.openclip_clip,
