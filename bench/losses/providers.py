@@ -75,11 +75,8 @@ def _direct(views: Sequence[Tensor], z: Tensor, labels: Tensor, objective: str) 
         sample, classes = torch.arange(len(labels), device=z.device).repeat(2), labels.repeat(2)
         values = fastcl.contrastive_losses(z, sample, classes, objective.split("+"), plain.TEMPERATURE).values()
         return sum(values) / len(values)
-    if objective == "sigmoid":
-        return fastcl.sigmoid_loss(*views, plain.SCALE, plain.BIAS)
-    classes = () if objective in ("ntxent", "clip") else (labels,)
-    scale = 1 / plain.TEMPERATURE if objective == "clip" else plain.TEMPERATURE
-    return getattr(fastcl, f"{objective}_loss")(*views, *classes, scale)
+    unlike = {"ntxent": (plain.TEMPERATURE,), "clip": (1 / plain.TEMPERATURE,), "sigmoid": (plain.SCALE, plain.BIAS)}
+    return getattr(fastcl, f"{objective}_loss")(*views, *unlike.get(objective, (labels, plain.TEMPERATURE)))
 
 
 def _plain(prefix: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:
