@@ -17,7 +17,17 @@ from bench.harness.markdown import allowed
 from bench.harness.records import Record, agree, machine, over_memory, write
 from bench.harness.suite import Comparison, Entry, Run
 from bench.losses import peers, report
-from bench.losses.providers import CHUNKED, FUSED, OBJECTIVES, PACKAGES, PROVIDERS, TOLERANCES, Provider, passes
+from bench.losses.providers import (
+    CHUNKED,
+    FUSED,
+    OBJECTIVES,
+    PACKAGES,
+    PROVIDERS,
+    TOLERANCES,
+    TOWERS,
+    Provider,
+    passes,
+)
 from fastcl.errors import FastclError
 
 BENCH = "losses"
@@ -38,7 +48,7 @@ All providers run interleaved, so that a drift of the machine hits all alike:
                            that with torch.compile (CUDA only)
   chunked bf16             PyTorch in chunks of rows, recomputed in the backward pass
   flex_attention bf16      its log-sum-exp, compiled (CUDA only)
-  Inf-CL, cut-cross-entropy, lightly, pytorch-metric-learning
+  Inf-CL, cut-cross-entropy, lightly, pytorch-metric-learning, open_clip
                            those installed: pip install '.[peers]'
   authors' formulation     similarities over an N x N x D broadcast, as in the code published with arXiv 2510.08852
 
@@ -115,7 +125,7 @@ class Losses(Comparison):
         return self.pass_timers(entries, lambda p: partial(p.loss, *self.inputs), self.inputs[0])
 
     def costs(self, provider: Provider, which: str) -> tuple[tuple[float, float], float | None]:
-        pairs = self.n**2 / 4 if self.objective == "clip" else self.n**2
+        pairs = self.n**2 / 4 if self.objective in TOWERS else self.n**2
         own = dict(zip(PASSES, provider.work(self.objective, self.d), strict=False))
         parts = PASSES[:2] if which == "both" else (which,)
         flops = [sum(counts[part] for part in parts) * pairs * self.d for counts in (own, DENSE)]
