@@ -1,20 +1,18 @@
-"""Row statistics of rows that lie on several ranks, what the ranks send each other, and what they refuse together."""
+"""Row statistics of rows that lie on several ranks, and what the ranks send each other."""
 
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from gloo_ranks import Failed, Pool, groups, own, ranks  # noqa: F401
+from gloo_ranks import Pool, groups, own, ranks  # noqa: F401
 from reference import normal
 from test_rowstats import FIELDS
 from torch import Tensor
-from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 import fastcl
@@ -161,6 +159,7 @@ def alone(_: int) -> bool:
         ),
         lambda z, **gathering: fastcl.ntxent_loss(*z.chunk(2), **gathering),
         lambda z, **gathering: fastcl.clip_loss(*z.chunk(2), 5.0, **gathering),
+        lambda z, **gathering: fastcl.sigmoid_loss(*z.chunk(2), 5.0, -5.0, **gathering),
     ):
         runs = []
         for gathering in ({"gather_distributed": True, "group": groups["last"]}, {"gather_distributed": False}):
@@ -179,79 +178,6 @@ def test_one_rank_alone_keeps_the_bits(ranks: Pool) -> None:  # noqa: F811
     assert ranks.run(only_last, alone) == [None, None, True]
 
 
-# What rank 1 does otherwise, and the words that every rank then reads.
-ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "temperature": ({"temperature": 0.2}, ("temperature", "0.5 on rank 0", "0.2 on rank 1")),
-    "learnable temperature": ({"temperature": torch.tensor(0.25)}, ("temperature", "0.25 on rank 1")),
-    "dtype": ({"z": normal(6, 4).float()}, ("dtype", "torch.float64 on rank 0", "torch.float32 on rank 1")),
-    "width": ({"z": normal(6, 5)}, ("number of columns", "4 on rank 0", "5 on rank 1")),
-    "precision": ({"precision": "bf16"}, ("precision", "None on rank 0", "bf16 on rank 1")),
-    "labels": ({"labels": None}, ("labels", "no labels on rank 1")),
-    "objective": ({"objective": "supcon_in"}, ("objective", "dcl on rank 0", "supcon_in on rank 1")),
-    "own objective": ({"objective": lambda stats: stats.lse_other}, ("objective", "dcl on rank 0", "lambda")),
-    "reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
-    "normalize": ({"normalize": False}, ("normalize", "True on rank 0", "False on rank 1")),
-    "gradients": ({"z": normal(6, 4).requires_grad_()}, ("gradients", "rank 1")),
-    "function": ({"function": "clip"}, ("objective", "ntxent on rank 1")),
-    "backend": ({"backend": "dense"}, ("backend", "chunked on rank 0", "dense on rank 1")),
-    "no rows": ({"z": normal(0, 4)}, ("rank 1 of 3", "z", "non-empty", "(0, 4)")),
-    "ids": ({"sample": torch.arange(5)}, ("rank 1 of 3", "sample", "(5,)")),
-    "negative temperature": ({"temperature": -1.0}, ("rank 1 of 3", "temperature", "-1.0")),
-    "no tensor": ({"z": None}, ("rank 1 of 3", "z", "NoneType")),
-    "a name for names": ({"objectives": "dcl"}, ("rank 1 of 3", "sequence of names", "'dcl'")),
-    "no names": ({"objectives": [["dcl"]]}, ("rank 1 of 3", "objective", "['dcl']")),
-    "unknown objective": ({"objective": "ntxnt"}, ("rank 1 of 3", "'ntxnt'", "'ntxent'")),
-}
-
-
-def odd_one(rank: int, name: str) -> None:
-    changes = dict(ODD[name][0]) if rank == 1 else {}
-    z = changes.pop("z", normal(6, 4))
-    sample, labels = changes.pop("sample", torch.arange(6) // 2), changes.pop("labels", torch.arange(6) // 4)
-    with fastcl.backend(changes.pop("backend", "auto")):
-        if changes.pop("function", None):
-            fastcl.clip_loss(z, z, 2.0, gather_distributed=True)
-        if "objectives" in changes:
-            fastcl.contrastive_losses(z, sample, labels, **changes, gather_distributed=True)
-        options = {"objective": "dcl", "temperature": 0.5} | changes
-        fastcl.contrastive_loss(z, sample, labels, **options, gather_distributed=True)
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_what_one_rank_does_otherwise_raises_on_all(ranks: Pool, name: str) -> None:  # noqa: F811
-    found = ranks.outcomes(odd_one, name)
-    assert all(isinstance(one, Failed) and "FastclError" in one.trace for one in found), found
-    assert len({one.text for one in found}) == 1
-    assert all(word in found[0].text for word in ODD[name][1]), found[0].text
-
-
-def outside(rank: int) -> None:
-    fastcl.contrastive_loss(normal(6, 4), torch.arange(6) // 2, gather_distributed=True, group=groups["pair"])
-
-
-def test_a_group_that_does_not_hold_the_rank(ranks: Pool) -> None:  # noqa: F811
-    inside, also, error = ranks.outcomes(outside)
-    assert inside is None and also is None
-    assert "FastclError" in error.trace and "group does not hold this process" in error.text
-
-
-def missing(rank: int, backward: bool) -> None:
-    group = dist.new_group([0, 1, 2], timeout=timedelta(seconds=2))
-    if rank < 2 or backward:
-        z = normal(3, 4).requires_grad_()
-        loss = fastcl.ntxent_loss(z, z, gather_distributed=True, group=group)
-        if rank < 2:
-            loss.backward()
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_rank_that_never_comes_is_an_error_of_the_others(ranks: Pool, backward: bool) -> None:  # noqa: F811
-    first, second, absent = ranks.outcomes(missing, backward)
-    assert absent is None
-    for rank, error in enumerate((first, second)):
-        assert "FastclError" in error.trace and f"rank {rank} of 3 waited in vain" in error.text
-
-
 def warned(rank: int) -> list[str]:
     z1, z2 = normal(2, 3, 4)
     with warnings.catch_warnings(record=True) as seen:
@@ -268,19 +194,6 @@ def test_a_loss_of_own_rows_alone_warns_once(ranks: Pool) -> None:  # noqa: F811
         false, true, message, first, second = said
         assert (false, true, first, second) == ("False", "True", "None", "None")
         assert "3 ranks" in message and "gather_distributed=True" in message and "gather_distributed=False" in message
-
-
-def test_without_a_process_group() -> None:
-    z, sample = normal(6, 4), torch.arange(6) // 2
-    assert torch.equal(fastcl.contrastive_loss(z, sample), fastcl.contrastive_loss(z, sample, gather_distributed=False))
-    for call in (
-        lambda: fastcl.contrastive_loss(z, sample, gather_distributed=True),
-        lambda: fastcl.NTXentLoss(gather_distributed=True)(z, z),
-        lambda: fastcl.row_stats(z, sample=sample, temperature=0.1, gather_distributed=True),
-        lambda: fastcl.twin_stats(z, z, sample, temperature=0.1, gather_distributed=True),
-    ):
-        with pytest.raises(fastcl.FastclError, match="needs a process group"):
-            call()
 
 
 def test_the_package_loads_nothing_that_only_ranks_need() -> None:
