@@ -10,7 +10,7 @@ import pytest
 import torch
 from gloo_ranks import Pool, groups, own, ranks  # noqa: F401
 from reference import TOLERANCE, normal
-from test_global_batch import Case, errors, inputs, loss_of, step
+from test_global_batch import Case, compiled, errors, inputs, loss_of, step
 from torch import Tensor
 
 import fastcl
@@ -172,8 +172,6 @@ COMPILED = {
     ),
     "inductor": (Case((6,), objective="supcon", backend="chunked"),),
 }  # fmt: skip
-# Inductor's C++ of all operations compiles for a minute. This leaves its plan of the graph: order, memory, waits.
-OPTIONS = {"inductor": {"fallback_by_default": True, "compile_threads": 1}}
 
 
 def outcome(case: Case, rank: int | None, engine: str | None) -> tuple[Tensor, ...]:
@@ -192,11 +190,8 @@ def outcome(case: Case, rank: int | None, engine: str | None) -> tuple[Tensor, .
     def loss(z: Tensor, t: Tensor) -> Tensor:
         return loss_of(case, z, t, sample, labels, **gathering)
 
-    if engine is not None:
-        torch._dynamo.reset()
-        loss = torch.compile(loss, fullgraph=True, backend=engine, options=OPTIONS.get(engine))
     with fastcl.backend(backend):
-        value = loss(z, t)
+        value = compiled(loss, engine)(z, t)
     return value.detach(), *torch.autograd.grad(value, [z, t])
 
 
@@ -205,21 +200,42 @@ def compiled_step(rank: int, engine: str) -> list[tuple[Tensor, ...]]:
     return [outcome(case, rank, one) for case in COMPILED[engine] for one in (None, engine)]
 
 
-@pytest.mark.parametrize("engine", COMPILED)
-def test_compiled_whole(ranks: Pool, engine: str) -> None:  # noqa: F811
-    if engine == "inductor" and not hasattr(importlib.import_module("torch._inductor.config"), "fallback_by_default"):
+@pytest.fixture(params=COMPILED)
+def engine(request: pytest.FixtureRequest) -> str:
+    config = importlib.import_module("torch._inductor.config")
+    if request.param == "inductor" and not hasattr(config, "fallback_by_default"):
         pytest.skip("this version of inductor cannot leave operations as they are, and compiles C++ for a minute")
+    return request.param
+
+
+def test_compiled_whole(ranks: Pool, engine: str) -> None:  # noqa: F811
     results = iter(zip(*ranks.run(compiled_step, engine, world=2), strict=True))
     for case in COMPILED[engine]:
         exact = case.dtype == torch.float64
         near = {"rtol": 1e-12, "atol": 1e-14} if exact else {"rtol": 1e-5, "atol": 1e-6}
-        eager, compiled = next(results), next(results)
-        torch.testing.assert_close(compiled, eager, **near)
-        losses, rows, temperatures = zip(*compiled, strict=True)
+        eager, found = next(results), next(results)
+        torch.testing.assert_close(found, eager, **near)
+        losses, rows, temperatures = zip(*found, strict=True)
         shares = sum(losses) / 2, torch.cat(rows) / 2, sum(temperatures) / 2
         bound = 1e-12 if exact else 2 * TOLERANCE[torch.float32].gradient
         for got, want in zip(shares, outcome(case, None, None), strict=True):
             assert (got - want).norm() <= bound * want.norm(), case
+
+
+LEARNING = {
+    "aot_eager": (
+        Case((6,), "clip", backend="chunked"), Case((6,), objective="nscl", how="fsdp", backend="chunked"),
+        Case((4, 8), objective="supcon", backend="chunked"), Case((4, 8), "sigmoid", how="mean", backend="chunked"),
+    ),
+    "inductor": (Case((4, 8), objective="supcon", backend="chunked"),),
+}  # fmt: skip
+
+
+def test_weights_learn_from_a_compiled_loss_what_one_process_teaches(ranks: Pool, engine: str) -> None:  # noqa: F811
+    for case in LEARNING[engine]:
+        (shares,) = zip(*ranks.run(step, [case], engine, world=case.world), strict=True)
+        for name, error in errors(case, shares).items():
+            assert error <= 1e-12, f"{name}: {error:.1e} in {case}"
 
 
 def rules(rank: int) -> None:

@@ -1,7 +1,7 @@
 """Losses of rows that lie on several ranks: values and gradients of one float64 process that has all rows."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,20 +132,40 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([v.reshape(-1) for v in full])
 
 
-def step(rank: int, cases: Sequence[Case]) -> list[tuple[Tensor, ...]]:
-    """For each case: this rank's share of the loss, its rows' gradient, and averaged gradients of all parameters."""
+# Inductor's C++ of all operations compiles for a minute. This leaves its plan of the graph: order, memory, waits.
+OPTIONS = {"inductor": {"fallback_by_default": True, "compile_threads": 1}}
+
+
+def compiled(loss: Callable[..., Tensor], engine: str | None) -> Callable[..., Tensor]:
+    """The loss as one graph, if an engine is named."""
+    if engine is None:
+        return loss
+    torch._dynamo.reset()
+    return torch.compile(loss, fullgraph=True, backend=engine, options=OPTIONS.get(engine))
+
+
+def step(rank: int, cases: Sequence[Case], engine: str | None = None) -> list[tuple[Tensor, ...]]:
+    """For each case: this rank's share of the loss, its rows' gradient, and averaged gradients of all parameters.
+
+    Args:
+        engine: the one that compiles the loss.
+    """
     results = []
     for case in cases:
         group = groups["pair"] if case.world == 2 else None
         x, sample, labels = inputs(case)
         mine = own(rank, [c * case.views for c in case.cuts], len(x))
         network = wrapped(Network(case), case.how, group or dist.group.WORLD)
+        given = sample[mine], None if labels is None else labels[mine]
+
+        def loss_of_rows(z: Tensor, t: Tensor, case: Case = case, given: Any = given, group: Any = group) -> Tensor:
+            return loss_of(case, z, t, *given, gather_distributed=True, group=group)
+
         with fastcl.backend(case.backend):
             z, t = network(x[mine])
             z.retain_grad()
-            labels = None if labels is None else labels[mine]
             with torch.autocast("cpu", torch.bfloat16, enabled=case.lowered):
-                loss = loss_of(case, z, t, sample[mine], labels, gather_distributed=True, group=group)
+                loss = compiled(loss_of_rows, engine)(z, t)
         loss.backward()
         averaged = flat([p.grad for p in network.parameters()])
         if case.how == "mean":
