@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from fastcl.checks import check_finite, check_positive, check_rows, describe, holds_integers, is_readable
 from fastcl.choices import REDUCTIONS, Reduction
-from fastcl.errors import FastclError, one_of, type_of
+from fastcl.errors import FastclError, brief, one_of, type_of
 from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
 from fastcl.rowstats.api import RowStats, prepared, row_stats
 
@@ -132,17 +133,30 @@ def with_margin(objective: ObjectiveLike, margin: float | Tensor) -> Callable[[R
     return losses
 
 
+def check_smoothing(label_smoothing: object) -> None:
+    """Raise FastclError unless `fastcl.clip_loss` takes it."""
+    if not isinstance(label_smoothing, Real) or not 0 <= label_smoothing < 1:
+        raise FastclError(f"label_smoothing must be a number in [0, 1), got {brief(label_smoothing)}")
+
+
+def _mean(rows: Tensor) -> Tensor:
+    return rows.mean(0)
+
+
 def pairs_above_mean(
-    x: Tensor, y: Tensor, logit_scale: float | Tensor, normalize: bool, reduction: Reduction
+    x: Tensor, y: Tensor, logit_scale: float | Tensor, normalize: bool, mean_of: Callable[[Tensor], Tensor] = _mean
 ) -> Tensor:
-    """By how much the logit of pair k exceeds the mean of its row and its column: times e, what label smoothing by e
-    adds to the two cross-entropies, whose rows are then (1 - e) (lse - s_kk) + e (lse - mean of s). Arguments as
-    `fastcl.clip_loss`, checked by it."""
+    """(N,): by how much the logit of pair k exceeds the mean of its row and its column. Times e it is what label
+    smoothing by e adds to the two cross-entropies, whose rows are then (1 - e) (lse - s_kk) + e (lse - mean of s).
+
+    Args:
+        x, y, logit_scale, normalize: as `fastcl.clip_loss`, checked by it.
+        mean_of: the mean row of a tower.
+    """
     with torch.autocast(x.device.type, enabled=False):
         u, v = prepared(x, normalize), prepared(y, normalize)
-        apart = (u * v).sum(1) - (u @ v.mean(0) + v @ u.mean(0)) / 2
-        rows = apart * _number(logit_scale, u)
-    return rows if reduction == "none" else getattr(rows, reduction)()
+        apart = (u * v).sum(1) - (u @ mean_of(v) + v @ mean_of(u)) / 2
+        return apart * _number(logit_scale, u)
 
 
 def _number(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -107,6 +107,8 @@ def loss_of(case: Case, z: Tensor, t: Tensor, sample: Tensor, labels: Tensor | N
             return fastcl.NSCLLoss(t, positive_in_denominator=True, **gathering)(first, second, of)
         case "clip":
             return fastcl.clip_loss(first, second, 1 / t, **gathering)
+        case "smooth clip":
+            return fastcl.clip_loss(first, second, 1 / t, case.normalize, label_smoothing=0.2, **gathering)
         case "sigmoid":
             return fastcl.sigmoid_loss(first, second, 1 / t, 3 * t - 2, normalize=case.normalize, **gathering)
         case "clip module":
@@ -215,7 +217,8 @@ CASES = [
     *(Case((5, 6), objective=o, dtype=torch.float32) for o in ("ntxent", "supcon", "nscl")),
     *(Case((5, 6), loss, dtype=torch.float32) for loss in ("clip", "sigmoid")),
     *(Case((3,), "sigmoid", backend=backend, normalize=False) for backend in ("chunked", "dense")),
-    *(Case((2, 7), "sigmoid", how=how) for how in ("ddp", "fsdp")),
+    *(Case((2, 7), loss, how=how) for loss in ("sigmoid", "smooth clip") for how in ("ddp", "fsdp")),
+    Case((5,), "smooth clip", normalize=False),
 ]
 
 

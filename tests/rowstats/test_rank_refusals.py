@@ -26,6 +26,8 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
     "normalize": ({"normalize": False}, ("normalize", "True on rank 0", "False on rank 1")),
     "gradients": ({"z": normal(6, 4).requires_grad_()}, ("gradients", "rank 1")),
+    "label smoothing": ({"label_smoothing": 0.1}, ("label_smoothing", "0 on rank 0", "0.1 on")),
+    "no label smoothing": ({"label_smoothing": 1.5}, ("rank 1 of 3", "label_smoothing", "1.5")),
     "function": ({"function": "clip"}, ("objective", "ntxent on rank 1")),
     "backend": ({"backend": "dense"}, ("backend", "chunked on rank 0", "dense on rank 1")),
     "no rows": ({"z": normal(0, 4)}, ("rank 1 of 3", "z", "non-empty", "(0, 4)")),
@@ -43,8 +45,8 @@ def odd_one(rank: int, name: str) -> None:
     z = changes.pop("z", normal(6, 4))
     sample, labels = changes.pop("sample", torch.arange(6) // 2), changes.pop("labels", torch.arange(6) // 4)
     with fastcl.backend(changes.pop("backend", "auto")):
-        if changes.pop("function", None):
-            fastcl.clip_loss(z, z, 2.0, gather_distributed=True)
+        if changes.pop("function", name.endswith("smoothing")):
+            fastcl.clip_loss(z, z, 2.0, **changes, gather_distributed=True)
         if "objectives" in changes:
             fastcl.contrastive_losses(z, sample, labels, **changes, gather_distributed=True)
         options = {"objective": "dcl", "temperature": 0.5} | changes
