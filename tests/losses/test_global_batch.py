@@ -107,6 +107,11 @@ def loss_of(case: Case, z: Tensor, t: Tensor, sample: Tensor, labels: Tensor | N
             return fastcl.NSCLLoss(t, positive_in_denominator=True, **gathering)(first, second, of)
         case "clip":
             return fastcl.clip_loss(first, second, 1 / t, **gathering)
+        case "explicit pairs":
+            own = torch.arange(len(z))
+            pairs = torch.stack([own, (own // case.views * case.views).where(own % case.views > 0, own + 1)], 1)
+            weights = torch.ones(len(z)).index_fill(0, own[::3], 0)
+            return fastcl.explicit_pairs_loss(z, pairs, weights, t, "mean", case.normalize, **gathering)
         case "smooth clip":
             return fastcl.clip_loss(first, second, 1 / t, case.normalize, label_smoothing=0.2, **gathering)
         case "sigmoid":
@@ -218,6 +223,7 @@ CASES = [
     *(Case((5, 6), loss, dtype=torch.float32) for loss in ("clip", "sigmoid")),
     *(Case((3,), "sigmoid", backend=backend, normalize=False) for backend in ("chunked", "dense")),
     *(Case((2, 7), loss, how=how) for loss in ("sigmoid", "smooth clip") for how in ("ddp", "fsdp")),
+    *(Case(cuts, "explicit pairs", backend=backend) for cuts, backend in (((3,), "dense"), ((3, 6), "chunked"))),
     Case((5,), "smooth clip", normalize=False),
 ]
 

@@ -28,6 +28,8 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gradients": ({"z": normal(6, 4).requires_grad_()}, ("gradients", "rank 1")),
     "label smoothing": ({"label_smoothing": 0.1}, ("label_smoothing", "0 on rank 0", "0.1 on")),
     "no label smoothing": ({"label_smoothing": 1.5}, ("rank 1 of 3", "label_smoothing", "1.5")),
+    "explicit pairs": ({"pairs": torch.tensor([[0, 6]])}, ("rank 1 of 3", "pairs", "rows 0 to 5", "got 6")),
+    "explicit weights": ({"weights": -torch.ones(1)}, ("rank 1 of 3", "weights", "not negative", "-1")),
     "function": ({"function": "clip"}, ("objective", "ntxent on rank 1")),
     "backend": ({"backend": "dense"}, ("backend", "chunked on rank 0", "dense on rank 1")),
     "no rows": ({"z": normal(0, 4)}, ("rank 1 of 3", "z", "non-empty", "(0, 4)")),
@@ -47,6 +49,8 @@ def odd_one(rank: int, name: str) -> None:
     with fastcl.backend(changes.pop("backend", "auto")):
         if changes.pop("function", name.endswith("smoothing")):
             fastcl.clip_loss(z, z, 2.0, **changes, gather_distributed=True)
+        if name.startswith("explicit"):
+            fastcl.explicit_pairs_loss(z, **{"pairs": torch.tensor([[0, 1]])} | changes, gather_distributed=True)
         if "objectives" in changes:
             fastcl.contrastive_losses(z, sample, labels, **changes, gather_distributed=True)
         options = {"objective": "dcl", "temperature": 0.5} | changes
