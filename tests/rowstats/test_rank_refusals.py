@@ -89,6 +89,31 @@ def test_what_one_rank_of_the_sigmoid_loss_does_otherwise_raises_on_all(ranks: P
     assert_common(ranks.outcomes(odd_sigmoid, name), ODD_SIGMOID[name][1])
 
 
+# The same of the row statistics.
+ODD_STATS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "candidates": ({"y": normal(4, 4), "sample_y": torch.arange(4)}, ("same y", "no y on rank 0", "candidates y on")),
+    "columns": (
+        {"y": normal(4, 4), "sample_y": torch.arange(4), "columns": True}, ("y", "no y on rank 0", "candidates y on"),
+    ),
+    "no candidates": ({"columns": True}, ("rank 1 of 3", "columns=True requires y")),
+    "temperature": ({"temperature": 0.3}, ("temperature", "0.5 on rank 0", "0.3 on rank 1")),
+    "two models": ({"function": "twin_stats"}, ("function", "row_stats on rank 0", "twin_stats on rank 1")),
+}  # fmt: skip
+
+
+def odd_stats(rank: int, name: str) -> None:
+    changes = dict(ODD_STATS[name][0]) if rank == 1 else {}
+    z, sample = normal(6, 4), torch.arange(6) // 2
+    if changes.pop("function", None):
+        fastcl.twin_stats(z, z, sample, temperature=0.5, gather_distributed=True)
+    fastcl.row_stats(z, **{"sample": sample, "temperature": 0.5} | changes, gather_distributed=True)
+
+
+@pytest.mark.parametrize("name", ODD_STATS)
+def test_what_one_rank_of_the_statistics_does_otherwise_raises_on_all(ranks: Pool, name: str) -> None:  # noqa: F811
+    assert_common(ranks.outcomes(odd_stats, name), ODD_STATS[name][1])
+
+
 def outside(rank: int) -> None:
     fastcl.contrastive_loss(normal(6, 4), torch.arange(6) // 2, gather_distributed=True, group=groups["pair"])
 
