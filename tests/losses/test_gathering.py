@@ -92,19 +92,22 @@ def test_a_known_mistake_is_seen(ranks: Pool, name: str) -> None:  # noqa: F811
     assert found[MISTAKES[name][1]] > 1e-3 and found["weights, rank 0"] > 1e-3, found
 
 
+ON_TRITON = {"dtype": torch.float32, "backend": "triton"}
 KERNELS = [
-    Case((5,), objective=o, views=v, dtype=torch.float32, backend="triton")
-    for o, v in (("ntxent", 2), ("supcon", 3), ("nscl", 2))
-] + [
-    Case((5,), loss, dtype=torch.float32, backend="triton", lowered=lowered)
-    for loss, lowered in (("clip", False), ("supcon", False), ("sigmoid", False), ("nscl", True))
+    *(Case((5,), objective=o, views=v, **ON_TRITON) for o, v in (("ntxent", 2), ("supcon", 3), ("nscl", 2))),
+    *(Case((5,), loss, **ON_TRITON) for loss in ("clip", "supcon", "sigmoid")),
+    Case((5,), "nscl", lowered=True, **ON_TRITON),
+    *(
+        Case((5,), loss, precision=precision, **ON_TRITON)
+        for loss, precision in (("supcon", "fp16"), ("supcon", "bf16"), ("sigmoid", "fp16"))
+    ),
 ]
 
 
 def test_on_the_triton_backend(ranks: Pool) -> None:  # noqa: F811
     results = ranks.run(step, KERNELS, world=2)
     for case, shares in zip(KERNELS, zip(*results, strict=True), strict=True):
-        bound = TOLERANCE["bf16"].gradient if case.lowered else 2 * TOLERANCE[torch.float32].gradient
+        bound = 2 * TOLERANCE[case.precision or ("fp16" if case.lowered else "fp32")].gradient
         for name, error in errors(case, shares).items():
             assert error <= bound, f"{name}: {error:.1e} in {case}"
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastcl
+from fastcl.choices import Precision
 
 pytestmark = pytest.mark.dist
 WIDTH = 10  # of the network's input
@@ -36,6 +37,7 @@ class Case:
     backend: str = "auto"
     normalize: bool = True
     lowered: bool = False  # by autocast to bfloat16
+    precision: Precision | None = None
 
     @property
     def world(self) -> int:
@@ -165,8 +167,12 @@ def step(rank: int, cases: Sequence[Case], engine: str | None = None) -> list[tu
         network = wrapped(Network(case), case.how, group or dist.group.WORLD)
         given = sample[mine], None if labels is None else labels[mine]
 
-        def loss_of_rows(z: Tensor, t: Tensor, case: Case = case, given: Any = given, group: Any = group) -> Tensor:
-            return loss_of(case, z, t, *given, gather_distributed=True, group=group)
+        options = {"gather_distributed": True, "group": group}
+        if case.precision is not None:
+            options["precision"] = case.precision
+
+        def loss_of_rows(z: Tensor, t: Tensor, case: Case = case, given: Any = given, options: Any = options) -> Tensor:
+            return loss_of(case, z, t, *given, **options)
 
         with fastcl.backend(case.backend):
             z, t = network(x[mine])
