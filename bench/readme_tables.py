@@ -14,6 +14,7 @@ from bench.harness.figures import LOSSES
 from bench.harness.records import Record, digits, duration, grouped, having, read, table
 from bench.losses import host, splits
 from bench.losses import report as losses_report
+from bench.lost_ranks import lost_table
 from bench.reproduction import report as reproduction
 from bench.reproduction import rows
 from bench.scaling import report as scaling
@@ -235,6 +236,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "twins": _of_cpu(pairs_of_twins, "stream/similarity.json"),
     "views": _of_cpu(views, "data.json"),
     "micro-step": _of_cpu(micro_step, "training/training.json"),
+    "lost-ranks": _of_cpu(lost_table, "lost_ranks.json"),
     "gpu": gpu,
     "host": _of_cpu(host.report, "host.json"),
     "splits": _of(lambda results: read(results / "splits.json"), splits.report),

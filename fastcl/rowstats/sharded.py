@@ -131,4 +131,6 @@ def share_of(rows: Tensor, ranks: Ranks, reduction: str) -> Tensor:
     """Reduced losses of own rows. The average over ranks of "mean" is the mean over all rows, of any ranks' sizes."""
     if reduction == "none":
         return rows
-    return rows.sum() * (ranks.world / ranks.total) if reduction == "mean" else rows.sum()
+    if reduction == "mean" and ranks.world > 1:
+        return rows.sum() * (ranks.world / ranks.total)
+    return getattr(rows, reduction)()
