@@ -48,6 +48,7 @@ class Config:
     stages: int
     slots: int = _SLOTS
     consumers: int = 0  # warpgroups that a warp-specialised kernel feeds
+    kept: int = 0  # blocks of columns of wide resident rows that it keeps in shared memory, if there are as many
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
         kernel: "forward", "online", "backward", "backward_online", "weights", "weights_online", "product", "twin" or
             "twin_masked" (the plain and the masked tiles of `twin_kernel`, by the larger of both widths). If there are
             rows "forward_plain" and "forward_masked", or "backward_masked", masked tiles have launches of their own;
-            not if there is a row "forward_joint" or "backward_joint" as well, for few rows. "forward_hopper" and
-            "backward_hopper" are rows for warp-specialised kernels, which are off by default.
+            not if there is a row "forward_joint" or "backward_joint" as well, for few rows. "forward_hopper",
+            "backward_hopper" and "weights_hopper" are rows for warp-specialised kernels, which are off by default.
         sm: a member of ARCHITECTURES.
         mode: which tiles use split half precision: "none", "peers" (those of one class) or "all".
     """
@@ -142,7 +143,7 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
             sizes = {key: row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")}
             programs = row.get("programs")  # on a multiprocessor, where known
             slots = programs * MULTIPROCESSORS[sm] if programs else _SLOTS
-            return Config(**sizes, slots=slots, consumers=row.get("consumers", 0))
+            return Config(**sizes, slots=slots, consumers=row.get("consumers", 0), kept=row.get("kept", 0))
     return None
 
 

@@ -19,10 +19,12 @@ from bench.static.sass import Control, Instruction, count
 if TYPE_CHECKING:
     from bench.static.predict.work import Feed
 
+_FREE_STAGE = Op(Kind.EMPTY_WAIT, Control(10))
 _PIECE = 1024  # bytes of a copy that are written to shared memory at once
 _SYNCS = (
     ("SYNCS.PHASECHK", Kind.FULL_WAIT), ("SYNCS.ARRIVE", Kind.RELEASE), ("SYNCS.EXCH", Kind.FREE),
 )  # fmt: skip
+_WAIT = r"SYNCS\.PHASECHK"
 _SELECTS = ("FSEL", "SEL", "ISETP", "LOP3", "PLOP3")  # loops over padded blocks have more of them
 
 
@@ -34,7 +36,7 @@ class Specialised(Multiprocessor):
     """
 
     def __init__(self, loops: Sequence[Sequence[Op]], feed: Feed, machine: Machine) -> None:
-        producer = [Op(Kind.EMPTY_WAIT, Control(10)), Op(Kind.FEED, Control(10), feed.size)]
+        producer = [op for size in feed.copies for op in (_FREE_STAGE, Op(Kind.FEED, Control(10), size))]
         super().__init__((), 1, WARPGROUP * (len(loops) + 1), machine)
         for warp, ops in zip(self.warps, (*loops, producer), strict=True):
             warp.ops = ops
@@ -42,6 +44,8 @@ class Specialised(Multiprocessor):
         self.places = {id(warp): k for k, warp in enumerate(self.warps)}
         self.filled = [0] * feed.stages  # copies that have arrived, by stage
         self.released = [0] * feed.stages  # times that a consumer has released it
+        self.begun = [0] * len(self.warps)  # turns of the ring for which a warp has waited
+        self.ended = [0] * len(self.warps)  # turns whose stage it has filled or released
 
     def cycles(self) -> float:
         """Cycles of the multiprocessor for a tile."""
@@ -49,14 +53,15 @@ class Specialised(Multiprocessor):
         rates = [self._rate(warp) for warp in self.warps[:-1]]
         return 1 / (sum(rates) / (len(rates) if self.feed.together else 1))
 
-    def _turn(self, warp: Warp) -> int:
-        """The turn of the ring that a warp is in."""
+    def _turn(self, warp: Warp, turns: Sequence[int]) -> int:
+        """The turn of the ring of a warp that has `turns` behind it."""
+        place = self.places[id(warp)]
         if warp is self.warps[-1] or self.feed.together:
-            return warp.turns
-        return self.places[id(warp)] + warp.turns * (len(self.warps) - 1)
+            return turns[place]
+        return place + turns[place] * (len(self.warps) - 1)
 
     def _ready(self, warp: Warp) -> float:
-        kind, (again, stage) = warp.ops[warp.position].kind, divmod(self._turn(warp), self.feed.stages)
+        kind, (again, stage) = warp.ops[warp.position].kind, divmod(self._turn(warp, self.begun), self.feed.stages)
         if kind is Kind.FULL_WAIT:
             return 0.0 if self.filled[stage] > again else math.inf
         if kind is Kind.EMPTY_WAIT:
@@ -65,7 +70,12 @@ class Specialised(Multiprocessor):
         return super()._ready(warp)
 
     def _take(self, warp: Warp, op: Op, t: float) -> tuple[float, float]:
-        stage = self._turn(warp) % self.feed.stages
+        place = self.places[id(warp)]
+        stage = self._turn(warp, self.ended) % self.feed.stages
+        if op.kind in (Kind.FULL_WAIT, Kind.EMPTY_WAIT):
+            self.begun[place] += 1
+            return t, t
+        self.ended[place] += op.kind in (Kind.RELEASE, Kind.FEED)
         if op.kind is Kind.RELEASE:
             self.released[stage] += 1
         elif op.kind is Kind.FEED:
@@ -117,14 +127,29 @@ def _straight(paths: Paths, body: Loop) -> Loop:
     return frozenset(k for k in body if k <= last)
 
 
+def _tile(paths: Paths, body: Loop, feed: Feed) -> list[Instruction]:
+    """A tile of a consumer. Loops over columns within it, of those kept and of the others, turn until it has taken all
+    its copies."""
+    inner = [loop for loop in (_straight(paths, one) for one in paths.loops if _has(paths, one, r"HGMMA")) if loop < body]
+    if not inner:
+        return paths.walk(body, {})
+    waits = [count([paths.code[k] for k in loop], _WAIT) for loop in inner]
+    once = count([paths.code[k] for k in body.difference(*inner)], _WAIT)  # before them
+    kept = max(feed.kept - once, 0)
+    left = [n for n in (kept, feed.steps - once - kept) if n]
+    if len(inner) != len(left) or any(n % wait for n, wait in zip(left, waits, strict=True)):
+        raise NotModelled(f"loops with {waits} waits for {left} copies")
+    return paths.walk(body, {loop: n // wait for loop, n, wait in zip(inner, left, waits, strict=True)})
+
+
 def timing(paths: Paths, feed: Feed, needed: float, machine: Machine) -> tuple[float, dict[str, float], float]:
     """Cycles of a tile, cycles for which it keeps each pipe busy, operations over those needed."""
-    loops = [decoded(paths.walk(body, {}), machine) for body in consumers(paths, feed.consumers)]
+    loops = [decoded(_tile(paths, body, feed), machine) for body in consumers(paths, feed.consumers)]
     share = 1 if feed.together else 1 / len(loops)  # of a turn of all consumers
     busy = [by_pipe(ops, WARPGROUP, machine) for ops in loops]
     pipes = {name: share * sum(one[name] for one in busy) for name in busy[0]}
-    pipes["shared"] += feed.size / machine.shared
-    pipes["l2"] += feed.size / machine.l2
+    pipes["shared"] += sum(feed.copies) / machine.shared
+    pipes["l2"] += sum(feed.copies) / machine.l2
     surplus = share * sum(flops(ops, WARPGROUP) for ops in loops) / needed
     return Specialised(loops, feed, machine).cycles(), pipes, surplus
 
@@ -136,4 +161,5 @@ def fixed(paths: Paths, feed: Feed, machine: Machine) -> float:
     code = [one for k in path if k not in body for one in paths.code[k].code]
     waits = (one for one in decoded(code, machine) if one.kind not in (Kind.FULL_WAIT, Kind.RELEASE))
     alone = Multiprocessor(list(waits), 1, WARPGROUP, machine)
-    return machine.start + machine.load_latency + feed.size / machine.l2 + alone.latency()
+    copied = feed.copies[0] + feed.kept * feed.resident
+    return machine.start + machine.load_latency + copied / machine.l2 + alone.latency()
