@@ -56,7 +56,10 @@ def _argument(one: Any) -> Any:
         shape, base = one.block_shape, one.base.numpy()
         size = int(np.prod(shape)) * base.itemsize
         return SimpleNamespace(
-            base=base, block_shape=shape, dtype=base.dtype, layout=one.layout,
+            base=base,
+            block_shape=shape,
+            dtype=base.dtype,
+            layout=one.layout,
             block_type=SimpleNamespace(nbytes=size, shape=list(shape)),
         )
     return value(one) if isinstance(one, int) and not isinstance(one, bool) else one

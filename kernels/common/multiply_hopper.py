@@ -61,9 +61,7 @@ def factors_of(z_r, z_s, RING, COLUMNS):
 def _copy_resident(z_r, start_r, column, barrier, into, at, CONSUMERS: gl.constexpr):
     ROWS: gl.constexpr = z_r.block_type.shape[0]
     for k in gl.static_range(CONSUMERS):
-        tma.async_copy_global_to_shared(
-            z_r, [start_r + k * ROWS, column], barrier, into.index(at * CONSUMERS + k)
-        )
+        tma.async_copy_global_to_shared(z_r, [start_r + k * ROWS, column], barrier, into.index(at * CONSUMERS + k))
 
 
 @gluon.jit
@@ -84,12 +82,8 @@ def feed(z_r, z_s, factors, first, start_r, start_s, RING, COLUMNS):
             mbarrier.expect(factors.full.index(at), z_s.block_type.nbytes)
         else:
             mbarrier.expect(factors.full.index(at), z_s.block_type.nbytes + RING.CONSUMERS * z_r.block_type.nbytes)
-            _copy_resident(
-                z_r, start_r, i * COLUMNS.WIDTH, factors.full.index(at), factors.r, at, RING.CONSUMERS
-            )
-        tma.async_copy_global_to_shared(
-            z_s, [start_s, i * COLUMNS.WIDTH], factors.full.index(at), factors.s.index(at)
-        )
+            _copy_resident(z_r, start_r, i * COLUMNS.WIDTH, factors.full.index(at), factors.r, at, RING.CONSUMERS)
+        tma.async_copy_global_to_shared(z_s, [start_s, i * COLUMNS.WIDTH], factors.full.index(at), factors.s.index(at))
 
 
 @gluon.jit

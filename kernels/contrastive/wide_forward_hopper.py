@@ -15,8 +15,8 @@ from ..common.numerics import class_range, logits_of, share
 
 
 class _Way(NamedTuple):
-    """Inside a kernel: a program's tiles `first` to `last` - 1 of those before `lo` and, from n_before on, of those from
-    `hi` to `end`. The last of either may reach beyond."""
+    """Inside a kernel: tiles `first` to `last` - 1 of those before row lo and, from tile n_before on, of those from row
+    hi to `end`. The last of either may reach beyond."""
 
     lo: Any
     hi: Any
@@ -55,68 +55,59 @@ def _produce(z_r, z_s, factors, way, start_r, TILE, RING, COLUMNS):
         feed(z_r, z_s, factors, i * COLUMNS.STEPS, start_r, start_s, RING, COLUMNS)
 
 
+class _Band(NamedTuple):
+    """Inside a kernel: the resident rows of all consumers from `start` on, and their sums."""
+
+    start: Any
+    n: Any
+    rows: Any
+    sums: Any  # pointer, of all resident rows
+    streamed: Any  # pointer, of the sums of streamed rows for the first consumer
+    rows_s: Any
+
+
 @gluon.jit
-def _halved(b, FROM: gl.constexpr, TO: gl.constexpr, PAIRS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Sums (4, PAIRS, COLUMNS) of pairs of rows (4, 2 PAIRS, COLUMNS). In layout TO a thread holds both rows of a pair;
-    from layout FROM that takes a shuffle for half of its values."""
-    b = gl.convert_layout(gl.convert_layout(b, FROM), TO)
-    return gl.sum(b.reshape([4, PAIRS, 2, COLUMNS]), 2)
+def _halved(b, KEPT: gl.constexpr, GIVEN: gl.constexpr, LANES: gl.constexpr, ROWS: gl.constexpr, PAIRS: gl.constexpr):
+    """Sums (4, PAIRS, 256) of pairs of rows of each warp's (4, 2 PAIRS, 256).
+
+    Every thread gives half of its columns to the one that has the other row of its pairs, and gets that one's other
+    half: a shuffle for every second value.
+
+    Args:
+        KEPT, GIVEN: bits of the columns that tell a thread's values apart: those that stay, and that of the halves.
+        LANES: bits of the columns that tell threads apart. ROWS: of the rows that do.
+    """
+    warps: gl.constexpr = [[1, 0, 0], [2, 0, 0]]
+    before: gl.constexpr = gl.DistributedLinearLayout(KEPT + [GIVEN], LANES + ROWS, warps, [], [4, 2 * PAIRS, 256])
+    after: gl.constexpr = gl.DistributedLinearLayout(
+        KEPT + [[0, 1, 0]], LANES + [GIVEN] + ROWS[1:], warps, [], [4, 2 * PAIRS, 256]
+    )
+    b = gl.convert_layout(gl.convert_layout(b, before), after)
+    return gl.sum(b.reshape([4, PAIRS, 2, 256]), 2)
 
 
 @gluon.jit
 def _down(b_e):
-    """(256,) sums down the columns of a consumer's tile (64, 256).
-
-    Each step gives half of a warp's rows, and half of the columns that are left, to half of its threads: 56 shuffles,
-    where a plain sum takes 192.
-    """
-    b = gl.sum(b_e.reshape([4, 2, 8, 256]), 1)
-    ours: gl.constexpr = [[1, 0, 0], [2, 0, 0]]  # rows of a warp
-    one: gl.constexpr = [[0, 0, 1], [0, 0, 8], [0, 0, 16]]  # columns of a thread, always
+    """(256,) sums down the columns of a consumer's tile (64, 256), by 56 shuffles; a plain sum takes 192."""
+    rows: gl.constexpr = [[0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    kept: gl.constexpr = [[0, 0, 1], [0, 0, 8], [0, 0, 16]]
     lanes: gl.constexpr = [[0, 0, 2], [0, 0, 4]]
-    b = _halved(
-        b,
-        gl.DistributedLinearLayout(
-            one + [[0, 0, 32], [0, 0, 64], [0, 0, 128]], lanes + [[0, 1, 0], [0, 2, 0], [0, 4, 0]], ours, [], [4, 8, 256]
-        ),
-        gl.DistributedLinearLayout(
-            one + [[0, 0, 32], [0, 0, 64], [0, 1, 0]], lanes + [[0, 0, 128], [0, 2, 0], [0, 4, 0]], ours, [], [4, 8, 256]
-        ),
-        4, 256,
-    )  # fmt: skip
-    b = _halved(
-        b,
-        gl.DistributedLinearLayout(
-            one + [[0, 0, 32], [0, 0, 64]], lanes + [[0, 0, 128], [0, 1, 0], [0, 2, 0]], ours, [], [4, 4, 256]
-        ),
-        gl.DistributedLinearLayout(
-            one + [[0, 0, 32], [0, 1, 0]], lanes + [[0, 0, 128], [0, 0, 64], [0, 2, 0]], ours, [], [4, 4, 256]
-        ),
-        2, 256,
-    )  # fmt: skip
-    b = _halved(
-        b,
-        gl.DistributedLinearLayout(one + [[0, 0, 32]], lanes + [[0, 0, 128], [0, 0, 64], [0, 1, 0]], ours, [], [4, 2, 256]),
-        gl.DistributedLinearLayout(one + [[0, 1, 0]], lanes + [[0, 0, 128], [0, 0, 64], [0, 0, 32]], ours, [], [4, 2, 256]),
-        1, 256,
-    )  # fmt: skip
+    b = gl.sum(b_e.reshape([4, 2, 8, 256]), 1)
+    b = _halved(b, kept + [[0, 0, 32], [0, 0, 64]], [0, 0, 128], lanes, rows, 4)
+    b = _halved(b, kept + [[0, 0, 32]], [0, 0, 64], lanes + [[0, 0, 128]], rows[:2], 2)
+    b = _halved(b, kept, [0, 0, 32], lanes + [[0, 0, 128], [0, 0, 64]], rows[:1], 1)
     return gl.sum(gl.sum(b, 1), 0)
 
 
 @gluon.jit
-def _consume(
-    WHICH: gl.constexpr, factors, way, start_r, p_part, p_sum, n_r, rows_r, rows_s, logits, TILE, RING, COLUMNS,
-    STREAMED: gl.constexpr,
-):  # fmt: skip
-    """p_part: sums of streamed rows, of the first band; p_sum: of all resident rows."""
+def _consume(WHICH: gl.constexpr, factors, way, band, logits, TILE, RING, COLUMNS, STREAMED: gl.constexpr):
     ROWS: gl.constexpr = TILE.BLOCK_R // RING.CONSUMERS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE.BLOCK_S, 16])
-    o_r = start_r + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    o_r = band.start + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     o_s = gl.arange(0, TILE.BLOCK_S, gl.SliceLayout(0, layout))
-    m_r = o_r < n_r
+    m_r = o_r < band.n
     b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-    if STREAMED:
-        p_part += WHICH * rows_s.to(gl.int64)
+    p_part = band.streamed + WHICH * band.rows_s.to(gl.int64)
     mbarrier.wait(factors.here, 0)
     for i in range(way.last - way.first):
         start, end = _tile_of(way, i, TILE)
@@ -127,13 +118,13 @@ def _consume(
         b_sum += gl.sum(b_e, 1)
         if STREAMED:
             b_down = _down(b_e)
-            o_d = start + gl.arange(0, TILE.BLOCK_S, b_down.type.layout)
-            gl.store(p_part + o_d, b_down, mask=o_d < end)
-    gl.store(p_sum + o_r, b_sum, mask=m_r)
+            o_down = start + gl.arange(0, TILE.BLOCK_S, b_down.type.layout)
+            gl.store(p_part + o_down, b_down, mask=o_down < end)
+    gl.store(band.sums + o_r, b_sum, mask=m_r)
     if TILE.PEERS:
         b_none = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-        gl.store(p_sum + rows_r + o_r, b_none, mask=m_r)
-        gl.store(p_sum + 2 * rows_r + o_r, b_none, mask=m_r)
+        gl.store(band.sums + band.rows + o_r, b_none, mask=m_r)
+        gl.store(band.sums + 2 * band.rows + o_r, b_none, mask=m_r)
 
 
 @gluon.jit
@@ -157,13 +148,13 @@ def wide_forward_hopper_kernel(
     p_part = parts.resident
     if STREAMED:
         p_part = parts.streamed + block_r.to(gl.int64) * RING.CONSUMERS * s.rows
-    slot = parts.first_slot + split
-    p_sum = parts.resident + slot.to(gl.int64) * 3 * r.rows
+    p_sum = parts.resident + (parts.first_slot + split).to(gl.int64) * 3 * r.rows
+    band = _Band(start_r, r.n, r.rows, p_sum, p_part, s.rows)
     factors = factors_of(z_r, z_s, RING, COLUMNS)
     gl.warp_specialize(
         [
-            (_consume, (0, factors, way, start_r, p_part, p_sum, r.n, r.rows, s.rows, logits, TILE, RING, COLUMNS, STREAMED)),
-            (_consume, (1, factors, way, start_r, p_part, p_sum, r.n, r.rows, s.rows, logits, TILE, RING, COLUMNS, STREAMED)),
+            (_consume, (0, factors, way, band, logits, TILE, RING, COLUMNS, STREAMED)),
+            (_consume, (1, factors, way, band, logits, TILE, RING, COLUMNS, STREAMED)),
             (_produce, (z_r, z_s, factors, way, start_r, TILE, RING, COLUMNS)),
         ],
         [4, 1],

@@ -130,7 +130,9 @@ def _straight(paths: Paths, body: Loop) -> Loop:
 def _tile(paths: Paths, body: Loop, feed: Feed) -> list[Instruction]:
     """A tile of a consumer. Loops over columns within it, of those kept and of the others, turn until it has taken all
     its copies."""
-    inner = [loop for loop in (_straight(paths, one) for one in paths.loops if _has(paths, one, r"HGMMA")) if loop < body]
+    inner = [
+        loop for loop in (_straight(paths, one) for one in paths.loops if _has(paths, one, r"HGMMA")) if loop < body
+    ]
     if not inner:
         return paths.walk(body, {})
     waits = [count([paths.code[k] for k in loop], _WAIT) for loop in inner]

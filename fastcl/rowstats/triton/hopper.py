@@ -69,7 +69,7 @@ def chosen(kernel: str, s: Operand, call: Call) -> Config | None:
 
 
 def bands(chosen: Config, s: Operand) -> tuple[int, int]:
-    """Slots of sums of resident rows that a program of the forward pass fills, and of sums of streamed rows for a block.
+    """Slots of sums of resident rows that a program of the forward pass fills, and sums of streamed rows for a block.
 
     Consumers of narrow rows take tiles in turn, those of wide rows take each its share of the resident rows.
     """

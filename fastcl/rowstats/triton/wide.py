@@ -22,9 +22,10 @@ def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor) -
     chosen = s.operand.chosen("product", call.split)
     strips = ALIGN // chosen.block_r * cdiv(s.operand.width, chosen.block_d)
     by_hand = hopper.chosen("weights_hopper", s.operand, call)
-    size = min(evened(most, strips, r.operand.sm) * ALIGN, max(r.operand.rows, s.operand.rows))
-    if by_hand:
-        size = cdiv(size, by_hand.block_r) * by_hand.block_r
+    rows = max(r.operand.rows, s.operand.rows)
+    size = min(evened(most, strips, r.operand.sm) * ALIGN, rows)
+    if by_hand:  # blocks of one size, of whole tiles
+        size = cdiv(rows, cdiv(rows, size) * by_hand.block_r) * by_hand.block_r
     w = torch.empty(halves, size, size, dtype=r.operand.z.dtype, device=acc.device)
     for i in range(0, r.operand.rows, size):
         for j in range(i if r is s else 0, s.operand.rows, size):
