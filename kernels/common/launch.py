@@ -47,8 +47,7 @@ class Config:
     warps: int
     stages: int
     slots: int = _SLOTS
-    consumers: int = 0  # warpgroups that a warp-specialised kernel feeds
-    kept: int = 0  # blocks of columns of wide resident rows that it keeps in shared memory, if there are as many
+    consumers: int = 0  # warpgroups that multiply in a warp-specialised kernel
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
             sizes = {key: row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")}
             programs = row.get("programs")  # on a multiprocessor, where known
             slots = programs * MULTIPROCESSORS[sm] if programs else _SLOTS
-            return Config(**sizes, slots=slots, consumers=row.get("consumers", 0), kept=row.get("kept", 0))
+            return Config(**sizes, slots=slots, consumers=row.get("consumers", 0))
     return None
 
 

@@ -10,23 +10,14 @@ interpreter does not run.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ..common.multiply_hopper import factors_of, feed, feed_kept, multiplied
+from ..common.multiply_hopper import Tiles, begin_copies, factors_of, multiplied
 from ..common.numerics import logits_of, share
 
 
 @gluon.jit
-def _produce(z_s, z_r, factors, start_s, first_r, first, last, TILE, RING, COLUMNS):
-    feed_kept(z_s, factors, start_s, RING, COLUMNS)
-    for i in range(last - first):
-        start_r = first_r + (first + i) * TILE.BLOCK_R
-        feed(z_s, z_r, factors, i * COLUMNS.STEPS, start_s, start_r, RING, COLUMNS)
-
-
-@gluon.jit
-def _consume(WHICH: gl.constexpr, factors, p_w_s, p_w_r, p_w, size, first, last, logits, TILE, RING, COLUMNS):
-    """p_w_s: weights of the program's rows; p_w_r: of all columns of the block; p_w: of its pairs."""
+def _consume(WHICH: gl.constexpr, factors, tiles, p_w_s, p_w_r, p_w, size, logits, TILE, RING, COLUMNS):
+    """p_w_s: weights of the program's rows; p_w_r: of its columns; p_w: of its pairs."""
     ROWS: gl.constexpr = TILE.BLOCK_S // RING.CONSUMERS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE.BLOCK_R, 16])
     # A thread stores 16 bytes, its neighbours the next ones. Values change hands by shuffles within a warp.
@@ -38,11 +29,12 @@ def _consume(WHICH: gl.constexpr, factors, p_w_s, p_w_r, p_w, size, first, last,
     o_r = gl.arange(0, TILE.BLOCK_R, gl.SliceLayout(0, layout))
     p_w += (WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, stored))).to(gl.int64)[:, None] * size
     p_w += gl.arange(0, TILE.BLOCK_R, gl.SliceLayout(0, stored))[None, :]
-    mbarrier.wait(factors.here, 0)
-    for i in range(last - first):
-        start = (first + i) * TILE.BLOCK_R
+    if WHICH == 0:
+        begin_copies(factors, tiles, RING, COLUMNS)
+    for i in range(tiles.count):
         b_p = gl.zeros([ROWS, TILE.BLOCK_R], gl.float32, layout)
-        b_p = multiplied(b_p, WHICH, factors, i * COLUMNS.STEPS, RING, COLUMNS)
+        b_p = multiplied(b_p, WHICH, factors, tiles, i, RING, COLUMNS)
+        start = i * TILE.BLOCK_R
         b_w_r = gl.load(p_w_r + start + o_r)
         b_e = gl.exp2(b_p * logits.factor - logits.shift)
         b_w = (b_e * (b_w_s[:, None] + b_w_r[None, :])).to(p_w.dtype.element_ty)
@@ -65,16 +57,18 @@ def weights_hopper_kernel(
     first, last = share(n_tiles, gl.program_id(1))
     o_s = gl.program_id(0) * TILE.BLOCK_S
     start_s = pairs.first_s + o_s
+    start_r = pairs.first_r + first * TILE.BLOCK_R
+    tiles = Tiles(start_s, start_r, last, 0, last - first)
     p_w_s = w_s.weights + start_s
-    p_w_r = w_r.weights + pairs.first_r
-    p_w = pairs.weights + o_s.to(gl.int64) * pairs.size
-    factors = factors_of(z_s, z_r, RING, COLUMNS)
+    p_w_r = w_r.weights + start_r
+    p_w = pairs.weights + (o_s.to(gl.int64) * pairs.size + first * TILE.BLOCK_R)
+    factors = factors_of(z_s, z_r, RING)
     gl.warp_specialize(
         [
-            (_consume, (0, factors, p_w_s, p_w_r, p_w, pairs.size, first, last, logits, TILE, RING, COLUMNS)),
-            (_consume, (1, factors, p_w_s, p_w_r, p_w, pairs.size, first, last, logits, TILE, RING, COLUMNS)),
-            (_produce, (z_s, z_r, factors, start_s, pairs.first_r, first, last, TILE, RING, COLUMNS)),
+            (_consume, (0, factors, tiles, p_w_s, p_w_r, p_w, pairs.size, logits, TILE, RING, COLUMNS)),
+            (_consume, (1, factors, tiles, p_w_s, p_w_r, p_w, pairs.size, logits, TILE, RING, COLUMNS)),
+            (_consume, (2, factors, tiles, p_w_s, p_w_r, p_w, pairs.size, logits, TILE, RING, COLUMNS)),
         ],
-        [4, 1],
-        [RING.REGISTERS, 24],
+        [4, 4],
+        [RING.REGISTERS, RING.REGISTERS],
     )

@@ -8,62 +8,54 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ..common.multiply_hopper import factors_of, feed, feed_kept, multiplied
+from ..common.multiply_hopper import Tiles, begin_copies, factors_of, multiplied, start_of
 from ..common.numerics import class_range, logits_of, share
 
 
-class _Way(NamedTuple):
-    """Inside a kernel: tiles `first` to `last` - 1 of those before row lo and, from tile n_before on, of those from row
-    hi to `end`. The last of either may reach beyond."""
-
-    lo: Any
-    hi: Any
-    end: Any
-    n_before: Any
-    first: Any
-    last: Any
-
-
 @gluon.jit
-def _way_of(r, s, start_r, split, TILE, SYMMETRIC: gl.constexpr):
-    """Whole blocks of ALIGN rows that are outside the class range; SYMMETRIC: none behind it."""
-    lo, hi = class_range(r, start_r, TILE.ALIGN)
+def _plain(r, s, start, TILE, SYMMETRIC: gl.constexpr):
+    """Streamed rows with which a band from `start` on has plain tiles: before `lo`, and from hi to `end`. All are
+    multiples of ALIGN. SYMMETRIC: none behind the class range."""
+    lo, hi = class_range(r, gl.minimum(start, r.n - 1), TILE.ALIGN)
     end = s.n // TILE.ALIGN * TILE.ALIGN
+    if SYMMETRIC:
+        end = hi
+    return lo, hi, end
+
+
+@gluon.jit
+def _tiles_of(r, s, start_r, split, TILE, RING, SYMMETRIC: gl.constexpr):
+    """A split's share of the tiles that some band needs. Bands are in at most two neighbouring blocks of ALIGN rows, so
+    that the last one's class range begins where the first one's ends, or before."""
+    ROWS: gl.constexpr = TILE.BLOCK_R // RING.CONSUMERS
+    _, hi, end = _plain(r, s, start_r, TILE, SYMMETRIC)
+    lo, _, _ = _plain(r, s, start_r + TILE.BLOCK_R - ROWS, TILE, SYMMETRIC)
     n_before = gl.cdiv(lo, TILE.BLOCK_S)
-    n_tiles = n_before
-    if not SYMMETRIC:
-        n_tiles += gl.cdiv(gl.maximum(end - hi, 0), TILE.BLOCK_S)
-    first, last = share(n_tiles, split)
-    return _Way(lo, hi, end, n_before, first, last)
-
-
-@gluon.jit
-def _tile_of(way, i, TILE):
-    """First row and end of a program's tile i."""
-    at = way.first + i
-    start = gl.where(at < way.n_before, at * TILE.BLOCK_S, way.hi + (at - way.n_before) * TILE.BLOCK_S)
-    return start, gl.where(at < way.n_before, way.lo, way.end)
-
-
-@gluon.jit
-def _produce(z_r, z_s, factors, way, start_r, TILE, RING, COLUMNS):
-    feed_kept(z_r, factors, start_r, RING, COLUMNS)
-    for i in range(way.last - way.first):
-        start_s, _ = _tile_of(way, i, TILE)
-        feed(z_r, z_s, factors, i * COLUMNS.STEPS, start_r, start_s, RING, COLUMNS)
+    first, last = share(n_before + gl.cdiv(gl.maximum(end - hi, 0), TILE.BLOCK_S), split)
+    gap = hi - n_before * TILE.BLOCK_S
+    return Tiles(start_r, first * TILE.BLOCK_S, n_before - first, gap, last - first)
 
 
 class _Band(NamedTuple):
-    """Inside a kernel: the resident rows of all consumers from `start` on, and their sums."""
+    """Inside a kernel: the resident rows of a consumer from `start` on."""
 
     start: Any
-    n: Any
-    rows: Any
-    sums: Any  # pointer, of all resident rows
-    streamed: Any  # pointer, of the sums of streamed rows for the first consumer
-    rows_s: Any
+    lo: Any  # as `_plain` says
+    hi: Any
+    end: Any
+    p_sum: Any  # their sums
+    p_part: Any  # sums of the streamed rows
+
+
+@gluon.jit
+def _band_of(WHICH: gl.constexpr, r, s, parts, tiles, block_r, split, TILE, RING, SYMMETRIC: gl.constexpr):
+    start = tiles.start_r + WHICH * (TILE.BLOCK_R // RING.CONSUMERS)
+    lo, hi, end = _plain(r, s, start, TILE, SYMMETRIC)
+    p_part = parts.resident
+    if parts.streamed is not None:
+        p_part = parts.streamed + (block_r * RING.CONSUMERS + WHICH).to(gl.int64) * s.rows
+    return _Band(start, lo, hi, end, parts.resident + (parts.first_slot + split).to(gl.int64) * 3 * r.rows, p_part)
 
 
 @gluon.jit
@@ -100,31 +92,35 @@ def _down(b_e):
 
 
 @gluon.jit
-def _consume(WHICH: gl.constexpr, factors, way, band, logits, TILE, RING, COLUMNS, STREAMED: gl.constexpr):
+def _consume(
+    WHICH: gl.constexpr, factors, tiles, band, n_r, rows_r, logits, TILE, RING, COLUMNS, STREAMED: gl.constexpr
+):  # fmt: skip
     ROWS: gl.constexpr = TILE.BLOCK_R // RING.CONSUMERS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE.BLOCK_S, 16])
-    o_r = band.start + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    o_s = gl.arange(0, TILE.BLOCK_S, gl.SliceLayout(0, layout))
-    m_r = o_r < band.n
+    o_r = band.start + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    m_r = o_r < n_r
     b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-    p_part = band.streamed + WHICH * band.rows_s.to(gl.int64)
-    mbarrier.wait(factors.here, 0)
-    for i in range(way.last - way.first):
-        start, end = _tile_of(way, i, TILE)
+    if WHICH == 0:
+        begin_copies(factors, tiles, RING, COLUMNS)
+    for i in range(tiles.count):
         b_p = gl.zeros([ROWS, TILE.BLOCK_S], gl.float32, layout)
-        b_p = multiplied(b_p, WHICH, factors, i * COLUMNS.STEPS, RING, COLUMNS)
-        m_s = start + o_s < end
+        b_p = multiplied(b_p, WHICH, factors, tiles, i, RING, COLUMNS)
+        start = start_of(tiles, i, TILE.BLOCK_S)
+        last = gl.where(i < tiles.n_before, band.lo, band.end)
+        first = gl.where(i < tiles.n_before, 0, band.hi)
+        o_s = start + gl.arange(0, TILE.BLOCK_S, gl.SliceLayout(0, layout))
+        m_s = (o_s >= first) & (o_s < last)
         b_e = gl.where(m_r[:, None] & m_s[None, :], gl.exp2(b_p * logits.factor - logits.shift), 0.0)
         b_sum += gl.sum(b_e, 1)
         if STREAMED:
             b_down = _down(b_e)
             o_down = start + gl.arange(0, TILE.BLOCK_S, b_down.type.layout)
-            gl.store(p_part + o_down, b_down, mask=o_down < end)
-    gl.store(band.sums + o_r, b_sum, mask=m_r)
+            gl.store(band.p_part + o_down, b_down, mask=(o_down >= first) & (o_down < last))
+    gl.store(band.p_sum + o_r, b_sum, mask=m_r)
     if TILE.PEERS:
         b_none = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-        gl.store(band.sums + band.rows + o_r, b_none, mask=m_r)
-        gl.store(band.sums + 2 * band.rows + o_r, b_none, mask=m_r)
+        gl.store(band.p_sum + rows_r + o_r, b_none, mask=m_r)
+        gl.store(band.p_sum + 2 * rows_r + o_r, b_none, mask=m_r)
 
 
 @gluon.jit
@@ -143,20 +139,18 @@ def wide_forward_hopper_kernel(
     split = gl.program_id(1)
     start_r = (parts.first_block + block_r) * TILE.BLOCK_R
     logits = logits_of(temperature, r, s)
-    way = _way_of(r, s, start_r, split, TILE, SYMMETRIC)
+    tiles = _tiles_of(r, s, start_r, split, TILE, RING, SYMMETRIC)
     STREAMED: gl.constexpr = parts.streamed is not None
-    p_part = parts.resident
-    if STREAMED:
-        p_part = parts.streamed + block_r.to(gl.int64) * RING.CONSUMERS * s.rows
-    p_sum = parts.resident + (parts.first_slot + split).to(gl.int64) * 3 * r.rows
-    band = _Band(start_r, r.n, r.rows, p_sum, p_part, s.rows)
-    factors = factors_of(z_r, z_s, RING, COLUMNS)
+    one = _band_of(0, r, s, parts, tiles, block_r, split, TILE, RING, SYMMETRIC)
+    two = _band_of(1, r, s, parts, tiles, block_r, split, TILE, RING, SYMMETRIC)
+    three = _band_of(2, r, s, parts, tiles, block_r, split, TILE, RING, SYMMETRIC)
+    factors = factors_of(z_r, z_s, RING)
     gl.warp_specialize(
         [
-            (_consume, (0, factors, way, band, logits, TILE, RING, COLUMNS, STREAMED)),
-            (_consume, (1, factors, way, band, logits, TILE, RING, COLUMNS, STREAMED)),
-            (_produce, (z_r, z_s, factors, way, start_r, TILE, RING, COLUMNS)),
+            (_consume, (0, factors, tiles, one, r.n, r.rows, logits, TILE, RING, COLUMNS, STREAMED)),
+            (_consume, (1, factors, tiles, two, r.n, r.rows, logits, TILE, RING, COLUMNS, STREAMED)),
+            (_consume, (2, factors, tiles, three, r.n, r.rows, logits, TILE, RING, COLUMNS, STREAMED)),
         ],
-        [4, 1],
-        [RING.REGISTERS, 24],
+        [4, 4],
+        [RING.REGISTERS, RING.REGISTERS],
     )

@@ -19,7 +19,6 @@ from bench.static.sass import Control, Instruction, count
 if TYPE_CHECKING:
     from bench.static.predict.work import Feed
 
-_FREE_STAGE = Op(Kind.EMPTY_WAIT, Control(10))
 _PIECE = 1024  # bytes of a copy that are written to shared memory at once
 _SYNCS = (
     ("SYNCS.PHASECHK", Kind.FULL_WAIT), ("SYNCS.ARRIVE", Kind.RELEASE), ("SYNCS.EXCH", Kind.FREE),
@@ -36,7 +35,7 @@ class Specialised(Multiprocessor):
     """
 
     def __init__(self, loops: Sequence[Sequence[Op]], feed: Feed, machine: Machine) -> None:
-        producer = [op for size in feed.copies for op in (_FREE_STAGE, Op(Kind.FEED, Control(10), size))]
+        producer = [Op(Kind.EMPTY_WAIT, Control(10)), Op(Kind.FEED, Control(10), feed.size)] * feed.steps
         super().__init__((), 1, WARPGROUP * (len(loops) + 1), machine)
         for warp, ops in zip(self.warps, (*loops, producer), strict=True):
             warp.ops = ops
@@ -63,11 +62,20 @@ class Specialised(Multiprocessor):
     def _ready(self, warp: Warp) -> float:
         kind, (again, stage) = warp.ops[warp.position].kind, divmod(self._turn(warp, self.begun), self.feed.stages)
         if kind is Kind.FULL_WAIT:
-            return 0.0 if self.filled[stage] > again else math.inf
+            copied = not self.feed.leads or warp is not self.warps[0] or self.ended[-1] > self._due()
+            return 0.0 if self.filled[stage] > again and copied else math.inf
         if kind is Kind.EMPTY_WAIT:
+            if self.feed.leads and self.begun[-1] > self._due():
+                return math.inf
             needed = (len(self.warps) - 1 if self.feed.together else 1) * again
             return 0.0 if self.released[stage] >= needed else math.inf
         return super()._ready(warp)
+
+    def _due(self) -> int:
+        """The last copy that the first consumer, if it is the one that copies, makes before it goes on."""
+        first = self.warps[0]
+        waits = first.ops[first.position].kind is Kind.FULL_WAIT
+        return self.begun[0] + self.feed.stages - (1 if waits else 2)
 
     def _take(self, warp: Warp, op: Op, t: float) -> tuple[float, float]:
         place = self.places[id(warp)]
@@ -128,40 +136,38 @@ def _straight(paths: Paths, body: Loop) -> Loop:
 
 
 def _tile(paths: Paths, body: Loop, feed: Feed) -> list[Instruction]:
-    """A tile of a consumer. Loops over columns within it, of those kept and of the others, turn until it has taken all
-    its copies."""
+    """A tile of a consumer. A loop over columns within it turns until it has taken all its copies."""
     inner = [
         loop for loop in (_straight(paths, one) for one in paths.loops if _has(paths, one, r"HGMMA")) if loop < body
     ]
     if not inner:
         return paths.walk(body, {})
     waits = [count([paths.code[k] for k in loop], _WAIT) for loop in inner]
-    once = count([paths.code[k] for k in body.difference(*inner)], _WAIT)  # before them
-    kept = max(feed.kept - once, 0)
-    left = [n for n in (kept, feed.steps - once - kept) if n]
-    if len(inner) != len(left) or any(n % wait for n, wait in zip(left, waits, strict=True)):
-        raise NotModelled(f"loops with {waits} waits for {left} copies")
-    return paths.walk(body, {loop: n // wait for loop, n, wait in zip(inner, left, waits, strict=True)})
+    if len(inner) != 1 or feed.steps % waits[0]:
+        raise NotModelled(f"loops with {waits} waits for {feed.steps} copies")
+    return paths.walk(body, {inner[0]: feed.steps // waits[0]})
 
 
 def timing(paths: Paths, feed: Feed, needed: float, machine: Machine) -> tuple[float, dict[str, float], float]:
     """Cycles of a tile, cycles for which it keeps each pipe busy, operations over those needed."""
-    loops = [decoded(_tile(paths, body, feed), machine) for body in consumers(paths, feed.consumers)]
+    bodies = consumers(paths, feed.consumers)
+    if feed.leads:  # the first consumer's copies are those of the producer: without them it is as the others
+        bodies = [bodies[-1]] * len(bodies)
+    loops = [decoded(_tile(paths, body, feed), machine) for body in bodies]
     share = 1 if feed.together else 1 / len(loops)  # of a turn of all consumers
     busy = [by_pipe(ops, WARPGROUP, machine) for ops in loops]
     pipes = {name: share * sum(one[name] for one in busy) for name in busy[0]}
-    pipes["shared"] += sum(feed.copies) / machine.shared
-    pipes["l2"] += sum(feed.copies) / machine.l2
+    pipes["shared"] += feed.steps * feed.size / machine.shared
+    pipes["l2"] += feed.steps * feed.size / machine.l2
     surplus = share * sum(flops(ops, WARPGROUP) for ops in loops) / needed
     return Specialised(loops, feed, machine).cycles(), pipes, surplus
 
 
 def fixed(paths: Paths, feed: Feed, machine: Machine) -> float:
     """Cycles of the first consumer outside its loop: until the first tile has come, and from the last on."""
-    body = consumers(paths, feed.consumers)[0]
+    body = consumers(paths, feed.consumers)[-1 if feed.leads else 0]
     path = paths.through([body.__contains__], paths.loops)
     code = [one for k in path if k not in body for one in paths.code[k].code]
     waits = (one for one in decoded(code, machine) if one.kind not in (Kind.FULL_WAIT, Kind.RELEASE))
     alone = Multiprocessor(list(waits), 1, WARPGROUP, machine)
-    copied = feed.copies[0] + feed.kept * feed.resident
-    return machine.start + machine.load_latency + copied / machine.l2 + alone.latency()
+    return machine.start + machine.load_latency + feed.size / machine.l2 + alone.latency()

@@ -17,11 +17,10 @@ class Feed:
     """How a warp-specialised kernel feeds its consumers.
 
     Attributes:
-        size: bytes of streamed rows in a copy.
+        size: bytes of a copy.
         together: all consumers take every tile; else each takes the next one.
         steps: copies that make up a tile.
-        kept: so many of them find their share of the resident rows, `resident` bytes, in shared memory; the others
-            bring it along.
+        leads: the first consumer copies for the product `stages` - 1 turns later; else a warp of its own copies.
     """
 
     stages: int
@@ -29,13 +28,7 @@ class Feed:
     size: int
     together: bool
     steps: int = 1
-    kept: int = 1
-    resident: int = 0
-
-    @property
-    def copies(self) -> tuple[int, ...]:
-        """Bytes of each copy of a tile."""
-        return (self.size,) * self.kept + (self.size + self.resident,) * (self.steps - self.kept)
+    leads: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,13 +179,10 @@ def _share(count: int, split: int, splits: int, least: int) -> int:
 
 def _by_columns(launch: Launch, resident: int, streamed: int) -> Tiles:
     """A tile of so many rows of a kernel that copies blocks of columns."""
-    a = launch.arguments
-    ring, columns, each = a["RING"], a["COLUMNS"], 2 * value(a["COLUMNS"].WIDTH)
-    feed = Feed(
-        value(ring.STAGES), value(ring.CONSUMERS), each * streamed, True, value(columns.STEPS), value(columns.KEPT),
-        each * resident,
-    )  # fmt: skip
-    return Tiles("plain", 2 * resident * streamed * value(a["TILE"].D), feed)
+    ring, columns, d = launch.arguments["RING"], launch.arguments["COLUMNS"], value(launch.arguments["TILE"].D)
+    size, steps = 2 * value(columns.WIDTH) * (resident + streamed), value(columns.STEPS)
+    feed = Feed(value(ring.STAGES), value(ring.CONSUMERS), size, True, steps, leads=True)
+    return Tiles("plain", 2 * resident * streamed * d, feed)
 
 
 def _wide_forward(launch: Launch, classes: int) -> Work:
@@ -200,7 +190,9 @@ def _wide_forward(launch: Launch, classes: int) -> Work:
     r, s, align, splits = value(t.BLOCK_R), value(t.BLOCK_S), value(t.ALIGN), launch.grid[1]
     counts = []
     for block in reversed(range(launch.grid[0])):
-        lo, hi = class_range((a["parts"].first_block + block) * r, a["r"].n, classes, align)
+        start, n = (a["parts"].first_block + block) * r, a["r"].n
+        _, hi = class_range(start, n, classes, align)
+        lo, _ = class_range(min(start + r, n) - 1, n, classes, align)
         behind = 0 if value(a["SYMMETRIC"]) else max(a["s"].n // align * align - hi, 0)
         counts.append(-(-lo // s) + -(-behind // s))
     programs = tuple((_share(count, k, splits, 0),) for k in range(splits) for count in counts)

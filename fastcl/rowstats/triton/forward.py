@@ -103,7 +103,8 @@ def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[
         each = online_blocks(call, s.z.device, s.width)
         done = Wave(ALIGN, plain.block_r // bands, slots, symmetric, call.peers, first == 0, last, each)
         if both or last:
-            summed = made._replace(first_block=first * bands, n_blocks=count * bands)
+            there = cdiv(r.n, plain.block_r // bands) - first * bands  # in the last block a band may have no rows
+            summed = made._replace(first_block=first * bands, n_blocks=min(count * bands, there))
             own = summed if symmetric else summed._replace(streamed=None)
             sums = [own, summed._replace(resident=None)][: len(found)]
             finish([r] if symmetric else [r, s], call, flag, found, done, sums)

@@ -92,16 +92,17 @@ def _layout(width: int):
     return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=16, rank=2)
 
 
-def _ring(config: Config) -> Ring:
-    # A multiprocessor has 512 registers for a thread of each of its warpgroups together; the producer's keep 24.
-    return fixed(Ring(config.stages, config.consumers, 240 if config.consumers == 2 else 160))
+def _ring(config: Config, width: int) -> Ring:
+    # A multiprocessor has 512 registers for a thread of each of its warpgroups together; a producer's keep 24, and wide
+    # rows have none.
+    registers = 168 if width > NARROW else 240 if config.consumers == 2 else 160
+    return fixed(Ring(config.stages, config.consumers, registers))
 
 
 def _columns(width: int, config: Config):
     from fastcl.kernels.common.multiply_hopper import Columns
 
-    steps = width // config.block_d
-    return fixed(Columns(steps, min(steps, config.kept), config.block_d))
+    return fixed(Columns(width // config.block_d, config.block_d))
 
 
 def forward(
@@ -120,7 +121,7 @@ def forward(
     launch(
         kernel, (made.n_blocks, n_splits), _WARPS, 1,
         r=r.resident, s=s.streamed, z_r=_described(r, rows, width), z_s=_described(s, config.block_s, width),
-        parts=made, temperature=call.degree, TILE=fixed(call.tile(r, config)), RING=_ring(config), **columns,
+        parts=made, temperature=call.degree, TILE=fixed(call.tile(r, config)), RING=_ring(config, r.width), **columns,
         SYMMETRIC=symmetric,
     )  # fmt: skip
 
@@ -140,7 +141,7 @@ def backward(
         backward_hopper_kernel, grid, _WARPS, 1,
         r=r.resident, s=s.streamed, z_r=_described(r, config.block_r // config.consumers, r.width),
         z_s=_described(s, config.block_s, r.width), w_r=weights[0], w_s=weights[1], acc=acc, temperature=call.degree,
-        TILE=fixed(call.tile(r, config)), RING=_ring(config),
+        TILE=fixed(call.tile(r, config)), RING=_ring(config, r.width),
     )  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def pair_weights(
 
     Args:
         weights: of r's and of s's statistics.
-        pairs: its size is a multiple of both sides of a tile.
+        pairs: their number is a multiple of both sides of a tile.
     """
     from fastcl.kernels.contrastive.weights_hopper import weights_hopper_kernel
 
@@ -161,6 +162,6 @@ def pair_weights(
         weights_hopper_kernel, (blocks, shares(blocks, tiles, config.slots)), _WARPS, 1,
         r=r.resident, s=s.streamed, z_r=_described(r, config.block_r, config.block_d),
         z_s=_described(s, config.block_s // config.consumers, config.block_d), w_r=weights[0], w_s=weights[1],
-        pairs=pairs, temperature=call.degree, TILE=fixed(call.tile(r, config)), RING=_ring(config),
+        pairs=pairs, temperature=call.degree, TILE=fixed(call.tile(r, config)), RING=_ring(config, r.width),
         COLUMNS=_columns(r.width, config),
     )  # fmt: skip

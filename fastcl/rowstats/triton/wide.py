@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor) -
     rows = max(r.operand.rows, s.operand.rows)
     size = min(evened(most, strips, r.operand.sm) * ALIGN, rows)
     if by_hand:  # blocks of one size, of whole tiles
-        size = cdiv(rows, cdiv(rows, size) * by_hand.block_r) * by_hand.block_r
+        tile = lcm(by_hand.block_r, by_hand.block_s)
+        size = cdiv(rows, cdiv(rows, size) * tile) * tile
     w = torch.empty(halves, size, size, dtype=r.operand.z.dtype, device=acc.device)
     for i in range(0, r.operand.rows, size):
         for j in range(i if r is s else 0, s.operand.rows, size):
