@@ -97,12 +97,8 @@ def tensors(arguments: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def memory(launch: Launch) -> int:
-    """Bytes of a launch's arguments, each read or written once; not the weights of pairs that one of masked tiles alone
-    hardly touches."""
-    given = dict(launch.arguments)
-    if launch.kernel.__name__ == "masked_weights_kernel":
-        del given["pairs"]
-    sizes = {t.data_ptr() or id(t): t.numel() * t.element_size() for t in tensors(given.values())}
+    """Bytes of a launch's arguments, each read or written once."""
+    sizes = {t.data_ptr() or id(t): t.numel() * t.element_size() for t in tensors(launch.arguments.values())}
     return sum(sizes.values())
 
 

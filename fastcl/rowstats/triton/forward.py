@@ -17,6 +17,7 @@ from fastcl.kernels.contrastive.statistics import Finished, Losses, Wave, finish
 from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import (
     ALIGN,
+    NARROW,
     WORKSPACE,
     Call,
     Operand,
@@ -26,6 +27,9 @@ from fastcl.rowstats.triton.operand import (
     online_blocks,
     online_tile,
 )
+
+
+_LEAST = 32  # large tiles of a program of the longest block
 
 
 class Result(NamedTuple):
@@ -124,6 +128,8 @@ def waves(
     n_blocks, tiles = cdiv(r.n, chosen.block_r), cdiv(s.n, chosen.block_s)
     most = max(1, WORKSPACE * 3 // 5 // (4 * s.rows * streamed)) if streamed else n_blocks
     wave, n_splits = planned(n_blocks, most, tiles, chosen.slots, symmetric)
+    if chosen.consumers and s.width > NARROW and wave < n_blocks:  # large tiles: short programs end at about one time
+        n_splits = max(n_splits, min(tiles // _LEAST, 16))
     return n_blocks, wave, min(n_splits, max(1, WORKSPACE * 2 // 5 // (12 * r.rows * slots)))
 
 

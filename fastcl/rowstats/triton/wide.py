@@ -14,7 +14,7 @@ from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import ALIGN, WORKSPACE, Call
 from fastcl.rowstats.triton.weighted import Side, over_pairs
 
-_MASKED = 8  # tiles of a program that looks for masked ones
+_MASKED = 24  # tiles of a program that looks for masked ones
 
 
 def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor) -> None:
