@@ -20,7 +20,7 @@ def _consume(WHICH: gl.constexpr, factors, tiles, p_w_s, p_w_r, p_w, size, logit
     """p_w_s: weights of the program's rows; p_w_r: of its columns; p_w: of its pairs."""
     ROWS: gl.constexpr = TILE.BLOCK_S // RING.CONSUMERS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE.BLOCK_R, 16])
-    # A thread stores 16 bytes, its neighbours the next ones. Values change hands by shuffles within a warp.
+    # A thread stores 8 bytes, four of them 32, for which values change hands by shuffles within a warp.
     stored: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]], [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
         [[16, 0], [32, 0]], [], [ROWS, TILE.BLOCK_R],

@@ -1,7 +1,8 @@
 """`forward_kernel` for plain tiles of rows wider than 256 columns on sm_90, warp-specialised: see `multiply_hopper`.
 
 A tile is (R, S): the sums of streamed rows are down its columns, so each consumer stores its own, from its band of the
-program's resident rows. Written in Gluon, which Triton's interpreter does not run.
+program's resident rows. Those of masked tiles, ALIGN rows each, are left out, and so is a last block with padding.
+Written in Gluon, which Triton's interpreter does not run.
 """
 
 from typing import Any, NamedTuple

@@ -12,10 +12,11 @@ import torch
 from gluon_model import Fault
 from reference import normal
 from torch import Tensor
-from triton_runs import DEVICE, check, few_programs  # noqa: F401
+from triton_runs import DEVICE, check, check_stats, few_programs  # noqa: F401
 
 from fastcl.kernels.common.arguments import Parts, Resident, Streamed, Temperature, Tile, fixed
 from fastcl.kernels.common.launch import Config, Launch
+from fastcl.kernels.common.launch import config as launch_config
 from fastcl.kernels.common.ring import Ring
 from fastcl.rowstats.triton import hopper, operand, wide
 
@@ -183,3 +184,21 @@ def test_losses_and_gradients_with_the_kernels_by_hand(on_the_model, monkeypatch
     assert on_the_model == ["wide_forward_hopper_kernel", *["weights_hopper_kernel"] * blocks]
     assert [one.arguments["PLAIN"] for one in ran.of("forward_kernel")] == [False]
     assert not ran.of("pair_weights_kernel") and ran.of("masked_weights_kernel")
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the model runs on the CPU")
+def test_candidates_of_their_own_with_the_kernels_by_hand(on_the_model):
+    ids = {"sample": torch.arange(300), "sample_y": torch.arange(700)}
+    x, y = normal(300, 300).float(), normal(700, 300, seed=1).float()
+    ran = check_stats(["mean_view", "lse_other"], x, y, ids, 0.2, "fp16")
+    assert on_the_model == ["wide_forward_hopper_kernel", "weights_hopper_kernel", "weights_hopper_kernel"]
+    assert not ran.of("pair_weights_kernel")
+
+
+def test_masked_tiles_are_the_blocks_that_plain_ones_leave_out():
+    for d in (320, 512, 1024, 4096):
+        assert launch_config("forward", 90, "none", d, 2**16).block_s == ALIGN == operand.ALIGN
+        assert launch_config("forward_masked", 90, "none", d, 2**16) is None
+        by_hand = launch_config("weights_hopper", 90, "none", d, 2**16)
+        masked = launch_config("weights", 90, "none", d, 2**16)
+        assert by_hand.block_r % masked.block_r == 0 and ALIGN % masked.block_s == 0

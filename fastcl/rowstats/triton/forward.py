@@ -28,7 +28,6 @@ from fastcl.rowstats.triton.operand import (
     online_tile,
 )
 
-
 _LEAST = 32  # large tiles of a program of the longest block
 
 
