@@ -27,8 +27,8 @@ def _plain(r, s, start, TILE, SYMMETRIC: gl.constexpr):
 
 @gluon.jit
 def _tiles_of(r, s, start_r, split, TILE, RING, SYMMETRIC: gl.constexpr):
-    """A split's share of the tiles that some band needs. Bands are in at most two neighbouring blocks of ALIGN rows, so
-    that the last one's class range begins where the first one's ends, or before."""
+    """A split's share of the tiles that some band needs: those before the class range of the last one, and those behind
+    that of the first one. Each band leaves out what is not its own."""
     ROWS: gl.constexpr = TILE.BLOCK_R // RING.CONSUMERS
     _, hi, end = _plain(r, s, start_r, TILE, SYMMETRIC)
     lo, _, _ = _plain(r, s, start_r + TILE.BLOCK_R - ROWS, TILE, SYMMETRIC)

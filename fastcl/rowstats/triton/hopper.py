@@ -152,7 +152,7 @@ def pair_weights(
 
     Args:
         weights: of r's and of s's statistics.
-        pairs: their number is a multiple of both sides of a tile.
+        pairs: the block, whose side is a multiple of both sides of a tile.
     """
     from fastcl.kernels.contrastive.weights_hopper import weights_hopper_kernel
 
