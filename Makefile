@@ -7,8 +7,9 @@ STAMP := $(VENV)/.installed
 BENCHES ?= losses similarity data
 OUT ?= runs
 WORKERS ?= 2
-# Losses that the adapters are compared with. Without their dependencies, but for the three that `import open_clip` needs.
-ORIGINALS := info-nce-pytorch lightly lightly-utils open-clip-torch pytorch-metric-learning ftfy regex wcwidth
+# Losses that the adapters are compared with. Without their dependencies, but for the last six, which the imports need.
+ORIGINALS := inf-cl info-nce-pytorch lightly lightly-utils open-clip-torch pytorch-metric-learning \
+    sentence-transformers solo-learn stable-pretraining ftfy loguru regex tokenizers transformers wcwidth
 CORE := $(addprefix tests/,losses project/test_structure.py project/test_rooms.py rowstats/test_rowstats.py \
     rowstats/test_dispatch.py rowstats/test_triton_prepare.py rowstats/test_triton_stats.py similarity/test_similarity.py \
     similarity/test_accumulator.py similarity/test_spearman.py data/test_plan.py data/test_loader.py train/test_config.py)

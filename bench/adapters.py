@@ -7,6 +7,7 @@ which fastcl was never slower, forward and backward pass together.
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,8 +22,9 @@ from torch import Tensor
 import fastcl
 from bench.harness.clocks import MIN_ROUNDS, QUICK, Sample, time_passes
 from bench.harness.command import Command
-from bench.harness.records import Record, digits, machine, milliseconds, table, write
+from bench.harness.records import Record, digits, grouped, machine, milliseconds, table, write
 from fastcl.adapters import replacements
+from fastcl.adapters.targets import DISTRIBUTIONS
 from fastcl.errors import FastclError
 
 ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -39,11 +41,20 @@ def _made(module: str, name: str, *options: Any) -> Any:
     return getattr(importlib.import_module(module), name)(*options)
 
 
+def _in_batch(width: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """With a set of further negatives, which is the form that takes most rows to pay."""
+    module = "sentence_transformers.sentence_transformer.losses"
+    loss = _made(module, "MultipleNegativesRankingLoss", torch.nn.Identity())
+    return lambda a, b: loss.compute_loss_from_embeddings([a, b, b.roll(1, 0)], None)
+
+
 # By kind of loss: library, and the original's loss of two sets of rows of this width.
 CASES: dict[str, tuple[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]]]] = {
     "two views": ("lightly", lambda d: _made("lightly.loss.ntx_ent_loss", "NTXentLoss")),
     "queue": ("lightly", lambda d: _made("lightly.loss.ntx_ent_loss", "NTXentLoss", 0.1, (QUEUE, d))),
     "two directions": ("open_clip", lambda d: lambda a, b: _made("open_clip.loss", "ClipLoss")(a, b, 20.0)),
+    "all pairs": ("open_clip", lambda d: lambda a, b: _made("open_clip.loss", "SigLipLoss")(a, b, 10.0, -10.0)),
+    "in batch": ("sentence_transformers", _in_batch),
     "one direction": ("info_nce", lambda d: _made("info_nce", "InfoNCE")),
     "classes": ("pytorch_metric_learning",
                 lambda d: partial(_classes, _made("pytorch_metric_learning.losses", "NTXentLoss"))),
@@ -92,15 +103,17 @@ def fewest(records: Sequence[Record], kind: str) -> int | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write the results; return the exit status."""
+    """Measure and write the results, beside those of other kinds that are there; return the exit status."""
     parser = Command("adapters", [__doc__ or ""], "repeats", "seconds", repeats=30, seconds=5)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="N", help="default: %(default)s")
     parser.add_argument("--width", type=int, default=128, metavar="D", help="default: %(default)s")
     parser.add_names("--kinds", tuple(CASES))
     args = parser.parse(argv)
-    libraries = [replacements.DISTRIBUTIONS[CASES[kind][0]] for kind in args.kinds]
+    libraries = [DISTRIBUTIONS[CASES[kind][0]] for kind in args.kinds]
     facts = machine(torch.device("cpu"), libraries)
-    records: list[Record] = []
+    file = args.out / "adapters.json"
+    earlier: list[Record] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    records = [record for record in earlier if record["kind"] not in args.kinds]
     for kind in args.kinds:
         for rows in (n for n in args.rows if n <= MOST.get(kind, n)):
             try:
@@ -114,9 +127,11 @@ def main(argv: list[str] | None = None) -> int:
                             "ratio": ratio} | facts)  # fmt: skip
             print(f"{kind}, {rows} rows: {digits(ratio)} times as fast as {CASES[kind][0]}")
     lines = [(r["kind"], str(r["rows"]), *map(milliseconds, r["ms"].values()), digits(r["ratio"])) for r in records]
-    limits = [(kind, str(fewest(records, kind))) for kind in args.kinds]
+    found = grouped(records, "device", "date", "d", "kind")
+    conditions = [f"- {kind}: {device}, {date}, {d} columns\n" for device, date, d, kind in found]
+    limits = [(kind, str(fewest(records, kind))) for *_, kind in found]
     text = (
-        f"# Patched losses on a CPU\n\n{facts['device']}, {facts['date']}, {args.width} columns; ms, both passes\n\n"
+        f"# Patched losses on a CPU\n\nms, both passes\n\n{''.join(conditions)}\n"
         + table(("kind", "rows", "original", "fastcl", "times as fast"), lines)
         + "\n"
         + table(("kind", "fewest rows"), limits, 1)

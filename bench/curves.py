@@ -10,12 +10,11 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench.harness.command import Command
-from bench.harness.figures import house_style, save
+from bench.harness.command import Command, at_least
+from bench.harness.figures import drawing
 from bench.harness.records import machine, write_file
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -48,30 +47,27 @@ def trained(steps: int) -> dict[str, dict[str, list[float]]]:
 
 def draw(losses: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
     """Write the figure: a panel for each example, the original's curve wide, fastcl's on it."""
-    from matplotlib.figure import Figure
-
     columns = 4
-    with house_style():
-        figure = Figure((11, 2.4 * -(-len(losses) // columns)), layout="constrained")
-        axes: list[Any] = list(figure.subplots(-(-len(losses) // columns), columns, squeeze=False).flat)
+    rows = -(-len(losses) // columns)
+    with drawing(file, 11, 2.4 * rows) as figure:
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax, (name, of) in zip(axes, losses.items(), strict=False):
             ax.plot(of["original"], color="#E69F00", linewidth=4.5, alpha=0.6, label="original loss")
             ax.plot(of["fastcl"], color="#0072B2", linewidth=1.2, label="fastcl")
             ax.set_title(PANELS[name][0], fontsize=9)
             ax.set_xlabel("step")
-            ax.grid(True, linewidth=0.5, color="#dddddd")
+            ax.grid(True)
         for ax in axes[len(losses) :]:
             ax.axis("off")
         axes[0].set_ylabel("loss")
         where = axes[len(losses)] if len(axes) > len(losses) else axes[0]
         where.legend(*axes[0].get_legend_handles_labels(), loc="center")
-        save(figure, file)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, write the losses and draw them; return the exit status."""
     parser = Command("curves", [__doc__ or ""])
-    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--steps", type=at_least(1), default=STEPS, metavar="N", help="default: %(default)s")
     parser.add_argument("--draw", action="store_true", help="only draw the losses that are in --out")
     args = parser.parse(argv)
     file = args.out / "curves.json"

@@ -3,20 +3,18 @@ typed by hand."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
 from bench.harness import figures
-from bench.harness.records import write_file
-from bench.readme_tables import TABLES, read
+from bench.harness.command import ROOT, Parser
+from bench.harness.records import read, write_file
+from bench.readme_tables import TABLES
 from bench.reproduction import rows
-from bench.reproduction.report import committed
 from bench.scaling import report as scaling
 from bench.theory import report as theory
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGES = (
     "README.md",
@@ -64,18 +62,15 @@ def draw(results: Path) -> None:
         theory.draw(records, results / "theory")
     if (results / "static").is_dir():
         scaling.draw(results)
-    folder = committed(results)
-    if (folder / rows.FILE).is_file():
+    if found := rows.committed(results):
         from bench.reproduction import pictures  # imported here: needs matplotlib
 
-        pictures.draw(rows.read(folder), folder)
+        pictures.draw(found, rows.folder_of(results))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the pages and the figures, or with --check print which pages would change; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.readme", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("readme", [_DESCRIPTION])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a table is old")
     args = parser.parse_args(argv)
     before = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}

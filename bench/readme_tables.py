@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench.data import report as data_report
+from bench.data import waiting
 from bench.harness import markdown as md
 from bench.harness.figures import LOSSES
-from bench.harness.records import Record, digits, duration, grouped, table
+from bench.harness.records import Record, digits, duration, grouped, having, read, table
+from bench.losses import host, splits
 from bench.losses import report as losses_report
-from bench.losses import splits
+from bench.lost_ranks import lost_table
 from bench.reproduction import report as reproduction
 from bench.reproduction import rows
 from bench.scaling import report as scaling
@@ -22,18 +24,13 @@ from bench.similarity.inputs import KEYS, Case
 from bench.similarity.providers import ALL_THREE
 from bench.theory import report as theory
 from bench.training import report as training_report
-from bench.training import waiting
+from fastcl.report.run import PAIR_MEASURES, load_run
 
 NOT_MEASURED = "Not measured."
 # Measured (n, d) of two models held in memory that are shown.
 PAIRS = ((1000, 4096), (10_000, 512), (50_000, 512), (100_000, 512), (10_000, 2048))
 OURS = ("fastcl linear", ALL_THREE, "fastcl rbf")
 LIBRARIES = (ALL_THREE, "fastcl linear", "X'Y fp32", "authors' formulation", "torch-cka", "ckatorch", "rsatoolbox")
-
-
-def read(*files: Path) -> list[Record]:
-    """All records of the files that exist."""
-    return [r for file in files if file.is_file() for r in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def conditions(records: Sequence[Record]) -> str:
@@ -83,7 +80,7 @@ def losses(records: Sequence[Record]) -> str:
 
 def ntxent(records: Sequence[Record]) -> str:
     """The table of `losses` for NT-Xent only."""
-    return losses([r for r in records if r["objective"] == "ntxent"])
+    return losses(having(records, objective="ntxent"))
 
 
 def _cell(r: Record | None) -> str:
@@ -92,12 +89,7 @@ def _cell(r: Record | None) -> str:
     return digits(duration(r)) if r["wall_ms"] else reason_word(r)
 
 
-def _share(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
-
-
-def _mib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**20:,.0f}"
+_share, _mib = partial(md.percent, form=".0f"), partial(md.mib, form=",.0f")
 
 
 def similarity(records: Sequence[Record]) -> str:
@@ -124,7 +116,7 @@ def similarity(records: Sequence[Record]) -> str:
 
 def libraries(records: Sequence[Record]) -> str:
     """Other ways to compute a measure at n = 10,000, d = 512, from the run that has most of them."""
-    at = [r for r in records if r["provider"] in LIBRARIES and (r["section"], r["n"], r["d"]) == ("pair", 10_000, 512)]
+    at = [r for r in having(records, section="pair", n=10_000, d=512) if r["provider"] in LIBRARIES]
     rows = []
     for r in max(grouped(at, "date").values(), key=len):
         time = digits(r["wall_ms"]) if r["wall_ms"] else r["reason"].partition(": ")[2] or r["reason"]
@@ -135,7 +127,7 @@ def libraries(records: Sequence[Record]) -> str:
 def pairs_of_twins(records: Sequence[Record]) -> str:
     """twin_stats compared with the calls it replaces and with the losses alone."""
     names, rows = (two_models.TOGETHER, two_models.APART, two_models.ALONE), []
-    whole = [r for r in records if r["section"] == two_models.SECTION and r["pass"] == "both"]
+    whole = having(records, **{"section": two_models.SECTION, "pass": "both"})
     for (n, precision), chosen in grouped(whole, "n", "precision").items():
         at = {r["provider"]: r for r in chosen}
         rows.append([f"{n:,}", precision, *(_cell(at.get(name)) for name in names)])
@@ -144,10 +136,10 @@ def pairs_of_twins(records: Sequence[Record]) -> str:
 
 def views(records: Sequence[Record]) -> str:
     """Images per second and core-ms per image by size, and the share of a training step spent waiting."""
-    timed = [r for r in records if r["section"] == "views" and r["samples_ms"]]
+    timed = [r for r in having(records, section="views") if r["samples_ms"]]
     sizes = {r["size"]: f"{r['size']} pixels ({r['source']})" for r in timed}
-    waits = {r["provider"]: f"{100 * waiting.share_of(r):.1f} %" for r in records
-             if r["section"] == waiting.SECTION and not r["reason"]}  # fmt: skip
+    waits = {r["provider"]: f"{100 * waiting.share_of(r):.1f} %"
+             for r in having(records, section=waiting.SECTION, reason=None)}  # fmt: skip
     rows = []
     for (name,), chosen in grouped(timed, "provider").items():
         at = {r["size"]: r for r in chosen}
@@ -164,22 +156,21 @@ def _rate(r: Record | None) -> str:
 
 def training_steps(records: Sequence[Record]) -> str:
     """The parts of a training step."""
-    return training_report.steps_table([r for r in records if r["section"] == "steps"])
+    return training_report.steps_table(having(records, section="steps"))
 
 
 def micro_step(records: Sequence[Record]) -> str:
     """Peak memory of a step in parts, of one part alone and of the whole batch."""
-    return training_report.memory_table([r for r in records if r["section"] == "memory"])
+    return training_report.memory_table(having(records, section="memory"))
 
 
 def training_runs(records: Sequence[Record]) -> str:
     """Alignment and accuracy at the end of the runs, and the effect of the networks' precision."""
     head, rows = ("run", "model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe"), []
-    done = [r for r in records if not r["reason"]]
-    for r in (r for r in done if r["section"] == "runs"):
+    for r in having(records, section="runs", reason=None):
         run = f"temperature {r['temperature']:g}, {r['precision']}, {r['epochs']} epochs"
         rows += [(run, model, *cells) for model, *cells in training_report.models(r)]
-    for r in (r for r in done if r["section"] == "precision"):
+    for r in having(records, section="precision", reason=None):
         run = f"two precisions, {r['epochs']} epochs"
         rows += [(run, f"{models}: {what}", *cells, "", "") for models, what, *cells in training_report.compared(r)]
     return table(head, rows)
@@ -187,19 +178,15 @@ def training_runs(records: Sequence[Record]) -> str:
 
 def omniglot(results: Path) -> str:
     """Alignment with the reference after the run's last epoch."""
-    file = results / "omniglot" / "metrics.jsonl"
-    if not file.is_file():
+    if not (results / "omniglot").is_dir():
         return NOT_MEASURED
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    last = [r for r in rows if r["epoch"] == rows[-1]["epoch"]]
-    accuracy = {r["model"]: r["ncc_test"] for r in last if "model" in r}
-    reference = next(iter(accuracy))
-    head = (f"with `{reference}` at the end", "CKA", "debiased CKA", "RSA", "weight gap", "nearest centre")
-    body = [[f"`{reference}`", "", "", "", "", f"{accuracy[reference]:.3f}"]]
-    for r in (r for r in last if r.get("pair", [""])[0] == reference):
-        name = r["pair"][1]
-        body.append([f"`{name}`", *(f"{r[key]:.4f}" for key in ("cka", "cka_debiased", "rsa", "weight_gap")),
-                     f"{accuracy[name]:.3f}"])  # fmt: skip
+    run = load_run(results / "omniglot", with_steps=False)
+    head = (f"with `{run.reference}` at the end", *PAIR_MEASURES.values(), "nearest centre")
+    body = []
+    for name in run.models:
+        pair = (run.pair_value(run.reference, name, key) for key in PAIR_MEASURES)
+        cells = ("" if value is None else f"{value:.4f}" for value in pair)
+        body.append([f"`{name}`", *cells, f"{run.model_value(name, 'ncc_test'):.3f}"])
     return table(head, body, left=1)
 
 
@@ -222,35 +209,22 @@ def gpu(results: Path) -> str:
     return "\n\n".join(part.strip() for part in text)
 
 
-def split_products(results: Path) -> str:
-    """Error and price of each way to split float32 rows; the same on every machine."""
-    records = read(results / "splits.json")
-    return splits.report(records) if records else NOT_MEASURED
+def _of(find: Callable[[Path], Any], make: Callable[[Any], str]) -> Callable[[Path], str]:
+    """The table of what is found in the results, if anything is."""
 
-
-def theory_covered(results: Path) -> str:
-    """Slack of every bound in settings that the theorem covers."""
-    records = theory.read(results)
-    return theory.covered(records) if records else NOT_MEASURED
-
-
-def theory_outside(results: Path) -> str:
-    """What failed in the others."""
-    records = theory.read(results)
-    return theory.outside(records) if records else NOT_MEASURED
-
-
-def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[Path], str]:
     def made(results: Path) -> str:
-        records = read(*(results / "cpu" / file for file in files))
-        return f"{conditions(records)}\n\n{make(records)}" if records else NOT_MEASURED
+        found = find(results)
+        return make(found) if found else NOT_MEASURED
 
     return made
 
 
-def _reproduced(make: Callable[[Path], str], results: Path) -> str:
-    folder = reproduction.committed(results)
-    return make(folder) if (folder / rows.FILE).is_file() else NOT_MEASURED
+def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[Path], str]:
+    """The table of some records, below the conditions of their run."""
+    return _of(
+        lambda results: read(*(results / "cpu" / file for file in files)),
+        lambda records: f"{conditions(records)}\n\n{make(records)}",
+    )
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -262,13 +236,16 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "twins": _of_cpu(pairs_of_twins, "stream/similarity.json"),
     "views": _of_cpu(views, "data.json"),
     "micro-step": _of_cpu(micro_step, "training/training.json"),
+    "lost-ranks": _of_cpu(lost_table, "lost_ranks.json"),
     "gpu": gpu,
-    "splits": split_products,
-    "theory": theory_covered,
-    "theory-outside": theory_outside,
+    "host": _of_cpu(host.report, "host.json"),
+    "splits": _of(lambda results: read(results / "splits.json"), splits.report),
+    "theory": _of(theory.read, theory.covered),
+    "theory-outside": _of(theory.read, theory.outside),
     "scaling-formulas": scaling.formulas,
     "scaling-assumed": scaling.assumed,
     "scaling-hidden": scaling.hidden,
     "scaling": scaling.numbers,
-    **{name: partial(_reproduced, make) for name, make in reproduction.TABLES.items()},
+    "reproduction-conditions": _of(reproduction.about, reproduction.conditions),
+    **{name: _of(rows.committed, make) for name, make in reproduction.TABLES.items()},
 }

@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastcl.errors import FastclError, brief, type_of
+from fastcl.choices import PRECISIONS
+from fastcl.errors import FastclError, brief, one_of, type_of
 
 _SMALLEST = 1e-30  # lower bound of temperatures and scales: inverses stay in float32's range, with room for the logits
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,6 +61,12 @@ def _check_range(value: float | Tensor, name: str, least: float, what: str) -> N
         raise FastclError(f"{name} must be {what} ({least:g} to {1 / _SMALLEST:g}), got {value!r}{why}")
 
 
+def check_precision(precision: str | None) -> None:
+    """Raise FastclError unless it is one of `PRECISIONS` or None."""
+    if precision is not None and precision not in PRECISIONS:
+        raise FastclError(one_of("precision", (*PRECISIONS, None), precision))
+
+
 def check_rows(x: Tensor, name: str) -> None:
     """Raise FastclError unless x is a non-empty matrix of a supported dtype."""
     if not isinstance(x, Tensor):
@@ -89,6 +97,24 @@ def is_inside(x: Tensor, transform: str) -> bool:
             return True
         x = functorch.get_unwrapped(x)
     return False
+
+
+def check_transforms(chosen: str, *tensors: Tensor | None) -> None:
+    """Raise FastclError for transforms that the operators lack: forward mode, which PyTorch would silently treat as
+    zero, and torch.func.grad."""
+    if torch.compiler.is_compiling():
+        return
+    given = [v for v in tensors if v is not None]
+    instead = "use `with fastcl.backend('dense')`"
+    if any(forward_ad.unpack_dual(v).tangent is not None for v in given):
+        raise FastclError(
+            f"the {chosen} backend does not support forward-mode differentiation; {instead} for jvp and jacfwd"
+        )
+    if any(is_inside(v, "grad") for v in given):
+        raise FastclError(
+            f"the {chosen} backend supports only backward() and torch.autograd.grad; {instead} for torch.func.grad, "
+            "vjp, jacrev and hessian"
+        )
 
 
 def is_readable(x: Tensor) -> bool:

@@ -15,6 +15,10 @@ class FastclError(ValueError):
         super().__init__("\n".join(shown(line) for line in str(message).split("\n")))
 
 
+class ToldHere(FastclError):
+    """An error that several processes raise and this one reports."""
+
+
 class ToldElsewhere(FastclError):
     """An error that several processes raise and another one of them reports."""
 

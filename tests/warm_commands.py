@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +22,41 @@ stores: list[Any] = []
 
 
 def start(
-    *arguments: str | Path, output: Path, largest_file: int | None = None, environment: Mapping[str, str] | None = None
-) -> multiprocessing.Process:
+    *arguments: str | Path, output: Path, largest_file: int | None = None, environment: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> multiprocessing.Process:  # fmt: skip
     """`fastcl` with these arguments, beginning to work.
 
     Args:
         output: file that takes both of its streams.
         largest_file: bytes, after which a write fails as on a full disk.
         environment: variables to set.
+        before: a module's own function that the process calls first.
     """
-    given = [str(a) for a in arguments], output, largest_file, dict(environment or {})
+    given = [str(a) for a in arguments], output, largest_file, dict(environment or {}), before
     process = context.Process(target=_run, args=given)
     process.start()
     return process
 
 
-def start_ranks(world: int, *arguments: str | Path, output: Path) -> list[multiprocessing.Process]:
+def start_ranks(
+    world: int, *arguments: str | Path, output: Path, before: Callable[[], None] | None = None
+) -> list[multiprocessing.Process]:
     """`fastcl` with these arguments in as many processes, with the environment that torchrun gives them.
 
     Args:
         output: folder of the files "0", "1", ..., which take both streams of each rank, and "0.json", ...: what
             torchrun is told of an error.
+        before: as of `start`.
     """
     output.mkdir(exist_ok=True)
     environments = rank_environments(world)
     for k, found in enumerate(environments):
         found["TORCHELASTIC_ERROR_FILE"] = str(output / f"{k}.json")
-    return [start(*arguments, output=output / str(k), environment=found) for k, found in enumerate(environments)]
+    return [
+        start(*arguments, output=output / str(k), environment=found, before=before)
+        for k, found in enumerate(environments)
+    ]
 
 
 def rank_environments(world: int) -> list[dict[str, str]]:
@@ -62,9 +70,11 @@ def rank_environments(world: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(world)]
 
 
-def run_ranks(world: int, *arguments: str | Path, output: Path) -> tuple[list[int | None], list[str]]:
+def run_ranks(
+    world: int, *arguments: str | Path, output: Path, before: Callable[[], None] | None = None
+) -> tuple[list[int | None], list[str]]:
     """Exit statuses and outputs of all ranks."""
-    return end_ranks(start_ranks(world, *arguments, output=output), output)
+    return end_ranks(start_ranks(world, *arguments, output=output, before=before), output)
 
 
 def end_ranks(ranks: list[multiprocessing.Process], output: Path) -> tuple[list[int | None], list[str]]:
@@ -85,7 +95,10 @@ def run(*arguments: str | Path, output: Path, **options: Any) -> tuple[int, str]
     return process.exitcode, output.read_text(encoding="utf-8")
 
 
-def _run(arguments: list[str], output: Path, largest_file: int | None, environment: dict[str, str]) -> None:
+def _run(
+    arguments: list[str], output: Path, largest_file: int | None, environment: dict[str, str],
+    before: Callable[[], None] | None,
+) -> None:  # fmt: skip
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
@@ -103,4 +116,6 @@ def _run(arguments: list[str], output: Path, largest_file: int | None, environme
     html._figures = lambda run: []
     torch.set_num_threads(1)
     sys.argv = ["fastcl", *arguments]
+    if before is not None:
+        before()
     sys.exit(main())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fastcl.data import Split, ViewSpec, load
 from fastcl.data.philox import Stream, permutation
+from fastcl.data.sources.subset import part
 
 MADE_UP_CLASSES, QUALITY = 4, 75
 CIFAR_CLASS = 5000  # training images per class; at least two classes are loaded, decoded beforehand
@@ -96,17 +94,6 @@ def read(case: Case, folder: Path, scratch: Path) -> Photos:
     chosen = permutation(len(train), seed=0, stream=Stream.ORDER)[: case.images]
     split = part(train, chosen[: len(chosen) // case.batch * case.batch])
     return Photos(source, f"{name}, {'encoded' if split.encoded else 'decoded beforehand'}", split)
-
-
-def part(split: Split, positions: np.ndarray) -> Split:
-    """The images of a split at (n,) positions, in that order."""
-    facts = (values[positions] for values in (split.ids, split.labels, split.sizes))
-    encoded = partial(_at, split.encoded, positions) if split.encoded else None
-    return Split(*facts, partial(_at, split.image, positions), encoded)
-
-
-def _at(read: Callable[[int], Any], positions: np.ndarray, i: int) -> Any:
-    return read(int(positions[i]))
 
 
 def _make_up(case: Case, folder: Path) -> None:

@@ -17,26 +17,26 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from bench.data.inputs import Case, Photos
-from fastcl.data import ViewSpec
+from fastcl.data import Split, ViewSpec
 
 WORKERS = os.cpu_count() or 1
 
 
-class _Samples(Dataset):
-    """Each sample of a pass as `views` results of `view` on its pixels."""
+class Samples(Dataset):
+    """Each image of a split as `views` results of `view` on its (C, H, W) pixels."""
 
-    def __init__(self, photos: Photos, view: Callable[[Tensor], Tensor], views: int) -> None:
-        self.photos, self.view, self.views = photos, view, views
+    def __init__(self, split: Split, view: Callable[[Tensor], Tensor], views: int = 2) -> None:
+        self.split, self.view, self.views = split, view, views
 
     def __len__(self) -> int:
-        return len(self.photos.split)
+        return len(self.split)
 
-    def __getitem__(self, k: int) -> tuple[Tensor, ...]:
-        x = torch.from_numpy(self.photos.split.image(k)).permute(2, 0, 1)
+    def __getitem__(self, k: int) -> tuple[Any, ...]:
+        x = torch.from_numpy(self.split.image(k)).permute(2, 0, 1)
         return tuple(self.view(x) for _ in range(self.views))
 
 
-def _loader(samples: _Samples, case: Case, device: torch.device) -> DataLoader:
+def _loader(samples: Samples, case: Case, device: torch.device) -> DataLoader:
     return DataLoader(samples, case.batch, num_workers=WORKERS, persistent_workers=WORKERS > 0,
         pin_memory=device.type == "cuda")  # fmt: skip
 
@@ -60,7 +60,7 @@ def torchvision_transforms(spec: ViewSpec, pillow: bool) -> nn.Module:
 
 def torchvision(pillow: bool, photos: Photos, case: Case, device: torch.device) -> Callable[[int], Iterator]:
     """torchvision's transforms, sample by sample, with one worker per core."""
-    loader = _loader(_Samples(photos, torchvision_transforms(case.spec, pillow), 2), case, device)
+    loader = _loader(Samples(photos.split, torchvision_transforms(case.spec, pillow)), case, device)
 
     def feed(epoch: int) -> Iterator[tuple[Tensor, ...]]:
         for views in loader:
@@ -80,7 +80,7 @@ def kornia(photos: Photos, case: Case, device: torch.device) -> Callable[[int], 
         held = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device).split(case.batch)
         source = [(part,) for part in held]
     else:
-        source = _loader(_Samples(photos, Tensor.contiguous, 1), case, device)
+        source = _loader(Samples(photos.split, Tensor.contiguous, 1), case, device)
 
     def feed(epoch: int) -> Iterator[tuple[Tensor, ...]]:
         for (pixels,) in source:

@@ -6,8 +6,6 @@ all the setup that a training run does once.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,9 +48,8 @@ class Provider(suite.Provider):
 
     def obstacle(self, photos: Photos, case: Case, device: torch.device) -> str | None:
         """Why it cannot run on these images, or None."""
-        if reason := self.absence(device):
-            return reason
-        return _obstacle(self.renderer, photos, case, device) if self.renderer else self.unfit(photos)
+        reason = self.unfit(photos) or self.absence(device)
+        return _obstacle(self.renderer, photos, case, device) if self.renderer and not reason else reason
 
 
 def loader_of(photos: Photos, case: Case, renderer: Renderer | None = None) -> ViewLoader:
@@ -116,21 +113,15 @@ def _sizes_differ(photos: Photos) -> str | None:
     return None if photos.equally_sized else "takes batches of images of one size, and these differ"
 
 
-def _no_dali(photos: Photos) -> str | None:
-    with contextlib.suppress(ModuleNotFoundError):  # there is no nvidia package at all
-        if importlib.util.find_spec("nvidia.dali"):
-            return None
-    return "nvidia-dali is not installed"
-
-
 def _nothing_to_decode(photos: Photos) -> str | None:
-    return "the images are decoded beforehand" if photos.split.encoded is None else _no_dali(photos)
+    return "the images are decoded beforehand" if photos.split.encoded is None else None
 
 
 def _ours(name: RendererName, **fields: Any) -> Provider:
     return Provider(f"fastcl {name}", partial(_planned, name), renderer=name, ours=True, **fields)
 
 
+_DALI: dict[str, Any] = {"module": "nvidia.dali", "package": "nvidia-dali"}
 DALI_RENDERER, TRITON_RENDERER, DECODING = "fastcl dali", "fastcl triton", "decoding alone, DALI"
 PROVIDERS = (
     _ours("torchvision"),
@@ -138,9 +129,9 @@ PROVIDERS = (
     _ours("triton", devices=("cuda", "interpreter")),
     Provider("torchvision v2, Pillow, workers", partial(peers.torchvision, True)),
     Provider("torchvision v2, tensors, workers", partial(peers.torchvision, False)),
-    Provider("DALI, operator seeds", partial(peers.dali, True), unfit=_no_dali),
+    Provider("DALI, operator seeds", partial(peers.dali, True), **_DALI),
     Provider("kornia", peers.kornia, module="kornia", package="kornia", unfit=_sizes_differ),
     Provider("drawing the plan alone", _plan_alone, views=False),
     Provider("reading alone", _reading_alone, views=False),
-    Provider(DECODING, partial(peers.dali, False), views=False, unfit=_nothing_to_decode),
+    Provider(DECODING, partial(peers.dali, False), views=False, unfit=_nothing_to_decode, **_DALI),
 )  # fmt: skip

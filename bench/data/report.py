@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+from bench.data import waiting
 from bench.data.providers import DALI_RENDERER, DECODING, LEVELS, TRITON_RENDERER
 from bench.harness import markdown as md
-from bench.harness.records import Record, digits, grouped, table
-from bench.training import waiting
+from bench.harness.records import Record, digits, grouped, having, table
 
 TRITON_TARGET, TRITON_SIZE, DECODER_SIZE = 1e6, 32, 224
 
@@ -36,9 +36,9 @@ def header(facts: Record, args: argparse.Namespace) -> str:
 def body(records: Sequence[Record]) -> str:
     """Targets and tables of what has been measured so far."""
     text = f"\n## Targets\n\n{md.target_table(targets(records))}"
-    for chosen in grouped((r for r in records if r["section"] == "views"), "size").values():
+    for chosen in grouped(having(records, section="views"), "size").values():
         text += _views(chosen)
-    training = [r for r in records if r["section"] == waiting.SECTION]
+    training = having(records, section=waiting.SECTION)
     return text + (_training(training) if training else "")
 
 
@@ -51,7 +51,7 @@ def targets(records: Sequence[Record]) -> Iterator[md.Target]:
     """Rows of the target table."""
 
     def on_card(name: str, size: int) -> float | None:
-        found = [r for r in records if r["section"] == "views" and r["provider"] == name and r["size"] == size]
+        found = having(records, section="views", provider=name, size=size)
         return next((rate(r) for r in found if r["samples_ms"] and "cuda" in r["versions"]), None)
 
     fused, where = on_card(TRITON_RENDERER, TRITON_SIZE), f"{TRITON_SIZE} pixels, CUDA"

@@ -13,14 +13,13 @@ from time import perf_counter, process_time
 
 import torch
 
-from bench.data import inputs, report
+from bench.data import inputs, report, waiting
 from bench.data.inputs import CASES, TINY, Case, Photos
-from bench.data.providers import LEVELS, PROVIDERS, Batch, Feed, Provider, reference
-from bench.harness.clocks import Peak, Sample, Timer
+from bench.data.providers import LEVELS, PROVIDERS, Batch, Provider, reference
+from bench.harness.clocks import Peak, Sample
 from bench.harness.command import Command
 from bench.harness.records import Record, machine
 from bench.harness.suite import Comparison, Entry, Run
-from bench.training import waiting
 
 BENCH = "data"
 SECTIONS = ("views", waiting.SECTION)
@@ -71,8 +70,8 @@ class Views(Comparison):
         Raises:
             ValueError: the views cannot be right.
         """
-        entry.result = entry.provider.open(self.photos, self.case, self.device)
-        views, shape = self._pass(entry.result, 0), (self.case.batch, 3, self.case.size, self.case.size)
+        entry.result = entry.provider.open(self.photos, self.case, self.device), itertools.count()
+        views, shape = self._pass(entry), (self.case.batch, 3, self.case.size, self.case.size)
         if not entry.provider.views:
             return
         for view in views:
@@ -95,23 +94,21 @@ class Views(Comparison):
     def peak(self, entry: Entry) -> Peak:
         """The time of a second pass; memory is not measured."""
         began = perf_counter()
-        self._pass(entry.result, 1)
+        self._pass(entry)
         return Peak(None, perf_counter() - began)
 
-    def timers(self, entries: Sequence[Entry]) -> dict[str, Timer]:
-        return {e.provider.name: partial(self._timer, e.result, itertools.count(2)) for e in entries}
-
-    def _timer(self, feed: Feed, epochs: Iterator[int]) -> dict[str, Sample]:
+    def time(self, entry: Entry) -> dict[str, Sample]:
         """Times of one pass in ms: wall clock, and all cores together if known."""
         before, began = core_seconds(), perf_counter()
-        self._pass(feed, next(epochs))
+        self._pass(entry)
         wall, after = perf_counter() - began, core_seconds()
         cores = None if before is None or after is None else 1e3 * (after - before)
         return {"fwd": Sample(1e3 * wall, cores=cores)}
 
-    def _pass(self, feed: Feed, epoch: int) -> Batch:
-        """Make all views of the case and wait until they are on the device; return the first batch."""
-        batches = feed(epoch)
+    def _pass(self, entry: Entry) -> Batch:
+        """Make all views of the next epoch and wait until they are on the device; return the first batch."""
+        feed, epochs = entry.result
+        batches = feed(next(epochs))
         first = next(batches)
         for _ in batches:
             pass

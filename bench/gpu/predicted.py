@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from bench.gpu.plan import OURS
-from bench.harness.records import Record, digits, table
+from bench.harness.records import Record, digits, read, table
 from bench.static.predict.assumptions import OPTIMISTIC
 from bench.static.predict.report import key
 from bench.static.predict.run import committed
@@ -35,7 +34,7 @@ def beside(measured: Iterable[Record], predicted: Iterable[Record]) -> list[tupl
 def section(out: Path) -> str:
     """Markdown that compares the records of bench.losses under `out` with the committed predictions for this card;
     empty if there is nothing to compare."""
-    measured = [one for path in sorted(out.glob("*/losses.json")) for one in _records(path)]
+    measured = read(*sorted(out.glob("*/losses.json")))
     if not measured or not torch.cuda.is_available():
         return ""
     major, minor = torch.cuda.get_device_capability()
@@ -50,7 +49,3 @@ def section(out: Path) -> str:
         f"\n## Predicted and measured\n\nGPU time; predicted for code of Triton {versions}. The model is trusted to "
         f"{low:.1f} to {high:.2f} times its own time; where a pass is outside, it errs.\n\n{table(head, rows)}"
     )
-
-
-def _records(path: Path) -> Sequence[Record]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -21,7 +20,8 @@ import torch
 
 from bench.gpu import predicted
 from bench.gpu.plan import PART_MINUTES, PARTS, REHEARSAL_MINUTES, Step, plan
-from bench.harness.command import ROOT, Command
+from bench.harness.command import ROOT, Command, positive
+from bench.harness.markdown import machine_line
 from bench.harness.records import machine, table, write_file
 
 GRACE = 15  # seconds for a step to exit after an interrupt, so that benchmarks can write their results
@@ -117,9 +117,8 @@ def _stop(process: subprocess.Popen) -> int:
 
 def report(outcomes: Sequence[Outcome], facts: dict, out: Path) -> None:
     """Write gpu.json and gpu.md."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     rows = [(o.step, o.status, f"{o.seconds:.0f}", o.reason or "", f"`{o.command}`") for o in outcomes]
-    text = f"# GPU run\n\n{facts['device']}; {versions}; {facts['date']}\n\n"
+    text = f"# GPU run\n\n{machine_line(facts)}\n\n"
     text += table(("step", "status", "seconds", "reason", "command"), rows)
     for o in outcomes:
         log = out / f"{o.step}.log"
@@ -154,13 +153,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = Command("gpu", [_DESCRIPTION])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:1], metavar="PART",
         help=f"of {', '.join(PARTS)}, in the order given (default: {PARTS[0]})")  # fmt: skip
-    parser.add_argument("--minutes", type=float, metavar="M", help=f"stretch the timetables by M / {PART_MINUTES:g} "
+    parser.add_argument("--minutes", type=positive, metavar="M", help=f"stretch the timetables by M / {PART_MINUTES:g} "
         f"(default: {PART_MINUTES:g}; a rehearsal: {REHEARSAL_MINUTES:g})")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true",
         help="the same steps, tiny, on the CPU under Triton's interpreter")  # fmt: skip
     args = parser.parse(argv)
-    if args.minutes is not None and not 0 < args.minutes < math.inf:
-        parser.error(f"--minutes: must be positive and finite, got {args.minutes}")
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --rehearse runs without one")
     out, minutes = args.out.resolve(), args.minutes or (REHEARSAL_MINUTES if args.rehearse else PART_MINUTES)

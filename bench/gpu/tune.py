@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -18,9 +16,9 @@ from typing import Any, TypeAlias
 import torch
 
 from bench.harness.clocks import Timer, first_line, interleave, timer_of
-from bench.harness.records import agree, digits, write_file
+from bench.harness.command import Parser
+from bench.harness.records import agree, digits, json_lines, write_file
 from bench.losses.providers import TOLERANCES, fused, passes
-from fastcl.errors import FastclError
 from fastcl.io.outputs import check_output, named_path
 from fastcl.kernels.common import launch
 
@@ -124,7 +122,7 @@ def tune(row: Row, plan: Plan) -> Row:
 
 def write(table: list[Row], path: Path) -> None:
     """Write the table, one row per line."""
-    write_file(path, "[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n")
+    write_file(path, json_lines(table))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,16 +132,14 @@ def main(argv: list[str] | None = None) -> int:
         from bench.gpu.tune_predicted import main as predicted
 
         return predicted([one for one in argv if one != "--predict"])
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.tune", description=_DESCRIPTION)
+    parser = Parser("gpu.tune", [_DESCRIPTION])
     parser.add_argument("--out", type=named_path, metavar="FILE", help="where the table goes (default: where it is)")
     parser.add_argument("--rehearse", action="store_true",
         help="two rows and a candidate for each, tiny, on the CPU under Triton's interpreter; needs --out")  # fmt: skip
     args = parser.parse_args(argv)
     out = args.out or launch.TABLE
-    try:
+    with parser.refusing():
         check_output(out, "--out")
-    except FastclError as error:
-        parser.error(str(error))
     if args.rehearse and args.out is None:
         parser.error("--rehearse: its times mean nothing and must not replace the table; give --out")
     if not args.rehearse and not torch.cuda.is_available():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from bench.gpu.tune import Row, replaced, write
+from bench.harness.command import Parser, pattern
 from bench.harness.records import digits
 from bench.static.all_cases import cases
 from bench.static.compile import obstacle
@@ -185,29 +185,23 @@ def describe(config: Row) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.tune --predict", description=_DESCRIPTION)
+    parser = Parser("gpu.tune --predict", [_DESCRIPTION], "workers")
     add = parser.add_argument
     add("kernel", choices=sorted(KERNELS))
     add("mode", choices=sorted(_LOSSES), help="which tiles use split half precision")
     add("width", type=int, help="columns of the rows; beyond 256 the row for any width is searched")
     add("--arch", default=f"sm_{ARCH}", choices=[f"sm_{arch}" for arch in MACHINES], help="(default: %(default)s)")
-    add("--losses", metavar="REGEX", help="losses by name whose times are added (default: one of 65,536 rows)")
-    add("--workers", type=int, default=2, metavar="N", help="processes that compile (default: %(default)s)")
+    add("--losses", type=pattern, metavar="REGEX",
+        help="losses by name whose times are added (default: one of 65,536 rows)")  # fmt: skip
     add("--write", action="store_true", help="put the best candidate into the table")
-    for name, values in AXES.items():
-        add(
-            f"--{name.replace('_', '-')}", type=int, nargs="+", default=values, metavar="N", help=f"(default: {values})"
-        )
-    args = parser.parse_args(list(argv))
-    try:
-        name = re.compile(args.losses or f"^{_LOSSES[args.mode]} n=65,536 d={args.width}$")
-    except re.error as error:
-        parser.error(f"--losses: {args.losses!r} is no regular expression: {error}")
+    for name, tried in AXES.items():
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=int, nargs="+", default=tried, metavar="N", help=f"(default: {tried})")
+    args = parser.parse_args(argv)
+    name = args.losses or pattern(f"^{_LOSSES[args.mode]} n=65,536 d={args.width}$")
     args.losses = [loss for loss in losses() if name.search(loss.name)]
     if not args.losses:
         parser.error(f"no loss has {name.pattern!r} in its name; --losses chooses others")
-    if args.workers < 1:
-        parser.error(f"--workers: must be positive, got {args.workers}")
     args.axes = {axis: getattr(args, axis) for axis in AXES}
     args.arch = int(args.arch.removeprefix("sm_"))
     return args

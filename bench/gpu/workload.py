@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastcl
+from bench.harness.command import Parser
 from bench.losses.providers import OBJECTIVES, fused
 
 # Rows and widths; rows of the second width do not fit one program. "tiny" is for the interpreter.
@@ -59,7 +59,7 @@ def learnable(half: bool, scale: Tensor, z: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> int:
     """Run all cases once; return 1 if a loss or gradient is not finite, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.workload", description=__doc__)
+    parser = Parser("gpu.workload", [__doc__ or ""])
     parser.add_argument("--scale", choices=SCALES, required=True, help="sizes; tiny is for the interpreter")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     status = 0

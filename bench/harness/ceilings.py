@@ -46,7 +46,7 @@ class Ceilings:
         pass, writing the gradient) can overlap, so the slowest of them is the bound of a pass.
         """
         # Pairs of towers have no mirror image, so each costs twice what a pair of views does.
-        pairs = 2 * (n / 2) ** 2 if objective == "clip" else n * n
+        pairs = 2 * (n / 2) ** 2 if objective in ("clip", "sigmoid") else n * n
         products, exponentials = (4, pairs) if d <= NARROW else (3, pairs / 2)
         memory = 4 * n * d
         forward = self.slowest_ms(pairs * d, pairs / 2, memory)

@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.harness.records import Record, duration, write_file
+from bench.harness.records import Record, duration, having, write_file
 
 # Colour (Okabe and Ito, and more), marker and line style by provider; other formulations and libraries are dashed.
 SIMILARITY = {
@@ -39,14 +39,18 @@ LOSSES = {
     "pytorch-metric-learning": ("#8B5A2B", ">", "--"),
     "authors' formulation": ("#000000", "X", "--"),
 }
+_STYLE: Any = {
+    "svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "grid.color": "#dddddd", "grid.linewidth": 0.5,
+}  # fmt: skip
 
 
 class Line(NamedTuple):
-    """A line: (ms, peak bytes) by number of rows, each None if not measured."""
+    """A line: values along x, None if not measured."""
 
     label: str
     style: tuple[str, str, str]
-    points: Mapping[int, tuple[float | None, float | None]]
+    points: Mapping[int, float | None]
 
 
 class Panel(NamedTuple):
@@ -55,26 +59,23 @@ class Panel(NamedTuple):
     x: str
     title: str
     lines: Sequence[Line]
-    which: int = 0  # of the two values of a point
-    unit: float = 1
 
 
 def similarity(records: Sequence[Record], folder: Path) -> str | None:
     """Draw two models held in memory, at the width with the most sizes; return the file name, None if not drawn."""
-    chosen = _most([r for r in records if r["section"] == "pair"], SIMILARITY)
+    chosen, title = _most(having(records, section="pair"), SIMILARITY), "Two models, d = {d}; {device}"
     lines = _lines(chosen, SIMILARITY, "{provider}: {computes}", itemgetter("wall_ms"))
-    title = "Two models, d = {d}; {device}".format(**chosen[0]) if chosen else ""
-    return _draw(folder / "similarity.svg", title, lines, "peak memory beyond the features (MiB)")
+    return _draw(folder / "similarity.svg", title, chosen, lines, _memory(chosen, SIMILARITY, "features"))
 
 
 def losses(records: Sequence[Record], folder: Path) -> str | None:
     """Draw NT-Xent, forward and backward together, and its bound if any; returns what `similarity` does."""
-    chosen = _most([r for r in records if r["objective"] == "ntxent" and r["pass"] == "both"], LOSSES)
+    chosen = _most(having(records, **{"objective": "ntxent", "pass": "both"}), LOSSES)
     lines = _lines(chosen, LOSSES, "{provider}", duration)
-    if bounds := {r["n"]: (r["bound_ms"], None) for r in chosen if r["bound_ms"]}:
+    if bounds := {r["n"]: r["bound_ms"] for r in chosen if r["bound_ms"]}:
         lines.append(Line("bound", ("#000000", "", ":"), bounds))
-    title = "NT-Xent, forward and backward, D = {d}; {device}".format(**chosen[0]) if chosen else ""
-    return _draw(folder / "losses.svg", title, lines, "peak memory beyond the inputs (MiB)")
+    title = "NT-Xent, forward and backward, D = {d}; {device}"
+    return _draw(folder / "losses.svg", title, chosen, lines, _memory(chosen, LOSSES, "inputs"))
 
 
 def _most(records: Sequence[Record], styles: Mapping[str, object]) -> list[Record]:
@@ -86,14 +87,17 @@ def _most(records: Sequence[Record], styles: Mapping[str, object]) -> list[Recor
 
 
 def _lines(
-    records: Sequence[Record], styles: Mapping[str, Any], label: str, time: Callable[[Record], float]
+    records: Sequence[Record], styles: Mapping[str, Any], label: str, value: Callable[[Record], float | None]
 ) -> list[Line]:
     """A line for each provider, named by the format `label` of its fields."""
-    lines = []
-    for name, style in styles.items():
-        if mine := [r for r in records if r["provider"] == name]:
-            lines.append(Line(label.format(**mine[0]), style, {r["n"]: (time(r), r["peak_bytes"]) for r in mine}))
-    return lines
+    found = {name: having(records, provider=name) for name in styles}
+    return [Line(label.format(**mine[0]), styles[name], {r["n"]: value(r) for r in mine})
+            for name, mine in found.items() if mine]  # fmt: skip
+
+
+def _memory(records: Sequence[Record], styles: Mapping[str, Any], beyond: str) -> Panel:
+    lines = _lines(records, styles, "{provider}", lambda r: r["peak_bytes"] and r["peak_bytes"] / 2**20)
+    return Panel("rows", f"peak memory beyond the {beyond} (MiB)", lines)
 
 
 def of_run(run: Path) -> None:
@@ -111,48 +115,41 @@ def of_run(run: Path) -> None:
             write_file(run / f"{plate.name}.svg", text.replace("<svg ", '<svg style="background:#fff" ', 1))
 
 
-def _draw(file: Path, title: str, lines: Sequence[Line], memory: str) -> str | None:
+def _draw(file: Path, title: str, records: Sequence[Record], lines: Sequence[Line], memory: Panel) -> str | None:
     """Write the figure of times and memory; return its name, or None if there is nothing to draw or no matplotlib."""
-    if not lines:
+    if not records:
         return None
-    return drawn(file, title, [[Panel("rows", "time (ms)", lines), Panel("rows", memory, lines, 1, 2**20)]])
+    return drawn(file, title.format(**records[0]), [[Panel("rows", "time (ms)", lines), memory]])
 
 
 def drawn(file: Path, title: str, panels: Sequence[Sequence[Panel]]) -> str | None:
     """Write a figure of rows of panels that have the same lines; return its name, or None without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
-    from matplotlib.figure import Figure
-
-    with house_style():
-        figure = Figure((10, 1.8 + 3.6 * len(panels)), layout="constrained")
+    with drawing(file, 10, 1.8 + 3.6 * len(panels)) as figure:
         axes = figure.subplots(len(panels), len(panels[0]), squeeze=False)
         for row, of_row in zip(axes, panels, strict=True):
             for ax, panel in zip(row, of_row, strict=True):
                 _fill(ax, panel)
         figure.suptitle(title, fontsize=9.5)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        save(figure, file)
     return file.name
 
 
 @contextmanager
-def house_style() -> Iterator[None]:
-    """The style of all figures, whatever the user's matplotlibrc says."""
+def drawing(file: Path, width: float, height: float) -> Iterator[Any]:
+    """A new figure of so many inches, which is written as an SVG when the block ends: the same bytes for the same
+    figure, in the style of all figures, whatever the user's matplotlibrc says."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    style: Any = {"svg.hashsalt": "fastcl", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
-             "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
+    text = io.StringIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(style)
-        yield
-
-
-def save(figure: Any, file: Path) -> None:
-    """Write a figure as an SVG, the same bytes for the same figure; within `house_style`."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure((width, height), layout="constrained")
+        yield figure
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     write_file(file, text.getvalue())
 
 
@@ -161,13 +158,11 @@ def _fill(ax: Any, panel: Panel) -> None:
 
     for line in panel.lines:
         colour, marker, dash = line.style
-        found = ((n, values[panel.which]) for n, values in line.points.items())
-        points = sorted((n, value / panel.unit) for n, value in found if value)
-        if points:
+        if points := sorted((n, value) for n, value in line.points.items() if value):
             ax.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, markersize=4.5, linewidth=1.6,
                     label=line.label)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel=panel.x, title=panel.title)
     ax.xaxis.set_minor_formatter(NullFormatter())
     # Less than a decade and a half may hold a single power of ten: label the ticks between as well.
     ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.5, 0.5)))
-    ax.grid(True, which="major", linewidth=0.6, color="#dddddd")
+    ax.grid(True, linewidth=0.6)

@@ -15,14 +15,17 @@ CAPTION = "A line ends where the next size did not fit the limits of the run."
 Target: TypeAlias = tuple[str, str, str, str]  # target, where, found, reached
 
 
+def machine_line(facts: Record) -> str:
+    """The machine, the versions and the date of a run."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"{facts['device']}; {versions}; {facts['date']}"
+
+
 def conditions(facts: Record, args: argparse.Namespace) -> str:
     """The machine, the versions, the date and the load of a run, and a note on tiny sizes."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    tiny = f"\n{TINY}" if getattr(args, "tiny", False) else ""
-    return (
-        f"- Machine: {facts['device']}; {versions}; {facts['date']}. Load average at the start: "
-        f"{os.getloadavg()[0]:.1f}; other\n  processes change not only the times but their ratios.{tiny}"
-    )
+    load = f"{os.getloadavg()[0]:.1f}; other\n  processes change not only the times but their ratios."
+    text = f"- Machine: {machine_line(facts)}. Load average at the start: {load}"
+    return text + (f"\n{TINY}" if getattr(args, "tiny", False) else "")
 
 
 def rounds(args: argparse.Namespace, what: str = "rounds") -> str:
@@ -84,14 +87,19 @@ def not_measured(records: Sequence[Record]) -> str:
     return "\nNot measured: " + "; ".join(reasons) + ".\n" if reasons else ""
 
 
-def mib(size: int | None) -> str:
+def mib(size: int | None, form: str = ".1f") -> str:
     """Bytes in MiB; empty for None."""
-    return "" if size is None else f"{size / 2**20:.1f}"
+    return "" if size is None else f"{size / 2**20:{form}}"
 
 
-def percent(share: float | None) -> str:
+def gib(size: int | None) -> str:
+    """Bytes in GiB."""
+    return "not measured" if size is None else f"{size / 2**30:.1f}"
+
+
+def percent(share: float | None, form: str = ".3g") -> str:
     """A share in percent; empty for None."""
-    return "" if share is None else f"{100 * share:.3g} %"
+    return "" if share is None else f"{100 * share:{form}} %"
 
 
 def times(ratio: float | None) -> str:

@@ -161,10 +161,25 @@ def grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list
     return found
 
 
+def having(records: Iterable[Record], **values: object) -> list[Record]:
+    """The records that have these values."""
+    return [r for r in records if values.items() <= r.items()]
+
+
+def read(*files: Path) -> list[Record]:
+    """All records of the files that exist."""
+    return [r for file in files if file.is_file() for r in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def json_lines(records: Iterable[Record]) -> str:
+    """Records as JSON, one per line."""
+    lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
+    return f"[\n{lines}\n]\n"
+
+
 def write(folder: Path, bench: str, records: Sequence[Record], markdown: str) -> None:
     """Write <bench>.json, one record per line, and <bench>.md."""
-    lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
-    write_file(folder / f"{bench}.json", f"[\n{lines}\n]\n")
+    write_file(folder / f"{bench}.json", json_lines(records))
     write_file(folder / f"{bench}.md", markdown)
 
 

@@ -53,9 +53,15 @@ class Provider:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if device.type not in self.devices and not (interpreted and "interpreter" in self.devices):
             return f"timed on {'CUDA' if 'cuda' in self.devices else 'a CPU'} only"
-        if self.module and importlib.util.find_spec(self.module) is None:
-            return f"{self.package} is not installed"
-        return None
+        return None if self.module is None or installed(self.module) else f"{self.package} is not installed"
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported, by its name with those of the packages around it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False
 
 
 @dataclass
@@ -188,9 +194,13 @@ class Comparison:
     def compare(self, entries: Sequence[Entry]) -> None:
         """Give a reason to each entry that disagrees with the others."""
 
+    def time(self, entry: Entry) -> dict[str, Sample]:
+        """Time one call."""
+        raise NotImplementedError
+
     def timers(self, entries: Sequence[Entry]) -> dict[str, Timer]:
         """A timer of each entry by the name of its provider."""
-        raise NotImplementedError
+        return {entry.provider.name: partial(self.time, entry) for entry in entries}
 
     def costs(self, provider: Any, which: str) -> tuple[tuple[float, float] | None, float | None]:
         """Floating-point operations of a pass, the provider's own and the dense count, and the bound in ms."""

@@ -136,6 +136,13 @@ def cut_cross_entropy(z: Tensor, labels: Tensor, objective: str) -> Tensor:
     return sum(side.float() for side in sides) / 2
 
 
+def open_clip(z: Tensor, labels: Tensor, objective: str) -> Tensor:
+    """open_clip's SigLipLoss."""
+    from open_clip.loss import SigLipLoss
+
+    return SigLipLoss()(*functional.normalize(z).chunk(2), plain.SCALE, plain.BIAS)
+
+
 def lightly(z: Tensor, labels: Tensor, objective: str) -> Tensor:
     """lightly's NTXentLoss."""
     from lightly.loss import NTXentLoss

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TEMPERATURE = 0.5  # SimCLR on CIFAR; every provider uses it for every objective
+TEMPERATURE = 0.5  # SimCLR on CIFAR; every provider uses it for every objective but sigmoid
+SCALE, BIAS = 10.0, -10.0  # of sigmoid's logits; SigLIP starts with them
 
 
 def ntxent(z: Tensor, labels: Tensor) -> Tensor:
@@ -43,6 +44,14 @@ def clip(z: Tensor, labels: Tensor) -> Tensor:
     logits = image @ text.T / TEMPERATURE
     pair = torch.arange(len(image), device=z.device)
     return (functional.cross_entropy(logits, pair) + functional.cross_entropy(logits.T, pair)) / 2
+
+
+def sigmoid(z: Tensor, labels: Tensor) -> Tensor:
+    """SigLIP's sigmoid loss (Zhai et al. 2023), with the two views as image and text."""
+    image, text = functional.normalize(z).chunk(2)
+    logits = image @ text.T * SCALE + BIAS
+    signs = 2 * torch.eye(len(image), device=z.device, dtype=logits.dtype) - 1
+    return -functional.logsigmoid(signs * logits).sum() / len(image)
 
 
 def mean_of(objectives: str, z: Tensor, labels: Tensor) -> Tensor:
@@ -79,4 +88,4 @@ def _partner(z: Tensor) -> Tensor:
     return torch.arange(len(z), device=z.device).roll(len(z) // 2)
 
 
-_FUNCTIONS = {f.__name__: f for f in (ntxent, nscl, supcon, clip, broadcast_ntxent, broadcast_nscl)}
+_FUNCTIONS = {f.__name__: f for f in (ntxent, nscl, supcon, clip, sigmoid, broadcast_ntxent, broadcast_nscl)}

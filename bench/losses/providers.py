@@ -16,7 +16,8 @@ from bench.harness.ceilings import NARROW
 from bench.losses import peers, plain
 from fastcl.kernels.common import launch
 
-OBJECTIVES = ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon")  # the last: the mean of two, one pass in fastcl
+TOWERS = ("clip", "sigmoid")  # of two sets of rows, which have no mirror image
+OBJECTIVES = ("ntxent", "nscl", "supcon", *TOWERS, "ntxent+supcon")  # the last: the mean of two, one pass in fastcl
 
 # Relative errors of the loss and of the gradient in Euclidean norm. float32 has about 1e-6, half precision the rounding
 # of its products; gradients summed in bfloat16, as in some providers, are the worst.
@@ -33,8 +34,9 @@ class Provider(suite.Provider):
         loss: takes z (N, D), labels (N / 2,) and the objective's name.
         floats: from n and d, peak memory beyond the inputs in float32 values: measured on a CPU, or counted for
             CUDA-only providers.
-        work: from the objective and d, operations of the forward and the backward pass in units of N x N x D (clip: of
-            a quarter of it); a multiply-add is two operations, recomputation and split precision are included.
+        work: from the objective and d, operations of the forward and the backward pass in units of N x N x D (two
+            towers: of a quarter of it); a multiply-add is two operations, recomputation and split precision are
+            included.
     """
 
     loss: Loss
@@ -73,27 +75,28 @@ def _direct(views: Sequence[Tensor], z: Tensor, labels: Tensor, objective: str) 
         sample, classes = torch.arange(len(labels), device=z.device).repeat(2), labels.repeat(2)
         values = fastcl.contrastive_losses(z, sample, classes, objective.split("+"), plain.TEMPERATURE).values()
         return sum(values) / len(values)
-    classes = () if objective in ("ntxent", "clip") else (labels,)
-    scale = 1 / plain.TEMPERATURE if objective == "clip" else plain.TEMPERATURE
-    return getattr(fastcl, f"{objective}_loss")(*views, *classes, scale)
+    unlike = {"ntxent": (plain.TEMPERATURE,), "clip": (1 / plain.TEMPERATURE,), "sigmoid": (plain.SCALE, plain.BIAS)}
+    return getattr(fastcl, f"{objective}_loss")(*views, *unlike.get(objective, (labels, plain.TEMPERATURE)))
 
 
 def _plain(prefix: str, z: Tensor, labels: Tensor, objective: str) -> Tensor:
     return plain.mean_of(prefix + objective, z, labels)
 
 
-def _counts(views: tuple[float, float], clip: tuple[float, float]) -> Callable[[str, int], tuple[float, float]]:
-    return lambda objective, d: clip if objective == "clip" else views
+def _counts(
+    views: tuple[float, float], clip: tuple[float, float], sigmoid: tuple[float, float] = (2, 4)
+) -> Callable[[str, int], tuple[float, float]]:
+    return lambda objective, d: {"clip": clip, "sigmoid": sigmoid}.get(objective, views)
 
 
 def _fused_work(half: bool, objective: str, d: int) -> tuple[float, float]:
-    """Half the tiles forward; all tiles backward, or half if the rows are too wide for one program; clip: always all.
+    """Half the tiles forward; all tiles backward, or half if the rows are too wide for one program; towers: always all.
 
     Split precision takes three products for one. The additional products of supcon's same-class tiles in half precision
     are not counted.
     """
     products = 1 if half else 3
-    if objective == "clip":
+    if objective in TOWERS:
         return 2 * products, 8 * products
     modes = (("none", "peers") if "supcon" in objective else ("none",)) if half else ("all",)
     sm = launch.architecture(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
@@ -115,7 +118,7 @@ _CUDA, _KERNELS = ("cuda",), ("cuda", "interpreter")
 
 PROVIDERS = (
     Provider(CHUNKED, _chunked, lambda n, d: 8 * n * d + 8 * min(n, 4096) ** 2,
-        _counts((1, 3), (4, 12)), capture=False),
+        _counts((1, 3), (4, 12), (2, 6)), capture=False),
     Provider(FUSED, partial(fused, True), _fused_floats, partial(_fused_work, True), precision="fp16",
         devices=_KERNELS),
     Provider("fastcl fp32", partial(fused, False), _fused_floats, partial(_fused_work, False), devices=_KERNELS),
@@ -125,7 +128,8 @@ PROVIDERS = (
     Provider("plain PyTorch bf16", peers.autocast, lambda n, d: 5 * n * n, _DENSE, precision="bf16", ours=False),
     Provider("torch.compile bf16", peers.compiled, lambda n, d: 5 * n * n, _DENSE, precision="bf16", devices=_CUDA,
         ours=False),
-    Provider("chunked bf16", peers.chunked, _chunk_floats, _counts((2, 6), (4, 12)), precision="bf16", ours=False),
+    Provider("chunked bf16", peers.chunked, _chunk_floats, _counts((2, 6), (4, 12)),
+        ("ntxent", "nscl", "supcon", "clip", "ntxent+supcon"), precision="bf16", ours=False),
     Provider("flex_attention bf16", peers.flex, lambda n, d: 8 * n * d, _counts((2, 8), (4, 16)),
         ("ntxent", "nscl", "clip"), precision="bf16", devices=_CUDA, ours=False),
     Provider("Inf-CL", peers.inf_cl, lambda n, d: 8 * n * d, _counts((2, 8), (4, 16)), ("ntxent", "clip"),
@@ -137,6 +141,8 @@ PROVIDERS = (
         ours=False, capture=False),
     Provider("pytorch-metric-learning", peers.metric_learning, lambda n, d: 12.6 * n * n, _DENSE, ("ntxent", "supcon"),
         module="pytorch_metric_learning", package="pytorch-metric-learning", ours=False, capture=False),
+    Provider("open_clip", peers.open_clip, lambda n, d: 1.5 * n * n, _DENSE, ("sigmoid",), module="open_clip",
+        package="open-clip-torch", ours=False, capture=False),
     Provider("authors' formulation", partial(_plain, "broadcast_"), lambda n, d: 6.07 * n * n * d, _DENSE,
         ("ntxent", "nscl")),
 )  # fmt: skip

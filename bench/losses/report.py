@@ -10,7 +10,7 @@ import torch
 from bench.harness import markdown as md
 from bench.harness.ceilings import Ceilings
 from bench.harness.records import Record, digits, duration, grouped, milliseconds, table
-from bench.losses.plain import TEMPERATURE
+from bench.losses.plain import BIAS, SCALE, TEMPERATURE
 from bench.losses.providers import CHUNKED, FUSED, TOLERANCES
 
 CARD = "H200"
@@ -34,14 +34,15 @@ def header(facts: Record, args: argparse.Namespace, ceilings: Ceilings | None, w
 # Losses: time and memory
 
 {md.conditions(facts, args)}
-- Inputs: n standard normal rows, two views of n / 2 samples (clip: pairs of two towers) in 2 to 100 classes;
-  temperature {TEMPERATURE}; float32, matrix products at precision
-  "{torch.get_float32_matmul_precision()}" where a provider does not lower it.
+- Inputs: n standard normal rows, two views of n / 2 samples (clip, sigmoid: pairs of two towers) in 2 to 100
+  classes; temperature {TEMPERATURE}, sigmoid: products times {SCALE:g} plus {BIAS:g}; float32, matrix products at
+  precision "{torch.get_float32_matmul_precision()}" where a provider does not lower it.
 - Time: ms, {md.rounds(args)}; warm-up
   calls before. All providers of a size agreed with the first on the loss and its gradient, by the precision of their
   products to {md.allowed(TOLERANCES)}.
 - TFLOP/s: what a provider really computes, recomputation and split precision included. Dense TFLOP/s: the same count
-  for all, n x n x d x 2 forward, twice that backward, n x n x d x 2 x 3 together; a quarter for clip.
+  for all, n x n x d x 2 forward, twice that backward, n x n x d x 2 x 3 together; a quarter for clip and
+  sigmoid.
 - nscl has other classes alone in its denominator; the published code adds the positive, at the same cost.
 - Memory: peak of one eager forward and backward pass beyond the inputs, """
     if ceilings is None:

@@ -12,12 +12,22 @@ from torch import Tensor
 
 from bench.harness import ceilings, figures
 from bench.harness.clocks import PASSES, Sample, Timer
-from bench.harness.command import Command
+from bench.harness.command import Command, at_least
 from bench.harness.markdown import allowed
 from bench.harness.records import Record, agree, machine, over_memory, write
 from bench.harness.suite import Comparison, Entry, Run
 from bench.losses import peers, report
-from bench.losses.providers import CHUNKED, FUSED, OBJECTIVES, PACKAGES, PROVIDERS, TOLERANCES, Provider, passes
+from bench.losses.providers import (
+    CHUNKED,
+    FUSED,
+    OBJECTIVES,
+    PACKAGES,
+    PROVIDERS,
+    TOLERANCES,
+    TOWERS,
+    Provider,
+    passes,
+)
 from fastcl.errors import FastclError
 
 BENCH = "losses"
@@ -38,7 +48,7 @@ All providers run interleaved, so that a drift of the machine hits all alike:
                            that with torch.compile (CUDA only)
   chunked bf16             PyTorch in chunks of rows, recomputed in the backward pass
   flex_attention bf16      its log-sum-exp, compiled (CUDA only)
-  Inf-CL, cut-cross-entropy, lightly, pytorch-metric-learning
+  Inf-CL, cut-cross-entropy, lightly, pytorch-metric-learning, open_clip
                            those installed: pip install '.[peers]'
   authors' formulation     similarities over an N x N x D broadcast, as in the code published with arXiv 2510.08852
 
@@ -115,7 +125,7 @@ class Losses(Comparison):
         return self.pass_timers(entries, lambda p: partial(p.loss, *self.inputs), self.inputs[0])
 
     def costs(self, provider: Provider, which: str) -> tuple[tuple[float, float], float | None]:
-        pairs = self.n**2 / 4 if self.objective == "clip" else self.n**2
+        pairs = self.n**2 / 4 if self.objective in TOWERS else self.n**2
         own = dict(zip(PASSES, provider.work(self.objective, self.d), strict=False))
         parts = PASSES[:2] if which == "both" else (which,)
         flops = [sum(counts[part] for part in parts) * pairs * self.d for counts in (own, DENSE)]
@@ -133,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     defaults = "; ".join(f"{kind}: {' '.join(map(str, sizes))}" for kind, sizes in SIZES.items())
     parser.add_argument("--n", type=int, nargs="+", metavar="N",
         help=f"rows: two views of N / 2 samples, even, at least 8 (default: {defaults})")  # fmt: skip
-    parser.add_argument("--d", type=int, nargs="+", default=[128], metavar="D", help="widths of rows (default: 128)")
+    parser.add_argument("--d", type=at_least(1), nargs="+", default=[128], metavar="D", help="widths (default: 128)")
     parser.add_names("--objectives", OBJECTIVES, f"default: all, {' '.join(OBJECTIVES)}")
     parser.add_names("--providers", [p.name for p in PROVIDERS])
     args = parser.parse(argv)

@@ -10,14 +10,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from bench.harness.command import Command
-from bench.harness.records import Record, digits, table, write
+from bench.harness.records import Record, digits, having, table, write
 from bench.static.predict.assumptions import Machine
 
 ALLOWED = 1e-5  # relative error of gradients of float32 rows, as docs/losses.md states it
@@ -154,7 +154,7 @@ def report(records: Sequence[Record]) -> str:
     """The largest errors of every way, and its price."""
     rows = []
     for name, way in WAYS.items():
-        of_way: list[dict[str, Any]] = [r for r in records if r["way"] == name]
+        of_way = having(records, way=name)
         loss, gradient = (max(r[key] for r in of_way) for key in ("loss_error", "gradient_error"))
         kept = f"**{name}**" if name == KERNELS else name
         fits = "yes" if gradient <= ALLOWED else "no"

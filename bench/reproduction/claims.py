@@ -7,16 +7,14 @@ other views. Both come with 95 % confidence intervals of their means over the se
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import NamedTuple
-
-from scipy.stats import t as student
 
 from bench.reproduction.rows import Row
 from fastcl.errors import FastclError
+from fastcl.evaluation.few_shot import spread
 
 YES, NOISE, OPEN, NO = "yes", "within the noise", "open", "no"
 HOLDS, PARTLY, NOT, UNSHOWN = "holds", "holds partly", "does not hold", "is not shown"
@@ -39,13 +37,12 @@ class Interval(NamedTuple):
         return (self.mean > self.half) - (self.mean < -self.half)
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def interval(values: Sequence[float]) -> Interval:
     """The mean of independent values, and how sure it is by Student's t. Raises FastclError for less than two."""
     if len(values) < 2:
         raise FastclError(f"a spread over the seeds needs two seeds or more, got {len(values)}")
-    spread = statistics.stdev(values)
-    quantile = float(student.ppf((1 + confidence) / 2, len(values) - 1))
-    return Interval(statistics.fmean(values), spread, quantile * spread / math.sqrt(len(values)))
+    found = spread(values)
+    return Interval(found.mean, stdev(values), found.interval or 0.0)
 
 
 @dataclass(frozen=True)

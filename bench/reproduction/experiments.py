@@ -65,38 +65,17 @@ _BOTH = PAPER + PUBLISHED
 EXPERIMENTS = (
     *_objectives("", PAPER),
     Experiment("cifar10-classes", CIFAR10, _BOTH, (*_COLOUR, *_lasting(10, 5)), ("data.classes=2,4,6,8,10",), "steps"),
-    Experiment(
-        "omniglot-classes",
-        OMNIGLOT,
-        _BOTH,
-        ("data.test_fraction=0.5", "train.batch_size=64", *_lasting(24, 6)),
-        ("data.classes=10,50,200,1000",),
-        "steps",
-    ),
+    Experiment("omniglot-classes", OMNIGLOT, _BOTH, ("data.test_fraction=0.5", "train.batch_size=64", *_lasting(24, 6)),
+        ("data.classes=10,50,200,1000",), "steps"),
     Experiment("omniglot-temperature", OMNIGLOT, _BOTH, _lasting(16, 4), ("train.temperature=0.1,0.5,1.0",)),
     Experiment("cifar10-temperature", CIFAR10, _BOTH, (*_COLOUR, *_lasting(10, 5)), ("train.temperature=0.1,0.5,1.0",)),
-    Experiment(
-        "omniglot-batch",
-        OMNIGLOT,
-        PAPER,
-        _lasting(16, 4),
-        ("train.batch_size=64,128,256", f"{BATCH_RULE}=linear,sqrt,fourth-root"),
-    ),
+    Experiment("omniglot-batch", OMNIGLOT, PAPER, _lasting(16, 4),
+        ("train.batch_size=64,128,256", f"{BATCH_RULE}=linear,sqrt,fourth-root")),
     # 20 images to train on, in batches of 16, and 20 to look at: too few for the other cells of omniglot-classes.
-    Experiment(
-        "omniglot-two-classes",
-        OMNIGLOT,
-        _BOTH,
-        (
-            "data.classes=2",
-            "data.test_fraction=0.5",
-            "train.batch_size=16",
-            "optim.warmup_epochs=31",
-            *_lasting(744, 186),
-        ),
-    ),
+    Experiment("omniglot-two-classes", OMNIGLOT, _BOTH, ("data.classes=2", "data.test_fraction=0.5",
+        "train.batch_size=16", "optim.warmup_epochs=31", *_lasting(744, 186))),
     *_objectives("-published", PUBLISHED),
-)
+)  # fmt: skip
 
 DIGITS = "digits"
 _TINY = (

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.harness.figures import house_style, save
+from bench.harness.figures import drawing
 
 Points = Mapping[float, Sequence[float]]  # x -> the values of the seeds
 
@@ -55,8 +54,7 @@ def write_figure(file: Path, measures: Mapping[str, str], columns: Sequence[Colu
         columns: of panels.
         same_y: whether the panels of a row share their scale.
     """
-    with house_style():
-        figure = Figure((max(8.4, 3.1 * len(columns)), 0.6 + 2.5 * len(measures)), layout="constrained")
+    with drawing(file, max(8.4, 3.1 * len(columns)), 0.6 + 2.5 * len(measures)) as figure:
         axes = figure.subplots(len(measures), len(columns), squeeze=False, sharey="row" if same_y else False)
         labels: dict[str, Artist] = {}
         for row, (measure, name) in zip(axes, measures.items(), strict=True):
@@ -72,7 +70,6 @@ def write_figure(file: Path, measures: Mapping[str, str], columns: Sequence[Colu
         labels["dashed: published"] = Line2D([], [], color="#57606a", linestyle="--")
         figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=min(4, len(columns) + 1))
         figure.patch.set_facecolor("white")
-        save(figure, file)
 
 
 def _fill(ax: Axes, column: Column, lines: Sequence[Line]) -> None:
@@ -95,4 +92,4 @@ def _fill(ax: Axes, column: Column, lines: Sequence[Line]) -> None:
     if column.spaced:
         ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
         ax.set_xlim(-0.3, len(xs) - 0.7)
-    ax.grid(True, linewidth=0.5, color="#dddddd")
+    ax.grid(True)

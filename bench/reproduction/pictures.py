@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from bench.reproduction.experiments import FAMILIES, PAPER
 from bench.reproduction.panels import Column, Line, write_figure
 from bench.reproduction.questions import MEASURES
-from bench.reproduction.rows import Row
+from bench.reproduction.rows import Row, having
 from fastcl.paper.published import Target, targets
 from fastcl.report.run import PAIR_MEASURES, RESEEDED
 
@@ -59,15 +59,10 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     write_figure(folder / "batch.svg", MEASURES, columns)
 
 
-def _of_data(rows: Sequence[Row], data: str, family: str) -> list[Row]:
-    """The rows of the sweep that compares all objectives on a data set, in one family."""
-    name = data if family == "paper" else f"{data}-published"
-    return [row for row in rows if row.experiment == name]
-
-
 def _over_time(rows: Sequence[Row], family: str) -> list[Column]:
     def lines(data: str, measure: str) -> list[Line]:
-        mine, (reference, nscl) = _of_data(rows, data, family), FAMILIES[family]
+        mine = having(rows, experiment=data if family == "paper" else f"{data}-published")
+        reference, nscl = FAMILIES[family]
         return [Line(*_MODELS[other], _points(mine, "step", (reference, other), measure))
                 for other in (nscl, "supcon", "ce", RESEEDED)]  # fmt: skip
 
@@ -94,18 +89,16 @@ def _ends(rows: Sequence[Row], key: str, data: str, measure: str) -> list[Line]:
     pairs = [(_FAMILIES[family], pair) for family, pair in FAMILIES.items()] + [(_FLOOR, (PAPER[0], RESEEDED))]
     found = []
     for name in (f"{data}-{key}", f"{data}-two-{key}"):
-        mine = _last([row for row in rows if row.experiment == name])
+        mine = _last(having(rows, experiment=name))
         found += [Line(*look, _points(mine, key, pair, measure)) for look, pair in pairs]
     return found
 
 
 def _published_ends(key: str, measure: str) -> list[Line]:
-    figure = {"classes": "Fig. 3", "temperature": "Fig. 4"}[key]
-    found: dict[str, dict[float, Sequence[float]]] = {}
-    for target in targets().values():
-        if target.figure == figure and (value := _at(target, measure, EPOCH)) is not None:
-            x = target.classes if key == "classes" else target.config().train.temperature
-            found.setdefault(target.data, {})[x] = [value]
+    def place(target: Target) -> tuple[str, float]:
+        return target.data, target.classes if key == "classes" else target.config().train.temperature
+
+    found = _published({"classes": "Fig. 3", "temperature": "Fig. 4"}[key], measure, EPOCH, place)
     if key == "classes":
         found["cifar10"] = {classes: [value] for classes, value in _CIFAR10[measure].items()}
     return [Line(*_SETS[data], points, "--") for data, points in found.items()]
@@ -113,44 +106,44 @@ def _published_ends(key: str, measure: str) -> list[Line]:
 
 def _batches(rows: Sequence[Row], measure: str) -> list[Line]:
     mine = _last([row for row in rows if row.rule])
-    found = [Line(*look, _points([row for row in mine if row.rule == rule], "batch", PAPER, measure))
-             for rule, look in _RULES.items()]  # fmt: skip
-    floor = [row for row in mine if row.rule == "sqrt"]
+    found = [Line(*look, _points(having(mine, rule=rule), "batch", PAPER, measure)) for rule, look in _RULES.items()]
     label, colour, marker = _FLOOR
-    points = _points(floor, "batch", (PAPER[0], RESEEDED), measure)
+    points = _points(having(mine, rule="sqrt"), "batch", (PAPER[0], RESEEDED), measure)
     return [*found, Line(f"{label}, square root", colour, marker, points)]
 
 
 def _published_batches(measure: str) -> list[Line]:
-    found: dict[str, dict[float, Sequence[float]]] = {rule: {} for rule in _RULES}
+    def place(target: Target) -> tuple[str, float]:
+        return next(rule for rule in _RULES if f"-{rule}-" in target.name), target.config().train.batch_size
+
+    found = _published("Fig. 5", measure, LATE, place)
+    return [Line(*look, found.get(rule, {}), "--") for rule, look in _RULES.items()]
+
+
+def _published(
+    figure: str, measure: str, epoch: int, place: Callable[[Target], tuple[str, float]]
+) -> dict[str, dict[float, Sequence[float]]]:
+    """The published alignment of NSCL with CL on training images; `place`: the line of a point, and its x."""
+    found: dict[str, dict[float, Sequence[float]]] = {}
     for target in targets().values():
-        if target.figure == "Fig. 5" and (value := _at(target, measure, LATE)) is not None:
-            rule = next(rule for rule in _RULES if f"-{rule}-" in target.name)
-            found[rule][target.config().train.batch_size] = [value]
-    return [Line(*_RULES[rule], points, "--") for rule, points in found.items()]
-
-
-def _at(target: Target, measure: str, epoch: int) -> float | None:
-    """The published alignment of NSCL with CL on training images."""
-    curve = target.curve(measure, "nscl", "train")
-    return curve.at(epoch) if curve is not None else None
+        curve = target.curve(measure, "nscl", "train") if target.figure == figure else None
+        if curve is not None and (value := curve.at(epoch)) is not None:
+            line, x = place(target)
+            found.setdefault(line, {})[x] = [value]
+    return found
 
 
 def _last(rows: Sequence[Row]) -> list[Row]:
     """The rows of the last evaluation of each run."""
     ends: dict[tuple[object, ...], int] = {}
     for row in rows:
-        ends[_run(row)] = max(row.epoch, ends.get(_run(row), 0))
-    return [row for row in rows if row.epoch == ends[_run(row)]]
-
-
-def _run(row: Row) -> tuple[object, ...]:
-    return row[: row._fields.index("epoch")]
+        ends[row.run] = max(row.epoch, ends.get(row.run, 0))
+    return [row for row in rows if row.epoch == ends[row.run]]
 
 
 def _points(rows: Sequence[Row], x: str, pair: tuple[str, str], measure: str) -> dict[float, list[float]]:
     found: dict[float, list[float]] = {}
-    for row in rows:
-        if (row.model, row.other) == pair and (value := getattr(row, measure)) is not None:
+    for row in having(rows, model=pair[0], other=pair[1]):
+        if (value := getattr(row, measure)) is not None:
             found.setdefault(getattr(row, x), []).append(value)
     return found

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from bench.reproduction.claims import Claim, Finding
 from bench.reproduction.experiments import EXPERIMENTS, FAMILIES
-from bench.reproduction.rows import Row
+from bench.reproduction.rows import Row, having
 from fastcl.errors import FastclError
 from fastcl.report.run import RESEEDED
 
@@ -23,9 +23,8 @@ def by_seed(rows: Sequence[Row], pair: tuple[str, str], measure: str, at: int = 
         FastclError: it is undefined there, or the seeds were not evaluated at the same epochs.
     """
     found: dict[int, dict[int, float | None]] = {}
-    for row in rows:
-        if (row.model, row.other) == pair:
-            found.setdefault(row.seed, {})[row.epoch] = getattr(row, measure)
+    for row in having(rows, model=pair[0], other=pair[1]):
+        found.setdefault(row.seed, {})[row.epoch] = getattr(row, measure)
     if len({tuple(sorted(values)) for values in found.values()}) > 1:
         raise FastclError(f"{rows[0].experiment}: the seeds of {' and '.join(pair)} were evaluated at different epochs")
     ends = {seed: values[sorted(values)[at]] for seed, values in sorted(found.items())}
@@ -50,14 +49,19 @@ def _paired(
     return tuple((first[seed], second[seed]) for seed in first)
 
 
-def _differences(values: tuple[tuple[float, float], ...]) -> tuple[float, ...]:
+def _differences(values: Iterable[tuple[float, float]]) -> tuple[float, ...]:
     return tuple(a - b for a, b in values)
+
+
+def _beyond(values: Iterable[tuple[float, float]], floor: Iterable[tuple[float, float]]) -> tuple[float, ...]:
+    """By seed, how much larger one difference is than another."""
+    return _differences(zip(_differences(values), _differences(floor), strict=True))
 
 
 def _sweeps(rows: Sequence[Row], *others: str) -> Iterator[tuple[str, str, tuple[str, str], list[Row]]]:
     """(name, family, its pair, rows) of the sweeps whose reference is compared with all these models."""
     for experiment in EXPERIMENTS:
-        mine = [row for row in rows if row.experiment == experiment.name]
+        mine = having(rows, experiment=experiment.name)
         known = {row.other for row in mine}
         for family, pair in FAMILIES.items():
             if set(others) <= known and pair[1] in known and pair[0] == experiment.models[0]:
@@ -89,19 +93,18 @@ def _trend(rows: Sequence[Row], key: str, kind: str, *, falls: bool = False, rul
     """
     found = []
     for experiment in EXPERIMENTS:
-        mine = [row for row in rows if row.experiment == experiment.name and row.rule == rule]
+        mine = having(rows, experiment=experiment.name, rule=rule)
         values = sorted({getattr(row, key) for row in mine})
         if not experiment.name.endswith(f"-{kind}") or len(values) < 2:
             continue
-        low, high = ([row for row in mine if getattr(row, key) == value] for value in (values[0], values[-1]))
+        low, high = (having(mine, **{key: value}) for value in (values[0], values[-1]))
         ends = (low, high) if falls else (high, low)
         rerun = (experiment.models[0], RESEEDED)
         for family, pair in FAMILIES.items():
             if set(pair) <= set(experiment.models):
                 for measure in MEASURES:
                     both = _paired(ends, (pair, pair), measure)
-                    floor = _differences(_paired(ends, (rerun, rerun), measure))
-                    control = tuple(a - b for a, b in zip(_differences(both), floor, strict=True))
+                    control = _beyond(both, _paired(ends, (rerun, rerun), measure))
                     found.append(Finding(experiment.name, family, measure, both, control))
     return found
 
@@ -113,8 +116,7 @@ def _parting(rows: Sequence[Row]) -> list[Finding]:
     for name, family, pair, mine in _sweeps(rows, "supcon", "ce", RESEEDED):
         rerun = (pair[0], RESEEDED)
         values, floor = (_paired((mine, mine), (p, p), "weight_gap", (LAST, FIRST)) for p in (pair, rerun))
-        control = tuple(a - b for a, b in zip(_differences(values), _differences(floor), strict=True))
-        found.append(Finding(name, family, "weight_gap", values, control))
+        found.append(Finding(name, family, "weight_gap", values, _beyond(values, floor)))
     return found
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from bench.harness.markdown import machine_line
 from bench.harness.records import Record, table
 from bench.reproduction.claims import NO, NOISE, OPEN, YES, Claim, Finding, Interval, interval, verdict
 from bench.reproduction.experiments import EXPERIMENTS, FAMILIES
 from bench.reproduction.questions import CLAIMS
-from bench.reproduction.rows import Row, read
+from bench.reproduction.rows import Row, folder_of, having
 from fastcl.report.run import PAIR_MEASURES
 
 ABOUT = "about.json"  # machine, versions and date of the runs
@@ -20,9 +21,8 @@ ABOUT = "about.json"  # machine, versions and date of the runs
 
 def conditions(about: Record) -> str:
     """Device, versions, date and the time of the training in one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    hours = f"one thread a run; all epochs took {about['core_hours']:g} core hours"
-    return f"{about['device'].partition(',')[0]}; {versions}; {about['date'][:10]}; {hours}."
+    facts = about | {"device": about["device"].partition(",")[0], "date": about["date"][:10]}
+    return f"{machine_line(facts)}; one thread a run; all epochs took {about['core_hours']:g} core hours."
 
 
 def answers(rows: Sequence[Row]) -> str:
@@ -69,10 +69,10 @@ def accuracies(rows: Sequence[Row]) -> str:
     """Nearest-class-centre accuracy of every model of the sweeps over objectives, mean ± spread."""
     found = []
     for experiment in EXPERIMENTS:
-        mine = [row for row in rows if row.experiment == experiment.name and not row.other]
+        mine = having(rows, experiment=experiment.name, other="")
         if "ce" in experiment.models and mine:
-            ncc = {model: [row.ncc for row in mine if row.model == model] for model in experiment.models}
-            cells = [_with_spread(interval([100 * one for one in each if one is not None]), 1) for each in ncc.values()]
+            ncc = ([row.ncc for row in having(mine, model=model) if row.ncc is not None] for model in experiment.models)
+            cells = [_with_spread(interval([100 * one for one in each]), 1) for each in ncc]
             name = f"{experiment.name.removesuffix('-published')}, CL: `{experiment.models[0]}`"
             found.append((name, str(mine[0].classes), f"{100 / mine[0].classes:.1f}", *cells))
     return table(("runs", "classes", "chance", "CL", "NSCL", "SCL", "CE"), found, left=1)
@@ -82,11 +82,10 @@ def sweeps(rows: Sequence[Row]) -> str:
     """One row per sweep: its data, models, settings and length."""
     found = []
     for experiment in EXPERIMENTS:
-        mine = [row for row in rows if row.experiment == experiment.name]
-        if not mine:
+        if not (mine := having(rows, experiment=experiment.name)):
             continue
         several = [_several(mine, field) for field in ("classes", "batch", "temperature", "images")]
-        steps = [max(row.step for row in mine if _cell(row) == cell) for cell in {_cell(row) for row in mine}]
+        steps = [max(row.step for row in mine if row.run == run) for run in {row.run for row in mine}]
         length = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
         found.append((experiment.name, *several, length, str(len({row.seed for row in mine}))))
     head = ("sweep", "classes", "batch", "temperature", "evaluated images", "steps", "seeds")
@@ -105,10 +104,6 @@ def _where(finding: Finding) -> str:
     return f"{finding.experiment.removesuffix('-published')}, {objectives}"
 
 
-def _cell(row: Row) -> tuple[object, ...]:
-    return row[: row._fields.index("epoch")]
-
-
 def _several(rows: Sequence[Row], field: str) -> str:
     return ", ".join(f"{value:,g}" for value in sorted({getattr(row, field) for row in rows}))
 
@@ -121,28 +116,17 @@ def _with_limits(found: Interval) -> str:
     return f"{found.mean:+.3f} ({found.mean - found.half:+.3f} to {found.mean + found.half:+.3f})"
 
 
-def committed(results: Path) -> Path:
-    """The folder of the committed results, by that of the benchmarks, bench/results."""
-    return results.parents[1] / "docs" / "reproduction"
+def about(results: Path) -> Record:
+    """The machine, versions and date of the committed runs; empty if there are none."""
+    file = folder_of(results) / ABOUT
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _table(make: Callable[[Sequence[Row]], str], folder: Path) -> str:
-    return make(read(folder))
-
-
-def _conditions(folder: Path) -> str:
-    return conditions(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
-
-
-# The tables of the page, each a function of the folder that `run` has written.
-TABLES: dict[str, Callable[[Path], str]] = {
-    "reproduction-conditions": _conditions,
-    "reproduction": partial(_table, answers),
-    "reproduction-debiased": partial(_table, debiased),
-    "reproduction-sweeps": partial(_table, sweeps),
-    "reproduction-accuracies": partial(_table, accuracies),
-    **{
-        f"reproduction-{claim.name.replace(' ', '-')}": partial(_table, partial(details, claim=claim))
-        for claim in CLAIMS
-    },
+# The tables of the page that are made of rows.
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "reproduction": answers,
+    "reproduction-debiased": debiased,
+    "reproduction-sweeps": sweeps,
+    "reproduction-accuracies": accuracies,
+    **{f"reproduction-{claim.name.replace(' ', '-')}": partial(details, claim=claim) for claim in CLAIMS},
 }

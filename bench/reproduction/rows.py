@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from bench.harness.records import write_file
 from bench.reproduction.experiments import BATCH_RULE, FAMILIES, Experiment
@@ -52,6 +52,27 @@ class Row(NamedTuple):
     rsa: float | None
     weight_gap: float | None
     ncc: float | None
+
+    @property
+    def run(self) -> tuple[object, ...]:
+        """What identifies the run."""
+        return self[: self._fields.index("epoch")]
+
+
+def having(rows: Iterable[Row], **values: object) -> list[Row]:
+    """The rows that have these values in their fields."""
+    return [row for row in rows if all(getattr(row, name) == value for name, value in values.items())]
+
+
+def folder_of(results: Path) -> Path:
+    """The folder of the committed results, by that of the benchmarks, bench/results."""
+    return results.parents[1] / "docs" / "reproduction"
+
+
+def committed(results: Path) -> list[Row]:
+    """The committed rows; none without the file."""
+    folder = folder_of(results)
+    return read(folder) if (folder / FILE).is_file() else []
 
 
 def gathered(experiments: Iterable[Experiment], sweeps: Path) -> list[Row]:
@@ -110,7 +131,7 @@ def read(folder: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         why = cause(error) if isinstance(error, OSError) else "it is not UTF-8"
         raise FastclError(f"{shown(path)} cannot be read ({why})") from None
-    kinds = [_KINDS.get(name, float) for name in Row._fields]
+    kinds = [kind if kind in (str, int) else float for kind in get_type_hints(Row).values()]
     found = list(csv.reader(lines))
     if not found or tuple(found[0]) != Row._fields:
         raise FastclError(f"{shown(path)}: its columns must be {', '.join(Row._fields)}")
@@ -122,8 +143,3 @@ def read(folder: Path) -> list[Row]:
             raise FastclError(f"{shown(path)}: line {number}: {error}") from None
         rows.append(Row._make(values))
     return rows
-
-
-_KINDS = {name: str for name in ("experiment", "rule", "model", "other")} | {
-    name: int for name in ("classes", "batch", "seed", "epoch", "step", "images")
-}

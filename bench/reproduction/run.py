@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from bench.harness.command import OPTIONS, Command
+from bench.harness.command import OPTIONS, Command, at_least
 from bench.harness.records import machine, write_file
 from bench.reproduction import images, pictures, report, rows
 from bench.reproduction.experiments import EXPERIMENTS, Experiment, tiny
@@ -37,10 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sweeps", type=named_path, metavar="DIR", help="folder of the sweeps (default: OUT/sweeps)")
     parser.add_names("--only", names, f"these sweeps (default: all): {', '.join(names)}")
     text = "runs at a time, with a thread each (default: the cores, %(default)s here)"
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help=text)
+    parser.add_argument("--jobs", type=at_least(1), default=len(os.sched_getaffinity(0)), metavar="N", help=text)
     args = parser.parse(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs: must be at least 1, got {args.jobs}")
     sweeps = args.sweeps or args.out / "sweeps"
     chosen = [tiny(one) if args.tiny else one for one in EXPERIMENTS if one.name in args.only]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -76,24 +74,10 @@ def train(experiments: Sequence[Experiment], data: Path, folder: Path, jobs: int
         images.check(experiment, data)
     folder.mkdir(parents=True, exist_ok=True)
     configs = [images.write_config(experiment, data, folder) for experiment in experiments]
-    with _threads(jobs):  # which a sweep divides among them
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS=str(jobs)):  # which a sweep divides among them
         for number, (one, config) in enumerate(zip(experiments, configs, strict=True), 1):
             log.info("sweep %d of %d: %s", number, len(experiments), one.name)
             run_sweep(config, one.over, one.seeds, folder / one.name, equal=one.equal, jobs=jobs)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """OMP_NUM_THREADS for the processes begun within."""
-    name = "OMP_NUM_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = str(count)
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def seconds_of(sweep: Path) -> float:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.harness.figures import Line, Panel, drawn
 from bench.harness.records import digits, table
+from bench.scaling import times
 from bench.scaling.formulas import METHODS, Setting
-from bench.scaling.times import (
-    NETWORK,
-    NODE,
-    ONE_CARD,
-    SIZE,
-    Rates,
-    Time,
-    least_hidden,
-    least_longer,
-    link_of,
-    predicted,
-    rates,
-    time_of,
-)  # fmt: skip
+from bench.scaling.times import NETWORK, NODE, Rates, Time, link_of, rates, time_of
 
 RING = "Inf-CL's ring"
 SHOWN = ("fastcl", RING, "open_clip, local_loss and gather_with_grad", "open_clip, gather_with_grad")
@@ -71,27 +60,27 @@ def hidden(results: Path) -> str:
     rate = rates(results)
     head = ("link", "GB/s", *(f"hidden, {w:,} GPUs" for w in WORLDS), "shorter than the products it serves")
     rows = []
-    for link in (NODE, NETWORK, ONE_CARD):
+    for link in (NODE, NETWORK, times.ONE_CARD):
         settings = [Setting(0, world) if link_of(world) is NODE or link is not NODE else None for world in WORLDS]
-        found = ["" if s is None else f"{least_hidden(s, link, rate):,.0f}" for s in settings]
-        rows.append((link.name, f"{link.gathers:g}", *found, f"{least_longer(Setting(0, 1), link, rate):,.0f}"))
+        found = ["" if s is None else f"{times.least_hidden(s, link, rate):,.0f}" for s in settings]
+        rows.append((link.name, f"{link.gathers:g}", *found, f"{times.least_longer(Setting(0, 1), link, rate):,.0f}"))
     return table(head, rows, left=1)
 
 
 def assumed(results: Path) -> str:
     """The rates behind the times."""
     rate, few = rates(results), Setting(2_048, 1)
-    large, small = (sum(predicted(results, rows)) for rows in (SIZE, 2 * few.samples))
+    large, small = (sum(times.predicted(results, rows)) for rows in (times.SIZE, 2 * few.samples))
     alone = time_of(METHODS["fastcl"].cost(few), 1, rate).computing
     fast = time_of(METHODS[RING].cost(MANY), NETWORK.gathers, rate)
     return (
         f"D = 512, b = 2. Products: {digits(1e-9 / rate.forward)} TFLOP/s forward (R) and "
         f"{digits(1e-9 / rate.backward)} backward (S), from the predicted {digits(large)} ms of the CLIP loss of "
-        f"{SIZE // 2:,} samples on one sm_90. Those of {few.samples:,} samples are predicted to take {digits(small)} "
-        f"ms, {digits(small / alone)} times as long as these rates say: they hold for large batches. Links: a GPU "
-        f"sends {NODE.gathers:g} GB/s if there are up to 8; beyond, {NETWORK.gathers:g} GB/s in a gather, and "
-        f"{NETWORK.ring:g} GB/s in a ring, where all that passes between two nodes goes through one network card. At "
-        f"{NETWORK.gathers:g} GB/s the ring of {MANY.world} GPUs would send for {digits(fast.sending)} ms with "
+        f"{times.SIZE // 2:,} samples on one sm_90. Those of {few.samples:,} samples are predicted to take "
+        f"{digits(small)} ms, {digits(small / alone)} times as long as these rates say: they hold for large batches. "
+        f"Links: a GPU sends {NODE.gathers:g} GB/s if there are up to 8; beyond, {NETWORK.gathers:g} GB/s in a gather, "
+        f"and {NETWORK.ring:g} GB/s in a ring, where all that passes between two nodes goes through one network card. "
+        f"At {NETWORK.gathers:g} GB/s the ring of {MANY.world} GPUs would send for {digits(fast.sending)} ms with "
         f"{MANY.samples:,} samples, and {digits(fast.seen)} ms of that would be seen."
     )
 
@@ -99,25 +88,18 @@ def assumed(results: Path) -> str:
 def draw(results: Path) -> None:
     """Write the figure: against the samples on 64 GPUs, and against the GPUs with 262,144 samples."""
     rate = rates(results)
+    measures: dict[str, Callable[[str, Setting], float]] = {
+        "sent (MB)": lambda name, s: METHODS[name].cost(s).sent / 1e6,
+        "held (MB)": lambda name, s: METHODS[name].cost(s).held / 1e6,
+        "computing and seen sending (ms)": lambda name, s: seconds(name, s, rate).total,
+    }
     samples = {s.samples: s for s in (Setting(4_096 * 4**k, 64) for k in range(7))}
     worlds = {s.world: s for s in (Setting(262_144, 8 * 2**k) for k in range(8))}
     panels = []
     for x, settings in (("samples, 64 GPUs", samples), ("GPUs, 262,144 samples", worlds)):
         row = []
-        for title, of in (("sent (MB)", _sent), ("held (MB)", _held), ("computing and seen sending (ms)", _ms)):
-            points = {name: {at: (of(name, s, rate), None) for at, s in settings.items()} for name in SHOWN}
+        for title, of in measures.items():
+            points = {name: {at: of(name, s) for at, s in settings.items()} for name in SHOWN}
             row.append(Panel(x, title, [Line(name, STYLES[name], points[name]) for name in SHOWN]))
         panels.append(row)
     drawn(results / "static" / FIGURE, "CLIP loss on each of several GPUs, D = 512, 2 bytes a number: computed", panels)
-
-
-def _sent(name: str, s: Setting, _rate: Rates) -> float:
-    return METHODS[name].cost(s).sent / 1e6
-
-
-def _held(name: str, s: Setting, _rate: Rates) -> float:
-    return METHODS[name].cost(s).held / 1e6
-
-
-def _ms(name: str, s: Setting, rate: Rates) -> float:
-    return seconds(name, s, rate).total

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.harness.records import having, read
 from bench.scaling.formulas import TRITON, Cost, Pass, Setting
 
 SIZE, COLUMNS = 65_536, 512  # rows of both towers, and columns, of the predicted CLIP loss that gives the rates
@@ -48,9 +48,9 @@ class Time(NamedTuple):
 
 def predicted(results: Path, rows: int = SIZE) -> tuple[float, float]:
     """Predicted ms of the forward and the backward pass of the CLIP loss, with `rows` rows in both towers."""
-    records = json.loads((results / "static" / "predicted-sm_90.json").read_text(encoding="utf-8"))
-    wanted = {"objective": "clip", "n": rows, "d": COLUMNS, "precision": "fp16"}
-    found = {r["pass"]: r["predicted_ms"] for r in records if "kernel" not in r and wanted.items() <= r.items()}
+    records = read(results / "static" / "predicted-sm_90.json")
+    chosen = having(records, objective="clip", n=rows, d=COLUMNS, precision="fp16")
+    found = {r["pass"]: r["predicted_ms"] for r in chosen if "kernel" not in r}
     return found["fwd"], found["bwd"]
 
 

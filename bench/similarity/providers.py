@@ -197,11 +197,9 @@ def _fastcl(name: str, kernel: str, measures: tuple[str, ...], route: str = "aut
 
 
 def _accumulator(name: str, kernels: tuple[str, ...], measures: tuple[str, ...]) -> Provider:
-    floats, work = (
-        (lambda case: len(kernels) * _features_floats(case)),
-        (lambda case: len(kernels) * feature_work(case)),
-    )
-    return Provider(name, partial(_accumulated, kernels), measures, floats, work)
+    count = len(kernels)
+    return Provider(name, partial(_accumulated, kernels), measures, lambda case: count * _features_floats(case),
+        lambda case: count * feature_work(case))  # fmt: skip
 
 
 def _gram(precision: str, functions: tuple[Callable, ...], measures: tuple[str, ...], suffix: str = "") -> Provider:

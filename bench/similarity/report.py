@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 
 from bench.harness import markdown as md
 from bench.harness.ceilings import Ceilings
-from bench.harness.records import Record, digits, grouped, milliseconds, table
+from bench.harness.records import Record, digits, grouped, having, milliseconds, table
 from bench.similarity import two_models
 from bench.similarity.inputs import KEYS, MEAN, OWN, SHARED, Case
 from bench.similarity.providers import ALL_THREE, DRAWN, GATE, TOLERANCES
@@ -61,7 +62,7 @@ def body(records: Sequence[Record], figure: str | None, device: torch.device) ->
     """
     text = f"\n## Targets\n\n{md.target_table(targets(records))}{md.time_and_memory(figure)}"
     for section, title in TITLES.items():
-        chosen = [r for r in records if r["section"] == section]
+        chosen = having(records, section=section)
         if chosen:
             text += f"\n## {title}\n{_twins(chosen) if section == 'twins' else _cases(chosen)}"
         elif section in NOT_HERE and device.type != "cuda":
@@ -71,9 +72,9 @@ def body(records: Sequence[Record], figure: str | None, device: torch.device) ->
 
 def targets(records: Sequence[Record]) -> Iterator[md.Target]:
     """Rows of the target table."""
-    found = [r for r in records if _is(r, DENSE_TARGET)]
+    found = having(records, **asdict(DENSE_TARGET))
     date = next((r["date"] for r in found if r["dense"]), None)  # compare times of one run only
-    at = {r["provider"]: r for r in found if r["date"] == date}
+    at = {r["provider"]: r for r in having(found, date=date)}
     ours, best = at.get(ALL_THREE), best_dense(list(at.values()), at.get(ALL_THREE))
     time = memory = None
     if ours and best and ours["wall_ms"]:
@@ -82,14 +83,10 @@ def targets(records: Sequence[Record]) -> Iterator[md.Target]:
     what = f"{FASTER} times as fast as the best dense Gram form with the same measures"
     yield md.goal(what, where, time, FASTER, md.times, True)
     yield md.goal(f"at most {100 * SMALLER:g} % of its memory", where, memory, SMALLER, md.percent)
-    cards = (r for r in records if _is(r, CARD_TARGET) and r["provider"] == ALL_THREE and CARD in r["device"])
+    cards = (r for r in having(records, provider=ALL_THREE, **asdict(CARD_TARGET)) if CARD in r["device"])
     what = f"CKA, debiased CKA and RSA of all pairs in {CARD_MS} ms on an {CARD}"
     here = next((r["wall_ms"] for r in cards), None)
     yield md.goal(what, str(CARD_TARGET), here, CARD_MS, lambda ms: f"{digits(ms)} ms")
-
-
-def _is(r: Record, case: Case) -> bool:
-    return all(r.get(key) == getattr(case, key) for key in KEYS)
 
 
 def best_dense(records: Sequence[Record], r: Record | None) -> Record | None:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from bench.harness import ceilings, figures
-from bench.harness.clocks import Sample, Timer, time_call
+from bench.harness.clocks import Sample, time_call
 from bench.harness.command import Command
 from bench.harness.markdown import allowed
 from bench.harness.records import Record, machine, over_memory
@@ -104,11 +104,8 @@ class Similarity(Comparison):
             first = entry.result | first
             entry.fields |= {"values": entry.result, "difference": largest_difference(entry.result, first)}
 
-    def timers(self, entries: Sequence[Entry]) -> dict[str, Timer]:
-        def timer(provider: Provider) -> dict[str, Sample]:
-            return {"fwd": time_call(partial(provider.measure, self.inputs), self.device)}
-
-        return {e.provider.name: partial(timer, e.provider) for e in entries}
+    def time(self, entry: Entry) -> dict[str, Sample]:
+        return {"fwd": time_call(partial(entry.provider.measure, self.inputs), self.device)}
 
     def costs(self, provider: Provider, which: str) -> tuple[tuple[float, float], float | None]:
         needed, bound = least(self.case, {plain.MEASURES[name] for name in provider.measures}, self.run.ceilings)

@@ -7,19 +7,18 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.harness.command import ROOT
 from bench.static.compile import Facts, Job, Signature
 from fastcl.kernels.common.launch import Launch
 
-ROOT = Path(__file__).resolve().parents[2]
 HOST = "fastcl."  # kernels are fastcl.kernels.* here, but kernels.* in a worker, which has no fastcl
 SECONDS = 600  # per kernel; ptxas can take minutes for tiles that are far too large
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -181,7 +180,7 @@ class _Worker:
 
 
 def compile_all(jobs: list[Job], python: str, workers: int) -> tuple[str, list[Result]]:
-    """Compile jobs in worker processes, with a progress bar on standard error.
+    """Compile jobs in worker processes, with a progress bar on standard error where tqdm is installed.
 
     Args:
         python: the workers' interpreter; its Triton may be another version.
@@ -220,12 +219,5 @@ def _with_progress(results: Iterable[Result], total: int) -> Iterable[Result]:
     try:
         from tqdm import tqdm
     except ImportError:
-        return _counted(results, total)
+        return results
     return tqdm(results, total=total, desc="compiling", unit="kernel", disable=None)
-
-
-def _counted(results: Iterable[Result], total: int) -> Iterator[Result]:
-    for k, result in enumerate(results, 1):
-        if sys.stderr.isatty():
-            print(f"\rcompiling: {k} of {total}", end="\n" if k == total else "", file=sys.stderr, flush=True)
-        yield result

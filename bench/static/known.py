@@ -10,11 +10,11 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from bench.harness.command import ROOT
 from bench.harness.records import write_file
 from bench.static import compile as compiler
 from bench.static import sass
 from bench.static.compile import Facts, Job
-from bench.static.jobs import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "static"
 # Architectures and a pattern of their cases. Hopper in full; of the others the most common case, the one that takes

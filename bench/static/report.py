@@ -104,18 +104,10 @@ def exponentials(job: Job, facts: Facts) -> float | None:
 def record(job: Job, cases: list[str], result: Result, triton: str) -> dict[str, Any]:
     """One flat record: the job, the facts (null if it did not compile) and the findings."""
     found = {
-        "bench": "static",
-        "triton": triton,
-        "arch": f"sm_{job.arch}",
-        "module": job.module,
-        "kernel": job.kernel,
-        "signature": job.signature,
-        "constants": job.constants,
-        "divisible": job.divisible,
-        "num_warps": job.warps,
-        "num_stages": job.stages,
-        "cases": cases,
-    }
+        "bench": "static", "triton": triton, "arch": f"sm_{job.arch}", "module": job.module, "kernel": job.kernel,
+        "signature": job.signature, "constants": job.constants, "divisible": job.divisible, "num_warps": job.warps,
+        "num_stages": job.stages, "cases": cases,
+    }  # fmt: skip
     failed = isinstance(result, str)
     found |= dict.fromkeys(Facts.__dataclass_fields__) if failed else asdict(result)
     found["programs_per_sm"] = None if failed else occupancy(result, job.arch)

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
 
+from bench.harness.command import Parser, pattern
 from bench.harness.records import write_file
 from bench.static import known, report
 from bench.static.compile import Facts, Job, obstacle
 from bench.static.jobs import StaticError, compile_all, unique
-from fastcl.errors import FastclError
 from fastcl.io.outputs import check_folder, check_output, named_path
 from fastcl.kernels.common.launch import ARCHITECTURES, Launch
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     try:
         python = newest(args.newest) if args.newest else args.triton_python
-        chosen = known.GATED if args.gate else ((args.arch, args.only),)
+        chosen = known.GATED if args.gate else ((args.arch, args.only.pattern),)
         jobs = find(load_cases(args.cases), chosen)
         facts, triton = (changed if args.gate else compiled)([job for job, _ in jobs], python, args.workers)
     except StaticError as error:
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; kernels compiled so far are in Triton's cache", file=sys.stderr)
         return 130
     records = [report.record(job, names, one, triton) for (job, names), one in zip(jobs, facts, strict=True)]
-    text = report.report(records, triton, args.only)
+    text = report.report(records, triton, args.only.pattern)
     if args.accept:
         known.save(triton, [job for job, _ in jobs], facts, text)
     if args.json:
@@ -148,14 +148,11 @@ def newest(folder: Path) -> str:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.static", description=_DESCRIPTION, epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("static", (_DESCRIPTION, _EPILOG), "workers")
     names = [f"sm_{sm}" for sm in ARCHITECTURES]
     add = parser.add_argument
     add("--arch", nargs="+", choices=names, default=names, metavar="SM", help=f"of {' '.join(names)} (default: all)")
-    add("--only", default="", metavar="REGEX", help="only the cases in whose names this is found")
+    add("--only", type=pattern, default=pattern(""), metavar="REGEX", help="only the cases with this in their names")
     add("--gate", action="store_true",
         help="the launches that the tests hold; compile only what has changed since --accept")  # fmt: skip
     add("--accept", action="store_true", help="with --gate: commit what was found to bench/results/static/")
@@ -166,37 +163,29 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="compile with the Triton of another interpreter, which needs nothing else")  # fmt: skip
     where.add_argument("--newest", type=named_path, metavar="DIR",
         help="compile with the newest Triton, installed by pip into a virtual environment in DIR")  # fmt: skip
-    add("--workers", type=int, default=2, metavar="N", help="processes that compile (default: %(default)s)")
     add("--cases", default=CASES, metavar="MODULE:FUNCTION",
         help="what lists the launches of an architecture (default: %(default)s)")  # fmt: skip
-    return _checked(parser.parse_args(argv), parser)
+    args = parser.parse_args(argv)
+    _check(args, parser)
+    args.triton_python = os.path.abspath(shutil.which(args.triton_python) or "")
+    args.arch = [int(name.removeprefix("sm_")) for name in dict.fromkeys(args.arch)]
+    return args
 
 
-def _checked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments in the form in which they are used; ends the program with a message if one does not fit."""
-    try:
+def _check(args: argparse.Namespace, parser: Parser) -> None:
+    """End the program with a message if an argument cannot be used."""
+    with parser.refusing():
         if args.json:
             check_output(args.json, "--json")
         if args.out:
             check_folder(args.out, "--out")
-    except FastclError as error:
-        parser.error(str(error))
-    try:
-        re.compile(args.only)
-    except re.error as error:
-        parser.error(f"--only: {args.only!r} is no regular expression: {error}")
     options = ("arch", "only", "triton_python", "newest", "cases")
     other = [name for name in options if getattr(args, name) != parser.get_default(name)]
     if args.gate and other:
         parser.error(f"--gate has launches and a compiler of its own, so --{other[0].replace('_', '-')} has no effect")
     if args.accept and not args.gate:
         parser.error("--accept is for --gate")
-    if args.workers < 1:
-        parser.error(f"--workers: must be positive, got {args.workers}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, which turns kernels into what cannot be compiled; unset it")
-    if not (found := shutil.which(args.triton_python)):
+    if not shutil.which(args.triton_python):
         parser.error(f"--triton-python: {args.triton_python} is no program")
-    args.triton_python = os.path.abspath(found)
-    args.arch = [int(name.removeprefix("sm_")) for name in dict.fromkeys(args.arch)]
-    return args

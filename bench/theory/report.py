@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.harness.figures import house_style, save
-from bench.harness.records import Record, digits, table
+from bench.harness.figures import drawing
+from bench.harness.records import Record, digits, having, table
 from bench.theory.settings import COVERED, KINDS
 from bench.theory.slack import failed
 
@@ -51,7 +51,7 @@ def read(results: Path) -> list[Record]:
 
 def covered(records: Sequence[Record]) -> str:
     """One row per bound: in how many settings it was measured, said something, failed, and the slack as a factor."""
-    mine = [r for r in records if r["kind"] == COVERED]
+    mine = having(records, kind=COVERED)
     rows = []
     for name in names(mine):
         found = _slacks(mine, name)
@@ -66,7 +66,7 @@ def outside(records: Sequence[Record]) -> str:
     """One row for each kind of setting outside the assumptions and bound that failed there."""
     rows = []
     for kind in (kind for kind in KINDS if kind != COVERED):
-        mine = [r for r in records if r["kind"] == kind]
+        mine = having(records, kind=kind)
         for name in names(mine):
             found = _slacks(mine, name)
             if few := sum(map(failed, found)):
@@ -92,12 +92,9 @@ def body(records: Sequence[Record]) -> str:
 
 def draw(records: Sequence[Record], folder: Path) -> None:
     """Write the figure: per bound the least slack, 5 % to 95 %, the quartiles and the median."""
-    from matplotlib.figure import Figure
-
-    mine = [r for r in records if r["kind"] == COVERED]
+    mine = having(records, kind=COVERED)
     shown = names(mine)
-    with house_style():
-        figure = Figure((9, 0.7 + 0.33 * len(shown)), layout="constrained")
+    with drawing(folder / FIGURE, 9, 0.7 + 0.33 * len(shown)) as figure:
         ax = figure.subplots()
         for row, name in enumerate(reversed(shown)):
             found, colour = sorted(_slacks(mine, name)), _OURS if name in OURS else _PAPERS
@@ -117,8 +114,7 @@ def draw(records: Sequence[Record], folder: Path) -> None:
             ax.plot([], [], color=colour, linewidth=7, alpha=0.6, label=label)
         figure.legend(loc="outside upper right", ncols=2)
         ax.set_xlabel("bound / measured: 1 is tight, below 1 it fails. Dot: least; bars: 5 to 95 % and quartiles")
-        ax.grid(True, axis="x", linewidth=0.5, color="#dddddd")
-        save(figure, folder / FIGURE)
+        ax.grid(True, axis="x")
 
 
 def _slacks(records: Sequence[Record], name: str) -> list[float]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.harness.command import Command
-from bench.harness.records import Record, machine, write_file
+from bench.harness.command import Command, at_least
+from bench.harness.markdown import machine_line
+from bench.harness.records import Record, having, machine, write_file
 from bench.theory import report
 from bench.theory.settings import COVERED, KINDS, drawn
 from bench.theory.slack import failed, slacks
@@ -44,20 +45,17 @@ def measured(settings: int, first: int, most: int) -> Iterator[Record]:
 def main(argv: list[str] | None = None) -> int:
     """Measure and write the results; return the exit status."""
     parser = Command(BENCH, [__doc__ or ""])
-    parser.add_argument("--settings", type=int, default=1000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="first seed (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=300, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument("--settings", type=at_least(1), default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="first seed (default: %(default)s)")
+    parser.add_argument("--samples", type=at_least(2), default=300, metavar="N", help="at most (default: %(default)s)")
     args = parser.parse(argv)
-    for name, least in (("settings", 1), ("seed", 0), ("samples", 2)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name}: must be at least {least}, got {getattr(args, name)}")
     total = sum(count(kind, args.settings) for kind in KINDS)
     found = measured(args.settings, args.seed, args.samples)
     records = list(tqdm(found, total=total, desc="descending", unit="setting", disable=None))
     facts = machine(torch.device("cpu"))
     _write(args.out, facts, records)
     print(report.covered(records) + "\n" + report.outside(records))
-    within = [r["slack"] for r in records if r["kind"] == COVERED]
+    within = [r["slack"] for r in having(records, kind=COVERED)]
     if names := {name for found in within for name, slack in found.items() if failed(slack)}:
         print(f"failed within the assumptions: {', '.join(sorted(names))}")
     return int(bool(names))
@@ -65,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(folder: Path, facts: Record, records: list[Record]) -> None:
     write_file(folder / f"{BENCH}.json", report.packed(facts, records))
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    text = f"# Slack of the bounds\n\n{facts['device']}; {versions}; {facts['date']}.\n\n{report.body(records)}"
+    text = f"# Slack of the bounds\n\n{machine_line(facts)}.\n\n{report.body(records)}"
     write_file(folder / f"{BENCH}.md", text)
     report.draw(records, folder)
 

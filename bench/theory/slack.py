@@ -7,7 +7,7 @@ side is 0, nothing can fail and there is no slack.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,14 +56,16 @@ def slacks(setting: Setting) -> dict[str, Slack]:
     n = len(descent.cl)
     most = math.log10(2 * math.sqrt(n * (n - 1)))  # of matrices with entries in [-1, 1] and equal diagonals
     drift = descent.drift.tolist()
+
+    def of(log10_bounds: Sequence[float], measured: Sequence[float] = drift) -> Slack:
+        return Slack(_least(log10_bounds, measured), log10_bounds[-1] >= most)
+
     return {
         **_on_batches(setting, descent, bound),
-        "Theorem 1, recurrence": Slack(_least(bound.log10_recurrence, drift), bound.log10_recurrence[-1] >= most),
-        "Theorem 1, as printed": Slack(_least([bound.log10_printed], drift[-1:]), bound.log10_printed >= most),
-        "Theorem 1, convex": Slack(_least(bound.log10_convex, drift), bound.log10_convex[-1] >= most),
-        "Theorem 2, weights are similarities": Slack(
-            _least(weights.log10_recurrence, drift), weights.log10_recurrence[-1] >= most
-        ),
+        "Theorem 1, recurrence": of(bound.log10_recurrence),
+        "Theorem 1, as printed": of([bound.log10_printed], drift[-1:]),
+        "Theorem 1, convex": of(bound.log10_convex),
+        "Theorem 2, weights are similarities": of(weights.log10_recurrence),
         **_alignment(descent, bound),
         **(_few_shot(setting.seed) if setting.kind == COVERED else {}),
     }

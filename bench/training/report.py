@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
 
 from bench.harness import markdown as md
-from bench.harness.records import Record, digits, grouped, milliseconds, table
+from bench.harness.records import Record, digits, grouped, having, milliseconds, table
 from bench.training.runs import ALIGNMENT
 from bench.training.speed import PUBLISHED, SECTION
 
@@ -23,7 +22,7 @@ def markdown(records: Sequence[Record], facts: Record, source: str, args: argpar
     )
     sections = {"steps": _steps, SECTION: _speed, "memory": _memory, "runs": _runs, "precision": _precision}
     for name, write in sections.items():
-        mine = [r for r in records if r["section"] == name]
+        mine = having(records, section=name)
         text += write(mine) if mine else ""
     return text
 
@@ -46,8 +45,8 @@ twin_stats, which is shown by itself too: it returns the pair statistics of a st
 def targets(records: Sequence[Record]) -> Iterator[md.Target]:
     """Rows of the target table."""
     for precision in PRECISIONS:
-        wanted = {"section": "steps", "batch": BATCH, "precision": precision, "models": 4, "reason": None}
-        r = next((r for r in records if wanted.items() <= r.items() and "cuda" in r["versions"]), None)
+        found = having(records, section="steps", batch=BATCH, precision=precision, models=4, reason=None)
+        r = next((r for r in found if "cuda" in r["versions"]), None)
         share = None
         if r is not None and r["shares"]["losses"] is not None:
             share = waiting(r) + (1 - waiting(r)) * r["shares"]["losses"]
@@ -71,12 +70,11 @@ def _step_row(r: Record) -> list[str]:
     start = [f"{r['batch']:,}", r["precision"], str(r["models"])]
     if r["reason"]:
         return [*start, r["reason"], *[""] * 9]
-    seconds, rate, of = r["step_seconds"], r["images_per_second"], r["shares"]
+    rate, of = r["images_per_second"], r["shares"]
     shares = (of["encoders"], of["losses"], r["twin_share"], of["metrics"], of["optimisers"])
     return [
-        *start, f"{digits(median(seconds))} ({digits(min(seconds))}-{digits(max(seconds))})", f"{rate:,.0f}",
-        f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}", *("-" if s is None else f"{s:.1%}" for s in shares),
-        "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
+        *start, milliseconds(r["step_seconds"]), f"{rate:,.0f}", f"{rate * r['twins']:,.0f}", f"{waiting(r):.1%}",
+        *("-" if s is None else f"{s:.1%}" for s in shares), md.gib(r["peak_bytes"]),
     ]  # fmt: skip
 
 
@@ -89,36 +87,24 @@ views are of one recipe, rendered by fastcl from its plan and by torchvision's t
 Images of a step count once for each network that it trains. The loops take turns.
 """
     for (batch, precision), rows in grouped(records, "batch", "precision").items():
-        rates = [_rate(r) for r in rows]
-        published = next((rate for r, rate in zip(rows, rates, strict=True) if r["provider"] == PUBLISHED), None)
-        head = (
-            "loop",
-            "networks",
-            "ms a step",
-            "images/s",
-            "images/s, all networks",
-            f"of the {PUBLISHED}",
-            "peak GiB",
-        )
-        body = (_speed_row(r, rate, published) for r, rate in zip(rows, rates, strict=True))
-        text += f"\nB = {batch:,}, {precision}:\n\n{table(head, body, left=1)}"
+        published = next(map(_rate, having(rows, provider=PUBLISHED, reason=None)), None)
+        head = ("loop", "networks", "ms a step", "images/s", "images/s, all networks", f"of the {PUBLISHED}",
+                "peak GiB")  # fmt: skip
+        text += f"\nB = {batch:,}, {precision}:\n\n{table(head, (_speed_row(r, published) for r in rows), left=1)}"
     return text
 
 
-def _rate(r: Record) -> float | None:
+def _rate(r: Record) -> float:
     """Images per second, once for each network."""
-    return None if r["reason"] else 1e3 * r["networks"] * r["batch"] / r["wall_ms"]
+    return 1e3 * r["networks"] * r["batch"] / r["wall_ms"]
 
 
-def _speed_row(r: Record, rate: float | None, published: float | None) -> list[str]:
-    if rate is None:
-        return [r["provider"], str(r["networks"]), r["reason"], *[""] * 4]
-    time, alone = milliseconds(r["samples_ms"]), f"{rate / r['networks']:,.0f}"
-    return [
-        r["provider"], str(r["networks"]), time, alone, f"{rate:,.0f}",
-        "" if published is None else f"{digits(rate / published)}x",
-        "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
-    ]  # fmt: skip
+def _speed_row(r: Record, published: float | None) -> list[str]:
+    start = [r["provider"], str(r["networks"])]
+    if r["reason"]:
+        return [*start, r["reason"], *[""] * 4]
+    faster, alone = md.times(published and _rate(r) / published), f"{_rate(r) / r['networks']:,.0f}"
+    return [*start, milliseconds(r["samples_ms"]), alone, f"{_rate(r):,.0f}", faster, md.gib(r["peak_bytes"])]
 
 
 def _memory(records: Sequence[Record]) -> str:
@@ -133,12 +119,9 @@ parts by `fastcl.micro_step`, the batch at once.
 
 def memory_table(records: Sequence[Record]) -> str:
     """A table with one row per case of the section "memory"."""
-    rows = ([f"{r['batch']:,}", str(r["parts"]), *_memory_cells(r)] for r in records)
+    rows = ((f"{r['batch']:,}", str(r["parts"]), r["reason"] or md.mib(r["peak_bytes"], ",.0f"),
+             "" if r["reason"] else digits(r["seconds"])) for r in records)  # fmt: skip
     return table(("B", "parts", "peak MiB", "s"), rows)
-
-
-def _memory_cells(r: Record) -> list[str]:
-    return [r["reason"], ""] if r["reason"] else [f"{r['peak_bytes'] / 2**20:,.0f}", digits(r["seconds"])]
 
 
 def _cases(records: Sequence[Record], heading: str, body: Callable[[Record], str]) -> str:
@@ -154,7 +137,7 @@ def _runs(records: Sequence[Record]) -> str:
 
 def _run(r: Record) -> str:
     head = ("model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe")
-    peak = "not measured" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f} GiB"
+    peak = md.gib(r["peak_bytes"]) + (" GiB" if r["peak_bytes"] is not None else "")
     rate = f"{r['images_per_second']:,.0f} images/s, all models together"
     evaluation = f"an evaluation of all {digits(r['evaluation_seconds'])} s, an epoch {digits(r['epoch_seconds'])} s"
     return f"{table(head, models(r), left=1)}\n{rate}; {evaluation}; peak memory {peak}.\n"

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, TypeAlias
 
 from bench.harness.command import Command
-from bench.harness.records import Record, machine, record
+from bench.harness.records import Record, having, machine, record
 from bench.harness.suite import Run
 from bench.training import memory, profile, report, runs, speed
 from fastcl.config.settings import Config, ModelConfig
@@ -66,8 +66,7 @@ sections, in this order:
 DIR/training.json holds the numbers, DIR/training.md the tables; they are rewritten after each case.
 """
 
-# A case, and what measures it; None: it has added its records itself.
-Part: TypeAlias = tuple[Record, Callable[[], Record | None]]
+Part: TypeAlias = Callable[[], None]  # measures a case
 
 
 @dataclass
@@ -96,12 +95,9 @@ def steps(run: Training, scratch: Path) -> Iterator[Part]:
     """The section "steps"."""
     for batch, precision in CASES[run.kind]:
         models = MODELS if batch <= FOUR_UP_TO else MODELS[:1]
-        asked = config(run, models, batch, 1, precision=precision)
-        folder = scratch / f"steps-{batch}-{precision}"
-        yield (
-            {"section": STEPS, "batch": batch, "precision": precision, "models": len(models)},
-            partial(profile.measure, asked, folder, run.device, run.args.repeats),
-        )
+        case = {"section": STEPS, "batch": batch, "precision": precision, "models": len(models)}
+        asked, folder = config(run, models, batch, 1, precision=precision), scratch / f"steps-{batch}-{precision}"
+        yield partial(attempt, run, case, partial(profile.measure, asked, folder, run.device, run.args.repeats))
 
 
 def speeds(run: Training, scratch: Path) -> Iterator[Part]:
@@ -111,8 +107,7 @@ def speeds(run: Training, scratch: Path) -> Iterator[Part]:
         def asked(networks: int, batch: int = batch, precision: str = precision) -> Config:
             return config(run, MODELS[:networks], batch, 1, precision=precision)
 
-        case = speed.Case(batch, precision, asked, scratch)
-        yield {"section": SPEED, "batch": batch, "precision": precision}, speed.Speed(run, case).measure
+        yield speed.Speed(run, speed.Case(batch, precision, asked, scratch)).measure
 
 
 def memories(run: Training, scratch: Path) -> Iterator[Part]:
@@ -120,10 +115,8 @@ def memories(run: Training, scratch: Path) -> Iterator[Part]:
     batch, size, options = MEMORY_CASE[run.kind]
     model = ModelConfig(options=options, projection=128)
     for samples, parts in ((batch // memory.PARTS, 1), (batch, memory.PARTS), (batch, 1)):
-        yield (
-            {"section": MEMORY, "batch": samples, "parts": parts},
-            partial(memory.measure, model, size, samples, parts, run.device),
-        )
+        case = {"section": MEMORY, "batch": samples, "parts": parts}
+        yield partial(attempt, run, case, partial(memory.measure, model, size, samples, parts, run.device))
 
 
 def trained(run: Training, scratch: Path) -> Iterator[Part]:
@@ -132,26 +125,25 @@ def trained(run: Training, scratch: Path) -> Iterator[Part]:
     batch, precision = BATCH[run.kind], PRECISION_OF_RUNS[run.kind]
     for temperature in TEMPERATURES:
         asked = config(run, MODELS, batch, epochs, temperature=temperature, precision=precision, controls=["reseeded"])
-        yield (
-            {"section": RUNS, "temperature": temperature, "epochs": epochs, "batch": batch, "precision": precision},
-            partial(runs.train, asked, run.args.out / "runs" / f"temperature-{temperature:g}"),
-        )
+        case = {"section": RUNS, "temperature": temperature, "epochs": epochs, "batch": batch, "precision": precision}
+        folder = run.args.out / "runs" / f"temperature-{temperature:g}"
+        yield partial(attempt, run, case, partial(runs.train, asked, folder))
 
 
 def precisions(run: Training, scratch: Path) -> Iterator[Part]:
     """The section "precision"."""
-    batch, asked = BATCH[run.kind], {}
-    for precision in ("fp32", "bf16"):
-        asked[precision] = config(run, MODELS[:2], batch, 2, precision=precision, controls=["reseeded"])
-    yield {"section": PRECISION, "epochs": 2, "batch": batch}, partial(runs.compare, asked, scratch / "precision")
+    batch = BATCH[run.kind]
+    asked = {p: config(run, MODELS[:2], batch, 2, precision=p, controls=["reseeded"]) for p in ("fp32", "bf16")}
+    case = {"section": PRECISION, "epochs": 2, "batch": batch}
+    yield partial(attempt, run, case, partial(runs.compare, asked, scratch / "precision"))
 
 
 def epochs_within(run: Training, scratch: Path) -> int:
     """Number of epochs that take about --seconds, from the time of a step of four models; at least 2, and 2 if no step
     could be timed."""
     batch, precision = BATCH[run.kind], PRECISION_OF_RUNS[run.kind]
-    wanted = {"section": STEPS, "batch": batch, "precision": precision, "models": len(MODELS)}
-    values = next((r for r in run.found if wanted.items() <= r.items()), None)
+    found = having(run.found, section=STEPS, batch=batch, precision=precision, models=len(MODELS))
+    values = found[0] if found else None
     if run.kind == "tiny" or (values and values["reason"]):
         return 2
     if values is None:
@@ -163,14 +155,11 @@ def epochs_within(run: Training, scratch: Path) -> int:
 PARTS = {STEPS: steps, SPEED: speeds, MEMORY: memories, RUNS: trained, PRECISION: precisions}
 
 
-def attempt(run: Training, case: Record, measure: Callable[[], Record | None]) -> None:
+def attempt(run: Training, case: Record, measure: Callable[[], Record]) -> None:
     """Add the record of a case and print a line."""
     values, reason = {}, None
     try:
-        found = measure()
-        if found is None:
-            return
-        values = found
+        values = measure()
     except Exception as problem:  # go on with the other cases
         reason = run.reason(case["section"], problem)
     peak = values.get("peak_bytes")
@@ -205,5 +194,4 @@ def main(argv: list[str] | None = None) -> int:
     run.kind, run.source = "tiny" if args.tiny else args.device.type, f"cifar10:{CIFAR}" if real else "digits"
     with tempfile.TemporaryDirectory() as scratch, working_in(file.parent if real else Path.cwd()):
         chosen = (section for section in SECTIONS if section in args.sections)
-        parts = (part for section in chosen for part in PARTS[section](run, Path(scratch)))
-        return run.execute(partial(attempt, run, *part) for part in parts)
+        return run.execute(part for section in chosen for part in PARTS[section](run, Path(scratch)))

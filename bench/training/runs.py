@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from statistics import median
@@ -16,6 +15,7 @@ import fastcl
 from bench.harness.records import Record
 from fastcl.config.settings import Config
 from fastcl.report import write_report
+from fastcl.report.run import load_run
 from fastcl.train import Lockstep
 from fastcl.train.measures.evaluate import encode, evaluate
 from fastcl.train.models import RESEEDED
@@ -42,22 +42,21 @@ def train(config: Config, folder: Path) -> Record:
     write_report(folder)
     for name in _TENSORS:
         shutil.rmtree(folder / name)
-    metrics, timing = lines(folder / "metrics.jsonl"), lines(folder / "timing.jsonl")
-    last = [row for row in metrics if row["epoch"] == metrics[-1]["epoch"]]
+    found = load_run(folder)
     both = (run.inputs.train, run.inputs.test)
     began = perf_counter()
     evaluate(run.epoch, run.twins, *both, {})
     evaluation = perf_counter() - began  # evaluate ends with numbers on the host
     labels = [torch.from_numpy(views.split.labels) for views in both]
     features = [encode(run.twins, views) for views in both]
-    pairs = (r for r in last if r.get("pair", [""])[0] == run.twins[0].name)
+    reference, *others = found.models
     return {
-        "pairs": {r["pair"][1]: {name: r[name] for name in ALIGNMENT} for r in pairs},
-        "ncc": {r["model"]: r["ncc_test"] for r in last if "model" in r},
+        "pairs": {other: {name: found.pair_value(reference, other, name) for name in ALIGNMENT} for other in others},
+        "ncc": {model: found.model_value(model, "ncc_test") for model in found.models},
         "probe": {t.name: ridge_accuracy(*(h[t.name].cpu() for h in features), *labels) for t in run.twins},
-        "epoch_seconds": median(row["seconds"] for row in timing),
+        "epoch_seconds": median(row["seconds"] for row in found.timing),
         "evaluation_seconds": evaluation,
-        "images_per_second": median(row["images_per_second"] for row in timing),
+        "images_per_second": median(row["images_per_second"] for row in found.timing),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_card else None,
     }
 
@@ -101,8 +100,3 @@ def ridge_accuracy(x: Tensor, x_test: Tensor, labels: Tensor, labels_test: Tenso
 
     probe = make_pipeline(StandardScaler(), RidgeClassifier())
     return float(probe.fit(x.numpy(), labels.numpy()).score(x_test.numpy(), labels_test.numpy()))
-
-
-def lines(path: Path) -> list[Record]:
-    """The lines of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -18,22 +18,20 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from bench.data.peers import torchvision_transforms
-from bench.harness.clocks import Peak, Sample, Timer, time_call
+from bench.data.peers import Samples, torchvision_transforms
+from bench.harness.clocks import Peak, Sample, measure_peak, time_call
 from bench.harness.records import Record
 from bench.harness.suite import Comparison, Entry, Provider, Run
 from bench.losses import plain
 from bench.training.profile import endless, take
 from fastcl.config.settings import Config
-from fastcl.data import Split
 from fastcl.train import Lockstep
 from fastcl.train.models import Twin, make_twins
 from fastcl.train.step import fetch
@@ -84,18 +82,11 @@ def _lockstep(networks: int, case: Case, device: torch.device) -> Iterator[None]
             yield
 
 
-class _Views(Dataset):
-    """Two views of each image and its class."""
+class _Labelled(Samples):
+    """Views of each image, and its class."""
 
-    def __init__(self, split: Split, transforms: nn.Module) -> None:
-        self.split, self.transforms = split, transforms
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, int]:
-        image = torch.from_numpy(self.split.image(k)).permute(2, 0, 1)
-        return self.transforms(image), self.transforms(image), int(self.split.labels[k])
+    def __getitem__(self, k: int) -> tuple[Any, ...]:
+        return *super().__getitem__(k), int(self.split.labels[k])
 
 
 def _opened(case: Case, name: str, device: torch.device) -> tuple[Twin, Iterator[Any], int]:
@@ -106,8 +97,8 @@ def _opened(case: Case, name: str, device: torch.device) -> tuple[Twin, Iterator
     twin.network.to(memory_format=torch.contiguous_format)  # as both leave it
     workers = run.loader.workers
     loader = DataLoader(
-        _Views(run.data.train, torchvision_transforms(config.views, True)), case.batch, shuffle=True, drop_last=True,
-        num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+        _Labelled(run.data.train, torchvision_transforms(config.views, True)), case.batch, shuffle=True,
+        drop_last=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda",
     )  # fmt: skip
     return twin, itertools.chain.from_iterable(loader for _ in itertools.count()), len(run.data.classes)
 
@@ -190,20 +181,13 @@ class Speed(Comparison):
 
     def peak(self, entry: Entry) -> Peak:
         """Peak memory of a step on a GPU, beyond what all loops hold, and its duration."""
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        before, began = torch.cuda.memory_allocated() if cuda else 0, perf_counter()
-        self._step(entry, 1)
-        used = torch.cuda.max_memory_allocated() - before if cuda else None
-        return Peak(used, perf_counter() - began)
+        step = partial(self._step, entry, 1)
+        if self.device.type == "cuda":
+            return measure_peak(lambda device: (bool, step), "cuda")  # the first step was the warm-up
+        return Peak(None, step().ms / 1e3)
 
-    def timers(self, entries: Sequence[Entry]) -> dict[str, Timer]:
-        """Seconds of a step of each loop, the mean of STEPS of them."""
-        return {entry.provider.name: partial(self._timed, entry) for entry in entries}
-
-    def _timed(self, entry: Entry) -> dict[str, Sample]:
+    def time(self, entry: Entry) -> dict[str, Sample]:
+        """The time of a step, the mean of STEPS of them."""
         count = STEPS[self.device.type]
         return {"both": Sample(self._step(entry, count).ms / count)}
 
@@ -216,12 +200,8 @@ class Speed(Comparison):
     def fields(self, entry: Entry, samples: Sequence[Sample]) -> Record:
         """The case, and the number of networks."""
         case: Case = self.case
-        return {
-            "section": SECTION,
-            "batch": case.batch,
-            "precision": case.precision,
-            "networks": entry.provider.networks,
-        }
+        return {"section": SECTION, "batch": case.batch, "precision": case.precision,
+                "networks": entry.provider.networks}  # fmt: skip
 
     def measure(self) -> None:
         """Compare the loops; their workers end with it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastcl.adapters.shared import one_way
 from fastcl.rowstats.api import row_stats
 
 
@@ -37,6 +38,10 @@ def in_batch_loss(
         raise ValueError(f"Expected at least 2 embeddings, got {len(embeddings)}")
     queries, positives, *_ = embeddings
     batch, sets = len(queries), len(embeddings) - 1
+    if partition_mode == "per_direction" or len(directions) == 1:
+        sides = [(queries, torch.cat(list(embeddings[1:])))] + [(positives, queries)] * ("doc_to_query" in directions)
+        losses = [one_way(*side, 0, 1 / scale, normalize, gathers=gathers) for side in sides]
+        return torch.stack(losses).mean()
     ids = torch.arange(batch, dtype=torch.int64, device=queries.device)
     all_documents = torch.cat(list(embeddings[1:]))
     # Without views, the ids of negatives are new ones.
@@ -47,8 +52,6 @@ def in_batch_loss(
     if "doc_to_query" in directions:
         back = row_stats(positives, queries, sample=ids, sample_y=ids, **options)
         rest["doc_to_query"] = back.lse_other
-    if partition_mode == "per_direction":
-        return torch.stack([-logsigmoid(forward.mean_view - lse) for lse in rest.values()]).mean()
     if "doc_to_query" in rest:  # the positive once more
         rest["positive"] = forward.mean_view
     if "query_to_query" in directions:

@@ -15,7 +15,7 @@ from importlib import import_module, metadata
 from types import FunctionType, TracebackType
 from typing import Any
 
-from fastcl.adapters.replacements import DISTRIBUTIONS, TARGETS, Target
+from fastcl.adapters.targets import DISTRIBUTIONS, TARGETS, Target
 from fastcl.errors import FastclError, one_of
 
 VARIABLE = "FASTCL_PATCH"  # of the environment: libraries, separated by commas
@@ -57,6 +57,7 @@ class Patch:
 class _Active:
     """A replacement in place, and how many patches want it."""
 
+    target: Target
     put_back: Callable[[], None]
     stand_in: Callable[..., Any]
     holders: int = 0
@@ -73,7 +74,8 @@ def patch(*libraries: str, force: bool = False) -> Patch:
     function that torch.compile has already compiled keeps what it was compiled with: patch first.
 
     Args:
-        libraries: "lightly", "open_clip", "info_nce", "pytorch_metric_learning"; imported here.
+        libraries: "inf_cl", "info_nce", "lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers",
+            "solo" (solo-learn), "stable_pretraining", "vissl"; imported here.
         force: also replace methods whose source is not that of a release that fastcl was compared with.
 
     Returns:
@@ -85,19 +87,13 @@ def patch(*libraries: str, force: bool = False) -> Patch:
     """
     if not libraries:
         raise FastclError(one_of("libraries", sorted(TARGETS), None))
-    found: dict[str, tuple[Target, Any, str]] = {}
-    for library in dict.fromkeys(libraries):
-        if library not in TARGETS:
-            raise FastclError(one_of("library", sorted(TARGETS), library))
-        for target in TARGETS[library]:
-            found[target.place] = target, *_place_of(library, target)
-            if target.place not in _active and not force:
-                _check(library, target)
-    for place, (target, owner, name) in found.items():
-        if place not in _active:
-            _active[place] = _replace(target, owner, name)
-        _active[place].holders += 1
-    return Patch(found, "; ".join(map(_line, dict.fromkeys(libraries))))
+    found = {library: _targets(library, force) for library in dict.fromkeys(libraries)}
+    chosen = [target for targets in found.values() for target in targets]
+    for target in chosen:
+        if target.place not in _active:
+            _active[target.place] = _replace(target, *_owner(target.place))
+        _active[target.place].holders += 1
+    return Patch((target.place for target in chosen), "; ".join(_line(*one) for one in found.items()))
 
 
 def patch_from_environment() -> None:
@@ -122,11 +118,11 @@ def digest(sources: Iterable[str]) -> str:
     """Of the source text of functions and methods; "" if it cannot be read."""
     found = hashlib.sha256()
     for source in sources:
-        owner, name = _owner(source)
         try:
+            owner, name = _owner(source)
             # Of the code itself: inspect would look through a decorator to what it wraps.
             found.update(inspect.getsource(getattr(owner, name).__code__).encode())
-        except (AttributeError, OSError, TypeError):
+        except (AttributeError, ImportError, OSError, TypeError):
             return ""
     return found.hexdigest()[:16]
 
@@ -139,25 +135,41 @@ def _owner(place: str) -> tuple[Any, str]:
     return owner, name
 
 
-def _place_of(library: str, target: Target) -> tuple[Any, str]:
-    try:
-        owner, name = _owner(target.place)
-        found = getattr(owner, name)
-        if target.adapter:
-            import_module(target.adapter)
-    except (ImportError, AttributeError) as error:
-        raise FastclError(f"{library} cannot be patched: {target.place} cannot be imported ({error})") from error
-    if not inspect.isclass(owner) and not (isinstance(found, FunctionType) and found.__closure__ is None):
+def _targets(library: str, force: bool) -> list[Target]:
+    """What to replace of the installed release: for each place the row with its source, or forced the first."""
+    if library not in TARGETS:
+        raise FastclError(one_of("library", sorted(TARGETS), library))
+    releases = {release for target in TARGETS[library] for release in target.digests}
+    found: list[Target] = []
+    for place in dict.fromkeys(target.place for target in TARGETS[library]):
+        rows = [target for target in TARGETS[library] if target.place == place]
+        known = list(dict.fromkeys(release for target in rows for release in target.digests))
+        try:
+            _check_place(library, rows[0])
+        except (ImportError, AttributeError) as error:
+            if releases > set(known):
+                continue
+            raise FastclError(f"{library} cannot be patched: {place} cannot be imported ({error})") from error
+        if place in _active:
+            found.append(_active[place].target)
+            continue
+        fit = [target for target in rows if digest(target.sources) in target.digests.values()]
+        if not fit and not force:
+            raise FastclError(
+                f"{library} {_version(library)}: the source of {place} is not that of a release that fastcl was "
+                f"compared with ({', '.join(known)}), so its numbers may be others; force=True replaces it anyway"
+            )
+        found.append((fit or rows)[0])
+    return found
+
+
+def _check_place(library: str, target: Target) -> None:
+    owner, name = _owner(target.place)
+    function = getattr(owner, name)
+    if target.adapter:
+        import_module(target.adapter)
+    if not inspect.isclass(owner) and not (isinstance(function, FunctionType) and function.__closure__ is None):
         raise FastclError(f"{library} cannot be patched: {target.place} is not a function of its module any more")
-    return owner, name
-
-
-def _check(library: str, target: Target) -> None:
-    if digest(target.sources) not in target.digests.values():
-        raise FastclError(
-            f"{library} {_version(library)}: the source of {target.place} is not that of a release that fastcl was "
-            f"compared with ({', '.join(target.digests)}), so its numbers may be others; force=True replaces it anyway"
-        )
 
 
 def _version(library: str) -> str:
@@ -167,8 +179,8 @@ def _version(library: str) -> str:
         return "of an unknown version"
 
 
-def _line(library: str) -> str:
-    names = [target.place.partition(":")[2] for target in TARGETS[library]]
+def _line(library: str, targets: list[Target]) -> str:
+    names = [target.place.partition(":")[2] for target in targets]
     return f"{library} {_version(library)}: {', '.join(names)}"
 
 
@@ -188,7 +200,7 @@ def _replace(target: Target, owner: Any, name: str) -> _Active:
             else:
                 setattr(owner, name, original)
 
-        return _Active(put_back, stand_in)
+        return _Active(target, put_back, stand_in)
     copy = FunctionType(original.__code__, original.__globals__, name, original.__defaults__, original.__closure__)
     kept = original.__code__, original.__defaults__, original.__kwdefaults__
     copy.__kwdefaults__ = original.__kwdefaults__
@@ -201,7 +213,7 @@ def _replace(target: Target, owner: Any, name: str) -> _Active:
         original.__code__, original.__defaults__, original.__kwdefaults__ = kept
         del original.__signature__
 
-    return _Active(put_back_code, _stand_in(target, copy, {}))
+    return _Active(target, put_back_code, _stand_in(target, copy, {}))
 
 
 # Names that were imported hold the function itself, so that its code is exchanged.

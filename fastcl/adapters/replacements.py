@@ -1,40 +1,25 @@
-"""What `fastcl.patch` puts in place of other libraries' methods, and the sources that it was written for."""
+"""What computes in place of other libraries' methods and functions, with their arguments, inside `fastcl.patch`.
+
+The adapters do, and the functions here where an adapter is not enough. NotImplemented: the original has to compute.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastcl.adapters import info_nce, lightly, open_clip
+from fastcl.adapters import info_nce, lightly, open_clip, solo_learn, stable_pretraining, vissl
+from fastcl.adapters.shared import world_size
 from fastcl.losses.queue import queue_loss
 from fastcl.rowstats.api import normalize_rows
 
 # By loss, the number of rows from which fastcl computes it on a CPU; with fewer the original does. From there on fastcl
 # was never slower: bench/results/cpu/adapters.md, 128 columns. With fewer than 64 rows nothing was measured.
-FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "queue": 256}
-
-
-class Target(NamedTuple):
-    """A method or a function that is replaced.
-
-    Args:
-        place: module:qualified name.
-        ours: called with the arguments of the original; returns NotImplemented if the original has to compute.
-        sources: what computes the value in the original, as names like `place`; the replaced function is one of them.
-        digests: of those sources, by the releases that have them.
-        hooks: methods that a subclass may override and that `ours` does not call; with an override the original
-            computes.
-        adapter: the module that `ours` imports when it is called, since it needs the library.
-    """
-
-    place: str
-    ours: Callable[..., Any]
-    sources: tuple[str, ...]
-    digests: dict[str, str]
-    hooks: tuple[str, ...] = ()
-    adapter: str = ""
+FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "queue": 256, "all pairs": 1024,
+          "in batch": 2048}  # fmt: skip
 
 
 def worthwhile(kind: str, rows: Tensor) -> bool:
@@ -42,7 +27,23 @@ def worthwhile(kind: str, rows: Tensor) -> bool:
     return rows.device.type != "cpu" or len(rows) >= FEWEST[kind]
 
 
-def _lightly_ntxent(self: Any, out0: Tensor, out1: Tensor) -> Any:
+def if_worthwhile(kind: str, ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` where a loss of this kind is worthwhile for the first matrix of a call."""
+
+    def called(*args: Any, **options: Any) -> Any:
+        rows = next((v for v in (*args, *options.values()) if isinstance(v, Tensor) and v.ndim == 2), None)
+        return NotImplemented if rows is None or not worthwhile(kind, rows) else ours(*args, **options)
+
+    return called
+
+
+def if_alone(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` where there is one rank."""
+    return lambda *args, **options: ours(*args, **options) if world_size() == 1 else NotImplemented
+
+
+def lightly_ntxent(self: Any, out0: Tensor, out1: Tensor) -> Any:
+    """lightly's NTXentLoss, with the memory bank that it has."""
     if self.memory_bank.size[0] == 0:
         return lightly.NTXentLoss.forward(self, out0, out1) if worthwhile("two views", out0) else NotImplemented
     if not worthwhile("queue", out0) or out0.ndim != 2 or out0.shape != out1.shape:
@@ -53,28 +54,25 @@ def _lightly_ntxent(self: Any, out0: Tensor, out1: Tensor) -> Any:
     return queue_loss(u0, u1, bank.T.to(u0.device), abs(self.temperature), normalize=False)
 
 
-def _lightly_dcl(self: Any, out0: Tensor, out1: Tensor) -> Any:
-    return lightly.DCLLoss.forward(self, out0, out1) if worthwhile("two views", out0) else NotImplemented
-
-
-def _open_clip(
-    self: Any, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
-    logit_bias: float | Tensor | None = None, output_dict: bool = False,
-) -> Any:  # fmt: skip
+def openclip_clip(self: Any, image_features: Tensor, text_features: Tensor, *args: Any, **options: Any) -> Any:
+    """open_clip's ClipLoss."""
     if self.use_horovod or not worthwhile("two directions", image_features):
         return NotImplemented
-    return open_clip.ClipLoss.forward(self, image_features, text_features, logit_scale, logit_bias, output_dict)
+    return open_clip.ClipLoss.forward(self, image_features, text_features, *args, **options)
 
 
-def _info_nce(
+def infonce(
     query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None, *args: Any, **options: Any
 ) -> Any:
+    """info_nce."""
     if not worthwhile("one direction" if negative_keys is None else "queue", query):
         return NotImplemented
     return info_nce.info_nce(query, positive_key, negative_keys, *args, **options)
 
 
-def _metric_learning(name: str) -> Callable[..., Any]:
+def metric_learning(name: str) -> Callable[..., Any]:
+    """A loss of pytorch-metric-learning."""
+
     def ours(self: Any, embeddings: Tensor, *args: Any) -> Any:
         from fastcl.adapters import metric_learning  # which needs the library
 
@@ -86,39 +84,58 @@ def _metric_learning(name: str) -> Callable[..., Any]:
     return ours
 
 
-DISTRIBUTIONS = {
-    "lightly": "lightly",
-    "open_clip": "open-clip-torch",
-    "info_nce": "info-nce-pytorch",
-    "pytorch_metric_learning": "pytorch-metric-learning",
-}
-_CLIP = "open_clip.loss:ClipLoss."
-_PML = "pytorch_metric_learning.losses."
-_PAIRS = tuple(f"{_PML}generic_pair_loss:GenericPairLoss.{name}" for name in ("compute_loss", "mat_based_loss",
-    "pair_based_loss"))  # fmt: skip
-TARGETS: dict[str, tuple[Target, ...]] = {
-    "lightly": (
-        Target("lightly.loss.ntx_ent_loss:NTXentLoss.forward", _lightly_ntxent,
-               ("lightly.loss.ntx_ent_loss:NTXentLoss.forward",),
-               {"1.6.0": "c2fe35b380b7abbe", "1.5.23": "90dbb1e967200034"}),
-        Target("lightly.loss.dcl_loss:DCLLoss.forward", _lightly_dcl,
-               ("lightly.loss.dcl_loss:DCLLoss.forward", "lightly.loss.dcl_loss:DCLLoss._loss"),
-               {"1.6.0 and 1.5.23": "79eda9174765df8d"}, ("_loss",)),
-    ),
-    "open_clip": (
-        Target(_CLIP + "forward", _open_clip,
-               (_CLIP + "forward", _CLIP + "get_logits", _CLIP + "get_ground_truth", "open_clip.loss:gather_features"),
-               {"3.3.0 and 3.2.0": "166c422f18754b8d"}, ("get_logits", "get_ground_truth")),
-    ),
-    "info_nce": (Target("info_nce:info_nce", _info_nce, ("info_nce:info_nce", "info_nce:normalize"),
-                        {"0.1.4": "e440d08d4d064c39"}),),
-    "pytorch_metric_learning": tuple(
-        Target(f"{_PML}{file}:{name}.compute_loss", _metric_learning(name),
-               (*_PAIRS, f"{_PML}{file}:{name}._compute_loss"), {"2.9.0": newest, "2.8.1": before}, ("_compute_loss",),
-               "fastcl.adapters.metric_learning")
-        for file, name, newest, before in (
-            ("ntxent_loss", "NTXentLoss", "dc24a6229451e3b9", "245febab1333ac1b"),
-            ("supcon_loss", "SupConLoss", "92ca1637acfe8307", "c7a43656b3e16168"),
-        )
-    ),
-}  # fmt: skip
+def solo_views(z1: Tensor, z2: Tensor, temperature: float = 0.1, extra_pos_mask: Tensor | None = None) -> Any:
+    """solo-learn's SimCLR of two views; with a mask, which has all pairs, nothing was measured."""
+    if extra_pos_mask is not None or not worthwhile("two views", z1):
+        return NotImplemented
+    return solo_learn.simclr_loss_func(z1, z2, temperature)
+
+
+def solo_indexes(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Any:
+    """solo-learn's SimCLR of views with indexes."""
+    if indexes.ndim != 1 or not worthwhile("two views", z[::2]):
+        return NotImplemented
+    return solo_learn.simclr_loss_func(z, indexes, temperature)
+
+
+def stable_infonce(
+    self: Any, anchors: Tensor, candidates: Tensor, targets: Tensor, mask: Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+) -> Any:  # fmt: skip
+    """stable-pretraining's InfoNCELoss; with a mask the adapter would call it again."""
+    if mask is not None or not worthwhile("one direction", anchors):
+        return NotImplemented
+    return stable_pretraining.InfoNCELoss.forward(self, anchors, candidates, targets, None, logit_scale)
+
+
+def vissl_simclr(self: Any, embedding: Tensor) -> Any:
+    """vissl's SimclrInfoNCECriterion."""
+    if self.num_pos != 2 or not worthwhile("two views", embedding[::2]):
+        return NotImplemented
+    return vissl.SimclrInfoNCECriterion.forward(self, embedding)
+
+
+def ranking(self: Any, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Any:  # noqa: ARG001
+    """sentence-transformers' MultipleNegativesRankingLoss."""
+    from fastcl.adapters import sentence_transformers  # which needs the library
+
+    if not embeddings or not worthwhile("in batch", embeddings[0]):
+        return NotImplemented
+    found = sentence_transformers.computed(self, embeddings)
+    return NotImplemented if found is None else found
+
+
+def cached_ranking(
+    self: Any,
+    reps: Sequence[Sequence[Tensor]],
+    labels: Tensor | None = None,  # noqa: ARG001
+    *,
+    with_backward: bool = False,
+) -> Any:
+    """sentence-transformers' CachedMultipleNegativesRankingLoss."""
+    from fastcl.adapters import sentence_transformers
+
+    if not reps or not worthwhile("in batch", torch.cat(list(reps[0]))):
+        return NotImplemented
+    found = sentence_transformers.computed_cached(self, reps, with_backward)
+    return NotImplemented if found is None else found

@@ -6,6 +6,7 @@ row statistics.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fastcl.adapters.shared import tell_once, world_size
 _SYMMETRIC: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
-def _loss_of(loss: Any, embeddings: list[Tensor]) -> Tensor | None:
+def computed(loss: Any, embeddings: Sequence[Tensor]) -> Tensor | None:
     """The loss by the options of a loss of sentence-transformers; None if row statistics are not enough, said once."""
     reason = None
     if loss.similarity_fct not in (cos_sim, dot_score):
@@ -37,12 +38,21 @@ def _loss_of(loss: Any, embeddings: list[Tensor]) -> Tensor | None:
     )  # fmt: skip
 
 
+def computed_cached(loss: Any, reps: Sequence[Sequence[Tensor]], with_backward: bool) -> Tensor | None:
+    """The same of the embeddings of all mini-batches; with_backward: and its gradient, at once."""
+    found = computed(loss, [torch.cat(list(parts)) for parts in reps])
+    if found is None or not with_backward:
+        return found
+    found.backward()
+    return found.detach()
+
+
 class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
     """sentence_transformers' MultipleNegativesRankingLoss."""
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Loss of queries, their documents and further negatives, (B, D) each."""
-        found = _loss_of(self, embeddings)
+        found = computed(self, embeddings)
         return super().compute_loss_from_embeddings(embeddings, labels) if found is None else found
 
 
@@ -60,13 +70,8 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """Loss of the embeddings of all mini-batches; with_backward: and its gradient, at once."""
-        found = _loss_of(self, [torch.cat(parts) for parts in reps])
-        if found is None:
-            return super().calculate_loss(reps, labels, with_backward=with_backward)
-        if not with_backward:
-            return found
-        found.backward()
-        return found.detach()
+        found = computed_cached(self, reps, with_backward)
+        return super().calculate_loss(reps, labels, with_backward=with_backward) if found is None else found
 
 
 class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):

@@ -1,4 +1,4 @@
-"""stable-pretraining's contrastive losses (stable_pretraining.losses, 0.1): InfoNCELoss, NTXEntLoss, CLIPLoss."""
+"""stable-pretraining's contrastive losses (stable_pretraining.losses, 0.1): NTXEntLoss, CLIPLoss, their InfoNCELoss."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class CLIPLoss(InfoNCELoss):
 
 def _original(temperature: float) -> Any:
     try:
-        loss = import_module("stable_pretraining.losses").InfoNCELoss
+        loss = import_module("stable_pretraining.losses.joint_embedding").InfoNCELoss
     except ImportError as error:
         raise NotImplementedError(
             "InfoNCELoss(mask=...) leaves out any pairs, which needs the whole matrix: install stable-pretraining, or "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcl.data import PRESETS, RENDERERS, Dataset, Split, ViewLoader, ViewPlan, ViewSpec, load, make_renderer
 from fastcl.data.renderers.choose import obstacle
+from fastcl.data.sources.subset import part
 from fastcl.errors import FastclError, shown, suggest
 from fastcl.io.files import write_atomic
 from fastcl.io.outputs import check_output
@@ -65,7 +66,7 @@ def contact_sheet(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = ViewLoader(data.train, ViewPlan(spec, seed), len(data.train))
     chosen = loader.batch(epoch, 0)[:samples]
-    few = _some(data.train, chosen)
+    few = part(data.train, chosen)
     plan, here = loader.plan, np.arange(samples)
     params = [plan.draw(epoch, few.ids, view, few.sizes) for view in (0, 1)]
     found: dict[str, Any] = {}
@@ -130,11 +131,6 @@ def _sources(args: Any) -> list[Path]:
         return [path for path in Path(args.root).iterdir() if path.is_dir()] if args.root else []
     except (OSError, ValueError):  # loading will report what is wrong with the folder
         return []
-
-
-def _some(split: Split, chosen: np.ndarray) -> Split:
-    return Split(split.ids[chosen], split.labels[chosen], split.sizes[chosen], lambda i: split.read(int(chosen[i])),
-                 split.encoded and (lambda i: split.encoded(int(chosen[i]))))  # fmt: skip
 
 
 def _short(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fastcl import interrupts
 from fastcl.cli.parser import parser
 from fastcl.config.written import DEMO, commented, preset_file
-from fastcl.errors import FastclError, ToldElsewhere, install_hint, shown
+from fastcl.errors import FastclError, ToldElsewhere, ToldHere, install_hint, shown
 from fastcl.io.files import cause
 from fastcl.io.run_names import EVALUATION, REPORT, SWEEP
 
@@ -61,16 +61,13 @@ def _command(argv: list[str] | None) -> int:
         return 1
     except FastclError as error:
         return _fail(str(error))
-    except ImportError as error:
-        return _fail(_why_not_imported(error))
     except BrokenPipeError:  # the reader of our output is gone; a run's folder is complete anyway
         sys.stdout = None
         return 1
-    except OSError as error:  # a file of Python or a library, or standard output on a full disk
-        sys.stdout = None if error.filename is None else sys.stdout
-        where = "standard output" if error.errno in _FULL else "a file"
-        where = where if error.filename is None else shown(str(error.filename))
-        return _fail(f"cannot read or write {where}: {cause(error)}")
+    except (ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            sys.stdout = None
+        return _fail(_words(error))
     except KeyboardInterrupt:
         print(interrupts.line("interrupted", sys.argv[1:] if argv is None else argv), end="", file=sys.stderr)
         return 130
@@ -80,6 +77,20 @@ def _command(argv: list[str] | None) -> int:
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 1
+
+
+def _words(error: Exception) -> str:
+    """What to say of an error; nothing of one that nobody expects."""
+    if isinstance(error, FastclError):
+        return str(error)
+    if isinstance(error, ImportError):
+        return _why_not_imported(error)
+    if not isinstance(error, OSError):
+        return ""
+    # A file of Python or a library, or standard output: its reader is gone, or it is on a full disk.
+    where = "standard output" if error.errno in (*_FULL, errno.EPIPE) else "a file"
+    where = where if error.filename is None else shown(str(error.filename))
+    return f"cannot read or write {where}: {cause(error)}"
 
 
 def _why_not_imported(error: ImportError) -> str:
@@ -115,9 +126,9 @@ def _run(config: Path, args: argparse.Namespace) -> None:
         if ranks.size == 1:
             raise
         atexit.register(os._exit, 1)  # the process would wait for exchanges with ranks that have gone
-        if isinstance(error, (FastclError, ImportError, OSError)):  # `_command` has words for these
+        if isinstance(error, ToldHere | ToldElsewhere):
             raise
-        raise ranks.failed(error) from error
+        raise ranks.failed(error, _words(error)) from error
 
 
 def _run_on(ranks: Ranks, config: Path, args: argparse.Namespace) -> None:

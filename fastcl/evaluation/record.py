@@ -9,7 +9,7 @@ from typing import Any
 
 from fastcl.errors import FastclError, brief, shown
 from fastcl.evaluation.findings import Evaluation, evaluation_from_json, evaluation_to_json
-from fastcl.io.files import cause, write_atomic
+from fastcl.io.files import read_if_there, write_atomic
 from fastcl.io.json_text import parse_json
 
 _VERSION = 1  # a file of another version is not resumed from
@@ -38,13 +38,9 @@ def read_record(path: Path) -> dict[str, ModelRecord] | None:
     Raises:
         FastclError: the file cannot be read, or is not an evaluation of this version.
     """
-    name = shown(path)
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    name, text = shown(path), read_if_there(path)
+    if text is None:
         return None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise FastclError(f"{name}: cannot be read ({cause(error)})") from error
     tree = parse_json(text, name)
     models = tree.get("models") if isinstance(tree, dict) and tree.get("version") == _VERSION else None
     if not isinstance(models, dict):

@@ -1,4 +1,4 @@
-"""Atomic writing of files."""
+"""Whole files: read if they are there, written atomically."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ from fastcl.errors import FastclError, shown
 def cause(error: OSError | ValueError) -> str:
     """The system's description of an error, without the path."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def read_if_there(path: Path) -> bytes | None:
+    """The contents of a file; None if there is no such file.
+
+    Raises:
+        FastclError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
 
 
 def temporary(folder: Path) -> Path:

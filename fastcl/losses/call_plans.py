@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_positive, check_rows
+from fastcl.checks import check_positive, check_precision, check_rows
 from fastcl.choices import REDUCTIONS
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError, one_of
 from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
-from fastcl.rowstats.api import RowStats, check_precision, fused, statistics
+from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.request import Batch, check_pairs, check_rectangle, check_two_views
 from fastcl.rowstats.small import route
+from fastcl.rowstats.triton.operator import fused
 
 MOST = 256  # plans that are kept; a plan holds no tensor
 

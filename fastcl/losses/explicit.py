@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcl.checks import check_finite, check_positive, check_rows, describe, holds_integers, is_readable
 from fastcl.choices import REDUCTIONS, Reduction
-from fastcl.errors import FastclError, one_of, type_of
+from fastcl.errors import FastclError, brief, one_of, type_of
+from fastcl.exchange import gathers
 from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
 from fastcl.rowstats.api import RowStats, prepared, row_stats
+from fastcl.rowstats.request import Batch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def explicit_pairs_loss(
@@ -25,6 +32,8 @@ def explicit_pairs_loss(
     temperature: float | Tensor = 0.5,
     reduction: Reduction = "mean",
     normalize: bool = True,
+    gather_distributed: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """SupCon with its positives given as a list: any set of pairs, symmetric or not, each with a weight of its own.
 
@@ -41,6 +50,8 @@ def explicit_pairs_loss(
         reduction: "mean" over all N rows, "sum", or "none" for the (N,) losses. A row without a pair, or whose weights
             are all 0, contributes 0 and still counts in the mean.
         normalize: divide rows by their norms first.
+        gather_distributed, group: as `fastcl.contrastive_loss`: rows of other ranks are candidates. Pairs name this
+            rank's rows.
 
     Returns:
         A scalar, or (N,); float32, or float64 for float64 rows. In float32 a loss is known to the rounding of the
@@ -51,22 +62,62 @@ def explicit_pairs_loss(
             weights of another shape, or negative or not finite ones (values are checked on the CPU only); an unknown
             reduction.
     """
-    check_rows(z, "z")
-    check_positive(temperature, "temperature")
-    if reduction not in REDUCTIONS:
-        raise FastclError(one_of("reduction", REDUCTIONS, reduction))
-    _check_pairs(pairs, len(z))
-    ids = torch.arange(len(z), dtype=torch.int64, device=z.device)
-    lse = row_stats(z, sample=ids, temperature=temperature, normalize=normalize, gather_distributed=False).lse_other
-    with torch.autocast(z.device.type, enabled=False):
-        anchor, positive = pairs.long().to(z.device).unbind(1)
-        rows = prepared(z, normalize)
-        logits = (rows[anchor] * rows[positive]).sum(1) / _number(temperature, rows)
-        share = _shares(weights, anchor, lse)
-        total = torch.zeros_like(lse).index_add(0, anchor, share)
-        mean = torch.zeros_like(lse).index_add(0, anchor, share * logits) / total.where(total > 0, 1)
-        losses = (lse - mean).where(total > 0, 0)
+    call = _Pairs(z, pairs, weights, temperature, normalize)
+    if gather_distributed is not False and gathers(gather_distributed):
+        return _share(call, reduction, group)
+    call.check(reduction)
+    lse = row_stats(z, sample=_ids(z), temperature=temperature, normalize=normalize, gather_distributed=False).lse_other
+    losses = call.losses(lse)
     return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+class _Pairs(NamedTuple):
+    """The arguments of `explicit_pairs_loss` that decide about the losses of its rows."""
+
+    z: Tensor
+    pairs: Tensor
+    weights: Tensor | None
+    temperature: float | Tensor
+    normalize: bool
+
+    def check(self, reduction: str) -> None:
+        """Raise FastclError unless they, and the reduction, can be used."""
+        check_rows(self.z, "z")
+        check_positive(self.temperature, "temperature")
+        if reduction not in REDUCTIONS:
+            raise FastclError(one_of("reduction", REDUCTIONS, reduction))
+        _check_pairs(self.pairs, len(self.z))
+        _check_weights(self.weights, self.pairs)
+
+    def losses(self, lse: Tensor) -> Tensor:
+        """(N,) losses, from the log-sum-exps over all other rows."""
+        with torch.autocast(self.z.device.type, enabled=False):
+            anchor, positive = self.pairs.long().to(self.z.device).unbind(1)
+            rows = prepared(self.z, self.normalize)
+            logits = (rows[anchor] * rows[positive]).sum(1) / _number(self.temperature, rows)
+            share = _shares(self.weights, anchor, lse)
+            total = torch.zeros_like(lse).index_add(0, anchor, share)
+            mean = torch.zeros_like(lse).index_add(0, anchor, share * logits) / total.where(total > 0, 1)
+            return (lse - mean).where(total > 0, 0)
+
+
+def _share(call: _Pairs, reduction: str, group: ProcessGroup | None) -> Tensor:
+    """This rank's share of the loss of all ranks' rows."""
+    from fastcl.rowstats import meeting, sharded  # which one process does not need
+
+    def request() -> sharded.Request:
+        call.check(reduction)
+        options = meeting.Options(call.temperature, call.normalize, False, None)
+        return Batch.rows(call.z, _ids(call.z)), options
+
+    facts = {"function": "explicit_pairs_loss", "reduction": reduction}
+    batch, options, sides = sharded.agreed(request, facts, group)
+    (stats,) = sharded.sharded_statistics(batch, options, sides, meeting.Needs(False, False))
+    return sharded.share_of(call.losses(stats.lse_other), sides[0], reduction)
+
+
+def _ids(z: Tensor) -> Tensor:
+    return torch.arange(len(z), dtype=torch.int64, device=z.device)
 
 
 def paired_negatives(
@@ -132,17 +183,30 @@ def with_margin(objective: ObjectiveLike, margin: float | Tensor) -> Callable[[R
     return losses
 
 
+def check_smoothing(label_smoothing: float) -> None:
+    """Raise FastclError unless `fastcl.clip_loss` takes it."""
+    if not isinstance(label_smoothing, Real) or not 0 <= label_smoothing < 1:
+        raise FastclError(f"label_smoothing must be a number in [0, 1), got {brief(label_smoothing)}")
+
+
+def _mean(rows: Tensor) -> Tensor:
+    return rows.mean(0)
+
+
 def pairs_above_mean(
-    x: Tensor, y: Tensor, logit_scale: float | Tensor, normalize: bool, reduction: Reduction
+    x: Tensor, y: Tensor, logit_scale: float | Tensor, normalize: bool, mean_of: Callable[[Tensor], Tensor] = _mean
 ) -> Tensor:
-    """By how much the logit of pair k exceeds the mean of its row and its column: times e, what label smoothing by e
-    adds to the two cross-entropies, whose rows are then (1 - e) (lse - s_kk) + e (lse - mean of s). Arguments as
-    `fastcl.clip_loss`, checked by it."""
+    """(N,): by how much the logit of pair k exceeds the mean of its row and its column. Times e it is what label
+    smoothing by e adds to the two cross-entropies, whose rows are then (1 - e) (lse - s_kk) + e (lse - mean of s).
+
+    Args:
+        x, y, logit_scale, normalize: as `fastcl.clip_loss`, checked by it.
+        mean_of: the mean row of a tower.
+    """
     with torch.autocast(x.device.type, enabled=False):
         u, v = prepared(x, normalize), prepared(y, normalize)
-        apart = (u * v).sum(1) - (u @ v.mean(0) + v @ u.mean(0)) / 2
-        rows = apart * _number(logit_scale, u)
-    return rows if reduction == "none" else getattr(rows, reduction)()
+        apart = (u * v).sum(1) - (u @ mean_of(v) + v @ mean_of(u)) / 2
+        return apart * _number(logit_scale, u)
 
 
 def _number(value: float | Tensor, like: Tensor) -> float | Tensor:
@@ -162,16 +226,21 @@ def _check_pairs(pairs: Tensor, rows: int) -> None:
         raise FastclError(f"pairs must not pair a row with itself, got row {pairs[own][0, 0].item()}")
 
 
-def _shares(weights: Tensor | None, anchor: Tensor, lse: Tensor) -> Tensor:
-    """(P,) weights, checked, relative to the largest of their anchor: any finite ones have sums in range."""
+def _check_weights(weights: Tensor | None, pairs: Tensor) -> None:
     if weights is None:
-        return torch.ones_like(anchor, dtype=lse.dtype)
-    if not isinstance(weights, Tensor) or weights.shape != anchor.shape or weights.is_complex():
+        return
+    if not isinstance(weights, Tensor) or weights.shape != pairs.shape[:1] or weights.is_complex():
         found = describe(weights) if isinstance(weights, Tensor) else type_of(weights)
-        raise FastclError(f"weights must be one real number for each of {len(anchor)} pairs, got {found}")
-    wide = torch.promote_types(weights.dtype, lse.dtype)
-    weights = weights.detach().to(lse.device, wide)
+        raise FastclError(f"weights must be one real number for each of {len(pairs)} pairs, got {found}")
     if is_readable(weights) and (wrong := ~((weights >= 0) & weights.isfinite())).any():
         raise FastclError(f"weights must be finite and not negative, got {weights[wrong][0].item():g}")
+
+
+def _shares(weights: Tensor | None, anchor: Tensor, lse: Tensor) -> Tensor:
+    """(P,) weights relative to the largest of their anchor: any finite ones have sums in range."""
+    if weights is None:
+        return torch.ones_like(anchor, dtype=lse.dtype)
+    wide = torch.promote_types(weights.dtype, lse.dtype)
+    weights = weights.detach().to(lse.device, wide)
     largest = torch.zeros_like(lse, dtype=wide).scatter_reduce(0, anchor, weights, "amax")[anchor]
     return (weights / largest.where(largest > 0, 1)).to(lse.dtype)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fastcl.choices import ObjectiveName, Precision, Reduction
-from fastcl.errors import FastclError, brief
 from fastcl.exchange import gathers
 from fastcl.losses.call_plans import RECTANGLE, ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
-from fastcl.losses.explicit import pairs_above_mean
+from fastcl.losses.explicit import check_smoothing, pairs_above_mean
 from fastcl.losses.objectives import ObjectiveLike
 from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.request import Batch, check_two_views
@@ -224,24 +222,26 @@ def clip_loss(
             of text k.
         precision: of the Triton backend's products, as `fastcl.row_stats`.
         label_smoothing: in [0, 1), the part of the target that is spread evenly over all B candidates, in both
-            directions, as torch's cross_entropy does; of one rank's pairs alone.
+            directions, as torch's cross_entropy does.
 
     Returns:
         A scalar, or (B,).
 
     Raises:
-        FastclError: as `contrastive_loss`, or image and text differ in shape; `label_smoothing` out of range, or with
-            `gather_distributed`.
+        FastclError: as `contrastive_loss`, or image and text differ in shape, or `label_smoothing` is out of range.
     """
-    if not isinstance(label_smoothing, Real) or not 0 <= label_smoothing < 1:
-        raise FastclError(f"label_smoothing must be a number in [0, 1), got {brief(label_smoothing)}")
-    if label_smoothing and gather_distributed:
-        raise FastclError(f"label_smoothing must be 0 with gather_distributed=True, got {label_smoothing!r}")
-    ranks = gather_distributed, group
-    loss = _losses(TOWERS, (image, text), ("ntxent",), logit_scale, normalize, reduction, ranks, precision)[0]
+    tensors, ranks = (image, text), (gather_distributed, group)
+    if gather_distributed:  # what is refused is refused on all ranks
+        from fastcl.losses import global_batch
+
+        plan = partial(plan_of, TOWERS, tensors, ("ntxent",), normalize, reduction, precision)
+        return global_batch.losses(plan, tensors, logit_scale, group, label_smoothing)[0]
+    check_smoothing(label_smoothing)
+    loss = _losses(TOWERS, tensors, ("ntxent",), logit_scale, normalize, reduction, ranks, precision)[0]
     if not label_smoothing:
         return loss
-    return loss + label_smoothing * pairs_above_mean(image, text, logit_scale, normalize, reduction)
+    rows = pairs_above_mean(image, text, logit_scale, normalize)
+    return loss + label_smoothing * (rows if reduction == "none" else getattr(rows, reduction)())
 
 
 def two_view_stats(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor
 
 from fastcl.exchange import Ranks
 from fastcl.losses.call_plans import CallPlan
+from fastcl.losses.explicit import check_smoothing, pairs_above_mean
 from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats import sharded
 from fastcl.rowstats.api import RowStats
+from fastcl.rowstats.gathered import gather_rows
 from fastcl.rowstats.meeting import Needs
 
 if TYPE_CHECKING:
@@ -20,23 +24,26 @@ if TYPE_CHECKING:
 
 
 def losses(
-    plan_of: Callable[[], CallPlan], tensors: Sequence[Tensor], temperature: float | Tensor, group: ProcessGroup | None
-) -> Sequence[Tensor]:
+    plan_of: Callable[[], CallPlan], tensors: Sequence[Tensor], temperature: float | Tensor,
+    group: ProcessGroup | None, smoothing: float = 0,
+) -> Sequence[Tensor]:  # fmt: skip
     """This rank's share of each loss; with columns, that of anchors and candidates together.
 
     The average of the shares over all ranks, and of their gradients, is the loss of the global batch and its gradient.
 
     Args:
         plan_of: the plan of this rank's call, as `plan_of`. If it raises, every rank raises.
+        smoothing: the label smoothing of `fastcl.clip_loss`.
 
     Raises:
-        FastclError: as `plan_of` and `sharded.agreed`.
+        FastclError: as `plan_of`, `check_smoothing` and `sharded.agreed`.
     """
-    plan, facts = None, {"function": "loss"}
+    plan, facts = None, {"function": "loss", "label_smoothing": smoothing}
 
     def request() -> sharded.Request:
         nonlocal plan
         plan = plan_of()
+        check_smoothing(smoothing)
         if not torch.compiler.is_compiling():
             facts.update(reduction=plan.reduction, objective=", ".join(map(_name, plan.losses)))
         degree = plan.kind.temperature(temperature, tensors[0])
@@ -46,8 +53,22 @@ def losses(
     batch, options, sides = sharded.agreed(request, facts, group)
     assert plan is not None
     if sides[0].world == 1:
-        return plan.run(tensors, temperature)
-    return _shares(plan, sharded.sharded_statistics(batch, options, sides, _needs(plan.losses)), sides)
+        found = plan.run(tensors, temperature)
+    else:
+        found = _shares(plan, sharded.sharded_statistics(batch, options, sides, _needs(plan.losses)), sides)
+    if not smoothing:
+        return found
+    mean_of = partial(_mean_of_all, sides[0])
+    rows = pairs_above_mean(tensors[0], tensors[1], temperature, plan.normalize, mean_of)
+    return [loss + smoothing * sharded.share_of(rows, sides[0], plan.reduction) for loss in found]
+
+
+def _mean_of_all(ranks: Ranks, rows: Tensor) -> Tensor:
+    """(D,): the mean row of all ranks' rows."""
+    if ranks.world == 1:
+        return rows.mean(0)
+    sums = gather_rows(rows.sum(0, keepdim=True), replace(ranks, sizes=(1,) * ranks.world))
+    return sums.sum(0) / ranks.total
 
 
 def _shares(plan: CallPlan, stats: Sequence[RowStats], sides: Sequence[Ranks]) -> list[Tensor]:

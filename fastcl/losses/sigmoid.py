@@ -10,9 +10,9 @@ from torch.nn.functional import logsigmoid
 
 from fastcl.choices import REDUCTIONS, Precision, Reduction
 from fastcl.errors import FastclError, one_of
-from fastcl.exchange import gathers
+from fastcl.exchange import Ranks, gathers
 from fastcl.rowstats.request import Batch, check_pairs
-from fastcl.rowstats.sigmoid_sums import check_options, sigmoid_sums
+from fastcl.rowstats.sigmoid_sums import check_options, sigmoid_sums, unpaired_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,8 +47,8 @@ def sigmoid_loss(
         precision: of the Triton backend's products, as `fastcl.row_stats`; the logits of the pairs themselves are
             never narrower than float32.
         gather_distributed: compare this rank's images with the texts of all ranks, as `contrastive_loss`: the average
-            of the ranks' shares, and of their gradients, is the loss of the global batch. Each rank holds the texts of
-            all ranks, (M, D), and their gradients are added up over the ranks.
+            of the ranks' shares, and of their gradients, is the loss of the global batch. All texts travel, (M, D),
+            above 2 GiB in slices, and their gradients are added up over the ranks.
         group: the ranks, a group of torch.distributed; None: all.
 
     Returns:
@@ -84,31 +84,46 @@ class _Call(NamedTuple):
         if reduction not in REDUCTIONS:
             raise FastclError(one_of("reduction", REDUCTIONS, reduction))
 
-    def losses(self, first: int = 0) -> Tensor:
-        """(N,) losses; `first` is the position of the first image's own text."""
-        own, others = sigmoid_sums(*self, first)
+    def losses(self) -> Tensor:
+        """(N,) losses among these rows."""
+        own, others = sigmoid_sums(*self)
         return others - logsigmoid(own)
+
+    def other_ranks(self, ranks: Ranks) -> Tensor:
+        """(N,): what the texts of the other ranks add to the losses."""
+        from fastcl.rowstats import gathered, meeting
+
+        def of(sent: meeting.Sent) -> Tensor:
+            return unpaired_sums(*self._replace(text=gathered.other_rows(sent.rows, sent.ranks)))
+
+        first, *more = meeting.in_slices(of, meeting.Sent(self.text, None, ranks).slices())
+        return sum(more, start=first)
 
 
 def _share(call: _Call, reduction: str, group: ProcessGroup | None) -> Tensor:
     """This rank's share of the loss of all ranks' pairs."""
     from fastcl.rowstats import meeting, sharded  # which one process does not need
-    from fastcl.rowstats.gathered import gather_rows
 
     facts: dict[str, object] = {"function": "sigmoid_loss"}
 
     def request() -> sharded.Request:
         call.check(reduction)
         if not torch.compiler.is_compiling():
+            learns = isinstance(call.bias, Tensor) and call.bias.requires_grad
             facts.update(reduction=reduction, logit_scale=_told(call.scale), logit_bias=_told(call.bias))
+            facts["need of logit_bias's gradient"] = learns
         return Batch.pairs(call.image, call.text), meeting.Options(call.scale, call.normalize, True, call.precision)
 
     _, options, (ranks, _) = sharded.agreed(request, facts, group)
-    text = gather_rows(call.text, ranks) if ranks.world > 1 else call.text
-    losses = call._replace(text=text, precision=options.precision).losses(sum(ranks.sizes[: ranks.rank]))
+    call = call._replace(precision=options.precision)
+    losses = call.losses()
+    if ranks.world > 1:
+        losses = losses + call.other_ranks(ranks)
     return sharded.share_of(losses, ranks, reduction)
 
 
 def _told(value: float | Tensor) -> float | str:
     """A number as ranks compare it; reading that of a GPU would wait for it."""
-    return float(value) if not isinstance(value, Tensor) or value.device.type == "cpu" else "a tensor"
+    if isinstance(value, Tensor):
+        return float(value.detach()) if value.device.type == "cpu" else "a tensor"
+    return float(value)

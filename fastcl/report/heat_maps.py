@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fastcl.errors import FastclError, shown
-from fastcl.io.files import cause, write_atomic
+from fastcl.io.files import read_if_there, write_atomic
 from fastcl.io.json_text import parse_json
 from fastcl.report.drawing import WIDTH, Plate, styled
 from fastcl.report.run import Run
@@ -45,13 +45,9 @@ def read_layer_tables(run_dir: Path) -> list[LayerTable]:
         FastclError: the file cannot be read or is invalid.
     """
     path = Path(run_dir) / "layers.json"
-    name = shown(path)
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    name, text = shown(path), read_if_there(path)
+    if text is None:
         return []
-    except OSError as error:
-        raise FastclError(f"{name}: cannot be read ({cause(error)})") from error
     try:
         tree = parse_json(text, name)
         tables = [

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from fastcl.errors import FastclError, brief, shown
-from fastcl.io.files import cause
+from fastcl.io.files import read_if_there
 from fastcl.io.json_text import parse_json
 from fastcl.io.run_names import absent
 
@@ -237,12 +237,10 @@ def _read_lines(path: Path, optional: bool = False) -> list[tuple[str, dict[str,
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise FastclError(absent(path)) from error
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise FastclError(f"{shown(path)}: cannot be read ({cause(error)})") from error
+    text = read_if_there(path)
+    if text is None:
+        raise FastclError(absent(path))
+    return text
 
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcl.rowstats import chunked
-from fastcl.rowstats.chunked import Anchors, Rows
+from fastcl.rowstats.chunked import Anchors, LogSums
 from fastcl.rowstats.dense import UNLABELLED
 from fastcl.rowstats.order import Layout
 
@@ -52,7 +52,7 @@ def backward(
     if theirs is not None:
         lse_peer, lse_other, mean, peer, other = theirs[:, b.order]
         lse_peer, lse_other = (v.masked_fill(v == -torch.inf, torch.inf) for v in (lse_peer, lse_other))
-        others = Anchors(Rows(lse_other, other / scale), Rows(lse_peer, peer / scale), mean / scale)
+        others = Anchors(LogSums(lse_other, other / scale), LogSums(lse_peer, peer / scale), mean / scale)
     xs, ys = x[a.order], y[b.order]
     dx = torch.zeros_like(xs)
     chunked.backward_tiles(xs, ys, layout, (chunked.anchors_of(layout, lse, grads, scale), others), dx, None)

@@ -8,23 +8,23 @@ of s_ij. The losses are a few lines of plain PyTorch on these (N,) vectors; see 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastcl.checks import check_positive, is_inside
-from fastcl.choices import PRECISIONS, Precision
-from fastcl.dispatch import choose, wants_float32
-from fastcl.errors import FastclError, one_of
+from fastcl.checks import check_positive, check_precision, check_transforms
+from fastcl.choices import Precision
+from fastcl.dispatch import choose
+from fastcl.errors import FastclError
 from fastcl.exchange import gathers
 from fastcl.rowstats import dense
 from fastcl.rowstats.fields import RowStats, unpack
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.small import route as small
+from fastcl.rowstats.triton.operator import fused
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -154,36 +154,6 @@ def statistics(
         return tuple(_on_torch(b, chosen) for b in ((batch, batch.transposed()) if columns else (batch,)))
 
 
-def fused(
-    batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
-    codes: Sequence[int], reduction: str = "none", inverted: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates.
-
-    Args:
-        codes: the K objectives whose losses are requested (`Objective.code`). If empty, counts are returned instead.
-        reduction: "mean" or "sum" of the losses over the anchors; the first losses are then (K,), with columns the mean
-            of both sides'.
-        inverted: `temperature` is a tensor that holds 1 / T.
-    """
-    given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
-    return torch.ops.fastcl.fused(
-        batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value, normalize,
-        precision, columns, list(codes), reduction, inverted,
-    )[:6]  # fmt: skip
-
-
-def operator_arguments(
-    temperature: float | Tensor, precision: str | None, x: Tensor, *others: Tensor | None
-) -> tuple[Tensor | None, float, str]:
-    """Temperature as a tensor or else as a number, and the precision, for a Triton operator's call on rows x."""
-    is_tensor = isinstance(temperature, Tensor)
-    given = temperature.to(x.device) if is_tensor else None
-    check_transforms("triton", x, *others, given)
-    check_precision(precision)
-    return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
-
-
 def _on_torch(batch: Batch, chosen: str) -> RowStats:
     assert batch.sample is not None
     arguments = batch.x, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y
@@ -194,19 +164,6 @@ def _on_torch(batch: Batch, chosen: str) -> RowStats:
         mean_view, spread_view, mean_peer, *rest = torch.ops.fastcl.row_stats(*arguments)
     lse_peer, lse_other, *counts = rest
     return unpack((mean_view, spread_view, mean_peer, lse_peer, lse_other), counts)
-
-
-def _precision(precision: str | None, x: Tensor) -> str:
-    if precision is None:
-        full = wants_float32() and not torch.is_autocast_enabled(x.device.type)
-        return "fp32" if x.dtype == torch.float32 and full else "fp16"
-    return precision
-
-
-def check_precision(precision: str | None) -> None:
-    """Raise FastclError unless it is one of `PRECISIONS` or None."""
-    if precision is not None and precision not in PRECISIONS:
-        raise FastclError(one_of("precision", (*PRECISIONS, None), precision))
 
 
 def normalize_rows(x: Tensor) -> Tensor:
@@ -227,24 +184,6 @@ def normalize_rows(x: Tensor) -> Tensor:
     u = (x / peak.masked_fill(is_zero, 1)).masked_fill(is_zero, 0)
     # The largest entry of u is 1, so the sum of squares is at least 1 except in zero rows.
     return u / u.square().sum(1, keepdim=True).masked_fill(is_zero, 1).sqrt()
-
-
-def check_transforms(chosen: str, *tensors: Tensor | None) -> None:
-    """Raise FastclError for transforms that the operators lack: forward mode, which PyTorch would silently treat as
-    zero, and torch.func.grad."""
-    if torch.compiler.is_compiling():
-        return
-    given = [v for v in tensors if v is not None]
-    instead = "use `with fastcl.backend('dense')`"
-    if any(forward_ad.unpack_dual(v).tangent is not None for v in given):
-        raise FastclError(
-            f"the {chosen} backend does not support forward-mode differentiation; {instead} for jvp and jacfwd"
-        )
-    if any(is_inside(v, "grad") for v in given):
-        raise FastclError(
-            f"the {chosen} backend supports only backward() and torch.autograd.grad; {instead} for torch.func.grad, "
-            "vjp, jacrev and hessian"
-        )
 
 
 def scaled(x: Tensor, temperature: float | Tensor, normalize: bool) -> Tensor:

@@ -29,22 +29,22 @@ EXP_LIMIT = 60.0  # |logit| up to which N exponentials can be summed in float32 
 
 
 @dataclass(frozen=True)
-class Rows:
+class LogSums:
     """One relation's log-sum-exps and upstream gradients for a set of rows, as used in exp(s - lse) * grad."""
 
     lse: Tensor
     grad: Tensor
 
-    def __getitem__(self, block: slice) -> Rows:
-        return Rows(self.lse[block], self.grad[block])
+    def __getitem__(self, block: slice) -> LogSums:
+        return LogSums(self.lse[block], self.grad[block])
 
 
 @dataclass(frozen=True)
 class Anchors:
     """What a set of rows contributes, as anchors, to the derivatives of the logits: dL/ds_ij of all its relations."""
 
-    other: Rows
-    peer: Rows
+    other: LogSums
+    peer: LogSums
     mean_peer: Tensor  # gradient of mean_peer, divided by the number of peers
 
 
@@ -126,8 +126,8 @@ def anchors_of(layout: Layout, lse: tuple[Tensor, Tensor], grads: Sequence[Tenso
     order = layout.x.order
     g_mean_peer, g_peer, g_other = grads
     _, n_peer, n_other = layout.counts()
-    other = Rows(lse[1][order].masked_fill(n_other == 0, torch.inf), g_other / scale)
-    peer = Rows(lse[0][order].masked_fill(n_peer == 0, torch.inf), g_peer / scale)
+    other = LogSums(lse[1][order].masked_fill(n_other == 0, torch.inf), g_other / scale)
+    peer = LogSums(lse[0][order].masked_fill(n_peer == 0, torch.inf), g_peer / scale)
     return Anchors(other, peer, g_mean_peer / (scale * n_peer.clamp(min=1)))
 
 
@@ -201,7 +201,7 @@ def _add_exponentials(
         total[columns] = torch.logaddexp(total[columns], s.logsumexp(0))
 
 
-def _softmax(s: Tensor, r: Rows, c: Rows | None, bounded: bool) -> Tensor:
+def _softmax(s: Tensor, r: LogSums, c: LogSums | None, bounded: bool) -> Tensor:
     """grad_i exp(s_ij - lse_i) of the rows, plus grad_j exp(s_ij - lse_j) if the columns are anchors too."""
     if bounded:
         weight = (r.grad * torch.exp(-r.lse))[:, None]

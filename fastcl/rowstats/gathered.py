@@ -22,6 +22,13 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     return torch.ops.fastcl.gather_rows(rows, list(ranks.sizes), ranks.rank, ranks.group)
 
 
+def other_rows(rows: Tensor, ranks: Ranks) -> Tensor:
+    """The same of the other ranks alone."""
+    first = sum(ranks.sizes[: ranks.rank])
+    found = gather_rows(rows, ranks)
+    return torch.cat([found[:first], found[first + len(rows) :]])
+
+
 def _ranks(sizes: list[int], rank: int, group: str) -> Ranks:
     return Ranks(group, rank, len(sizes), tuple(sizes))
 

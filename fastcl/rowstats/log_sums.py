@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_positive
+from fastcl.checks import check_positive, check_precision, check_transforms
 from fastcl.dispatch import choose
 from fastcl.rowstats import chunked
-from fastcl.rowstats.api import check_precision, check_transforms, fused, prepared
+from fastcl.rowstats.api import prepared
 from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.small import route, whole
+from fastcl.rowstats.triton.operator import fused
 
 TILE = {"cpu": 1 << 19}  # logits of a tile: 2 MiB of float32
 TILE_ELSEWHERE = 1 << 24

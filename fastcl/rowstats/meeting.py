@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastcl.checks import check_positive
+from fastcl.checks import check_positive, check_precision, check_transforms
 from fastcl.exchange import Ranks
 from fastcl.rowstats import apart_operator  # noqa: F401  (registers its operators)
-from fastcl.rowstats.api import check_precision, check_transforms, normalize_rows, operator_arguments, scaled
+from fastcl.rowstats.api import normalize_rows, scaled
 from fastcl.rowstats.triton import apart_kernels  # noqa: F401  (registers its own)
+from fastcl.rowstats.triton.operator import operator_arguments
 
+T = TypeVar("T")
 SLICE = 2**31  # bytes of rows of all ranks that a rank holds at once, besides as many while it takes them apart
 
 
@@ -163,19 +165,19 @@ def meet(meeting: OnTorch, x: Tensor, labels: Tensor | None, sent: Sent) -> Met:
     """Statistics of this rank's prepared rows against those that the other ranks have sent."""
     if sent.started is not None:
         return meeting.of(x, labels, *sent.others())
-    slices, parts = sent.slices(), []
-    for one in slices:
-        # A slice is gathered again in the backward pass, instead of being kept.
-        part = checkpoint(_met, meeting, x, labels, one, use_reentrant=False, preserve_rng_state=False)
-        parts.append(Met(*part))
+    slices = sent.slices()
+    parts = [Met(*part) for part in in_slices(lambda one: meeting.of(x, labels, *one.on_its_way().others()), slices)]
     total = parts[0]
     for part in parts[1:]:
         total = _combined(total, part)
     return total._replace(theirs=torch.cat([part.theirs for part in parts], 1)[:, _places(slices, x.device)])
 
 
-def _met(meeting: OnTorch, x: Tensor, labels: Tensor | None, sent: Sent) -> Met:
-    return meeting.of(x, labels, *sent.on_its_way().others())
+def in_slices(of: Callable[[Sent], T], slices: Sequence[Sent]) -> list[T]:
+    """What a function finds in each slice. A slice is gathered again in the backward pass, instead of being kept."""
+    if len(slices) == 1:
+        return [of(slices[0])]
+    return [cast(T, checkpoint(of, one, use_reentrant=False, preserve_rng_state=False)) for one in slices]
 
 
 def _combined(a: Met, b: Met) -> Met:

@@ -11,7 +11,7 @@ from fastcl.rowstats.dense import UNLABELLED
 
 
 @dataclass(frozen=True)
-class Side:
+class Sorted:
     """The rows of one operand, sorted by key = (group, sample)."""
 
     order: Tensor  # (N,) source row of the k-th row
@@ -28,8 +28,8 @@ class Side:
 class Layout:
     """The order of both operands. `symmetric`: the candidates y are the anchors x themselves."""
 
-    x: Side
-    y: Side
+    x: Sorted
+    y: Sorted
     symmetric: bool
     labelled: bool  # without labels there are no peers
 
@@ -42,8 +42,8 @@ class Layout:
             both = labels if labels_y is None else torch.cat([labels, labels_y])
             group = torch.where(both == UNLABELLED, sample_rank, len(samples) + _dense_rank(both))
         n = len(sample)
-        x = _side(group[:n], sample_rank[:n], len(samples))
-        y = x if sample_y is None else _side(group[n:], sample_rank[n:], len(samples))
+        x = _sorted(group[:n], sample_rank[:n], len(samples))
+        y = x if sample_y is None else _sorted(group[n:], sample_rank[n:], len(samples))
         return cls(x, y, sample_y is None, labels is not None)
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,9 +82,9 @@ def _dense_rank(values: Tensor) -> Tensor:
     return torch.empty_like(order).index_copy_(0, order, steps.cumsum(0))
 
 
-def _side(group: Tensor, sample: Tensor, n_total: int) -> Side:
+def _sorted(group: Tensor, sample: Tensor, n_total: int) -> Sorted:
     key, order = (group * n_total + sample).sort(stable=True)
-    return Side(order, group[order], sample[order], key)
+    return Sorted(order, group[order], sample[order], key)
 
 
 def _matches(ordered: Tensor, values: Tensor) -> Tensor:

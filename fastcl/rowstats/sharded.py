@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fastcl.dispatch import choose
 from fastcl.exchange import Ranks
-from fastcl.rowstats.api import RowStats, operator_arguments, statistics
+from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.meeting import ALL, Needs, OnTorch, OnTriton, Options, Sent, joined, meet
 from fastcl.rowstats.request import Batch
+from fastcl.rowstats.triton.operator import operator_arguments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -130,4 +131,6 @@ def share_of(rows: Tensor, ranks: Ranks, reduction: str) -> Tensor:
     """Reduced losses of own rows. The average over ranks of "mean" is the mean over all rows, of any ranks' sizes."""
     if reduction == "none":
         return rows
-    return rows.sum() * (ranks.world / ranks.total) if reduction == "mean" else rows.sum()
+    if reduction == "mean" and ranks.world > 1:
+        return rows.sum() * (ranks.world / ranks.total)
+    return getattr(rows, reduction)()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcl.dispatch import on_triton
 from fastcl.errors import FastclError
-from fastcl.similarity.reduce import Ranks, Undefined, check_same, has_ranks, note
+from fastcl.similarity.reduce import Reducer, Undefined, check_same, has_ranks, note
 from fastcl.similarity.results import AllPairs, PairResult
 from fastcl.similarity.stats import Overflown, PairStats
 from fastcl.similarity.sums.features import checked
@@ -204,7 +204,7 @@ class PairAccumulator:
             return
         whole = list(self._whole())
         roundings = [stream.rounding for stream in whole]
-        ranks = Ranks(group, self._description(), self.n, roundings, self._device, self._batches, self._undefined)
+        ranks = Reducer(group, self._description(), self.n, roundings, self._device, self._batches, self._undefined)
         if ranks.source is None:
             return
         streams = []

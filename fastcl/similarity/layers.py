@@ -31,6 +31,7 @@ from fastcl.checks import check_not_meta
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, suggest
 from fastcl.rowstats.pair_sums import PairSums
+from fastcl.similarity.progress import counted
 from fastcl.similarity.stats import PairStats
 from fastcl.similarity.sums.forms import ADDITIVE, ratio_table
 
@@ -109,7 +110,7 @@ def layer_cka(
         recorders = [_Recorder(model_a, [*dict.fromkeys(wanted_a + wanted_b)])] * 2
     else:
         recorders = [_Recorder(model_a, wanted_a), _Recorder(model_b, wanted_b)]
-    return _measure(recorders, [wanted_a, wanted_b], _shown(loader) if progress else loader)
+    return _measure(recorders, [wanted_a, wanted_b], counted(loader, None, "layer CKA", progress, "batch"))
 
 
 def _measure(recorders: list[_Recorder], wanted: list[list[str]], loader: Iterable[Any]) -> LayerCKA:
@@ -166,14 +167,6 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
     if pattern[0] == "**":
         return any(_matches(parts[k:], pattern[1:]) for k in range(len(parts) + 1))
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def _shown(loader: Iterable[Any]) -> Iterable[Any]:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        raise FastclError("progress=True needs tqdm, which is not installed") from None
-    return tqdm(loader, desc="layer CKA", unit="batch", disable=None)
 
 
 def _images(batch: Tensor | Sequence[Any], at: int) -> Tensor:

@@ -36,7 +36,7 @@ def has_ranks() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-class Ranks:
+class Reducer:
     """The ranks of a group that add up their sums.
 
     Attributes:

@@ -15,12 +15,15 @@ from fastcl.choices import Precision
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.exchange import gathers
-from fastcl.rowstats.api import RowStats, operator_arguments, statistics, unpack
+from fastcl.rowstats.api import RowStats, statistics
+from fastcl.rowstats.fields import unpack
 from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.pair_sums import PairSums
+from fastcl.rowstats.registration import call
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.sharded import agreed, sharded_statistics
 from fastcl.rowstats.triton import two_models_operator  # noqa: F401  (registers its operator)
+from fastcl.rowstats.triton.operator import operator_arguments
 from fastcl.similarity import PairStats
 from fastcl.similarity.sums.features import NARROW_ROUNDING, multiplied_narrow
 from fastcl.similarity.sums.rows import mapped
@@ -127,7 +130,7 @@ def _alone(batch: Batch, zb: Tensor, temperature: float | Tensor, precision: str
     check_positive(temperature, "temperature")
     if choose(za, zb) == "triton":
         arguments = operator_arguments(temperature, precision, za, zb)
-        stats_a, stats_b, counts, sums, *_ = torch.ops.fastcl.twin(za, zb, batch.sample, batch.labels, *arguments)
+        stats_a, stats_b, counts, sums, *_ = call("twin", za, zb, batch.sample, batch.labels, *arguments)
         return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), NARROW_ROUNDING)
     a, b = (statistics(one, temperature, True, False, precision)[0] for one in (batch, _with_rows(batch, zb)))
     narrow = multiplied_narrow(za, zb) and za.shape[1] == zb.shape[1]

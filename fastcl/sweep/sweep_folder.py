@@ -19,7 +19,7 @@ from typing import Any
 
 from fastcl.config.settings import Config
 from fastcl.errors import FastclError, brief, shown
-from fastcl.io.files import cause, write_atomic
+from fastcl.io.files import read_if_there, write_atomic
 from fastcl.io.json_text import parse_json
 from fastcl.io.run_names import SWEEP
 from fastcl.sweep.grid import Cell
@@ -144,14 +144,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = parse_json(path.read_bytes(), shown(path))
-    except FileNotFoundError:
+    text = read_if_there(path)
+    if text is None:
         return None
-    except (OSError, ValueError) as error:
-        if isinstance(error, FastclError):
-            raise
-        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
+    found = parse_json(text, shown(path))
     if not isinstance(found, dict):
         raise FastclError(f"{shown(path)} must be a JSON object")
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fastcl import interrupts
-from fastcl.errors import FastclError, ToldElsewhere
+from fastcl.errors import FastclError, ToldElsewhere, ToldHere
 from fastcl.train.models import Twin
-from fastcl.train.pulse import Pulse
+from fastcl.train.pulse import Pulse, show_traceback
 
 _START = timedelta(minutes=10)  # to find each other, before the config with its train.timeout has been read
 _pulses: list[Pulse] = []  # of the group that `start` has made
@@ -61,7 +60,7 @@ class Ranks:
 
     def error(self, message: str) -> FastclError:
         """An error that all ranks raise, and the first reports."""
-        return FastclError(message) if self.first else ToldElsewhere(message)
+        return ToldHere(message) if self.first else ToldElsewhere(message)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -94,23 +93,24 @@ class Ranks:
                 raise
             raise self._lost() from error
 
-    def failed(self, error: Exception) -> FastclError:
-        """What this rank ends with after an error that no rank expects. The others, which wait for this one, are told
-        the cause; the traceback goes to torchrun, which shows it, or without torchrun to standard error."""
-        why = f"rank {self.rank} of {self.size} has failed: {_in_one_line(error)}"
+    def failed(self, error: Exception, words: str = "") -> FastclError:
+        """What this rank ends with after an error that the others do not know of. They wait for this one, and are told
+        the cause.
+
+        Args:
+            words: the cause. Without them nobody has expected the error: the traceback goes to torchrun, which shows
+                it, or without torchrun to standard error.
+        """
+        why = f"rank {self.rank} of {self.size} has failed: {words or _in_one_line(error)}"
         try:
             first = _pulses[0].tell(why)
         except (IndexError, RuntimeError):  # as below
             first = True
         if not first:
             return ToldElsewhere("another rank tells why it ends")
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-            get_error_handler().record_exception(error)
-        else:
-            traceback.print_exception(error)
-        return FastclError(why)
+        if not words:
+            show_traceback(error)
+        return ToldHere(why)
 
     def _lost(self) -> FastclError:
         cause = ""
@@ -122,9 +122,9 @@ class Ranks:
         if silent is None:
             return ToldElsewhere("another rank tells which one no longer answers")
         if cause:
-            return FastclError(f"{cause}; the same command resumes from the last checkpoint")
+            return ToldHere(f"{cause}; the same command resumes from the last checkpoint")
         who = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent)) or 'unknown'}"
-        return FastclError(
+        return ToldHere(
             f"{who} of {self.size} no longer answers: killed, failed, or at a standstill for longer than "
             f"train.timeout = {self.timeout:g} s; the same command resumes from the last checkpoint"
         )

@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import time
+import traceback
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,16 @@ class Pulse:
     def _beats(self) -> list[bytes | None]:
         names = [f"beat {k}" for k in range(self.size)]
         return [self._store.get(name) if self._store.check([name]) else None for name in names]
+
+
+def show_traceback(error: Exception) -> None:
+    """To torchrun, which shows the first that it is told of; without torchrun to standard error."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+    else:
+        traceback.print_exception(error)
 
 
 def _connected() -> Store:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,6 +36,9 @@ _SPLITS = (
 _START = 4  # tiles in whose time a program starts and ends
 
 
+Around = Callable[[], AbstractContextManager[None]]
+
+
 @dataclass(frozen=True)
 class Config:
     """Tile sizes of a launch (resident rows, streamed rows, columns at a time), warps and pipeline stages; how many of
@@ -52,7 +55,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was recorded instead of started."""
+    """A launch that was recorded."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -61,17 +64,27 @@ class Launch:
     arguments: dict[str, Any]
 
 
-_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)  # other threads keep launching
+# Where launches are listed, and as `recording` takes it; other threads keep launching.
+_recorded: ContextVar[tuple[list[Launch], Around | None] | None] = ContextVar("recorded", default=None)
 _architecture: int | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
     """Start a kernel on the current device; pass arguments by parameter name, in the kernel's order."""
+    one, around = Launch(kernel, grid, warps, stages, arguments), nullcontext
     if (recorded := _recorded.get()) is not None:
-        recorded.append(Launch(kernel, grid, warps, stages, arguments))
-        return
+        launches, around = recorded
+        launches.append(one)
+        if around is None:
+            return
+    with around():
+        start(one)
+
+
+def start(one: Launch) -> None:
+    """Start a kernel, whether or not launches are recorded."""
     # Request fused multiply-add explicitly: from Triton 3.10 on it is off by default.
-    kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    one.kernel[one.grid](**one.arguments, num_warps=one.warps, num_stages=one.stages, enable_fp_fusion=True)
 
 
 def launch_sides(
@@ -93,14 +106,23 @@ def launch_sides(
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Record launches within the block instead of starting them; their outputs stay undefined."""
+def recording(around: Around | None = None) -> Iterator[list[Launch]]:
+    """Record launches within the block.
+
+    Args:
+        around: start them too, each inside such a context. None: do not; their outputs stay undefined.
+    """
     launches: list[Launch] = []
-    token = _recorded.set(launches)
+    token = _recorded.set((launches, around))
     try:
         yield launches
     finally:
         _recorded.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether a block of `recording` surrounds the call."""
+    return _recorded.get() is not None
 
 
 @contextmanager
@@ -112,6 +134,11 @@ def on_architecture(sm: int) -> Iterator[None]:
         yield
     finally:
         _architecture = previous
+
+
+def forced_architecture() -> int | None:
+    """What the enclosing `on_architecture` says; None: there is none."""
+    return _architecture
 
 
 def architecture(capability: tuple[int, int] | None) -> int:

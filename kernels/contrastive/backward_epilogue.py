@@ -67,7 +67,7 @@ class View(NamedTuple):
     logit: Any
 
 
-class Finish(NamedTuple):
+class Epilogue(NamedTuple):
     """Constants of `finalize_kernel`."""
 
     BLOCK_N: int
@@ -170,7 +170,7 @@ def finalize_kernel(
     one, two, first,  # Finalized; as `launch_sides` passes them
     bound,  # (1,) float32: the weights' divisor
     temperature,
-    CONSTANTS,  # Finish
+    CONSTANTS,  # Epilogue
 ):  # fmt: skip
     program = tl.program_id(0)
     if first is None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .prepare import store_layout
+
 
 class Ids(NamedTuple):
     """The ids of a side's rows."""
@@ -20,33 +22,6 @@ class Ids(NamedTuple):
     sample_N: Any  # (n,) int64
     label_N: Any  # (n,) int64, -1 where unlabelled; None: no labels
     n: int
-
-
-@triton.jit
-def store_layout(p_layout, n, b_src, b_lo, b_hi, b_first, b_last, m_n):
-    """Write the columns of a layout (5, n) that p_layout points to."""
-    tl.store(p_layout, b_src, mask=m_n)
-    tl.store(p_layout + n, b_lo, mask=m_n)
-    tl.store(p_layout + 2 * n, b_hi, mask=m_n)
-    tl.store(p_layout + 3 * n, b_first, mask=m_n)
-    tl.store(p_layout + 4 * n, b_last, mask=m_n)
-
-
-@triton.jit
-def count_labels(labels_B, b_label, b_k, batch, CHUNK: tl.constexpr):
-    """Of all labels, how many are less than b_label (N,), how many are equal, and how many of these are before b_k."""
-    o_j = tl.arange(0, CHUNK)
-    b_less = tl.zeros([b_label.shape[0], CHUNK], tl.int32)
-    b_same = b_less
-    b_before = b_less
-    for start in range(0, batch, CHUNK):
-        m_j = start + o_j < batch
-        b_j = tl.load(labels_B + start + o_j, mask=m_j, other=0)
-        m_same = (b_j[None, :] == b_label[:, None]) & m_j[None, :]
-        b_less += ((b_j[None, :] < b_label[:, None]) & m_j[None, :]).to(tl.int32)
-        b_same += m_same.to(tl.int32)
-        b_before += (m_same & (start + o_j[None, :] < b_k[:, None])).to(tl.int32)
-    return tl.sum(b_less, 1), tl.sum(b_same, 1), tl.sum(b_before, 1)
 
 
 @triton.jit

@@ -10,6 +10,9 @@ absolute value into [1, 2). That product is exact, the sum of squares q of s x l
     with a NaN or an infinity  NaN             NaN
     norm below about 2^-128    the unit row    would overflow float32: 2^126 / sqrt(q) is stored as -1 / sqrt(q)
 
+If the order follows from the call (two views, two towers), a program also finds where its rows stand in it, by counting
+labels, and writes their part of it; see order.py for what an order is.
+
 The few view pairs are computed here in float32, from the original rows. They never go through a half-precision tile: in
 a converged run a view's softmax weight and its mean nearly cancel; half-precision rounding would be all that is left.
 """
@@ -30,7 +33,6 @@ from ..common.numerics import (
     power_of_two_scale,
     split_half,
 )
-from .order import count_labels, store_layout
 
 
 class Prepared(NamedTuple):
@@ -126,6 +128,33 @@ def _views(b_z, y, layout_5N, n, o_n, m_n, o_d, m_d, inverse_t, SYMMETRIC: tl.co
 
 
 @triton.jit
+def store_layout(p_layout, n, b_src, b_lo, b_hi, b_first, b_last, m_n):
+    """Write the columns of a layout (5, n) that p_layout points to."""
+    tl.store(p_layout, b_src, mask=m_n)
+    tl.store(p_layout + n, b_lo, mask=m_n)
+    tl.store(p_layout + 2 * n, b_hi, mask=m_n)
+    tl.store(p_layout + 3 * n, b_first, mask=m_n)
+    tl.store(p_layout + 4 * n, b_last, mask=m_n)
+
+
+@triton.jit
+def _count_labels(labels_B, b_label, b_k, batch, CHUNK: tl.constexpr):
+    """Of all labels, how many are less than b_label (N,), how many are equal, and how many of these are before b_k."""
+    o_j = tl.arange(0, CHUNK)
+    b_less = tl.zeros([b_label.shape[0], CHUNK], tl.int32)
+    b_same = b_less
+    b_before = b_less
+    for start in range(0, batch, CHUNK):
+        m_j = start + o_j < batch
+        b_j = tl.load(labels_B + start + o_j, mask=m_j, other=0)
+        m_same = (b_j[None, :] == b_label[:, None]) & m_j[None, :]
+        b_less += ((b_j[None, :] < b_label[:, None]) & m_j[None, :]).to(tl.int32)
+        b_same += m_same.to(tl.int32)
+        b_before += (m_same & (start + o_j[None, :] < b_k[:, None])).to(tl.int32)
+    return tl.sum(b_less, 1), tl.sum(b_same, 1), tl.sum(b_before, 1)
+
+
+@triton.jit
 def _place(labels_B, layout_5N, o_n, m_n, n, VIEWS: tl.constexpr, CHUNK: tl.constexpr):
     """Working positions of rows o_n, counted sample by sample, and their samples; writes their part of the order."""
     b_k = o_n // VIEWS
@@ -135,7 +164,7 @@ def _place(labels_B, layout_5N, o_n, m_n, n, VIEWS: tl.constexpr, CHUNK: tl.cons
     batch = n // VIEWS
     if labels_B is not None:
         b_label = tl.load(labels_B + b_k, mask=m_n, other=0)
-        b_less, b_same, b_before = count_labels(labels_B, b_label, b_k, batch, CHUNK)
+        b_less, b_same, b_before = _count_labels(labels_B, b_label, b_k, batch, CHUNK)
         b_first = (b_less + b_before) * VIEWS
         # -1 means unlabelled: such a sample is a class of its own.
         b_lo = tl.where(b_label == -1, b_first, b_less * VIEWS)

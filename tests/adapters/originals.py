@@ -7,7 +7,6 @@ import importlib.util
 import sys
 import types
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,27 +88,33 @@ def inside_sum(z: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 def loaded(package: str, file: str = "") -> Any:
-    """A package of the registry, or one file of it whose package needs more than the file; absent ones skip."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    """A package of the registry, or one file of it without the rest of the package; absent ones skip."""
+    if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    if not file:
-        return importlib.import_module(package)
-    name = f"original_{package}_{Path(file).stem}"
-    if name not in sys.modules:
-        found = importlib.util.spec_from_file_location(name, Path(spec.submodule_search_locations[0]) / file)
-        sys.modules[name] = importlib.util.module_from_spec(found)
-        found.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    with pytest.MonkeyPatch.context() as patch:
+        if file:
+            without_their_init(patch)
+        return importlib.import_module(".".join(filter(None, [package, *file.removesuffix(".py").split("/")])))
+
+
+# Packages, and the module of theirs that holds the names which the losses import from them.
+_WITHOUT_INIT = {
+    "lightly": "", "lightly.loss": "", "open_clip": "", "solo": "", "solo.losses": "", "stable_pretraining": "",
+    "stable_pretraining.losses": "", "stable_pretraining.utils": "stable_pretraining.utils.distributed",
+}  # fmt: skip
 
 
 def without_their_init(patch: pytest.MonkeyPatch) -> None:
-    """Let the losses of lightly and open_clip be imported without the rest, whose dependencies may be absent."""
-    for name in ("lightly", "lightly.loss", "open_clip"):
-        spec = importlib.util.find_spec(name) if name not in sys.modules else None
+    """Let losses be imported without the rest of their libraries, whose dependencies may be absent."""
+    for name, names in _WITHOUT_INIT.items():
+        above = name.rpartition(".")[0]
+        absent = name in sys.modules or (above and above not in sys.modules)
+        spec = None if absent else importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations:
             module = types.ModuleType(name)
             module.__path__ = list(spec.submodule_search_locations)
+            if names:
+                module.__getattr__ = lambda wanted, names=names: getattr(importlib.import_module(names), wanted)
             patch.setitem(sys.modules, name, module)
 
 

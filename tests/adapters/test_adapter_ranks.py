@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import originals
 import pytest
 import torch
 from gloo_ranks import WORLD, Pool, ranks  # noqa: F401
-from originals import against, dcl, inside_sum, nt_xent, sigmoid, unit, with_mask
+from originals import against, dcl, inside_sum, loaded, nt_xent, sigmoid, unit, with_mask
 from reference import normal
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def buffers() -> Any:
 
 
 def their_clip(options: dict[str, bool]) -> Callable[..., Tensor]:
-    return lambda *args: clip_of(options, originals.loaded("open_clip", "loss.py").ClipLoss)(*args)
+    return lambda *args: clip_of(options, loaded("open_clip", "loss.py").ClipLoss)(*args)
 
 
 def siglip_of(how: str, loss: Any = open_clip.SigLipLoss) -> Callable[..., Tensor]:
@@ -74,14 +75,26 @@ def siglip_of(how: str, loss: Any = open_clip.SigLipLoss) -> Callable[..., Tenso
 
 
 def their_siglip(how: str) -> Callable[..., Tensor]:
-    return lambda *args: siglip_of(how, originals.loaded("open_clip", "loss.py").SigLipLoss)(*args)
+    return lambda *args: siglip_of(how, loaded("open_clip", "loss.py").SigLipLoss)(*args)
 
 
+def wrapped(module: str) -> Callable[..., Tensor]:
+    """SupConLoss in pytorch-metric-learning's wrapper, which multiplies the loss of all rows by the number of ranks."""
+
+    def loss(rank: int, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        wrapper = loaded("pytorch_metric_learning", "utils/distributed.py").DistributedLossWrapper
+        return wrapper(import_module(module).SupConLoss(T))(a, own(LABELS, rank))
+
+    return loss
+
+
+CLASSES = ((LABELS[:, None] == LABELS) & originals.others(ALL)).double()
 EXCHANGES = ("bidir", "shift", "reduce", "gather")
 LOCAL, GRAD, BOTH = {"local_loss": True}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}
 CASES = [
     Case("lightly", lambda rank, a, b, s: lightly.NTXentLoss(T, gather_distributed=True)(a, b),
-         lambda a, b, s: nt_xent(a, b, T)),
+         lambda a, b, s: nt_xent(a, b, T),
+         original=lambda rank, a, b, s: loaded("lightly", "loss/ntx_ent_loss.py").NTXentLoss(T, 0, True)(a, b)),
     Case("lightly, T < 0", lambda rank, a, b, s: lightly.NTXentLoss(-T, gather_distributed=True)(a, b),
          lambda a, b, s: nt_xent(a, b, -T)),
     Case("lightly DCLW", lambda rank, a, b, s: lightly.DCLLoss(T, lambda x, y: x[:, 0], gather_distributed=True)(a, b),
@@ -98,12 +111,21 @@ CASES = [
     Case("solo, NNCLR", lambda rank, a, b, s: solo_learn.nnclr_loss_func(a, b, T),
          lambda a, b, s: against(a, b, torch.arange(ALL), 1 / T)),
     Case("stable, NT-Xent", lambda rank, a, b, s: stable_pretraining.NTXEntLoss(T)(a, b),
-         lambda a, b, s: nt_xent(a, b, T)),
+         lambda a, b, s: nt_xent(a, b, T),
+         original=lambda rank, a, b, s: loaded("stable_pretraining", "losses/joint_embedding.py").NTXEntLoss(T)(a, b)),
     Case("stable, CLIP", lambda rank, a, b, s: stable_pretraining.CLIPLoss()(a, b, 1 / s),
-         lambda a, b, s: clip_rows(unit(a), unit(b), s)),
+         lambda a, b, s: clip_rows(unit(a), unit(b), s),
+         original=lambda rank, a, b, s: loaded("stable_pretraining", "losses/multimodal.py").CLIPLoss()(a, b, 1 / s)),
+    Case("metric_learning", wrapped("fastcl.adapters.metric_learning"),
+         lambda a, b, s: with_mask(unit(a), CLASSES, T) * WORLD, is_local=False, factor=1,
+         original=wrapped("pytorch_metric_learning.losses")),
     Case("vissl", lambda rank, a, b, s: vissl.SimclrInfoNCECriterion(buffers(), T)(torch.cat([a, b])),
          lambda a, b, s: nt_xent(a, b, T, normalize=False)),
     Case("sentence-transformers", lambda rank, a, b, s: in_batch_loss([a, b], 2.0, DIRECTIONS, gathers=True), in_batch),
+    Case("sentence-transformers, per direction",
+         lambda rank, a, b, s: in_batch_loss([a, b, -b], 2.0, DIRECTIONS[::2], "per_direction", gathers=True),
+         lambda a, b, s: torch.stack([against(a, torch.cat([b, -b]), torch.arange(ALL), 2.0),
+                                      against(b, a, torch.arange(ALL), 2.0)])),
     Case("inf_cl", lambda rank, a, b, s: inf_cl.cal_inf_loss(a, b, scale=s),
          lambda a, b, s: against(a, b, torch.arange(ALL), s, False)),
     Case("published scl", lambda rank, a, b, s: understanding_ssl.SupConLoss()(a, b, own(LABELS, rank)), published,
@@ -151,7 +173,7 @@ def test_value_and_gradient(ranks: Pool, name: str) -> None:  # noqa: F811
 def logits(rank: int, which: str) -> list[Any] | str:
     """Logits and their gradients for all options of ClipLoss, and SigLipLoss's logits."""
     try:
-        module = open_clip if which == "ours" else originals.loaded("open_clip", "loss.py")
+        module = open_clip if which == "ours" else loaded("open_clip", "loss.py")
     except pytest.skip.Exception as reason:
         return str(reason)
     found = []

@@ -101,6 +101,7 @@ def extra_positives(a: Tensor, b: Tensor) -> Tensor:
 
 their_clip = peer("open_clip", "ClipLoss", "loss.py")
 their_nce = peer("info_nce", "info_nce")
+their_infonce = peer("stable_pretraining", "InfoNCELoss", "losses/joint_embedding.py")
 their_simclr = peer("solo", "simclr_loss_func", "losses/simclr.py")
 buffers = type("Buffers", (), {"effective_batch_size": 2 * B, "world_size": 1, "embedding_dim": D})
 CASES = [
@@ -156,13 +157,16 @@ CASES = [
     Case("solo, NNCLR", TWO, solo_learn.nnclr_loss_func, lambda n, p: against(n, p, IDS, 10).mean(),
          lambda n, p: peer("solo", "nnclr_loss_func", "losses/nnclr.py")(n, p)),
     Case("stable, InfoNCE", ROWS, lambda a, c: stable_pretraining.InfoNCELoss()(a, c, TARGETS),
-         lambda a, c: against(a, c, TARGETS, 1 / 0.07).mean()),
+         lambda a, c: against(a, c, TARGETS, 1 / 0.07).mean(), lambda a, c: their_infonce()(a, c, TARGETS)),
     Case("stable, ignored", ROWS,
          lambda a, c: stable_pretraining.InfoNCELoss()(a, c, torch.where(IDS < 2, -100, TARGETS)),
-         lambda a, c: against(a[2:], c, TARGETS[2:], 1 / 0.07).mean()),
-    Case("stable, NT-Xent", TWO, stable_pretraining.NTXEntLoss(), lambda a, b: nt_xent(a, b, 0.5).mean()),
+         lambda a, c: against(a[2:], c, TARGETS[2:], 1 / 0.07).mean(),
+         lambda a, c: their_infonce()(a, c, torch.where(IDS < 2, -100, TARGETS))),
+    Case("stable, NT-Xent", TWO, stable_pretraining.NTXEntLoss(), lambda a, b: nt_xent(a, b, 0.5).mean(),
+         lambda a, b: peer("stable_pretraining", "NTXEntLoss", "losses/joint_embedding.py")()(a, b)),
     Case("stable, CLIP", PAIRS, lambda a, b, s: stable_pretraining.CLIPLoss()(a, b, s.exp()),
-         lambda a, b, s: clip(unit(a), unit(b), 1 / s.exp())),
+         lambda a, b, s: clip(unit(a), unit(b), 1 / s.exp()),
+         lambda a, b, s: peer("stable_pretraining", "CLIPLoss", "losses/multimodal.py")()(a, b, s.exp())),
     Case("vissl", ((2 * B, D),), vissl.SimclrInfoNCECriterion(buffers, 0.1),
          lambda z: nt_xent(*z.chunk(2), 0.1, normalize=False).mean(), unit=True),
     Case("inf_cl, flash", (*ROWS, (1,)), lambda q, k, s: inf_cl.cal_flash_loss(q, k, TARGETS, s.exp()),
@@ -246,11 +250,15 @@ def test_lightlys_bank() -> None:
     assert not ours.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore:.* is computed by stable_pretraining itself")
 def test_a_mask_goes_to_stable_pretraining_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "stable_pretraining.losses", None)
+    monkeypatch.setitem(sys.modules, "stable_pretraining.losses.joint_embedding", None)
     a, mask = torch.ones(2, 3), torch.eye(2, dtype=torch.bool)
     with pytest.raises(NotImplementedError, match="mask.*install stable-pretraining"):
         stable_pretraining.InfoNCELoss()(a, a, IDS[:2], mask)
+    monkeypatch.undo()
+    loaded("stable_pretraining", "losses/joint_embedding.py")
+    assert stable_pretraining.InfoNCELoss()(a, a, IDS[:2].flip(0), mask) == 0  # the one candidate that is left
 
 
 def test_the_masks_of_vissl() -> None:

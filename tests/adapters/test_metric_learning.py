@@ -94,6 +94,20 @@ def test_what_needs_pairs_is_left_to_the_original_with_one_warning(name: str) ->
         ours(z)
 
 
+@each_loss
+@pytest.mark.filterwarnings("ignore:.*indices_tuple is computed by")
+def test_a_memory_of_batches(name: str) -> None:
+    """CrossBatchMemory, which needs pairs, computes with the original."""
+    found = []
+    for module in (metric_learning, losses):
+        memory = losses.CrossBatchMemory(getattr(module, name)(), 6, 12)
+        memory.embedding_memory = memory.embedding_memory.double()
+        batches = [normal(9, 6, seed=k).requires_grad_() for k in range(3)]
+        total = torch.stack([memory(z, LABELS) for z in batches]).sum()
+        found.append(value_and_gradients(total, batches))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 def test_pairs_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metric_learning, "PAIRS", 3)
     agree("NTXentLoss", LABELS)

@@ -5,46 +5,35 @@ import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from originals import nt_xent, value_and_gradients, without_their_init
-from reference import normal
+from originals import nt_xent, value_and_gradients
+from patched import B, D, alone, of, views  # noqa: F401
 from torch import Tensor
 
 import fastcl
 from fastcl import FastclError
-from fastcl.adapters import patching, replacements
+from fastcl.adapters import patching, replacements, targets
 from fastcl.adapters.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-B, D = 6, 5
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few rows are enough, and nothing stays replaced."""
-    monkeypatch.setattr(replacements, "FEWEST", dict.fromkeys(replacements.FEWEST, 0))
-    without_their_init(monkeypatch)
-    yield
-    assert not patching._active
-
-
-def of(place: str) -> Any:
-    """What stands at module:name; skips where the library is not installed."""
-    module, _, name = place.partition(":")
-    return getattr(pytest.importorskip(module), name)
-
-
-def views() -> list[Tensor]:
-    return [normal(B, D, seed=k).requires_grad_() for k in (1, 2)]
 
 
 def tuples(loss: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda a, b: loss(torch.cat([a, b]), (torch.arange(B) % 3).repeat(2))
+
+
+STABLE, SYMMETRIC = "stable_pretraining.losses.joint_embedding", ("query_to_doc", "doc_to_query")
+
+
+def ranking(cached: str) -> Callable[..., Any]:
+    """A loss of sentence-transformers, of embeddings alone."""
+    kind = of(f"sentence_transformers.sentence_transformer.losses:{cached}MultipleNegativesRankingLoss")
+    return lambda **options: kind(torch.nn.Sequential(torch.nn.Identity()), **options)
 
 
 CALLS = {
@@ -60,6 +49,8 @@ CALLS = {
         lambda: lambda a, b: of("open_clip.loss:ClipLoss")()(a, b, 3.0),
         lambda: lambda a, b: of("open_clip.loss:ClipLoss")()(a, b, 3.0, output_dict=True)["contrastive_loss"],
         lambda: lambda a, b: of("open_clip.loss:CoCaLoss")(1, 1)(a, b, a[:, None], torch.zeros(B, 1).long(), 3.0)[0],
+        lambda: lambda a, b: of("open_clip.loss:SigLipLoss")()(a, b, logit_scale=3.0, logit_bias=-1.0),
+        lambda: lambda a, b: of("open_clip.loss:SigLipLoss")()(a, b, 3.0, None, output_dict=True)["contrastive_loss"],
     ],
     "info_nce": [
         lambda: of("info_nce:info_nce"),
@@ -74,7 +65,29 @@ CALLS = {
             of("pytorch_metric_learning.losses:NTXentLoss")()
         ),
     ],
+    "sentence_transformers": [
+        lambda: lambda a, b: ranking("")().compute_loss_from_embeddings([a, b, b.roll(1, 0)], None),
+        lambda: lambda a, b: ranking("")(directions=SYMMETRIC, scale=3.0).compute_loss_from_embeddings([a, b], None),
+        lambda: lambda a, b: ranking("Cached")(mini_batch_size=4).calculate_loss([a.split(4), b.split(4)]),
+    ],
+    "solo": [
+        lambda: of("solo.losses.simclr:simclr_loss_func"),
+        lambda: lambda a, b: of("solo.losses.simclr:simclr_loss_func")(z1=a, z2=b, temperature=0.3),
+        lambda: lambda a, b: of("solo.losses.moco:moco_loss_func")(a, b, a.roll(1, 0).T.detach(), 0.5),
+        lambda: of("solo.losses.nnclr:nnclr_loss_func"),
+    ],
+    "stable_pretraining": [
+        lambda: lambda a, b: of(f"{STABLE}:InfoNCELoss")(0.3)(a, b[1:], torch.tensor([3, -100, 0, 0, 4, 1])),
+        lambda: of(f"{STABLE}:NTXEntLoss")(0.3),
+        lambda: of("stable_pretraining.losses.multimodal:CLIPLoss")(),
+        lambda: lambda a, b: of("stable_pretraining.losses.multimodal:CLIPLoss")()(a, b, logit_scale=a[0, 0].exp()),
+    ],
 }
+
+
+def replaced(library: str, rows: tuple[targets.Target, ...]) -> tuple[str, ...]:
+    """Where the newest release on the registry has losses."""
+    return tuple(dict.fromkeys(row.place for row in rows if library != "solo" or "1.0.2" in row.digests))
 
 
 @pytest.mark.parametrize("library", CALLS)
@@ -82,7 +95,7 @@ def test_values_gradients_and_everything_that_is_undone(library: str, monkeypatc
     """Losses made and names imported before the patch compute with fastcl inside it alone, with the same numbers."""
     ran: list[str] = []
 
-    def noticing(target: replacements.Target) -> replacements.Target:
+    def noticing(target: targets.Target) -> targets.Target:
         def ours(*args: Any, **options: Any) -> Any:
             found = target.ours(*args, **options)
             ran.append(target.place if found is not NotImplemented else "")
@@ -90,20 +103,20 @@ def test_values_gradients_and_everything_that_is_undone(library: str, monkeypatc
 
         return target._replace(ours=ours)
 
-    targets = tuple(map(noticing, replacements.TARGETS[library]))
-    monkeypatch.setitem(replacements.TARGETS, library, targets)
+    rows = tuple(map(noticing, targets.TARGETS[library]))
+    monkeypatch.setitem(targets.TARGETS, library, rows)
     for make in CALLS[library]:
         torch.manual_seed(0)
         loss = make()
         loss = loss.double() if isinstance(loss, torch.nn.Module) else loss
         twin = copy.deepcopy(loss)  # banks move on
-        want = [value_and_gradients(loss(*(rows := views())), rows) for _ in range(2)]
-        kept = [patching._owner(target.place) for target in targets]
+        want = [value_and_gradients(loss(*(leaves := views())), leaves) for _ in range(2)]
+        kept = [patching._owner(place) for place in replaced(library, rows)]
         before = [vars(owner).get(name) for owner, name in kept]
         ran.clear()
         with fastcl.patch(library) as done:
-            assert done.replaced == tuple(target.place for target in targets) and library in str(done)
-            got = [value_and_gradients(twin(*(rows := views())), rows) for _ in range(2)]
+            assert done.replaced == replaced(library, rows) and library in str(done)
+            got = [value_and_gradients(twin(*(leaves := views())), leaves) for _ in range(2)]
             assert len(ran) >= 2 and all(ran)
         assert [vars(owner).get(name) for owner, name in kept] == before
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
@@ -186,6 +199,24 @@ def test_the_original_answers_what_fastcl_refuses_or_is_slower_at(monkeypatch: p
         for fewer in (0, 1):
             lightly_loss()(a[fewer:], b[fewer:])
         assert rows == [B]
+
+
+def test_the_original_computes_with_options_of_whole_matrices_and_on_several_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b = views()
+    stable, mask = of(f"{STABLE}:InfoNCELoss")(0.3), torch.rand(B, B, generator=torch.Generator().manual_seed(0)) < 0.3
+    simclr, nnclr = of("solo.losses.simclr:simclr_loss_func"), of("solo.losses.nnclr:nnclr_loss_func")
+    calls: list[Callable[[], Tensor]] = [
+        lambda: stable(a, b, torch.arange(B), mask.fill_diagonal_(False)),
+        lambda: simclr(a, b, 0.3, extra_pos_mask=torch.ones(2 * B, 2 * B, dtype=torch.bool)),
+        lambda: nnclr(a, b),
+    ]
+    want = [call().item() for call in calls]
+    monkeypatch.setattr(replacements, "world_size", lambda: 2)  # the registry's nnclr_loss_func does not gather
+    monkeypatch.setattr("fastcl.adapters.solo_learn.one_way", None)  # which fastcl's would call
+    with fastcl.patch("stable_pretraining", "solo"):
+        assert [call().item() for call in calls] == want
 
 
 PROGRAM = """

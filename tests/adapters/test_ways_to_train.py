@@ -5,12 +5,13 @@ Each adapter, and lightly's own loss where `fastcl.patch` has been, against a fo
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import originals
 import pytest
 import torch
 from gloo_ranks import WORLD, Pool, ranks  # noqa: F401
-from originals import against, nt_xent, value_and_gradients, with_mask, without_their_init
+from originals import against, nt_xent, sigmoid, value_and_gradients, with_mask, without_their_init
 from reference import normal
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,14 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fastcl
-from fastcl.adapters import info_nce, lightly, open_clip, replacements
+from fastcl.adapters import info_nce, lightly, open_clip, replacements, solo_learn, stable_pretraining, supcontrast
+from fastcl.adapters.in_batch import in_batch_loss
 
 B, D, T = 6, 8, 0.5
 LABELS = torch.arange(B) % 3
 
 
-def supcon(a: Tensor, b: Tensor) -> Tensor:
-    z, labels = originals.unit(torch.cat([a, b])), LABELS.repeat(2)
+def supcon(a: Tensor, b: Tensor, normalize: bool = True) -> Tensor:
+    z, labels = torch.cat([a, b]), LABELS.repeat(2)
+    z = originals.unit(z) if normalize else z
     return with_mask(z, ((labels[:, None] == labels) & originals.others(2 * B)).to(z.dtype), T).mean()
 
 
@@ -39,12 +42,28 @@ def two_views(a: Tensor, b: Tensor) -> Tensor:
     return nt_xent(a, b, T).mean()
 
 
+def one_way(a: Tensor, b: Tensor) -> Tensor:
+    return against(a, b, torch.arange(B), 1 / T).mean()
+
+
+def siglip(a: Tensor, b: Tensor) -> Tensor:
+    return sigmoid(a, b, torch.tensor(1 / T), -1.0).mean()
+
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, tuple[Loss | None, Loss]] = {
     "lightly": (lightly.NTXentLoss(T), two_views),
     "patched": (None, two_views),  # lightly's own; None: made by the fixture
     "open_clip": (lambda a, b: open_clip.ClipLoss()(a, b, 1 / T), clip),
-    "info_nce": (info_nce.InfoNCE(T), lambda a, b: against(a, b, torch.arange(B), 1 / T).mean()),
+    "SigLIP": (lambda a, b: open_clip.SigLipLoss()(a, b, 1 / T, -1.0), siglip),
+    "info_nce": (info_nce.InfoNCE(T), one_way),
+    "in batch": (lambda a, b: in_batch_loss([a, b], 1 / T), one_way),
+    "solo": (lambda a, b: solo_learn.simclr_loss_func(torch.cat([a, b]), torch.arange(B).repeat(2), T), two_views),
+    "stable": (stable_pretraining.NTXEntLoss(T), two_views),
+    "supcontrast": (
+        lambda a, b: supcontrast.SupConLoss(T, base_temperature=T)(torch.stack([a, b], 1), LABELS),
+        partial(supcon, normalize=False),
+    ),
     "metric_learning": (None, supcon),
 }
 
@@ -90,6 +109,7 @@ def gradients(loss: Tensor, network: nn.Module) -> Tensor:
 
 def test_compiled(losses: tuple[Loss, Loss]) -> None:
     ours, formula = losses
+    torch.compiler.reset()  # one lambda stands for all losses, and is compiled only so often
     whole = formula is not supcon  # whose library looks at numbers of pairs
     compiled = torch.compile(lambda a, b: ours(a, b) * 2, backend="eager", fullgraph=whole)
     got, want = (value_and_gradients(f(*(leaves := rows())), leaves) for f in (compiled, formula))

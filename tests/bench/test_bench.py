@@ -264,7 +264,7 @@ def allocate_on_gpu(device: str, count: int) -> tuple[Callable[[], object], Call
     [
         (("--n", "64", "7"), "--n: rows must be even and at least 8, got 7"),
         (("--seconds", "0"), "--seconds: must be"),
-        (("--memory", "0"), "--memory: must be positive, got 0"),
+        (("--memory", "0"), "--memory: must be positive and finite, got 0"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):

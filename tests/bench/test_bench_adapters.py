@@ -11,13 +11,19 @@ from fastcl.adapters import replacements
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("info_nce")
+    earlier = {"kind": "queue", "rows": 8, "d": 3, "ms": {"original": [1.0], "fastcl": [0.5]}, "ratio": 2.0,
+               "device": "another", "date": "yesterday"}  # fmt: skip
+    (tmp_path / "adapters.json").write_text(json.dumps([earlier]))
     options = ["--rows", "4", "--width", "3", "--repeats", "3", "--kinds", "one direction", "--out", str(tmp_path)]
     assert adapters.main(options) == 0
-    (record,) = json.loads((tmp_path / "adapters.json").read_text())
+    kept, record = json.loads((tmp_path / "adapters.json").read_text())
+    assert kept == earlier
     assert (record["kind"], record["rows"]) == ("one direction", 4) and set(record["ms"]) == {"original", "fastcl"}
     assert all(3 <= len(times) <= 3 * adapters.TIMED and min(times) > 0 for times in record["ms"].values())
     assert "times as fast as info_nce" in capsys.readouterr().out
-    assert "| one direction | 4 |" in (tmp_path / "adapters.md").read_text()
+    text = (tmp_path / "adapters.md").read_text()
+    for line in ("| one direction | 4 |", "- queue: another, yesterday, 3 columns", "| queue | 8 |"):
+        assert line in text
 
 
 def test_the_fewest_rows_are_those_from_which_all_sizes_pay() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastcl
-from bench.data import decoder, peers, providers
+from bench.data import decoder, peers, providers, waiting
 from bench.data import inputs as photos
 from bench.data import report as data_report
 from bench.data import run as data
@@ -23,7 +23,6 @@ from bench.data.inputs import CASES, TINY
 from bench.data.providers import DALI_RENDERER, DECODING, LEVELS, PROVIDERS, TRITON_RENDERER
 from bench.harness.records import record
 from bench.harness.suite import Run
-from bench.training import waiting
 from fastcl.cli import main as cli
 from fastcl.train import load_config
 
@@ -262,7 +261,7 @@ def test_bad_arguments_are_refused(capsys):
     for arguments in (["--seconds", "0"], ["--sizes", "33"]):
         with pytest.raises(SystemExit):
             data.main(["--out", "x", *arguments])
-    assert "--seconds: must be positive, got 0" in capsys.readouterr().err
+    assert "--seconds: must be positive and finite, got 0" in capsys.readouterr().err
 
 
 def test_dali_again(tmp_path, monkeypatch, capsys):

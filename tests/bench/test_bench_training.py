@@ -112,7 +112,7 @@ def test_the_largest_batch_trains_one_model(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(step_profile, "measure", lambda config, *_: asked.append(config.train) or {})
     args = SimpleNamespace(repeats=2, seconds=9, device=torch.device("cuda"))
-    for _, measure in training.steps(training.Training("training", args, {}, str, kind="cuda"), tmp_path):
+    for measure in training.steps(training.Training("training", args, {}, str, kind="cuda"), tmp_path):
         measure()
     assert [(t.batch_size, t.precision, len(t.models)) for t in asked] == [
         (1024, "fp32", 4), (1024, "bf16", 4), (4096, "bf16", 4), (16384, "bf16", 1)

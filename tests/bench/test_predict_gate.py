@@ -128,7 +128,7 @@ def test_the_sensitivity_changes_each_weak_assumption(stub, capsys):
         (["--arch", "sm_100"], "sm_100 is not modelled: tcgen05"),
         (["--only", "["], "is no regular expression"),
         (["--only", "nothing"], "no loss has 'nothing' in its name, such as 'ntxent fp16 n=4,096 d=64'"),
-        (["--workers", "0"], "must be positive, got 0"),
+        (["--workers", "0"], "must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_predicted_is_said(arguments, message, capsys):

@@ -22,7 +22,7 @@ from fastcl.report.run import RESEEDED
 from fastcl.sweep import load_sweep
 from fastcl.sweep.grid import make_cells
 
-COMMITTED = report.committed(Path(__file__).resolve().parents[2] / "bench" / "results")
+COMMITTED = rows.folder_of(Path(__file__).resolve().parents[2] / "bench" / "results")
 SEEDS = (0, 1, 2)
 NAMES = {claim.name: claim for claim in CLAIMS}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.harness.records import read
 from bench.losses import plain, splits
-from bench.readme_tables import read
 
 RECORDS = read(Path(__file__).resolve().parents[2] / "bench" / "results" / "splits.json")
 SMALL = splits.Case(64, 32, plain.TEMPERATURE, 0.1)

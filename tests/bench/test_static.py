@@ -212,7 +212,7 @@ def test_kernels_are_not_interpreted(monkeypatch, capsys):
     [
         (["--triton-python", "no-such-python"], "no-such-python is no program"),
         (["--arch", "sm_75"], "invalid choice: 'sm_75'"),
-        (["--workers", "0"], "must be positive, got 0"),
+        (["--workers", "0"], "must be at least 1, got 0"),
         (["--only", "["], "--only: '[' is no regular expression: unterminated character set"),
         (["--cases", "json:nothing"], "--cases json:nothing: module 'json' has no attribute 'nothing'"),
         (["--cases", "nowhere:cases"], "No module named 'nowhere'"),

@@ -1,7 +1,7 @@
 """Losses of rows that lie on several ranks: values and gradients of one float64 process that has all rows."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastcl
+from fastcl.choices import Precision
 
 pytestmark = pytest.mark.dist
 WIDTH = 10  # of the network's input
@@ -36,6 +37,7 @@ class Case:
     backend: str = "auto"
     normalize: bool = True
     lowered: bool = False  # by autocast to bfloat16
+    precision: Precision | None = None
 
     @property
     def world(self) -> int:
@@ -107,6 +109,13 @@ def loss_of(case: Case, z: Tensor, t: Tensor, sample: Tensor, labels: Tensor | N
             return fastcl.NSCLLoss(t, positive_in_denominator=True, **gathering)(first, second, of)
         case "clip":
             return fastcl.clip_loss(first, second, 1 / t, **gathering)
+        case "explicit pairs":
+            own = torch.arange(len(z))
+            pairs = torch.stack([own, (own // case.views * case.views).where(own % case.views > 0, own + 1)], 1)
+            weights = torch.ones(len(z)).index_fill(0, own[::3], 0)
+            return fastcl.explicit_pairs_loss(z, pairs, weights, t, "mean", case.normalize, **gathering)
+        case "smooth clip":
+            return fastcl.clip_loss(first, second, 1 / t, case.normalize, label_smoothing=0.2, **gathering)
         case "sigmoid":
             return fastcl.sigmoid_loss(first, second, 1 / t, 3 * t - 2, normalize=case.normalize, **gathering)
         case "clip module":
@@ -132,20 +141,44 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([v.reshape(-1) for v in full])
 
 
-def step(rank: int, cases: Sequence[Case]) -> list[tuple[Tensor, ...]]:
-    """For each case: this rank's share of the loss, its rows' gradient, and averaged gradients of all parameters."""
+# Inductor's C++ of all operations compiles for a minute. This leaves its plan of the graph: order, memory, waits.
+OPTIONS = {"inductor": {"fallback_by_default": True, "compile_threads": 1}}
+
+
+def compiled(loss: Callable[..., Tensor], engine: str | None) -> Callable[..., Tensor]:
+    """The loss as one graph, if an engine is named."""
+    if engine is None:
+        return loss
+    torch._dynamo.reset()
+    return torch.compile(loss, fullgraph=True, backend=engine, options=OPTIONS.get(engine))
+
+
+def step(rank: int, cases: Sequence[Case], engine: str | None = None) -> list[tuple[Tensor, ...]]:
+    """For each case: this rank's share of the loss, its rows' gradient, and averaged gradients of all parameters.
+
+    Args:
+        engine: the one that compiles the loss.
+    """
     results = []
     for case in cases:
         group = groups["pair"] if case.world == 2 else None
         x, sample, labels = inputs(case)
         mine = own(rank, [c * case.views for c in case.cuts], len(x))
         network = wrapped(Network(case), case.how, group or dist.group.WORLD)
+        given = sample[mine], None if labels is None else labels[mine]
+
+        options = {"gather_distributed": True, "group": group}
+        if case.precision is not None:
+            options["precision"] = case.precision
+
+        def loss_of_rows(z: Tensor, t: Tensor, case: Case = case, given: Any = given, options: Any = options) -> Tensor:
+            return loss_of(case, z, t, *given, **options)
+
         with fastcl.backend(case.backend):
             z, t = network(x[mine])
             z.retain_grad()
-            labels = None if labels is None else labels[mine]
             with torch.autocast("cpu", torch.bfloat16, enabled=case.lowered):
-                loss = loss_of(case, z, t, sample[mine], labels, gather_distributed=True, group=group)
+                loss = compiled(loss_of_rows, engine)(z, t)
         loss.backward()
         averaged = flat([p.grad for p in network.parameters()])
         if case.how == "mean":
@@ -195,7 +228,9 @@ CASES = [
     *(Case((5, 6), objective=o, dtype=torch.float32) for o in ("ntxent", "supcon", "nscl")),
     *(Case((5, 6), loss, dtype=torch.float32) for loss in ("clip", "sigmoid")),
     *(Case((3,), "sigmoid", backend=backend, normalize=False) for backend in ("chunked", "dense")),
-    *(Case((2, 7), "sigmoid", how=how) for how in ("ddp", "fsdp")),
+    *(Case((2, 7), loss, how=how) for loss in ("sigmoid", "smooth clip") for how in ("ddp", "fsdp")),
+    *(Case(cuts, "explicit pairs", backend=backend) for cuts, backend in (((3,), "dense"), ((3, 6), "chunked"))),
+    Case((5,), "smooth clip", normalize=False),
 ]
 
 

@@ -86,7 +86,7 @@ def test_launches_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for n in (FEW, MANY):
         for wanted in ("high", "highest"):  # fp16 and fp32
-            monkeypatch.setattr(fastcl.rowstats.api, "wants_float32", lambda wanted=wanted: wanted == "highest")
+            monkeypatch.setattr(operator, "wants_float32", lambda wanted=wanted: wanted == "highest")
             names = kernels(*calls(n)[name])
             assert all(one.endswith("_kernel") for one in names)
             found.append(len(names))

@@ -6,10 +6,12 @@ import pytest
 import torch
 from reference import DTYPES, TOLERANCE, assert_gradients, assert_loss, assert_rows, normal, solve, unit_rows
 from torch import Tensor
+from torch.nn.functional import softplus
 
 import fastcl
 from fastcl import FastclError
 from fastcl.rowstats import log_sums
+from fastcl.rowstats.sigmoid_sums import unpaired_sums
 
 BACKENDS = ("dense", "chunked")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -114,15 +116,27 @@ def test_one_pair_and_texts_without_gradient(backend: str) -> None:
         assert losses.isnan().tolist() == [False, False, True, False, False]
 
 
+@both_backends
+def test_texts_that_are_nobodys_own(backend: str, small_tiles) -> None:
+    for n, m in ((7, 7), (5, 13), (13, 5)):
+        x, y = normal(n, 4).requires_grad_(), normal(m, 4, seed=1).requires_grad_()
+        weights = normal(n, seed=2)
+        want = softplus(unit_rows(x) @ unit_rows(y).T * 5 - 1).sum(1)
+        with fastcl.backend(backend):
+            got = unpaired_sums(x, y, 5.0, -1.0, True, None)
+        pairs = (value_and_gradients((v * weights).sum(), (x, y)) for v in (got, want))
+        torch.testing.assert_close(*pairs, rtol=1e-12, atol=1e-12)
+
+
 def test_rules_of_operators() -> None:
-    x = rows_of(7, 4)[0]
+    x, wider = rows_of(7, 4)[0], normal(12, 4, seed=1).requires_grad_()
     bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
-    wider = normal(12, 4, seed=1).requires_grad_()
-    torch.library.opcheck(torch.ops.fastcl.sigmoid_sums.default, (x, wider, bias, 2))
-    given = x.detach(), wider.detach(), bias.detach(), 2, normal(7, seed=3)
     backward = torch.ops.fastcl.sigmoid_sums_backward.default
-    torch.library.opcheck(backward, (*given, [True, True, True]))
-    torch.library.opcheck(backward, (*given, [False, True, False]), test_utils="test_faketensor")
+    for y, paired in ((wider, False), (wider.detach()[:7].requires_grad_(), True)):
+        torch.library.opcheck(torch.ops.fastcl.sigmoid_sums.default, (x, y, bias, paired))
+        given = x.detach(), y.detach(), bias.detach(), paired, normal(7, seed=3)
+        torch.library.opcheck(backward, (*given, [True, True, True]))
+        torch.library.opcheck(backward, (*given, [False, True, False]), test_utils="test_faketensor")
 
 
 def test_compiled_and_what_only_dense_can() -> None:

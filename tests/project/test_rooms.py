@@ -1,12 +1,15 @@
-"""The rooms of the house: no circle of imports, one name for one file, no private name of another, short calls."""
+"""The rooms of the house: no circle of imports, one name for one file, no private name of another, short calls, nothing
+said twice."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 from test_structure import ROOT, complaints, imports, module_name, python_files
 
 MOST_PARAMETERS = 12
 MORE = {"row_stats": 13}  # fastcl.row_stats: rows and ids of both sides, and how all losses compare them
+MOST_REPEATED = 6  # lines of one function that stand in another
 TWICE = {"__init__.py", "__main__.py", "triton.py", "two_models.py"}
 
 
@@ -55,6 +58,35 @@ def long_calls(text: str, path: Path) -> list[str]:
     return found
 
 
+def bodies(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Names of the functions that lie in no other, and their statements as lines, without comments and docstrings."""
+
+    def outermost(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child
+            else:
+                yield from outermost(child)
+
+    for function in outermost(ast.parse(text)):
+        statements = function.body[ast.get_docstring(function) is not None :]
+        yield function.name, [line.strip() for one in statements for line in ast.unparse(one).splitlines()]
+
+
+def repetitions(sources: dict[str, str], most: int = MOST_REPEATED) -> list[str]:
+    """Functions with more than `most` lines in a row that stand in another one, too; sources by path."""
+    seen: dict[tuple[str, ...], str] = {}
+    found: dict[str, None] = {}
+    for path, text in sources.items():
+        for name, lines in bodies(text):
+            place = f"{path}: {name}"
+            for k in range(len(lines) - most):
+                first = seen.setdefault(tuple(lines[k : k + most + 1]), place)
+                if first != place:
+                    found.setdefault(f"{place} repeats {first}")
+    return list(found)
+
+
 def test_no_file_imports_itself_by_others():
     bad = {"fastcl/a.py": "from fastcl import b", "fastcl/b.py": "from .c import f", "fastcl/c.py": "import fastcl.a"}
     assert circles(bad) == ["fastcl.a -> fastcl.b -> fastcl.c -> fastcl.a"]
@@ -81,3 +113,14 @@ def test_calls_are_short():
     assert not long_calls(f"def f({many}): pass", Path("x.py"))
     assert long_calls(f"def f({many}, *, b): pass", Path("x.py"))
     assert not (found := complaints(long_calls, "fastcl", "bench", "kernels")), found
+
+
+def test_no_function_says_what_another_one_says():
+    text = 'def f(x):\n    """Doc."""\n' + "".join(f"    x = g(x, {k})\n" for k in range(MOST_REPEATED + 1))
+    other = text.replace("def f", "class A:\n  def h").replace("Doc", "Other doc").replace("    x", "    # why\n    x")
+    assert repetitions({"a.py": text, "b.py": other}) == ["b.py: h repeats a.py: f"]
+    assert not repetitions({"a.py": text, "b.py": other}, MOST_REPEATED + 1)
+    assert not repetitions({"a.py": text, "b.py": text.replace("x, 3", "x, 33")})
+    paths = python_files("fastcl", "kernels", "bench")
+    found = repetitions({path.as_posix(): (ROOT / path).read_text(encoding="utf-8") for path in paths})
+    assert not found, "\n".join(found)

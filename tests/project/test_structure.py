@@ -22,7 +22,7 @@ LAYERS: dict[str, set[str]] = {
     "interrupts": set(),
     "kernels": set(),
     "io": {"errors", "interrupts"},
-    "checks": {"errors"},
+    "checks": {"errors", "choices"},
     "exchange": {"errors"},
     "theory": {"errors", "choices"},
     "micro": {"errors"},

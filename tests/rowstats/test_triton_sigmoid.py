@@ -5,6 +5,7 @@ import torch
 from reference import TOLERANCE, assert_gradients, normal, solve, unit_rows
 from test_sigmoid import assert_options, formula, rows_of, value_and_gradients
 from torch import Tensor
+from torch.nn.functional import softplus
 from triton_runs import (  # noqa: F401
     DEVICE,
     compare_rows,
@@ -17,7 +18,7 @@ from triton_runs import (  # noqa: F401
 )
 
 import fastcl
-from fastcl.rowstats.sigmoid_sums import sigmoid_sums
+from fastcl.rowstats.sigmoid_sums import unpaired_sums
 from fastcl.rowstats.triton import operand
 
 pytestmark = pytest.mark.usefixtures("few_programs")
@@ -82,18 +83,18 @@ def test_far_from_and_close_to_convergence(precision: str) -> None:
 
 
 def test_texts_of_other_ranks() -> None:
-    """Images against more texts, of which theirs are in the middle."""
-    x, y = leaf(normal(40, 24).float()), leaf(normal(170, 24, seed=1).float())
-    x_wide, y_wide = (v.detach().cpu().double().requires_grad_() for v in (x, y))
-    logits = unit_rows(x_wide) @ unit_rows(y_wide).T * 10 - 5
-    own = logits.diagonal(65)
-    others = torch.nn.functional.softplus(logits).sum(1) - torch.nn.functional.softplus(own)
-    want = value_and_gradients((others * 0.5 - own).sum(), (x_wide, y_wide))
-    with launches():
-        found, sums = sigmoid_sums(x, y, 10.0, -5.0, True, "fp32", 65)
-        got = value_and_gradients((sums * 0.5 - found).sum(), (x, y))
-    for one, other in zip(got, want, strict=True):
-        assert (one.cpu() - other).norm() <= 1e-5 * other.norm()
+    """Texts that are nobody's own."""
+    for n, m in ((40, 170), (60, 60)):
+        x, y = leaf(normal(n, 24).float()), leaf(normal(m, 24, seed=1).float())
+        x_wide, y_wide = (v.detach().cpu().double().requires_grad_() for v in (x, y))
+        logits = unit_rows(x_wide) @ unit_rows(y_wide).T * 10 - 5
+        weights = row_weights(n)
+        want = value_and_gradients((softplus(logits).sum(1) * weights.double()).sum(), (x_wide, y_wide))
+        with launches():
+            sums = unpaired_sums(x, y, 10.0, -5.0, True, "fp32")
+            got = value_and_gradients((sums * weights.to(sums)).sum(), (x, y))
+        for one, other in zip(got, want, strict=True):
+            assert (one.cpu() - other).norm() <= 1e-5 * other.norm()
 
 
 def test_gradients_that_nobody_needs_are_not_computed() -> None:

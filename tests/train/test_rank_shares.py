@@ -1,18 +1,22 @@
 """What one rank of several takes: its part of the same batches, its images of an evaluation, its workers and seeds."""
 
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from gloo_ranks import groups, ranks  # noqa: F401
 from tiny_run import tiny_config
+from torch import distributed as dist
 
 from fastcl.errors import FastclError, ToldElsewhere
 from fastcl.similarity import PairAccumulator
+from fastcl.train import trainer
 from fastcl.train.group import ALONE, Ranks, average_gradients
 from fastcl.train.inputs import open_inputs
 from fastcl.train.measures import evaluate
-from fastcl.train.models import make_optimizer, make_twins
+from fastcl.train.models import Twin, make_optimizer, make_twins
 from fastcl.train.step import fetch, step_twins
 
 CPU = torch.device("cpu")
@@ -82,6 +86,54 @@ def test_parts_that_are_not_equal_count_by_their_images(ranks):  # noqa: F811
         for (values, rows, pair), (wanted, total, same) in zip(noted, tables, strict=True):
             assert rows == total == 20 and pair == pytest.approx(same, rel=1e-3, abs=1e-5)
             assert values == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def exchanged(rank):
+    """What a step of three models does, in order: embeddings, and all-reduces with their numbers of elements."""
+    twins, done = make_twins(tiny_config(train__models=["nscl", "supcon", "ce"], train__controls=[]), 1, 3, CPU), []
+    all_reduce, embed = dist.all_reduce, Twin.embed
+
+    def noted(tensor, *given, async_op=False, **more):
+        done.append((tensor.numel(), async_op))
+        work = all_reduce(tensor, *given, async_op=async_op, **more)
+        return SimpleNamespace(wait=lambda: (done.append((tensor.numel(), "arrived")), work.wait())) if work else work
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", noted)
+        patch.setattr(Twin, "embed", lambda twin, views: (done.append(twin.name), embed(twin, views))[1])
+        views, labels = (torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8)), torch.arange(4) % 3
+        step_twins(twins, views, None, labels, temperature=0.5, lr=0.1, seed=0, ranks=Ranks(rank, 3, groups["all"]))
+    learning = ([p for p in twin.network.parameters() if p.grad is not None] for twin in twins)
+    return done, [sum(p.numel() for p in found) for found in learning]
+
+
+@pytest.mark.dist
+def test_a_network_is_one_all_reduce_that_travels_while_the_next_one_runs(ranks):  # noqa: F811
+    for done, (a, b, c) in ranks.run(exchanged):
+        sent = ["nscl", "supcon", (a, True), (b, True), "ce", (a, "arrived"), (b, "arrived"), (c, True), (c, "arrived")]
+        assert done[:-1] == sent and done[-1][1] is False and done[-1][0] < 20  # the table of what was measured
+
+
+def checkpointed(rank):
+    """What the buffers of a rank hold when the run is saved."""
+    network = torch.nn.BatchNorm1d(2)
+    network.running_mean.fill_(rank)
+    run = SimpleNamespace(
+        twins=[SimpleNamespace(network=network)], ranks=Ranks(rank, 3, groups["all"]), out=Path("run"), epoch=1,
+        log=SimpleNamespace(files={}), _describe=dict,
+    )  # fmt: skip
+    held = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "identity", dict)
+        patch.setattr(trainer, "save_checkpoint", lambda *_: held.append(network.running_mean.tolist()))
+        trainer.Lockstep._checkpoint(run)
+    return held, network.running_mean.tolist()
+
+
+@pytest.mark.dist
+def test_a_checkpoint_has_the_running_statistics_of_all_ranks(ranks):  # noqa: F811
+    mean = [1.0, 1.0]
+    assert ranks.run(checkpointed) == [([mean], mean), ([], mean), ([], mean)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 9])

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.harness.command import ROOT
 from bench.static.compile import Job
-from bench.static.jobs import ROOT, Compiled, StaticError, compile_all
+from bench.static.jobs import Compiled, StaticError, compile_all
 from bench.static.predict.assumptions import OPTIMISTIC, Machine
 from bench.static.predict.launches import Kernel
 from bench.static.predict.pipes import NotModelled

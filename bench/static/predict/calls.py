@@ -9,9 +9,9 @@ import torch
 
 from fastcl.kernels.common.launch import Launch, on_architecture, recording
 from fastcl.losses.objectives import OBJECTIVES
-from fastcl.rowstats.api import fused
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.triton import hopper
+from fastcl.rowstats.triton.operator import fused
 from fastcl.rowstats.triton.working_order import COUNTED
 
 LOSSES = ("ntxent", "nscl", "supcon", "clip")

@@ -20,7 +20,6 @@ from bench.static.report import occupancy
 from bench.static.sass import Instruction
 
 OUTSIDE = ("clock", "start", "dram", "gap", "torch", "roof", "roof_mufu")  # no loop depends on them
-_SELECTS = ("FSEL", "SEL", "ISETP", "LOP3", "PLOP3")  # masked loops have many of them
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,7 @@ class Kernel:
             raise NotModelled(f"{len(loops)} loops with products for tiles {', '.join(kinds)}")
         if "low" in kinds:
             return loops[: len(kinds)]
-
-        def selects(body: Loop) -> int:
-            return sum(one.opcode.startswith(_SELECTS) for one in self.paths.instructions(body))
-
-        fewest, most = min(loops, key=selects), max(loops, key=selects)
+        fewest, most = min(loops, key=self.paths.selects), max(loops, key=self.paths.selects)
         return [most if kind == "masked" else fewest for kind in kinds]
 
     def fixed(self, bodies: Sequence[Loop]) -> float:
@@ -220,11 +215,9 @@ def _tiles(kernel: Kernel, work: Work) -> tuple[float, dict[str, float], float]:
         cycles = schedule.uniform(programs, amounts[0], first.cycles, fixed, count)
     else:
         cycles = schedule.finish(amounts, first.cycles, fixed, count)
+    totals = [programs * sum(row[k] for row in rows) for k in used]
     pipes = {
-        name: sum(
-            timing.pipes[name] * programs * sum(row[k] for row in rows) for k, timing in zip(used, timings, strict=True)
-        )
-        / count
+        name: sum(timing.pipes[name] * total for timing, total in zip(timings, totals, strict=True)) / count
         for name in first.pipes
     }
     return cycles, pipes, first.surplus

@@ -11,6 +11,9 @@ Loop = frozenset[int]  # numbers of blocks
 _PRODUCT = (TENSOR["HGMMA"], TENSOR["HMMA"])
 
 
+_SELECTS = ("FSEL", "SEL", "ISETP", "LOP3", "PLOP3")  # loops over masked tiles or padded blocks have many of them
+
+
 def has_product(code: Sequence[Instruction]) -> bool:
     """Whether tensor-core instructions are among the instructions."""
     return any(pattern.match(one.opcode) for one in code for pattern in _PRODUCT)
@@ -27,6 +30,10 @@ class Paths:
     def instructions(self, numbers: Loop) -> list[Instruction]:
         """All instructions of some blocks."""
         return [one for k in sorted(numbers) for one in self.code[k].code]
+
+    def selects(self, body: Loop) -> int:
+        """Instructions of some blocks that compare or select."""
+        return sum(one.opcode.startswith(_SELECTS) for one in self.instructions(body))
 
     def outer(self) -> list[Loop]:
         """The outermost loops that hold products, in the order of their addresses."""

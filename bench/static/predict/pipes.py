@@ -7,8 +7,9 @@ time. So one scheduler is modelled; what its warps ask of shared memory, L2 and 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from functools import cache
 from typing import NamedTuple
 
 from bench.static.predict.assumptions import Machine
@@ -69,20 +70,44 @@ class Op(NamedTuple):
     flops: float = 0
 
 
+def _moved(one: Instruction) -> float:
+    """Bytes of a warp."""
+    return WARP * (16 if ".128" in one.opcode else 8 if ".64" in one.opcode else 4)
+
+
+def _matrices(one: Instruction) -> float:
+    return 128 * (4 if one.opcode.endswith(".4") else 2 if one.opcode.endswith(".2") else 1)
+
+
+def _last(one: Instruction) -> float:
+    """The last operand."""
+    return int(one.operands[-1], 0)
+
+
 _WGMMA = re.compile(r"[BHIQ]GMMA\.(\d+)x(\d+)x(\d+)")
 _HMMA = re.compile(r"HMMA\.(?:16816|1688)\b")
 _UNKNOWN = re.compile(r"UTMA|SYNCS|UTC|LDT|STT|UBLKCP|QMMA|OMMA|DMMA|IMMA|BMMA")
-_FREE = re.compile(
-    r"WARPGROUP|WARPSYNC|BSSY|BSYNC|NOP|BRA|JMP|EXIT|RET|CALL|YIELD|ELECT|ERRBAR|CCTL|USETMAXREG|DEPBAR|U|VOTE|BREAK|BMOV"
+# The beginning of the opcode, the kind, and the amount or what tells it; the first row that fits.
+_ROWS: tuple[tuple[str, Kind, float | Callable[[Instruction], float]], ...] = (
+    (r"LDGDEPBAR", Kind.COMMIT, 0),
+    (r"LDSM|STSM", Kind.SHARED, _matrices),
+    (r"LDGSTS", Kind.COPY, _moved),
+    (r"LDS|STS|ATOMS", Kind.SHARED, _moved),
+    (r"SHFL", Kind.SHUFFLE, 4 * WARP),
+    (r"LDG|LD\.E|ATOMG|ATOM\.|LDL", Kind.LOAD, _moved),
+    (r"STG|RED|ST\.E|STL", Kind.STORE, _moved),
+    (r"WARPGROUP\.DEPBAR", Kind.WGMMA_WAIT, _last),
+    (r"LDC", Kind.SLOW, 30),
+    (r"S2R|S2UR|R2UR|CS2R", Kind.SLOW, 20),
+    (r"MEMBAR", Kind.STALL, 30),
+    (r"FENCE", Kind.STALL, 12),
+    (r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2|FSWZADD", Kind.FMA, 0),
+    (r"IMAD", Kind.FMA_HEAVY, 0),
+    (r"MUFU|F2I|I2F|F2F\.|FRND|POPC|FLO|DADD|DMUL|DFMA|DSETP", Kind.MUFU, 0),
+    (r"WARPGROUP|WARPSYNC|BSSY|BSYNC|NOP|BRA|JMP|EXIT|RET|CALL|YIELD|ELECT|ERRBAR|CCTL", Kind.FREE, 0),
+    (r"USETMAXREG|DEPBAR|U|VOTE|BREAK|BMOV", Kind.FREE, 0),
+    (r"", Kind.ALU, 0),
 )
-# Pipe by the beginning of the opcode; the first that fits.
-_PIPES = (
-    (re.compile(r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2|FSWZADD"), Kind.FMA),
-    (re.compile(r"IMAD"), Kind.FMA_HEAVY),
-    (re.compile(r"MUFU|F2I|I2F|F2F\.|FRND|POPC|FLO|DADD|DMUL|DFMA|DSETP"), Kind.MUFU),
-)
-_LATENCIES = ((re.compile(r"LDC"), 30), (re.compile(r"S2R|S2UR|R2UR|CS2R"), 20))
-_STALLS = ((re.compile(r"MEMBAR"), 30), (re.compile(r"FENCE"), 12))
 
 
 def decode(code: Sequence[Instruction], machine: Machine) -> list[Op]:
@@ -100,28 +125,19 @@ def _decode(one: Instruction, machine: Machine) -> Op:
         return Op(Kind.FREE, control)
     if _UNKNOWN.match(opcode):
         raise NotModelled(f"{one.address} {opcode}")
-    if opcode.startswith("LDGDEPBAR"):
-        return Op(Kind.COMMIT, control)
     if product := _product(one, machine):
         return product
-    if memory := _memory(one):
-        return memory
-    if opcode.startswith("WARPGROUP.DEPBAR"):
-        return Op(Kind.WGMMA_WAIT, control, int(one.operands[-1], 0))
     if opcode.startswith("DEPBAR") and one.operands[:1] == ("SB0",) and len(one.operands) == 2:
-        return Op(Kind.COPY_WAIT, control, int(one.operands[-1], 0))
+        return Op(Kind.COPY_WAIT, control, _last(one))
     if opcode.startswith("BAR.SYNC"):
         return _barrier(one)
-    for pattern, cycles in _LATENCIES:
-        if pattern.match(opcode):
-            return Op(Kind.SLOW, control, cycles)
-    for pattern, cycles in _STALLS:
-        if pattern.match(opcode):
-            return Op(Kind.STALL, control, cycles)
-    for pattern, kind in _PIPES:
-        if pattern.match(opcode):
-            return Op(kind, control)
-    return Op(Kind.FREE if _FREE.match(opcode) else Kind.ALU, control)
+    kind, amount = _row(opcode)
+    return Op(kind, control, amount(one) if callable(amount) else amount)
+
+
+@cache
+def _row(opcode: str) -> tuple[Kind, float | Callable[[Instruction], float]]:
+    return next((kind, amount) for start, kind, amount in _ROWS if re.match(start, opcode))
 
 
 def _barrier(one: Instruction) -> Op:
@@ -144,30 +160,6 @@ def _product(one: Instruction, machine: Machine) -> Op | None:
             raise NotModelled(f"{one.address} {one.opcode}")
         flops = 2 * 16 * 8 * (8 if "1688" in one.opcode else 16)
         return Op(Kind.HMMA, one.control, flops * SCHEDULERS / machine.hmma, flops=flops * SCHEDULERS)
-    return None
-
-
-def _width(opcode: str) -> int:
-    """Bytes of a thread."""
-    return 16 if ".128" in opcode else 8 if ".64" in opcode else 4
-
-
-def _memory(one: Instruction) -> Op | None:
-    opcode, control = one.opcode, one.control
-    moved = _width(opcode) * WARP
-    if opcode.startswith(("LDSM", "STSM")):
-        matrices = 4 if opcode.endswith(".4") else 2 if opcode.endswith(".2") else 1
-        return Op(Kind.SHARED, control, 128 * matrices)
-    if opcode.startswith("LDGSTS"):
-        return Op(Kind.COPY, control, moved)
-    if opcode.startswith(("LDS", "STS", "ATOMS")):
-        return Op(Kind.SHARED, control, moved)
-    if opcode.startswith("SHFL"):
-        return Op(Kind.SHUFFLE, control, 4 * WARP)
-    if opcode.startswith(("LDG", "LD.E", "ATOMG", "ATOM.", "LDL")):
-        return Op(Kind.LOAD, control, moved)
-    if opcode.startswith(("STG", "RED", "ST.E", "STL")):
-        return Op(Kind.STORE, control, moved)
     return None
 
 

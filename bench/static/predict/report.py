@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from bench.harness.records import digits, table
+from bench.harness.records import Record, digits, table
 from bench.static.predict import calibration
 from bench.static.predict.assumptions import MACHINES, OPTIMISTIC, TABLE, Machine
 from bench.static.predict.calls import CLASSES, TEMPERATURE
@@ -18,7 +17,6 @@ _TILED = (
     "product_kernel",
 )  # fmt: skip
 
-Record = dict[str, Any]
 Key = tuple[str, int, int, str, bool, str, str]
 
 
@@ -34,9 +32,8 @@ def records(found: Iterable[Predicted], arch: int, triton: str) -> list[Record]:
             times = {"predicted_ms": round(one.ms(run), 5), "bound_ms": round(one.bound[run], 5)}
             rows.append(case | {"pass": run} | times | card)
         for (run, name), ms in one.kernels().items():
-            rows.append(
-                case | {"pass": run, "kernel": name, "predicted_ms": round(ms, 5)} | _kernel(one, run, name) | card
-            )
+            times = {"predicted_ms": round(ms, 5)}
+            rows.append(case | {"pass": run, "kernel": name} | times | _kernel(one, run, name) | card)
     return rows
 
 
@@ -122,19 +119,8 @@ def _losses(rows: Sequence[Record]) -> str:
 
 
 def _kernels(rows: Sequence[Record]) -> str:
-    head = (
-        "loss",
-        "kernel",
-        "launches",
-        "programs/SM",
-        "predicted ms",
-        "held by",
-        "tensor",
-        "shared",
-        "mufu",
-        "issue",
-        "L2",
-    )
+    head = ("loss", "kernel", "launches", "programs/SM", "predicted ms", "held by", "tensor", "shared", "mufu", "issue",
+            "L2")  # fmt: skip
     lines = []
     for one in rows:
         if one.get("kernel") not in _TILED or one["n"] < 65536:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.harness.records import write_file
+from bench.harness.command import Parser, pattern
+from bench.harness.records import Record, json_lines, read, write_file
 from bench.static.compile import obstacle
-from bench.static.jobs import ROOT, StaticError
+from bench.static.jobs import StaticError
+from bench.static.known import RESULTS
 from bench.static.predict import report
 from bench.static.predict.assumptions import MACHINES, NOT_MODELLED, TABLE, Machine
 from bench.static.predict.calibration import ARCH, Comparison, compare
 from bench.static.predict.calls import Loss, losses
 from bench.static.predict.losses import Model, Predicted
-from fastcl.errors import FastclError
 from fastcl.io.outputs import check_output, named_path
 
-RESULTS = ROOT / "bench" / "results" / "static"
 _WEAK = [Loss("ntxent", 65536, d, precision) for precision in ("fp16", "fp32") for d in (64, 128, 256, 512)]
 _DESCRIPTION = f"""\
 Predict the times of whole losses from their compiled code, without a GPU. The exit status is 1 if a kernel or a loss is
@@ -49,19 +47,13 @@ def main(argv: Sequence[str]) -> int:
     text = report.markdown(rows, machine, compared, weak)
     print(text, end="")
     if args.json:
-        write_file(args.json, lines(rows))
+        write_file(args.json, json_lines(rows))
     return _judge(rows, text, compared, args.accept, whole=not args.only.pattern)
 
 
-def committed(arch: int) -> list[report.Record]:
+def committed(arch: int) -> list[Record]:
     """The committed predictions for an architecture; empty if there are none."""
-    path = _path(arch, "json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
-def lines(rows: Sequence[report.Record]) -> str:
-    """Records as JSON, one on each line."""
-    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    return read(_path(arch, "json"))
 
 
 def _path(arch: int, suffix: str) -> Path:
@@ -69,7 +61,7 @@ def _path(arch: int, suffix: str) -> Path:
 
 
 def _judge(
-    rows: Sequence[report.Record], text: str, compared: Sequence[Comparison], accept: bool, whole: bool
+    rows: Sequence[Record], text: str, compared: Sequence[Comparison], accept: bool, whole: bool
 ) -> int:  # fmt: skip
     """Compare with what is committed, or commit; `whole`: the records are of all losses. Returns the exit status."""
     arch = int(rows[0]["arch"].removeprefix("sm_"))
@@ -79,7 +71,7 @@ def _judge(
     ]
     if accept:
         merged = {report.key(row): row for row in ([] if whole else before)} | {report.key(row): row for row in rows}
-        write_file(_path(arch, "json"), lines(list(merged.values())))
+        write_file(_path(arch, "json"), json_lines(merged.values()))
         if whole:
             write_file(_path(arch, "md"), text)
         else:
@@ -104,26 +96,18 @@ def _sensitivity(model: Model, machine: Machine) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.static --predict", description=_DESCRIPTION)
+    parser = Parser("static --predict", [_DESCRIPTION], "workers")
     add = parser.add_argument
     names = [f"sm_{arch}" for arch in sorted((*MACHINES, *NOT_MODELLED))]
     add("--arch", default=f"sm_{ARCH}", choices=names, help="(default: %(default)s)")
-    add("--only", default="", metavar="REGEX", help="only the losses in whose names this is found")
+    add("--only", type=pattern, default=pattern(""), metavar="REGEX", help="only the losses with this in their names")
     add("--json", type=named_path, metavar="FILE", help="write the records: losses by pass, and their kernels")
     add("--sensitivity", action="store_true", help="also with each weak assumption changed (minutes)")
     add("--accept", action="store_true", help="commit these predictions: rewrite the files in bench/results/static/")
-    add("--workers", type=int, default=2, metavar="N", help="processes that compile (default: %(default)s)")
-    args = parser.parse_args(list(argv))
-    try:
+    args = parser.parse_args(argv)
+    with parser.refusing():
         if args.json:
             check_output(args.json, "--json")
-        args.only = re.compile(args.only)
-    except FastclError as error:
-        parser.error(str(error))
-    except re.error as error:
-        parser.error(f"--only: {args.only!r} is no regular expression: {error}")
-    if args.workers < 1:
-        parser.error(f"--workers: must be positive, got {args.workers}")
     args.arch = int(args.arch.removeprefix("sm_"))
     if reason := NOT_MODELLED.get(args.arch):
         parser.error(f"--arch sm_{args.arch} is not modelled: {reason}")

@@ -24,7 +24,6 @@ _SYNCS = (
     ("SYNCS.PHASECHK", Kind.FULL_WAIT), ("SYNCS.ARRIVE", Kind.RELEASE), ("SYNCS.EXCH", Kind.FREE),
 )  # fmt: skip
 _WAIT = r"SYNCS\.PHASECHK"
-_SELECTS = ("FSEL", "SEL", "ISETP", "LOP3", "PLOP3")  # loops over padded blocks have more of them
 
 
 class Specialised(Multiprocessor):
@@ -117,12 +116,8 @@ def consumers(paths: Paths, number: int) -> list[Loop]:
     inner = [body for body in loops if not any(other < body for other in loops)]
     if not inner or len(inner) % number:
         raise NotModelled(f"{len(inner)} loops with products for {number} consumers")
-
-    def selects(body: Loop) -> int:
-        return sum(one.opcode.startswith(_SELECTS) for one in paths.instructions(body))
-
     each = len(inner) // number  # over whole blocks and over padded ones
-    found = [min(inner[k : k + each], key=selects) for k in range(0, len(inner), each)]
+    found = [min(inner[k : k + each], key=paths.selects) for k in range(0, len(inner), each)]
     return [_straight(paths, body) for body in found]
 
 

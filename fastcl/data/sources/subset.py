@@ -1,4 +1,4 @@
-"""Fewer images of a split, so that runs on different classes are evaluated on equally many."""
+"""Some of the images of a split: for one, so many that runs on different classes are evaluated on equally many."""
 
 from __future__ import annotations
 
@@ -31,8 +31,14 @@ def subsample(split: Split, count: int, seed: int) -> Split:
     ranks = np.arange(len(split)) - (np.cumsum(sizes) - sizes)[split.labels[order]]
     place = (ranks + 0.5) / sizes[split.labels[order]]  # of an image within its class, from 0 to 1
     kept = np.sort(order[np.argsort(place, kind="stable")[:count]])
-    encoded = None if split.encoded is None else partial(_at, split.encoded, kept)
-    return Split(split.ids[kept], split.labels[kept], split.sizes[kept], partial(_at, split.read, kept), encoded)
+    return part(split, kept)
+
+
+def part(split: Split, positions: np.ndarray) -> Split:
+    """The images of a split at (n,) positions, in that order."""
+    at, read = positions, partial(_at, split.read, positions)
+    encoded = None if split.encoded is None else partial(_at, split.encoded, positions)
+    return Split(split.ids[at], split.labels[at], split.sizes[at], read, encoded)
 
 
 def _at(read: Callable[[int], Any], positions: np.ndarray, i: int) -> Any:

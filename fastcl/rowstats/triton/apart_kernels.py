@@ -42,7 +42,7 @@ class _Asked(NamedTuple):
         return Call(*self[:4], (), split, labelled and self.peers)
 
 
-def _forward(x, y, labels, labels_y, *asked) -> tuple[Tensor, ...]:
+def _forward(x, y, labels, labels_y, *asked) -> tuple[Tensor | None, ...]:
     """Statistics (5, N), of which the first two rows are 0, counts (3, N), `theirs` as of `apart`, and `Saved`.
 
     Where the logits may leave the range of a fixed shift, `theirs` has a sixth row: the other ranks' flags.

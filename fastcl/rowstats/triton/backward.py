@@ -192,7 +192,7 @@ def _finalize(wanted: Sequence[_Wanted], sums: Sequence[_Sums], call: Call, firs
         side = backward_epilogue.Finalized(
             tiles, x.source, one.r.views, y.source, one.s.views, one.dx, y.scale, degree
         )  # fmt: skip
-        given.append((side, backward_epilogue.Finish(block_n, block_d, len(acc), in_order, one.r is one.s)))
+        given.append((side, backward_epilogue.Epilogue(block_n, block_d, len(acc), in_order, one.r is one.s)))
     for sides, constants in alike(given):
         launch_sides(
             backward_epilogue.finalize_kernel, sides,

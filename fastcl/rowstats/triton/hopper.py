@@ -24,6 +24,7 @@ from fastcl.kernels.common.ring import Ring
 from fastcl.kernels.contrastive.backward import Accumulator, Weights
 from fastcl.kernels.contrastive.wide import Pairs
 from fastcl.rowstats.triton.operand import NARROW, Call, Operand
+from fastcl.rowstats.triton.replay import forget
 
 # Versions of Triton for which the static gate finds the compiled kernels clean, and those of them with which a card
 # has confirmed results and times (`bench.gpu`).
@@ -40,10 +41,12 @@ def using(on: bool) -> Iterator[None]:
     """Within the block, use the kernels wherever they fit, or nowhere."""
     global _forced
     previous, _forced = _forced, on
+    forget()
     try:
         yield
     finally:
         _forced = previous
+        forget()
 
 
 def enabled() -> bool:

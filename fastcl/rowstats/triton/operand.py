@@ -101,7 +101,7 @@ class Operand:
     x2: Tensor | None  # the second view of each sample, if two tensors hold the rows
     order: Tensor
     z: Tensor  # (1 or 2, rows, D)
-    inv: Tensor  # (n,); empty if rows are not normalised
+    inv: Tensor | None  # (n,); None if rows are not normalised
     scale: Tensor | None  # (1,); None if rows are normalised
 
     @property
@@ -120,23 +120,28 @@ class Operand:
         return self.z.shape[2]
 
     @cached_property
+    def lists(self) -> tuple[Tensor, ...]:
+        """The rows of `order`, (n,) each."""
+        return self.order.unbind()
+
+    @cached_property
     def source(self) -> Rows:
         """The original rows, as kernels take them."""
-        n, d, inv = self.n, self.x.shape[1], None if self.scale is not None else self.inv
+        n, d, inv = self.n, self.x.shape[1], self.inv
         if self.x2 is None:
-            return Rows(self.x, None, self.order[0], inv, n, d, self.x.stride(0), 0, 0)
-        return Rows(self.x, self.x2, self.order[0], inv, n, d, self.x.stride(0), len(self.x), self.x2.stride(0))
+            return Rows(self.x, None, self.lists[0], inv, n, d, self.x.stride(0), 0, 0)
+        return Rows(self.x, self.x2, self.lists[0], inv, n, d, self.x.stride(0), len(self.x), self.x2.stride(0))
 
     @cached_property
     def resident(self) -> Resident:
         """The working copy, as kernels over tiles take resident rows."""
-        return Resident(self.z, self.scale, self.order[1], self.order[2], self.order[3], self.n, self.rows)
+        return Resident(self.z, self.scale, self.lists[1], self.lists[2], self.lists[3], self.n, self.rows)
 
     @cached_property
     def streamed(self) -> Streamed:
         """The working copy, as kernels over tiles take streamed rows."""
         own = (5, 6) if len(self.order) > 5 else (1, 3)
-        return Streamed(self.z, self.scale, self.order[own[0]], self.order[own[1]], self.n, self.rows)
+        return Streamed(self.z, self.scale, self.lists[own[0]], self.lists[own[1]], self.n, self.rows)
 
     def tabled(self, kernel: str, mode: str) -> Config | None:
         """Tile sizes of a launch that streams these rows, from the table; None if it has none."""
@@ -206,7 +211,7 @@ def allocated(source: Source, call: Call) -> Operand:
     order = source.order.tensor
     n, d = order.shape[1], x.shape[1]
     z = torch.empty(working_shape(n, d, call.split), dtype=DTYPES[call.precision], device=x.device)
-    inv = torch.empty(n if call.normalize else 0, dtype=torch.float32, device=x.device)
+    inv = torch.empty(n, dtype=torch.float32, device=x.device) if call.normalize else None
     return Operand(x, x2, order, z, inv, None if call.normalize else _scale(x, x2))
 
 
@@ -251,7 +256,9 @@ def _scale(*rows: Tensor | None) -> Tensor:
     return half_scale(peak).clamp(max=2.0**126)  # so that its reciprocal is a normal number
 
 
-def restored(x: Tensor, x2: Tensor | None, order: Tensor, z: Tensor, inv: Tensor, scale: Tensor | None) -> Operand:
-    """Rebuild an operand from what the forward pass saved."""
+def restored(
+    x: Tensor, x2: Tensor | None, order: Tensor, z: Tensor, inv: Tensor | None, scale: Tensor | None
+) -> Operand:
+    """Rebuild an operand from what the forward pass saved; `inv` is not read if there is a scale."""
     x2 = None if x2 is None else _unit_stride(x2)
-    return Operand(_unit_stride(x), x2, order, z, inv, scale)
+    return Operand(_unit_stride(x), x2, order, z, inv if scale is None else None, scale)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastcl.checks import check_precision, check_transforms
 from fastcl.choices import RELATIONS
-from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
+from fastcl.dispatch import wants_float32
+from fastcl.rowstats.registration import call, differentiable_once, refuse_batched, register
+from fastcl.rowstats.request import Batch
 
 if TYPE_CHECKING:
     from fastcl.rowstats.triton.operand import Call
@@ -44,40 +47,40 @@ class Asked(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Saved for the backward pass, besides the rows; an empty tensor stands for None."""
+    """Saved for the backward pass, besides the rows; what a call does not have is None."""
 
-    z: Tensor  # working copies, inverse norms and orders of the anchors, then of the candidates
-    inv: Tensor
-    order: Tensor
-    z_y: Tensor
-    inv_y: Tensor
-    order_y: Tensor
-    scale: Tensor  # (1,) or (2,); of rows that are not normalised
-    flag: Tensor
-    maxima: Tensor  # of derivatives, if the losses are those of one objective, reduced
+    z: Any  # working copies, inverse norms and orders of the anchors, then of the candidates
+    inv: Any
+    order: Any
+    z_y: Any = None
+    inv_y: Any = None
+    order_y: Any = None
+    scale: Any = None  # (1,) or (2,); of rows that are not normalised
+    flag: Any = None
+    maxima: Any = None  # of derivatives, if the losses are those of one objective, reduced
 
 
 class Returned(NamedTuple):
-    """The results of the operator; the candidates' stats, counts and losses are empty without `columns`.
+    """The results of the operator; the candidates' stats, counts and losses are None without `columns`.
 
     Reduced losses are (K,), of both sides together.
     """
 
-    stats: Tensor
-    counts: Tensor
-    losses: Tensor
-    stats_y: Tensor
-    counts_y: Tensor
-    losses_y: Tensor
-    z: Tensor
-    inv: Tensor
-    order: Tensor
-    z_y: Tensor
-    inv_y: Tensor
-    order_y: Tensor
-    scale: Tensor
-    flag: Tensor
-    maxima: Tensor
+    stats: Any
+    counts: Any
+    losses: Any
+    stats_y: Any
+    counts_y: Any
+    losses_y: Any
+    z: Any
+    inv: Any
+    order: Any
+    z_y: Any
+    inv_y: Any
+    order_y: Any
+    scale: Any
+    flag: Any
+    maxima: Any
 
     @property
     def saved(self) -> Saved:
@@ -94,14 +97,46 @@ _CALL = (
 )
 _library.define(f"fused({_ROWS}, {_IDS}, {_CALL}) -> ({', '.join(['Tensor'] * len(Returned._fields))})")
 _library.define(
-    f"fused_backward({_ROWS}, bool labelled, {_CALL}, Tensor[] saved, Tensor?[] grads, bool[] need) "
+    f"fused_backward({_ROWS}, bool labelled, {_CALL}, Tensor?[] saved, Tensor?[] grads, bool[] need) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
 
-def _tensors(x: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """Replace None by an empty tensor, because an operator can only return tensors."""
-    return tuple(x.new_empty(0) if result is None else result for result in results)
+def fused(
+    batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
+    codes: Sequence[int], reduction: str = "none", inverted: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates.
+
+    Args:
+        codes: the K objectives whose losses are requested (`Objective.code`). If empty, counts are returned instead.
+        reduction: "mean" or "sum" of the losses over the anchors; the first losses are then (K,), with columns the mean
+            of both sides'.
+        inverted: `temperature` is a tensor that holds 1 / T.
+    """
+    given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
+    return call(
+        "fused", batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value,
+        normalize, precision, columns, list(codes), reduction, inverted,
+    )[:6]  # fmt: skip
+
+
+def operator_arguments(
+    temperature: float | Tensor, precision: str | None, x: Tensor, *others: Tensor | None
+) -> tuple[Tensor | None, float, str]:
+    """Temperature as a tensor or else as a number, and the precision, for a Triton operator's call on rows x."""
+    is_tensor = isinstance(temperature, Tensor)
+    given = temperature.to(x.device) if is_tensor else None
+    check_transforms("triton", x, *others, given)
+    check_precision(precision)
+    return given, 0.0 if is_tensor else float(temperature), _precision(precision, x)
+
+
+def _precision(precision: str | None, x: Tensor) -> str:
+    if precision is None:
+        full = wants_float32() and not torch.is_autocast_enabled(x.device.type)
+        return "fp32" if x.dtype == torch.float32 and full else "fp16"
+    return precision
 
 
 def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tensor, ...]:
@@ -110,13 +145,12 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tens
 
     columns, call = Asked(*asked).columns, Asked(*asked).call(labels is not None)
     flag = torch.empty(1, dtype=torch.int32, device=x.device) if call.may_overflow else None
-    with torch.cuda.device_of(x):
-        if sample is not None:
-            order_x, order_y = working_order.orders(sample, labels, sample_y, labels_y)
-        else:
-            order_x, order_y = working_order.known_order(len(x), 2 if y is None else 1, labels, x.device), None
-        theirs = None if y is None else Source(y, None, order_x if order_y is None else order_y)
-        operands, found = forward.statistics(Source(x, x2, order_x), theirs, call, flag, columns)
+    if sample is not None:
+        order_x, order_y = working_order.orders(sample, labels, sample_y, labels_y)
+    else:
+        order_x, order_y = working_order.known_order(len(x), 2 if y is None else 1, labels, x.device), None
+    theirs = None if y is None else Source(y, None, order_x if order_y is None else order_y)
+    operands, found = forward.statistics(Source(x, x2, order_x), theirs, call, flag, columns)
     first, *others = found
     losses = first.losses.rows if first.losses.total is None else first.losses.total
     given_y = (None, None, None)
@@ -126,11 +160,10 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tens
     saved_y = (None, None, None) if b is None else (b.z, b.inv, None if order_y is None else b.order)
     scales = [operand.scale for operand in operands if operand.scale is not None]
     scale = torch.cat(scales) if len(scales) > 1 else scales[0] if scales else None
-    returned = *first[:2], losses, *given_y, a.z, a.inv, a.order, *saved_y, scale, flag, first.losses.maxima
-    return _tensors(x, returned)
+    return Returned(*first[:2], losses, *given_y, a.z, a.inv, a.order, *saved_y, scale, flag, first.losses.maxima)
 
 
-def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> tuple[Tensor, ...]:
+def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Returned:
     from fastcl.rowstats.triton.operand import ALIGN, DTYPES, online_blocks, padded_width, working_shape
 
     codes, columns, call = Asked(*asked).codes, Asked(*asked).columns, Asked(*asked).call(labels is not None)
@@ -147,50 +180,51 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> tup
     def saved(rows: int, with_order: bool) -> tuple[Tensor | None, ...]:
         z = empty(*working_shape(rows, d, call.split), dtype=DTYPES[call.precision])
         order = empty(orders, rows, dtype=torch.int32) if with_order else None
-        return z, empty(rows if call.normalize else 0), order
+        return z, empty(rows) if call.normalize else None, order
 
-    nothing = (None, None, None)
     blocks = sum((rows + ALIGN - 1) // ALIGN for rows in ((n, y.shape[0]) if columns and y is not None else (n,)))
-    returned = (
-        *results(n, True), *(results(y.shape[0], False) if columns and y is not None else nothing), *saved(n, True),
-        *(nothing if y is None else saved(y.shape[0], orders == 7)),
-        None if call.normalize else empty(1 if y is None else 2),
-        empty(1, dtype=torch.int32) if call.may_overflow else None,
-        empty(blocks * online_blocks(call, x.device, padded_width(d))) if call.reduced and len(codes) == 1 else None,
-    )  # fmt: skip
-    return _tensors(x, returned)
+    most = blocks * online_blocks(call, x.device, padded_width(d))
+    maxima = empty(most) if call.reduced and len(codes) == 1 else None
+    scale = None if call.normalize else empty(1 if y is None else 2)
+    flag = empty(1, dtype=torch.int32) if call.may_overflow else None
+    given_y = saved_y = (None, None, None)
+    if y is not None:
+        given_y = results(y.shape[0], False) if columns else given_y
+        saved_y = saved(y.shape[0], orders == 7)
+    parts = *results(n, True), *given_y, *saved(n, True), *saved_y, scale, flag, maxima
+    return Returned(*parts)
 
 
-def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor, ...]:
+def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor | None, ...]:
     from fastcl.rowstats.triton import backward, operand
 
     *asked, given, grads, need = rest
     columns, call = Asked(*asked).columns, Asked(*asked).call(labelled)
-    stats, stats_y, saved = given[0], given[1], Saved(*given[2:])
-    flag = saved.flag if call.may_overflow else None
-    scales = [None, None] if call.normalize else [saved.scale[:1], saved.scale[1:]]
+    stats: Any
+    stats_y: Any
+    stats, stats_y, *others = (None if t is None or t.numel() == 0 else t for t in given)
+    saved = Saved(*others)
+    flag = saved.flag
+    scales = [None, None] if saved.scale is None else [saved.scale[:1], saved.scale[1:]]
     a = operand.restored(x, x2, saved.order, saved.z, saved.inv, scales[0])
     upstreams = [backward.Upstream(stats, grads[0], grads[1])]
     b = None
     if y is not None:
-        order_y = saved.order_y if saved.order_y.numel() else saved.order
+        order_y = saved.order if saved.order_y is None else saved.order_y
         b = operand.restored(y, None, order_y, saved.z_y, saved.inv_y, scales[1])
         if not columns:  # read only if the flag is set, with zero weights
             stats_y = stats.new_zeros(5, len(y) if flag is not None else 0)
         upstreams.append(backward.Upstream(stats_y, grads[2], grads[1] if call.reduced and columns else grads[3]))
-    maxima = saved.maxima if saved.maxima.numel() else None
-    with torch.cuda.device_of(x):
-        found = backward.gradients(a, b, call, flag, upstreams, tuple(need), maxima)
-    return _tensors(x, found)
+    return backward.gradients(a, b, call, flag, upstreams, tuple(need), saved.maxima)
 
 
-def _backward_fake(x, x2, y, _labelled, *rest) -> tuple[Tensor, ...]:
+def _backward_fake(x, x2, y, _labelled, *rest) -> tuple[Tensor | None, ...]:
     need = rest[-1]
     n = x.shape[0] * (1 if x2 is None else 2)
     has_dx = y is None or need[0] or need[2]
     return (
-        x.new_empty((n, x.shape[1]) if has_dx else 0), x.new_empty(y.shape if y is not None and need[1] else 0),
-        x.new_empty((), dtype=torch.float32) if need[2] else x.new_empty(0),
+        x.new_empty((n, x.shape[1])) if has_dx else None, y.new_empty(y.shape) if y is not None and need[1] else None,
+        x.new_empty((), dtype=torch.float32) if need[2] else None,
     )  # fmt: skip
 
 
@@ -199,7 +233,8 @@ def _setup_context(ctx, inputs, output) -> None:
     returned = Returned(*output)
     ctx.labelled = labels is not None
     ctx.save_for_backward(x, x2, y, temperature, returned.stats, returned.stats_y, *returned.saved)
-    ctx.mark_non_differentiable(returned.counts, returned.counts_y, *returned.saved)
+    others = returned.counts, returned.counts_y, *returned.saved
+    ctx.mark_non_differentiable(*(t for t in others if t is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -212,12 +247,11 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[7]]
     if all(g is None for g in given):
         return (None,) * 15
-    dx, dy, dt = torch.ops.fastcl.fused_backward(x, x2, y, ctx.labelled, temperature, *ctx.asked, saved, given, need)
-    two = (dx, None) if x2 is None else (dx[: x.shape[0]], dx[x.shape[0] :])
+    dx, dy, dt = call("fused_backward", x, x2, y, ctx.labelled, temperature, *ctx.asked, saved, given, need)
+    two = (None, None) if not need[0] else (dx, None) if x2 is None else (dx[: x.shape[0]], dx[x.shape[0] :])
     dt = dt.reshape(temperature.shape).to(temperature.dtype) if need[2] else None
-    rows = (*two, dy if need[1] else None) if need[0] else (None, None, dy if need[1] else None)
-    return *rows, None, None, None, None, dt, *(None,) * 7
+    return *two, dy if need[1] else None, None, None, None, None, dt, *(None,) * 7
 
 
-register(_library, "fused", _forward, _forward_fake, _autograd, _setup_context)
-register(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"))
+register(_library, "fused", _forward, _forward_fake, _autograd, _setup_context, results=6, replay=True)
+register(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"), replay=True)

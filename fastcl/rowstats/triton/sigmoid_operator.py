@@ -33,7 +33,7 @@ def _call(term: str, bias: Tensor, scale: Tensor | None, value: float, normalize
     return Call(scale, value, normalize, precision, (), split, False, inverted=True, bias=bias, term=term)
 
 
-def _forward(x, y, sample, sample_y, *options) -> tuple[Tensor, ...]:
+def _forward(x, y, sample, sample_y, *options) -> tuple[Tensor | None, ...]:
     """Sums (N,), statistics of the pairs (2, N), then what is saved: working copies, inverse norms and orders of both
     sides, and the scales of rows that are not normalised.
 

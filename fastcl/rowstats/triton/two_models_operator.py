@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.registration import refuse_batched, register
+from fastcl.rowstats.registration import call, refuse_batched, register
 from fastcl.rowstats.triton.operator import Asked, Saved
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
@@ -21,26 +21,24 @@ def _call(temperature, value, precision, labelled):
 def _forward(za, zb, sample, labels, temperature, value, precision):
     from fastcl.rowstats.triton import two_models, working_order
 
-    call = _call(temperature, value, precision, labels is not None)
-    flags = [za.new_empty(1, dtype=torch.int32) if call.may_overflow else None for _ in range(2)]
-    with torch.cuda.device_of(za):
-        given, _ = working_order.orders(sample, labels)
-        (a, b), found = two_models.statistics(za, zb, given, call, (flags[0], flags[1]))
-    flags = [za.new_empty(0) if flag is None else flag for flag in flags]
+    asked = _call(temperature, value, precision, labels is not None)
+    flags = [za.new_empty(1, dtype=torch.int32) if asked.may_overflow else None for _ in range(2)]
+    given, _ = working_order.orders(sample, labels)
+    (a, b), found = two_models.statistics(za, zb, given, asked, (flags[0], flags[1]))
     return *found, a.order, a.z, a.inv, b.z, b.inv, *flags
 
 
 def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
     from fastcl.rowstats.triton.operand import DTYPES, working_shape
 
-    call = _call(temperature, value, precision, labels is not None)
+    asked = _call(temperature, value, precision, labels is not None)
     n = za.shape[0]
     stats = [z.new_empty(5, n, dtype=torch.float32) for z in (za, zb)]
     saved = []
     for z in (za, zb):
-        saved += [z.new_empty(working_shape(n, z.shape[1], call.split), dtype=DTYPES[precision])]
+        saved += [z.new_empty(working_shape(n, z.shape[1], asked.split), dtype=DTYPES[precision])]
         saved += [z.new_empty(n, dtype=torch.float32)]
-    flags = [za.new_empty(1, dtype=torch.int32) if call.may_overflow else za.new_empty(0) for _ in range(2)]
+    flags = [za.new_empty(1, dtype=torch.int32) if asked.may_overflow else None for _ in range(2)]
     return (
         *stats, za.new_empty(3, n, dtype=torch.int64), za.new_empty(18, dtype=torch.float64),
         za.new_empty(5, n, dtype=torch.int32), *saved, *flags,
@@ -52,7 +50,7 @@ def _setup_context(ctx, inputs, output) -> None:
     stats_a, stats_b, counts, sums, *saved = output
     ctx.labelled = labels is not None
     ctx.save_for_backward(za, zb, temperature, stats_a, stats_b, *saved)
-    ctx.mark_non_differentiable(counts, sums, *saved)
+    ctx.mark_non_differentiable(counts, sums, *(t for t in saved if t is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -66,12 +64,10 @@ def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | No
     for k, (x, stats, z, inv, flag, grad) in enumerate(sides):
         if grad is None or not (ctx.needs_input_grad[k] or need_t):
             continue
-        nothing = [x.new_empty(0) for _ in range(6)]
-        saved = Saved(*[z, inv, order, *nothing[:4], flag, nothing[5]])
-        dx, _, dt = torch.ops.fastcl.fused_backward(
-            x, None, None, ctx.labelled, temperature, ctx.value, True, ctx.precision, False, [], "none", False,
-            [stats, nothing[4], *saved], [grad.contiguous(), None, None, None],
-            [ctx.needs_input_grad[k], False, need_t],
+        saved = [stats, None, *Saved(z, inv, order, flag=flag)]
+        dx, _, dt = call(
+            "fused_backward", x, None, None, ctx.labelled, temperature, ctx.value, True, ctx.precision, False, [],
+            "none", False, saved, [grad.contiguous(), None, None, None], [ctx.needs_input_grad[k], False, need_t],
         )  # fmt: skip
         if ctx.needs_input_grad[k]:
             rows[k] = dx
@@ -81,4 +77,4 @@ def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | No
     return *rows, None, None, dt, None, None
 
 
-register(_library, "twin", _forward, _forward_fake, _autograd, _setup_context)
+register(_library, "twin", _forward, _forward_fake, _autograd, _setup_context, results=4, replay=True)

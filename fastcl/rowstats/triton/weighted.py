@@ -43,14 +43,14 @@ class Side:
     @cached_property
     def weighted(self) -> Weights:
         """The side's weights, as kernels over tiles take them."""
-        return Weights(self.weights, self.upstream.stats, self.operand.order[0])
+        return Weights(self.weights, self.upstream.stats, self.operand.lists[0])
 
     @cached_property
     def views(self) -> backward_epilogue.Views:
         """The side's view pairs, as `finalize_kernel` takes them."""
         r = self.operand
         values = (self.weights, self.upstream.stats) if self.upstream.any else (None, None)
-        return backward_epilogue.Views(r.order[3], r.order[4], *values, r.rows)
+        return backward_epilogue.Views(r.lists[3], r.lists[4], *values, r.rows)
 
 
 def weighted(

@@ -79,6 +79,6 @@ def _product(
     launch(
         wide.product_kernel, (m // chosen.block_r, cdiv(y.width, chosen.block_d)), chosen.warps, chosen.stages,
         pairs=wide.Pairs(w, i, k, size), summed=wide.Summed(y.z, y.rows, k, count),
-        gradient=wide.Gradient(acc, x.order[0], x.order[1], x.order[2], x.n, acc.shape[1], i),
+        gradient=wide.Gradient(acc, x.lists[0], x.lists[1], x.lists[2], x.n, acc.shape[1], i),
         TILE=fixed(wide.Product(*sizes, transposed, call.split == "all", call.split != "none", add)),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastcl.kernels.common.launch import cdiv, launch
 from fastcl.kernels.contrastive.order import Ids, layout_kernel, order_kernel
-from fastcl.rowstats.order import Layout, Side
+from fastcl.rowstats.order import Layout, Sorted
 
 COUNTED = 16384  # up to this many rows, counting takes less than the launches of a sort
 
@@ -82,7 +82,7 @@ def sorted_orders(layout: Layout) -> tuple[Order, Order | None]:
     return _order(layout.x, layout.y, True), _order(layout.y, layout.x, True)
 
 
-def _order(own: Side, other: Side, with_own: bool) -> Order:
+def _order(own: Sorted, other: Sorted, with_own: bool) -> Order:
     rows = [own.order, *_interval(other.group, own.group), *_interval(other.key, own.key)]
     if with_own:
         rows += [torch.searchsorted(own.group, own.group), torch.searchsorted(own.key, own.key)]

@@ -37,9 +37,9 @@ _REACH = 64.0  # largest |v|^2 / (2 sigma^2) for float32, where its errors in ex
 
 def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
     """Sums of (n, d) features; checked arguments as in `fastcl.pair_stats`."""
-    fused, narrow = on_triton(x, y), multiplied_narrow(x, y)
+    kernels, narrow = on_triton(x, y), multiplied_narrow(x, y)
     if kernel in INNER:
-        if fused:
+        if kernels:
             from fastcl.similarity.sums import triton as gram
 
             return PairSums.of_centred(*gram.inner_sums(x, y, kernel))
@@ -51,12 +51,12 @@ def tile_sums(x: Tensor, y: Tensor, kernel: str, bandwidth: float) -> PairSums:
     scales = [0.5 / (bandwidth * median_distance(v, name)) ** 2 for v, name in ((x, "x"), (y, "y"))]
     # Squared distances are |v_i|^2 + |v_j|^2 - 2 <v_i, v_j>: with a far outlier float32 would lose the others.
     reach = max(scale * _largest_square(v) for v, scale in zip((x, y), scales, strict=True))
-    if fused and reach < _REACH:
+    if kernels and reach < _REACH:
         from fastcl.similarity.sums import triton as gram
 
         inner, rows = gram.rbf_sums(x, y, scales, shift)
     else:
-        if fused:
+        if kernels:
             ran_on("chunked")
         models = [_Rows.of(mapped(v, kernel), narrow and reach < _REACH) for v in (x, y)]
         tiles = [partial(model.exponentials, scale, shift) for model, scale in zip(models, scales, strict=True)]

@@ -30,10 +30,10 @@ from fastcl.checks import check_count, check_seed
 from fastcl.dispatch import choose_torch
 from fastcl.errors import FastclError, brief
 from fastcl.similarity.measures import NEIGHBOURS, SIMILARITIES, grouped, similarities, similarity
+from fastcl.similarity.progress import counted
 from fastcl.similarity.sums.features import checked_pair
 from fastcl.similarity.uncertainty.halves import half_stats
 from fastcl.similarity.uncertainty.permuted import random_orders
-from fastcl.similarity.uncertainty.progress import counted
 
 _FEWEST = 8  # samples: half of them are the four that a debiased measure needs
 

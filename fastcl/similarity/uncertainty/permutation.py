@@ -19,9 +19,9 @@ from torch import Tensor
 from fastcl.checks import check_count, check_seed
 from fastcl.dispatch import choose_torch
 from fastcl.similarity.measures import NEIGHBOURS, grouped, similarities
+from fastcl.similarity.progress import counted
 from fastcl.similarity.sums.features import checked_pair
 from fastcl.similarity.uncertainty.permuted import permuted, random_orders
-from fastcl.similarity.uncertainty.progress import counted
 
 QUANTILES = (0.05, 0.5, 0.95, 0.99)
 _TIE = 1e-12  # similarities that differ by less are equal up to rounding

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastcl.config.settings import Config
 from fastcl.errors import FastclError, brief, shown
-from fastcl.io.files import cause
+from fastcl.io.files import read_if_there
 from fastcl.io.json_text import parse_json
 from fastcl.io.run_names import EVALUATION, RECORDS, REPORT
 from fastcl.train.run_folder.checkpoints import drop_checkpoints, last_epoch, load_checkpoint
@@ -49,12 +49,9 @@ def identity(run: dict[str, Any]) -> dict[str, Any]:
 def read_run(out: Path) -> dict[str, Any] | None:
     """The run.json of a folder, or None if there is none. Raises FastclError if it cannot be read."""
     path = out / "run.json"
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    text = read_if_there(path)
+    if text is None:
         return None
-    except (OSError, ValueError) as error:
-        raise FastclError(f"{shown(path)} cannot be read: {cause(error)}") from error
     run = parse_json(text, shown(path))
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
         raise FastclError(f"{shown(path)} does not describe a run")
@@ -169,12 +166,7 @@ def _untrained(path: Path) -> bool:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise FastclError(f"{shown(path)} cannot be read ({cause(error)})") from error
+    lines = (read_if_there(path) or b"").split(b"\n")[:-1]
     rows = [parse_json(line, f"{shown(path)}, line {n}") for n, line in enumerate(lines, 1)]
     if not all(isinstance(row, dict) for row in rows):
         raise FastclError(f"{shown(path)} must contain one JSON object per line")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from bench.data.providers import PROVIDERS
 from bench.harness.command import ROOT
 from bench.harness.records import Record, record
 from bench.harness.suite import Run
-from bench.training import runs
 from bench.training.run import SMALL
 from fastcl.config.written import toml
 
@@ -76,4 +76,4 @@ def _train(text: str, folder: Path) -> tuple[dict[str, float], str | None]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {}, f"failed: {last.removeprefix('error: ')}"
-    return runs.lines(folder / "timing.jsonl")[-1], None
+    return json.loads((folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()[-1]), None

@@ -1,0 +1,154 @@
+"""What the ranks of one loss refuse together: arguments that differ, groups, and ranks that do not come."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from gloo_ranks import Failed, Pool, groups, ranks  # noqa: F401
+from reference import normal
+from torch import distributed as dist
+
+import fastcl
+
+pytestmark = pytest.mark.dist
+
+# What rank 1 does otherwise, and the words that every rank then reads.
+ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "temperature": ({"temperature": 0.2}, ("temperature", "0.5 on rank 0", "0.2 on rank 1")),
+    "learnable temperature": ({"temperature": torch.tensor(0.25)}, ("temperature", "0.25 on rank 1")),
+    "dtype": ({"z": normal(6, 4).float()}, ("dtype", "torch.float64 on rank 0", "torch.float32 on rank 1")),
+    "width": ({"z": normal(6, 5)}, ("number of columns", "4 on rank 0", "5 on rank 1")),
+    "precision": ({"precision": "bf16"}, ("precision", "None on rank 0", "bf16 on rank 1")),
+    "labels": ({"labels": None}, ("labels", "no labels on rank 1")),
+    "objective": ({"objective": "supcon_in"}, ("objective", "dcl on rank 0", "supcon_in on rank 1")),
+    "own objective": ({"objective": lambda stats: stats.lse_other}, ("objective", "dcl on rank 0", "lambda")),
+    "reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
+    "normalize": ({"normalize": False}, ("normalize", "True on rank 0", "False on rank 1")),
+    "gradients": ({"z": normal(6, 4).requires_grad_()}, ("gradients", "rank 1")),
+    "label smoothing": ({"label_smoothing": 0.1}, ("label_smoothing", "0 on rank 0", "0.1 on")),
+    "no label smoothing": ({"label_smoothing": 1.5}, ("rank 1 of 3", "label_smoothing", "1.5")),
+    "explicit pairs": ({"pairs": torch.tensor([[0, 6]])}, ("rank 1 of 3", "pairs", "rows 0 to 5", "got 6")),
+    "explicit weights": ({"weights": -torch.ones(1)}, ("rank 1 of 3", "weights", "not negative", "-1")),
+    "function": ({"function": "clip"}, ("objective", "ntxent on rank 1")),
+    "backend": ({"backend": "dense"}, ("backend", "chunked on rank 0", "dense on rank 1")),
+    "no rows": ({"z": normal(0, 4)}, ("rank 1 of 3", "z", "non-empty", "(0, 4)")),
+    "ids": ({"sample": torch.arange(5)}, ("rank 1 of 3", "sample", "(5,)")),
+    "negative temperature": ({"temperature": -1.0}, ("rank 1 of 3", "temperature", "-1.0")),
+    "no tensor": ({"z": None}, ("rank 1 of 3", "z", "NoneType")),
+    "a name for names": ({"objectives": "dcl"}, ("rank 1 of 3", "sequence of names", "'dcl'")),
+    "no names": ({"objectives": [["dcl"]]}, ("rank 1 of 3", "objective", "['dcl']")),
+    "unknown objective": ({"objective": "ntxnt"}, ("rank 1 of 3", "'ntxnt'", "'ntxent'")),
+}
+
+
+def odd_one(rank: int, name: str) -> None:
+    changes = dict(ODD[name][0]) if rank == 1 else {}
+    z = changes.pop("z", normal(6, 4))
+    sample, labels = changes.pop("sample", torch.arange(6) // 2), changes.pop("labels", torch.arange(6) // 4)
+    with fastcl.backend(changes.pop("backend", "auto")):
+        if changes.pop("function", name.endswith("smoothing")):
+            fastcl.clip_loss(z, z, 2.0, **changes, gather_distributed=True)
+        if name.startswith("explicit"):
+            fastcl.explicit_pairs_loss(z, **{"pairs": torch.tensor([[0, 1]])} | changes, gather_distributed=True)
+        if "objectives" in changes:
+            fastcl.contrastive_losses(z, sample, labels, **changes, gather_distributed=True)
+        options = {"objective": "dcl", "temperature": 0.5} | changes
+        fastcl.contrastive_loss(z, sample, labels, **options, gather_distributed=True)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_one_rank_does_otherwise_raises_on_all(ranks: Pool, name: str) -> None:  # noqa: F811
+    assert_common(ranks.outcomes(odd_one, name), ODD[name][1])
+
+
+def assert_common(found: list[Any], words: tuple[str, ...]) -> None:
+    """Every rank has raised the same FastclError, with these words."""
+    assert all(isinstance(one, Failed) and "FastclError" in one.trace for one in found), found
+    assert len({one.text for one in found}) == 1
+    assert all(word in found[0].text for word in words), found[0].text
+
+
+# The same of the sigmoid loss.
+ODD_SIGMOID: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "bias": ({"logit_bias": -2.0}, ("logit_bias", "-1.0 on rank 0", "-2.0 on rank 1")),
+    "learnable bias": ({"logit_bias": torch.tensor(-1.0, requires_grad=True)}, ("logit_bias's gradient", "rank 1")),
+    "scale": ({"logit_scale": 4.0}, ("logit_scale", "5.0 on rank 0", "4.0 on rank 1")),
+    "width": ({"image": normal(6, 5), "text": normal(6, 5)}, ("number of columns", "4 on rank 0", "5 on rank 1")),
+    "text": ({"text": normal(5, 4)}, ("rank 1 of 3", "image and text", "(6, 4)", "(5, 4)")),
+}
+
+
+def odd_sigmoid(rank: int, name: str) -> None:
+    given = {"image": normal(6, 4), "text": normal(6, 4), "logit_scale": 5.0, "logit_bias": -1.0}
+    fastcl.sigmoid_loss(**given | (ODD_SIGMOID[name][0] if rank == 1 else {}), gather_distributed=True)
+
+
+@pytest.mark.parametrize("name", ODD_SIGMOID)
+def test_what_one_rank_of_the_sigmoid_loss_does_otherwise_raises_on_all(ranks: Pool, name: str) -> None:  # noqa: F811
+    assert_common(ranks.outcomes(odd_sigmoid, name), ODD_SIGMOID[name][1])
+
+
+# The same of the row statistics.
+ODD_STATS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "candidates": ({"y": normal(4, 4), "sample_y": torch.arange(4)}, ("same y", "no y on rank 0", "candidates y on")),
+    "columns": (
+        {"y": normal(4, 4), "sample_y": torch.arange(4), "columns": True}, ("y", "no y on rank 0", "candidates y on"),
+    ),
+    "no candidates": ({"columns": True}, ("rank 1 of 3", "columns=True requires y")),
+    "temperature": ({"temperature": 0.3}, ("temperature", "0.5 on rank 0", "0.3 on rank 1")),
+    "two models": ({"function": "twin_stats"}, ("function", "row_stats on rank 0", "twin_stats on rank 1")),
+}  # fmt: skip
+
+
+def odd_stats(rank: int, name: str) -> None:
+    changes = dict(ODD_STATS[name][0]) if rank == 1 else {}
+    z, sample = normal(6, 4), torch.arange(6) // 2
+    if changes.pop("function", None):
+        fastcl.twin_stats(z, z, sample, temperature=0.5, gather_distributed=True)
+    fastcl.row_stats(z, **{"sample": sample, "temperature": 0.5} | changes, gather_distributed=True)
+
+
+@pytest.mark.parametrize("name", ODD_STATS)
+def test_what_one_rank_of_the_statistics_does_otherwise_raises_on_all(ranks: Pool, name: str) -> None:  # noqa: F811
+    assert_common(ranks.outcomes(odd_stats, name), ODD_STATS[name][1])
+
+
+def outside(rank: int) -> None:
+    fastcl.contrastive_loss(normal(6, 4), torch.arange(6) // 2, gather_distributed=True, group=groups["pair"])
+
+
+def test_a_group_that_does_not_hold_the_rank(ranks: Pool) -> None:  # noqa: F811
+    inside, also, error = ranks.outcomes(outside)
+    assert inside is None and also is None
+    assert "FastclError" in error.trace and "group does not hold this process" in error.text
+
+
+def missing(rank: int, backward: bool) -> None:
+    group = dist.new_group([0, 1, 2], timeout=timedelta(seconds=2))
+    if rank < 2 or backward:
+        z = normal(3, 4).requires_grad_()
+        loss = fastcl.ntxent_loss(z, z, gather_distributed=True, group=group)
+        if rank < 2:
+            loss.backward()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_rank_that_never_comes_is_an_error_of_the_others(ranks: Pool, backward: bool) -> None:  # noqa: F811
+    first, second, absent = ranks.outcomes(missing, backward)
+    assert absent is None
+    for rank, error in enumerate((first, second)):
+        assert "FastclError" in error.trace and f"rank {rank} of 3 waited in vain" in error.text
+
+
+def test_without_a_process_group() -> None:
+    z, sample = normal(6, 4), torch.arange(6) // 2
+    assert torch.equal(fastcl.contrastive_loss(z, sample), fastcl.contrastive_loss(z, sample, gather_distributed=False))
+    for call in (
+        lambda: fastcl.contrastive_loss(z, sample, gather_distributed=True),
+        lambda: fastcl.NTXentLoss(gather_distributed=True)(z, z),
+        lambda: fastcl.row_stats(z, sample=sample, temperature=0.1, gather_distributed=True),
+        lambda: fastcl.twin_stats(z, z, sample, temperature=0.1, gather_distributed=True),
+    ):
+        with pytest.raises(fastcl.FastclError, match="needs a process group"):
+            call()
