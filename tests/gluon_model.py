@@ -33,6 +33,11 @@ class Value(np.ndarray):
         """The same numbers in another type."""
         return value(self, dtype)
 
+    @property
+    def type(self) -> Any:
+        """Without a layout."""
+        return SimpleNamespace(layout=None)
+
 
 def value(x: Any, dtype: Any = None) -> Value:
     """Numbers as a tensor in registers."""
@@ -47,6 +52,11 @@ class Pointer:
 
     def __add__(self, more: Any) -> Pointer:
         return Pointer(self.memory, self.offset + np.asarray(more))
+
+    @property
+    def dtype(self) -> Any:
+        """The type of what it points to."""
+        return SimpleNamespace(element_ty=self.memory.dtype)
 
 
 class Stage:
@@ -209,15 +219,17 @@ def _me() -> Any:
 
 
 def copy(source: Any, at: list[Any], barrier: Any, into: Any) -> None:
-    """TMA: rows from `at` on, at any time from now on."""
+    """TMA: a block from row and column `at` on, with zeros beyond the last ones, at any time from now on."""
     MACHINE[0].pause()
     stage = _one(into)
     if stage.readers or stage.copying:
         raise Fault("a copy into a stage that is in use")
     stage.copying, stage.there = True, False
     stage.content[...] = np.nan
-    rows = source.base[int(at[0]) : int(at[0]) + source.block_shape[0]]
-    assert rows.shape == stage.content.shape and int(at[1]) == 0
+    rows = np.zeros(source.block_shape, source.base.dtype)
+    found = source.base[tuple(slice(int(first), int(first) + side) for first, side in zip(at, rows.shape, strict=True))]
+    rows[: found.shape[0], : found.shape[1]] = found
+    assert rows.shape == stage.content.shape
 
     def arrive() -> None:
         stage.content[...] = rows

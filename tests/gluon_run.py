@@ -56,7 +56,11 @@ def _argument(one: Any) -> Any:
         shape, base = one.block_shape, one.base.numpy()
         size = int(np.prod(shape)) * base.itemsize
         return SimpleNamespace(
-            base=base, block_shape=shape, dtype=base.dtype, layout=one.layout, block_type=SimpleNamespace(nbytes=size)
+            base=base,
+            block_shape=shape,
+            dtype=base.dtype,
+            layout=one.layout,
+            block_type=SimpleNamespace(nbytes=size, shape=list(shape)),
         )
     return value(one) if isinstance(one, int) and not isinstance(one, bool) else one
 
@@ -126,9 +130,11 @@ _LANGUAGE = SimpleNamespace(
     warp_specialize=lambda *a: model.MACHINE[0].specialize(*a),
     arange=lambda start, end, layout=None: value(np.arange(start, end)),
     zeros=lambda shape, dtype, layout=None: value(np.zeros(shape), dtype),
-    expand_dims=np.expand_dims, exp2=np.exp2, maximum=np.maximum, minimum=np.minimum, where=np.where, sum=np.sum,
+    expand_dims=np.expand_dims, exp2=np.exp2, maximum=np.maximum, minimum=np.minimum, where=np.where,
+    sum=lambda b, axis: value(np.sum(b, axis)),
     program_id=lambda axis: value(_PLACE[0][axis]), num_programs=lambda axis: value(_PLACE[1][axis]),
-    NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None,
+    NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DistributedLinearLayout=lambda *_: None,
+    convert_layout=lambda b, layout: b, cdiv=lambda n, size: -(-n // size),
 )  # fmt: skip
 _STAND_INS = {
     "gl": _LANGUAGE, "tl": _LANGUAGE, "warpgroup_mma": model.products, "warpgroup_mma_wait": model.products_done,

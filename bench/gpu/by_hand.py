@@ -24,7 +24,9 @@ NT-Xent in half precision by the kernels written by hand for sm_90 (fastcl/rowst
 Triton, on this card: loss and gradient of both, the bits of a second run, and times. Says at the end whether the
 kernels by hand may be on by default for this version of Triton. Exit status 1 where their results are wrong.
 """
-CASES = ((4096, 128), (16384, 128), (65536, 128), (4096, 256), (65536, 256))  # rows, columns
+CASES = (  # rows, columns
+    (4096, 128), (16384, 128), (65536, 128), (4096, 256), (65536, 256), (16384, 512), (65536, 512), (65536, 1024),
+)  # fmt: skip
 _HOW = ("Triton ms", "by hand ms")
 TOLERANCES = (2e-5, 1e-3)  # relative: loss, gradient; both sides round weights to half precision
 

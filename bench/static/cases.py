@@ -78,7 +78,7 @@ def _cases(sm: int) -> Iterator[_Case]:
         yield _Case(f"twins fp32 d={d}", d, "all", "fp32", second=d)
     yield _Case("twins fp32 d=32 and d=512, learnable temperature", 32, "all", "fp32", second=512, learnable=True)
     if sm == 90:
-        for d in hopper.WIDTHS:
+        for d in (*hopper.WIDTHS, 512):
             yield _Case(f"ntxent fp16 d={d}, by hand", d, by_hand=True)
             yield _Case(f"queue bf16 d={d}, by hand", d, precision="bf16", pair="queue", by_hand=True)
 

@@ -50,7 +50,7 @@ class Config:
     warps: int
     stages: int
     slots: int = _SLOTS
-    consumers: int = 0  # warpgroups that a warp-specialised kernel feeds
+    consumers: int = 0  # warpgroups that multiply in a warp-specialised kernel
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
         kernel: "forward", "online", "backward", "backward_online", "weights", "weights_online", "product", "twin" or
             "twin_masked" (the plain and the masked tiles of `twin_kernel`, by the larger of both widths). If there are
             rows "forward_plain" and "forward_masked", or "backward_masked", masked tiles have launches of their own;
-            not if there is a row "forward_joint" or "backward_joint" as well, for few rows. "forward_hopper" and
-            "backward_hopper" are rows for warp-specialised kernels, which are off by default.
+            not if there is a row "forward_joint" or "backward_joint" as well, for few rows. "forward_hopper",
+            "backward_hopper" and "weights_hopper" are rows for warp-specialised kernels, which are off by default.
         sm: a member of ARCHITECTURES.
         mode: which tiles use split half precision: "none", "peers" (those of one class) or "all".
     """

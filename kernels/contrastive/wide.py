@@ -59,6 +59,35 @@ class Product(NamedTuple):
 
 
 @triton.jit
+def _masked(r, s, start_r, start_s, TILE):
+    """Whether a tile may have pairs of a class, or padding, which must be masked: for a product of 0 the weight may
+    overflow half precision."""
+    lo, hi = class_range(r, start_r, TILE.ALIGN)
+    padded = (start_s + TILE.BLOCK_S > s.n) | (start_r + TILE.BLOCK_R > r.n)
+    return ((start_s >= lo) & (start_s < hi)) | padded
+
+
+@triton.jit
+def _weights(r, s, w_r, w_s, start_r, start_s, logits, TILE, MASKED: tl.constexpr, ONLINE: tl.constexpr):
+    """(S, R) weights of a tile."""
+    SPLIT: tl.constexpr = TILE.SPLIT_MASKED if MASKED else TILE.SPLIT_PLAIN
+    # Rows wider than BLOCK_D are loaded from memory in pieces: no rows stay in registers.
+    b_none = tl.zeros([TILE.BLOCK_R, TILE.BLOCK_D], r.z.dtype.element_ty)
+    b_p, _, _ = products(Block(r.z, r.rows, b_none, b_none, start_r), s, start_s, TILE, SPLIT)
+    return tile_weights(b_p * logits.factor, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, MASKED, ONLINE)
+
+
+@triton.jit
+def _store_weights(pairs, b_w, o_r, o_s, TILE):
+    b_high, b_low = split_half(b_w, pairs.weights.dtype.element_ty)
+    o_w = (o_s + tl.arange(0, TILE.BLOCK_S)).to(tl.int64)[:, None] * pairs.size
+    p_w = pairs.weights + o_w + (o_r + tl.arange(0, TILE.BLOCK_R))[None, :]
+    tl.store(p_w, b_high)
+    if TILE.SPLIT_PLAIN or TILE.SPLIT_MASKED:
+        tl.store(p_w + pairs.size.to(tl.int64) * pairs.size, b_low)
+
+
+@triton.jit
 def pair_weights_kernel(
     r, s,  # Resident, Streamed
     w_r, w_s,  # their Weights
@@ -74,26 +103,31 @@ def pair_weights_kernel(
     start_r = pairs.first_r + o_r
     start_s = pairs.first_s + o_s
     logits = logits_of(temperature, r, s)
-    lo, hi = class_range(r, start_r, TILE.ALIGN)
-    # Rows wider than BLOCK_D are loaded from memory in pieces: no rows stay in registers.
-    b_none = tl.zeros([TILE.BLOCK_R, TILE.BLOCK_D], r.z.dtype.element_ty)
-    block = Block(r.z, r.rows, b_none, b_none, start_r)
-    # Padding must be masked: for a product of 0 the weight may overflow half precision.
-    padded = (start_s + TILE.BLOCK_S > s.n) | (start_r + TILE.BLOCK_R > r.n)
-    if ((start_s >= lo) & (start_s < hi)) | padded:
-        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
-        b_x = b_p * logits.factor
-        b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)
+    if _masked(r, s, start_r, start_s, TILE):
+        b_w = _weights(r, s, w_r, w_s, start_r, start_s, logits, TILE, True, ONLINE)
     else:
-        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN)
-        b_x = b_p * logits.factor
-        b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, False, ONLINE)
-    b_high, b_low = split_half(b_w, pairs.weights.dtype.element_ty)
-    o_w = (o_s + tl.arange(0, TILE.BLOCK_S)).to(tl.int64)[:, None] * pairs.size
-    p_w = pairs.weights + o_w + (o_r + tl.arange(0, TILE.BLOCK_R))[None, :]
-    tl.store(p_w, b_high)
-    if TILE.SPLIT_PLAIN or TILE.SPLIT_MASKED:
-        tl.store(p_w + pairs.size.to(tl.int64) * pairs.size, b_low)
+        b_w = _weights(r, s, w_r, w_s, start_r, start_s, logits, TILE, False, ONLINE)
+    _store_weights(pairs, b_w, o_r, o_s, TILE)
+
+
+@triton.jit
+def masked_weights_kernel(
+    r, s,  # Resident, Streamed
+    w_r, w_s,  # their Weights
+    pairs,  # Pairs
+    temperature,
+    n_tiles,  # of streamed rows
+    TILE, TILES: tl.constexpr,  # that a program looks at
+):  # fmt: skip
+    """Overwrites the weights of masked tiles, after `weights_hopper_kernel`, which takes all for plain."""
+    o_r = tl.program_id(0) * TILE.BLOCK_R
+    first = tl.program_id(1) * TILES
+    logits = logits_of(temperature, r, s)
+    for i in range(first, tl.minimum(first + TILES, n_tiles)):
+        o_s = i * TILE.BLOCK_S
+        if _masked(r, s, pairs.first_r + o_r, pairs.first_s + o_s, TILE):
+            b_w = _weights(r, s, w_r, w_s, pairs.first_r + o_r, pairs.first_s + o_s, logits, TILE, True, False)
+            _store_weights(pairs, b_w, o_r, o_s, TILE)
 
 
 @triton.jit

@@ -148,6 +148,35 @@ def test_consumers_take_tiles_that_a_producer_feeds(kernel, stages, size, produc
     assert predict(found, Work((tile,), ((10.0,), (10.0,))), 0).cycles == pytest.approx(10 * timing.cycles[0], rel=0.9)
 
 
+def by_columns(name: int, *step: str) -> tuple[str, ...]:
+    """A consumer's loop over tiles, and in it one over blocks of columns."""
+    ready, repeat = f".L_x_{name}0", f".L_x_{name}1"
+    return (
+        f".L_x_{name}:", "MUFU.EX2 R1, R2", f".L_x_{name}2:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3",
+        f"@!P0 BRA `({repeat})", f"{ready}:", *step, "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4], RZ",
+        f"@P1 BRA `(.L_x_{name}2)", "MUFU.EX2 R1, R2", f"@P2 BRA `(.L_x_{name})", "EXIT",
+        f"{repeat}:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3", f"@!P0 BRA `({repeat})", f"BRA `({ready})",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stages", "size", "products", "leads", "cycles"),
+    [
+        (4, 1024, 16, False, 5 * 2 * 16 * 64),  # the tensor cores are always busy
+        (4, 16384, 2, False, 5 * 16384 / 34),  # a block of columns takes longer from L2 than its products
+        (2, 1024, 2, False, 5 * (600 + 2 * 128 + 30) / 2),  # two copies are on their way at a time
+        (2, 1024, 2, True, 5 * (600 + 2 * 128 + 30) / 2),  # also if they are made by whoever waits for them
+    ],
+)
+def test_a_tile_may_take_several_copies_which_a_consumer_may_make(kernel, stages, size, products, leads, cycles):
+    lines = (*[PRODUCT] * products, WAIT)
+    found = kernel(*by_columns(1, *lines), *by_columns(2, *lines))
+    tile = Tiles("plain", 5 * 2 * products * ONE, Feed(stages, 2, size, True, 5, leads))
+    timing = found.tile(tile, True, ("plain",))
+    assert timing.cycles == (pytest.approx(cycles, rel=0.15),) and timing.surplus == 1
+    assert timing.pipes["l2"] == 5 * size / 34
+
+
 def test_a_ring_without_its_consumers_is_not_modelled(kernel):
     found = kernel(*consumer(1, PRODUCT, WAIT))
     with pytest.raises(NotModelled, match="1 loops with products for 2 consumers"):

@@ -168,7 +168,10 @@ def test_twins_have_the_statistics_of_two_calls(device, n, d, precision):
 
 
 @gpu
-@pytest.mark.parametrize(("n", "d", "precision"), [(4096, 128, "fp16"), (3000, 256, "fp16"), (4096, 256, "bf16")])
+@pytest.mark.parametrize(
+    ("n", "d", "precision"),
+    [(4096, 128, "fp16"), (3000, 256, "fp16"), (4096, 256, "bf16"), (3000, 512, "fp16"), (4096, 1024, "bf16")],
+)
 def test_kernels_by_hand_are_those_of_float64(device, n, d, precision, monkeypatch):
     if reason := by_hand.obstacle():
         pytest.skip(reason)

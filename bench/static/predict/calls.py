@@ -73,7 +73,7 @@ def losses(sm: int = 90) -> Iterator[Loss]:
             for d in WIDTHS:
                 for n in ROWS:
                     yield Loss(objective, n, d, precision)
-    for d in hopper.WIDTHS if sm == 90 else ():
+    for d in (*hopper.WIDTHS, 512, 1024) if sm == 90 else ():
         yield from (Loss("ntxent", n, d, "fp16", by_hand=True) for n in ROWS)
 
 

@@ -201,7 +201,7 @@ def _tiles(kernel: Kernel, work: Work) -> tuple[float, dict[str, float], float]:
     count = round(kernel.machine.multiprocessors)
     programs, each = work.uniform or (1, None)
     rows = [each] if each else work.programs
-    used = [k for k in range(len(work.tiles)) if any(row[k] for row in rows)]
+    used = [k for k in range(len(work.tiles)) if any(row[k] for row in rows)] or [0]
     tiles = [work.tiles[k] for k in used]
     timings = [kernel.tile(tile, work.loop, tuple(one.kind for one in work.tiles)) for tile in tiles]
     if tiles[0].feed:

@@ -112,8 +112,9 @@ class Paths:
                 continue
             seen.add((number, count))
             block = self.code[number]
-            exits = not block.following and block.code and block.code[-1].opcode.startswith("EXIT")
-            if exits and count == len(required):
+            # A loop after which nothing comes exits from within.
+            ends = block.code if number in free else () if block.following else block.code[-1:]
+            if count == len(required) and any(one.opcode.startswith("EXIT") for one in ends):
                 return list(path)
             for k in block.following:
                 step = 0 if k in free else len(self.code[k].code)

@@ -12,7 +12,8 @@ from bench.static.predict.losses import PASSES, Predicted
 
 TOLERANCE = 0.03  # by which a kernel may get slower than committed
 _TILED = (
-    "forward_kernel", "backward_kernel", "forward_hopper_kernel", "backward_hopper_kernel", "pair_weights_kernel",
+    "forward_kernel", "backward_kernel", "forward_hopper_kernel", "backward_hopper_kernel",
+    "wide_forward_hopper_kernel", "weights_hopper_kernel", "masked_weights_kernel", "pair_weights_kernel",
     "product_kernel",
 )  # fmt: skip
 

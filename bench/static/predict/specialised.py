@@ -23,6 +23,7 @@ _PIECE = 1024  # bytes of a copy that are written to shared memory at once
 _SYNCS = (
     ("SYNCS.PHASECHK", Kind.FULL_WAIT), ("SYNCS.ARRIVE", Kind.RELEASE), ("SYNCS.EXCH", Kind.FREE),
 )  # fmt: skip
+_WAIT = r"SYNCS\.PHASECHK"
 
 
 class Specialised(Multiprocessor):
@@ -33,7 +34,7 @@ class Specialised(Multiprocessor):
     """
 
     def __init__(self, loops: Sequence[Sequence[Op]], feed: Feed, machine: Machine) -> None:
-        producer = [Op(Kind.EMPTY_WAIT, Control(10)), Op(Kind.FEED, Control(10), feed.size)]
+        producer = [Op(Kind.EMPTY_WAIT, Control(10)), Op(Kind.FEED, Control(10), feed.size)] * feed.steps
         super().__init__((), 1, WARPGROUP * (len(loops) + 1), machine)
         for warp, ops in zip(self.warps, (*loops, producer), strict=True):
             warp.ops = ops
@@ -41,6 +42,8 @@ class Specialised(Multiprocessor):
         self.places = {id(warp): k for k, warp in enumerate(self.warps)}
         self.filled = [0] * feed.stages  # copies that have arrived, by stage
         self.released = [0] * feed.stages  # times that a consumer has released it
+        self.begun = [0] * len(self.warps)  # turns of the ring for which a warp has waited
+        self.ended = [0] * len(self.warps)  # turns whose stage it has filled or released
 
     def cycles(self) -> float:
         """Cycles of the multiprocessor for a tile."""
@@ -48,23 +51,38 @@ class Specialised(Multiprocessor):
         rates = [self._rate(warp) for warp in self.warps[:-1]]
         return 1 / (sum(rates) / (len(rates) if self.feed.together else 1))
 
-    def _turn(self, warp: Warp) -> int:
-        """The turn of the ring that a warp is in."""
+    def _turn(self, warp: Warp, turns: Sequence[int]) -> int:
+        """The turn of the ring of a warp that has `turns` behind it."""
+        place = self.places[id(warp)]
         if warp is self.warps[-1] or self.feed.together:
-            return warp.turns
-        return self.places[id(warp)] + warp.turns * (len(self.warps) - 1)
+            return turns[place]
+        return place + turns[place] * (len(self.warps) - 1)
 
     def _ready(self, warp: Warp) -> float:
-        kind, (again, stage) = warp.ops[warp.position].kind, divmod(self._turn(warp), self.feed.stages)
+        kind, (again, stage) = warp.ops[warp.position].kind, divmod(self._turn(warp, self.begun), self.feed.stages)
         if kind is Kind.FULL_WAIT:
-            return 0.0 if self.filled[stage] > again else math.inf
+            copied = not self.feed.leads or warp is not self.warps[0] or self.ended[-1] > self._due()
+            return 0.0 if self.filled[stage] > again and copied else math.inf
         if kind is Kind.EMPTY_WAIT:
+            if self.feed.leads and self.begun[-1] > self._due():
+                return math.inf
             needed = (len(self.warps) - 1 if self.feed.together else 1) * again
             return 0.0 if self.released[stage] >= needed else math.inf
         return super()._ready(warp)
 
+    def _due(self) -> int:
+        """The last copy that the first consumer, if it is the one that copies, makes before it goes on."""
+        first = self.warps[0]
+        waits = first.ops[first.position].kind is Kind.FULL_WAIT
+        return self.begun[0] + self.feed.stages - (1 if waits else 2)
+
     def _take(self, warp: Warp, op: Op, t: float) -> tuple[float, float]:
-        stage = self._turn(warp) % self.feed.stages
+        place = self.places[id(warp)]
+        stage = self._turn(warp, self.ended) % self.feed.stages
+        if op.kind in (Kind.FULL_WAIT, Kind.EMPTY_WAIT):
+            self.begun[place] += 1
+            return t, t
+        self.ended[place] += op.kind in (Kind.RELEASE, Kind.FEED)
         if op.kind is Kind.RELEASE:
             self.released[stage] += 1
         elif op.kind is Kind.FEED:
@@ -112,21 +130,37 @@ def _straight(paths: Paths, body: Loop) -> Loop:
     return frozenset(k for k in body if k <= last)
 
 
+def _tile(paths: Paths, body: Loop, feed: Feed) -> list[Instruction]:
+    """A tile of a consumer. A loop over columns within it turns until it has taken all its copies."""
+    inner = [
+        loop for loop in (_straight(paths, one) for one in paths.loops if _has(paths, one, r"HGMMA")) if loop < body
+    ]
+    if not inner:
+        return paths.walk(body, {})
+    waits = [count([paths.code[k] for k in loop], _WAIT) for loop in inner]
+    if len(inner) != 1 or feed.steps % waits[0]:
+        raise NotModelled(f"loops with {waits} waits for {feed.steps} copies")
+    return paths.walk(body, {inner[0]: feed.steps // waits[0]})
+
+
 def timing(paths: Paths, feed: Feed, needed: float, machine: Machine) -> tuple[float, dict[str, float], float]:
     """Cycles of a tile, cycles for which it keeps each pipe busy, operations over those needed."""
-    loops = [decoded(paths.walk(body, {}), machine) for body in consumers(paths, feed.consumers)]
+    bodies = consumers(paths, feed.consumers)
+    if feed.leads:  # the first consumer's copies are those of the producer: without them it is as the others
+        bodies = [bodies[-1]] * len(bodies)
+    loops = [decoded(_tile(paths, body, feed), machine) for body in bodies]
     share = 1 if feed.together else 1 / len(loops)  # of a turn of all consumers
     busy = [by_pipe(ops, WARPGROUP, machine) for ops in loops]
     pipes = {name: share * sum(one[name] for one in busy) for name in busy[0]}
-    pipes["shared"] += feed.size / machine.shared
-    pipes["l2"] += feed.size / machine.l2
+    pipes["shared"] += feed.steps * feed.size / machine.shared
+    pipes["l2"] += feed.steps * feed.size / machine.l2
     surplus = share * sum(flops(ops, WARPGROUP) for ops in loops) / needed
     return Specialised(loops, feed, machine).cycles(), pipes, surplus
 
 
 def fixed(paths: Paths, feed: Feed, machine: Machine) -> float:
     """Cycles of the first consumer outside its loop: until the first tile has come, and from the last on."""
-    body = consumers(paths, feed.consumers)[0]
+    body = consumers(paths, feed.consumers)[-1 if feed.leads else 0]
     path = paths.through([body.__contains__], paths.loops)
     code = [one for k in path if k not in body for one in paths.code[k].code]
     waits = (one for one in decoded(code, machine) if one.kind not in (Kind.FULL_WAIT, Kind.RELEASE))

@@ -14,13 +14,21 @@ from fastcl.kernels.common.launch import Launch
 
 @dataclass(frozen=True)
 class Feed:
-    """How a warp-specialised kernel feeds its consumers: stages, consumers, bytes of a tile, and whether all consumers
-    take every tile or each the next one."""
+    """How a warp-specialised kernel feeds its consumers.
+
+    Attributes:
+        size: bytes of a copy.
+        together: all consumers take every tile; else each takes the next one.
+        steps: copies that make up a tile.
+        leads: the first consumer copies for the product `stages` - 1 turns later; else a warp of its own copies.
+    """
 
     stages: int
     consumers: int
     size: int
     together: bool
+    steps: int = 1
+    leads: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,12 @@ def of_launch(launch: Launch, classes: int) -> Work:
         return Work(uniform=(count, ()), skipped=True)
     if name.removesuffix("_kernel").removesuffix("_hopper") in ("forward", "backward"):
         return _tiled(launch, classes, name.startswith("forward"))
+    if name == "wide_forward_hopper_kernel":
+        return _wide_forward(launch, classes)
+    if name == "weights_hopper_kernel":
+        return _weights_by_hand(launch)
+    if name == "masked_weights_kernel":
+        return _masked_weights(launch, classes)
     if name == "pair_weights_kernel":
         return _pair_weights(launch, classes)
     if name == "product_kernel":
@@ -157,6 +171,49 @@ def _share(count: int, split: int, splits: int, least: int) -> int:
         return count * (split + 1) // splits - count * split // splits
     each = max(-(-count // splits), least)
     return min((split + 1) * each, count) - min(split * each, count)
+
+
+def _by_columns(launch: Launch, resident: int, streamed: int) -> Tiles:
+    """A tile of so many rows of a kernel that copies blocks of columns."""
+    ring, columns, d = launch.arguments["RING"], launch.arguments["COLUMNS"], value(launch.arguments["TILE"].D)
+    size, steps = 2 * value(columns.WIDTH) * (resident + streamed), value(columns.STEPS)
+    feed = Feed(value(ring.STAGES), value(ring.CONSUMERS), size, True, steps, leads=True)
+    return Tiles("plain", 2 * resident * streamed * d, feed)
+
+
+def _wide_forward(launch: Launch, classes: int) -> Work:
+    a, t = launch.arguments, launch.arguments["TILE"]
+    r, s, align, splits = value(t.BLOCK_R), value(t.BLOCK_S), value(t.ALIGN), launch.grid[1]
+    counts = []
+    for block in reversed(range(launch.grid[0])):
+        start, n = (a["parts"].first_block + block) * r, a["r"].n
+        _, hi = class_range(start, n, classes, align)
+        lo, _ = class_range(min(start + r, n) - 1, n, classes, align)
+        behind = 0 if value(a["SYMMETRIC"]) else max(a["s"].n // align * align - hi, 0)
+        counts.append(-(-lo // s) + -(-behind // s))
+    programs = tuple((_share(count, k, splits, 0),) for k in range(splits) for count in counts)
+    return Work((_by_columns(launch, r, s),), programs)
+
+
+def _weights_by_hand(launch: Launch) -> Work:
+    a, t, (blocks, splits) = launch.arguments, launch.arguments["TILE"], launch.grid
+    r = value(t.BLOCK_R)
+    tiles = -(-min(a["pairs"].size, a["r"].rows - a["pairs"].first_r) // r)
+    programs = tuple((_share(tiles, k, splits, 0),) for k in range(splits) for _ in range(blocks))
+    return Work((_by_columns(launch, value(t.BLOCK_S), r),), programs)
+
+
+def _masked_weights(launch: Launch, classes: int) -> Work:
+    a, t = launch.arguments, launch.arguments["TILE"]
+    r, s, pairs, each = value(t.BLOCK_R), value(t.BLOCK_S), a["pairs"], value(a["TILES"])
+    programs = []
+    for chunk in range(launch.grid[1]):
+        first = pairs.first_s + chunk * each * s
+        last = min(first + each * s, pairs.first_s + a["n_tiles"] * s)
+        for block in range(launch.grid[0]):
+            lo, hi = class_range(pairs.first_r + block * r, a["r"].n, classes, value(t.ALIGN))
+            programs.append((max(min(hi, last) - max(lo, first), 0) / s,))
+    return Work((Tiles("masked", 2 * r * s * value(t.D)),), tuple(programs))
 
 
 def _pair_weights(launch: Launch, classes: int) -> Work:

@@ -17,6 +17,7 @@ from fastcl.kernels.contrastive.statistics import Finished, Losses, Wave, finish
 from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import (
     ALIGN,
+    NARROW,
     WORKSPACE,
     Call,
     Operand,
@@ -26,6 +27,8 @@ from fastcl.rowstats.triton.operand import (
     online_blocks,
     online_tile,
 )
+
+_LEAST = 32  # large tiles of a program of the longest block
 
 
 class Result(NamedTuple):
@@ -86,12 +89,12 @@ def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[
     both = symmetric or len(found) == 2
     parts = parts_of(s, call, apart=symmetric or not both)
     plain = parts[0][0]
-    first_masked = max(plain.consumers, 1)
+    first_masked, bands = hopper.bands(plain, s)
     per_split = first_masked + len(parts) - 1
-    n_blocks, wave, n_splits = waves(r, s, plain, per_split, int(both), symmetric)
+    n_blocks, wave, n_splits = waves(r, s, plain, per_split, bands if both else 0, symmetric)
     slots = n_splits * per_split
     part_r = torch.empty(slots, 3, r.rows, dtype=torch.float32, device=r.z.device)
-    part_s = torch.empty(wave, s.rows, dtype=torch.float32, device=r.z.device) if both else None
+    part_s = torch.empty(wave * bands, s.rows, dtype=torch.float32, device=r.z.device) if both else None
     for first in range(0, n_blocks, wave):
         count = min(wave, n_blocks - first)
         last = first + count == n_blocks
@@ -101,10 +104,12 @@ def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[
             whole = Parts(part_r, None, 0, cdiv(r.n, parts[1][0].block_r), n_splits * first_masked)
             launch_tiles(r, s, call, flag, parts[1], n_splits, symmetric, whole)
         each = online_blocks(call, s.z.device, s.width)
-        done = Wave(ALIGN, plain.block_r, slots, symmetric, call.peers, first == 0, last, each)
+        done = Wave(ALIGN, plain.block_r // bands, slots, symmetric, call.peers, first == 0, last, each)
         if both or last:
-            own = made if symmetric else made._replace(streamed=None)
-            sums = [own, made._replace(resident=None)][: len(found)]
+            there = cdiv(r.n, plain.block_r // bands) - first * bands  # in the last block a band may have no rows
+            summed = made._replace(first_block=first * bands, n_blocks=min(count * bands, there))
+            own = summed if symmetric else summed._replace(streamed=None)
+            sums = [own, summed._replace(resident=None)][: len(found)]
             finish([r] if symmetric else [r, s], call, flag, found, done, sums)
 
 
@@ -122,6 +127,8 @@ def waves(
     n_blocks, tiles = cdiv(r.n, chosen.block_r), cdiv(s.n, chosen.block_s)
     most = max(1, WORKSPACE * 3 // 5 // (4 * s.rows * streamed)) if streamed else n_blocks
     wave, n_splits = planned(n_blocks, most, tiles, chosen.slots, symmetric)
+    if chosen.consumers and s.width > NARROW and wave < n_blocks:  # large tiles: short programs end at about one time
+        n_splits = max(n_splits, min(tiles // _LEAST, 16))
     return n_blocks, wave, min(n_splits, max(1, WORKSPACE * 2 // 5 // (12 * r.rows * slots)))
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 import torch
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import fixed
-from fastcl.kernels.common.launch import cdiv, evened, launch
+from fastcl.kernels.common.launch import Config, cdiv, evened, launch
 from fastcl.kernels.contrastive import wide
+from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import ALIGN, WORKSPACE, Call
 from fastcl.rowstats.triton.weighted import Side, over_pairs
+
+_MASKED = 24  # tiles of a program that looks for masked ones
 
 
 def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor) -> None:
@@ -18,11 +23,19 @@ def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor) -
     most = int((WORKSPACE / (2 * halves)) ** 0.5) // ALIGN
     chosen = s.operand.chosen("product", call.split)
     strips = ALIGN // chosen.block_r * cdiv(s.operand.width, chosen.block_d)
-    size = min(evened(most, strips, r.operand.sm) * ALIGN, max(r.operand.rows, s.operand.rows))
+    by_hand = hopper.chosen("weights_hopper", s.operand, call)
+    rows = max(r.operand.rows, s.operand.rows)
+    size = min(evened(most, strips, r.operand.sm) * ALIGN, rows)
+    if by_hand:  # blocks of one size, of whole tiles
+        tile = lcm(by_hand.block_r, by_hand.block_s)
+        size = cdiv(rows, cdiv(rows, size) * tile) * tile
     w = torch.empty(halves, size, size, dtype=r.operand.z.dtype, device=acc.device)
     for i in range(0, r.operand.rows, size):
         for j in range(i if r is s else 0, s.operand.rows, size):
-            _pair_weights(r, s, call, flag, w, i, j)
+            if by_hand:
+                _pair_weights_by_hand(r, s, call, by_hand, wide.Pairs(w, i, j, size))
+            else:
+                _pair_weights(r, s, call, flag, w, i, j)
             _product(r, s, call, w, acc, i, j, transposed=False, add=i > 0 or j > 0 if r is s else j > 0)
             if r is s and j > i:
                 _product(s, r, call, w, acc, j, i, transposed=True, add=i > 0)
@@ -38,6 +51,20 @@ def _pair_weights(r: Side, s: Side, call: Call, flag: Tensor | None, w: Tensor, 
             wide.pair_weights_kernel, grid, chosen.warps, chosen.stages,
             **over_pairs(r, s, call, flag), pairs=wide.Pairs(w, i, j, size), TILE=fixed(constants), ONLINE=online,
         )  # fmt: skip
+
+
+def _pair_weights_by_hand(r: Side, s: Side, call: Call, by_hand: Config, pairs: wide.Pairs) -> None:
+    """All tiles as if they were plain, then those that are not."""
+    x, y, weights = r.operand, s.operand, (r.weighted, s.weighted)
+    hopper.pair_weights(x, y, weights, call, by_hand, pairs)
+    chosen = y.chosen("weights", call.split)
+    blocks = min(pairs.size, x.rows - pairs.first_r) // chosen.block_r
+    tiles = min(pairs.size, y.rows - pairs.first_s) // chosen.block_s
+    launch(
+        wide.masked_weights_kernel, (blocks, cdiv(tiles, _MASKED)), chosen.warps, chosen.stages,
+        r=x.resident, s=y.streamed, w_r=weights[0], w_s=weights[1], pairs=pairs, temperature=call.degree,
+        n_tiles=tiles, TILE=fixed(call.tile(x, chosen)), TILES=_MASKED,
+    )  # fmt: skip
 
 
 def _product(
