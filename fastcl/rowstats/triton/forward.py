@@ -89,7 +89,7 @@ def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[
     both = symmetric or len(found) == 2
     parts = parts_of(s, call, apart=symmetric or not both)
     plain = parts[0][0]
-    first_masked, bands = hopper.bands(plain, s)
+    first_masked, bands = hopper.bands(plain, s) if plain.consumers else (1, 1)
     per_split = first_masked + len(parts) - 1
     n_blocks, wave, n_splits = waves(r, s, plain, per_split, bands if both else 0, symmetric)
     slots = n_splits * per_split

@@ -76,8 +76,7 @@ def bands(chosen: Config, s: Operand) -> tuple[int, int]:
 
     Consumers of narrow rows take tiles in turn, those of wide rows take each its share of the resident rows.
     """
-    count = max(chosen.consumers, 1)
-    return (1, count) if s.width > NARROW else (count, 1)
+    return (1, chosen.consumers) if s.width > NARROW else (chosen.consumers, 1)
 
 
 def _described(r: Operand, rows: int, width: int):
