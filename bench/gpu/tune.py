@@ -21,6 +21,7 @@ from bench.harness.records import agree, digits, json_lines, write_file
 from bench.losses.providers import TOLERANCES, fused, passes
 from fastcl.io.outputs import check_output, named_path
 from fastcl.kernels.common import launch
+from fastcl.rowstats.triton.replay import forget
 
 Row: TypeAlias = dict[str, Any]
 
@@ -66,17 +67,23 @@ def beats(candidate: list[float], present: list[float]) -> bool:
     return median(present) - median(candidate) > spread
 
 
+def choose_anew() -> None:
+    """Forget what was chosen from the table, because it has changed."""
+    launch.config.cache_clear()
+    forget()
+
+
 @contextmanager
 def replaced(row: Row, config: Row) -> Iterator[None]:
     """Use another launch config instead of the row's within the block."""
     previous = dict(row)
     row.update(config)
-    launch.config.cache_clear()
+    choose_anew()
     try:
         yield
     finally:
         row.update(previous)
-        launch.config.cache_clear()
+        choose_anew()
 
 
 def tune(row: Row, plan: Plan) -> Row:
@@ -175,7 +182,7 @@ def tune_all(rows: list[Row], table: list[Row], plan: Plan, out: Path) -> int:
             continue
         changed += any(row[key] != value for key, value in best.items())
         row.update(best)
-        launch.config.cache_clear()
+        choose_anew()
         write(table, out)
     written = f"; the table is in {out}" if failed < len(rows) else ""
     print(f"{changed} of {len(rows)} rows changed, {failed} fail{written}")

@@ -58,7 +58,7 @@ def no_launches() -> Iterator[None]:
     from fastcl.kernels.common import launch
 
     environment = mock.patch.dict(os.environ, TRITON_INTERPRET="1")
-    with environment, fastcl.backend("triton"), mock.patch.object(launch, "start", lambda _: None):
+    with environment, fastcl.backend("triton"), mock.patch.object(launch, "start", lambda *_: None):
         yield
 
 

@@ -12,11 +12,18 @@ from torch.nn import Parameter
 
 from fastcl.errors import FastclError
 
-_is_transformed = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
-_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-_is_batched, _is_batched_by_autograd = _functorch.is_batchedtensor, _functorch.is_legacy_batchedtensor
+_torch: Any = torch._C
+_is_batched, _is_batched_by_autograd = _torch._functorch.is_batchedtensor, _torch._functorch.is_legacy_batchedtensor
+_is_transformed, _dispatch_modes = _torch._are_functorch_transforms_active, _torch._len_torch_dispatch_stack
+_is_profiled, _is_traced, _keys_of = (
+    _torch._autograd._profiler_enabled,
+    _torch._get_tracing_state,
+    _torch._dispatch_keys,
+)
 
 _CLASSES = (Tensor, Parameter)
+# Tensors whose memory does not hold what they say: PyTorch's dispatcher sees to them before a kernel does.
+_ELSEWHERE = [getattr(_torch.DispatchKey, name) for name in ("Conjugate", "Negative", "ZeroTensor", "Functionalize")]
 
 
 class _Operator(NamedTuple):
@@ -29,7 +36,7 @@ _operators: dict[str, _Operator] = {}
 
 def register(
     library: torch.library.Library, name: str, impl: Callable, fake: Callable, autograd: Callable,
-    setup_context: Callable | None = None, results: int | None = None, replay: bool = False,
+    setup_context: Callable | None = None,
 ) -> None:  # fmt: skip
     """Register the implementation, fake implementation and derivative of an operator that the library defines.
 
@@ -37,20 +44,31 @@ def register(
         impl, fake: functions of tensors, the first of which is no None, to a tensor or a tuple of tensors and Nones.
             An operator of torch.library can only return tensors: with it, empty ones stand for None.
         setup_context: saves what `autograd` needs; None: the operator is itself a backward pass.
-        results: how many results callers use; the others are only saved. None: all.
-        replay: the implementation may be replayed (`triton.replay.run`).
     """
-    impl = partial(_replayed, impl) if replay else impl
     library.impl(name, _tensors(impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastcl::{name}", _tensors(fake), lib=library)
     torch.library.register_autograd(f"fastcl::{name}", autograd, setup_context=setup_context, lib=library)
+
+
+def register_for_small(
+    library: torch.library.Library, name: str, impl: Callable, fake: Callable, autograd: Callable,
+    setup_context: Callable | None = None, results: int | None = None,
+) -> None:  # fmt: skip
+    """Register an operator whose host code would take longer than its kernels for few rows; `call` calls it.
+
+    Args:
+        impl: as `triton.replay.run` takes it, which runs it. The others are as in `register`.
+        results: how many results callers use; the others are only saved. None: all.
+    """
+    replayed = partial(_replayed, impl)
+    register(library, name, replayed, fake, autograd, setup_context)
     registered = getattr(torch.ops.fastcl, name)
 
     def backward_pass(*args: Any) -> Any:
-        return registered(*args) if torch.is_grad_enabled() else impl(*args)
+        return registered(*args) if torch.is_grad_enabled() else replayed(*args)
 
-    direct = backward_pass if setup_context is None else _function(name, impl, autograd, setup_context, results).apply
-    _operators[name] = _Operator(registered, direct)
+    node = None if setup_context is None else _function(name, replayed, autograd, setup_context, results)
+    _operators[name] = _Operator(registered, backward_pass if node is None else node.apply)
 
 
 def _replayed(host: Callable, *args: Any) -> Any:
@@ -87,18 +105,34 @@ def _function(
 
 
 def call(name: str, *args: Any) -> Any:
-    """torch.ops.fastcl.NAME. A call that autograd alone can see goes round PyTorch's dispatcher, which would take
-    longer than the launches of a small loss."""
+    """torch.ops.fastcl.NAME, an operator of `register_for_small`. A call that autograd alone can see goes round
+    PyTorch's dispatcher."""
     registered, direct = _operators[name]
     return direct(*args) if is_plain(args) else registered(*args)
 
 
 def is_plain(args: Iterable[Any]) -> bool:
-    """Whether a call is neither compiled, nor transformed by torch.func, nor watched by a mode, and its tensors are of
-    no class of their own. Lists of tensors are what a plain call has saved."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _is_transformed():
+    """Whether nobody but autograd can see a call: it is neither compiled, traced, profiled nor transformed by
+    torch.func, no dispatch mode is on, and its tensors are of no class of their own and hold what they say. Those in
+    lists are results of plain calls, or gradients that the caller has seen to."""
+    if torch.compiler.is_compiling() or _dispatch_modes() or _is_transformed() or _is_profiled() or _is_traced():
         return False
-    return not any(isinstance(value, Tensor) and type(value) not in _CLASSES for value in args)
+    for value in args:
+        if isinstance(value, Tensor) and (type(value) not in _CLASSES or _is_elsewhere(_torch._dispatch_keys(value))):
+            return False
+        if type(value) is list and any(isinstance(one, Tensor) and type(one) not in _CLASSES for one in value):
+            return False
+    return True
+
+
+def _is_elsewhere(keys: Any) -> bool:
+    found = _known_keys.get(keys.raw_repr())
+    if found is None:
+        found = _known_keys[keys.raw_repr()] = any(map(keys.has, _ELSEWHERE))
+    return found
+
+
+_known_keys: dict[int, bool] = {}
 
 
 def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,9 +34,6 @@ _SPLITS = (
     16,
 )  # programs that share a block of resident rows; few, as kernels are compiled for it
 _START = 4  # tiles in whose time a program starts and ends
-
-
-Around = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -64,27 +61,24 @@ class Launch:
     arguments: dict[str, Any]
 
 
-# Where launches are listed, and as `recording` takes it; other threads keep launching.
-_recorded: ContextVar[tuple[list[Launch], Around | None] | None] = ContextVar("recorded", default=None)
+# What is called in place of launches; other threads keep launching.
+_recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("recorder", default=None)
 _architecture: int | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
     """Start a kernel on the current device; pass arguments by parameter name, in the kernel's order."""
-    one, around = Launch(kernel, grid, warps, stages, arguments), nullcontext
-    if (recorded := _recorded.get()) is not None:
-        launches, around = recorded
-        launches.append(one)
-        if around is None:
-            return
-    with around():
-        start(one)
+    recorder = _recorder.get()
+    if recorder is None:
+        start(kernel, grid, warps, stages, arguments)
+    else:
+        recorder(Launch(kernel, grid, warps, stages, arguments))
 
 
-def start(one: Launch) -> None:
+def start(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, arguments: dict[str, Any]) -> None:
     """Start a kernel, whether or not launches are recorded."""
     # Request fused multiply-add explicitly: from Triton 3.10 on it is off by default.
-    one.kernel[one.grid](**one.arguments, num_warps=one.warps, num_stages=one.stages, enable_fp_fusion=True)
+    kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def launch_sides(
@@ -106,23 +100,26 @@ def launch_sides(
 
 
 @contextmanager
-def recording(around: Around | None = None) -> Iterator[list[Launch]]:
-    """Record launches within the block.
-
-    Args:
-        around: start them too, each inside such a context. None: do not; their outputs stay undefined.
-    """
+def recording() -> Iterator[list[Launch]]:
+    """Record launches within the block instead of starting them; their outputs stay undefined."""
     launches: list[Launch] = []
-    token = _recorded.set((launches, around))
-    try:
+    with recorded_by(launches.append):
         yield launches
+
+
+@contextmanager
+def recorded_by(recorder: Callable[[Launch], None]) -> Iterator[None]:
+    """Within the block, call a function in place of every launch."""
+    token = _recorder.set(recorder)
+    try:
+        yield
     finally:
-        _recorded.reset(token)
+        _recorder.reset(token)
 
 
 def is_recording() -> bool:
-    """Whether a block of `recording` surrounds the call."""
-    return _recorded.get() is not None
+    """Whether launches are recorded here instead of started."""
+    return _recorder.get() is not None
 
 
 @contextmanager

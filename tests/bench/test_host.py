@@ -25,11 +25,12 @@ def test_the_plain_losses_are_those_of_the_package(name: str, monkeypatch) -> No
 
 
 def test_no_kernel_runs_and_calls_are_replayed_or_not(monkeypatch) -> None:
-    listed, recorded, original = [], [], replay._recorded
-    monkeypatch.setattr(replay, "_recorded", lambda *given: recorded.append(1) or original(*given))
+    listed, recorded, original = [], [], replay._record
+    monkeypatch.setattr(replay, "_record", lambda *given: recorded.append(1) or original(*given))
+    monkeypatch.setattr(replay, "BEFORE", 1)
     call = host.passes(host.LOSSES["NSCL"], ours=True)["both"]
     replay.forget()
-    with host.no_launches(), mock.patch.object(launch, "start", listed.append):
+    with host.no_launches(), mock.patch.object(launch, "start", lambda *one: listed.append(one)):
         for _ in range(4):
             call()
         assert len(recorded) == 2  # forward and backward

@@ -38,7 +38,7 @@ def entered(call: Callable[[], Any]) -> list[str]:
 
 
 def journey() -> list[str]:
-    """A second call: the first one imports the kernels and makes its plan, the third would be replayed."""
+    """A second call: the first one imports the kernels and makes its plan, later ones are replayed."""
     from fastcl.rowstats.triton import replay
 
     replay.forget()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.checks import check_precision, check_transforms
 from fastcl.choices import RELATIONS
 from fastcl.dispatch import wants_float32
-from fastcl.rowstats.registration import call, differentiable_once, refuse_batched, register
+from fastcl.rowstats.registration import call, differentiable_once, refuse_batched, register_for_small
 from fastcl.rowstats.request import Batch
 
 if TYPE_CHECKING:
@@ -230,10 +230,10 @@ def _backward_fake(x, x2, y, _labelled, *rest) -> tuple[Tensor | None, ...]:
 
 def _setup_context(ctx, inputs, output) -> None:
     x, x2, y, sample, labels, sample_y, labels_y, temperature, *ctx.asked = inputs
-    returned = Returned(*output)
+    returned = Returned(*(None if t is None or t.numel() == 0 else t for t in output))
     ctx.labelled = labels is not None
     ctx.save_for_backward(x, x2, y, temperature, returned.stats, returned.stats_y, *returned.saved)
-    others = returned.counts, returned.counts_y, *returned.saved
+    others = output[1], output[4], *output[6:]
     ctx.mark_non_differentiable(*(t for t in others if t is not None))
     ctx.set_materialize_grads(False)
 
@@ -242,8 +242,9 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_batched("triton", *grads)
     x, x2, y, temperature, *saved = ctx.saved_tensors
     given = [None if g is None or g.numel() == 0 else g for g in (grads[0], grads[2], grads[3], grads[5])]
-    # The kernels read gradients of losses with any strides, including the expanded scalar of a mean.
-    given = [g if g is None or k % 2 else g.contiguous() for k, g in enumerate(given)]
+    # The kernels read gradients of losses with any strides, including the expanded scalar of a mean; but a negated view
+    # of memory they would take for the memory.
+    given = [g if g is None else (g if k % 2 else g.contiguous()).resolve_neg() for k, g in enumerate(given)]
     need = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[7]]
     if all(g is None for g in given):
         return (None,) * 15
@@ -253,5 +254,5 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return *two, dy if need[1] else None, None, None, None, None, dt, *(None,) * 7
 
 
-register(_library, "fused", _forward, _forward_fake, _autograd, _setup_context, results=6, replay=True)
-register(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"), replay=True)
+register_for_small(_library, "fused", _forward, _forward_fake, _autograd, _setup_context, results=6)
+register_for_small(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"))

@@ -1,68 +1,63 @@
-"""Host code of small calls, run once and replayed: what it allocated and launched, as straight-line code.
+"""Host code of small calls, recorded once and replayed: what it allocates and launches, as straight-line code.
 
 Between a call of an operator and its last launch lie hundreds of lines of Python, which decide the same for every call
-of the same shapes and options. For few rows they take longer than the GPU. So the second such call is recorded, every
-operation of PyTorch and every launch in order, and written as a function that repeats them on the tensors of later
+of the same shapes and options. For few rows they take longer than the GPU. So one of these calls is recorded: every
+operation of PyTorch and every launch, in order, becomes a line of a function that repeats them on the tensors of later
 calls. A recording holds no tensor.
 """
 
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcl.kernels.common.launch import Launch, forced_architecture, is_recording, launch, recording
+from fastcl.kernels.common import launch as launching
+from fastcl.kernels.common.launch import launch
 
 Results = tuple[Tensor | None, ...]
 Host = Callable[..., Results]
 
-aten = torch.ops.aten
-MOST_ROWS = 16384  # of a tensor that is replayed; with more, the host is ahead of the device
+MOST_ROWS = 16384  # of the first tensor; with more, the host is ahead of the device
 MOST_CALLS = 256  # that are remembered
+BEFORE = 7  # calls before the one that is recorded, which takes as long as so many
 # Besides tuples of these and of tensors, arguments of operations and launches may be nothing else.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_aten = torch.ops.aten
 
-# By call: the function that repeats it; the host function if none can; None if it was seen once.
-_calls: dict[Any, Any] = {}
-_NEW = object()
+_seen: dict[Any, int] = {}  # how often, for calls without a recording
+_recordings: dict[Any, Host | None] = {}  # None: it cannot be repeated
 
 
 def run(host: Host, args: Sequence[Any]) -> Results:
-    """The host function's results; replayed from the third call with tensors of the same shapes and equal other
-    arguments on.
+    """The results of a host function, which is replayed once it has often been called with tensors of the same shapes
+    and equal other arguments.
 
     Args:
         host: takes tensors, lists of them, and values with a hash. What it does may follow from shapes, strides, dtypes
             and these values, but not from what the tensors hold. The first tensor's device is the current one.
     """
     tensors: list[Tensor] = []
-    key = host, forced_architecture(), *_key(args, tensors)
-    with torch.cuda.device_of(tensors[0]):
-        if len(tensors[0]) > MOST_ROWS or is_recording():
+    with torch.cuda.device_of(args[0]):
+        if len(args[0]) > MOST_ROWS or launching.is_recording():
             return host(*args)
-        known = _calls.get(key, _NEW)
-        if known is _NEW:
-            if len(_calls) >= MOST_CALLS:
-                _calls.clear()
-            _calls[key] = None
-        if known is _NEW or known is host:
-            return host(*args)
-        with torch._C._AutoDispatchBelowAutograd():  # autograd would put other tensors in the place of views
-            if known is not None:
-                return known(*tensors)
-            results, _calls[key] = _recorded(host, args, tensors)
-            return results
+        key = host, launching.forced_architecture(), *_key(args, tensors)
+        if (found := _recordings.get(key)) is not None:
+            return found(*tensors)
+        if key not in _recordings and _is_due(key) and len(set(map(id, tensors))) == len(tensors):
+            return _record(key, host, args, tensors)
+        return host(*args)
 
 
 def forget() -> None:
     """Forget all recordings, because launches are chosen in another way from now on."""
-    _calls.clear()
+    _seen.clear()
+    _recordings.clear()
 
 
 def _key(args: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
@@ -77,118 +72,141 @@ def _key(args: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
     return tuple(key)
 
 
-class _Operation(NamedTuple):
-    function: Any
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-    result: Any
+def _is_due(key: Any) -> bool:
+    """Whether the call has been seen often enough to be recorded."""
+    if len(_seen) >= MOST_CALLS:
+        _seen.clear()
+    _seen[key] = _seen.get(key, 0) + 1
+    return _seen[key] > BEFORE
 
 
-class _Watch(TorchDispatchMode):
-    """Lists what PyTorch computes, but not what the interpreter of kernels does."""
+def _record(key: Any, host: Host, args: Sequence[Any], tensors: Sequence[Tensor]) -> Results:
+    writer = _Writer(tensors)
+    with writer, launching.recorded_by(writer.launch):
+        results = host(*args)
+    if len(_recordings) >= MOST_CALLS:
+        _recordings.clear()
+    _recordings[key] = writer.function(results)
+    _seen.pop(key, None)
+    return results
 
-    def __init__(self) -> None:
+
+class _Unknown(LookupError):
+    """A value that a function cannot repeat."""
+
+
+class _Writer(TorchDispatchMode):
+    """Writes what PyTorch computes and what is launched within a block as the source of a function."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
-        self.steps: list[Any] = []
-        self.launching = False
+        self.names: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id, which another tensor may have later
+        self.count = 0
+        self.space: dict[str, Any] = {"torch": torch, "launch": launch, "new": tuple.__new__}
+        self.lines = [f"def replay({', '.join([self.named(t, 'given') for t in tensors])}):"]
+        self.is_possible, self.is_launching = True, False
+
+    def function(self, results: Results) -> Host | None:
+        """The function; None if something cannot be repeated."""
+        try:
+            self.lines.append(f"return {self.value(results)}")
+        except _Unknown:
+            self.is_possible = False
+        if not self.is_possible:
+            return None
+        exec(compile("\n    ".join(_released(self.lines)), "<replay>", "exec"), self.space)
+        return self.space["replay"]
+
+    def launch(self, one: launching.Launch) -> None:
+        """Write a launch, and start it."""
+        if self.is_possible:
+            try:
+                options = "".join(f", {name}={self.value(value)}" for name, value in one.arguments.items())
+                given = f"{self.constant(one.kernel)}, {one.grid}, {one.warps}, {one.stages}"
+                self.lines.append(f"launch({given}{options})")
+            except _Unknown:
+                self.is_possible = False
+        self.is_launching = True  # what the interpreter of kernels computes is not the host's
+        launching.start(one.kernel, one.grid, one.warps, one.stages, one.arguments)
+        self.is_launching = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.launching:
-            self.steps.append(_Operation(func, args, kwargs or {}, result))
+        if self.is_possible and not self.is_launching:
+            try:
+                self.operation(func, args, kwargs or {}, result)
+            except _Unknown:
+                self.is_possible = False
         return result
 
-    @contextmanager
-    def launch(self) -> Iterator[None]:
-        """Around a launch."""
-        self.launching = True
-        yield
-        self.launching = False
-
-
-def _recorded(host: Host, args: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[Results, Host]:
-    """The results of a call, and the function that repeats it; the host function if that is impossible."""
-    with _Watch() as watch, recording(watch.launch) as watch.steps:
-        results = host(*args)
-    if len(set(map(id, tensors))) < len(tensors):  # the recording could not tell them apart
-        return results, host
-    try:
-        return results, _Writer(tensors).function(watch.steps, results)
-    except LookupError:
-        return results, host
-
-
-class _Writer:
-    """Writes a recording as the source of a function. Raises LookupError for a value that it cannot repeat."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.names = {id(t): f"given{k}" for k, t in enumerate(tensors)}  # of tensors, and of tuples that hold some
-        self.space: dict[str, Any] = {"torch": torch, "launch": launch, "new": tuple.__new__}
-        self.lines = [f"def replay({', '.join(self.names.values())}):"]
-
-    def function(self, steps: Sequence[Any], results: Results) -> Host:
-        for step in steps:
-            if isinstance(step, Launch):
-                options = "".join(f", {name}={self.value(value)}" for name, value in step.arguments.items())
-                given = self.constant(step.kernel), self.value(step.grid), str(step.warps), str(step.stages)
-                self.lines.append(f"launch({', '.join(given)}{options})")
-            else:
-                self.operation(step)
-        self.lines.append(f"return {self.value(results)}")
-        exec("\n    ".join(_released(self.lines)), self.space)
-        return self.space["replay"]
-
-    def operation(self, step: _Operation) -> None:
-        """An allocation, or anything else that PyTorch computes."""
-        several = isinstance(step.result, (list, tuple))
-        made = step.result if several else [step.result]
-        if not all(isinstance(t, Tensor) for t in made):  # the host has seen a value on the device
-            raise LookupError(step.function)
-        if step.function is aten.detach.default:  # without autograd it is the same tensor
-            self.names[id(step.result)] = self.value(step.args[0])
+    def operation(self, func: Any, args: Sequence[Any], options: dict[str, Any], result: Any) -> None:
+        """Write an allocation, or anything else that PyTorch computes."""
+        several = isinstance(result, (list, tuple))
+        made = result if several else [result]
+        if not made or not all(isinstance(t, Tensor) for t in made):  # perhaps the host has seen a value on the device
+            raise _Unknown
+        if func is _aten.detach.default:  # PyTorch detaches what it has just allocated
+            self.names[id(result)] = weakref.ref(result), self.value(args[0])
             return
-        if step.function in (aten.empty.memory_format, aten.new_empty.default):
-            (t,) = made
-            call = f"torch.empty({tuple(t.shape)}, dtype={self.value(t.dtype)}, device={self.value(t.device)})"
-        elif step.function is aten.unbind.int:
-            call = f"{self.value(step.args[0])}.unbind({', '.join(map(str, step.args[1:]))})"
+        if func in (_aten.empty.memory_format, _aten.new_empty.default) and result.is_contiguous():
+            facts = tuple(result.shape), self.value(result.dtype), self.value(result.device)
+            call = "torch.empty({}, dtype={}, device={})".format(*facts)
+        elif func is _aten.unbind.int:  # the method takes a third of the operator's time
+            call = f"{self.value(args[0])}.unbind({', '.join(map(str, args[1:]))})"
         else:
-            options = "".join(f", {name}={self.value(value)}" for name, value in step.options.items())
-            call = f"{self.constant(step.function)}({', '.join(map(self.value, step.args))}{options})"
+            named = "".join(f", {name}={self.value(value)}" for name, value in options.items())
+            call = f"{self.constant(func)}({', '.join(map(self.value, args))}{named})"
         self.lines.append(f"{', '.join(map(self.named, made))}{',' * several} = {call}")
+
+    def named(self, tensor: Tensor, prefix: str = "made") -> str:
+        """The name of a tensor, old or new."""
+        if (name := self.known(tensor)) is None:
+            name, self.count = f"{prefix}{self.count}", self.count + 1
+            self.names[id(tensor)] = weakref.ref(tensor), name
+        return name
+
+    def known(self, tensor: Tensor) -> str | None:
+        reference, name = self.names.get(id(tensor), (None, None))
+        return name if reference is not None and reference() is tensor else None
 
     def value(self, value: Any) -> str:
         """An argument: a tensor that the function has, a constant, or a tuple or list of arguments."""
-        if isinstance(value, Tensor) or id(value) in self.names:
-            return self.names[id(value)]
-        if not isinstance(value, (list, tuple)):
-            if isinstance(value, _CONSTANTS) or type(value).__name__ == "constexpr":
-                return self.constant(value)
-            raise LookupError(type(value))
-        inside = [self.value(one) for one in value]
-        if all(name.startswith("constant") for name in inside):
+        if isinstance(value, Tensor):
+            if (name := self.known(value)) is None:
+                raise _Unknown
+            return name
+        if not _has_tensors(value):
             return self.constant(value)
-        if type(value) is list:
-            return f"[{', '.join(inside)}]"
-        text = f"({', '.join(inside)},)"
-        if type(value) is not tuple:  # several launches take the same one
-            self.lines.append(f"{self.named(value)} = new({self.constant(type(value))}, {text})")
-            return self.names[id(value)]
-        return text
-
-    def named(self, value: Any) -> str:
-        return self.names.setdefault(id(value), f"made{len(self.names)}")
+        inside = ", ".join(map(self.value, value))
+        if isinstance(value, list):
+            return f"[{inside}]"
+        plain = f"({inside},)"
+        return plain if type(value) is tuple else f"new({self.constant(type(value))}, {plain})"
 
     def constant(self, value: Any) -> str:
+        """The name of a constant, or a number or None as it is written."""
+        if value is None or type(value) in (bool, int):
+            return str(value)
         name = f"constant{len(self.space)}"
         self.space[name] = value
         return name
 
 
+def _has_tensors(value: Any) -> bool:
+    """Whether an argument is or holds a tensor; raises `_Unknown` unless the rest are constants."""
+    if isinstance(value, (list, tuple)):
+        return any([_has_tensors(one) for one in value])  # all of them are looked at
+    if isinstance(value, _CONSTANTS) or type(value).__name__ == "constexpr":  # a name: Triton is not imported here
+        return False
+    if isinstance(value, Tensor):
+        return True
+    raise _Unknown
+
+
 def _released(lines: Sequence[str]) -> Iterator[str]:
-    """The lines, and after the last one that uses a value the end of it, as in the functions that made it."""
+    """The lines, and after the last one that uses a tensor the end of it, as in the functions that made it."""
     last = {name: k for k, line in enumerate(lines) for name in re.findall(r"\bmade\d+\b", line)}
     for k, line in enumerate(lines):
         yield line
-        if done := [name for name, end in last.items() if end == k and not line.startswith("return")]:
+        if done := [name for name, end in last.items() if end == k and k < len(lines) - 1]:
             yield f"del {', '.join(done)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.registration import call, refuse_batched, register
+from fastcl.rowstats.registration import call, refuse_batched, register_for_small
 from fastcl.rowstats.triton.operator import Asked, Saved
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
@@ -47,10 +47,10 @@ def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
 
 def _setup_context(ctx, inputs, output) -> None:
     za, zb, _, labels, temperature, ctx.value, ctx.precision = inputs
-    stats_a, stats_b, counts, sums, *saved = output
+    stats_a, stats_b, counts, sums, *saved = (None if t is None or t.numel() == 0 else t for t in output)
     ctx.labelled = labels is not None
     ctx.save_for_backward(za, zb, temperature, stats_a, stats_b, *saved)
-    ctx.mark_non_differentiable(counts, sums, *(t for t in saved if t is not None))
+    ctx.mark_non_differentiable(*(t for t in output[2:] if t is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -77,4 +77,4 @@ def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | No
     return *rows, None, None, dt, None, None
 
 
-register(_library, "twin", _forward, _forward_fake, _autograd, _setup_context, results=4, replay=True)
+register_for_small(_library, "twin", _forward, _forward_fake, _autograd, _setup_context, results=4)
