@@ -132,13 +132,16 @@ def workspace(size: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The interpreter runs programs one after the other and minds no registers: here each does as much as it may."""
     if DEVICE.type == "cpu":
         row_block = operand.row_block
         for module in (backward, operand):
             monkeypatch.setattr(module, "row_block", lambda d, *_: row_block(d, 2**16))
         monkeypatch.setattr(operand, "config", _sized(128, 128))
+    replay.forget()
+    yield
+    replay.forget()
 
 
 def leaf(v: Tensor) -> Tensor:

@@ -1,28 +1,17 @@
-"""Calls that are replayed: the bits of calls that are not, whatever the tensors hold; and what is never replayed."""
+"""Recordings of host code: what they repeat, what makes another call of one, and what is never recorded."""
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-from reference import normal
-from test_triton_operator import KINDS, call
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from triton import language as tl
-from triton_runs import DEVICE, few_programs, poisoned  # noqa: F401
 
-import fastcl
 from fastcl.kernels.common import launch
-from fastcl.rowstats import registration
-from fastcl.rowstats.triton import backward, forward, hopper, replay, two_models, weighted
-
-pytestmark = pytest.mark.usefixtures("few_programs")
+from fastcl.rowstats.triton import hopper, replay
 
 
 @pytest.fixture(autouse=True)
@@ -32,73 +21,6 @@ def nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     replay.forget()
     yield
     replay.forget()
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels that host code started, not those that a replay did."""
-    found: list[Any] = []
-    start = launch.launch
-
-    def counted(kernel, *options, **arguments) -> None:
-        found.append(kernel)
-        start(kernel, *options, **arguments)
-
-    for module in (launch, backward, forward, weighted, two_models):
-        monkeypatch.setattr(module, "launch", counted)
-    return found
-
-
-def losses_and_gradients(arguments: list) -> list[Tensor]:
-    """Results of the operator, and gradients of a sum of those that have one."""
-    leaves = [v for v in arguments if isinstance(v, Tensor) and v.requires_grad]
-    results = registration.call("fused", *arguments)
-    assert len(results) == 6 or not registration.is_plain(arguments)
-    found = [v for v in results[:6] if v is not None and v.numel()]
-    of = [v for v in found if v.requires_grad]
-    total = sum((v.masked_fill(v.isinf(), 0) * (1 + k)).sum() for k, v in enumerate(of))
-    return [*(v.detach() for v in found), *torch.autograd.grad(total, leaves)]
-
-
-def with_other_values(arguments: list, seed: int) -> list:
-    changed = []
-    for k, value in enumerate(arguments):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 2:
-            other = torch.empty_like(value)
-            with torch.no_grad():
-                other.copy_(normal(*value.shape, seed=10 * seed + k))
-            value = other.requires_grad_()
-        changed.append(value)
-    return changed
-
-
-@pytest.mark.parametrize("options", ((False, True, "fp16"), (True, False, "fp32")), ids=("fixed", "learnable"))
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_bits(kind: str, options: tuple[bool, bool, str], runs, monkeypatch) -> None:
-    arguments, started = call(kind, *options), []
-    for seed in range(4):
-        given, before = with_other_values(arguments, seed), len(runs)
-        with monkeypatch.context() as patch:
-            if seed > 1:
-                patch.setattr(torch, "empty", poisoned)
-            found = losses_and_gradients(given)
-            started.append(len(runs) - before)
-            patch.setattr(replay, "MOST_ROWS", 0)
-            expected = losses_and_gradients(given)
-        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
-    assert started[0] == started[1] > 0 and started[2:] == [0, 0]
-
-
-def test_a_loss_is_replayed_for_every_pass_of_a_loop(runs) -> None:
-    weight = normal(8, 4).float().to(DEVICE).requires_grad_()
-    x, y = (normal(12, 8, seed=k).float().to(DEVICE) for k in (1, 2))
-    seen = []
-    with fastcl.backend("triton"):
-        for _ in range(5):
-            before = len(runs)
-            fastcl.nscl_loss(x @ weight, y @ weight, torch.arange(12, device=DEVICE) % 3).backward()
-            seen.append(len(runs) - before)
-    assert seen[0] > 0 and seen[2:] == [0, 0, 0]
 
 
 def host_of(function: Callable) -> tuple[Callable, list[int]]:
@@ -312,109 +234,3 @@ def test_calls_that_come_seldom_are_not_recorded_and_drive_out_no_recording(monk
         host(X, k), host(X, k)
         host(X, -1)
     assert len(ran) == 23 and len(replay._recordings) == 1
-
-
-def test_without_the_dispatcher_the_bits_are_the_same(monkeypatch) -> None:
-    arguments = call("two views", True)
-    direct = losses_and_gradients(arguments)
-    monkeypatch.setattr(registration, "is_plain", lambda _: False)
-    assert all(map(torch.equal, direct, losses_and_gradients(arguments)))
-
-
-def test_what_a_call_allocates_and_launches_is_all_that_a_replay_does() -> None:
-    z1, z2 = (normal(8, 4, seed=k).float().to(DEVICE).requires_grad_() for k in (0, 1))
-    with fastcl.backend("triton"), mock.patch.object(launch, "start", lambda *_: None):
-        for _ in range(3):
-            fastcl.ntxent_loss(z1, z2).backward()
-        with torch.autograd.profiler.profile() as seen:
-            fastcl.ntxent_loss(z1, z2)
-    found = {event.name for event in seen.function_events if event.name.startswith("aten::")}
-    views = {"aten::unbind", "aten::select", "aten::as_strided", "aten::squeeze"}
-    assert found <= {"aten::empty", "aten::new_empty", *views}, found  # a profiled call returns empty tensors for None
-
-
-def test_two_models_are_replayed(runs) -> None:
-    za, zb = (normal(12, 4, seed=k).float().to(DEVICE) for k in (0, 1))
-    sample, found, started = torch.arange(12, device=DEVICE) // 2, [], []
-    with fastcl.backend("triton"):
-        for _ in range(4):
-            before = len(runs)
-            stats = fastcl.twin_stats(za, zb, sample=sample, temperature=0.5)
-            found.append((stats.a.lse_other, stats.b.mean_view, stats.sums))
-            started.append(len(runs) - before)
-    assert started[0] == started[1] > 0 and started[2:] == [0, 0]
-    assert all(torch.equal(v, first) for one in found[1:] for v, first in zip(one, found[0], strict=True))
-
-
-class Other(Tensor):
-    """A class of its own."""
-
-
-@pytest.mark.parametrize(
-    "values",
-    (
-        [X.as_subclass(Other)],
-        [X, [None, X.as_subclass(Other)]],
-        [torch._neg_view(X)],
-        [torch.complex(X, X).conj().imag],
-        [torch._efficientzerotensor((2, 2))],
-        [torch._to_functional_tensor(X)],
-    ),
-    ids=("class", "class in a list", "negative", "conjugate", "zero", "functional"),
-)
-def test_tensors_that_the_dispatcher_has_to_see(values: list) -> None:
-    assert registration.is_plain([X, None, 1, [X, None], torch.nn.Parameter(X), "a"])
-    assert not registration.is_plain(values)
-
-
-def test_negated_views_of_memory() -> None:
-    a, b, weights = (normal(8, 4, seed=k).float().to(DEVICE) for k in range(3))
-
-    def results(a: Tensor, gradient: Tensor, temperature: Tensor) -> list[Tensor]:
-        leaf, t = a.detach().requires_grad_(), temperature.detach().requires_grad_()
-        rows = fastcl.ntxent_loss(leaf, b, t, reduction="none")
-        return [rows.detach(), *torch.autograd.grad(rows, (leaf, t), gradient)]
-
-    gradient, temperature = weights.flatten()[:16], torch.tensor(0.3, device=DEVICE)
-    with fastcl.backend("triton"):
-        expected = results(a, gradient, temperature)
-        given = (torch._neg_view(-v) for v in (a, gradient, temperature))
-        assert all(map(torch.equal, results(*given), expected))
-
-
-def test_watched_calls_show_the_operator() -> None:
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    z, y = (normal(8, 4, seed=k).float().to(DEVICE) for k in (0, 1))
-    with fastcl.backend("triton"):
-        with Watch():
-            fastcl.ntxent_loss(z, y)
-        with torch.autograd.profiler.profile() as profile:
-            fastcl.ntxent_loss(z.requires_grad_(), y).backward()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            traced = torch.jit.trace(lambda z: fastcl.ntxent_loss(z, y), z, check_trace=False)
-    assert "fastcl.fused.default" in seen
-    assert {"fastcl::fused", "fastcl::fused_backward"} <= {event.name for event in profile.function_events}
-    assert "fastcl::fused" in str(traced.graph)
-
-
-@pytest.mark.parametrize("watched", ("forward", "backward"))
-def test_checkpoints_of_which_one_pass_is_watched(watched: str) -> None:
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            return func(*args, **(kwargs or {}))
-
-    z, y = (normal(8, 4, seed=k).float().to(DEVICE).requires_grad_() for k in (0, 1))
-    with fastcl.backend("triton"):
-        (expected,) = torch.autograd.grad(fastcl.ntxent_loss(z, y), z)
-        with Watch() if watched == "forward" else nullcontext():
-            loss = checkpoint(lambda z: fastcl.ntxent_loss(z, y), z, use_reentrant=False)
-        with Watch() if watched == "backward" else nullcontext():
-            (found,) = torch.autograd.grad(loss, z)
-    assert torch.equal(found, expected)
