@@ -30,7 +30,7 @@ help:
 	@echo '               IMAGES=FOLDER has the images, results go to $(OUT)/reproduction; a stopped run goes on'
 	@echo 'make clean     remove .venv, .matrix, build output and caches; keeps the results in $(OUT)/'
 	@echo
-	@echo 'The first demo, check, test, lint, docs, bench or reproduce installs everything into .venv: a few minutes and about 6 GB.'
+	@echo 'The first demo, check, test, lint, docs, bench or reproduce installs everything into .venv: a few minutes and about 8 GB.'
 	@echo 'To use another interpreter (3.11 or newer): make PYTHON=python3.12 demo'
 
 # The stamp is removed before an update and restored only after the last step, so an interrupted install never counts as
@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	    echo 'Creating $(VENV) with $(PYTHON).'; $(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@echo 'Installing fastcl, PyTorch and the tools into $(VENV); pip writes its log to $(VENV)/install.log.'
-	@echo 'The first time this takes a few minutes and about 6 GB.'
+	@echo 'The first time this takes a few minutes and about 8 GB.'
 	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input \
 	    -c constraints.txt -e '.[train,dali,bench,docs,dev]' > $(VENV)/install.log 2>&1 \
 	    && $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input --no-deps \

@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     words = words[is_module:]
     if not words:
         parser.error("name a program: SCRIPT.py or -m MODULE")
+    if not is_module and not os.path.exists(words[0]):
+        parser.error(f"no such file: {words[0]}")
     try:
         tell(patch(*args.libraries.split(","), force=args.force))
     except FastclError as error:
