@@ -58,6 +58,8 @@ CASES: dict[str, tuple[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]]]
     "one direction": ("info_nce", lambda d: _made("info_nce", "InfoNCE")),
     "classes": ("pytorch_metric_learning",
                 lambda d: partial(_classes, _made("pytorch_metric_learning.losses", "NTXentLoss"))),
+    "peers": ("pytorch_metric_learning",
+              lambda d: partial(_classes, _made("pytorch_metric_learning.losses", "SupConLoss"))),
 }  # fmt: skip
 
 

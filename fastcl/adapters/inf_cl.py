@@ -48,6 +48,8 @@ cal_inf_loss = cal_ring_loss
 def _loss(
     q: Tensor, k: Tensor, labels: Tensor | None, scale: float | Tensor | None, reduction: Reduction, gathers: bool
 ) -> Tensor:
+    if labels is None and len(q) > len(k):
+        raise ValueError(f"without labels k must have a row for each of q, got {len(k)} and {len(q)} rows")
     temperature = 1.0 if scale is None else 1 / scale
     target = 0 if labels is None else labels
     return one_way(q, k, target, temperature, False, reduction, gathers)

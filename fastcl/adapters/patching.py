@@ -71,7 +71,7 @@ def patch(*libraries: str, force: bool = False) -> Patch:
 
     Methods are replaced on their classes and functions in place: names that are already imported, instances that exist
     and subclasses follow. What fastcl does not support, or on a CPU is slower at (few rows), the original computes. A
-    function that torch.compile has already compiled keeps what it was compiled with: patch first.
+    function that torch.compile has already compiled is compiled again.
 
     Args:
         libraries: "inf_cl", "info_nce", "lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers",
@@ -109,7 +109,7 @@ def tell(done: Patch) -> None:
         print(f"fastcl: {done}", file=sys.stderr)
 
 
-def call(place: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def call(place: str, *args: Any, **options: Any) -> Any:
     """What a function replaced in place does."""
     return _active[place].stand_in(*args, **options)
 
@@ -202,25 +202,28 @@ def _replace(target: Target, owner: Any, name: str) -> _Active:
 
         return _Active(target, put_back, stand_in)
     copy = FunctionType(original.__code__, original.__globals__, name, original.__defaults__, original.__closure__)
-    kept = original.__code__, original.__defaults__, original.__kwdefaults__
-    copy.__kwdefaults__ = original.__kwdefaults__
-    original.__signature__ = inspect.signature(copy)
-    space: dict[str, Any] = {}
-    exec(_STUB.format(name=name, place=target.place), space)
-    original.__code__, original.__defaults__, original.__kwdefaults__ = space[name].__code__, None, None
+    kept, space = original.__code__, {}
+    found = inspect.signature(original).parameters.values()
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = ", ".join(stars.get(one.kind, "") + one.name for one in found)
+    exec(_STUB.format(name=name, parameters=parameters, place=target.place), space)
+    stub = original.__code__ = space[name].__code__
 
     def put_back_code() -> None:
-        original.__code__, original.__defaults__, original.__kwdefaults__ = kept
-        del original.__signature__
+        if original.__code__ is stub:
+            original.__code__ = kept
+        else:
+            warnings.warn(f"{target.place} was replaced again since fastcl.patch and stays as it is", stacklevel=4)
 
     return _Active(target, put_back_code, _stand_in(target, copy, {}))
 
 
-# Names that were imported hold the function itself, so that its code is exchanged.
+# Names that were imported hold the function itself, so that its code is exchanged. It keeps its parameters, which
+# torch.compile remembers by function, and its defaults.
 _STUB = """
-def {name}(*args, **options):
+def {name}({parameters}):
     from fastcl.adapters.patching import call
-    return call({place!r}, args, options)
+    return call({place!r}, {parameters})
 """
 
 
@@ -230,14 +233,19 @@ def _stand_in(target: Target, original: Any, hooks: dict[str, Any]) -> Callable[
     @wraps(original)
     def replaced(*args: Any, **options: Any) -> Any:
         found = NotImplemented
-        if all(getattr(type(args[0]), hook) is plain for hook, plain in hooks.items()):
+        if not hooks or (args and _is_as_it_was(hooks, args[0])):
             try:
                 found = ours(*args, **options)
-            except ValueError:  # what fastcl refuses the original computes, or refuses in its own words
+            except (ValueError, ArithmeticError):  # what fastcl refuses the original computes, or refuses itself
                 pass
         return original(*args, **options) if found is NotImplemented else found
 
     return replaced
+
+
+def _is_as_it_was(hooks: dict[str, Any], loss: Any) -> bool:
+    """Whether neither the class of a loss nor the loss itself has other methods in the place of the hooks."""
+    return all(hook not in loss.__dict__ and getattr(type(loss), hook) is plain for hook, plain in hooks.items())
 
 
 def _release(place: str) -> None:

@@ -16,10 +16,11 @@ from fastcl.adapters.shared import world_size
 from fastcl.losses.queue import queue_loss
 from fastcl.rowstats.api import normalize_rows
 
-# By loss, the number of rows from which fastcl computes it on a CPU; with fewer the original does. From there on fastcl
-# was never slower: bench/results/cpu/adapters.md, 128 columns. With fewer than 64 rows nothing was measured.
-FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "queue": 256, "all pairs": 1024,
-          "in batch": 2048}  # fmt: skip
+# By kind of loss, the number of rows from which fastcl computes it on a CPU; with fewer the original does. From there
+# on one loss of the kind was never slower, by the medians: bench/results/cpu/adapters.md, 128 columns. With fewer than
+# 64 rows nothing was measured.
+FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "peers": 256, "queue": 256,
+          "all pairs": 1024, "in batch": 2048, "not measured": 2**62}  # fmt: skip
 
 
 def worthwhile(kind: str, rows: Tensor) -> bool:
@@ -70,13 +71,13 @@ def infonce(
     return info_nce.info_nce(query, positive_key, negative_keys, *args, **options)
 
 
-def metric_learning(name: str) -> Callable[..., Any]:
+def metric_learning(name: str, kind: str) -> Callable[..., Any]:
     """A loss of pytorch-metric-learning."""
 
     def ours(self: Any, embeddings: Tensor, *args: Any) -> Any:
         from fastcl.adapters import metric_learning  # which needs the library
 
-        if not worthwhile("classes", embeddings):
+        if not worthwhile(kind, embeddings):
             return NotImplemented
         found = metric_learning.computed(self, getattr(metric_learning, name).rows, embeddings, *args)
         return NotImplemented if found is None else found
@@ -86,7 +87,7 @@ def metric_learning(name: str) -> Callable[..., Any]:
 
 def solo_views(z1: Tensor, z2: Tensor, temperature: float = 0.1, extra_pos_mask: Tensor | None = None) -> Any:
     """solo-learn's SimCLR of two views; with a mask, which has all pairs, nothing was measured."""
-    if extra_pos_mask is not None or not worthwhile("two views", z1):
+    if extra_pos_mask is not None or z2.ndim != 2 or not worthwhile("two views", z1):
         return NotImplemented
     return solo_learn.simclr_loss_func(z1, z2, temperature)
 
@@ -96,6 +97,13 @@ def solo_indexes(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Any:
     if indexes.ndim != 1 or not worthwhile("two views", z[::2]):
         return NotImplemented
     return solo_learn.simclr_loss_func(z, indexes, temperature)
+
+
+def solo_nnclr(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Any:
+    """solo-learn's NNCLR."""
+    if nn.shape != p.shape or not worthwhile("one direction", nn):
+        return NotImplemented
+    return solo_learn.nnclr_loss_func(nn, p, temperature)
 
 
 def stable_infonce(

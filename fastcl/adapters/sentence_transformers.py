@@ -28,6 +28,8 @@ def computed(loss: Any, embeddings: Sequence[Tensor]) -> Tensor | None:
         reason = "similarity_fct"
     elif loss.hardness_mode is not None and loss.hardness_strength > 0:
         reason = f"hardness_mode={loss.hardness_mode!r}"
+    elif len({one.shape for one in embeddings}) > 1:
+        reason = "embeddings of several shapes"
     if reason is not None:
         name = type(loss).__name__
         tell_once(f"{name} with {reason} is computed by sentence_transformers itself, with whole matrices")

@@ -66,9 +66,8 @@ def _original(temperature: float) -> Any:
         loss = import_module("stable_pretraining.losses.joint_embedding").InfoNCELoss
     except ImportError as error:
         raise NotImplementedError(
-            "InfoNCELoss(mask=...) leaves out any pairs, which needs the whole matrix: install stable-pretraining, which "
-            f"cannot be imported here ({error}), or use fastcl.row_stats with labels where the pairs to leave out share "
-            "a class"
+            "InfoNCELoss(mask=...) leaves out any pairs, which needs the whole matrix: install stable-pretraining "
+            f"({error}), or use fastcl.row_stats with labels where the pairs to leave out share a class"
         ) from error
     tell_once("InfoNCELoss(mask=...) is computed by stable_pretraining itself, with an N x M matrix")
     return loss(temperature)

@@ -64,7 +64,7 @@ _SIMILARITIES = _of("sentence_transformers.util:", "cos_sim", "dot_score", "all_
 
 
 def _stable(file: str, name: str, ours: Callable[..., Any], newest: str, before: str) -> tuple[Target, Target]:
-    """0.1.7 takes the rows of all ranks with the targets of one."""
+    """0.1.7 computes the rank's own loss, whose rows it gathers in vain."""
     place = f"{_STABLE}{file}:{name}.forward"
     sources = tuple(dict.fromkeys((place, *_INFONCE, "stable_pretraining.utils.distributed:all_gather")))
     return (Target(place, ours, sources, {"0.1.8": newest}, ("_compute",)),
@@ -101,12 +101,12 @@ TARGETS: dict[str, tuple[Target, ...]] = {
                dict.fromkeys(("3.3.0", "3.2.0"), "9707f5eee56d7928"), ("_loss", "get_logits", "get_ground_truth")),
     ),
     "pytorch_metric_learning": tuple(
-        Target(f"{_PML}{file}:{name}.compute_loss", replacements.metric_learning(name),
+        Target(f"{_PML}{file}:{name}.compute_loss", replacements.metric_learning(name, kind),
                (*_PAIRS, f"{_PML}{file}:{name}._compute_loss"), {"2.9.0": newest, "2.8.1": before}, ("_compute_loss",),
                "fastcl.adapters.metric_learning")
-        for file, name, newest, before in (
-            ("ntxent_loss", "NTXentLoss", "dc24a6229451e3b9", "245febab1333ac1b"),
-            ("supcon_loss", "SupConLoss", "92ca1637acfe8307", "c7a43656b3e16168"),
+        for file, name, kind, newest, before in (
+            ("ntxent_loss", "NTXentLoss", "classes", "dc24a6229451e3b9", "245febab1333ac1b"),
+            ("supcon_loss", "SupConLoss", "peers", "92ca1637acfe8307", "c7a43656b3e16168"),
         )
     ),
     "sentence_transformers": tuple(
@@ -124,16 +124,17 @@ TARGETS: dict[str, tuple[Target, ...]] = {
                (_SOLO + "simclr:simclr_loss_func", *_SOLO_GATHERS), {"1.0.6": "32e863d9c2368130"}),
         Target(_SOLO + "simclr:simclr_loss_func", replacements.solo_views, (_SOLO + "simclr:simclr_loss_func",),
                {"1.0.2": "c397f0496c40e373"}),
-        Target(_SOLO + "mocov2plus:mocov2plus_loss_func", if_worthwhile("queue", solo_learn.mocov2plus_loss_func),
+        Target(_SOLO + "mocov2plus:mocov2plus_loss_func",
+               if_worthwhile("not measured", solo_learn.mocov2plus_loss_func),
                (_SOLO + "mocov2plus:mocov2plus_loss_func",), {"1.0.6": "6d2fe7d4db804f66"}),
-        Target(_SOLO + "moco:moco_loss_func", if_worthwhile("queue", solo_learn.moco_loss_func),
+        Target(_SOLO + "moco:moco_loss_func", if_worthwhile("not measured", solo_learn.moco_loss_func),
                (_SOLO + "moco:moco_loss_func",), {"1.0.2": "638f6efb0ce44ff2"}),
         Target(_SOLO + "mocov3:mocov3_loss_func", if_worthwhile("one direction", solo_learn.mocov3_loss_func),
                (_SOLO + "mocov3:mocov3_loss_func", "solo.utils.misc:concat_all_gather_no_grad"),
                {"1.0.6": "6d51f21b01e92cb6"}),
-        Target(_SOLO + "nnclr:nnclr_loss_func", if_worthwhile("one direction", solo_learn.nnclr_loss_func),
+        Target(_SOLO + "nnclr:nnclr_loss_func", replacements.solo_nnclr,
                (_SOLO + "nnclr:nnclr_loss_func", *_SOLO_GATHERS), {"1.0.6": "d8fafe680b6cf253"}),
-        Target(_SOLO + "nnclr:nnclr_loss_func", if_alone(if_worthwhile("one direction", solo_learn.nnclr_loss_func)),
+        Target(_SOLO + "nnclr:nnclr_loss_func", if_alone(replacements.solo_nnclr),
                (_SOLO + "nnclr:nnclr_loss_func",), {"1.0.2": "e798cbb5aebf8923"}),
     ),
     "stable_pretraining": (

@@ -87,6 +87,8 @@ def _words(error: Exception) -> str:
         return _why_not_imported(error)
     if not isinstance(error, OSError):
         return ""
+    if error.filename is None and (error.errno is None or isinstance(error, TimeoutError | ConnectionRefusedError)):
+        return f"{type(error).__name__}: {error}"  # of no file
     # A file of Python or a library, or standard output: its reader is gone, or it is on a full disk.
     where = "standard output" if error.errno in (*_FULL, errno.EPIPE) else "a file"
     where = where if error.filename is None else shown(str(error.filename))

@@ -38,7 +38,7 @@ def losses(
     Raises:
         FastclError: as `plan_of`, `check_smoothing` and `sharded.agreed`.
     """
-    plan, facts = None, {"function": "loss", "label_smoothing": smoothing}
+    plan, facts = None, {"function": "loss", "label_smoothing": smoothing or 0.0}
 
     def request() -> sharded.Request:
         nonlocal plan

@@ -64,7 +64,7 @@ class Pulse:
         """Tell the others why this process ends. Returns whether it is the first that does."""
         if self._store.add("causes", 1) > 1:
             return False
-        self._store.set("cause", cause)
+        self._store.set("cause", cause.encode(errors="backslashreplace").decode())
         return True
 
     def cause(self) -> str:

@@ -252,7 +252,11 @@ def test_a_script(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     try:
         said = capsys.readouterr()
         assert (said.out, said.err) == ("__main__ ['-m', '--x'] 1\n", "")
-        for words, message in ((["info_nce", "--"], "name a program"), (["info", "x.py"], "library must be")):
+        for words, message in (
+            (["info_nce", "--"], "name a program"),
+            (["info", str(folder / "program.py")], "library must be"),
+            (["--force", "info_nce", "x.py"], "no such file: x.py"),
+        ):
             with pytest.raises(SystemExit):
                 main(words)
             assert message in capsys.readouterr().err

@@ -35,4 +35,5 @@ def test_the_fewest_rows_are_those_from_which_all_sizes_pay() -> None:
 
 def test_the_limits_of_the_patches_are_those_of_the_record() -> None:
     records = json.loads((Path(adapters.__file__).parent / "results/cpu/adapters.json").read_text())
-    assert {kind: adapters.fewest(records, kind) for kind in adapters.CASES} == replacements.FEWEST
+    limits = {kind: limit for kind, limit in replacements.FEWEST.items() if kind != "not measured"}
+    assert {kind: adapters.fewest(records, kind) for kind in adapters.CASES} == limits
