@@ -20,7 +20,7 @@ from fastcl.rowstats.api import normalize_rows
 # on one loss of the kind was never slower, by the medians: bench/results/cpu/adapters.md, 128 columns. With fewer than
 # 64 rows nothing was measured.
 FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "peers": 256, "queue": 256,
-          "all pairs": 1024, "in batch": 2048, "not measured": 2**62}  # fmt: skip
+          "all pairs": 2048, "in batch": 2048, "not measured": 2**62}  # fmt: skip
 
 
 def worthwhile(kind: str, rows: Tensor) -> bool:
