@@ -15,15 +15,12 @@ from fastcl.errors import FastclError
 _torch: Any = torch._C
 _is_batched, _is_batched_by_autograd = _torch._functorch.is_batchedtensor, _torch._functorch.is_legacy_batchedtensor
 _is_transformed, _dispatch_modes = _torch._are_functorch_transforms_active, _torch._len_torch_dispatch_stack
-_is_profiled, _is_traced, _keys_of = (
-    _torch._autograd._profiler_enabled,
-    _torch._get_tracing_state,
-    _torch._dispatch_keys,
-)
+_is_profiled, _is_traced = _torch._autograd._profiler_enabled, _torch._get_tracing_state
 
 _CLASSES = (Tensor, Parameter)
 # Tensors whose memory does not hold what they say: PyTorch's dispatcher sees to them before a kernel does.
 _ELSEWHERE = [getattr(_torch.DispatchKey, name) for name in ("Conjugate", "Negative", "ZeroTensor", "Functionalize")]
+_known_keys: dict[int, bool] = {}  # whether any of them is in a set of dispatch keys
 
 
 class _Operator(NamedTuple):
@@ -130,9 +127,6 @@ def _is_elsewhere(keys: Any) -> bool:
     if found is None:
         found = _known_keys[keys.raw_repr()] = any(map(keys.has, _ELSEWHERE))
     return found
-
-
-_known_keys: dict[int, bool] = {}
 
 
 def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
