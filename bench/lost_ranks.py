@@ -80,7 +80,7 @@ def measure(loss: Loss, options: Mapping[str, object], folder: Path) -> Record:
     Raises:
         FastclError: the run ended before the moment, or did not end after it; a damaged checkpoint.
     """
-    with open(folder / "said", "w") as said:
+    with open(folder / "said", "wb") as said:
         process = subprocess.Popen(
             _command(loss, options, folder), env=_environment(folder), stdout=said, stderr=subprocess.STDOUT
         )
