@@ -143,3 +143,23 @@ _STAND_INS = {
         init=_init, expect=model.arrive, arrive=model.arrive, wait=model.wait, MBarrierLayout=lambda: None
     ),
 }  # fmt: skip
+
+
+def faults_of_a_ring(full: str, empty: str, arrive: str) -> dict[str, tuple[dict[str, str], str]]:
+    """Edits that break any kernel that takes its tiles from a ring, and what the model says of each.
+
+    Args:
+        full, empty, arrive: the kernel's lines that wait for a copy, wait for a free stage, and release one.
+    """
+    phase = "(i // RING.STAGES) & 1"  # in common/ring.py
+    return {
+        "a consumer does not wait for the copy": ({full: "pass"}, "not there yet|in use"),
+        "a consumer is a phase ahead": (
+            {f"return {phase}": "return (i // RING.STAGES + 1) & 1"},
+            "not there yet|deadlock",
+        ),
+        "the producer does not wait": ({empty: "pass"}, "in use|more arrivals"),
+        "the producer begins with the wrong phase": ({f"return ({phase}) ^ 1": f"return {phase}"}, "deadlock"),
+        "no stage is released": ({arrive: "pass"}, "deadlock"),
+        "a stage is released twice": ({arrive: f"{arrive}; {arrive}"}, "in use|more arrivals|deadlock"),
+    }

@@ -88,7 +88,7 @@ def _words(error: Exception) -> str:
     if not isinstance(error, OSError):
         return ""
     if error.filename is None and (error.errno is None or isinstance(error, TimeoutError | ConnectionRefusedError)):
-        return f"{type(error).__name__}: {error}"  # of no file
+        return f"{type(error).__name__}: {shown(str(error))}"  # of no file
     # A file of Python or a library, or standard output: its reader is gone, or it is on a full disk.
     where = "standard output" if error.errno in (*_FULL, errno.EPIPE) else "a file"
     where = where if error.filename is None else shown(str(error.filename))

@@ -93,6 +93,8 @@ def failing(monkeypatch, error):
     (PermissionError(13, "Permission denied", "/x/caf\udce9.py"),
      "cannot read or write /x/caf\\xe9.py: Permission denied"),
     (OSError(24, "Too many open files"), "cannot read or write a file: Too many open files"),
+    (TimeoutError("timed\nout"), "TimeoutError: timed\\nout"),
+    (ConnectionRefusedError(111, "Connection refused"), "ConnectionRefusedError: [Errno 111] Connection refused"),
     (OSError(28, "No space left on device"), "cannot read or write standard output: No space left on device"),
     (FastclError("bad \udce9"), "bad \\xe9"),
 ))  # fmt: skip

@@ -115,16 +115,10 @@ def test_backward_keeps_the_rules_and_its_gradient_for_every_number_of_tiles(sta
 FULL, EMPTY = "mbarrier.wait(b.full.index(at), filled(i, RING))", "mbarrier.wait(b.empty.index(at), released(i, RING))"
 ARRIVE = "mbarrier.arrive(b.empty.index(at), count=1)"
 DONE, ADDED = "b_p = warpgroup_mma_wait(0, [b_p])", "b_acc = warpgroup_mma_wait(0, [b_acc])"
-PHASE = "(i // RING.STAGES) & 1"
 BYTES = "b.full.index(at), z_s.block_type.nbytes"
 # What is changed in the source of both kernels, and what the model says.
 FAULTS = {
-    "a consumer does not wait for the copy": ({FULL: "pass"}, "not there yet|in use"),
-    "a consumer is a phase ahead": ({f"return {PHASE}": "return (i // RING.STAGES + 1) & 1"}, "not there yet|deadlock"),
-    "the producer does not wait": ({EMPTY: "pass"}, "in use|more arrivals"),
-    "the producer begins with the wrong phase": ({f"return ({PHASE}) ^ 1": f"return {PHASE}"}, "deadlock"),
-    "no stage is released": ({ARRIVE: "pass"}, "deadlock"),
-    "a stage is released twice": ({ARRIVE: f"{ARRIVE}; {ARRIVE}"}, "in use|more arrivals|deadlock"),
+    **gluon_run.faults_of_a_ring(FULL, EMPTY, ARRIVE),
     "half of the bytes are expected": ({BYTES: f"{BYTES} // 2"}, "deadlock"),
     "the resident rows are not waited for": ({"mbarrier.wait(b.here, 0)": "pass"}, "not there yet"),
     "a product is used before its wait": ({DONE: "pass"}, "unsupported operand"),

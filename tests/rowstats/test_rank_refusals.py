@@ -28,6 +28,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gradients": ({"z": normal(6, 4).requires_grad_()}, ("gradients", "rank 1")),
     "label smoothing": ({"label_smoothing": 0.1}, ("label_smoothing", "0 on rank 0", "0.1 on")),
     "no label smoothing": ({"label_smoothing": 1.5}, ("rank 1 of 3", "label_smoothing", "1.5")),
+    "explicit reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
     "explicit pairs": ({"pairs": torch.tensor([[0, 6]])}, ("rank 1 of 3", "pairs", "rows 0 to 5", "got 6")),
     "explicit weights": ({"weights": -torch.ones(1)}, ("rank 1 of 3", "weights", "not negative", "-1")),
     "function": ({"function": "clip"}, ("objective", "ntxent on rank 1")),
@@ -74,6 +75,7 @@ ODD_SIGMOID: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "bias": ({"logit_bias": -2.0}, ("logit_bias", "-1.0 on rank 0", "-2.0 on rank 1")),
     "learnable bias": ({"logit_bias": torch.tensor(-1.0, requires_grad=True)}, ("logit_bias's gradient", "rank 1")),
     "scale": ({"logit_scale": 4.0}, ("logit_scale", "5.0 on rank 0", "4.0 on rank 1")),
+    "reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
     "width": ({"image": normal(6, 5), "text": normal(6, 5)}, ("number of columns", "4 on rank 0", "5 on rank 1")),
     "text": ({"text": normal(5, 4)}, ("rank 1 of 3", "image and text", "(6, 4)", "(5, 4)")),
 }

@@ -1,7 +1,6 @@
 """Eager calls of few rows on the Triton backend: replayed, without PyTorch's dispatcher, and with the same bits."""
 
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -9,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from reference import normal
+from test_replay import nothing_recorded  # noqa: F401
 from test_triton_operator import KINDS, call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,15 +22,6 @@ from fastcl.rowstats.triton import backward, forward, replay, two_models, weight
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 X = torch.ones(4, 3)
-
-
-@pytest.fixture(autouse=True)
-def nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The second call is recorded, so that the third is a replay."""
-    monkeypatch.setattr(replay, "BEFORE", 1)
-    replay.forget()
-    yield
-    replay.forget()
 
 
 @pytest.fixture

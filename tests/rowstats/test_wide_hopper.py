@@ -125,15 +125,9 @@ DONE, ARRIVE = "b_p = warpgroup_mma_wait(0, [b_p])", "mbarrier.arrive(factors.em
 SIZE = "RING.CONSUMERS * factors.z_r.block_type.nbytes"
 ONE = {SIZE: SIZE.removeprefix("RING.CONSUMERS * ")}
 AHEAD = "factors, tiles, turn + RING.STAGES - 1, RING"
-PHASE = "(i // RING.STAGES) & 1"
 # What is changed in the source of what both kernels share, and what the model says.
 FAULTS = {
-    "a consumer does not wait for the copy": ({FULL: "pass"}, "not there yet|in use"),
-    "a consumer is a phase ahead": ({f"return {PHASE}": "return (i // RING.STAGES + 1) & 1"}, "not there yet|deadlock"),
-    "the producer does not wait": ({EMPTY: "pass"}, "in use|more arrivals"),
-    "the producer begins with the wrong phase": ({f"return ({PHASE}) ^ 1": f"return {PHASE}"}, "deadlock"),
-    "no stage is released": ({ARRIVE: "pass"}, "deadlock"),
-    "a stage is released twice": ({ARRIVE: f"{ARRIVE}; {ARRIVE}"}, "in use|more arrivals|deadlock"),
+    **gluon_run.faults_of_a_ring(FULL, EMPTY, ARRIVE),
     "a stage is released too early": ({DONE: ARRIVE, ARRIVE: DONE}, "in use"),
     "one consumer need not release": ({"count=RING.CONSUMERS": "count=RING.CONSUMERS - 1"}, "in use|arrivals|deadlock"),
     "a product is used before its wait": ({DONE: "pass"}, "in use"),

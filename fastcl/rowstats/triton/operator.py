@@ -105,8 +105,9 @@ _library.define(
 def fused(
     batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
     codes: Sequence[int], reduction: str = "none", inverted: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates.
+) -> tuple[Any, ...]:  # fmt: skip
+    """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates, which
+    are None or empty without columns.
 
     Args:
         codes: the K objectives whose losses are requested (`Objective.code`). If empty, counts are returned instead.
@@ -139,7 +140,7 @@ def _precision(precision: str | None, x: Tensor) -> str:
     return precision
 
 
-def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> tuple[Tensor, ...]:
+def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> Returned:
     from fastcl.rowstats.triton import forward, working_order
     from fastcl.rowstats.triton.operand import Source
 
@@ -200,10 +201,8 @@ def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor | None, ...]:
 
     *asked, given, grads, need = rest
     columns, call = Asked(*asked).columns, Asked(*asked).call(labelled)
-    stats: Any
-    stats_y: Any
-    stats, stats_y, *others = (None if t is None or t.numel() == 0 else t for t in given)
-    saved = Saved(*others)
+    found: list[Any] = [None if t is None or t.numel() == 0 else t for t in given]
+    stats, stats_y, saved = found[0], found[1], Saved(*found[2:])
     flag = saved.flag
     scales = [None, None] if saved.scale is None else [saved.scale[:1], saved.scale[1:]]
     a = operand.restored(x, x2, saved.order, saved.z, saved.inv, scales[0])
