@@ -18,6 +18,7 @@ from fastcl.dispatch import choose
 from fastcl.rowstats.api import prepared
 from fastcl.rowstats.log_sums import column_slices
 from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
+from fastcl.rowstats.small import decisions, route
 from fastcl.rowstats.triton.operator import operator_arguments
 
 _LINEAR = 40.0  # from here on softplus is its argument, to the last digit of float64
@@ -54,6 +55,20 @@ def sigmoid_sums(
     with torch.autocast(x.device.type, enabled=False):
         x, y, bias = _prepared(x, y, scale, bias, normalize)
         return (x * y).sum(1) + bias, _on_torch(x, y, bias, paired=True)
+
+
+def few_sum(
+    x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor, normalize: bool, reduction: str
+) -> Tensor | None:
+    """The loss of few rows on a CPU, by a shorter way than `sigmoid_sums`; None where that has to be taken.
+
+    Args:
+        reduction: "mean" or "sum". The others as of `sigmoid_sums`.
+    """
+    tensors = [v for v in (x, y, scale, bias) if isinstance(v, Tensor)]
+    if not (all(map(route.supports, tensors)) and route.is_few(len(x)) and choose(x, y) == "chunked"):
+        return None
+    return decisions.sigmoid_sum(x, y, scale, bias, normalize, reduction)
 
 
 def unpaired_sums(
@@ -116,14 +131,14 @@ def _forward(x: Tensor, y: Tensor, bias: Tensor, paired: bool) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         total = torch.zeros_like(x[:, 0])
         for columns in column_slices(x, y):
-            terms = softplus(torch.addmm(bias, x, y[columns].T), threshold=_LINEAR)
-            total += (_without_pairs(terms, columns) if paired else terms).sum(1)
+            logits = torch.addmm(bias, x, y[columns].T)
+            total += decisions.softplus(_without_pairs(logits, columns, -torch.inf) if paired else logits).sum(1)
         return total
 
 
-def _without_pairs(tile: Tensor, columns: slice) -> Tensor:
-    """The tile with 0 in place of the pairs: row i of x and of y."""
-    tile.diagonal(-columns.start).zero_()
+def _without_pairs(tile: Tensor, columns: slice, value: float) -> Tensor:
+    """The tile with a value in place of the pairs: row i of x and of y."""
+    tile.diagonal(-columns.start).fill_(value)
     return tile
 
 
@@ -135,7 +150,7 @@ def _backward(
     with torch.autocast(x.device.type, enabled=False):
         for columns in column_slices(x, y):
             weights = torch.addmm(bias, x, y[columns].T).sigmoid_().mul_(grad[:, None])
-            weights = _without_pairs(weights, columns) if paired else weights
+            weights = _without_pairs(weights, columns, 0) if paired else weights
             if need[0]:
                 dx.addmm_(weights, y[columns])
             if need[1]:
