@@ -67,7 +67,7 @@ class CallPlan(NamedTuple):
     losses: tuple[Callable[[RowStats], Tensor], ...]
     codes: tuple[int, ...] | None  # of the losses, if all are rows of the table
     anchors: int
-    groups: tuple[route.Group, ...] | None  # if the whole matrix may be computed at once
+    group: route.Group | None  # of the losses, if the whole matrix may be computed at once
     normalize: bool
     reduction: str
     precision: str | None
@@ -84,8 +84,8 @@ class CallPlan(NamedTuple):
         if chosen == "triton" and self.codes:
             return self._fused(batch, temperature)
         temperature = self.kind.temperature(temperature, tensors[0])
-        if chosen == "chunked" and self.groups is not None and route.is_few(self.anchors):
-            found = route.losses(batch, self.groups, temperature, normalize, self.reduction)
+        if chosen == "chunked" and self.group is not None and route.is_few(self.anchors):
+            found = route.losses(batch, self.group, temperature, normalize, self.reduction)
             if found is not None:
                 return [self._halved(rows) for rows in found] if columns else found
         stats = statistics(batch, temperature, normalize, columns, self.precision)
@@ -160,5 +160,5 @@ def _made(
     codes = tuple(loss.code for loss in table) if losses and len(table) == len(losses) else None
     anchors, least = kind.multiple * len(tensors[0]), 2 if kind.columns else 4
     small = codes is not None and anchors >= least and route.supports(tensors[0])
-    groups = route.groups(table) if small else None
-    return CallPlan(kind, losses, codes, anchors, groups, bool(normalize), reduction, precision)
+    group = route.group_of(table) if small else None
+    return CallPlan(kind, losses, codes, anchors, group, bool(normalize), reduction, precision)

@@ -55,8 +55,10 @@ def losses(
             return None
         stats, kept = found
         rows, slopes = zip(*[rows_and_slopes(form, stats) for form in forms], strict=True)
-    rows = _Attached.apply(rows, slopes, way, kept, order, x, x2, given)
-    return rows if reduction == "none" else [getattr(v, reduction)() for v in rows]
+        count = rows[0].numel() if reduction == "mean" else 1
+        if reduction != "none":
+            rows = [v.sum().div_(whole.number(count, v.dtype)) for v in rows]
+    return _Attached.apply(rows, slopes, count, way, kept, order, x, x2, given)
 
 
 def in_full() -> AbstractContextManager:
@@ -89,7 +91,7 @@ def row_stats(
         n_other = len(kept.e_other) - (1 if pairs.towers else 2) - n_peer
         counts = tuple(_restored(v, pairs.order) for v in (n_view, n_peer, n_other))
     slopes = [{"view": 1.0}, {}, *slopes_peer, {"other": 1.0}]
-    return _Attached.apply(statistics, slopes, way, kept, pairs.order, pairs.x, pairs.x2, given), counts
+    return _Attached.apply(statistics, slopes, 1, way, kept, pairs.order, pairs.x, pairs.x2, given), counts
 
 
 def any_row_stats(
@@ -183,17 +185,18 @@ class _Reduced(Function):
 
 
 class _Attached(Function):
-    """Results (N,) computed without autograd, with their derivatives (`Slopes`)."""
+    """Results (N,), or their sums divided by `count`, computed without autograd, with the derivatives of the results
+    (`Slopes`)."""
 
     @staticmethod
-    def forward(ctx, results, slopes, way, kept, order, *inputs):
-        ctx.way, ctx.slopes = way, [{r: v if isinstance(v, float) else None for r, v in s.items()} for s in slopes]
+    def forward(ctx, results, slopes, count, way, kept, order, *inputs):
+        ctx.way, ctx.count, ctx.slopes = way, count, [{r: v if isinstance(v, float) else None for r, v in s.items()} for s in slopes]
         x, x2, temperature = ctx.inputs = inputs
-        ctx.given = _Given.of(x, x2, temperature, _need(way, ctx.needs_input_grad[5:7]))
+        ctx.given = _Given.of(x, x2, temperature, _need(way, ctx.needs_input_grad[6:8]))
         tensors = [v for s in slopes for v in s.values() if not isinstance(v, float)]
         ctx.save_for_backward(order, *kept, *tensors)
         ctx.set_materialize_grads(False)
-        return tuple(_restored(v.reshape(-1), order) for v in results)
+        return tuple(_restored(v.reshape(-1), order) if v.dim() else v for v in results)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -204,10 +207,10 @@ class _Attached(Function):
             slopes = [{r: next(tensors) if v is None else v for r, v in s.items()} for s in ctx.slopes]
             scale, pulls = _pulls(slopes, grads, order, ctx.way.halves)
             need = ctx.given.need
-            dv = whole.backward(kept, ctx.way, need, scale, *pulls)
-            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, need, dv, ctx.needs_input_grad[7])
+            dv = whole.backward(kept, ctx.way, need, scale / ctx.count, *pulls)
+            dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, need, dv, ctx.needs_input_grad[8])
             found = ctx.given.gradients(_restored(dx, order), dt)
-        return None, None, None, None, None, *once(found, ctx.inputs, grads)
+        return None, None, None, None, None, None, *once(found, ctx.inputs, grads)
 
 
 class _Masked(Function):
@@ -233,17 +236,24 @@ class _Masked(Function):
 
 def _pulls(
     slopes: Sequence[Slopes], grads: Sequence[Tensor | None], order: Tensor | None, halves: int
-) -> tuple[float, list[Tensor | None]]:
+) -> tuple[float, list[whole.Pull]]:
     """Largest upstream gradient, and the gradients of `whole.PULLS` divided by it, so that products with exponentials
-    stay in range whatever the reduction."""
-    given = [(s, g if order is None else g[order]) for s, g in zip(slopes, grads, strict=True) if g is not None and s]
-    scale = max((g.abs().amax().item() for _, g in given), default=0.0) or 1.0
-    totals: dict[str, Tensor] = {}
+    stay in range whatever the reduction. The gradient of a sum is one number for all rows."""
+    given = [(s, _upstream(g, order)) for s, g in zip(slopes, grads, strict=True) if g is not None and s]
+    scale = max((abs(g) if isinstance(g, float) else g.abs().amax().item() for _, g in given), default=0.0) or 1.0
+    totals: dict[str, Tensor | float] = {}
     for s, g in given:
+        share = g / scale if isinstance(g, float) else (g / scale).view(halves, -1)
         for r, slope in s.items():
-            term = (g / scale).view(halves, -1) * slope
+            term = slope if isinstance(share, float) and share == 1 else share * slope
             totals[r] = totals[r] + term if r in totals else term
     return scale, [totals.get(r) for r in whole.PULLS]
+
+
+def _upstream(grad: Tensor, order: Tensor | None) -> Tensor | float:
+    if not grad.dim():
+        return grad.item()
+    return grad if order is None else grad[order]
 
 
 def once(

@@ -20,46 +20,34 @@ _transforms, _modes = torch._C._are_functorch_transforms_active, torch._C._len_t
 
 
 class Group(NamedTuple):
-    """Objectives that are computed together."""
+    """Objectives, which are computed together."""
 
-    labelled: bool  # classes matter; without them, peers count as others
-    positions: tuple[int, ...]  # in the list of objectives
     forms: tuple[Any, ...]
+    labelled: bool  # classes matter to one of them; without classes, peers count as others
     peers: bool  # statistics of peers are needed where there are labels
 
 
 def losses(
-    batch: Batch, found_groups: Sequence[Group], temperature: float | Tensor, normalize: bool, reduction: str
+    batch: Batch, group: Group, temperature: float | Tensor, normalize: bool, reduction: str
 ) -> Sequence[Tensor] | None:
     """Reduced row losses of each objective, anchors and candidates together; None if tiles must be used.
 
     Args:
-        found_groups: `groups` of the objectives. The rows must be supported (`supports`), and few (`is_few`).
+        group: `group_of` the objectives. The rows must be supported (`supports`), and few (`is_few`).
     """
-    found: dict[int, Tensor] = {}
-    for group in found_groups:
-        if (pairs := _pairs(batch, group.labelled)) is None:
-            return None
-        peers = group.peers and pairs.labels is not None
-        values = autograd.losses(pairs, temperature, normalize, group.forms, peers, reduction)
-        if values is None or len(found_groups) == 1:
-            return values
-        found |= zip(group.positions, values, strict=True)
-    return [found[k] for k in range(len(found))]
+    if (pairs := _pairs(batch, group.labelled)) is None:
+        return None
+    peers = group.peers and pairs.labels is not None
+    return autograd.losses(pairs, temperature, normalize, group.forms, peers, reduction)
 
 
-def groups(objectives: Sequence[Any]) -> tuple[Group, ...] | None:
-    """Objectives without and with labels; None if one of them has no closed form."""
+def group_of(objectives: Sequence[Any]) -> Group | None:
+    """The objectives as a group; None if one of them has no closed form."""
     if not all(map(has_slopes, objectives)):
         return None
-    made = []
-    for labelled in (False, True):
-        positions = tuple(k for k, o in enumerate(objectives) if o.needs_labels == labelled)
-        forms = tuple(objectives[k] for k in positions)
-        if forms:
-            peers = any("peer" in (*o.positives, *o.denominator) for o in forms)
-            made.append(Group(labelled, positions, forms, peers))
-    return tuple(made)
+    labelled = any(o.needs_labels for o in objectives)
+    peers = any("peer" in (*o.positives, *o.denominator) for o in objectives)
+    return Group(tuple(objectives), labelled, labelled and peers)
 
 
 def row_stats(batch: Batch, temperature: float | Tensor, normalize: bool):
