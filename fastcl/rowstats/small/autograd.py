@@ -190,7 +190,8 @@ class _Attached(Function):
 
     @staticmethod
     def forward(ctx, results, slopes, count, way, kept, order, *inputs):
-        ctx.way, ctx.count, ctx.slopes = way, count, [{r: v if isinstance(v, float) else None for r, v in s.items()} for s in slopes]
+        ctx.way, ctx.count = way, count
+        ctx.slopes = [{r: v if isinstance(v, float) else None for r, v in s.items()} for s in slopes]
         x, x2, temperature = ctx.inputs = inputs
         ctx.given = _Given.of(x, x2, temperature, _need(way, ctx.needs_input_grad[6:8]))
         tensors = [v for s in slopes for v in s.values() if not isinstance(v, float)]
@@ -240,10 +241,10 @@ def _pulls(
     """Largest upstream gradient, and the gradients of `whole.PULLS` divided by it, so that products with exponentials
     stay in range whatever the reduction. The gradient of a sum is one number for all rows."""
     given = [(s, _upstream(g, order)) for s, g in zip(slopes, grads, strict=True) if g is not None and s]
-    scale = max((abs(g) if isinstance(g, float) else g.abs().amax().item() for _, g in given), default=0.0) or 1.0
+    scale = max((g.abs().amax().item() if isinstance(g, Tensor) else abs(g) for _, g in given), default=0.0) or 1.0
     totals: dict[str, Tensor | float] = {}
     for s, g in given:
-        share = g / scale if isinstance(g, float) else (g / scale).view(halves, -1)
+        share = (g / scale).view(halves, -1) if isinstance(g, Tensor) else g / scale
         for r, slope in s.items():
             term = slope if isinstance(share, float) and share == 1 else share * slope
             totals[r] = totals[r] + term if r in totals else term
