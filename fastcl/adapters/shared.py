@@ -130,20 +130,21 @@ def one_way(
     Raises:
         IndexError: a target, on a CPU, that is no index of a candidate.
     """
-    device = candidates.device
-    own = torch.arange(len(candidates), dtype=torch.int64, device=device)
-    first = torch.arange(len(anchors), dtype=torch.int64, device=device)
+    rows = anchors, candidates
+    if anchors.dtype != candidates.dtype:
+        dtype = torch.promote_types(anchors.dtype, candidates.dtype)
+        rows = anchors.to(dtype), candidates.to(dtype)
+    options = "ntxent", temperature, reduction, normalize, None, gathers
+    if isinstance(target, int) and target == 0 and anchors.shape[0] <= candidates.shape[0]:
+        return contrastive_loss(rows, None, None, *options)
+    own, first = (torch.arange(len(v), dtype=torch.int64, device=v.device) for v in (candidates, anchors))
     sample = first + target if isinstance(target, int) else target
     # On another device a check would wait for it; a compiled call cannot read values.
     if isinstance(target, Tensor) and target.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (target >= len(candidates)) | ((target < 0) & (target != IGNORED))
         if wrong.any():
             raise IndexError(f"Target {target[wrong][0].item()} is out of bounds for {len(candidates)} candidates")
-    dtype = torch.promote_types(anchors.dtype, candidates.dtype)
-    rows = anchors.to(dtype), candidates.to(dtype)
-    return contrastive_loss(
-        rows, (sample, own), None, "ntxent", temperature, reduction, normalize, gather_distributed=gathers
-    )
+    return contrastive_loss(rows, (sample, own), None, *options)
 
 
 def supcon_rows(stats: RowStats) -> Tensor:
