@@ -46,7 +46,7 @@ def losses(
             return losses(pairs, temperature, normalize, forms, peers, reduction)
     given = temperature if isinstance(temperature, Tensor) else None
     x, x2, order, labels, *towers = pairs
-    way = whole.Way(_number(temperature), normalize, *towers)
+    way = whole.Way(as_float(temperature), normalize, *towers)
     if len(forms) == 1 and reduction != "none":
         options = forms[0], peers, reduction, torch.is_grad_enabled()
         found = _Reduced.apply(options, way, order, labels, x, x2, given)
@@ -70,7 +70,7 @@ def row_stats(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
     """mean_view, spread_view, mean_peer, lse_peer, lse_other and three counts of N rows; None as in `losses`."""
     given = temperature if isinstance(temperature, Tensor) else None
-    way = whole.Way(_number(temperature), normalize, pairs.towers, pairs.both_ways)
+    way = whole.Way(as_float(temperature), normalize, pairs.towers, pairs.both_ways)
     with torch.no_grad(), _in_full():
         if (found := _forward(pairs, way, peers)) is None:
             return None
@@ -98,7 +98,7 @@ def any_row_stats(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
     """`row_stats` for rows (N, D) with any number of views."""
     given = temperature if isinstance(temperature, Tensor) else None
-    way = whole.Way(_number(temperature), normalize, False)
+    way = whole.Way(as_float(temperature), normalize, False)
     with torch.no_grad(), _in_full():
         if (found := masked.forward(x, sample, labels, way)) is None:
             return None
@@ -115,7 +115,7 @@ def _restored(values: Tensor, order: Tensor | None) -> Tensor:
     return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
 
 
-def _number(temperature: float | Tensor) -> float:
+def as_float(temperature: float | Tensor) -> float:
     """The temperature as a Python float; other number types would add their own rounding to the logits."""
     return temperature.item() if isinstance(temperature, Tensor) else float(temperature)
 
@@ -180,7 +180,7 @@ class _Reduced(Function):
         dx, dt = ctx.saved_tensors
         (grad,) = grads
         found = ctx.given.gradients(dx * grad, None if dt is None else dt * grad)
-        return None, None, None, None, *_once(found, ctx.inputs, grads)
+        return None, None, None, None, *once(found, ctx.inputs, grads)
 
 
 class _Attached(Function):
@@ -208,7 +208,7 @@ class _Attached(Function):
             dv = whole.backward(kept, ctx.way, need, scale, *pulls)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, need, dv, ctx.needs_input_grad[7])
             found = ctx.given.gradients(_restored(dx, order), dt)
-        return None, None, None, None, None, *_once(found, ctx.inputs, grads)
+        return None, None, None, None, None, *once(found, ctx.inputs, grads)
 
 
 class _Masked(Function):
@@ -229,7 +229,7 @@ class _Masked(Function):
             dv = masked.backward(kept, tuple(g / scale for g in grads)).mul_(scale / ctx.way.temperature)
             dx, dt = whole.to_inputs(kept.v, kept.norm, ctx.way, (True, True), dv, ctx.needs_input_grad[4])
             dx, _, dt = ctx.given.gradients(dx, dt)
-        return None, None, None, *_once((dx, dt), ctx.inputs, grads)
+        return None, None, None, *once((dx, dt), ctx.inputs, grads)
 
 
 def _pulls(
@@ -247,7 +247,7 @@ def _pulls(
     return scale, [totals.get(r) for r in whole.PULLS]
 
 
-def _once(
+def once(
     found: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients; under create_graph, tied to all that they depend on, so that differentiating them raises

@@ -17,6 +17,7 @@ from fastcl.rowstats.small.closed import has_slopes
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _transforms, _modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
+_trace = torch._C._get_tracing_state
 
 
 class Group(NamedTuple):
@@ -32,10 +33,10 @@ def losses(
     batch: Batch, found_groups: Sequence[Group], temperature: float | Tensor, normalize: bool, columns: bool,
     reduction: str,
 ) -> Sequence[Tensor] | None:  # fmt: skip
-    """Reduced row losses of each objective, with columns those of anchors and candidates together; None if tiles must be
-    used.
+    """Reduced row losses of each objective; None if tiles must be used.
 
     Args:
+        columns: the candidates are anchors too, whose losses are reduced together with the others'.
         found_groups: `groups` of the objectives. The rows must be supported (`supports`), and few (`is_few`).
     """
     found: dict[int, Tensor] = {}
@@ -104,14 +105,14 @@ def _is_small(batch: Batch) -> bool:
 
 
 def is_few(entries: int) -> bool:
-    """Whether a whole matrix of so many entries may be computed now: it is small, and no transform or dispatch mode must
-    see the registered operator instead."""
+    """Whether a whole matrix of so many entries may be computed now: it is small, and no transform or dispatch mode has
+    to see the registered operator instead."""
     return entries <= chunked.WHOLE and untransformed()
 
 
 def untransformed() -> bool:
-    """Whether no transform or dispatch mode is active: values of tensors may be read."""
-    return forward_ad._current_level < 0 and not _transforms() and not _modes()
+    """Whether no transform, dispatch mode or trace is active: values of tensors may be read."""
+    return forward_ad._current_level < 0 and not _transforms() and not _modes() and _trace() is None
 
 
 def supports(x: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 Each anchor has one view here: rows k of both parts belong to sample k. Either all 2B rows are candidates (the matrix is
 (2B, 2B) and symmetric), or the B rows of the first part have the second as candidates ("towers": the matrix is (B, M),
-its rows are anchors, and with "both ways" its M = B columns too; candidates from the B-th on are nobody's view). The
-views' logits are taken out of the matrix: their spread is exactly 0, and their exponentials are not added to any others.
+its rows are anchors, and with "both ways" its M = B columns too; candidates from the B-th on are nobody's view). Logits
+of views are taken out of the matrix: their spread is exactly 0, and their exponentials are not added to any others.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def forward(
     if (rows := unit_rows(x, way)) is None:
         return None
     v, norm, high = rows
+    if v is x and x2 is None:
+        v = v.clone()  # the caller may change x before the backward pass
     scale = 1 / way.temperature
     if way.towers:
         one, two = v.split_with_sizes((b, n - b))
@@ -149,16 +151,24 @@ def number(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
-    """Rows in working precision, normalised if requested; their original norms (N, 1); the largest resulting norm. None
-    if squares are out of range."""
+    """Rows in working precision, normalised if requested, which may be x itself; their original norms (N, 1); the
+    largest resulting norm. None if squares are out of range."""
     if x.dtype in _HALF:
         x = x.float()
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    low, high = norm.aminmax()
-    low, high = low.item(), high.item()
-    if not (NORMS[0] <= low and high <= NORMS[1]):  # also true for NaN
+    if (found := norms(x)) is None:
         return None
-    return (x / norm, norm, 1.0) if way.normalize else (x.clone(), norm, high)
+    norm, high = found
+    return (x / norm, norm, 1.0) if way.normalize else (x, norm, high)
+
+
+def norms(x: Tensor) -> tuple[Tensor, float] | None:
+    """(N, 1) norms of rows in working precision, and the largest; None if squares are out of range."""
+    if x.stride(1) == 1:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    else:  # of a transposed matrix, such as a queue that is kept as columns, that takes many times as long
+        norm = x.square().sum(1, keepdim=True).sqrt()
+    low, high = (v.item() for v in norm.detach().aminmax())
+    return (norm, high) if NORMS[0] <= low and high <= NORMS[1] else None  # None for NaN
 
 
 def backward(
