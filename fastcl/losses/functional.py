@@ -278,10 +278,10 @@ def _losses(
         temperature: or what `kind` takes in its place.
         ranks: gather_distributed and group, as `contrastive_loss`.
     """
-    plan = partial(plan_of, kind, tensors, objectives, normalize, reduction, precision)
+    plan = kind, tensors, objectives, normalize, reduction, precision
     gather, group = ranks
     if gather is not False and gathers(gather):
         from fastcl.losses import global_batch
 
-        return global_batch.losses(plan, tensors, temperature, group)
-    return plan().run(tensors, temperature)
+        return global_batch.losses(partial(plan_of, *plan), tensors, temperature, group)
+    return plan_of(*plan).run(tensors, temperature)
