@@ -49,20 +49,10 @@ def info_nce(
     Raises:
         ValueError: numbers of dimensions, rows or columns that do not fit together, an unknown mode or reduction.
     """
-    wanted = {"query": 2, "positive_key": 2, "negative_keys": 3 if negative_mode == "paired" else 2}
     if negative_mode not in ("paired", "unpaired"):
         raise ValueError(f"<negative_mode> must be 'paired' or 'unpaired', got {negative_mode!r}")
-    for (name, ndim), rows in zip(wanted.items(), (query, positive_key, negative_keys), strict=True):
-        if rows is None:
-            continue
-        if rows.ndim != ndim:
-            raise ValueError(f"<{name}> must have {ndim} dimensions, got {tuple(rows.shape)}")
-        if rows.shape[-1] != query.shape[-1]:
-            raise ValueError(f"<query> and <{name}> must have as many components, got {query.shape}, {rows.shape}")
-        if (name == "positive_key" or ndim == 3) and len(rows) != len(query):
-            raise ValueError(
-                f"<query> and <{name}> must have the same number of samples, got {len(query)}, {len(rows)}"
-            )
+    if negative_keys is not None or query.ndim != 2 or query.shape != positive_key.shape:
+        _check(query, positive_key, negative_keys, negative_mode)
     if negative_keys is None:
         return one_way(query, positive_key, 0, temperature, reduction=reduction)
     if negative_mode == "unpaired":
@@ -75,3 +65,18 @@ def info_nce(
         positive = (queries * normalize_rows(positive_key)).sum(1)
         losses = -logsigmoid(positive - torch.einsum("nd,nmd->nm", queries, negatives).logsumexp(1))
     return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def _check(query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, negative_mode: str) -> None:
+    wanted = {"query": 2, "positive_key": 2, "negative_keys": 3 if negative_mode == "paired" else 2}
+    for (name, ndim), rows in zip(wanted.items(), (query, positive_key, negative_keys), strict=True):
+        if rows is None:
+            continue
+        if rows.ndim != ndim:
+            raise ValueError(f"<{name}> must have {ndim} dimensions, got {tuple(rows.shape)}")
+        if rows.shape[-1] != query.shape[-1]:
+            raise ValueError(f"<query> and <{name}> must have as many components, got {query.shape}, {rows.shape}")
+        if (name == "positive_key" or ndim == 3) and len(rows) != len(query):
+            raise ValueError(
+                f"<query> and <{name}> must have the same number of samples, got {len(query)}, {len(rows)}"
+            )

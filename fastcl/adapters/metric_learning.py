@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
-from fastcl.adapters.shared import class_ids, supcon_rows, tell_once
+from fastcl.adapters.shared import class_ids, pays, supcon_rows, tell_once
 from fastcl.rowstats.api import RowStats, row_stats, scaled
 
 PAIRS = 1 << 14  # positive pairs whose rows are held at a time
@@ -33,16 +33,19 @@ class Sides(NamedTuple):
 
 
 class _OnRowStats:
-    """What both losses have in common: the statistics where they are enough, otherwise the original."""
+    """What both losses have in common: the statistics where they are enough and pay, otherwise the original."""
 
     temperature: float
     distance: Any
+    kind: str  # as in `shared.FEWEST`
 
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor | None
     ) -> dict[str, Any]:
         """The losses for the reducer, as the original; called by the library."""
-        found = computed(self, type(self).rows, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        found = None
+        if pays(self.kind, embeddings):
+            found = computed(self, type(self).rows, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if found is None:
             compute: Any = super().compute_loss  # pyright: ignore[reportAttributeAccessIssue]
             return compute(embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -92,6 +95,8 @@ def _obstacle(loss: Any, indices_tuple: Any) -> str | None:
 class SupConLoss(_OnRowStats, losses.SupConLoss):
     """pytorch_metric_learning.losses.SupConLoss: L_out of each anchor; its reducer drops those of 0."""
 
+    kind = "peers"
+
     def rows(self, stats: RowStats, _: Sides, /) -> dict[str, Any]:
         """The losses of anchors."""
         found = supcon_rows(stats)
@@ -102,6 +107,8 @@ class SupConLoss(_OnRowStats, losses.SupConLoss):
 class NTXentLoss(_OnRowStats, losses.NTXentLoss):
     """pytorch_metric_learning.losses.NTXentLoss: a loss for each positive pair, alone with the negatives in its
     denominator. The logits of pairs are computed in slices, never the whole matrix."""
+
+    kind = "classes"
 
     def rows(self, stats: RowStats, sides: Sides, /) -> dict[str, Any]:
         """The losses of positive pairs."""

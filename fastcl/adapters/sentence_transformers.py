@@ -15,14 +15,18 @@ from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor
 
 from fastcl.adapters.in_batch import in_batch_loss
-from fastcl.adapters.shared import tell_once, world_size
+from fastcl.adapters.shared import pays, tell_once, world_size
 
 # The symmetric losses of the library are this; to subclass them would tell of their deprecation on import.
 _SYMMETRIC: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
 def computed(loss: Any, embeddings: Sequence[Tensor]) -> Tensor | None:
-    """The loss by the options of a loss of sentence-transformers; None if row statistics are not enough, said once."""
+    """The loss by the options of a loss of sentence-transformers; None if row statistics are not enough, said once, or
+    do not pay."""
+    several = loss.partition_mode == "joint" and len(loss.directions) > 1
+    if several and not pays("several directions", embeddings[0]):
+        return None
     reason = None
     if loss.similarity_fct not in (cos_sim, dot_score):
         reason = "similarity_fct"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastcl.adapters.shared import class_ids, supcon_rows, with_positives
+from fastcl.checks import is_readable
+from fastcl.losses.functional import ntxent_loss, supcon_loss
 from fastcl.rowstats.api import row_stats
 
 
@@ -54,12 +58,20 @@ class SupConLoss(nn.Module):
         if mask is not None:
             rows = with_positives(x, mask.to(x.device), self.temperature, normalize=False)
         else:
-            ids = torch.arange(batch, dtype=torch.int64, device=x.device).repeat(views)
-            classes = None if labels is None else class_ids(labels).to(x.device).repeat(views)
-            stats = row_stats(
-                x, sample=ids, labels=classes, temperature=self.temperature, normalize=False, gather_distributed=False
-            )
-            rows = supcon_rows(stats)
+            rows = self._rows(x, batch, None if labels is None else class_ids(labels).to(x.device))
         if self.contrast_mode == "one":
             rows = rows[:batch]
         return rows.mean() * (self.temperature / self.base_temperature)
+
+    def _rows(self, x: Tensor, batch: int, classes: Tensor | None) -> Tensor:
+        """(N,) losses of all views."""
+        options: Any = {"temperature": self.temperature, "normalize": False, "gather_distributed": False}
+        if len(x) == 2 * batch and (classes is None or (is_readable(classes) and (classes != classes[0]).any())):
+            z1, z2 = x.split(batch)  # every row has a row of another class, which `supcon_loss` asks for
+            if classes is None:
+                return ntxent_loss(z1, z2, reduction="none", **options)
+            return supcon_loss(z1, z2, classes, reduction="none", **options)
+        views = len(x) // batch
+        ids = torch.arange(batch, dtype=torch.int64, device=x.device).repeat(views)
+        labels = None if classes is None else classes.repeat(views)
+        return supcon_rows(row_stats(x, sample=ids, labels=labels, **options))

@@ -19,7 +19,7 @@ from fastcl.dispatch import choose
 from fastcl.errors import FastclError, one_of
 from fastcl.losses.objectives import Objective, ObjectiveLike, resolve
 from fastcl.rowstats.api import RowStats, statistics
-from fastcl.rowstats.request import Batch, check_pairs, check_rectangle, check_two_views
+from fastcl.rowstats.request import Batch, check_in_order, check_pairs, check_rectangle, check_two_views
 from fastcl.rowstats.small import route
 from fastcl.rowstats.triton.operator import fused
 
@@ -36,6 +36,7 @@ class Kind(NamedTuple):
     batch: Callable[..., Batch]  # of tensors that do; it may check values
     temperature: Callable[[float | Tensor, Tensor], float | Tensor]  # of what the caller gives and the first tensor
     multiple: int = 1  # anchors for each row of the first tensor
+    candidates: int = 0  # which tensor they are counted by, with the same multiple
     columns: bool = False  # the candidates are anchors too
     inverted: bool = False  # what the caller gives is 1 / T
     labels: int = 2  # where these are among the tensors
@@ -55,9 +56,11 @@ def _of_scale(logit_scale: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 TWO_VIEWS = Kind(check_two_views, Batch.two_views, _checked, multiple=2)  # z1, z2 and perhaps labels
-TOWERS = Kind(check_pairs, Batch.pairs, _of_scale, columns=True, inverted=True)  # image, text
+TOWERS = Kind(check_pairs, Batch.pairs, _of_scale, candidates=1, columns=True, inverted=True)  # image, text
+IN_ORDER = Kind(check_in_order, Batch.pairs, _checked, candidates=1)  # x, y
 ROWS = Kind(lambda z, *_: check_rows(z, "z"), Batch.rows, _checked)  # z, sample and perhaps labels
-RECTANGLE = Kind(check_rectangle, Batch.rectangle, _checked, labels=4)  # x, y, sample, sample_y, perhaps both labels
+# x, y, sample, sample_y, perhaps both labels
+RECTANGLE = Kind(check_rectangle, Batch.rectangle, _checked, candidates=1, labels=4)
 
 
 class CallPlan(NamedTuple):
@@ -66,7 +69,7 @@ class CallPlan(NamedTuple):
     kind: Kind
     losses: tuple[Callable[[RowStats], Tensor], ...]
     codes: tuple[int, ...] | None  # of the losses, if all are rows of the table
-    anchors: int
+    entries: int  # of the matrix of all anchors and candidates
     group: route.Group | None  # of the losses, if the whole matrix may be computed at once
     normalize: bool
     reduction: str
@@ -84,8 +87,8 @@ class CallPlan(NamedTuple):
         if chosen == "triton" and self.codes:
             return self._fused(batch, temperature)
         temperature = self.kind.temperature(temperature, tensors[0])
-        if chosen == "chunked" and self.group is not None and route.is_few(self.anchors):
-            found = route.losses(batch, self.group, temperature, normalize, self.reduction)
+        if chosen == "chunked" and self.group is not None and route.is_few(self.entries):
+            found = route.losses(batch, self.group, temperature, normalize, columns, self.reduction)
             if found is not None:
                 return [self._halved(rows) for rows in found] if columns else found
         stats = statistics(batch, temperature, normalize, columns, self.precision)
@@ -158,7 +161,8 @@ def _made(
     kind.check(*tensors)
     check_precision(precision)
     codes = tuple(loss.code for loss in table) if losses and len(table) == len(losses) else None
-    anchors, least = kind.multiple * len(tensors[0]), 2 if kind.columns else 4
+    anchors, candidates = (kind.multiple * len(tensors[k]) for k in (0, kind.candidates))
+    least = 2 if kind.columns else 4
     small = codes is not None and anchors >= least and route.supports(tensors[0])
     group = route.group_of(table) if small else None
-    return CallPlan(kind, losses, codes, anchors, group, bool(normalize), reduction, precision)
+    return CallPlan(kind, losses, codes, anchors * candidates, group, bool(normalize), reduction, precision)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastcl.choices import ObjectiveName, Precision, Reduction
 from fastcl.exchange import gathers
-from fastcl.losses.call_plans import RECTANGLE, ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
+from fastcl.losses.call_plans import IN_ORDER, RECTANGLE, ROWS, TOWERS, TWO_VIEWS, Kind, plan_of
 from fastcl.losses.explicit import check_smoothing, pairs_above_mean
 from fastcl.losses.objectives import ObjectiveLike
 from fastcl.rowstats.api import RowStats, statistics
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def contrastive_loss(
     z: Tensor | tuple[Tensor, Tensor],
-    sample: Tensor | tuple[Tensor, Tensor],
+    sample: Tensor | tuple[Tensor, Tensor] | None,
     labels: Tensor | tuple[Tensor, Tensor] | None = None,
     objective: ObjectiveLike = "ntxent",
     temperature: float | Tensor = 0.5,
@@ -39,7 +39,8 @@ def contrastive_loss(
             pair: (N, D) anchors and (M, D) candidates of their own; `sample` and `labels` are then pairs too, and no
             candidate is left out as the anchor itself (`fastcl.row_stats` with y).
         sample: (N,) integers; rows with the same id are views of one sample. Samples may differ in their number of
-            views.
+            views. None, with a pair and without labels: candidate k is the view of anchor k; further candidates are
+            negatives of all anchors.
         labels: (N,) integer classes, -1 for unlabelled rows; required by objectives that distinguish classes.
         objective: a name of `fastcl.OBJECTIVES`, an `Objective`, or a callable from RowStats to (N,) row losses.
         temperature: positive number, or a tensor with one element, which then gets a gradient.
@@ -67,7 +68,7 @@ def contrastive_loss(
 
 def contrastive_losses(
     z: Tensor | tuple[Tensor, Tensor],
-    sample: Tensor | tuple[Tensor, Tensor],
+    sample: Tensor | tuple[Tensor, Tensor] | None,
     labels: Tensor | tuple[Tensor, Tensor] | None = None,
     objectives: Iterable[ObjectiveName] = ("dcl", "nscl"),
     temperature: float | Tensor = 0.5,
@@ -100,6 +101,8 @@ def contrastive_losses(
 
 def _kind_of(z: Any, sample: Any, labels: Any) -> tuple[Kind, tuple[Any, ...]]:
     """The kind of a call, and its tensors. What should be a pair and is none is refused where all ranks hear of it."""
+    if isinstance(z, tuple) and len(z) == 2 and sample is None and labels is None:
+        return IN_ORDER, z
     if not isinstance(z, tuple):
         return ROWS, (z, sample) if labels is None else (z, sample, labels)
     given = (z, sample) if labels is None else (z, sample, labels)
@@ -275,10 +278,10 @@ def _losses(
         temperature: or what `kind` takes in its place.
         ranks: gather_distributed and group, as `contrastive_loss`.
     """
-    plan = partial(plan_of, kind, tensors, objectives, normalize, reduction, precision)
+    plan = kind, tensors, objectives, normalize, reduction, precision
     gather, group = ranks
     if gather is not False and gathers(gather):
         from fastcl.losses import global_batch
 
-        return global_batch.losses(plan, tensors, temperature, group)
-    return plan().run(tensors, temperature)
+        return global_batch.losses(partial(plan_of, *plan), tensors, temperature, group)
+    return plan_of(*plan).run(tensors, temperature)

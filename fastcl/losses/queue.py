@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastcl.checks import check_rows, describe
+from fastcl.checks import check_positive, check_precision, check_rows, describe
 from fastcl.choices import REDUCTIONS, Precision, Reduction
+from fastcl.dispatch import choose
 from fastcl.errors import FastclError, one_of
 from fastcl.rowstats.api import prepared
-from fastcl.rowstats.log_sums import log_sums
+from fastcl.rowstats.log_sums import column_slices, log_sums
+from fastcl.rowstats.small import one_pass, route
 
 
 def queue_loss(
@@ -57,9 +59,17 @@ def queue_loss(
         raise FastclError(f"query and key must have the same number of rows, got {len(query)} and {len(key)}")
     if reduction not in REDUCTIONS:
         raise FastclError(one_of("reduction", REDUCTIONS, reduction))
+    check_positive(temperature, "temperature")
+    check_precision(precision)
+    chosen = choose(query, queue)
+    if chosen == "chunked" and all(map(route.supports, (query, key, queue))) and route.untransformed():
+        tiles = column_slices(query, queue)
+        found = one_pass.queue_loss(query, key, queue, temperature, normalize, reduction, tiles)
+        if found is not None:
+            return found
     if torch.float64 in (query.dtype, key.dtype, queue.dtype):
         query, key = query.double(), key.double()
-    lse, anchors = log_sums(query, queue, temperature, normalize, precision)
+    lse, anchors = log_sums(query, queue, temperature, normalize, precision, chosen)
     positive = (anchors * prepared(key, normalize)).sum(1)
     losses = -logsigmoid(positive - lse)
     return losses if reduction == "none" else getattr(losses, reduction)()

@@ -11,13 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastcl.checks import check_positive, check_precision, check_transforms
-from fastcl.dispatch import choose
-from fastcl.rowstats import chunked
+from fastcl.checks import check_transforms
 from fastcl.rowstats.api import prepared
 from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
 from fastcl.rowstats.request import Batch
-from fastcl.rowstats.small import route, whole
 from fastcl.rowstats.triton.operator import fused
 
 TILE = {"cpu": 1 << 19}  # logits of a tile: 2 MiB of float32
@@ -32,21 +29,19 @@ _library.define(
 
 
 def log_sums(
-    x: Tensor, y: Tensor, temperature: float | Tensor, normalize: bool, precision: str | None
+    x: Tensor, y: Tensor, temperature: float | Tensor, normalize: bool, precision: str | None, chosen: str
 ) -> tuple[Tensor, Tensor]:
     """log sum_j exp(<x_i, y_j> / temperature) over all rows of y, (N,), and the rows x as they were compared, (N, D),
     divided by the temperature.
 
     Args:
-        x: (N, D) anchors. y: (M, D) candidates of any dtype. Both are checked by the caller.
-        temperature, normalize, precision: as `fastcl.row_stats`.
+        x: (N, D) anchors. y: (M, D) candidates of any dtype.
+        temperature, normalize, precision: as `fastcl.row_stats`. All are checked by the caller.
+        chosen: the backend.
 
     Raises:
-        FastclError: a temperature or precision that cannot be used; as `dispatch.choose`.
+        FastclError: a transform that the backend lacks.
     """
-    check_positive(temperature, "temperature")
-    check_precision(precision)
-    chosen = choose(x, y)
     with torch.autocast(x.device.type, enabled=False):
         if torch.float64 in (x.dtype, y.dtype):
             x = x.double()
@@ -58,27 +53,12 @@ def log_sums(
         return fused(batch, temperature, normalize, False, precision, ())[0][4], rows
     with torch.autocast(x.device.type, enabled=False):
         trains = y.requires_grad and torch.is_grad_enabled()
-        if chosen == "chunked" and _is_small(rows, y):
-            y = prepared(y, normalize) if trains else _frozen(y, normalize)
-            return (rows @ y.T).logsumexp(1), rows
         if chosen == "dense" or trains:
             y, normalize = prepared(y.to(rows.dtype), normalize), False
         if chosen == "dense":
             return (rows @ y.T).logsumexp(1), rows
         check_transforms(chosen, rows, y)
         return torch.ops.fastcl.log_sums(rows, y, normalize), rows
-
-
-def _is_small(x: Tensor, y: Tensor) -> bool:
-    """Whether the whole matrix may be computed now. Rows y of another dtype would be copied."""
-    small = x.dtype == y.dtype and len(x) * len(y) <= chunked.WHOLE and y.numel() <= 4 * chunked.WHOLE
-    return small and route.supports(x) and route.untransformed()
-
-
-def _frozen(y: Tensor, normalize: bool) -> Tensor:
-    """`prepared` rows that get no gradient, in fewer steps if the squares of all norms are in range."""
-    found = whole.unit_rows(y, whole.Way(1.0, True, False)) if normalize else None
-    return prepared(y, normalize) if found is None else found[0]
 
 
 def column_slices(x: Tensor, y: Tensor) -> Iterator[slice]:

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     x: Tensor
     x2: Tensor | None = None  # rows k of x and x2 are the views of sample k; labels are then (B,), one per sample
-    y: Tensor | None = None  # candidates; without `sample`, rows k of x and y are pair k
+    y: Tensor | None = None  # candidates; without `sample`, rows k of x and y are pair k, further ones nobody's
     sample: Tensor | None = None
     labels: Tensor | None = None
     sample_y: Tensor | None = None
@@ -34,11 +34,7 @@ class Batch(NamedTuple):
         """Rows with arbitrary ids; arguments and errors as `fastcl.row_stats`."""
         check_rows(x, "x")
         if y is not None:
-            check_rows(y, "y")
-            if (y.shape[1], y.dtype, y.device) != (x.shape[1], x.dtype, x.device):
-                raise FastclError(
-                    f"x and y must have the same width, dtype and device, got {describe(x)} and {describe(y)}"
-                )
+            _check_alike(x, y)
         ids = check_all_ids(x, y, sample, labels, sample_y, labels_y)
         return cls(x, None, y, *ids, y is None and is_stacked(sample, None))
 
@@ -62,16 +58,18 @@ class Batch(NamedTuple):
 
     @classmethod
     def pairs(cls, x: Tensor, y: Tensor) -> Batch:
-        """Two towers: rows k of both are pair k."""
+        """Two towers: rows k of both are pair k; y may have further rows, which are others to all."""
         return cls(x, y=y)
 
     def spelled_out(self) -> Batch:
         """The same batch with all rows in one tensor and an id for each."""
         if self.sample is not None:
             return self
-        sample = torch.arange(len(self.x), dtype=torch.int64, device=self.x.device)
+        candidates = self.x if self.y is None else self.y
+        sample_y = torch.arange(len(candidates), dtype=torch.int64, device=self.x.device)
+        sample = sample_y[: len(self.x)]
         if self.x2 is None:
-            return Batch(self.x, y=self.y, sample=sample, sample_y=sample)
+            return Batch(self.x, y=self.y, sample=sample, sample_y=sample_y)
         labels = None if self.labels is None else self.labels.repeat(2)
         return Batch(torch.cat([self.x, self.x2]), sample=sample.repeat(2), labels=labels)
 
@@ -90,6 +88,20 @@ def check_rectangle(*tensors: object) -> None:
                 f"{name} must be a pair of tensors, for anchors and for candidates, because z is a pair; got "
                 f"{type_of(tensor)} at position {k % 2}"
             )
+
+
+def check_in_order(x: Tensor, y: Tensor) -> None:
+    """Raise FastclError unless they are anchors and at least as many candidates, of one width, dtype and device."""
+    check_rows(x, "x")
+    _check_alike(x, y)
+    if len(y) < len(x):
+        raise FastclError(f"without sample, y must have a row for each of x, got {len(y)} rows for {len(x)}")
+
+
+def _check_alike(x: Tensor, y: Tensor) -> None:
+    check_rows(y, "y")
+    if (y.shape[1], y.dtype, y.device) != (x.shape[1], x.dtype, x.device):
+        raise FastclError(f"x and y must have the same width, dtype and device, got {describe(x)} and {describe(y)}")
 
 
 def check_two_views(z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> None:

@@ -66,7 +66,7 @@ def few_sum(
         reduction: "mean" or "sum". The others as of `sigmoid_sums`.
     """
     tensors = [v for v in (x, y, scale, bias) if isinstance(v, Tensor)]
-    if not (all(map(route.supports, tensors)) and route.is_few(len(x)) and choose(x, y) == "chunked"):
+    if not (all(map(route.supports, tensors)) and route.is_few(len(x) ** 2) and choose(x, y) == "chunked"):
         return None
     return decisions.sigmoid_sum(x, y, scale, bias, normalize, reduction)
 

@@ -47,6 +47,14 @@ def test_formula(directions: tuple[str, ...], sets: int) -> None:
         )
 
 
+@pytest.mark.parametrize("first", (0, 2))
+def test_targets_that_follow_each_other(first: int) -> None:
+    x, y = normal(B, D), normal(B + 3, D, seed=1)
+    want = torch.nn.functional.cross_entropy(SCALE * unit(x) @ unit(y).T, torch.arange(B) + first)
+    for target in (first, torch.arange(B) + first, (torch.arange(B) + first).int()):
+        torch.testing.assert_close(shared.one_way(x, y, target, 1 / SCALE), want, rtol=1e-12, atol=0)
+
+
 def test_one_query() -> None:
     leaves = [normal(1, D, seed=k).requires_grad_() for k in range(2)]
     loss = in_batch_loss(leaves, SCALE, ("query_to_doc", "query_to_query"))
@@ -73,6 +81,16 @@ def modules() -> tuple[Any, Any]:
     from fastcl.adapters import sentence_transformers
 
     return sentence_transformers, losses
+
+
+def test_few_rows_with_several_directions_are_left_to_the_original(modules, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, seen = [normal(B, D, seed=k) for k in range(3)], []
+    monkeypatch.setattr(modules[0], "in_batch_loss", lambda *_: seen.append(limit) or torch.zeros(()))
+    loss = modules[0].MultipleNegativesRankingLoss(Rows(), directions=DIRECTIONS[-1])
+    for limit in (B + 1, B):
+        monkeypatch.setitem(shared.FEWEST, "several directions", limit)
+        loss.compute_loss_from_embeddings(rows, None)
+    assert seen == [B]
 
 
 @pytest.mark.parametrize("options", (

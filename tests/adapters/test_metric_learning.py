@@ -19,6 +19,18 @@ NAMES = ("NTXentLoss", "SupConLoss")
 each_loss = pytest.mark.parametrize("name", NAMES)
 
 
+def test_few_rows_are_left_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shared.FEWEST, "peers", 9)
+    computed: list[int] = []
+    original = metric_learning.computed
+    monkeypatch.setattr(metric_learning, "computed", lambda *a: computed.append(len(a[2])) or original(*a))
+    for n, seen in ((8, []), (9, [9])):
+        agree("SupConLoss", LABELS[:n], embeddings=normal(n, 6))
+        assert computed == seen
+    metric_learning.SupConLoss()(normal(8, 6).bfloat16(), LABELS[:8])
+    assert computed == [9, 8]  # which the original would round
+
+
 def agree(name: str, *arguments, embeddings: Tensor | None = None, **options) -> None:
     """The adapter's value and gradients are the original's."""
     ref = arguments[-1] if len(arguments) == 2 else None

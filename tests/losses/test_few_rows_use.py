@@ -45,7 +45,11 @@ def test_frozen_rows_of_inference_mode_serve_a_learned_temperature(route):
     assert gradients[0] == gradients[1] != 0
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"normalize": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none"}, {"normalize": False}, {"normalize": False, "reduction": "none"}],
+    ids=str,
+)
 def test_who_changes_the_rows_afterwards_changes_no_gradient(route, options):
     z = rows()
     wanted = torch.autograd.grad(fastcl.ntxent_loss(*z, 0.5, **options).sum(), z)

@@ -21,10 +21,17 @@ from triton_runs import compare_gradients, compare_rows, launches, leaf, row_wei
 import fastcl
 from fastcl import FastclError
 from fastcl.losses import call_plans
-from fastcl.rowstats import chunked, log_sums
+from fastcl.rowstats import log_sums
+from fastcl.rowstats.small import one_pass
 
 BACKENDS = ("dense", "chunked")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture
+def operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sum is in the range of one pass."""
+    monkeypatch.setattr(one_pass, "HIGHEST", 0.0)
 
 
 def formula(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor, normalize: bool = True) -> Tensor:
@@ -39,12 +46,12 @@ def leaves(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list
     return [normal(*shape, seed=k).to(dtype).requires_grad_() for k, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("few", (True, False))
+@pytest.mark.parametrize("at_once", (True, False))
 @pytest.mark.parametrize("normalize", (True, False))
 @both_backends
-def test_queue(backend: str, normalize: bool, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not few:
-        monkeypatch.setattr(chunked, "WHOLE", 0)
+def test_queue(backend: str, normalize: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not at_once:
+        monkeypatch.setattr(one_pass, "HIGHEST", 0.0)
     monkeypatch.setattr(log_sums, "TILE", {"cpu": 1})  # several tiles
     monkeypatch.setattr(log_sums, "NARROWEST", 4)
     given = leaves((7, 5), (7, 5), (11, 5))
@@ -85,7 +92,7 @@ def test_keys_in_half_precision_and_a_queue_in_float32_or_the_other_way_round(dt
         assert (got - expected).norm() <= (1e-2 if got.dtype != torch.float32 else 1e-5) * expected.norm()
 
 
-def test_a_queue_in_half_precision_is_saved_as_it_is() -> None:
+def test_a_queue_in_half_precision_is_saved_as_it_is_if_it_is_saved(operator: None) -> None:
     query, key = leaves((6, 8), (6, 8), dtype=torch.float32)
     queue, saved = normal(50, 8, seed=3).half(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
@@ -94,8 +101,7 @@ def test_a_queue_in_half_precision_is_saved_as_it_is() -> None:
     assert whole and all(v.data_ptr() == queue.data_ptr() for v in whole)
 
 
-def test_what_the_operator_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "WHOLE", 0)
+def test_what_the_operator_lacks_is_refused(operator: None) -> None:
     query, key, queue = leaves((6, 8), (6, 8), (9, 8))
     losses = fastcl.queue_loss(query, key, queue, 0.3, "none")
     (first,) = torch.autograd.grad(losses.sum(), query, create_graph=True)

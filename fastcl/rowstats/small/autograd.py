@@ -22,10 +22,11 @@ _refuse = differentiable_once("chunked")
 
 
 class Pairs(NamedTuple):
-    """2B rows of B samples with two views each, or two towers of B rows, of which both or the first are anchors."""
+    """2B rows of B samples with two views each, or two towers of B rows, of which both or the first are anchors; the
+    second may then have further rows, which are nobody's view."""
 
     x: Tensor  # (B, D), or (2B, D) without x2
-    x2: Tensor | None
+    x2: Tensor | None  # (B, D), or (M, D)
     order: Tensor | None  # (2B,) rows of x: first views, then second views, samples in the same order; None: as in x
     labels: Tensor | None  # (B,)
     towers: bool
@@ -88,7 +89,7 @@ def row_stats(
             n_peer, peer = n_view - 1, (zero.clone(), torch.full_like(zero, -torch.inf))
             slopes_peer = {}, {}
         statistics = stats.lse["view"], zero, *peer, stats.lse["other"]
-        n_other = len(kept.e_other) - (1 if pairs.towers else 2) - n_peer
+        n_other = kept.e_other.shape[1] - (1 if pairs.towers else 2) - n_peer
         counts = tuple(_restored(v, pairs.order) for v in (n_view, n_peer, n_other))
     slopes = [{"view": 1.0}, {}, *slopes_peer, {"other": 1.0}]
     return _Attached.apply(statistics, slopes, 1, way, kept, pairs.order, pairs.x, pairs.x2, given), counts
@@ -125,21 +126,21 @@ class _Given(NamedTuple):
     """Shapes and dtypes of the gradients. They do not read the inputs again, which may be changed in place."""
 
     dtype: torch.dtype  # dtype of the rows
-    two: bool  # whether the rows are in two tensors
+    sizes: tuple[int, int] | None  # numbers of rows, if they are in two tensors
     need: whole.Need
     temperature: tuple[torch.Size, torch.dtype] | MaybeNone  # None: the temperature is not a tensor
 
     @classmethod
     def of(cls, x: Tensor, x2: Tensor | None, temperature: Tensor | None, need: whole.Need = (True, True)) -> _Given:
         kind = None if temperature is None else (temperature.shape, temperature.dtype)
-        return cls(x.dtype, x2 is not None, need, kind)
+        return cls(x.dtype, None if x2 is None else (x.shape[0], x2.shape[0]), need, kind)
 
     def gradients(self, dx: Tensor, dt: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, x2 and the temperature, converted from working precision."""
         if dx.dtype != self.dtype:
             dx = dx.to(self.dtype)
         if self.need == (True, True):
-            rows = dx.chunk(2) if self.two else (dx, None)
+            rows = (dx, None) if self.sizes is None else dx.split_with_sizes(self.sizes)
         else:
             rows = (dx, None) if self.need[0] else (None, dx)
         if dt is not None:

@@ -41,6 +41,8 @@ def forward(
     if (rows := whole.unit_rows(x, way)) is None:
         return None
     v, norm, high = rows
+    if v is x:
+        v = v.clone()  # the caller may change x before the backward pass
     s = torch.addmm(norm.new_empty(1), v, v.t(), beta=0, alpha=1 / way.temperature)
     s.fill_diagonal_(0)
     if high * high > LIMIT * way.temperature:

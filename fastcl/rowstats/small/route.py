@@ -17,6 +17,7 @@ from fastcl.rowstats.small.closed import has_slopes
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _transforms, _modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
+_trace = torch._C._get_tracing_state
 
 
 class Group(NamedTuple):
@@ -28,14 +29,15 @@ class Group(NamedTuple):
 
 
 def losses(
-    batch: Batch, group: Group, temperature: float | Tensor, normalize: bool, reduction: str
+    batch: Batch, group: Group, temperature: float | Tensor, normalize: bool, columns: bool, reduction: str
 ) -> Sequence[Tensor] | None:
-    """Reduced row losses of each objective, anchors and candidates together; None if tiles must be used.
+    """Reduced row losses of each objective; None if tiles must be used.
 
     Args:
         group: `group_of` the objectives. The rows must be supported (`supports`), and few (`is_few`).
+        columns: the candidates are anchors too, whose losses are reduced together with the others'.
     """
-    if (pairs := _pairs(batch, group.labelled)) is None:
+    if (pairs := _pairs(batch, group.labelled, columns)) is None:
         return None
     peers = group.peers and pairs.labels is not None
     return autograd.losses(pairs, temperature, normalize, group.forms, peers, reduction)
@@ -54,18 +56,18 @@ def row_stats(batch: Batch, temperature: float | Tensor, normalize: bool):
     """The five statistics and three counts of each row; None if tiles must be used."""
     if not _is_small(batch):
         return None
-    if (pairs := _pairs(batch, True)) is not None:
+    if (pairs := _pairs(batch, True, False)) is not None:
         return autograd.row_stats(pairs, temperature, normalize, pairs.labels is not None)
     if batch.sample is None or batch.y is not None or len(batch.x) ** 2 > chunked.WHOLE // 4:
         return None
     return autograd.any_row_stats(batch.x, batch.sample, batch.labels, temperature, normalize)
 
 
-def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
+def _pairs(batch: Batch, needs_labels: bool, columns: bool) -> Pairs | None:
     x, x2, y = batch.x, batch.x2, batch.y
     labels = batch.labels if needs_labels else None
     if batch.sample is None:
-        return Pairs(x, y, None, None, True) if x2 is None else Pairs(x, x2, None, labels, False)
+        return Pairs(x, y, None, None, True, columns) if x2 is None else Pairs(x, x2, None, labels, False)
     if y is not None:
         return _one_way(batch) if labels is None else None
     if batch.stacked:
@@ -74,30 +76,30 @@ def _pairs(batch: Batch, needs_labels: bool) -> Pairs | None:
 
 
 def _one_way(batch: Batch) -> Pairs | None:
-    """Anchors and candidates in the same order if each sample has one of both, by ascending ids; otherwise None."""
+    """Anchors and candidates if candidate k is the one view of anchor k and all ids ascend; otherwise None."""
     sample, sample_y = batch.sample, batch.sample_y
-    if batch.y is None or sample is None or sample_y is None or len(sample) != len(sample_y):
+    if batch.y is None or sample is None or sample_y is None or len(sample) > len(sample_y):
         return None
-    if not torch.equal(sample, sample_y) or not bool((sample[1:] > sample[:-1]).all()):
+    if not torch.equal(sample, sample_y[: len(sample)]) or not bool((sample_y[1:] > sample_y[:-1]).all()):
         return None
     return Pairs(batch.x, batch.y, None, None, True, False)
 
 
 def _is_small(batch: Batch) -> bool:
-    x = batch.x
+    x, y = batch.x, batch.y
     n = x.shape[0] if batch.x2 is None else 2 * x.shape[0]
-    return n >= 4 and supports(x) and is_few(n)
+    return n >= 4 and supports(x) and is_few(n * (n if y is None else y.shape[0]))
 
 
-def is_few(anchors: int) -> bool:
-    """Whether the whole matrix may be computed now: it is small, and no transform or dispatch mode must see the
-    registered operator instead."""
-    return anchors * anchors <= chunked.WHOLE and untransformed()
+def is_few(entries: int) -> bool:
+    """Whether a whole matrix of so many entries may be computed now: it is small, and no transform or dispatch mode has
+    to see the registered operator instead."""
+    return entries <= chunked.WHOLE and untransformed()
 
 
 def untransformed() -> bool:
-    """Whether no transform or dispatch mode is active: values of tensors may be read."""
-    return forward_ad._current_level < 0 and not _transforms() and not _modes()
+    """Whether no transform, dispatch mode or trace is active: values of tensors may be read."""
+    return forward_ad._current_level < 0 and not _transforms() and not _modes() and _trace() is None
 
 
 def supports(x: Tensor) -> bool:

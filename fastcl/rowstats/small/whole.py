@@ -1,9 +1,9 @@
 """Row statistics of small batches of pairs: compute the whole matrix of exponentials once, and every gradient from it.
 
-Each row has one view here: rows k of the two halves belong to sample k. Either all 2B rows are candidates (the matrix
-is (2B, 2B) and symmetric), or the first half has the second as candidates ("towers": (B, B), whose rows are anchors,
-and with "both ways" its columns too). The views' logits are taken out of the matrix: their spread is exactly 0, and
-their exponentials are not added to any others.
+Each anchor has one view here: rows k of both parts belong to sample k. Either all 2B rows are candidates (the matrix is
+(2B, 2B) and symmetric), or the B rows of the first part have the second as candidates ("towers": the matrix is (B, M),
+its rows are anchors, and with "both ways" its M = B columns too; candidates from the B-th on are nobody's view). Logits
+of views are taken out of the matrix: their spread is exactly 0, and their exponentials are not added to any others.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Kept(NamedTuple):
 
     v: Tensor  # (N, D) rows, normalised if requested
     norm: Tensor  # (N, 1) norms of the input rows
-    e_other: Tensor  # exponentials of the logits of others, 0 elsewhere: (N, N), towers (B, B)
-    other: Tensor  # their sums, positive: (2, B), or (1, B) if the first half alone are anchors
+    e_other: Tensor  # exponentials of the logits of others, 0 elsewhere: (N, N), towers (B, M)
+    other: Tensor  # their sums, positive: (2, B), or (1, B) if the first part alone are anchors
     e_peer: Tensor | MaybeNone = None
     peer: Tensor | MaybeNone = None
     mask: Tensor | MaybeNone = None  # 1 where two rows are peers, of v's dtype: (N, N), or (B, 1, B) of their samples
@@ -69,20 +69,22 @@ def forward(
     """Statistics of pairs, or None if rows or logits are outside the range in which this method is exact.
 
     Args:
-        x, x2: (B, D) each, or (2B, D) and None.
+        x, x2: (B, D) each, or (2B, D) and None; of towers that are anchors one way (B, D) and (M, D) with M >= B.
         labels: (B,) classes, -1 for unlabelled; None: all rows but views are others.
         peers: whether statistics of peers are requested; peers are never counted as others.
     """
+    b = x.shape[0] // 2
     if x2 is not None:
-        x = torch.cat([x, x2])
+        b, x = x.shape[0], torch.cat([x, x2])
     n = x.shape[0]
-    b = n // 2
     if (rows := unit_rows(x, way)) is None:
         return None
     v, norm, high = rows
+    if v is x and x2 is None:
+        v = v.clone()  # the caller may change x before the backward pass
     scale = 1 / way.temperature
     if way.towers:
-        one, two = v.chunk(2)
+        one, two = v.split_with_sizes((b, n - b))
         s = torch.addmm(number(0, v.dtype), one, two.t(), beta=0, alpha=scale)
     else:
         s = torch.addmm(norm, v, v.t(), beta=0, alpha=scale)
@@ -98,7 +100,7 @@ def forward(
         _hide(e, way.towers)
         sums = torch.cat((e.sum(1), e.sum(0))) if way.towers and way.both_ways else e.sum(1)
         other = sums.view(way.halves, b)
-        n_other = b - 1 if way.towers else n - 2
+        n_other = n - b - 1 if way.towers else n - 2
         return Stats({"view": mean_view, "other": other.log()}, n_other), Kept(v, norm, e, other)
     return _classes(s, e, mean_view, labels, peers, v, norm)
 
@@ -149,22 +151,30 @@ def number(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def unit_rows(x: Tensor, way: Way) -> tuple[Tensor, Tensor, float] | None:
-    """Rows in working precision, normalised if requested; their original norms (N, 1); the largest resulting norm. None
-    if squares are out of range."""
+    """Rows in working precision, normalised if requested, which may be x itself; their original norms (N, 1); the
+    largest resulting norm. None if squares are out of range."""
     if x.dtype in _HALF:
         x = x.float()
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    low, high = norm.aminmax()
-    low, high = low.item(), high.item()
-    if not (NORMS[0] <= low and high <= NORMS[1]):  # also true for NaN
+    if (found := norms(x)) is None:
         return None
-    return (x / norm, norm, 1.0) if way.normalize else (x.clone(), norm, high)
+    norm, high = found
+    return (x / norm, norm, 1.0) if way.normalize else (x, norm, high)
+
+
+def norms(x: Tensor) -> tuple[Tensor, float] | None:
+    """(N, 1) norms of rows in working precision, and the largest; None if squares are out of range."""
+    if x.stride(1) == 1:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    else:  # of a transposed matrix, such as a queue that is kept as columns, that takes many times as long
+        norm = x.square().sum(1, keepdim=True).sqrt()
+    low, high = (v.item() for v in norm.detach().aminmax())
+    return (norm, high) if NORMS[0] <= low and high <= NORMS[1] else None  # None for NaN
 
 
 def backward(
     kept: Kept, way: Way, need: Need, factor: float, view: Pull, other: Pull, peer: Pull, sum_peer: Tensor | MaybeNone
 ) -> Tensor:
-    """Gradient of `Kept.v`, times `factor`: (N, D), or (B, D) of the one tower that needs it.
+    """Gradient of `Kept.v`, times `factor`: (N, D), or that of the one tower that needs it.
 
     Args:
         factor: a number, which includes the upstream gradient's magnitude.
@@ -184,13 +194,17 @@ def backward(
         if kept.mask.dim() > 2:
             pairs = pairs.view(2, len(kept.mask), 2, len(kept.mask))
         pull.view_as(pairs).addcmul_(pairs, kept.mask)
-    pair = view.sum(0) if isinstance(view, Tensor) else way.halves * (view or 0.0)
+    if isinstance(view, Tensor):
+        pair = view.sum(0) if way.both_ways else view[0]
+    else:
+        pair = way.halves * (view or 0.0)
     places = pull.diagonal() if way.towers else _partners(pull)
     places.copy_(pair) if isinstance(pair, Tensor) else places.fill_(pair)
     scale = factor / way.temperature
     if not way.towers:
         return torch.addmm(v, pull, v, beta=0, alpha=scale)
-    one, two = v.chunk(2)
+    b = pull.shape[0]
+    one, two = v.split_with_sizes((b, v.shape[0] - b))
     if need == (False, True):
         return torch.addmm(two, pull.t(), one, beta=0, alpha=scale)
     first = torch.addmm(one, pull, two, beta=0, alpha=scale)
@@ -204,8 +218,10 @@ def to_inputs(
     if not (way.normalize or need_temperature):
         return dv, None
     logits = 2  # how often dv * v has each logit times its gradient
-    if len(dv) < len(v):
-        v, norm = (x.chunk(2)[need == (False, True)] for x in (v, norm))
+    wanted, rows = dv.shape[0], v.shape[0]
+    if wanted < rows:
+        first = rows - wanted if need == (False, True) else 0
+        v, norm = v.narrow(0, first, wanted), norm.narrow(0, first, wanted)
         logits = 1
     radial = (dv * v).sum(1, keepdim=True)
     if way.normalize:

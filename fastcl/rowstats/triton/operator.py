@@ -115,6 +115,8 @@ def fused(
             of both sides'.
         inverted: `temperature` is a tensor that holds 1 / T.
     """
+    if batch.y is not None and len(batch.y) > len(batch.x):
+        batch = batch.spelled_out()  # kernels know the order of pairs alone
     given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
     return call(
         "fused", batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value,
