@@ -10,7 +10,7 @@ import struct
 import sys
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -54,23 +54,20 @@ class Ranks:
         """Number of rows of all ranks."""
         return sum(self.sizes)
 
-    def agree(self, counts: Sequence[int], facts: Mapping[str, object]) -> tuple[Ranks, ...]:
+    def agree(self, counts: Sequence[int], text: str) -> tuple[Ranks, ...]:
         """These ranks with their sizes, once for each of the counts: this rank's numbers of rows, two at most.
 
-        Compiled code exchanges nothing here: it takes the facts for equal and all ranks for as large as this one.
-        While a CUDA graph is captured nothing is exchanged either, for nothing can be read: the call takes the sizes of
-        the last one with these facts. All ranks have agreed in that one, so that all remember the same.
+        While a CUDA graph is captured nothing is exchanged, for nothing can be read: the call takes the sizes of the
+        last one with these facts. All ranks have agreed in that one, so that all remember the same.
 
         Args:
-            facts: what has to be the same on all ranks, by the name that an error gives it.
+            text: the facts that have to be the same on all ranks, one a line: the name that an error gives it, a colon
+                and the value.
 
         Raises:
             FastclError: on every rank, with the same message: facts differ, or a rank called `refuse`. On this rank: a
                 graph is captured, and no call before has agreed on these facts with as many rows of this rank.
         """
-        if torch.compiler.is_compiling():
-            return tuple(replace(self, sizes=(count,) * self.world) for count in counts)
-        text = "\n".join(f"{name}: {value}" for name, value in facts.items())
         own, key = (*counts, 0)[:2], (self.group, self.world, text)
         if _is_capturing():
             sizes = self._remembered(own, key)

@@ -23,6 +23,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "labels": ({"labels": None}, ("labels", "no labels on rank 1")),
     "objective": ({"objective": "supcon_in"}, ("objective", "dcl on rank 0", "supcon_in on rank 1")),
     "own objective": ({"objective": lambda stats: stats.lse_other}, ("objective", "dcl on rank 0", "lambda")),
+    "margin": ({"margin": 0.2}, ("objective", "margin=0.1) of code", "on rank 0", "margin=0.2) of code", "on rank 1")),
     "reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
     "normalize": ({"normalize": False}, ("normalize", "True on rank 0", "False on rank 1")),
     "gradients": ({"z": normal(6, 4).requires_grad_()}, ("gradients", "rank 1")),
@@ -54,6 +55,8 @@ def odd_one(rank: int, name: str) -> None:
             fastcl.explicit_pairs_loss(z, **{"pairs": torch.tensor([[0, 1]])} | changes, gather_distributed=True)
         if "objectives" in changes:
             fastcl.contrastive_losses(z, sample, labels, **changes, gather_distributed=True)
+        if name == "margin":
+            changes["objective"] = fastcl.with_margin("dcl", changes.pop("margin", 0.1))
         options = {"objective": "dcl", "temperature": 0.5} | changes
         fastcl.contrastive_loss(z, sample, labels, **options, gather_distributed=True)
 
