@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import struct
 import sys
+import threading
+import time
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _WORDS = 64  # of 8 bytes: room for what ranks compare, or for the message of an error
 _REFUSED = -1  # in place of the number of rows: this rank has raised an error
+_GRACE = 1.5  # seconds that ranks have to say that they wait, once one of them no longer does
 _KEPT = 64  # agreements that a captured call can go back to
 _agreements: dict[tuple[str, int, str], list[list[int]]] = {}  # of group, world and facts: both counts of every rank
 _told: list[bool] = []  # not empty: this process has been warned
@@ -110,8 +113,7 @@ class Ranks:
             table = _all_gather(own, self).view(self.world, -1).cpu()
         except RuntimeError as error:
             raise FastclError(
-                f"rank {self.rank} of {self.world} waited in vain for the other ranks of its process group; does every "
-                f"rank call the same function with gather_distributed=True? ({error})"
+                f"{self._in_vain()}; does every rank call the same function with gather_distributed=True? ({error})"
             ) from error
         same = bool((table[:, 2:] == table[:1, 2:]).all()) and bool((table[:, 0] != _REFUSED).all())
         if not same:
@@ -146,9 +148,36 @@ class Ranks:
             return _finished(started)
         except RuntimeError as error:
             raise FastclError(
-                f"rank {self.rank} of {self.world} waited in vain for what the other ranks of its process group send; "
-                f"does every rank run the same forward and backward passes, and has none ended? ({error})"
+                f"{self._in_vain()}; does every rank run the same forward and backward passes, and has none ended? "
+                f"({error})"
             ) from error
+
+    def _in_vain(self) -> str:
+        """For which ranks this one has waited: those that do not say, in the store of all processes, that they wait."""
+        absent: list[int] = []
+        # The process that holds the store may itself have stopped: who asks it waits without end.
+        asking = threading.Thread(target=self._ask, args=(absent,), name="fastcl-absent", daemon=True)
+        asking.start()
+        asking.join(2 * _GRACE)
+        many = "s" * (len(absent) > 1)
+        whom = f"rank{many} {', '.join(map(str, absent))}" if absent else "the other ranks"
+        return f"rank {self.rank} of {self.world} waited in vain for {whom} of its process group"
+
+    def _ask(self, absent: list[int]) -> None:
+        """Say that this rank waits; add the ranks that have not said so a while later."""
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        key, silent = f"fastcl waits in {self.group}", [k for k in range(self.world) if k != self.rank]
+        try:
+            store = _get_default_store()
+            store.set(f"{key} {self.rank}", "")
+            until = time.monotonic() + (_GRACE if self.rank else 1.5 * _GRACE)  # the first may hold the store
+            while silent and time.monotonic() < until:
+                time.sleep(0.02)
+                silent = [k for k in silent if not store.check([f"{key} {k}"])]
+        except (RuntimeError, ValueError):  # it has gone
+            return
+        absent += silent
 
 
 def gathers(asked: bool | None) -> bool:
