@@ -39,7 +39,8 @@ def losses(
     Raises:
         FastclError: as `plan_of`, `check_smoothing` and `agreed`.
     """
-    plan, facts = None, {"function": "loss", "label_smoothing": smoothing}
+    plan: CallPlan | None = None
+    facts: dict[str, object] = {"function": "loss"}
 
     def request() -> Request:
         nonlocal plan
