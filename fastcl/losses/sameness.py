@@ -27,7 +27,7 @@ def described(loss: Callable[[RowStats], Tensor]) -> str:
     Of tensors only single numbers on the CPU are read. What other objects hold is not: it may be this rank's own.
     Compiled code does not look into callables.
     """
-    if type(loss) is Objective:  # a subclass may compute something else
+    if isinstance(loss, Objective) and type(loss) is Objective:  # a subclass may compute something else
         data = f"Objective({loss.denominator}, {loss.positives}, inside={loss.inside})"
         return _NAMES.get(loss.code, data)
     if torch.compiler.is_compiling():
