@@ -55,9 +55,11 @@ def test_what_one_rank_of_a_compiled_loss_does_otherwise_raises_on_all(ranks: Po
 
 
 def mixed(rank: int) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
-    """On two ranks compiled, on one not, then on none; the sizes of the collectives of a compiled forward pass."""
+    """On two ranks compiled, on one not, whose numbers are no tensors, then on none; the sizes of the collectives of a
+    compiled forward pass."""
     t = torch.tensor(0.5) if rank else 0.5
-    found = [call(rank, t=t, engine=engine, seed=rank) for engine in ("aot_eager" if rank else None, None)]
+    given = {"t": t, "towers": True, "seed": rank}
+    found = [call(rank, **given, engine=engine) for engine in ("aot_eager" if rank else None, None)]
     z, sample = normal(6, 4), torch.arange(6) // 2
     loss = compiled(
         lambda z: fastcl.contrastive_loss(z, sample, sample, "supcon", gather_distributed=True), "aot_eager"
