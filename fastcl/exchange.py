@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import struct
 import sys
+import threading
+import time
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _WORDS = 64  # of 8 bytes: room for what ranks compare, or for the message of an error
 _REFUSED = -1  # in place of the number of rows: this rank has raised an error
+_GRACE = 1.5  # seconds that ranks have to say that they wait, once one of them no longer does
 _KEPT = 64  # agreements that a captured call can go back to
 _agreements: dict[tuple[str, int, str], list[list[int]]] = {}  # of group, world and facts: both counts of every rank
 _told: list[bool] = []  # not empty: this process has been warned
@@ -54,23 +57,20 @@ class Ranks:
         """Number of rows of all ranks."""
         return sum(self.sizes)
 
-    def agree(self, counts: Sequence[int], facts: Mapping[str, object]) -> tuple[Ranks, ...]:
+    def agree(self, counts: Sequence[int], text: str) -> tuple[Ranks, ...]:
         """These ranks with their sizes, once for each of the counts: this rank's numbers of rows, two at most.
 
-        Compiled code exchanges nothing here: it takes the facts for equal and all ranks for as large as this one.
-        While a CUDA graph is captured nothing is exchanged either, for nothing can be read: the call takes the sizes of
-        the last one with these facts. All ranks have agreed in that one, so that all remember the same.
+        While a CUDA graph is captured nothing is exchanged, for nothing can be read: the call takes the sizes of the
+        last one with these facts. All ranks have agreed in that one, so that all remember the same.
 
         Args:
-            facts: what has to be the same on all ranks, by the name that an error gives it.
+            text: the facts that have to be the same on all ranks, one a line: the name that an error gives it, a colon
+                and the value.
 
         Raises:
             FastclError: on every rank, with the same message: facts differ, or a rank called `refuse`. On this rank: a
                 graph is captured, and no call before has agreed on these facts with as many rows of this rank.
         """
-        if torch.compiler.is_compiling():
-            return tuple(replace(self, sizes=(count,) * self.world) for count in counts)
-        text = "\n".join(f"{name}: {value}" for name, value in facts.items())
         own, key = (*counts, 0)[:2], (self.group, self.world, text)
         if _is_capturing():
             sizes = self._remembered(own, key)
@@ -113,8 +113,7 @@ class Ranks:
             table = _all_gather(own, self).view(self.world, -1).cpu()
         except RuntimeError as error:
             raise FastclError(
-                f"rank {self.rank} of {self.world} waited in vain for the other ranks of its process group; does every "
-                f"rank call the same function with gather_distributed=True? ({error})"
+                f"{self._in_vain()}; does every rank call the same function with gather_distributed=True? ({error})"
             ) from error
         same = bool((table[:, 2:] == table[:1, 2:]).all()) and bool((table[:, 0] != _REFUSED).all())
         if not same:
@@ -149,9 +148,36 @@ class Ranks:
             return _finished(started)
         except RuntimeError as error:
             raise FastclError(
-                f"rank {self.rank} of {self.world} waited in vain for what the other ranks of its process group send; "
-                f"does every rank run the same forward and backward passes, and has none ended? ({error})"
+                f"{self._in_vain()}; does every rank run the same forward and backward passes, and has none ended? "
+                f"({error})"
             ) from error
+
+    def _in_vain(self) -> str:
+        """For which ranks this one has waited: those that do not say, in the store of all processes, that they wait."""
+        absent: list[int] = []
+        # The process that holds the store may itself have stopped: who asks it waits without end.
+        asking = threading.Thread(target=self._ask, args=(absent,), name="fastcl-absent", daemon=True)
+        asking.start()
+        asking.join(2 * _GRACE)
+        many = "s" * (len(absent) > 1)
+        whom = f"rank{many} {', '.join(map(str, absent))}" if absent else "the other ranks"
+        return f"rank {self.rank} of {self.world} waited in vain for {whom} of its process group"
+
+    def _ask(self, absent: list[int]) -> None:
+        """Say that this rank waits; add the ranks that have not said so a while later."""
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        key, silent = f"fastcl waits in {self.group}", [k for k in range(self.world) if k != self.rank]
+        try:
+            store = _get_default_store()
+            store.set(f"{key} {self.rank}", "")
+            until = time.monotonic() + (_GRACE if self.rank else 1.5 * _GRACE)  # the first may hold the store
+            while silent and time.monotonic() < until:
+                time.sleep(0.02)
+                silent = [k for k in silent if not store.check([f"{key} {k}"])]
+        except (RuntimeError, ValueError):  # it has gone
+            return
+        absent += silent
 
 
 def gathers(asked: bool | None) -> bool:

@@ -30,6 +30,7 @@ _starting: list[int] = []  # not empty while a process is started whose id is no
 _late: list[int] = []  # signals that came meanwhile
 _installed_in: list[int] = []  # id of the process whose signals are handled
 _ending: list[int] = []
+_ends: list[Callable[[str], str]] = []  # as `watch` takes them
 
 
 def install() -> None:
@@ -49,12 +50,18 @@ def finish() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def watch() -> None:
+def watch(ends: Callable[[str], str]) -> None:
     """From now on a signal also ends this process while its main thread is in a library, such as in an exchange with
-    other processes, where Python does not handle signals. Only the first of torchrun's processes says that it ended."""
+    other processes, where Python does not handle signals. Only the first of torchrun's processes says that it ended.
+
+    Args:
+        ends: called just before, with how it ends; returns why another process has ended before, if it has.
+    """
     if _installed_in != [os.getpid()]:
         return
     import threading
+
+    _ends.append(ends)
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -133,8 +140,12 @@ def _end(number: int, _frame: object) -> None:
                 os.unlink(path)
             except OSError:
                 pass
+        word = _WORDS[signal.Signals(number)]
+        before = [why for ends in _ends if (why := ends(word))]
         if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
-            _say(line(_WORDS[signal.Signals(number)], sys.argv[1:]))
+            # SIGTERM is what torchrun ends the others with.
+            shown = f"{word} ({before[0]})" if before and number == signal.SIGTERM else word
+            _say(line(shown, sys.argv[1:]))
     finally:
         os._exit(128 + number)
 

@@ -131,6 +131,11 @@ def _run(config: Path, args: argparse.Namespace) -> None:
         if isinstance(error, ToldHere | ToldElsewhere):
             raise
         raise ranks.failed(error, _words(error)) from error
+    except KeyboardInterrupt:
+        if ranks.size > 1:
+            ranks.interrupted()
+            atexit.register(os._exit, 130)
+        raise
 
 
 def _run_on(ranks: Ranks, config: Path, args: argparse.Namespace) -> None:

@@ -104,14 +104,15 @@ class _Pairs(NamedTuple):
 def _share(call: _Pairs, reduction: str, group: ProcessGroup | None) -> Tensor:
     """This rank's share of the loss of all ranks' rows."""
     from fastcl.rowstats import meeting, sharded  # which one process does not need
+    from fastcl.rowstats.agreement import Request, agreed
 
-    def request() -> sharded.Request:
+    def request() -> Request:
         call.check(reduction)
         options = meeting.Options(call.temperature, call.normalize, False, None)
         return Batch.rows(call.z, _ids(call.z)), options
 
     facts = {"function": "explicit_pairs_loss", "reduction": reduction}
-    batch, options, sides = sharded.agreed(request, facts, group)
+    batch, options, sides = agreed(request, facts, group)
     (stats,) = sharded.sharded_statistics(batch, options, sides, meeting.Needs(False, False))
     return sharded.share_of(call.losses(stats.lse_other), sides[0], reduction)
 

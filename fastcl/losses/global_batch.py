@@ -7,14 +7,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fastcl.exchange import Ranks
 from fastcl.losses.call_plans import CallPlan
 from fastcl.losses.explicit import check_smoothing, pairs_above_mean
-from fastcl.losses.objectives import OBJECTIVES, Objective
+from fastcl.losses.objectives import Objective
+from fastcl.losses.sameness import described
 from fastcl.rowstats import sharded
+from fastcl.rowstats.agreement import Request, agreed, number
 from fastcl.rowstats.api import RowStats
 from fastcl.rowstats.gathered import gather_rows
 from fastcl.rowstats.meeting import Needs
@@ -36,21 +37,22 @@ def losses(
         smoothing: the label smoothing of `fastcl.clip_loss`.
 
     Raises:
-        FastclError: as `plan_of`, `check_smoothing` and `sharded.agreed`.
+        FastclError: as `plan_of`, `check_smoothing` and `agreed`.
     """
-    plan, facts = None, {"function": "loss", "label_smoothing": smoothing or 0.0}
+    plan: CallPlan | None = None
+    facts: dict[str, object] = {"function": "loss"}
 
-    def request() -> sharded.Request:
+    def request() -> Request:
         nonlocal plan
         plan = plan_of()
         check_smoothing(smoothing)
-        if not torch.compiler.is_compiling():
-            facts.update(reduction=plan.reduction, objective=", ".join(map(_name, plan.losses)))
+        facts.update(label_smoothing=number(smoothing), reduction=plan.reduction)
+        facts["objective"] = ", ".join(map(described, plan.losses))
         degree = plan.kind.temperature(temperature, tensors[0])
         options = sharded.Options(degree, plan.normalize, plan.kind.columns, plan.precision)
         return plan.kind.batch(*tensors), options
 
-    batch, options, sides = sharded.agreed(request, facts, group)
+    batch, options, sides = agreed(request, facts, group)
     assert plan is not None
     if sides[0].world == 1:
         found = plan.run(tensors, temperature)
@@ -77,14 +79,6 @@ def _shares(plan: CallPlan, stats: Sequence[RowStats], sides: Sequence[Ranks]) -
         parts = [sharded.share_of(loss(one), side, plan.reduction) for one, side in zip(stats, sides, strict=False)]
         reduced.append(sum(parts[1:], start=parts[0]) / len(parts))
     return reduced
-
-
-def _name(loss: Callable[[RowStats], Tensor]) -> str:
-    """An objective as errors name it; ranks compare these names."""
-    for name, known in OBJECTIVES.items():
-        if loss == known:
-            return name
-    return repr(loss) if isinstance(loss, Objective) else getattr(loss, "__qualname__", type(loss).__qualname__)
 
 
 def _needs(losses: Sequence[Callable[[RowStats], Tensor]]) -> Needs:

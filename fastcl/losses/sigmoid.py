@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -109,26 +108,20 @@ class _Call(NamedTuple):
 def _share(call: _Call, reduction: str, group: ProcessGroup | None) -> Tensor:
     """This rank's share of the loss of all ranks' pairs."""
     from fastcl.rowstats import meeting, sharded  # which one process does not need
+    from fastcl.rowstats.agreement import Request, agreed, number
 
     facts: dict[str, object] = {"function": "sigmoid_loss"}
 
-    def request() -> sharded.Request:
+    def request() -> Request:
         call.check(reduction)
-        if not torch.compiler.is_compiling():
-            learns = isinstance(call.bias, Tensor) and call.bias.requires_grad
-            facts.update(reduction=reduction, logit_scale=_told(call.scale), logit_bias=_told(call.bias))
-            facts["need of logit_bias's gradient"] = learns
+        learns = isinstance(call.bias, Tensor) and call.bias.requires_grad
+        facts.update(reduction=reduction, logit_scale=number(call.scale), logit_bias=number(call.bias))
+        facts["need of logit_bias's gradient"] = learns
         return Batch.pairs(call.image, call.text), meeting.Options(call.scale, call.normalize, True, call.precision)
 
-    _, options, (ranks, _) = sharded.agreed(request, facts, group)
-    call = call._replace(precision=options.precision)
+    batch, options, (ranks, _) = agreed(request, facts, group)
+    assert batch.y is not None
+    call = call._replace(image=batch.x, text=batch.y, precision=options.precision)
     if ranks.world == 1:
         return call.loss(reduction)
     return sharded.share_of(call.losses() + call.other_ranks(ranks), ranks, reduction)
-
-
-def _told(value: float | Tensor) -> float | str:
-    """A number as ranks compare it; reading that of a GPU would wait for it."""
-    if isinstance(value, Tensor):
-        return float(value.detach()) if value.device.type == "cpu" else "a tensor"
-    return float(value)

@@ -9,44 +9,21 @@ gradients of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastcl.dispatch import choose
 from fastcl.exchange import Ranks
+from fastcl.rowstats.agreement import agreed
 from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.meeting import ALL, Needs, OnTorch, OnTriton, Options, Sent, joined, meet
 from fastcl.rowstats.request import Batch
-from fastcl.rowstats.triton.operator import operator_arguments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-Request: TypeAlias = tuple[Batch, Options]
-
-
-def agreed(
-    request: Callable[[], Request], facts: Mapping[str, object], group: ProcessGroup | None
-) -> tuple[Batch, Options, tuple[Ranks, ...]]:
-    """The batch, its options, and the ranks of the anchors and, with candidates, of those.
-
-    Args:
-        request: checks this rank's arguments. If it raises, every rank raises.
-        facts: what all ranks must have in common, besides the options; may be filled by `request`.
-    """
-    ranks = Ranks.of(group)
-    try:
-        batch, options = request()
-        if choose(batch.x) == "triton":  # what None stands for may depend on a rank's autocast
-            options = options._replace(precision=operator_arguments(1.0, options.precision, batch.x)[2])
-        counts, common = _facts(batch, options)
-    except Exception as error:
-        raise ranks.refuse(error) from error
-    return batch, options, ranks.agree(counts, {**facts, **common})
 
 
 def row_stats(
@@ -55,24 +32,6 @@ def row_stats(
     """`sharded_statistics` of checked arguments; errors as `agreed`. `name` is that of the function."""
     batch, options, sides = agreed(lambda: (checked(), given.checked()), {"function": name}, group)
     return sharded_statistics(batch, options, sides)
-
-
-def _facts(batch: Batch, options: Options) -> tuple[tuple[int, ...], dict[str, object]]:
-    """Numbers of anchors and candidates, and what all ranks must have in common."""
-    x, y = batch.x, batch.y
-    counts = len(x) * (1 if batch.x2 is None else 2), *(() if y is None else (len(y),))
-    if torch.compiler.is_compiling():
-        return counts, {}
-    t = options.temperature.detach() if isinstance(options.temperature, Tensor) else options.temperature
-    on_cpu = not isinstance(t, Tensor) or t.device.type == "cpu"
-    wanted = torch.is_grad_enabled() and [v is not None and v.requires_grad for v in (x, batch.x2, y, options.tensor)]
-    return counts, {
-        "temperature": float(t) if on_cpu else "a tensor",  # reading a GPU's number would wait for it
-        "dtype": x.dtype, "number of columns": x.shape[1], "device": x.device.type,
-        "labels": "labels" if batch.labels is not None else "no labels",
-        "y": "candidates y" if y is not None else "no y", "normalize": options.normalize, "columns": options.columns,
-        "precision": options.precision, "backend": choose(x), "need of gradients": wanted,
-    }  # fmt: skip
 
 
 def sharded_statistics(

@@ -15,13 +15,14 @@ from fastcl.choices import Precision
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.exchange import gathers
+from fastcl.rowstats.agreement import agreed
 from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.fields import unpack
 from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.pair_sums import PairSums
 from fastcl.rowstats.registration import call
 from fastcl.rowstats.request import Batch
-from fastcl.rowstats.sharded import agreed, sharded_statistics
+from fastcl.rowstats.sharded import sharded_statistics
 from fastcl.rowstats.triton import two_models_operator  # noqa: F401  (registers its operator)
 from fastcl.rowstats.triton.operator import operator_arguments
 from fastcl.similarity import PairStats

@@ -112,6 +112,11 @@ class Ranks:
             show_traceback(error)
         return ToldHere(why)
 
+    def interrupted(self) -> None:
+        """Tell the others, which wait for this rank, that it was interrupted."""
+        for pulse in _pulses:
+            pulse.end("interrupted")
+
     def _lost(self) -> FastclError:
         cause = ""
         try:
@@ -208,7 +213,7 @@ def start() -> Ranks:
             return ALONE
         dist.init_process_group(_backend(), timeout=_START)
         _pulses.append(Pulse(dist.get_rank(), dist.get_world_size()))
-        interrupts.watch()
+        interrupts.watch(_pulses[0].end)
     if dist.get_world_size() == 1:
         return ALONE
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, _START.total_seconds())

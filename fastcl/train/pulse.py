@@ -26,6 +26,8 @@ class Pulse:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._store = _connected()
+        self._ending, self._told, self._before = threading.Event(), threading.Event(), ""
+        self._word = ""
         threading.Thread(target=self._beat, name="fastcl-pulse", daemon=True).start()
 
     def _beat(self) -> None:
@@ -33,9 +35,21 @@ class Pulse:
             store = _connected()  # its own: a connection that waits for an answer cannot send
             for beat in itertools.count():
                 store.set(f"beat {self.rank}", str(beat))
-                time.sleep(_EVERY)
+                if self._ending.wait(_EVERY):
+                    break
+            if not _tell(store, f"rank {self.rank} of {self.size} was {self._word}"):
+                self._before = store.get("cause").decode()
         except RuntimeError:  # torchrun has gone
             pass
+        self._told.set()
+
+    def end(self, word: str) -> str:
+        """Tell the others that this process was interrupted, or another word for it. In a second, in any thread and in
+        a signal's handler. Returns the cause that another one has told before, if any."""
+        self._word = word
+        self._ending.set()
+        self._told.wait(1.0)
+        return self._before
 
     def silent(self) -> list[int] | None:
         """Ranks that do not answer; None if another rank has noticed first and says so; none if there is a `cause`.
@@ -62,10 +76,7 @@ class Pulse:
 
     def tell(self, cause: str) -> bool:
         """Tell the others why this process ends. Returns whether it is the first that does."""
-        if self._store.add("causes", 1) > 1:
-            return False
-        self._store.set("cause", cause.encode(errors="backslashreplace").decode())
-        return True
+        return _tell(self._store, cause)
 
     def cause(self) -> str:
         """What the first process that told has told; else nothing."""
@@ -74,6 +85,13 @@ class Pulse:
     def _beats(self) -> list[bytes | None]:
         names = [f"beat {k}" for k in range(self.size)]
         return [self._store.get(name) if self._store.check([name]) else None for name in names]
+
+
+def _tell(store: Store, cause: str) -> bool:
+    if store.add("causes", 1) > 1:
+        return False
+    store.set("cause", cause.encode(errors="backslashreplace").decode())
+    return True
 
 
 def show_traceback(error: Exception) -> None:

@@ -12,6 +12,8 @@ from originals import against, dcl, inside_sum, loaded, nt_xent, queue, unit, va
 from reference import normal
 from torch import Tensor
 
+from bench.losses import plain
+from bench.training import speed
 from fastcl.adapters import (
     inf_cl,
     info_nce,
@@ -265,6 +267,13 @@ def test_the_masks_of_vissl() -> None:
     loss = vissl.SimclrInfoNCECriterion(buffers, 0.1)
     assert torch.equal(loss.pos_mask, (VIEWS & originals.others(2 * B)).float())
     assert torch.equal(loss.neg_mask, (~VIEWS).float())
+
+
+def test_the_step_of_the_benchmark_has_solo_learns_loss() -> None:
+    z = normal(2 * B, 4)
+    theirs = loaded("solo", "losses/simclr").simclr_loss_func(*z.chunk(2), temperature=plain.TEMPERATURE)
+    ours = speed.masked_ntxent(z, torch.arange(B).repeat(2), plain.TEMPERATURE)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
 
 
 def test_traps_that_go_away() -> None:

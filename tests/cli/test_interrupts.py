@@ -85,6 +85,14 @@ def test_a_run_says_how_it_goes_on():
     assert end(launch(SLEEP, "report"), "SIGINT") == (130, "interrupted\n")
 
 
+def test_the_cause_of_another_process_is_told_with_the_signal_that_followed():
+    code = "interrupts.watch(lambda word: f'another was {word}')\n" + SLEEP
+    said = {name: line.removesuffix("\n") for name, line in LINES.items()}
+    said["SIGTERM"] += " (another was ended by SIGTERM)"
+    for name, line in said.items():
+        assert end(launch(code), name) == (128 + getattr(signal, name), f"{line}\n")
+
+
 def test_ignored_signals_stay_ignored():
     """nohup ignores SIGHUP, a shell SIGINT of what it runs in the background."""
 

@@ -251,6 +251,10 @@ def rules(rank: int) -> None:
     torch.library.opcheck(torch.ops.fastcl.tell_ranks.default, (*stats, counts, theirs, flag, [7, 7], rank, group))
     rows = normal(3, 4).requires_grad_()
     shapes, ops = ("test_schema", "test_autograd_registration", "test_faketensor"), torch.ops.fastcl
+    for values in ([], [torch.tensor(0.5)]):
+        facts = [6], "function: loss", "bias: 1.0", "temperature" if values else "", values
+        agreeing = (rows, rows.detach() + 1, None, torch.arange(3), None, *facts, rank, 2, group, "cpu")
+        torch.library.opcheck(ops.agree.default, agreeing, test_utils=shapes)
     torch.library.opcheck(ops.gather_rows.default, (rows, [3, 3], rank, group), test_utils=shapes)
     torch.library.opcheck(ops.gather_rows_backward.default, (normal(6, 4), [3, 3], rank, group), test_utils=shapes)
     twice = ops.gather_rows(rows, [3, 3], rank, group).square().sum()

@@ -141,7 +141,7 @@ def test_several_losses_from_one_pass(backend: str) -> None:
             assert list(losses) == list(FORMULAS)
             for name, loss in losses.items():
                 alone = fastcl.contrastive_loss(z, sample, LABELS.repeat(2), name, 0.3, reduction)
-                assert torch.equal(loss, alone)
+                torch.testing.assert_close(loss, alone, rtol=1e-6, atol=1e-6)  # peers may be summed apart
         raw = fastcl.contrastive_losses(z, sample, LABELS.repeat(2), ["dcl"], 0.3, normalize=False)
     assert list(fastcl.contrastive_losses(z, sample, LABELS.repeat(2))) == ["dcl", "nscl"]
     truth = solve(row_losses("dcl", masks(sample, LABELS.repeat(2))), z, 0.3, normalize=False)

@@ -23,6 +23,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "labels": ({"labels": None}, ("labels", "no labels on rank 1")),
     "objective": ({"objective": "supcon_in"}, ("objective", "dcl on rank 0", "supcon_in on rank 1")),
     "own objective": ({"objective": lambda stats: stats.lse_other}, ("objective", "dcl on rank 0", "lambda")),
+    "margin": ({"margin": 0.2}, ("objective", "margin=0.1) of code", "on rank 0", "margin=0.2) of code", "on rank 1")),
     "reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
     "normalize": ({"normalize": False}, ("normalize", "True on rank 0", "False on rank 1")),
     "gradients": ({"z": normal(6, 4).requires_grad_()}, ("gradients", "rank 1")),
@@ -31,6 +32,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "explicit reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
     "explicit pairs": ({"pairs": torch.tensor([[0, 6]])}, ("rank 1 of 3", "pairs", "rows 0 to 5", "got 6")),
     "explicit weights": ({"weights": -torch.ones(1)}, ("rank 1 of 3", "weights", "not negative", "-1")),
+    "explicit or not": ({"another": True}, ("function", "explicit_pairs_loss on rank 0", "loss on rank 1")),
     "function": ({"function": "clip"}, ("objective", "ntxent on rank 1")),
     "backend": ({"backend": "dense"}, ("backend", "chunked on rank 0", "dense on rank 1")),
     "no rows": ({"z": normal(0, 4)}, ("rank 1 of 3", "z", "non-empty", "(0, 4)")),
@@ -43,19 +45,21 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def odd_one(rank: int, name: str) -> None:
+def odd_one(rank: int, name: str) -> torch.Tensor:
     changes = dict(ODD[name][0]) if rank == 1 else {}
     z = changes.pop("z", normal(6, 4))
     sample, labels = changes.pop("sample", torch.arange(6) // 2), changes.pop("labels", torch.arange(6) // 4)
     with fastcl.backend(changes.pop("backend", "auto")):
         if changes.pop("function", name.endswith("smoothing")):
             fastcl.clip_loss(z, z, 2.0, **changes, gather_distributed=True)
-        if name.startswith("explicit"):
-            fastcl.explicit_pairs_loss(z, **{"pairs": torch.tensor([[0, 1]])} | changes, gather_distributed=True)
+        if name.startswith("explicit") and not changes.pop("another", False):
+            return fastcl.explicit_pairs_loss(z, **{"pairs": torch.tensor([[0, 1]])} | changes, gather_distributed=True)
         if "objectives" in changes:
             fastcl.contrastive_losses(z, sample, labels, **changes, gather_distributed=True)
+        if name == "margin":
+            changes["objective"] = fastcl.with_margin("dcl", changes.pop("margin", 0.1))
         options = {"objective": "dcl", "temperature": 0.5} | changes
-        fastcl.contrastive_loss(z, sample, labels, **options, gather_distributed=True)
+        return fastcl.contrastive_loss(z, sample, labels, **options, gather_distributed=True)
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -77,13 +81,17 @@ ODD_SIGMOID: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "scale": ({"logit_scale": 4.0}, ("logit_scale", "5.0 on rank 0", "4.0 on rank 1")),
     "reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
     "width": ({"image": normal(6, 5), "text": normal(6, 5)}, ("number of columns", "4 on rank 0", "5 on rank 1")),
+    "function": ({"objective": "ntxent"}, ("function", "sigmoid_loss on rank 0", "loss on rank 1")),
     "text": ({"text": normal(5, 4)}, ("rank 1 of 3", "image and text", "(6, 4)", "(5, 4)")),
 }
 
 
 def odd_sigmoid(rank: int, name: str) -> None:
     given = {"image": normal(6, 4), "text": normal(6, 4), "logit_scale": 5.0, "logit_bias": -1.0}
-    fastcl.sigmoid_loss(**given | (ODD_SIGMOID[name][0] if rank == 1 else {}), gather_distributed=True)
+    changes = ODD_SIGMOID[name][0] if rank == 1 else {}
+    if "objective" in changes:
+        fastcl.contrastive_loss(given["image"], torch.arange(6) // 2, **changes, gather_distributed=True)
+    fastcl.sigmoid_loss(**given | changes, gather_distributed=True)
 
 
 @pytest.mark.parametrize("name", ODD_SIGMOID)
@@ -140,7 +148,8 @@ def test_a_rank_that_never_comes_is_an_error_of_the_others(ranks: Pool, backward
     first, second, absent = ranks.outcomes(missing, backward)
     assert absent is None
     for rank, error in enumerate((first, second)):
-        assert "FastclError" in error.trace and f"rank {rank} of 3 waited in vain" in error.text
+        said = f"rank {rank} of 3 waited in vain for rank 2 of its process group; does every rank"
+        assert "FastclError" in error.trace and said in error.text
 
 
 def test_without_a_process_group() -> None:

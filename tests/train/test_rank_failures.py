@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from functools import partial
 
 import pytest
@@ -54,3 +55,31 @@ def test_all_ranks_say_why_one_of_them_ends(arguments, tmp_path, name):  # noqa:
     why = f"error: rank {rank} of 2 has failed: {words}"
     assert lines[rank] == [why] and lines[1 - rank] == [f"{why}; the same command resumes from the last checkpoint"]
     assert "Traceback" not in "".join(said) and not list((tmp_path / "log").glob("*.json"))
+
+
+def interrupt(rank, number):
+    """In a rank's process: a signal comes, or a KeyboardInterrupt, in its third step."""
+    step = Steps._step
+
+    def interrupted(self, count, batch):
+        if count == 2 and int(os.environ["RANK"]) == rank:
+            if number is None:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
+        return step(self, count, batch)
+
+    Steps._step = interrupted
+
+
+RESUMES = "; the same command resumes from the last checkpoint\n"
+
+
+@pytest.mark.parametrize(("number", "word", "status", "own"), [
+    (signal.SIGINT, "interrupted", 130, ""), (signal.SIGTERM, "ended by SIGTERM", 143, ""),
+    (None, "interrupted", 130, f"interrupted{RESUMES}"),
+])  # fmt: skip
+def test_a_rank_that_is_interrupted_is_named_as_such(arguments, tmp_path, number, word, status, own):  # noqa: F811
+    given = arguments(tmp_path / "run", "data.classes=2", 'train.models=["dcl"]', "train.controls=[]")
+    statuses, said = run_ranks(2, *given, output=tmp_path / "log", before=partial(interrupt, 1, number))
+    assert statuses == [1, status] and said[1] == own, said
+    assert said[0].count("error: ") == 1 and said[0].endswith(f"error: rank 1 of 2 was {word}{RESUMES}"), said

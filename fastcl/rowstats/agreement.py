@@ -1,0 +1,138 @@
+"""What the ranks of a loss compare before any rows travel: their arguments and numbers of rows.
+
+Compiled code compares at run time, in `torch.ops.fastcl.agree`, through which everything passes that will travel: rows
+leave only once the ranks agree. It has been compiled for as many rows on each rank, and refuses others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastcl.dispatch import choose
+from fastcl.errors import FastclError
+from fastcl.exchange import Ranks
+from fastcl.rowstats.meeting import Options
+from fastcl.rowstats.registration import register
+from fastcl.rowstats.request import Batch
+from fastcl.rowstats.triton.operator import operator_arguments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Request: TypeAlias = tuple[Batch, Options]
+
+_library = torch.library.Library("fastcl", "FRAGMENT")
+_ROWS = "Tensor x, Tensor? x2, Tensor? y, Tensor? labels, Tensor? labels_y"
+_FACTS = "str facts, str numbers, str names, Tensor[] values"
+_library.define(
+    f"agree({_ROWS}, SymInt[] counts, {_FACTS}, int rank, int world, str group, str device) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def agreed(
+    request: Callable[[], Request], facts: Mapping[str, object], group: ProcessGroup | None
+) -> tuple[Batch, Options, tuple[Ranks, ...]]:
+    """The batch, its options, and the ranks of the anchors and, with candidates, of those.
+
+    In compiled code the batch has other tensors of the same values: only these may travel.
+
+    Args:
+        request: checks this rank's arguments. If it raises, every rank raises.
+        facts: what all ranks must have in common, besides the options; may be filled by `request`. Numbers are as
+            `number` returns them.
+    """
+    ranks = Ranks.of(group)
+    try:
+        batch, options = request()
+        if choose(batch.x) == "triton":  # what None stands for may depend on a rank's autocast
+            options = options._replace(precision=operator_arguments(1.0, options.precision, batch.x)[2])
+        x, y = batch.x, batch.y
+        counts = len(x) * (1 if batch.x2 is None else 2), *(() if y is None else (len(y),))
+        spelled = _spelled({**facts, **_common(batch, options)})
+    except Exception as error:
+        raise ranks.refuse(error) from error
+    if not torch.compiler.is_compiling():
+        return batch, options, ranks.agree(counts, _text(x, *spelled))
+    if ranks.world > 1:
+        batch = _at_run_time(batch, counts, spelled, ranks)
+    return batch, options, tuple(replace(ranks, sizes=(count,) * ranks.world) for count in counts)
+
+
+def number(value: float | Tensor) -> float | Tensor:
+    """A number as one of the facts that ranks compare."""
+    return value.detach() if isinstance(value, Tensor) else float(value)
+
+
+def _common(batch: Batch, options: Options) -> dict[str, object]:
+    """What all ranks must have in common."""
+    x, y = batch.x, batch.y
+    wanted = torch.is_grad_enabled() and [v is not None and v.requires_grad for v in (x, batch.x2, y, options.tensor)]
+    return {
+        "temperature": number(options.temperature), "dtype": x.dtype, "device": x.device.type,
+        "labels": "labels" if batch.labels is not None else "no labels",
+        "y": "candidates y" if y is not None else "no y", "normalize": options.normalize, "columns": options.columns,
+        "precision": options.precision, "backend": choose(x), "need of gradients": wanted,
+    }  # fmt: skip
+
+
+def _spelled(facts: Mapping[str, object]) -> tuple[str, str, str, list[Tensor]]:
+    """Facts as the operator takes them, one a line: in words, numbers, and names of those that are tensors; these."""
+    words, numbers, names, values = [], [], [], []
+    for name, value in facts.items():
+        if isinstance(value, Tensor):
+            names.append(name)
+            values.append(value)
+        else:
+            (numbers if isinstance(value, float) else words).append(f"{name}: {value}")
+    return "\n".join(words), "\n".join(numbers), "\n".join(names), values
+
+
+def _text(x: Tensor, facts: str, numbers: str, names: str, values: Sequence[Tensor]) -> str:
+    """All facts, one a line. A number is the same whether it is a tensor or not; that of a GPU is not read, which would
+    wait for it."""
+    told = [float(v) if v.device.type == "cpu" else "a tensor" for v in values]
+    read = [f"{name}: {value}" for name, value in zip(names.splitlines(), told, strict=True)]
+    return "\n".join([facts, *sorted([*numbers.splitlines(), *read, f"number of columns: {x.shape[1]}"])])
+
+
+def _at_run_time(batch: Batch, counts: Sequence[int], spelled: tuple[Any, ...], ranks: Ranks) -> Batch:
+    given = batch.x, batch.x2, batch.y, batch.labels, batch.labels_y
+    place = ranks.rank, ranks.world, ranks.group, ranks.device
+    found = torch.ops.fastcl.agree(*given, list(counts), *spelled, *place)
+    x, x2, y, labels, labels_y = (None if a is None else b for a, b in zip(given, found, strict=True))
+    return batch._replace(x=x, x2=x2, y=y, labels=labels, labels_y=labels_y)
+
+
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    x2, y, labels, labels_y, counts, facts, numbers, names, values, rank, world, group, device = rest
+    sides = Ranks(group, rank, world, device=device).agree(counts, _text(x, facts, numbers, names, values))
+    for side in sides:
+        if len(set(side.sizes)) > 1:
+            raise FastclError(
+                f"a compiled loss with gather_distributed=True needs the same number of rows on all ranks, got "
+                f"{', '.join(map(str, side.sizes))} on ranks 0 to {world - 1}; for these, call it outside of "
+                f"torch.compile (inside: torch.compiler.disable)"
+            )
+    return tuple(None if one is None else one.clone() for one in (x, x2, y, labels, labels_y))
+
+
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    return tuple(None if one is None else torch.empty_like(one) for one in (x, *rest[:4]))
+
+
+def _setup_context(ctx, inputs, **_) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.values = len(inputs[9])
+
+
+def _autograd(ctx, x: Tensor, x2: Tensor | None, y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return x, x2, y, *(None,) * 6, [None] * ctx.values, *(None,) * 4
+
+
+register(_library, "agree", _forward, _fake, _autograd, _setup_context)
