@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common.numerics import FLOAT_MAX, SCALE, WEIGHT_SCALE, begin, inverse_temperature, unit_rows
-from .statistics import added_up, is_last
+from .totals import added_up, is_last
 
 
 class Gradient(NamedTuple):

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from ..common.numerics import LOG2E, WEIGHT_SCALE, inverse_temperature, shift_log2
 from .objective import objective_rows
-from .statistics import largest_of, load_stats, relation_counts
+from .statistics import load_stats, relation_counts
+from .totals import largest_of
 
 _SMALLEST = tl.constexpr(1e-30)  # lower bound of the scale: WEIGHT_SCALE divided by it stays in float32's range
 

@@ -33,8 +33,9 @@ from ..common.numerics import (
     share,
     walk_of,
 )
-from .statistics import MASKED_COST, Found, complete, evaluate, programs_of, relation_counts
+from .statistics import MASKED_COST, programs_of, relation_counts
 from .terms import term
+from .totals import Found, complete, evaluate
 
 
 @triton.jit

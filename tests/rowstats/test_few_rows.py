@@ -1,5 +1,5 @@
-"""What few rows take on the Triton backend: programs that share two blocks, and weights that the forward pass leaves for
-the backward pass."""
+"""What few rows take on the Triton backend: programs that share two blocks, and weights that the forward pass leaves
+for the backward pass."""
 
 import pytest
 import torch

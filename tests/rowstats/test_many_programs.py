@@ -11,7 +11,7 @@ from triton_runs import DEVICE, launches, tiles
 
 import fastcl
 from fastcl.kernels.common import launch
-from fastcl.kernels.contrastive.statistics import added_up
+from fastcl.kernels.contrastive.totals import added_up
 
 
 @triton.jit

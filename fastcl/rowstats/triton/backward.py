@@ -13,7 +13,7 @@ from fastcl.kernels.common.arguments import fixed
 from fastcl.kernels.common.launch import Config, cdiv, launch, launch_sides, shares
 from fastcl.kernels.contrastive import backward_epilogue
 from fastcl.kernels.contrastive.backward import Accumulator, Direction, backward_kernel, backward_online_kernel
-from fastcl.kernels.contrastive.statistics import AT_ONCE
+from fastcl.kernels.contrastive.totals import AT_ONCE
 from fastcl.rowstats.triton import hopper, wide
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, WORKSPACE, Call, Operand, row_block
 from fastcl.rowstats.triton.weighted import Ready, Side, Upstream, alike, over_pairs, weighted

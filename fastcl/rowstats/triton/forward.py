@@ -13,7 +13,8 @@ from fastcl.kernels.common.launch import Config, cdiv, folded, launch, launch_si
 from fastcl.kernels.common.launch import waves as planned
 from fastcl.kernels.contrastive.forward import Online, forward_kernel, forward_online_kernel
 from fastcl.kernels.contrastive.prepare import Initial
-from fastcl.kernels.contrastive.statistics import AT_ONCE, Finished, Losses, Ready, Wave, finish_kernel
+from fastcl.kernels.contrastive.statistics import Finished, Wave, finish_kernel
+from fastcl.kernels.contrastive.totals import AT_ONCE, Losses, Ready
 from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import (
     ALIGN,

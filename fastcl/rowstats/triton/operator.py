@@ -170,10 +170,12 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> Returned:
     scales = [operand.scale for operand in operands if operand.scale is not None]
     scale = torch.cat(scales) if len(scales) > 1 else scales[0] if scales else None
     ready: list[Any] = [one.losses.ready for one in found]
-    weights = [None if one is None else one.weights for one in ready] + [None]
+    weights = None if ready[0] is None else ready[0].weights
+    weights_y = None if ready[-1] is None or len(ready) < 2 else ready[-1].weights
     bound = None if ready[0] is None else ready[0].bound
     return Returned(
-        *first[:2], losses, *given_y, a.z, a.inv, a.order, *saved_y, scale, flag, *weights[:2], bound, arrived
+        *first[:2], losses, *given_y, a.z, a.inv, a.order, *saved_y, scale, flag,
+        weights, weights_y, bound, arrived,
     )  # fmt: skip
 
 
