@@ -15,7 +15,7 @@ from fastcl.rowstats.triton import (
     sigmoid_kernels,
     two_models,
 )
-from fastcl.rowstats.triton.backward import Upstream, gradients
+from fastcl.rowstats.triton.backward import Ready, Upstream, gradients
 from fastcl.rowstats.triton.forward import statistics
 from fastcl.rowstats.triton.operand import NARROW, Call, Source
 from fastcl.rowstats.triton.working_order import COUNTED, known_order, orders
@@ -120,9 +120,10 @@ def _run(case: _Case) -> None:
         order_x = order_y = known_order(n, 2 if views else 1, labels if views else None, x.device)
     a = Source(x, y if views and not case.ids else None, order_x)
     b = None if views or order_y is None else Source(y, None, order_y)
-    operands, found = statistics(a, b, call, flag, columns)
-    losses = found[0].losses
+    operands, found, arrived = statistics(a, b, call, flag, columns)
+    losses, other = found[0].losses, found[-1].losses.ready
     grad = losses.rows if losses.total is None else losses.total
+    ready = None if other is None else Ready((losses.ready.weights, other.weights), other.bound, arrived)
     upstreams = [Upstream(one.stats, None, grad) for one in found]
     if not columns:
         upstreams.append(Upstream(found[0].stats[:, :0], None, None))
@@ -133,7 +134,7 @@ def _run(case: _Case) -> None:
         flag,
         tuple(upstreams),
         (True, columns, case.learnable),
-        losses.maxima,
+        ready,
     )
 
 

@@ -210,6 +210,13 @@ def shares(blocks: int, tiles: int, slots: int, falling: bool = False) -> int:
     return _fewest({count: end(count) for count in _SPLITS if count <= max(tiles // 2, 1)})
 
 
+def folded(blocks: int, tiles: int, slots: int) -> int:
+    """Number of programs that share two resident blocks, the k-th and the k-th from the end, with as many tiles as the
+    longest: all that run at a time."""
+    pairs = cdiv(blocks, 2)
+    return max((count for count in _SPLITS if 2 <= count <= min(slots // pairs, tiles)), default=0)
+
+
 def _rounds(blocks: int, tiles: float, slots: int, count: int) -> float:
     """When a launch ends whose blocks of so many tiles are each shared by `count` programs."""
     return -(-blocks * count // slots) * (tiles / count + _START)

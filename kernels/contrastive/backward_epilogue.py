@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common.numerics import FLOAT_MAX, SCALE, WEIGHT_SCALE, begin, inverse_temperature, unit_rows
-from .statistics import added_up, is_last
+from .totals import added_up, is_last
 
 
 class Gradient(NamedTuple):
@@ -40,7 +40,7 @@ class Degree(NamedTuple):
 
     sums: Any  # (programs,) float32: each program's part of the sum of <z, dz>
     total: Any  # (1,) float32: the gradient, written by the program that comes last
-    arrived: Any  # (1,) int32: programs that are done; 0 at first
+    arrived: Any  # (1,) int32: programs that are done; 0 at first and in the end, for another backward pass
     factor: float  # of the sum: 1, or 0.5 if each pair occurs in two rows
     programs: int  # of all launches
 
@@ -58,13 +58,13 @@ class Finalized(NamedTuple):
     degree: Any  # Degree; None: not requested
 
 
-class View(NamedTuple):
-    """Inside a kernel: one view of each row."""
+class Pull(NamedTuple):
+    """Inside a kernel: what the derivative of a row's view mean and spread by the logit of a view needs."""
 
-    m: Any  # rows that have it
-    b: Any  # (N, D) unit rows
-    src: Any  # their source rows
-    logit: Any
+    mean: Any  # weights
+    spread: Any
+    lse: Any  # of the logits of all its views
+    count: Any  # of these
 
 
 class Epilogue(NamedTuple):
@@ -75,54 +75,56 @@ class Epilogue(NamedTuple):
     SLOTS: int
     IN_ORDER: bool
     SYMMETRIC: bool
+    MANY: bool  # more than `AT_ONCE` programs
 
 
 @triton.jit
-def _view(b_x, y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, SYMMETRIC: tl.constexpr):
-    """The views at working positions b_j of the candidates; rows without one have b_j >= b_last."""
-    m_j = m_n & (b_j < b_last)
-    if SYMMETRIC:
-        m_j = m_j & (b_j != o_n)
-    b_y, b_src, _ = unit_rows(y, b_j, m_j, o_d, m_d)
-    return View(m_j, b_y, b_src, tl.sum(b_x * b_y, 1) * inverse_t)
-
-
-@triton.jit
-def _pull(b_s, views, b_src, o_n, m_n, b_count, n):
-    """Derivative of a row's view mean and spread by the logit b_s of one of its views."""
-    b_lse = tl.load(views.stats + b_src, mask=m_n, other=0.0) + tl.load(views.stats + n + b_src, mask=m_n, other=0.0)
+def _pull_of(views, o_n, b_src, m_n, b_count, n):
+    """The pull of the views on working rows o_n, which are the source rows b_src."""
     b_mean = tl.load(views.weights + 3 * views.rows + o_n, mask=m_n, other=0.0)
     b_spread = tl.load(views.weights + 4 * views.rows + o_n, mask=m_n, other=0.0)
-    b_share = 1.0 / tl.maximum(b_count, 1).to(tl.float32)
-    # The softmax of a single view is exactly 1, whatever the rounding of its logit.
-    b_softmax = tl.where(b_count > 1, tl.exp(b_s - b_lse), 1.0)
-    return b_mean * b_share + b_spread * (b_softmax - b_share)
+    b_lse = tl.load(views.stats + b_src, mask=m_n, other=0.0) + tl.load(views.stats + n + b_src, mask=m_n, other=0.0)
+    return Pull(b_mean, b_spread, b_lse, b_count)
 
 
 @triton.jit
-def _view_pairs(b_x, b_src, side, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS):
+def _pulled(pull, b_s):
+    """Derivative of a row's view mean and spread by the logit b_s of one of its views."""
+    b_share = 1.0 / tl.maximum(pull.count, 1).to(tl.float32)
+    # The softmax of a single view is exactly 1, whatever the rounding of its logit.
+    b_softmax = tl.where(pull.count > 1, tl.exp(b_s - pull.lse), 1.0)
+    return pull.mean * b_share + pull.spread * (b_softmax - b_share)
+
+
+@triton.jit
+def _view_pairs(b_x, b_first, b_last, own, side, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS):
     """(N, D) part of the gradient from the views of each row, in float32 from the original rows."""
-    b_first = begin(tl.load(side.x_views.first_N + o_n, mask=m_n, other=0))
-    b_last = tl.load(side.x_views.last_N + o_n, mask=m_n, other=0)
-    b_count = b_last - b_first - (1 if CONSTANTS.SYMMETRIC else 0)
     b_dz = tl.zeros([CONSTANTS.BLOCK_N, CONSTANTS.BLOCK_D], tl.float32)
-    for i_k in range(0, tl.max(b_last - b_first, 0)):
+    for i_k in range(0, tl.max(own.count, 0)):
         b_j = b_first + i_k
-        one = _view(b_x, side.y, b_j, b_last, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS.SYMMETRIC)
+        if CONSTANTS.SYMMETRIC:  # without the row itself
+            b_j += (b_j >= o_n).to(tl.int32)
+        m_j = m_n & (b_j < b_last)
+        other = own
+        b_src = tl.load(side.y.src_N + b_j, mask=m_j, other=0)
+        if side.y_views.weights is not None:
+            b_count = tl.load(side.y_views.last_N + b_j, mask=m_j, other=0)
+            b_count -= begin(tl.load(side.y_views.first_N + b_j, mask=m_j, other=0))
+            b_count -= 1 if CONSTANTS.SYMMETRIC else 0
+            other = _pull_of(side.y_views, b_j, b_src, m_j, b_count, side.y.n)
+        b_y, _, _ = unit_rows(side.y, b_j, m_j, o_d, m_d)
+        b_s = tl.sum(b_x * b_y, 1) * inverse_t
         b_g = tl.zeros([CONSTANTS.BLOCK_N], tl.float32)
         if side.x_views.weights is not None:
-            b_g += _pull(one.logit, side.x_views, b_src, o_n, one.m, b_count, side.x.n)
+            b_g += _pulled(own, b_s)
         if side.y_views.weights is not None:
-            b_count_j = tl.load(side.y_views.last_N + b_j, mask=one.m, other=0)
-            b_count_j -= begin(tl.load(side.y_views.first_N + b_j, mask=one.m, other=0))
-            b_count_j -= 1 if CONSTANTS.SYMMETRIC else 0
-            b_g += _pull(one.logit, side.y_views, one.src, b_j, one.m, b_count_j, side.y.n)
-        b_dz += tl.where(one.m, b_g, 0.0)[:, None] * one.b
+            b_g += _pulled(other, b_s)
+        b_dz += tl.where(m_j, b_g, 0.0)[:, None] * b_y
     return b_dz
 
 
 @triton.jit
-def _finalize(side, program, bound, temperature, CONSTANTS):
+def _finalize(side, program, bound, grad, temperature, CONSTANTS):
     i_n = program * CONSTANTS.BLOCK_N + tl.arange(0, CONSTANTS.BLOCK_N)
     o_n = side.tiles.first + i_n
     m_n = (o_n < side.x.n) & (i_n < side.tiles.rows)
@@ -130,7 +132,15 @@ def _finalize(side, program, bound, temperature, CONSTANTS):
     m_d = o_d < side.x.d
     m_nd = m_n[:, None] & m_d[None, :]
     inverse_t = inverse_temperature(temperature)
+    factor = inverse_t if grad is None else inverse_t * tl.load(grad)
+    # What the view pairs need is requested before the loop over them, so that it arrives together with the rows.
+    b_first = begin(tl.load(side.x_views.first_N + o_n, mask=m_n, other=0))
+    b_last = tl.load(side.x_views.last_N + o_n, mask=m_n, other=0)
+    b_count = b_last - b_first - (1 if CONSTANTS.SYMMETRIC else 0)
     b_x, b_src, b_inv = unit_rows(side.x, o_n, m_n, o_d, m_d)
+    own = Pull(b_inv, b_inv, b_inv, b_count)
+    if side.x_views.weights is not None:
+        own = _pull_of(side.x_views, o_n, b_src, m_n, b_count, side.x.n)
 
     b_row = (b_src if CONSTANTS.IN_ORDER else i_n).to(tl.int64)
     b_dz = tl.zeros([CONSTANTS.BLOCK_N, CONSTANTS.BLOCK_D], tl.float32)
@@ -142,8 +152,8 @@ def _finalize(side, program, bound, temperature, CONSTANTS):
     else:
         b_dz = b_dz * (tl.load(bound) / WEIGHT_SCALE / tl.load(side.scale))
 
-    b_dz += _view_pairs(b_x, b_src, side, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS)
-    b_dz = b_dz * inverse_t
+    b_dz += _view_pairs(b_x, b_first, b_last, own, side, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS)
+    b_dz = b_dz * factor
     NORMALIZED: tl.constexpr = side.x.inv_N is not None
     if NORMALIZED or side.degree is not None:
         b_dot = tl.sum(b_x * b_dz, 1)
@@ -161,7 +171,8 @@ def _finalize(side, program, bound, temperature, CONSTANTS):
     tl.store(p_dx, b_dz.to(side.dx.dtype.element_ty), mask=m_nd)
     if side.degree is not None:
         if is_last(side.degree.arrived, side.degree.programs):
-            total = added_up(side.degree.sums, side.degree.programs) * side.degree.factor
+            tl.store(side.degree.arrived, 0)
+            total = added_up(side.degree.sums, side.degree.programs, CONSTANTS.MANY) * side.degree.factor
             tl.store(side.degree.total, total / inverse_t if temperature.scale is not None else -total * inverse_t)
 
 
@@ -169,14 +180,15 @@ def _finalize(side, program, bound, temperature, CONSTANTS):
 def finalize_kernel(
     one, two, first,  # Finalized; as `launch_sides` passes them
     bound,  # (1,) float32: the weights' divisor
+    grad,  # (1,) float32: upstream gradient; None: the weights hold it
     temperature,
     CONSTANTS,  # Epilogue
 ):  # fmt: skip
     program = tl.program_id(0)
     if first is None:
-        _finalize(one, program, bound, temperature, CONSTANTS)
+        _finalize(one, program, bound, grad, temperature, CONSTANTS)
     else:
         if program < first:
-            _finalize(one, program, bound, temperature, CONSTANTS)
+            _finalize(one, program, bound, grad, temperature, CONSTANTS)
         else:
-            _finalize(two, program - first, bound, temperature, CONSTANTS)
+            _finalize(two, program - first, bound, grad, temperature, CONSTANTS)

@@ -1,9 +1,9 @@
 """Before the tiles of the gradient: upstream gradients to what these need, a weight per row and relation.
 
 All weights are on one scale, the largest derivative over all rows. In a converged run that is far below the upstream
-gradients; weights scaled by those would vanish in half precision. The scale follows from maxima over blocks of rows:
-those of a single reduced loss, whose upstream gradient is one number, come from `finish_kernel`, all others from
-`maxima_kernel`.
+gradients; weights scaled by those would vanish in half precision. The scale follows from maxima over blocks of rows,
+which `maxima_kernel` finds. The weights of a single reduced loss, whose upstream gradient is one number, come from
+`finish_kernel`.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ import triton.language as tl
 
 from ..common.numerics import LOG2E, WEIGHT_SCALE, inverse_temperature, shift_log2
 from .objective import objective_rows
-from .statistics import largest_of, load_stats, relation_counts
+from .statistics import load_stats, relation_counts
+from .totals import largest_of
 
 _SMALLEST = tl.constexpr(1e-30)  # lower bound of the scale: WEIGHT_SCALE divided by it stays in float32's range
 
@@ -122,15 +123,12 @@ def weights_kernel(
     scale,  # Scale
     flag, temperature,
     BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, CODES,
-    UNIT: tl.constexpr,  # the maxima are those at an upstream gradient of 1
 ):  # fmt: skip
     o_m = tl.arange(0, 512)
     b_largest = tl.zeros([512], tl.float32)
     for i_m in range(0, scale.n, 512):
         b_largest = tl.maximum(b_largest, tl.load(scale.maxima + i_m + o_m, mask=i_m + o_m < scale.n, other=0.0))
     largest = tl.max(b_largest, 0)
-    if UNIT:
-        largest = largest * tl.abs(tl.load(one.grad))
     largest = tl.where(largest > 0, tl.maximum(largest, _SMALLEST), 1.0)
     if tl.program_id(0) == 0:
         tl.store(scale.bound, largest)

@@ -33,8 +33,9 @@ from ..common.numerics import (
     share,
     walk_of,
 )
-from .statistics import evaluate, relation_counts
+from .statistics import MASKED_COST, programs_of, relation_counts
 from .terms import term
+from .totals import Found, complete, evaluate
 
 
 @triton.jit
@@ -83,10 +84,36 @@ def _plain_loop(block, s, parts, p_part, walk, first, last, logits, n_r, TILE, P
     return tl.sum(b_sum, 0)
 
 
+class Share(NamedTuple):
+    """Inside a kernel: a program's tiles, from the first to the last + 1."""
+
+    plain: Any
+    plain_end: Any
+    masked: Any
+    masked_end: Any
+
+
 @triton.jit
-def _plain_tiles(block, s, parts, p_part, walk, split, logits, n_r, TILE):
-    """(R,) sums over a split's share of the plain tiles."""
-    first, last = share(walk.n_plain, split)
+def _share_of(walk, split, splits, FOLDED: tl.constexpr):
+    """What the program `split` of `splits` takes of a block's tiles; FOLDED: in one row, the masked ones last."""
+    if FOLDED:
+        n_tiles = walk.n_plain + MASKED_COST * walk.n_masked
+        first = n_tiles * split // splits
+        last = n_tiles * (split + 1) // splits
+        masked = tl.maximum(first - walk.n_plain, 0) // MASKED_COST
+        masked_end = tl.maximum(last - walk.n_plain, 0) // MASKED_COST
+        mine = Share(tl.minimum(first, walk.n_plain), tl.minimum(last, walk.n_plain), masked, masked_end)
+    else:
+        plain, plain_end = share(walk.n_plain, split)
+        masked, masked_end = share(walk.n_masked, split)
+        mine = Share(plain, plain_end, masked, masked_end)
+    return mine
+
+
+@triton.jit
+def _plain_tiles(block, s, parts, p_part, walk, mine, logits, n_r, TILE):
+    """(R,) sums over a program's plain tiles."""
+    first, last = mine.plain, mine.plain_end
     if parts.streamed is not None and block.start + TILE.BLOCK_R > n_r:
         b_sum = _plain_loop(block, s, parts, p_part, walk, first, last, logits, n_r, TILE, True)
     else:
@@ -95,14 +122,13 @@ def _plain_tiles(block, s, parts, p_part, walk, split, logits, n_r, TILE):
 
 
 @triton.jit
-def _masked_tiles(block, r, s, parts, p_part, walk, split, logits, TILE, SYMMETRIC: tl.constexpr):
-    """Sums over a split's share of the masked tiles."""
+def _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC: tl.constexpr):
+    """Sums over a program's masked tiles."""
     o_r = block.start + tl.arange(0, TILE.BLOCK_R)
     m_r = o_r < r.n
     b_none = tl.zeros([TILE.BLOCK_R], tl.float32)
     sums = Sums(b_none, b_none, b_none)
-    first, last = share(walk.n_masked, split)
-    for i in tl.range(first, last, flatten=TILE.D != TILE.BLOCK_D and not TILE.SPLIT_MASKED):
+    for i in tl.range(mine.masked, mine.masked_end, flatten=TILE.D != TILE.BLOCK_D and not TILE.SPLIT_MASKED):
         start_s = masked_start(walk, i, TILE)
         o_s = start_s + tl.arange(0, TILE.BLOCK_S)
         b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
@@ -132,6 +158,7 @@ def forward_kernel(
     TILE,
     SYMMETRIC: tl.constexpr,
     PLAIN: tl.constexpr, MASKED: tl.constexpr,  # which tiles this launch processes
+    FOLDED: tl.constexpr,  # the programs of a column of the grid share two blocks (`programs_of`), not one
 ):  # fmt: skip
     if flag is not None:
         if tl.load(flag) != 0:
@@ -139,6 +166,13 @@ def forward_kernel(
     # Start the blocks with the most tiles first, so that only short ones run at the end.
     block_r = parts.n_blocks - 1 - tl.program_id(0)
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    if FOLDED:
+        longer = programs_of(block_r, parts.n_blocks, splits)
+        is_longer = split < longer
+        block_r = tl.where(is_longer, block_r, tl.program_id(0))
+        splits = tl.where(is_longer, longer, splits - longer)
+        split = tl.where(is_longer, split, split - longer)
     start_r = (parts.first_block + block_r) * TILE.BLOCK_R
     logits = logits_of(temperature, r, s)
     p_part = parts.resident
@@ -146,13 +180,14 @@ def forward_kernel(
         p_part = parts.streamed + block_r.to(tl.int64) * s.rows
     block = load_block(r, start_r, TILE, (TILE.SPLIT_PLAIN and PLAIN) or (TILE.SPLIT_MASKED and MASKED))
     walk = walk_of(r, s, start_r, TILE, SYMMETRIC)
+    mine = _share_of(walk, split, splits, FOLDED)
     b_other = tl.zeros([TILE.BLOCK_R], tl.float32)
     b_peer = b_other
     b_linear = b_other
     if PLAIN:
-        b_other += _plain_tiles(block, s, parts, p_part, walk, split, logits, r.n, TILE)
+        b_other += _plain_tiles(block, s, parts, p_part, walk, mine, logits, r.n, TILE)
     if MASKED:
-        masked = _masked_tiles(block, r, s, parts, p_part, walk, split, logits, TILE, SYMMETRIC)
+        masked = _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC)
         b_other += masked.other
         b_peer = masked.peer
         b_linear = masked.linear
@@ -203,18 +238,23 @@ def _online(side, program, temperature, TILE, SYMMETRIC: tl.constexpr, CODES):
             b_max_peer, b_peer = _add_online(b_max_peer, b_peer, b_x, m_peer)
             b_linear += tl.sum(tl.where(m_peer, b_x, 0.0), 0)
     b_src = tl.load(side.layout_5N + o_r, mask=m_r, other=0)
-    b_n_v, b_n_p, b_n_o = relation_counts(side.layout_5N, o_r, m_r, side.r.n, side.s.n, SYMMETRIC)
-    tl.store(stats + 4 * side.r.n + b_src, (b_max + tl.log2(b_other)) * LN2, mask=m_r)
+    counts = relation_counts(side.layout_5N, o_r, m_r, side.r.n, side.s.n, SYMMETRIC)
+    b_lse_o = (b_max + tl.log2(b_other)) * LN2
+    b_mean_p = b_linear
+    b_lse_p = b_max_peer
     if TILE.PEERS:
-        tl.store(stats + 2 * side.r.n + b_src, b_linear * LN2 / tl.maximum(b_n_p, 1).to(tl.float32), mask=m_r)
-        tl.store(stats + 3 * side.r.n + b_src, (b_max_peer + tl.log2(b_peer)) * LN2, mask=m_r)
-    else:
-        tl.store(stats + 2 * side.r.n + b_src, b_linear, mask=m_r)
-        tl.store(stats + 3 * side.r.n + b_src, b_max_peer, mask=m_r)
-    tl.debug_barrier()
+        b_mean_p = b_linear * LN2 / tl.maximum(counts[1], 1).to(tl.float32)
+        b_lse_p = (b_max_peer + tl.log2(b_peer)) * LN2
+    tl.store(stats + 2 * side.r.n + b_src, b_mean_p, mask=m_r)
+    tl.store(stats + 3 * side.r.n + b_src, b_lse_p, mask=m_r)
+    tl.store(stats + 4 * side.r.n + b_src, b_lse_o, mask=m_r)
+    b_mean_v = tl.load(stats + b_src, mask=m_r, other=0.0)
+    b_spread_v = tl.load(stats + side.r.n + b_src, mask=m_r, other=0.0)
+    b_one = tl.full([TILE.BLOCK_R], 1.0, tl.float32)  # tiles subtract each row's own log-sum-exp
+    found = Found(b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_one, b_one)
     BLOCKS: tl.constexpr = TILE.ALIGN // TILE.BLOCK_R
     i_p = side.losses.first * BLOCKS + program
-    evaluate(side.losses, i_p, b_src, m_r, (b_n_v, b_n_p, b_n_o), stats, side.r.n, BLOCKS, True, CODES)
+    return evaluate(side.losses, i_p, o_r, b_src, m_r, counts, found, side.r.n, BLOCKS, True, CODES)
 
 
 @triton.jit
@@ -223,6 +263,7 @@ def forward_online_kernel(
     temperature, flag,
     TILE,
     SYMMETRIC: tl.constexpr, CODES,
+    MANY: tl.constexpr,  # as in finish_kernel
 ):  # fmt: skip
     """Log-sum-exps with a running maximum, over all tiles, and the losses again; runs if the flag says that a fixed
     shift is not enough."""
@@ -230,9 +271,14 @@ def forward_online_kernel(
         return
     program = tl.program_id(0)
     if first is None:
-        _online(one, program, temperature, TILE, SYMMETRIC, CODES)
+        last = _online(one, program, temperature, TILE, SYMMETRIC, CODES)
     else:
         if program < first:
-            _online(one, program, temperature, TILE, SYMMETRIC, CODES)
+            last = _online(one, program, temperature, TILE, SYMMETRIC, CODES)
         else:
-            _online(two, program - first, temperature, TILE, SYMMETRIC, CODES)
+            last = _online(two, program - first, temperature, TILE, SYMMETRIC, CODES)
+    if len(CODES) > 0 and one.losses.sums is not None:
+        if last:
+            others = None if first is None else two.losses
+            BLOCKS: tl.constexpr = TILE.ALIGN // TILE.BLOCK_R
+            complete(one.losses, others, BLOCKS, True, MANY, TILE.ALIGN, TILE.PEERS, CODES)

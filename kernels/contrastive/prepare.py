@@ -53,6 +53,7 @@ class Initial(NamedTuple):
 
     flag: Any  # (1,) int32: 1 if exponentials with a fixed shift would leave float32's range; None: they cannot
     arrived: Any  # (2,) int32, as `Losses.arrived`; None: losses are not reduced
+    later: Any  # (1,) int32, as `Degree.arrived`; None: not needed, or initialised by the backward pass
 
 
 class Preparation(NamedTuple):
@@ -237,3 +238,5 @@ def prepare_kernel(
             tl.store(initial.flag, 1 if one.x.inv_N is None else tl.where(inverse_t > LAST_INVERSE_T, 1, 0))
         if initial.arrived is not None:
             tl.store(initial.arrived + tl.arange(0, 2), 0)
+        if initial.later is not None:
+            tl.store(initial.later, 0)

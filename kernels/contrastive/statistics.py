@@ -14,7 +14,10 @@ from ..common.numerics import (
     inverse_temperature,
     shift_log2,
 )
-from .objective import objective_rows
+from .totals import Found, complete, evaluate
+
+STREAMED = tl.constexpr(16)  # blocks whose sums of streamed rows are added at a time
+MASKED_COST = tl.constexpr(3)  # of a masked tile, in plain ones
 
 
 class Wave(NamedTuple):
@@ -28,6 +31,8 @@ class Wave(NamedTuple):
     FIRST: bool  # the first wave
     LAST: bool  # the last wave
     BLOCKS: int  # blocks of `forward_online_kernel`, if it may follow, for one of this kernel
+    MANY: bool  # more than `AT_ONCE` programs of either kernel
+    FOLDED: int  # programs that share two blocks, as `programs_of` divides them; 0: all blocks have SLOTS programs
 
 
 class Finished(NamedTuple):
@@ -41,21 +46,6 @@ class Finished(NamedTuple):
     n: int
     n_s: int
     rows: int
-
-
-class Losses(NamedTuple):
-    """Where the losses go: each row's own, or their sum over the rows of all launches that share these fields."""
-
-    rows: Any  # (objectives, n) float32 in source order; None: the losses are reduced
-    sums: Any  # (objectives, programs, BLOCKS) float32: each program's part of the total; None: not reduced
-    total: Any  # (objectives,) float32, written by the program that comes last
-    arrived: Any  # (2,) int32: programs of `finish_kernel` and of `forward_online_kernel` that are done; 0 at first
-    maxima: (
-        Any  # (programs, BLOCKS) float32 as `maxima_kernel` writes them, at an upstream gradient of 1; None: not needed
-    )
-    factor: float  # of a row's loss in the total
-    first: int  # number of this launch's first program
-    programs: int  # of all launches
 
 
 @triton.jit
@@ -80,41 +70,89 @@ def load_stats(stats, b_src, m_n, n):
 
 
 @triton.jit
-def _streamed_sum(side, program, o_n, m_n, WAVE):
-    """Sums that the rows received as streamed rows, from this wave's resident blocks."""
-    start = 0
-    if WAVE.SYMMETRIC:  # only blocks whose class range starts after these rows have streamed them
+def programs_of(block, n_blocks, both):
+    """How many of `both` programs a resident block takes, if blocks k and n_blocks - 1 - k of a symmetric wave share
+    them: in proportion to the tiles before them and, counted as three each, the masked tiles, of which each block has
+    one on its diagonal."""
+    other = n_blocks - 1 - block
+    whole = n_blocks + 2 * MASKED_COST - 1
+    longer = tl.minimum(((tl.maximum(block, other) + MASKED_COST) * (2 * both) + whole) // (2 * whole), both - 1)
+    return tl.where(block == other, both, tl.where(block > other, longer, longer * -1 + both))
+
+
+@triton.jit
+def _loaded(p_first, step, there, COUNT: tl.constexpr):
+    """COUNT rows of partial sums, `step` elements apart, in a tuple; in place of those that are not there, the last one
+    that is. A thread holds an element of each, so that adding them needs no exchange, and they are requested before the
+    first one is waited for: without masks, because ptxas has few predicates."""
+    b_all = (tl.load(p_first),)
+    for i_k in tl.static_range(1, COUNT):
+        b_all = b_all + (tl.load(p_first + tl.minimum(there - 1, i_k) * step),)
+    return b_all
+
+
+@triton.jit
+def _first_streamed(side, program, WAVE):
+    """The first of this wave's resident blocks that have streamed a program's rows."""
+    first = 0
+    if WAVE.SYMMETRIC and side.parts.streamed is not None:  # only blocks whose class range starts after these rows
         last = tl.minimum(program * WAVE.BLOCK_N + WAVE.BLOCK_N, side.n) - 1
         hi = tl.load(side.layout_5N + 2 * side.n + last)
         begins = (hi + WAVE.BLOCK_N - 1) // WAVE.BLOCK_N * WAVE.BLOCK_N // WAVE.BLOCK_R
-        start = tl.maximum(begins - side.parts.first_block, 0)
-    o_c = tl.arange(0, 16)
+        first = tl.maximum(begins - side.parts.first_block, 0)
+    return first
+
+
+@triton.jit
+def _streamed_sum(side, first, o_n, WAVE):
+    """Sums that the rows received as streamed rows, from this wave's resident blocks; meaningless past the last row."""
     b_sum = tl.zeros([WAVE.BLOCK_N], tl.float32)
-    for i_c in range(start, side.parts.n_blocks, 16):
-        p_part = side.parts.streamed + (i_c + o_c).to(tl.int64)[:, None] * side.rows + o_n[None, :]
-        m_part = (i_c + o_c < side.parts.n_blocks)[:, None] & m_n[None, :]
-        b_sum += tl.sum(tl.load(p_part, mask=m_part, other=0.0), 0)
+    rows = side.rows.to(tl.int64)
+    for i_c in range(first, side.parts.n_blocks, STREAMED):
+        p_part = side.parts.streamed + tl.cast(i_c, tl.int64) * rows + o_n
+        b_parts = _loaded(p_part, rows, side.parts.n_blocks - i_c, STREAMED)
+        for i_k in tl.static_range(STREAMED):
+            m_k = i_c + i_k < side.parts.n_blocks
+            b_sum += tl.where(m_k, b_parts[i_k], 0.0)
     return b_sum
 
 
 @triton.jit
-def _resident_sums(parts, o_n, m_n, rows, SLOTS: tl.constexpr, PEERS: tl.constexpr):
-    """Sums that the rows received as resident rows."""
+def _resident_sums(side, o_n, WAVE):
+    """Sums that the rows received as resident rows; meaningless past the last row."""
     b_other = tl.zeros(o_n.shape, tl.float32)
     b_peer = b_other
     b_linear = b_other
-    if parts.resident is not None:
-        for i_k in tl.static_range(SLOTS):
-            p_part = parts.resident + i_k * 3 * rows.to(tl.int64) + o_n
-            b_other += tl.load(p_part, mask=m_n, other=0.0)
-            if PEERS:
-                b_peer += tl.load(p_part + rows, mask=m_n, other=0.0)
-                b_linear += tl.load(p_part + 2 * rows, mask=m_n, other=0.0)
+    parts = side.parts
+    if parts.resident is not None and WAVE.LAST:
+        rows = side.rows.to(tl.int64)
+        b_programs = tl.full(o_n.shape, WAVE.SLOTS, tl.int32)
+        if WAVE.FOLDED:
+            b_programs = programs_of(o_n // WAVE.BLOCK_R, parts.n_blocks, WAVE.FOLDED)
+        p_part = parts.resident + o_n
+        b_others = _loaded(p_part, 3 * rows, WAVE.SLOTS, WAVE.SLOTS)
+        b_peers = b_others
+        b_linears = b_others
+        if WAVE.PEERS:
+            b_peers = _loaded(p_part + rows, 3 * rows, WAVE.SLOTS, WAVE.SLOTS)
+            b_linears = _loaded(p_part + 2 * rows, 3 * rows, WAVE.SLOTS, WAVE.SLOTS)
+        for i_k in tl.static_range(WAVE.SLOTS):
+            m_k = b_programs > i_k
+            b_other += tl.where(m_k, b_others[i_k], 0.0)
+            if WAVE.PEERS:
+                b_peer += tl.where(m_k, b_peers[i_k], 0.0)
+                b_linear += tl.where(m_k, b_linears[i_k], 0.0)
     return Sums(b_other, b_peer, b_linear)
 
 
 @triton.jit
-def _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, PEERS: tl.constexpr):
+def _power(b_sum):
+    return tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+
+
+@triton.jit
+def _store_stats(stats, flag, b_src, m_n, b_view, sums, b_n_p, b_n_o, inverse_t, n, PEERS: tl.constexpr):
+    """Store what follows from the sums of rows; returns all that is found of them. b_view: their view statistics."""
     if flag is not None:
         m_lost = (b_n_o > 0) & (sums.other < SMALLEST_SUM)
         if PEERS:
@@ -123,102 +161,59 @@ def _store_stats(stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, PEER
             tl.atomic_max(flag, 1)
     shift = shift_log2(inverse_t) * LN2
     b_none = tl.full(b_src.shape, float("-inf"), tl.float32)
+    b_mean_p = sums.linear / tl.maximum(b_n_p, 1).to(tl.float32)
     b_lse_p = tl.where(b_n_p > 0, tl.log(sums.peer) + shift, b_none) if PEERS else b_none
-    tl.store(stats + 2 * n + b_src, sums.linear / tl.maximum(b_n_p, 1).to(tl.float32), mask=m_n)
+    b_lse_o = tl.where(b_n_o > 0, tl.log(sums.other) + shift, b_none)
+    tl.store(stats + 2 * n + b_src, b_mean_p, mask=m_n)
     tl.store(stats + 3 * n + b_src, b_lse_p, mask=m_n)
-    tl.store(stats + 4 * n + b_src, tl.where(b_n_o > 0, tl.log(sums.other) + shift, b_none), mask=m_n)
-
-
-@triton.jit
-def largest_of(b_linear, b_peer, b_other, b_n_p, b_n_o, m_n):
-    """Derivatives by mean_peer / n_peer, lse_peer and lse_other, 0 where empty; the largest absolute value of all."""
-    m_p = m_n & (b_n_p > 0)
-    b_other = tl.where(m_n & (b_n_o > 0), b_other, 0.0)
-    b_peer = tl.where(m_p, b_peer, 0.0)
-    b_linear = tl.where(m_p, b_linear / tl.maximum(b_n_p, 1).to(tl.float32), 0.0)
-    b_largest = tl.maximum(tl.maximum(tl.abs(b_other), tl.abs(b_peer)), tl.abs(b_linear))
-    return b_linear, b_peer, b_other, tl.max(b_largest, 0)
-
-
-@triton.jit
-def is_last(arrived, programs):
-    """Whether all other programs of the launches that share a counter have stored what is to be added up."""
-    tl.debug_barrier()
-    return tl.atomic_add(arrived, 1) == programs - 1
-
-
-@triton.jit
-def added_up(sums, n):
-    """Sum of n numbers that other programs have stored, in a fixed order."""
-    o_p = tl.arange(0, 1024)
-    b_sum = tl.zeros([1024], tl.float32)
-    for i_p in range(0, n, 1024):
-        # Past the first-level cache, which does not see what other multiprocessors have written.
-        b_sum += tl.load(sums + i_p + o_p, mask=i_p + o_p < n, other=0.0, cache_modifier=".cg")
-    return tl.sum(b_sum, 0)
-
-
-@triton.jit
-def evaluate(losses, i_p, b_src, m_n, counts, stats, n, BLOCKS: tl.constexpr, ONLINE: tl.constexpr, CODES):
-    """Losses of rows whose statistics are complete, and program i_p's part of their total.
-
-    With ONLINE, repeated by BLOCKS programs for each one of `finish_kernel`, which are counted apart.
-    """
-    b_n_v, b_n_p, b_n_o = counts
-    b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o = load_stats(stats, b_src, m_n, n)
-    programs = losses.programs * BLOCKS if ONLINE else losses.programs
-    for i_k in tl.static_range(len(CODES)):
-        b_loss, _, _, b_linear, b_peer, b_other = objective_rows(
-            b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_n_v, b_n_p, b_n_o, CODES[i_k]
-        )
-        if losses.rows is not None:
-            tl.store(losses.rows + i_k * n + b_src, b_loss, mask=m_n)
-        if losses.sums is not None:
-            total = tl.sum(tl.where(m_n, b_loss, 0.0), 0)
-            tl.store(losses.sums + i_k * programs + i_p, total * losses.factor)
-        if losses.maxima is not None:
-            _, _, _, largest = largest_of(b_linear, b_peer, b_other, b_n_p, b_n_o, m_n)
-            for i_b in tl.static_range(1 if ONLINE else BLOCKS):
-                p_maxima = losses.maxima + (i_p if ONLINE else i_p * BLOCKS + i_b)
-                tl.store(p_maxima, largest * losses.factor)
-    if len(CODES) > 0 and losses.sums is not None:
-        if is_last(losses.arrived + (1 if ONLINE else 0), programs):
-            for i_k in tl.static_range(len(CODES)):
-                tl.store(losses.total + i_k, added_up(losses.sums + i_k * programs, programs))
+    tl.store(stats + 4 * n + b_src, b_lse_o, mask=m_n)
+    b_power_p = _power(sums.peer) if PEERS else sums.peer
+    return Found(b_view[0], b_view[1], b_mean_p, b_lse_p, b_lse_o, b_power_p, _power(sums.other))
 
 
 @triton.jit
 def _finish(side, program, flag, temperature, WAVE, CODES):
+    """Whether this program of the last wave came last."""
     n = side.n
     o_n = program * WAVE.BLOCK_N + tl.arange(0, WAVE.BLOCK_N)
     m_n = o_n < n
+    # What depends on nothing is requested first, so that it arrives together.
+    first = _first_streamed(side, program, WAVE)
+    own = _resident_sums(side, o_n, WAVE)
     b_src = tl.load(side.layout_5N + o_n, mask=m_n, other=0)
     b_n_v, b_n_p, b_n_o = relation_counts(side.layout_5N, o_n, m_n, n, side.n_s, WAVE.SYMMETRIC)
     run = n > 0
     if flag is not None:
         run = tl.load(flag) == 0
+    b_none = tl.zeros([WAVE.BLOCK_N], tl.float32)
+    found = Found(b_none, b_none, b_none, b_none, b_none, b_none, b_none)
     if run:
+        b_view = (b_none, b_none)
+        if WAVE.LAST:
+            b_view = (tl.load(side.stats + b_src, mask=m_n, other=0.0), b_none)
+            b_view = (b_view[0], tl.load(side.stats + n + b_src, mask=m_n, other=0.0))
         p_other = side.stats + 4 * n + b_src  # holds the running sum between waves
-        b_sum = tl.zeros([WAVE.BLOCK_N], tl.float32)
+        b_sum = own.other
         if not WAVE.FIRST:
             b_sum += tl.load(p_other, mask=m_n, other=0.0)
         if side.parts.streamed is not None:
-            b_sum += _streamed_sum(side, program, o_n, m_n, WAVE)
+            b_sum += _streamed_sum(side, first, o_n, WAVE)
         if WAVE.LAST:
-            own = _resident_sums(side.parts, o_n, m_n, side.rows, WAVE.SLOTS, WAVE.PEERS)
-            sums = Sums(b_sum + own.other, own.peer, own.linear)
+            sums = Sums(b_sum, own.peer, own.linear)
             inverse_t = inverse_temperature(temperature)
-            _store_stats(side.stats, flag, b_src, m_n, sums, b_n_p, b_n_o, inverse_t, n, WAVE.PEERS)
+            found = _store_stats(
+                side.stats, flag, b_src, m_n, b_view, sums, b_n_p, b_n_o, inverse_t, n, WAVE.PEERS
+            )  # fmt: skip
         else:
             tl.store(p_other, b_sum, mask=m_n)
-        tl.debug_barrier()
     if side.counts is not None:
         tl.store(side.counts + b_src, b_n_v.to(tl.int64), mask=m_n)
         tl.store(side.counts + n + b_src, b_n_p.to(tl.int64), mask=m_n)
         tl.store(side.counts + 2 * n + b_src, b_n_o.to(tl.int64), mask=m_n)
-    counts_of = (b_n_v, b_n_p, b_n_o)
     i_p = side.losses.first + program
-    evaluate(side.losses, i_p, b_src, m_n, counts_of, side.stats, n, WAVE.BLOCKS, False, CODES)
+    return evaluate(
+        side.losses, i_p, o_n, b_src, m_n, (b_n_v, b_n_p, b_n_o), found, n, WAVE.BLOCKS, False, CODES
+    )  # fmt: skip
 
 
 @triton.jit
@@ -229,9 +224,13 @@ def finish_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     if first is None:
-        _finish(one, program, flag, temperature, WAVE, CODES)
+        last = _finish(one, program, flag, temperature, WAVE, CODES)
     else:
         if program < first:
-            _finish(one, program, flag, temperature, WAVE, CODES)
+            last = _finish(one, program, flag, temperature, WAVE, CODES)
         else:
-            _finish(two, program - first, flag, temperature, WAVE, CODES)
+            last = _finish(two, program - first, flag, temperature, WAVE, CODES)
+    if len(CODES) > 0 and one.losses.sums is not None:
+        if last:
+            others = None if first is None else two.losses
+            complete(one.losses, others, WAVE.BLOCKS, False, WAVE.MANY, WAVE.BLOCK_N, WAVE.PEERS, CODES)

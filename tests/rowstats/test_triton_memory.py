@@ -24,7 +24,7 @@ NTXENT, SUPCON = (fastcl.OBJECTIVES[name].code for name in ("ntxent", "supcon"))
 
 @pytest.mark.parametrize("kind", ("two views", "ids", "towers", "rectangular"))
 def test_memory_kept_for_backward(kind: str) -> None:
-    """Beside the rows themselves and their half-precision copy, at most 64 bytes a row."""
+    """Beside the rows themselves and their half-precision copy, at most 64 bytes a row, and a number."""
     n, d, kept = 256, 128, {}
     a, b = leaf(normal(n, d).float()), leaf(normal(n, d, seed=1).float())
     ids = torch.arange(n, device=DEVICE) // 2
@@ -44,7 +44,7 @@ def test_memory_kept_for_backward(kind: str) -> None:
             fastcl.row_stats(a, b, sample=ids, sample_y=ids, temperature=0.1).lse_other.sum()
     rows = n if kind == "ids" else 2 * n
     copies = 4 * rows * d + 2 * rows * d * 2  # float32, and fp32's two halves
-    assert copies < sum(kept.values()) <= copies + 64 * rows
+    assert copies < sum(kept.values()) <= copies + 64 * rows + 4
 
 
 class Allocations(Results):
@@ -80,7 +80,7 @@ def recorded(n: int, d: int, split: str, columns: bool, labelled: bool) -> Itera
         x = torch.empty(n // 2, d)
         order = known_order(n // 2, 1 if columns else 2, None, x.device)
         sources = Source(x, None if columns else x, order), Source(x, None, order) if columns else None
-        operands, found = forward.statistics(*sources, call, None, columns)
+        operands, found, _ = forward.statistics(*sources, call, None, columns)
         upstreams = [Upstream(stats, None, losses.rows) for stats, _, losses in found]
         given = operands[0], operands[1] if columns else None
         gradients(*given, call, None, (upstreams[0], upstreams[1] if columns else None), (True, columns, False))

@@ -39,7 +39,7 @@ def written(samples: int, views: int, labels: Tensor | None) -> tuple[Tensor, La
         order = known_order(samples, views, None if labels is None else apart(labels.to(DEVICE)), DEVICE)
         one = Source(rows[0], rows[1] if views == 2 else None, order)
         other = None if views == 2 else Source(rows[1], None, order)
-        operands, _ = forward.statistics(one, other, call, None, False)
+        operands, *_ = forward.statistics(one, other, call, None, False)
     return operands[0].order.cpu(), ran
 
 

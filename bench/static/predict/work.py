@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from fastcl.kernels.common.launch import Launch
+from fastcl.kernels.contrastive import statistics
+
+MASKED_COST = statistics.MASKED_COST.value
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,10 @@ def memory(launch: Launch) -> int:
 
 def _turns(name: str, a: dict[str, Any]) -> int:
     """Turns of the loops of a row-wise kernel, in the mean over its programs."""
-    symmetric = bool(value(a.get("SYMMETRIC", getattr(a.get("CONSTANTS"), "SYMMETRIC", False))))
-    views = 2 if symmetric else 1
     if name == "prepare_kernel":
         constants = a["CONSTANTS"]
         labels = a["one"].labels_B
         return 1 if labels is None else -(-len(labels) // value(constants.CHUNK))
-    if name == "finalize_kernel":
-        return views
     if name == "weights_kernel":
         return -(-a["scale"].n // 512)
     if name == "layout_kernel":
@@ -138,8 +137,8 @@ def _tiled(launch: Launch, classes: int, forward: bool) -> Work:
     n = a["s"].n
     symmetric = forward and value(a["SYMMETRIC"])
     first_block = a["parts"].first_block if forward else a["acc"].first_block
-    counts = []
-    for block in range(launch.grid[0]):
+    folded, counts = value(a.get("FOLDED", False)), []
+    for block in range(a["parts"].n_blocks if folded else launch.grid[0]):
         lo, hi = class_range((first_block + block) * r, a["r"].n, classes, align)
         plain = lo // s + (0 if symmetric else max(n // s * s - hi, 0) // s)
         counts.append((plain, (min(hi, -(-n // s) * s) - lo) // s))
@@ -162,7 +161,33 @@ def _tiled(launch: Launch, classes: int, forward: bool) -> Work:
         for k in range(splits)
         for count in counts
     )
-    return Work(kinds, programs)
+    return Work(kinds, _folded(counts, launch.grid) if folded else programs)
+
+
+def _folded(counts: Sequence[tuple[int, int]], grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Plain and masked tiles of programs that share two blocks; counts: of the blocks, the last one first."""
+    blocks, (pairs, both) = len(counts), grid
+    programs = []
+    for k in range(both):
+        for pair in range(pairs):
+            longer = _programs_of(blocks - 1 - pair, blocks, both)
+            count, split, splits = counts[pair], k, longer
+            if k >= longer:
+                count, split, splits = counts[blocks - 1 - pair], k - longer, both - longer
+            ends = [(count[0] + MASKED_COST * count[1]) * end // splits for end in (split, split + 1)]
+            plain, masked = (
+                [min(end, count[0]) for end in ends],
+                [max(end - count[0], 0) // MASKED_COST for end in ends],
+            )
+            programs.append((plain[1] - plain[0], masked[1] - masked[0]))
+    return tuple(programs)
+
+
+def _programs_of(block: int, blocks: int, both: int) -> int:
+    """Programs of a block of the later half, as `programs_of` of the kernels computes them."""
+    whole = blocks + 2 * MASKED_COST - 1
+    found = min((2 * both * (block + MASKED_COST) + whole) // (2 * whole), both - 1)
+    return both if 2 * block == blocks - 1 else found
 
 
 def _share(count: int, split: int, splits: int, least: int) -> int:

@@ -56,7 +56,7 @@ def _forward(x, y, labels, labels_y, *asked) -> tuple[Tensor | None, ...]:
         order_x, order_y = working_order.sorted_orders(layout_of(x, y, labels, labels_y, call.peers))
         assert order_y is not None
         sources = Source(x, None, order_x), Source(y, None, order_y)
-        (a, b), ((stats, counts, _),) = forward.statistics(*sources, call, flag, columns=False)
+        (a, b), ((stats, counts, _),), _ = forward.statistics(*sources, call, flag, columns=False)
     theirs = stats.new_zeros(5 if flag is None else 6, len(y))
     scale = x.new_empty(0) if a.scale is None or b.scale is None else torch.cat([a.scale, b.scale])
     flag = x.new_empty(0) if flag is None else flag
@@ -86,7 +86,7 @@ def _backward(x, y, labelled, *rest) -> tuple[Tensor, Tensor]:
     from fastcl.rowstats.triton import backward, operand
 
     *asked, stats, saved, grads, theirs, need = rest
-    call, saved = _Asked(*asked).call(labelled), Saved(*saved, maxima=x.new_empty(0))
+    call, saved = _Asked(*asked).call(labelled), Saved(*saved)
     flag = saved.flag if call.may_overflow else None
     scales = (None, None) if call.normalize else (saved.scale[:1], saved.scale[1:])
     a = operand.restored(x, None, saved.order, saved.z, saved.inv, scales[0])

@@ -13,9 +13,12 @@ from fastcl.kernels.common.arguments import fixed
 from fastcl.kernels.common.launch import Config, cdiv, launch, launch_sides, shares
 from fastcl.kernels.contrastive import backward_epilogue
 from fastcl.kernels.contrastive.backward import Accumulator, Direction, backward_kernel, backward_online_kernel
+from fastcl.kernels.contrastive.totals import AT_ONCE
 from fastcl.rowstats.triton import hopper, wide
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, WORKSPACE, Call, Operand, row_block
-from fastcl.rowstats.triton.weighted import Side, Upstream, alike, over_pairs, weighted
+from fastcl.rowstats.triton.weighted import Ready, Side, Upstream, alike, over_pairs, weighted
+
+_ELEMENTS = 512  # of a program of `finalize_kernel`; with more, fewer of them fit on a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,11 @@ class _Wanted:
         dx = torch.empty(x.n, x.x.shape[1], dtype=x.x.dtype, device=x.z.device)
         return cls(r, s, dx, total, arrived)
 
-    def sums(self, call: Call, acc: Tensor) -> _Sums:
+    def sums(self, acc: Tensor) -> _Sums:
         """The tiles' sums in `acc`, as large as a wave, and where parts of the temperature's gradient go."""
         if self.total is None:
             return _Sums(acc, None)
-        n, wave, block_n = self.r.operand.n, acc.shape[1], _rows_of(self.r.operand, call)[0]
+        n, wave, block_n = self.r.operand.n, acc.shape[1], row_block(self.r.operand.width, _ELEMENTS)[0]
         programs = sum(cdiv(min(wave, n - first), block_n) for first in range(0, n, wave))
         parts = torch.empty(programs, dtype=torch.float32, device=acc.device)
         factor = 0.5 if self.r is self.s else 1.0
@@ -57,19 +60,22 @@ class _Sums(NamedTuple):
 
 def gradients(
     x: Operand, y: Operand | None, call: Call, flag: Tensor | None, upstreams: Sequence[Upstream],
-    need: tuple[bool, bool, bool], maxima: Tensor | None = None,
+    need: tuple[bool, bool, bool], ready: Ready | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx (n, d) and dy of the rows' dtype in source order, and dT; None where not needed.
 
     Args:
         upstreams: gradients of x's statistics and, with y, of y's.
         need: whether dx, dy and dT are needed; dT comes from dx's kernel.
-        maxima: of the derivatives, from the forward pass; it is used if losses alone have upstream gradients.
+        ready: weights from the forward pass; they are used if losses alone have upstream gradients.
     """
     total, arrived = None, None
+    if any(upstream is not None and upstream.grad_stats is not None for upstream in upstreams):
+        ready = None
     if need[2]:
-        total, arrived = x.z.new_empty((), dtype=torch.float32), x.z.new_empty(1, dtype=torch.int32)
-    sides = weighted([x] if y is None else [x, y], call, flag, upstreams, maxima, arrived)
+        total = x.z.new_empty((), dtype=torch.float32)
+        arrived = x.z.new_empty(1, dtype=torch.int32) if ready is None else ready.arrived
+    sides = weighted([x] if y is None else [x, y], call, flag, upstreams, ready, arrived)
     return *of_sides(sides, call, flag, need, total, arrived), total
 
 
@@ -102,7 +108,7 @@ def _wide_gradients(wanted: Sequence[_Wanted], call: Call, flag: Tensor | None) 
     for one in wanted:
         acc = one.dx if one.dx.dtype == torch.float32 else torch.empty_like(one.dx, dtype=torch.float32)
         wide.accumulate(one.r, one.s, call, flag, acc)
-        sums.append(one.sums(call, acc[None]))
+        sums.append(one.sums(acc[None]))
     _finalize(wanted, sums, call, first=0, in_order=True)
 
 
@@ -122,7 +128,7 @@ def _narrow_gradients(wanted: Sequence[_Wanted], call: Call, flag: Tensor | None
     groups = [(wanted, plans[0])] if together else [([one], plan) for one, plan in zip(wanted, plans, strict=True)]
     for group, (n_splits, wave, rows) in groups:
         shape = n_splits, wave, group[0].r.operand.width
-        sums = [one.sums(call, torch.empty(shape, dtype=torch.float32, device=one.dx.device)) for one in group]
+        sums = [one.sums(torch.empty(shape, dtype=torch.float32, device=one.dx.device)) for one in group]
         for first in range(0, rows, wave):
             _narrow(group, sums, call, flag, first)
             _finalize(group, sums, call, first, in_order=False)
@@ -175,16 +181,10 @@ def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, boo
     return [(s.chosen(kernel, mode), plain, masked) for mode, plain, masked in call.parts]
 
 
-def _rows_of(x: Operand, call: Call) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program of `finalize_kernel`."""
-    # Triton 3.8 spills none of these on sm_90.
-    elements = 1024 if (64 if call.bias is None else 32) < x.width <= NARROW and call.normalize else 512
-    return row_block(x.width, elements)
-
-
 def _finalize(wanted: Sequence[_Wanted], sums: Sequence[_Sums], call: Call, first: int, in_order: bool) -> None:
     """Turn sums, one for each, into the gradients of the rows from `first` on."""
-    block_n, block_d, warps = _rows_of(wanted[0].r.operand, call)
+    block_n, block_d, warps = row_block(wanted[0].r.operand.width, _ELEMENTS)
+    many = any(degree is not None and degree.programs > AT_ONCE.value for _, degree in sums)
     given = []
     for one, (acc, degree) in zip(wanted, sums, strict=True):
         x, y = one.r.operand, one.s.operand
@@ -192,10 +192,10 @@ def _finalize(wanted: Sequence[_Wanted], sums: Sequence[_Sums], call: Call, firs
         side = backward_epilogue.Finalized(
             tiles, x.source, one.r.views, y.source, one.s.views, one.dx, y.scale, degree
         )  # fmt: skip
-        given.append((side, backward_epilogue.Epilogue(block_n, block_d, len(acc), in_order, one.r is one.s)))
+        given.append((side, backward_epilogue.Epilogue(block_n, block_d, len(acc), in_order, one.r is one.s, many)))
     for sides, constants in alike(given):
         launch_sides(
             backward_epilogue.finalize_kernel, sides,
             [cdiv(min(side.tiles.rows, side.x.n - first), block_n) for side in sides], warps, 1,
-            bound=wanted[0].r.bound, temperature=call.degree, CONSTANTS=fixed(constants),
+            bound=wanted[0].r.bound, grad=wanted[0].r.grad, temperature=call.degree, CONSTANTS=fixed(constants),
         )  # fmt: skip

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import Parts, fixed
-from fastcl.kernels.common.launch import Config, cdiv, launch, launch_sides
+from fastcl.kernels.common.launch import Config, cdiv, folded, launch, launch_sides
 from fastcl.kernels.common.launch import waves as planned
 from fastcl.kernels.contrastive.forward import Online, forward_kernel, forward_online_kernel
 from fastcl.kernels.contrastive.prepare import Initial
-from fastcl.kernels.contrastive.statistics import Finished, Losses, Wave, finish_kernel
+from fastcl.kernels.contrastive.statistics import Finished, Wave, finish_kernel
+from fastcl.kernels.contrastive.totals import AT_ONCE, Losses, Ready
 from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import (
     ALIGN,
@@ -41,8 +42,9 @@ class Result(NamedTuple):
 
 def statistics(
     x: Source, y: Source | None, call: Call, flag: Tensor | None, columns: bool
-) -> tuple[list[Operand], list[Result]]:
-    """The operands of x and, if there is one, y; results of x and, with columns, of y.
+) -> tuple[list[Operand], list[Result], Tensor | None]:
+    """The operands of x and, if there is one, y; results of x and, with columns, of y; and, if `Call.settles` and the
+    temperature is a tensor, a counter for its gradient, (1,) int32 that holds 0.
 
     Args:
         y: the candidates; None: x's rows themselves.
@@ -51,14 +53,17 @@ def statistics(
     sources = [x] if y is None else [x, y]
     operands = [allocated(source, call) for source in sources]
     found = results(operands[: 2 if columns else 1], call)
-    initial = Initial(flag, found[0].losses.arrived)
+    losses, settles = found[0].losses, found[0].losses.ready is not None
+    later = torch.empty(1, dtype=torch.int32, device=x.x.device) if settles and call.temperature is not None else None
+    initial = Initial(flag, losses.arrived, later)
     given = [found[k].stats if k < len(found) else None for k in range(len(operands))]
     fill(operands, [source.order for source in sources], call, given, initial)
     a, b = operands[0], operands[-1]
-    _tiles(a, b, call, flag, found, symmetric=y is None)
+    unlabelled = x.order.views == 2 and x.order.labels is None
+    _tiles(a, b, call, flag, found, symmetric=y is None, unlabelled=unlabelled)
     if flag is not None:
         online(operands, call, flag, found)
-    return operands, found
+    return operands, found, later
 
 
 def results(operands: Sequence[Operand], call: Call) -> list[Result]:
@@ -71,41 +76,57 @@ def results(operands: Sequence[Operand], call: Call) -> list[Result]:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    shared = (None, None, None, None)
+    shared = (None, None, None)
     if reduced:
-        maxima = empty(most) if count == 1 else None
-        shared = empty(count, most), empty(count), empty(2, dtype=torch.int32), maxima
+        shared = empty(count, most), empty(count), empty(2, dtype=torch.int32)
+    settles = call.settles(sum(operand.n for operand in operands))
+    scales = (empty(1), empty(most)) if settles else None
     found = []
     for k, operand in enumerate(operands):
         n = operand.n
         rows = None if reduced else empty(count, n)
-        losses = Losses(rows, *shared, call.factor(n) if reduced else 1.0, sum(blocks[:k]), programs)
+        ready = None if scales is None else Ready(empty(5, operand.rows), operand.rows, *scales)
+        losses = Losses(rows, *shared, ready, call.factor(n) if reduced else 1.0, sum(blocks[:k]), programs)
         found.append(Result(empty(5, n), empty(0 if count else 3, n, dtype=torch.int64), losses))
     return found
 
 
-def _tiles(r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[Result], symmetric: bool) -> None:
-    """Process resident rows in waves, each as large as the workspace allows for the sums of streamed rows."""
-    both = symmetric or len(found) == 2
-    parts = parts_of(s, call, apart=symmetric or not both)
+def is_many(found: Sequence[Result], blocks: int) -> bool:
+    """`Wave.MANY` for kernels with at most so many programs for each block of rows."""
+    return found[0].losses.programs * blocks > AT_ONCE.value
+
+
+def _tiles(
+    r: Operand, s: Operand, call: Call, flag: Tensor | None, found: list[Result], symmetric: bool, unlabelled: bool
+) -> None:  # fmt: skip
+    """Process resident rows in waves, each as large as the workspace allows for the sums of streamed rows.
+
+    Args:
+        unlabelled: each block has masked tiles on its diagonal alone.
+    """
+    two_sided = symmetric or len(found) == 2
+    parts = parts_of(s, call, apart=symmetric or not two_sided)
     plain = parts[0][0]
     first_masked, bands = hopper.bands(plain, s) if plain.consumers else (1, 1)
     per_split = first_masked + len(parts) - 1
-    n_blocks, wave, n_splits = waves(r, s, plain, per_split, bands if both else 0, symmetric)
-    slots = n_splits * per_split
+    n_blocks, wave, n_splits = waves(r, s, plain, per_split, bands if two_sided else 0, symmetric)
+    foldable = symmetric and unlabelled and len(parts) == 1 and wave == n_blocks and n_splits > 1
+    both = folded(n_blocks, cdiv(s.n, plain.block_s), plain.slots) if foldable else 0
+    slots = both or n_splits * per_split
     part_r = torch.empty(slots, 3, r.rows, dtype=torch.float32, device=r.z.device)
-    part_s = torch.empty(wave * bands, s.rows, dtype=torch.float32, device=r.z.device) if both else None
+    part_s = torch.empty(wave * bands, s.rows, dtype=torch.float32, device=r.z.device) if two_sided else None
     for first in range(0, n_blocks, wave):
         count = min(wave, n_blocks - first)
         last = first + count == n_blocks
         made = Parts(part_r, part_s, first, count, 0)
-        launch_tiles(r, s, call, flag, parts[0], n_splits, symmetric, made)
+        launch_tiles(r, s, call, flag, parts[0], n_splits, symmetric, made, both)
         if last and len(parts) == 2:
             whole = Parts(part_r, None, 0, cdiv(r.n, parts[1][0].block_r), n_splits * first_masked)
             launch_tiles(r, s, call, flag, parts[1], n_splits, symmetric, whole)
         each = online_blocks(call, s.z.device, s.width)
-        done = Wave(ALIGN, plain.block_r // bands, slots, symmetric, call.peers, first == 0, last, each)
-        if both or last:
+        many = is_many(found, each)
+        done = Wave(ALIGN, plain.block_r // bands, slots, symmetric, call.peers, first == 0, last, each, many, both)
+        if two_sided or last:
             there = cdiv(r.n, plain.block_r // bands) - first * bands  # in the last block a band may have no rows
             summed = made._replace(first_block=first * bands, n_blocks=min(count * bands, there))
             own = summed if symmetric else summed._replace(streamed=None)
@@ -151,18 +172,19 @@ def parts_of(s: Operand, call: Call, apart: bool) -> list[tuple[Config, bool, bo
 
 def launch_tiles(
     r: Operand, s: Operand, call: Call, flag: Tensor | None, part: tuple[Config, bool, bool], n_splits: int,
-    symmetric: bool, made: Parts,
+    symmetric: bool, made: Parts, both: int = 0,
 ) -> None:  # fmt: skip
-    """Launch one of `parts_of` over a wave of resident blocks."""
+    """Launch one of `parts_of` over a wave of resident blocks; `both` programs share two blocks, unless it is 0."""
     chosen, takes_plain, takes_masked = part
     if chosen.consumers:
         hopper.forward(r, s, call, chosen, n_splits, symmetric, made)
         return
     tile = call.tile(r, chosen)._replace(BLOCK_D=min(r.width, chosen.block_d))
+    grid = (cdiv(made.n_blocks, 2), both) if both else (made.n_blocks, n_splits)
     launch(
-        forward_kernel, (made.n_blocks, n_splits), chosen.warps, chosen.stages,
+        forward_kernel, grid, chosen.warps, chosen.stages,
         r=r.resident, s=s.streamed, parts=made, temperature=call.degree, flag=flag,
-        TILE=fixed(tile), SYMMETRIC=symmetric, PLAIN=takes_plain, MASKED=takes_masked,
+        TILE=fixed(tile), SYMMETRIC=symmetric, PLAIN=takes_plain, MASKED=takes_masked, FOLDED=both > 0,
     )  # fmt: skip
 
 
@@ -196,5 +218,5 @@ def online(operands: Sequence[Operand], call: Call, flag: Tensor, found: Sequenc
     launch_sides(
         forward_online_kernel, sides, blocks, chosen.warps, 1,
         temperature=call.degree, flag=flag, TILE=fixed(call.tile(operands[0], chosen)), SYMMETRIC=len(operands) == 1,
-        CODES=fixed(call.codes),
+        CODES=fixed(call.codes), MANY=is_many(found, ALIGN // chosen.block_r),
     )  # fmt: skip

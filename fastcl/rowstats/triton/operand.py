@@ -20,6 +20,7 @@ from fastcl.rowstats.triton.working_order import Order
 ALIGN = 128  # working copies are padded to whole blocks of this many rows; every tile size divides it
 NARROW = 256  # wider rows are processed in pieces
 WORKSPACE = 256 * 2**20  # limit in bytes for partial results
+FEW = 16384  # rows whose weights `finish_kernel` may scale
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 
 
@@ -66,6 +67,11 @@ class Call:
     def reduced(self) -> bool:
         """Whether the losses are reduced."""
         return self.reduction != "none" and bool(self.codes)
+
+    def settles(self, rows: int) -> bool:
+        """Whether `finish_kernel` writes the weights of the backward pass, for so many rows on all sides: for one
+        reduced loss, whose upstream gradient is one number, and few rows, since its last program scales them all."""
+        return self.reduced and len(self.codes) == 1 and rows <= FEW
 
     def factor(self, n: int) -> float:
         """Factor of a row's loss in a reduced loss, on a side of n rows."""

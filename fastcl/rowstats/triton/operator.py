@@ -57,7 +57,12 @@ class Saved(NamedTuple):
     order_y: Any = None
     scale: Any = None  # (1,) or (2,); of rows that are not normalised
     flag: Any = None
-    maxima: Any = None  # of derivatives, if the losses are those of one objective, reduced
+    # Weights of both sides at an upstream gradient of 1, and their divisor, if the losses are those of one objective,
+    # reduced.
+    weights: Any = None
+    weights_y: Any = None
+    bound: Any = None
+    arrived: Any = None  # as `Degree.arrived`, if the temperature is a tensor
 
 
 class Returned(NamedTuple):
@@ -80,7 +85,10 @@ class Returned(NamedTuple):
     order_y: Any
     scale: Any
     flag: Any
-    maxima: Any
+    weights: Any
+    weights_y: Any
+    bound: Any
+    arrived: Any
 
     @property
     def saved(self) -> Saved:
@@ -153,7 +161,7 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> Returned:
     else:
         order_x, order_y = working_order.known_order(len(x), 2 if y is None else 1, labels, x.device), None
     theirs = None if y is None else Source(y, None, order_x if order_y is None else order_y)
-    operands, found = forward.statistics(Source(x, x2, order_x), theirs, call, flag, columns)
+    operands, found, arrived = forward.statistics(Source(x, x2, order_x), theirs, call, flag, columns)
     first, *others = found
     losses = first.losses.rows if first.losses.total is None else first.losses.total
     given_y = (None, None, None)
@@ -163,11 +171,18 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> Returned:
     saved_y = (None, None, None) if b is None else (b.z, b.inv, None if order_y is None else b.order)
     scales = [operand.scale for operand in operands if operand.scale is not None]
     scale = torch.cat(scales) if len(scales) > 1 else scales[0] if scales else None
-    return Returned(*first[:2], losses, *given_y, a.z, a.inv, a.order, *saved_y, scale, flag, first.losses.maxima)
+    ready: list[Any] = [one.losses.ready for one in found]
+    weights = None if ready[0] is None else ready[0].weights
+    weights_y = None if ready[-1] is None or len(ready) < 2 else ready[-1].weights
+    bound = None if ready[0] is None else ready[0].bound
+    return Returned(
+        *first[:2], losses, *given_y, a.z, a.inv, a.order, *saved_y, scale, flag,
+        weights, weights_y, bound, arrived,
+    )  # fmt: skip
 
 
 def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Returned:
-    from fastcl.rowstats.triton.operand import ALIGN, DTYPES, online_blocks, padded_width, working_shape
+    from fastcl.rowstats.triton.operand import DTYPES, working_shape
 
     codes, columns, call = Asked(*asked).codes, Asked(*asked).columns, Asked(*asked).call(labels is not None)
     n, d = x.shape[0] * (1 if x2 is None else 2), x.shape[1]
@@ -185,16 +200,20 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Ret
         order = empty(orders, rows, dtype=torch.int32) if with_order else None
         return z, empty(rows) if call.normalize else None, order
 
-    blocks = sum((rows + ALIGN - 1) // ALIGN for rows in ((n, y.shape[0]) if columns and y is not None else (n,)))
-    most = blocks * online_blocks(call, x.device, padded_width(d))
-    maxima = empty(most) if call.reduced and len(codes) == 1 else None
+    ready: list[Any] = [None] * 4
+    both = (n, y.shape[0]) if columns and y is not None else (n,)
+    if call.settles(sum(both)):
+        weights = [empty(5, working_shape(rows, d, call.split)[1]) for rows in both]
+        ready = [*weights, *[None] * (2 - len(weights)), empty(1), None]
+        if call.temperature is not None:
+            ready[3] = empty(1, dtype=torch.int32)
     scale = None if call.normalize else empty(1 if y is None else 2)
     flag = empty(1, dtype=torch.int32) if call.may_overflow else None
     given_y = saved_y = (None, None, None)
     if y is not None:
         given_y = results(y.shape[0], False) if columns else given_y
         saved_y = saved(y.shape[0], orders == 7)
-    parts = *results(n, True), *given_y, *saved(n, True), *saved_y, scale, flag, maxima
+    parts = *results(n, True), *given_y, *saved(n, True), *saved_y, scale, flag, *ready
     return Returned(*parts)
 
 
@@ -216,7 +235,10 @@ def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor | None, ...]:
         if not columns:  # read only if the flag is set, with zero weights
             stats_y = stats.new_zeros(5, len(y) if flag is not None else 0)
         upstreams.append(backward.Upstream(stats_y, grads[2], grads[1] if call.reduced and columns else grads[3]))
-    return backward.gradients(a, b, call, flag, upstreams, tuple(need), saved.maxima)
+    ready = (
+        None if saved.bound is None else backward.Ready((saved.weights, saved.weights_y), saved.bound, saved.arrived)
+    )
+    return backward.gradients(a, b, call, flag, upstreams, tuple(need), ready)
 
 
 def _backward_fake(x, x2, y, _labelled, *rest) -> tuple[Tensor | None, ...]:

@@ -28,7 +28,7 @@ def statistics(x: Source, y: Source, call: Call) -> tuple[Operand, Operand, Tens
     """
     a, b = allocated(x, call), allocated(y, call)
     views = torch.empty(2, a.n, dtype=torch.float32, device=a.z.device)
-    fill([a, b], [x.order, y.order], call, [views, None], Initial(None, None))
+    fill([a, b], [x.order, y.order], call, [views, None], Initial(None, None, None))
     return a, b, _sums(a, b, call), views
 
 

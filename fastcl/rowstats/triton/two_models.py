@@ -38,7 +38,7 @@ def statistics(
     found = [results([operand], call)[0] for operand in (a, b)]
     found[1] = found[1]._replace(counts=found[1].counts[:0])  # same ids, hence same counts: not computed twice
     for operand, flag, result in zip((a, b), flags, found, strict=True):
-        fill([operand], [order], call, [result.stats], Initial(flag, None))
+        fill([operand], [order], call, [result.stats], Initial(flag, None, None))
     profiles = [_profile(operand, call) for operand in (a, b)]
     squares = _tiles(a, b, call, flags, found, torch.stack([p.shift for p in profiles]).float())
     for operand, flag, result in zip((a, b), flags, found, strict=True):
@@ -71,7 +71,7 @@ def _tiles(
         if last:
             whole = [Parts(r, s, 0, n_masked, n_splits) for r, s in zip(resident, streamed, strict=True)]
             _launch_tiles(a, b, call, masked, n_splits, whole, pairs[1], means, True)
-        done = Wave(ALIGN, plain.block_r, 2 * n_splits, True, call.peers, first == 0, last, 1)
+        done = Wave(ALIGN, plain.block_r, 2 * n_splits, True, call.peers, first == 0, last, 1, False, 0)
         for operand, flag, own, its in zip((a, b), flags, found, made, strict=True):
             finish([operand], call, flag, [own], done, [its])
     # A plain tile also stands for its transpose.

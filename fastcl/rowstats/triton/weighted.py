@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Side:
     upstream: Upstream
     weights: Tensor  # (5, rows)
     bound: Tensor  # (1,)
+    grad: Tensor | None = None  # (1,): upstream gradient of a loss whose weights are those at 1
 
     @cached_property
     def weighted(self) -> Weights:
@@ -53,36 +54,48 @@ class Side:
         return backward_epilogue.Views(r.lists[3], r.lists[4], *values, r.rows)
 
 
+class Ready(NamedTuple):
+    """Weights that `finish_kernel` has written."""
+
+    weights: tuple[Tensor | None, Tensor | None]  # of the sides with an upstream gradient, as `Side.weights`
+    bound: Tensor
+    arrived: Tensor | None  # (1,) int32, as `Degree.arrived`; None: the temperature is a number
+
+
 def weighted(
-    operands: list[Operand], call: Call, flag: Tensor | None, upstreams: Sequence[Upstream], maxima: Tensor | None,
+    operands: list[Operand], call: Call, flag: Tensor | None, upstreams: Sequence[Upstream], ready: Ready | None,
     arrived: Tensor | None,
 ) -> list[Side]:  # fmt: skip
     """Each side with its weights, which share one scale because the tiles add weights of both sides.
 
     Args:
-        arrived: is set to 0.
+        ready: used instead of launching anything.
+        arrived: is set to 0 otherwise.
     """
     z = operands[0].z
-    bound = z.new_empty(1, dtype=torch.float32)
+    given, bound, grad = (None, None), z.new_empty(1, dtype=torch.float32), None
+    if ready is not None:
+        given, bound, grad = ready.weights, ready.bound, upstreams[0].grad_losses
     sides = []
-    for r, upstream in zip(operands, upstreams, strict=False):
-        # A side without upstream gradients has zero weights; only the other side's act on it.
-        weights = (z.new_empty if upstream.any else z.new_zeros)(5, r.rows, dtype=torch.float32)
-        sides.append(Side(r, upstream, weights, bound))
+    for r, upstream, weights in zip(operands, upstreams, given, strict=False):
+        if weights is None:
+            # A side without upstream gradients has zero weights; only the other side's act on it.
+            weights = (z.new_empty if upstream.any else z.new_zeros)(5, r.rows, dtype=torch.float32)
+        sides.append(Side(r, upstream, weights, bound, grad))
+    if ready is not None:
+        return sides
     active = [
         _derivatives(one, sides[len(sides) - 1 - k].operand, call) for k, one in enumerate(sides) if one.upstream.any
     ]
-    known = maxima is not None and all(side.grad_stats is None for side, _ in active)
     blocks = [side.rows // ALIGN for side, _ in active]
-    scales = maxima if maxima is not None and known else z.new_empty(sum(blocks), dtype=torch.float32)
-    if not known:
-        for (side, constants), part in zip(active, scales.split(blocks), strict=True):
-            launch(backward_prologue.maxima_kernel, (len(part),), 4, 1, side=side, maxima=part, **constants)
+    scales = z.new_empty(sum(blocks), dtype=torch.float32)
+    for (side, constants), part in zip(active, scales.split(blocks), strict=True):
+        launch(backward_prologue.maxima_kernel, (len(part),), 4, 1, side=side, maxima=part, **constants)
     for group, constants in alike(active):
         launch_sides(
             backward_prologue.weights_kernel, group, [side.rows // ALIGN for side in group], 4, 1,
             scale=backward_prologue.Scale(scales, len(scales), bound, arrived), flag=flag, temperature=call.degree,
-            **constants, UNIT=known,
+            **constants,
         )  # fmt: skip
     return sides
 
