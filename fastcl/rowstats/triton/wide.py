@@ -50,6 +50,8 @@ def _pair_weights(r: Side, s: Side, call: Call, flag: Tensor | None, pairs: wide
     size, i, j = pairs.size, pairs.first_r, pairs.first_s
     for online in (False,) if flag is None else (False, True):
         chosen = s.operand.chosen("weights_online" if online else "weights", call.split)
+        if call.peers and not online:
+            chosen = s.operand.tabled("weights_peers", call.split) or chosen
         grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
         constants = call.tile(r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # even for narrow rows
         launch(
