@@ -38,7 +38,7 @@ class _Wanted:
         """The tiles' sums in `acc`, as large as a wave, and where parts of the temperature's gradient go."""
         if self.total is None:
             return _Sums(acc, None)
-        n, wave, block_n = self.r.operand.n, acc.shape[1], _rows_of(self.r.operand, call)[0]
+        n, wave, block_n = self.r.operand.n, acc.shape[1], _rows_of(self, call)[0]
         programs = sum(cdiv(min(wave, n - first), block_n) for first in range(0, n, wave))
         parts = torch.empty(programs, dtype=torch.float32, device=acc.device)
         factor = 0.5 if self.r is self.s else 1.0
@@ -175,17 +175,18 @@ def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, boo
     return [(s.chosen(kernel, mode), plain, masked) for mode, plain, masked in call.parts]
 
 
-def _rows_of(x: Operand, call: Call) -> tuple[int, int, int]:
+def _rows_of(one: _Wanted, call: Call) -> tuple[int, int, int]:
     """Rows, columns and warps of a program of `finalize_kernel`."""
-    # Triton 3.8 spills none of these on sm_90; with four warps it does for 1024 columns without view pairs.
+    x = one.r.operand
+    # Triton 3.8 spills none of these on sm_90; with four warps it would for 1024 columns and candidates without views.
     elements = 1024 if (64 if call.bias is None else 32) < x.width <= NARROW and call.normalize else 512
     block_n, block_d, warps = row_block(x.width, elements)
-    return block_n, block_d, max(warps, min(block_d // 128, 16))
+    return block_n, block_d, 8 if block_d == 1024 and not one.s.upstream.any else warps
 
 
 def _finalize(wanted: Sequence[_Wanted], sums: Sequence[_Sums], call: Call, first: int, in_order: bool) -> None:
     """Turn sums, one for each, into the gradients of the rows from `first` on."""
-    block_n, block_d, warps = _rows_of(wanted[0].r.operand, call)
+    block_n, block_d, warps = _rows_of(wanted[0], call)
     given = []
     for one, (acc, degree) in zip(wanted, sums, strict=True):
         x, y = one.r.operand, one.s.operand
