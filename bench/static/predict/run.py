@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         model = Model(args.arch, sys.executable, args.workers)
         found = model.predict(model.record(wanted), machine)
         compared = compare(machine, sys.executable, args.workers) if args.arch == ARCH else []
-        weak = _sensitivity(model, machine) if args.sensitivity else None
+        weak = _sensitivity(model, machine, args.arch) if args.sensitivity else None
     except StaticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,9 +84,9 @@ def _judge(
     return 1 if failed else 0
 
 
-def _sensitivity(model: Model, machine: Machine) -> str:
+def _sensitivity(model: Model, machine: Machine, arch: int) -> str:
     """Predictions with each weak assumption changed."""
-    recorded = model.record([*_WEAK, *(_WEAK_BY_HAND if model.arch == ARCH else [])])
+    recorded = model.record([*_WEAK, *(_WEAK_BY_HAND if arch == ARCH else [])])
     changed: dict[str, list[Predicted]] = {}
     for row in TABLE:
         for value in row.weak:
