@@ -64,7 +64,7 @@ def _names(row: Row) -> tuple[str, str, str]:
 
 def candidates(row: Row, width: int, axes: dict[str, Sequence[int]]) -> Iterator[Row]:
     """All legal values of a row's fields, its own among them; without those that could only spill."""
-    wide = not row["max_d"]
+    wide = not row["max_d"] or row["kernel"] in ("weights", "product")  # takes rows in pieces
     tried = [[row["block_d"]] if name == "block_d" and not wide else axes[name] for name in FIELDS]
     own = tuple(row[name] for name in FIELDS)
     for values in dict.fromkeys([own, *itertools.product(*tried)]):

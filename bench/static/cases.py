@@ -59,6 +59,7 @@ def _cases(sm: int) -> Iterator[_Case]:
     yield _Case("ntxent bf16 d=512", 512, precision="bf16", dtype=torch.bfloat16)
     yield _Case("ntxent fp16 d=4096", 4096)
     yield _Case("queue fp16 d=128", 128, pair="queue")
+    yield _Case("queue fp16 d=1024", 1024, pair="queue")
     yield _Case("supcon fp16 d=128, rows of any norm", 128, "peers", normalize=False)
     yield _Case("ntxent fp16 d=128, loss of each row", 128, reduction="none")
     yield _Case("supcon fp16 d=128, arbitrary ids", 128, "peers", ids=True)

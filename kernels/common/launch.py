@@ -152,7 +152,8 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
 
     Args:
         kernel: "forward", "online", "backward", "backward_online", "weights", "weights_online", "product", "twin" or
-            "twin_masked" (the plain and the masked tiles of `twin_kernel`, by the larger of both widths). If there are
+            "twin_masked" (the plain and the masked tiles of `twin_kernel`, by the larger of both widths). A row
+            "weights_peers" takes the place of "weights" if sums over peers have gradients. If there are
             rows "forward_plain" and "forward_masked", or "backward_masked", masked tiles have launches of their own;
             not if there is a row "forward_joint" or "backward_joint" as well, for few rows. "forward_hopper",
             "backward_hopper" and "weights_hopper" are rows for warp-specialised kernels, which are off by default.

@@ -1,11 +1,7 @@
-"""Arithmetic shared by several kernels: temperature and shift, unit rows, products in split half precision, and which
-tiles a block of rows visits.
+"""Arithmetic shared by several kernels: temperature, unit rows, products in split half precision, tiles of a block.
 
 The working copy z of the rows is half precision. Entries of a unit row are at most 1; they are stored times SCALE, so
 that the remainder z - half(z), the second half of split precision, does not underflow.
-
-Notation in all kernels: b_ a block in registers, o_ offsets, m_ a mask, p_ pointers, i_ an index; r the resident rows
-of a program, s the streamed rows. Logits and log-sum-exps inside tiles are in units of log2.
 """
 
 import os
@@ -184,10 +180,11 @@ def pieces(
 
 
 @triton.jit
-def products(block, s, start_s, TILE, SPLIT: tl.constexpr):
+def products(block, s, start_s, TILE, SPLIT: tl.constexpr, RESIDENT_FIRST: tl.constexpr = False):
     """Tile (S, R) of inner products; also the streamed rows (S, D) and their remainders if D == BLOCK_D.
 
-    The resident rows are in registers if D == BLOCK_D; wider rows of both sides are loaded from memory in pieces.
+    The resident rows stay where they are if D == BLOCK_D, as first operand, whose rows the warps share, if
+    RESIDENT_FIRST; wider rows of both sides are loaded from memory in pieces.
     """
     low_s = s.rows.to(tl.int64) * TILE.D
     if TILE.D == TILE.BLOCK_D:
@@ -195,8 +192,12 @@ def products(block, s, start_s, TILE, SPLIT: tl.constexpr):
         b_s_low = b_s
         if SPLIT:
             b_s_low = load_tile(s.z + low_s, start_s, TILE.BLOCK_S, TILE.D, TILE.D)
-        b_p = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
-        b_p = split_dot(b_s, b_s_low, tl.trans(block.b), tl.trans(block.b_low), b_p, SPLIT)
+        if RESIDENT_FIRST:
+            b_p = tl.zeros([TILE.BLOCK_R, TILE.BLOCK_S], tl.float32)
+            b_p = tl.trans(split_dot(block.b, block.b_low, tl.trans(b_s), tl.trans(b_s_low), b_p, SPLIT))
+        else:
+            b_p = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
+            b_p = split_dot(b_s, b_s_low, tl.trans(block.b), tl.trans(block.b_low), b_p, SPLIT)
     else:
         low_r = block.rows.to(tl.int64) * TILE.D
         b_s = block.b

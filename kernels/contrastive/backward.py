@@ -133,6 +133,8 @@ def _gradient(
 ):  # fmt: skip
     split = tl.program_id(1)
     start_r = (acc.first_block + block_r) * TILE.BLOCK_R
+    # The longer side of a tile comes first: its rows are shared by the warps, 64 for each warpgroup of a Hopper.
+    RESIDENT_FIRST: tl.constexpr = TILE.BLOCK_R > TILE.BLOCK_S
     logits = logits_of(temperature, r, s)
     block = load_block(r, start_r, TILE, (TILE.SPLIT_PLAIN and PLAIN) or (TILE.SPLIT_MASKED and MASKED))
     # A last tile with padding is masked, because for a product of 0 the weight may overflow half precision.
@@ -142,7 +144,7 @@ def _gradient(
         first, last = share(walk.n_plain, split)
         for i in tl.range(first, last):
             start_s = plain_start(walk, i, TILE)
-            b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN)
+            b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN, RESIDENT_FIRST)
             b_x = b_p * logits.factor
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, False, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_PLAIN)
@@ -154,7 +156,7 @@ def _gradient(
                 return
         for i in tl.range(first, last):
             start_s = masked_start(walk, i, TILE)
-            b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
+            b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED, RESIDENT_FIRST)
             b_x = b_p * logits.factor
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_MASKED)

@@ -1,7 +1,7 @@
 """Gradient of wide rows, whose float32 accumulator does not fit a program: write weights to memory, then multiply.
 
-Both passes run on square blocks of pairs, small enough for the workspace. If the candidates are the rows themselves, a
-block above the diagonal serves the rows of both sides: 3 N N D operations instead of 4.
+Both passes run on square blocks of pairs, small enough for the workspace. A block serves the rows of both sides, in one
+launch, unless it lies on the diagonal: 3 N N D operations instead of 4.
 """
 
 from typing import Any, NamedTuple
@@ -44,6 +44,13 @@ class Gradient(NamedTuple):
     first: int
 
 
+class Half(NamedTuple):
+    """What `product_kernel` makes of a block of pairs for the rows of one side."""
+
+    summed: Any  # Summed
+    gradient: Any  # Gradient
+
+
 class Product(NamedTuple):
     """Constants of `product_kernel`."""
 
@@ -52,10 +59,10 @@ class Product(NamedTuple):
     BLOCK_K: int
     BLOCK_D: int
     ALIGN: int
-    TRANSPOSED: bool  # the output rows are the streamed rows, which are the rows of the stored weights
     SPLIT_PLAIN: bool
     SPLIT_MASKED: bool
-    ADD: bool  # add to the gradient; False: overwrite it
+    ADD_ONE: bool  # add to the gradient of the first half; False: overwrite it
+    ADD_TWO: bool
 
 
 @triton.jit
@@ -148,13 +155,10 @@ def _load_rows(z, start, m_d, BLOCK_K: tl.constexpr, D: tl.constexpr, BLOCK_D: t
 
 
 @triton.jit
-def product_kernel(
-    pairs,  # Pairs
-    summed,  # Summed
-    gradient,  # Gradient
-    TILE,  # Product
-):  # fmt: skip
-    start_m = tl.program_id(0) * TILE.BLOCK_M
+def _product(pairs, half, block_m, TILE, TRANSPOSED: tl.constexpr, ADD: tl.constexpr):
+    summed = half.summed
+    gradient = half.gradient
+    start_m = block_m * TILE.BLOCK_M
     start_d = tl.program_id(1) * TILE.BLOCK_D
     o_m = start_m + tl.arange(0, TILE.BLOCK_M)
     b_acc = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_D], tl.float32)
@@ -162,7 +166,7 @@ def product_kernel(
     z = summed.z + (summed.first.to(tl.int64) * TILE.D + start_d)
     m_d = start_d + tl.arange(0, TILE.BLOCK_D) < TILE.D
     for i_k in tl.range(0, summed.count, TILE.BLOCK_K):
-        b_w = _load_weights(w, o_m, i_k + tl.arange(0, TILE.BLOCK_K), pairs.size, TILE.TRANSPOSED)
+        b_w = _load_weights(w, o_m, i_k + tl.arange(0, TILE.BLOCK_K), pairs.size, TRANSPOSED)
         b_acc = dot(b_w, _load_rows(z, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
     if TILE.SPLIT_MASKED:  # add the remainders, everywhere or only where classes are shared
         first = 0
@@ -175,18 +179,36 @@ def product_kernel(
         z_low = z + summed.rows.to(tl.int64) * TILE.D
         for i_k in tl.range(first, last, TILE.BLOCK_K):
             o_k = i_k + tl.arange(0, TILE.BLOCK_K)
-            b_w = _load_weights(w, o_m, o_k, pairs.size, TILE.TRANSPOSED)
+            b_w = _load_weights(w, o_m, o_k, pairs.size, TRANSPOSED)
             b_acc = dot(b_w, _load_rows(z_low, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
-            b_w = _load_weights(w_low, o_m, o_k, pairs.size, TILE.TRANSPOSED)
+            b_w = _load_weights(w_low, o_m, o_k, pairs.size, TRANSPOSED)
             b_acc = dot(b_w, _load_rows(z, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
     o_d = start_d + tl.arange(0, TILE.BLOCK_D)
     m_m = gradient.first + o_m < gradient.n
     b_src = tl.load(gradient.src_N + gradient.first + o_m, mask=m_m, other=0).to(tl.int64)
     p_acc = gradient.sums + b_src[:, None] * gradient.d + o_d[None, :]
     m_acc = m_m[:, None] & (o_d < gradient.d)[None, :]
-    if TILE.ADD:
+    if ADD:
         # Each element has one writer per launch, and launches run in sequence, so the order of additions is fixed.
         # Atomic, so that the addition happens in the cache and the old values take no registers.
         tl.atomic_add(p_acc, b_acc, mask=m_acc, sem="relaxed")
     else:
         tl.store(p_acc, b_acc, mask=m_acc)
+
+
+@triton.jit
+def product_kernel(
+    one, two, first,  # Half; as `launch_sides` passes them; the second is that of the streamed rows
+    pairs,  # Pairs
+    TILE,  # Product
+):  # fmt: skip
+    block_m = tl.program_id(0)
+    if first is None:
+        _product(pairs, one, block_m, TILE, False, TILE.ADD_ONE)
+    else:
+        if block_m < first:
+            _product(pairs, one, block_m, TILE, False, TILE.ADD_ONE)
+            # Otherwise the ends of both ways are merged, and with them accumulators: ptxas would serialise products.
+            tl.debug_barrier()
+        else:
+            _product(pairs, two, block_m - first, TILE, True, TILE.ADD_TWO)

@@ -115,7 +115,7 @@ def test_waves_of_two_towers() -> None:
     results = []
     for size in (2**28, 4 * 384):
         leaves = [x.clone().requires_grad_(), y.clone().requires_grad_()]
-        with tiles(128, 64), workspace(size), launches() as ran:
+        with tiles(128, 128), workspace(size), launches() as ran:
             loss = fastcl.clip_loss(*leaves, 10.0)
             results.append((loss, *torch.autograd.grad(loss, leaves)))
         assert len(ran.of("forward_kernel")) == (1 if size == 2**28 else 3)
@@ -193,7 +193,7 @@ def test_wide_rows(d: int, precision: str, name: str, t: float | Tensor) -> None
     online = ran.flag() is not None
     assert len(ran.of("pair_weights_kernel")) == 6 * (1 + online) and not ran.of("backward_kernel")
     products = [one.arguments for one in ran.of("product_kernel")]
-    assert [a["TILE"].TRANSPOSED for a in products].count(True) == 3 and len(products) == 9
+    assert [a["two"] is not None for a in products].count(True) == 3 and len(products) == 6
     assert {a["pairs"].weights.shape for a in products} == {(halves, 128, 128)}
     assert ran.flag() == (int(t < 1 / 150) if isinstance(t, Tensor) else None)
 
@@ -213,7 +213,9 @@ def test_wide_rows_against_other_rows(precision: str, t: float | Tensor) -> None
     ids |= {"labels": integers(9, 80, 3)[ids["sample"]], "labels_y": integers(9, 80, 3)[ids["sample_y"]]}
     with tiles(128, 128), workspace(4 * 128**2):
         ran = check_stats(FIELDS, normal(150, 300).float(), normal(180, 300, seed=1).float(), ids, t, precision)
-    assert len(ran.of("product_kernel")) == 8  # 2 x 2 blocks, once for either side
+    products = [one.arguments for one in ran.of("product_kernel")]
+    assert len(products) == 4 and all(a["two"] is not None for a in products)  # 2 x 2 blocks for both sides
+    assert len(ran.of("pair_weights_kernel")) == 4 * (1 + (ran.flag() is not None))
 
 
 def test_wide_rows_with_the_tables_tiles() -> None:
@@ -221,7 +223,7 @@ def test_wide_rows_with_the_tables_tiles() -> None:
     for precision in ("fp16", "fp32"):
         with tables_own_tiles():
             ran = check(["supcon"], normal(len(sample), 300).half(), sample, labels, 0.2, precision)
-        assert ran.of("product_kernel")[0].arguments["gradient"].sums.dtype == torch.float32
+        assert ran.of("product_kernel")[0].arguments["one"].gradient.sums.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("sm", "name", "wide"), ((80, "supcon", True), (90, "supcon", True), (90, "nscl", False)))

@@ -143,12 +143,13 @@ def bound(loss: Loss, machine: Machine) -> dict[str, float]:
     """Least milliseconds of each pass at rates that others have reached, of products or of exponentials.
 
     With f = rows rows D: forward f if the candidates are the rows themselves, else 2 f; backward 4 f up to 256 columns
-    and 3 f beyond, for two towers twice 4 f. Split precision takes three products for one; the additional products of
+    and 3 f beyond, for two towers twice that. Split precision takes three products for one; the additional products of
     one class in half precision are not counted.
     """
     f = math.prod((loss.rows, loss.rows, loss.d)) / machine.roof * 1e-9 * (3 if loss.precision == "fp32" else 1)
     two_towers = loss.objective == "clip"
     exponentials = loss.rows**2 / machine.roof_mufu * 1e-9 * (1 if two_towers else 0.5)
-    forward = max(f * (2 if two_towers else 1), exponentials)
-    backward = max(f * (8 if two_towers else 4 if loss.d <= NARROW else 3), exponentials)
+    sides = 2 if two_towers else 1
+    forward = max(f * sides, exponentials)
+    backward = max(f * sides * (4 if loss.d <= NARROW else 3), exponentials)
     return {"fwd": forward, "bwd": backward, "both": forward + backward}

@@ -139,7 +139,9 @@ def _kernels(rows: Sequence[Record]) -> str:
 def sensitivity(base: Sequence[Predicted], changed: Mapping[str, Sequence[Predicted]]) -> str:
     """What changes if one assumption does, in Markdown: the time of both passes, and the order of the losses by their
     share of the bound."""
-    losses = (f"{one.loss.objective} {one.loss.precision} D={one.loss.d}" for one in base)
+    losses = (
+        f"{one.loss.objective} {one.loss.precision} D={one.loss.d}" + ", by hand" * one.loss.by_hand for one in base
+    )
     lines = [("predicted ms", *(digits(one.ms("both")) for one in base), "")]
     pairs = len(base) * (len(base) - 1) // 2
     for name, found in changed.items():

@@ -20,6 +20,7 @@ from bench.static.predict.losses import Model, Predicted
 from fastcl.io.outputs import check_output, named_path
 
 _WEAK = [Loss("ntxent", 65536, d, precision) for precision in ("fp16", "fp32") for d in (64, 128, 256, 512)]
+_WEAK_BY_HAND = [loss for loss in losses() if loss.by_hand and loss.n == 65536]
 _DESCRIPTION = f"""\
 Predict the times of whole losses from their compiled code, without a GPU. The exit status is 1 if a kernel or a loss is
 predicted to be more than {report.TOLERANCE:.0%} slower than committed in bench/results/static/, until --accept.
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         model = Model(args.arch, sys.executable, args.workers)
         found = model.predict(model.record(wanted), machine)
         compared = compare(machine, sys.executable, args.workers) if args.arch == ARCH else []
-        weak = _sensitivity(model, machine) if args.sensitivity else None
+        weak = _sensitivity(model, machine, args.arch) if args.sensitivity else None
     except StaticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -83,9 +84,9 @@ def _judge(
     return 1 if failed else 0
 
 
-def _sensitivity(model: Model, machine: Machine) -> str:
+def _sensitivity(model: Model, machine: Machine, arch: int) -> str:
     """Predictions with each weak assumption changed."""
-    recorded = model.record(_WEAK)
+    recorded = model.record([*_WEAK, *(_WEAK_BY_HAND if arch == ARCH else [])])
     changed: dict[str, list[Predicted]] = {}
     for row in TABLE:
         for value in row.weak:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,14 +261,23 @@ def _pair_weights(launch: Launch, classes: int) -> Work:
 def _product(launch: Launch, classes: int) -> Work:
     a, t = launch.arguments, launch.arguments["TILE"]
     m, k, d = value(t.BLOCK_M), value(t.BLOCK_K), value(t.BLOCK_D)
-    first, count = a["summed"].first, a["summed"].count
-    kinds, steps = [Tiles("plain", 2 * m * k * d)], [float(count // k)]
+    halves = [(a["one"], a["first"] or launch.grid[0])]
+    if a["two"] is not None:
+        halves.append((a["two"], launch.grid[0] - a["first"]))
+
+    def mean(rows: Callable[[Any, int], float]) -> float:
+        return sum(rows(half, blocks) * blocks for half, blocks in halves) / launch.grid[0]
+
+    def shared(half: Any, blocks: int) -> float:
+        """Summed rows in the class range of a block of output rows."""
+        first, count = half.summed.first, half.summed.count
+        starts = [half.gradient.first + block * m for block in range(blocks)]
+        ranges = [class_range(start, half.gradient.n, classes, value(t.ALIGN)) for start in starts]
+        return sum(max(min(hi - first, count) - max(lo - first, 0), 0) for lo, hi in ranges) / blocks
+
+    every = mean(lambda half, _: half.summed.count)
+    kinds, steps = [Tiles("plain", 2 * m * k * d)], [every / k]
     if value(t.SPLIT_MASKED):
-        rows = float(count)
-        if not value(t.SPLIT_PLAIN):
-            starts = [a["gradient"].first + block * m for block in range(launch.grid[0])]
-            ranges = [class_range(start, a["gradient"].n, classes, value(t.ALIGN)) for start in starts]
-            rows = sum(max(min(hi - first, count) - max(lo - first, 0), 0) for lo, hi in ranges) / len(ranges)
         kinds.append(Tiles("low", 4 * m * k * d))
-        steps.append(rows / k)
+        steps.append((every if value(t.SPLIT_PLAIN) else mean(shared)) / k)
     return Work(tuple(kinds), uniform=(math.prod(launch.grid), tuple(steps)))

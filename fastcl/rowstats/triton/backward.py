@@ -104,11 +104,11 @@ def of_sides(
 
 def _wide_gradients(wanted: Sequence[_Wanted], call: Call, flag: Tensor | None) -> None:
     """The gradients of rows whose tiles need several pieces."""
-    sums = []
-    for one in wanted:
-        acc = one.dx if one.dx.dtype == torch.float32 else torch.empty_like(one.dx, dtype=torch.float32)
-        wide.accumulate(one.r, one.s, call, flag, acc)
-        sums.append(one.sums(acc[None]))
+    found = [
+        one.dx if one.dx.dtype == torch.float32 else torch.empty_like(one.dx, dtype=torch.float32) for one in wanted
+    ]
+    wide.accumulate(wanted[0].r, wanted[0].s, call, flag, found[0], found[1] if len(found) == 2 else None)
+    sums = [one.sums(acc[None]) for one, acc in zip(wanted, found, strict=True)]
     _finalize(wanted, sums, call, first=0, in_order=True)
 
 
@@ -184,6 +184,8 @@ def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, boo
 def _finalize(wanted: Sequence[_Wanted], sums: Sequence[_Sums], call: Call, first: int, in_order: bool) -> None:
     """Turn sums, one for each, into the gradients of the rows from `first` on."""
     block_n, block_d, warps = row_block(wanted[0].r.operand.width, _ELEMENTS)
+    # With four warps, 1024 columns and candidates without views would spill (Triton 3.8, sm_90).
+    warps = 8 if block_d == 1024 and not wanted[0].s.upstream.any else warps
     many = any(degree is not None and degree.programs > AT_ONCE.value for _, degree in sums)
     given = []
     for one, (acc, degree) in zip(wanted, sums, strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import fixed
-from fastcl.kernels.common.launch import Config, cdiv, evened, launch
+from fastcl.kernels.common.launch import Config, cdiv, evened, launch, launch_sides
 from fastcl.kernels.contrastive import wide
 from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import ALIGN, WORKSPACE, Call
@@ -17,8 +17,13 @@ from fastcl.rowstats.triton.weighted import Side, over_pairs
 _MASKED = 24  # tiles of a program that looks for masked ones
 
 
-def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor) -> None:
-    """Work through square blocks of pairs; in the symmetric case only those on and above the diagonal."""
+def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor, acc_s: Tensor | None) -> None:
+    """Work through square blocks of pairs; in the symmetric case only those on and above the diagonal.
+
+    Args:
+        acc: (n, d) float32, the gradient of r's rows in source order.
+        acc_s: of s's rows; None: it is not wanted, or s is r.
+    """
     halves = 1 if call.split == "none" else 2
     most = int((WORKSPACE / (2 * halves)) ** 0.5) // ALIGN
     chosen = s.operand.chosen("product", call.split)
@@ -32,24 +37,26 @@ def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor) -
     w = torch.empty(halves, size, size, dtype=r.operand.z.dtype, device=acc.device)
     for i in range(0, r.operand.rows, size):
         for j in range(i if r is s else 0, s.operand.rows, size):
+            pairs = wide.Pairs(w, i, j, size)
             if by_hand:
-                _pair_weights_by_hand(r, s, call, by_hand, wide.Pairs(w, i, j, size))
+                _pair_weights_by_hand(r, s, call, by_hand, pairs)
             else:
-                _pair_weights(r, s, call, flag, w, i, j)
-            _product(r, s, call, w, acc, i, j, transposed=False, add=i > 0 or j > 0 if r is s else j > 0)
-            if r is s and j > i:
-                _product(s, r, call, w, acc, j, i, transposed=True, add=i > 0)
+                _pair_weights(r, s, call, flag, pairs)
+            into_s = acc_s if r is not s else acc if j > i else None
+            _product(r, s, call, chosen, pairs, acc, into_s)
 
 
-def _pair_weights(r: Side, s: Side, call: Call, flag: Tensor | None, w: Tensor, i: int, j: int) -> None:
-    size = w.shape[1]
+def _pair_weights(r: Side, s: Side, call: Call, flag: Tensor | None, pairs: wide.Pairs) -> None:
+    size, i, j = pairs.size, pairs.first_r, pairs.first_s
     for online in (False,) if flag is None else (False, True):
         chosen = s.operand.chosen("weights_online" if online else "weights", call.split)
+        if call.peers and not online:
+            chosen = s.operand.tabled("weights_peers", call.split) or chosen
         grid = min(size, r.operand.rows - i) // chosen.block_r, min(size, s.operand.rows - j) // chosen.block_s
         constants = call.tile(r.operand, chosen)._replace(BLOCK_D=chosen.block_d)  # even for narrow rows
         launch(
             wide.pair_weights_kernel, grid, chosen.warps, chosen.stages,
-            **over_pairs(r, s, call, flag), pairs=wide.Pairs(w, i, j, size), TILE=fixed(constants), ONLINE=online,
+            **over_pairs(r, s, call, flag), pairs=pairs, TILE=fixed(constants), ONLINE=online,
         )  # fmt: skip
 
 
@@ -68,17 +75,23 @@ def _pair_weights_by_hand(r: Side, s: Side, call: Call, by_hand: Config, pairs: 
 
 
 def _product(
-    rows: Side, summed: Side, call: Call, w: Tensor, acc: Tensor, i: int, k: int, transposed: bool, add: bool
-) -> None:
-    """Add to acc (or, without `add`, write) the gradient of rows i .. from rows k .. of the other side."""
-    chosen = summed.operand.chosen("product", call.split)
-    x, y = rows.operand, summed.operand
-    size = w.shape[1]
-    m, count = min(size, x.rows - i), min(size, y.rows - k)
-    sizes = y.width, chosen.block_r, chosen.block_s, chosen.block_d, ALIGN
-    launch(
-        wide.product_kernel, (m // chosen.block_r, cdiv(y.width, chosen.block_d)), chosen.warps, chosen.stages,
-        pairs=wide.Pairs(w, i, k, size), summed=wide.Summed(y.z, y.rows, k, count),
-        gradient=wide.Gradient(acc, x.lists[0], x.lists[1], x.lists[2], x.n, acc.shape[1], i),
-        TILE=fixed(wide.Product(*sizes, transposed, call.split == "all", call.split != "none", add)),
+    r: Side, s: Side, call: Call, chosen: Config, pairs: wide.Pairs, acc: Tensor, acc_s: Tensor | None
+) -> None:  # fmt: skip
+    """Add to acc, and to acc_s unless it is None, what a block of pairs contributes; the first block of a row of blocks
+    overwrites what is there."""
+    i, j, width = pairs.first_r, pairs.first_s, r.operand.width
+    own, other = (r.operand, i), (s.operand, j)
+    halves, blocks = [], []
+    for (x, first), (y, start), into in (own, other, acc), (other, own, acc_s):
+        if into is not None:
+            m, count = min(pairs.size, x.rows - first), min(pairs.size, y.rows - start)
+            gradient = wide.Gradient(into, x.lists[0], x.lists[1], x.lists[2], x.n, into.shape[1], first)
+            halves.append(wide.Half(wide.Summed(y.z, y.rows, start, count), gradient))
+            blocks.append(m // chosen.block_r)
+    split = call.split == "all", call.split != "none"
+    add = j > 0 or (r is s and i > 0), i > 0 and acc_s is not None
+    sizes = width, chosen.block_r, chosen.block_s, chosen.block_d, ALIGN
+    launch_sides(
+        wide.product_kernel, halves, blocks, chosen.warps, chosen.stages, cdiv(width, chosen.block_d),
+        pairs=pairs, TILE=fixed(wide.Product(*sizes, *split, *add)),
     )  # fmt: skip
