@@ -8,7 +8,6 @@ from typing import NamedTuple
 from bench.harness.records import having, read
 from bench.scaling.formulas import TRITON, Cost, Pass, Setting
 
-_PREDICTED = (2, 6)  # its operations in n n D, forward and backward: beyond 256 columns both towers share their weights
 SIZE, COLUMNS = 65_536, 512  # rows of both towers, and columns, of the predicted CLIP loss that gives the rates
 
 
@@ -58,7 +57,7 @@ def predicted(results: Path, rows: int = SIZE) -> tuple[float, float]:
 def rates(results: Path) -> Rates:
     """Predicted ms of the CLIP loss, divided by its operations."""
     square = (SIZE // 2) ** 2 * COLUMNS
-    return Rates(*(ms / (own * square) for ms, own in zip(predicted(results), _PREDICTED, strict=True)))
+    return Rates(*(ms / (own * square) for ms, own in zip(predicted(results), TRITON, strict=True)))
 
 
 def link_of(world: int) -> Link:

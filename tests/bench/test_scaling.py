@@ -244,7 +244,7 @@ def test_what_the_page_shows_is_what_is_computed() -> None:
     many = 1024 * METHODS["fastcl"].cost(Setting(2**20, 1024)).operations / 2**40
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert f"at most {alone / (many * whole.samples**2):.2f} W times as fast" in page
-    assert "place of 10" in page and sum(TRITON) == 10 and f"{sum(TORCH)} n n D" in page
+    assert "place of 8" in page and sum(TRITON) == 8 and f"{sum(TORCH)} n n D" in page
     assert "are more than 2 GiB" in page and formulas.SLICE == 2**31
 
 
@@ -273,7 +273,6 @@ def test_times_come_from_predictions(tmp_path: Path) -> None:
     (tmp_path / "static" / "predicted-sm_90.json").write_text(json.dumps(found))
     rate = times.rates(tmp_path)
     one = times.time_of(ours(Setting(32_768, 1)), 450, rate)
-    # The formulas count a backward pass of up to 256 columns, 8 n n D; the predicted one needs 6.
-    assert one.computing == pytest.approx(2.0 + 8.0 * 8 / 6) and one.sending == one.seen == 0
+    assert one.computing == pytest.approx(10.0) and one.sending == one.seen == 0
     cost = Cost(Pass(3_000_000, 10, 4), Pass(1_000_000, 20, 100), 0)
     assert times.time_of(cost, 1, times.Rates(0.5, 0.25)) == (10.0, 4.0, 1.0)
