@@ -28,7 +28,7 @@ def prepared(
     given = Order(source.int().expand(5, n).contiguous().to(DEVICE))
     with launches() as ran:
         operand = allocated(Source(x.to(DEVICE), None if x2 is None else x2.to(DEVICE), given), call)
-        fill([operand], [given], call, [None], Initial(None, None))
+        fill([operand], [given], call, [None], Initial(None, None, None))
     assert [one.kernel for one in ran] == ["prepare_kernel"]
     scale = operand.scale.cpu().double() if operand.scale is not None else SCALE
     return operand, operand.z.cpu().double().sum(0) / scale
