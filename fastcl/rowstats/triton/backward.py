@@ -184,7 +184,7 @@ def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, boo
 def _finalize(wanted: Sequence[_Wanted], sums: Sequence[_Sums], call: Call, first: int, in_order: bool) -> None:
     """Turn sums, one for each, into the gradients of the rows from `first` on."""
     block_n, block_d, warps = row_block(wanted[0].r.operand.width, _ELEMENTS)
-    # With four warps, 1024 columns whose candidates have no views and two towers of 128 would spill (Triton 3.8, sm_90).
+    # With four warps, 1024 columns whose candidates have no views and two towers of 128 spill (Triton 3.8, sm_90).
     spills = len(wanted) == 2 if block_d == 128 else block_d == 1024 and not wanted[0].s.upstream.any
     warps = 8 if spills else warps
     many = any(degree is not None and degree.programs > AT_ONCE.value for _, degree in sums)
