@@ -279,6 +279,8 @@ def forward_online_kernel(
             last = _online(two, program - first, temperature, TILE, SYMMETRIC, CODES)
     if len(CODES) > 0 and one.losses.sums is not None:
         if last:
-            others = None if first is None else two.losses
             BLOCKS: tl.constexpr = TILE.ALIGN // TILE.BLOCK_R
-            complete(one.losses, others, BLOCKS, True, MANY, TILE.ALIGN, TILE.PEERS, CODES)
+            if first is None:
+                complete(one.losses, one.losses, False, BLOCKS, True, MANY, TILE.ALIGN, TILE.PEERS, CODES)
+            else:
+                complete(one.losses, two.losses, True, BLOCKS, True, MANY, TILE.ALIGN, TILE.PEERS, CODES)

@@ -232,5 +232,7 @@ def finish_kernel(
             last = _finish(two, program - first, flag, temperature, WAVE, CODES)
     if len(CODES) > 0 and one.losses.sums is not None:
         if last:
-            others = None if first is None else two.losses
-            complete(one.losses, others, WAVE.BLOCKS, False, WAVE.MANY, WAVE.BLOCK_N, WAVE.PEERS, CODES)
+            if first is None:
+                complete(one.losses, one.losses, False, WAVE.BLOCKS, False, WAVE.MANY, WAVE.BLOCK_N, WAVE.PEERS, CODES)
+            else:
+                complete(one.losses, two.losses, True, WAVE.BLOCKS, False, WAVE.MANY, WAVE.BLOCK_N, WAVE.PEERS, CODES)

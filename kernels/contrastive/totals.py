@@ -157,11 +157,11 @@ def _rescale(losses, largest, BLOCKS: tl.constexpr, ALIGN: tl.constexpr, PEERS: 
 
 @triton.jit
 def complete(
-    one, two, BLOCKS: tl.constexpr, ONLINE: tl.constexpr, MANY: tl.constexpr, ALIGN: tl.constexpr, PEERS: tl.constexpr,
-    CODES,
+    one, two, TWO: tl.constexpr, BLOCKS: tl.constexpr, ONLINE: tl.constexpr, MANY: tl.constexpr, ALIGN: tl.constexpr,
+    PEERS: tl.constexpr, CODES,
 ):  # fmt: skip
-    """The totals of one side or two (Losses), and one scale for their weights, once all programs have stored their
-    parts."""
+    """The totals of one side or, with TWO, of two (Losses), and one scale for their weights, once all programs have
+    stored their parts."""
     programs = one.programs * BLOCKS if ONLINE else one.programs
     if one.ready is not None:  # requested before the sums are waited for
         b_maxima = _gathered(one.ready.maxima, one.programs * BLOCKS, MANY, True)
@@ -171,5 +171,5 @@ def complete(
         largest = tl.max(b_maxima, 0)
         tl.store(one.ready.bound, largest)
         _rescale(one, largest, BLOCKS, ALIGN, PEERS)
-        if two is not None:
+        if TWO:
             _rescale(two, largest, BLOCKS, ALIGN, PEERS)
