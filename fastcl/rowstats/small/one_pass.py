@@ -7,7 +7,6 @@ left to the operator.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -19,9 +18,7 @@ from fastcl.rowstats import chunked
 from fastcl.rowstats.registration import refuse_batched
 from fastcl.rowstats.small.autograd import as_float, once
 from fastcl.rowstats.small.closed import softplus
-from fastcl.rowstats.small.whole import MaybeNone, Way, unit_rows
-
-LOWEST, HIGHEST = math.exp(-chunked.EXP_LIMIT), math.exp(chunked.EXP_LIMIT)
+from fastcl.rowstats.small.whole import MaybeNone, Way, in_range, unit_rows
 
 
 class Options(NamedTuple):
@@ -119,9 +116,7 @@ def _passed(options: Options, pulls: bool, query: Tensor, key: Tensor, queue: Te
         total += e.sum(1)
         if pulls:
             pulled.addmm_(e, y)
-    low, high = total.aminmax()
-    in_range = LOWEST <= low.item() and high.item() <= HIGHEST  # false for NaN
-    return Pass(q, k, both[1], total, pulled, y, y_norm, e) if in_range else None
+    return Pass(q, k, both[1], total, pulled, y, y_norm, e) if in_range(total) else None
 
 
 def _gradients(found: Pass, force: Tensor, way: Way, need: list[bool]) -> list[Tensor | None]:
