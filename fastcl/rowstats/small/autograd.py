@@ -47,9 +47,9 @@ def losses(
         with torch.autocast("cpu", enabled=False):
             return losses(pairs, temperature, inverted, normalize, forms, peers, reduction)
     given = temperature if isinstance(temperature, Tensor) else None
-    x, x2, order, labels, *towers = pairs
+    x, x2, order, labels, towers, both_ways = pairs
     degree = as_float(temperature)
-    way = whole.Way(1 / degree if inverted else degree, normalize, *towers, inverted)
+    way = whole.Way(1 / degree if inverted else degree, normalize, towers, both_ways, inverted)
     if len(forms) == 1 and reduction != "none":
         options = forms[0], peers, reduction, torch.is_grad_enabled()
         found = _Reduced.apply(options, way, order, labels, x, x2, given)

@@ -176,8 +176,9 @@ def norms(x: Tensor) -> tuple[Tensor, float] | None:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     else:  # of a transposed matrix, such as a queue that is kept as columns, that takes many times as long
         norm = x.square().sum(1, keepdim=True).sqrt()
-    low, high = (v.item() for v in norm.detach().aminmax())
-    return (norm, high) if NORMS[0] <= low and high <= NORMS[1] else None  # None for NaN
+    low, high = norm.detach().aminmax()
+    top = high.item()
+    return (norm, top) if NORMS[0] <= low.item() and top <= NORMS[1] else None  # None for NaN
 
 
 def backward(
