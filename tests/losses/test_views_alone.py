@@ -6,6 +6,7 @@ from reference import assert_gradients, assert_loss, clip_formula, normal, solve
 from torch import Tensor
 
 import fastcl
+from fastcl.choices import ObjectiveName
 from fastcl.rowstats.small import views_alone, whole
 
 LARGE = 400.0  # exponentials overflow float32
@@ -29,6 +30,24 @@ def test_logits_of_views_may_have_any_size(sign: int, dtype: torch.dtype, tiled:
         truth = solve(formula, x, 1.0, y, normalize=False, subtracts=True)
         assert_loss(loss, truth, dtype)
         assert_gradients(torch.autograd.grad(loss, (x, y)), truth)
+    assert not tiled
+
+
+@pytest.mark.parametrize("name", ("ntxent", "dcl"))
+def test_two_views_of_any_size(name: ObjectiveName, tiled: list[int]) -> None:
+    q, _ = torch.linalg.qr(normal(12, 12))
+    near = LARGE**0.5 * q[:6] + 0.05 * normal(6, 12, seed=1)
+    z = torch.cat([LARGE**0.5 * q[:6], near]).float().requires_grad_()
+    itself, view = torch.eye(12, dtype=torch.bool), torch.eye(12, dtype=torch.bool).roll(6, 1)
+
+    def rows(s: Tensor) -> Tensor:
+        below = ~itself if name == "ntxent" else ~(itself | view)
+        return s.masked_fill(~below, -torch.inf).logsumexp(1) - s[view]
+
+    loss = fastcl.contrastive_loss(z, torch.arange(6).repeat(2), None, name, 1.0, "mean", False)
+    truth = solve(rows, z, 1.0, normalize=False, subtracts=True)
+    assert_loss(loss, truth, torch.float32)
+    assert_gradients(torch.autograd.grad(loss, (z,)), truth)
     assert not tiled
 
 

@@ -237,7 +237,7 @@ def to_inputs(
         first = rows - wanted if need == (False, True) else 0
         v, norm = v.narrow(0, first, wanted), norm.narrow(0, first, wanted) if way.normalize else None
         logits = 1
-    radial = (dv * v).sum(1, keepdim=True)
+    radial = (dv * v).sum(1, keepdim=True) if way.normalize else dv * v
     if way.normalize:
         dv.addcmul_(v, radial, value=-1).div_(norm)
     slope = way.temperature if way.inverted else -1 / way.temperature
