@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -23,7 +24,7 @@ import fastcl
 from bench.harness.clocks import MIN_ROUNDS, QUICK, Sample, time_passes
 from bench.harness.command import Command
 from bench.harness.records import Record, digits, grouped, machine, milliseconds, table, write
-from fastcl.adapters import replacements
+from fastcl.adapters import replacements, shared
 from fastcl.adapters.targets import DISTRIBUTIONS
 from fastcl.errors import FastclError
 
@@ -76,7 +77,9 @@ def measured(kind: str, rows: int, width: int, repeats: int, seconds: float) -> 
     call = partial(make(width), leaf, b)
     found: dict[str, list[Sample]] = {"original": [], "fastcl": []}
     began = perf_counter()
-    with mock.patch.object(replacements, "FEWEST", dict.fromkeys(replacements.FEWEST, 0)):
+    with ExitStack() as unlimited:
+        for module in (replacements, shared):
+            unlimited.enter_context(mock.patch.object(module, "FEWEST", dict.fromkeys(module.FEWEST, 0)))
         for k in range(repeats):
             if k >= MIN_ROUNDS and perf_counter() - began > seconds * len(found):
                 break

@@ -119,7 +119,9 @@ def check_transforms(chosen: str, *tensors: Tensor | None) -> None:
 
 def is_readable(x: Tensor) -> bool:
     """Whether a check may read values; otherwise that would synchronise the device or is impossible."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or hasattr(x, "fake_mode"):  # a FakeTensor
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if type(x) is not Tensor and hasattr(x, "fake_mode"):  # a FakeTensor
         return False
     return not is_inside(x, "vmap")
 

@@ -119,7 +119,7 @@ def class_ids(labels: Tensor) -> Tensor:
         apart = _NAN + torch.arange(len(labels), dtype=torch.int64, device=labels.device)
         return apart.where(number.isnan(), number.view(torch.int64))  # of these bits, only a NaN's are -1
     labels = labels.long()
-    return labels - (labels < 0).long()
+    return labels.add(labels < 0, alpha=-1)
 
 
 def one_way(
@@ -146,11 +146,7 @@ def one_way(
         dtype = torch.promote_types(anchors.dtype, candidates.dtype)
         rows = anchors.to(dtype), candidates.to(dtype)
     options = "ntxent", temperature, reduction, normalize, None, gathers
-    if isinstance(target, int):
-        in_order = target == 0
-    else:  # on another device a check would wait for it; a compiled call cannot read values
-        in_order = is_readable(target) and torch.equal(target.long(), _count(target))
-    if in_order and len(anchors) <= len(candidates):
+    if (counts_up(target, anchors) if isinstance(target, Tensor) else target == 0) and len(anchors) <= len(candidates):
         return contrastive_loss(rows, None, None, *options)
     if isinstance(target, Tensor) and is_readable(target):
         wrong = (target >= len(candidates)) | ((target < 0) & (target != IGNORED))
@@ -158,6 +154,12 @@ def one_way(
             raise IndexError(f"Target {target[wrong][0].item()} is out of bounds for {len(candidates)} candidates")
     sample = _count(anchors) + target if isinstance(target, int) else target
     return contrastive_loss(rows, (sample, _count(candidates)), None, *options)
+
+
+def counts_up(target: Tensor, rows: Tensor) -> bool:
+    """Whether the targets are known to be 0, 1, 2 and so on, one for each of the rows (N, D). On another device a check
+    would wait for it; a compiled call cannot read values."""
+    return is_readable(target) and torch.equal(target.long(), _count(rows))
 
 
 def _count(rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastcl.adapters.shared import IGNORED, one_way, tell_once, world_size
+from fastcl.adapters.shared import IGNORED, counts_up, one_way, tell_once, world_size
 from fastcl.losses.functional import clip_loss, ntxent_loss
 
 
@@ -36,6 +36,8 @@ class InfoNCELoss(nn.Module):
         degree = self.temperature if logit_scale is None else logit_scale
         if mask is not None:
             return _original(self.temperature)(anchors, candidates, targets, mask, logit_scale)
+        if counts_up(targets, anchors):
+            return one_way(anchors, candidates, 0, degree)
         return one_way(anchors, candidates, targets, degree, reduction="sum") / (targets != IGNORED).sum()
 
 

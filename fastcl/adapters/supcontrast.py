@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastcl.adapters.shared import class_ids, supcon_rows, with_positives
 from fastcl.checks import is_readable
+from fastcl.choices import Reduction
 from fastcl.losses.functional import ntxent_loss, supcon_loss
 from fastcl.rowstats.api import row_stats
 
@@ -49,29 +50,37 @@ class SupConLoss(nn.Module):
             raise ValueError("Cannot define both `labels` and `mask`")
         if self.contrast_mode not in ("all", "one"):
             raise ValueError(f"Unknown mode: {self.contrast_mode}, expected all or one")
-        batch, views = features.shape[:2]
+        batch = len(features)
         if labels is not None and labels.numel() != batch:
             raise ValueError(f"Num of labels does not match num of features: {labels.numel()} and {batch}")
         if mask is not None and mask.shape != (batch, batch):
             raise ValueError(f"mask must have shape ({batch}, {batch}), got {tuple(mask.shape)}")
-        x = features.reshape(batch, views, -1).transpose(0, 1).reshape(batch * views, -1)
         if mask is not None:
-            rows = with_positives(x, mask.to(x.device), self.temperature, normalize=False)
+            loss = with_positives(_rows(features), mask.to(features.device), self.temperature, normalize=False)
         else:
-            rows = self._rows(x, batch, None if labels is None else class_ids(labels).to(x.device))
+            classes = None if labels is None else class_ids(labels).to(features.device)
+            loss = self._of_classes(features, classes, "mean" if self.contrast_mode == "all" else "none")
         if self.contrast_mode == "one":
-            rows = rows[:batch]
-        return rows.mean() * (self.temperature / self.base_temperature)
+            loss = loss[:batch]
+        if loss.ndim:
+            loss = loss.mean()
+        factor = self.temperature / self.base_temperature
+        return loss if factor == 1 else loss * factor
 
-    def _rows(self, x: Tensor, batch: int, classes: Tensor | None) -> Tensor:
-        """(N,) losses of all views."""
+    def _of_classes(self, features: Tensor, classes: Tensor | None, reduction: Reduction) -> Tensor:
+        """(N,) losses of all views, or their mean if `reduction` says so and it takes fewer steps."""
         options: Any = {"temperature": self.temperature, "normalize": False, "gather_distributed": False}
-        if len(x) == 2 * batch and (classes is None or (is_readable(classes) and (classes != classes[0]).any())):
-            z1, z2 = x.split(batch)  # every row has a row of another class, which `supcon_loss` asks for
+        batch, views = features.shape[:2]
+        if views == 2 and (classes is None or (is_readable(classes) and not torch.equal(*classes.aminmax()))):
+            z1, z2 = features.flatten(2).unbind(1)  # with rows of another class, which `supcon_loss` asks for
             if classes is None:
-                return ntxent_loss(z1, z2, reduction="none", **options)
-            return supcon_loss(z1, z2, classes, reduction="none", **options)
-        views = len(x) // batch
-        ids = torch.arange(batch, dtype=torch.int64, device=x.device).repeat(views)
+                return ntxent_loss(z1, z2, reduction=reduction, **options)
+            return supcon_loss(z1, z2, classes, reduction=reduction, **options)
+        ids = torch.arange(batch, dtype=torch.int64, device=features.device).repeat(views)
         labels = None if classes is None else classes.repeat(views)
-        return supcon_rows(row_stats(x, sample=ids, labels=labels, **options))
+        return supcon_rows(row_stats(_rows(features), sample=ids, labels=labels, **options))
+
+
+def _rows(features: Tensor) -> Tensor:
+    """(V * B, D) rows, views outermost, of (B, V, ...)."""
+    return features.flatten(2).transpose(0, 1).flatten(0, 1)

@@ -34,33 +34,32 @@ class Kind(NamedTuple):
 
     check: Callable[..., None]  # raises FastclError unless they fit together, whatever their values
     batch: Callable[..., Batch]  # of tensors that do; it may check values
-    temperature: Callable[[float | Tensor, Tensor], float | Tensor]  # of what the caller gives and the first tensor
     multiple: int = 1  # anchors for each row of the first tensor
     candidates: int = 0  # which tensor they are counted by, with the same multiple
     columns: bool = False  # the candidates are anchors too
     inverted: bool = False  # what the caller gives is 1 / T
     labels: int = 2  # where these are among the tensors
 
+    def check_degree(self, given: float | Tensor) -> None:
+        """Raise FastclError unless the temperature, or the scale of the logits that stands for it, is positive."""
+        check_positive(given, "logit_scale" if self.inverted else "temperature")
 
-def _checked(temperature: float | Tensor, _: Tensor) -> float | Tensor:
-    check_positive(temperature, "temperature")
-    return temperature
+    def temperature(self, given: float | Tensor, x: Tensor) -> float | Tensor:
+        """The temperature of what the caller gives, for rows like x."""
+        self.check_degree(given)
+        if not self.inverted:
+            return given
+        if not isinstance(given, Tensor):
+            return 1 / float(given)
+        return 1 / given.to(torch.float64 if torch.float64 in (given.dtype, x.dtype) else torch.float32)
 
 
-def _of_scale(logit_scale: float | Tensor, x: Tensor) -> float | Tensor:
-    """The temperature that stands for a scale of the logits."""
-    check_positive(logit_scale, "logit_scale")
-    if not isinstance(logit_scale, Tensor):
-        return 1 / float(logit_scale)
-    return 1 / logit_scale.to(torch.float64 if torch.float64 in (logit_scale.dtype, x.dtype) else torch.float32)
-
-
-TWO_VIEWS = Kind(check_two_views, Batch.two_views, _checked, multiple=2)  # z1, z2 and perhaps labels
-TOWERS = Kind(check_pairs, Batch.pairs, _of_scale, candidates=1, columns=True, inverted=True)  # image, text
-IN_ORDER = Kind(check_in_order, Batch.pairs, _checked, candidates=1)  # x, y
-ROWS = Kind(lambda z, *_: check_rows(z, "z"), Batch.rows, _checked)  # z, sample and perhaps labels
+TWO_VIEWS = Kind(check_two_views, Batch.two_views, multiple=2)  # z1, z2 and perhaps labels
+TOWERS = Kind(check_pairs, Batch.pairs, candidates=1, columns=True, inverted=True)  # image, text
+IN_ORDER = Kind(check_in_order, Batch.pairs, candidates=1)  # x, y
+ROWS = Kind(lambda z, *_: check_rows(z, "z"), Batch.rows)  # z, sample and perhaps labels
 # x, y, sample, sample_y, perhaps both labels
-RECTANGLE = Kind(check_rectangle, Batch.rectangle, _checked, candidates=1, labels=4)
+RECTANGLE = Kind(check_rectangle, Batch.rectangle, candidates=1, labels=4)
 
 
 class CallPlan(NamedTuple):
@@ -86,11 +85,12 @@ class CallPlan(NamedTuple):
         chosen = None if self.codes is None else choose(batch.x)
         if chosen == "triton" and self.codes:
             return self._fused(batch, temperature)
-        temperature = self.kind.temperature(temperature, tensors[0])
         if chosen == "chunked" and self.group is not None and route.is_few(self.entries):
-            found = route.losses(batch, self.group, temperature, normalize, columns, self.reduction)
+            self.kind.check_degree(temperature)
+            found = route.losses(batch, self.group, temperature, self.kind.inverted, normalize, columns, self.reduction)
             if found is not None:
-                return [self._halved(rows) for rows in found] if columns else found
+                return [self._halved(rows) for rows in found] if columns and self.reduction != "mean" else found
+        temperature = self.kind.temperature(temperature, tensors[0])
         stats = statistics(batch, temperature, normalize, columns, self.precision)
         sides = [[loss(found) for loss in self.losses] for found in stats]
         if self.reduction != "none":
@@ -100,7 +100,7 @@ class CallPlan(NamedTuple):
     def _fused(self, batch: Batch, temperature: float | Tensor) -> Sequence[Tensor]:
         inverted = self.kind.inverted and isinstance(temperature, Tensor)  # the kernels invert it themselves
         if inverted:
-            check_positive(temperature, "logit_scale")
+            self.kind.check_degree(temperature)
         else:
             temperature = self.kind.temperature(temperature, batch.x)
         options = self.normalize, self.kind.columns, self.precision, self.codes or (), self.reduction, inverted
@@ -112,10 +112,8 @@ class CallPlan(NamedTuple):
         return losses.unbind() if self.reduction == "none" else [loss.clone() for loss in losses.unbind()]
 
     def _halved(self, found: Tensor) -> Tensor:
-        """Losses of anchors and candidates that were reduced as those of one list, averaged over both roles."""
-        if self.reduction == "none":
-            return found.view(2, -1).mean(0)
-        return found / 2 if self.reduction == "sum" else found
+        """Losses, or their sum, of anchors and candidates in one list, averaged over both roles."""
+        return found.view(2, -1).mean(0) if self.reduction == "none" else found / 2
 
 
 def plan_of(

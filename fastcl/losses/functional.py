@@ -239,7 +239,8 @@ def clip_loss(
 
         plan = partial(plan_of, TOWERS, tensors, ("ntxent",), normalize, reduction, precision)
         return global_batch.losses(plan, tensors, logit_scale, group, label_smoothing)[0]
-    check_smoothing(label_smoothing)
+    if label_smoothing != 0:
+        check_smoothing(label_smoothing)
     loss = _losses(TOWERS, tensors, ("ntxent",), logit_scale, normalize, reduction, ranks, precision)[0]
     if not label_smoothing:
         return loss

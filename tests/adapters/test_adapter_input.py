@@ -45,6 +45,7 @@ REFUSED = [
         ValueError,
         "world_size.*got 2",
     ),
+    (lambda: stable_pretraining.InfoNCELoss()(F.flatten(0, 1), F.flatten(0, 1), IDS[:5]), ValueError, "one id per row"),
     (lambda: vissl.SimclrInfoNCECriterion(buffers, 0.1)(torch.ones(2, D)), ValueError, "14 rows on a rank, got 2"),
 ]
 

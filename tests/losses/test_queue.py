@@ -22,7 +22,7 @@ import fastcl
 from fastcl import FastclError
 from fastcl.losses import call_plans
 from fastcl.rowstats import log_sums
-from fastcl.rowstats.small import one_pass
+from fastcl.rowstats.small import whole
 
 BACKENDS = ("dense", "chunked")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -31,7 +31,7 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS)
 @pytest.fixture
 def operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """No sum is in the range of one pass."""
-    monkeypatch.setattr(one_pass, "HIGHEST", 0.0)
+    monkeypatch.setattr(whole, "HIGHEST", 0.0)
 
 
 def formula(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor, normalize: bool = True) -> Tensor:
@@ -51,7 +51,7 @@ def leaves(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list
 @both_backends
 def test_queue(backend: str, normalize: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not at_once:
-        monkeypatch.setattr(one_pass, "HIGHEST", 0.0)
+        monkeypatch.setattr(whole, "HIGHEST", 0.0)
     monkeypatch.setattr(log_sums, "TILE", {"cpu": 1})  # several tiles
     monkeypatch.setattr(log_sums, "NARROWEST", 4)
     given = leaves((7, 5), (7, 5), (11, 5))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastcl.rowstats.registration import differentiable_once, refuse_batched
-from fastcl.rowstats.small import masked, whole
+from fastcl.rowstats.small import masked, views_alone, whole
 from fastcl.rowstats.small.closed import Form, Slopes, rows_and_slopes
 from fastcl.rowstats.small.whole import Kept, MaybeNone
 
@@ -34,19 +34,22 @@ class Pairs(NamedTuple):
 
 
 def losses(
-    pairs: Pairs, temperature: float | Tensor, normalize: bool, forms: Sequence[Form], peers: bool, reduction: str
-) -> Sequence[Tensor] | None:
+    pairs: Pairs, temperature: float | Tensor, inverted: bool, normalize: bool, forms: Sequence[Form], peers: bool,
+    reduction: str,
+) -> Sequence[Tensor] | None:  # fmt: skip
     """Reduced row losses of each form (both towers together); None if `whole.forward` rejects the rows.
 
     Args:
+        inverted: whether the temperature is given by its reciprocal, which then gets the gradient.
         peers: whether statistics of peers are needed, because a form attracts or repels peers.
     """
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
-            return losses(pairs, temperature, normalize, forms, peers, reduction)
+            return losses(pairs, temperature, inverted, normalize, forms, peers, reduction)
     given = temperature if isinstance(temperature, Tensor) else None
-    x, x2, order, labels, *towers = pairs
-    way = whole.Way(as_float(temperature), normalize, *towers)
+    x, x2, order, labels, towers, both_ways = pairs
+    degree = as_float(temperature)
+    way = whole.Way(1 / degree if inverted else degree, normalize, towers, both_ways, inverted)
     if len(forms) == 1 and reduction != "none":
         options = forms[0], peers, reduction, torch.is_grad_enabled()
         found = _Reduced.apply(options, way, order, labels, x, x2, given)
@@ -162,16 +165,17 @@ class _Reduced(Function):
     @staticmethod
     def forward(ctx, options, way, order, labels, x, x2, temperature):
         form, peers, reduction, wanted = options
-        if (found := whole.forward(x if order is None else x[order], x2, labels, peers, way)) is None:
+        need = _need(way, ctx.needs_input_grad[4:6]) if wanted and True in ctx.needs_input_grad else None
+        rows = x if order is None else x[order]
+        if views_alone.fits(form, labels):
+            found = views_alone.reduced(form, rows, x2, way, reduction == "mean", need)
+        else:
+            found = _reduced(form, rows, x2, labels, peers, way, reduction == "mean", need)
+        if found is None:
             return None
-        stats, kept = found
-        rows, slopes = rows_and_slopes(form, stats)
-        count = rows.numel() if reduction == "mean" else 1
-        loss = rows.sum().div_(whole.number(count, rows.dtype))  # faster than rows.mean(), with the same bits
-        if wanted and True in ctx.needs_input_grad:
-            need = _need(way, ctx.needs_input_grad[4:6])
-            dv = whole.backward(kept, way, need, 1 / count, *map(slopes.get, whole.PULLS))
-            dx, dt = whole.to_inputs(kept.v, kept.norm, way, need, dv, temperature is not None)
+        loss, dv, v, norm = found
+        if need is not None:
+            dx, dt = whole.to_inputs(v, norm, way, need, dv, temperature is not None)
             ctx.given, ctx.inputs = _Given.of(x, x2, temperature, need), (x, x2, temperature)
             ctx.save_for_backward(_restored(dx, order), dt)
         return loss
@@ -183,6 +187,22 @@ class _Reduced(Function):
         (grad,) = grads
         found = ctx.given.gradients(dx * grad, None if dt is None else dt * grad)
         return None, None, None, None, *once(found, ctx.inputs, grads)
+
+
+def _reduced(
+    form: Form, x: Tensor, x2: Tensor | None, labels: Tensor | None, peers: bool, way: whole.Way, mean: bool,
+    need: whole.Need | None,
+) -> views_alone.Found | None:  # fmt: skip
+    """As `views_alone.reduced`, for any objective."""
+    if (found := whole.forward(x, x2, labels, peers, way)) is None:
+        return None
+    stats, kept = found
+    rows, slopes = rows_and_slopes(form, stats)
+    count = rows.numel() if mean else 1
+    loss = rows.sum().div_(whole.number(count, rows.dtype))  # faster than rows.mean(), with the same bits
+    if need is None:
+        return loss, None, kept.v, kept.norm
+    return loss, whole.backward(kept, way, need, 1 / count, *map(slopes.get, whole.PULLS)), kept.v, kept.norm
 
 
 class _Attached(Function):

@@ -7,7 +7,6 @@ left to the operator.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -19,9 +18,7 @@ from fastcl.rowstats import chunked
 from fastcl.rowstats.registration import refuse_batched
 from fastcl.rowstats.small.autograd import as_float, once
 from fastcl.rowstats.small.closed import softplus
-from fastcl.rowstats.small.whole import MaybeNone, Way, unit_rows
-
-LOWEST, HIGHEST = math.exp(-chunked.EXP_LIMIT), math.exp(chunked.EXP_LIMIT)
+from fastcl.rowstats.small.whole import MaybeNone, Way, in_range, number, unit_rows
 
 
 class Options(NamedTuple):
@@ -41,7 +38,7 @@ class Pass(NamedTuple):
     k: Tensor
     norm: Tensor  # (2N, 1) of queries and keys as given
     total: Tensor  # (N,) sums of exponentials
-    pulled: Tensor  # (N, D) sums of the queue's rows, weighted by exponentials
+    pulled: Tensor | MaybeNone  # (N, D) sums of the queue's rows, weighted by exponentials, if they are needed
     y: Tensor | MaybeNone
     y_norm: Tensor | MaybeNone
     e: Tensor | MaybeNone
@@ -79,7 +76,7 @@ class _OnePass(Function):
         if (found := _passed(options, need[0] or need[3], *inputs[:3])) is None:
             return None
         scale = 1 / options.way.temperature
-        gap = found.total.log() - (found.q * found.k).sum(1).mul_(scale)
+        gap = found.total.log().sub_((found.q * found.k).sum(1), alpha=scale)
         losses, force = softplus(gap), gap.sigmoid_()
         if options.reduction != "none":
             losses = getattr(losses, options.reduction)()
@@ -109,19 +106,16 @@ def _passed(options: Options, pulls: bool, query: Tensor, key: Tensor, queue: Te
         return None
     n = query.shape[0]
     q, k = both[0].split_with_sizes((n, n))
-    total, pulled = q.new_zeros(n), torch.zeros_like(q)
-    y = y_norm = e = None
+    total = pulled = y = y_norm = e = None
     for columns in options.tiles:
         if (others := unit_rows(queue[columns].to(dtype), way)) is None:
             return None
         y, y_norm, _ = others
-        e = torch.mm(q, y.t()).mul_(1 / way.temperature).exp_()
-        total += e.sum(1)
+        e = torch.addmm(number(0, dtype), q, y.t(), beta=0, alpha=1 / way.temperature).exp_()
+        total = e.sum(1) if total is None else total.add_(e.sum(1))
         if pulls:
-            pulled.addmm_(e, y)
-    low, high = total.aminmax()
-    in_range = LOWEST <= low.item() and high.item() <= HIGHEST  # false for NaN
-    return Pass(q, k, both[1], total, pulled, y, y_norm, e) if in_range else None
+            pulled = torch.mm(e, y) if pulled is None else pulled.addmm_(e, y)
+    return Pass(q, k, both[1], total, pulled, y, y_norm, e) if total is not None and in_range(total) else None
 
 
 def _gradients(found: Pass, force: Tensor, way: Way, need: list[bool]) -> list[Tensor | None]:

@@ -29,18 +29,20 @@ class Group(NamedTuple):
 
 
 def losses(
-    batch: Batch, group: Group, temperature: float | Tensor, normalize: bool, columns: bool, reduction: str
-) -> Sequence[Tensor] | None:
+    batch: Batch, group: Group, temperature: float | Tensor, inverted: bool, normalize: bool, columns: bool,
+    reduction: str,
+) -> Sequence[Tensor] | None:  # fmt: skip
     """Reduced row losses of each objective; None if tiles must be used.
 
     Args:
         group: `group_of` the objectives. The rows must be supported (`supports`), and few (`is_few`).
+        inverted: the temperature is given by its reciprocal.
         columns: the candidates are anchors too, whose losses are reduced together with the others'.
     """
     if (pairs := _pairs(batch, group.labelled, columns)) is None:
         return None
     peers = group.peers and pairs.labels is not None
-    return autograd.losses(pairs, temperature, normalize, group.forms, peers, reduction)
+    return autograd.losses(pairs, temperature, inverted, normalize, group.forms, peers, reduction)
 
 
 def group_of(objectives: Sequence[Any]) -> Group | None:

@@ -8,6 +8,7 @@ of views are taken out of the matrix: their spread is exactly 0, and their expon
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,6 +21,7 @@ from fastcl.rowstats.dense import UNLABELLED
 _HALF = (torch.float16, torch.bfloat16)
 NORMS = (1e-12, 1e12)  # squares of norms in this range neither overflow nor vanish; other rows are left to tiles
 
+LOWEST, HIGHEST = math.exp(-EXP_LIMIT), math.exp(EXP_LIMIT)
 
 MaybeNone: TypeAlias = Any  # None if statistics of peers are not requested; code that reads it knows whether they are
 Pull: TypeAlias = Tensor | float | None
@@ -35,6 +37,7 @@ class Way(NamedTuple):
     normalize: bool
     towers: bool
     both_ways: bool = True  # of towers: both are anchors
+    inverted: bool = False  # a gradient of the temperature is that of its reciprocal
 
     @property
     def halves(self) -> int:
@@ -91,18 +94,24 @@ def forward(
     mean_view = s.diagonal(0 if way.towers else b).expand(way.halves, b)
     if high * high > EXP_LIMIT * way.temperature:
         mean_view = mean_view.clone()
-        _hide(s, way.towers)
+        hide(s, way.towers)
         low, high = s.aminmax()
         if not (-EXP_LIMIT <= low.item() and high.item() <= EXP_LIMIT):
             return None
     e = s.exp()
     if labels is None:
-        _hide(e, way.towers)
+        hide(e, way.towers)
         sums = torch.cat((e.sum(1), e.sum(0))) if way.towers and way.both_ways else e.sum(1)
         other = sums.view(way.halves, b)
         n_other = n - b - 1 if way.towers else n - 2
         return Stats({"view": mean_view, "other": other.log()}, n_other), Kept(v, norm, e, other)
     return _classes(s, e, mean_view, labels, peers, v, norm)
+
+
+def in_range(sums: Tensor) -> bool:
+    """Whether sums of exponentials and their reciprocals are well inside float32's range."""
+    low, high = sums.aminmax()
+    return LOWEST <= low.item() and high.item() <= HIGHEST  # false for NaN
 
 
 def _classes(
@@ -118,11 +127,11 @@ def _classes(
     apart = (ids.unsqueeze(1) != ids).to(v.dtype)
     if low < 0:
         apart.masked_fill_((ids == UNLABELLED).unsqueeze(1), 1)
-        _hide(apart, large)
+        hide(apart, large)
     grid, mask, n_peer = e, None, None
     if peers:
         mask = number(1, v.dtype) - apart
-        _hide(mask, large)
+        hide(mask, large)
         n_peer = mask.sum(1)
         n_peer = n_peer.add_(n_peer).expand(2, b) if large else n_peer.view(2, b)
     if large:
@@ -167,8 +176,9 @@ def norms(x: Tensor) -> tuple[Tensor, float] | None:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     else:  # of a transposed matrix, such as a queue that is kept as columns, that takes many times as long
         norm = x.square().sum(1, keepdim=True).sqrt()
-    low, high = (v.item() for v in norm.detach().aminmax())
-    return (norm, high) if NORMS[0] <= low and high <= NORMS[1] else None  # None for NaN
+    low, high = norm.detach().aminmax()
+    top = high.item()
+    return (norm, top) if NORMS[0] <= low.item() and top <= NORMS[1] else None  # None for NaN
 
 
 def backward(
@@ -198,9 +208,13 @@ def backward(
         pair = view.sum(0) if way.both_ways else view[0]
     else:
         pair = way.halves * (view or 0.0)
-    places = pull.diagonal() if way.towers else _partners(pull)
+    places = pull.diagonal() if way.towers else partners(pull)
     places.copy_(pair) if isinstance(pair, Tensor) else places.fill_(pair)
-    scale = factor / way.temperature
+    return pulled(pull, v, way, need, factor / way.temperature)
+
+
+def pulled(pull: Tensor, v: Tensor, way: Way, need: Need, scale: float) -> Tensor:
+    """Gradient of v, times `scale`, from those of the matrix entries; result as of `backward`."""
     if not way.towers:
         return torch.addmm(v, pull, v, beta=0, alpha=scale)
     b = pull.shape[0]
@@ -212,7 +226,7 @@ def backward(
 
 
 def to_inputs(
-    v: Tensor, norm: Tensor, way: Way, need: Need, dv: Tensor, need_temperature: bool
+    v: Tensor, norm: Tensor | MaybeNone, way: Way, need: Need, dv: Tensor, need_temperature: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the input rows, of one tower if `dv` is, and of the temperature. Overwrites `dv`."""
     if not (way.normalize or need_temperature):
@@ -221,12 +235,13 @@ def to_inputs(
     wanted, rows = dv.shape[0], v.shape[0]
     if wanted < rows:
         first = rows - wanted if need == (False, True) else 0
-        v, norm = v.narrow(0, first, wanted), norm.narrow(0, first, wanted)
+        v, norm = v.narrow(0, first, wanted), norm.narrow(0, first, wanted) if way.normalize else None
         logits = 1
-    radial = (dv * v).sum(1, keepdim=True)
+    radial = (dv * v).sum(1, keepdim=True) if way.normalize else dv * v
     if way.normalize:
         dv.addcmul_(v, radial, value=-1).div_(norm)
-    return dv, radial.sum() * (-1 / (logits * way.temperature)) if need_temperature else None
+    slope = way.temperature if way.inverted else -1 / way.temperature
+    return dv, radial.sum() * (slope / logits) if need_temperature else None
 
 
 def weights(w: Tensor, towers: bool) -> Tensor:
@@ -241,14 +256,14 @@ def weights(w: Tensor, towers: bool) -> Tensor:
     return column + column.t()
 
 
-def _partners(matrix: Tensor) -> Tensor:
+def partners(matrix: Tensor) -> Tensor:
     """(2, B) view of the pairs' entries in a (2B, 2B) matrix: in the first half's rows, then in the second's."""
     n = matrix.shape[0]
     b = n // 2
     return matrix.as_strided((2, b), (b * n - b, n + 1), b)
 
 
-def _hide(matrix: Tensor, towers: bool) -> None:
+def hide(matrix: Tensor, towers: bool) -> None:
     """Zero the entries of a row with itself and with its view."""
     if towers:
         matrix.diagonal().zero_()
