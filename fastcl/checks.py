@@ -118,8 +118,9 @@ def check_transforms(chosen: str, *tensors: Tensor | None) -> None:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether a check may read values; otherwise that would synchronise the device or is impossible."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    """Whether a check or a choice may read values; otherwise that would synchronise the device, is impossible, or would
+    be part of a trace for all values."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if type(x) is not Tensor and hasattr(x, "fake_mode"):  # a FakeTensor
         return False

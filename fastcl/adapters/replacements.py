@@ -12,20 +12,10 @@ import torch
 from torch import Tensor
 
 from fastcl.adapters import info_nce, lightly, open_clip, solo_learn, stable_pretraining, vissl
+from fastcl.adapters.limits import worthwhile
 from fastcl.adapters.shared import world_size
 from fastcl.losses.queue import queue_loss
 from fastcl.rowstats.api import normalize_rows
-
-# By kind of loss, the number of rows from which fastcl computes it on a CPU, of two sets or views those of one; with
-# fewer the original does. From there on one loss of the kind was never slower, by the medians:
-# bench/results/cpu/adapters.md, 128 columns. With fewer than 64 rows nothing was measured.
-FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "peers": 256, "queue": 256,
-          "all pairs": 2048, "in batch": 2048, "not measured": 2**62}  # fmt: skip
-
-
-def worthwhile(kind: str, rows: Tensor) -> bool:
-    """Whether fastcl computes a loss of this kind (`FEWEST`) of (N, D) rows, of two sets or views those of one."""
-    return rows.device.type != "cpu" or len(rows) >= FEWEST[kind]
 
 
 def if_worthwhile(kind: str, ours: Callable[..., Any]) -> Callable[..., Any]:

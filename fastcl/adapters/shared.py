@@ -17,10 +17,6 @@ from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats.api import RowStats, row_stats, scaled
 
 IGNORED = -100  # a target without a positive
-# By kind of loss, the rows from which the subclasses of originals compute it on a CPU: embeddings of
-# pytorch-metric-learning's NTXentLoss and SupConLoss, queries of sentence-transformers' losses with several directions
-# in one denominator. Fewer took up to two and a half times as long as the original (128 columns).
-FEWEST = {"classes": 0, "peers": 512, "several directions": 512}
 _NAN = 0x7FF8 << 48  # bits of the first NaN
 _ALONE = Objective(("view", "peer"), ("view", "peer"))
 _told: set[str] = set()
@@ -31,13 +27,6 @@ def tell_once(message: str) -> None:
     if message not in _told and not torch.compiler.is_compiling():
         _told.add(message)
         warnings.warn(message, stacklevel=callers("pytorch_metric_learning.", "sentence_transformers."))
-
-
-def pays(kind: str, rows: Tensor) -> bool:
-    """Whether an adapter that is a subclass computes a loss of rows (N, D): on a CPU the original takes less time for
-    few (`FEWEST`). In half precision, where originals round every step, it always does."""
-    wide = rows.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    return rows.device.type != "cpu" or len(rows) >= FEWEST[kind] or not wide
 
 
 def world_size() -> int:
@@ -139,8 +128,10 @@ def one_way(
         gathers: the candidates of all ranks; targets are among this rank's.
 
     Raises:
-        IndexError: a target, on a CPU, that is no index of a candidate.
+        IndexError: a target that is no index of a candidate; of tensors those on a CPU are checked.
     """
+    if isinstance(target, int) and target + len(anchors) > len(candidates):
+        raise IndexError(f"Target {target + len(anchors) - 1} is out of bounds for {len(candidates)} candidates")
     rows = anchors, candidates
     if anchors.dtype != candidates.dtype:
         dtype = torch.promote_types(anchors.dtype, candidates.dtype)
@@ -159,7 +150,7 @@ def one_way(
 def counts_up(target: Tensor, rows: Tensor) -> bool:
     """Whether the targets are known to be 0, 1, 2 and so on, one for each of the rows (N, D). On another device a check
     would wait for it; a compiled call cannot read values."""
-    return is_readable(target) and torch.equal(target.long(), _count(rows))
+    return is_readable(target) and not target.is_floating_point() and torch.equal(target.long(), _count(rows))
 
 
 def _count(rows: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ def queue_loss(
 
     With positive logit p_i = <query_i, key_i> / temperature the loss of a query is
     log(exp(p_i) + sum_j exp(<query_i, queue_j> / temperature)) - p_i. The other keys of the batch are no negatives.
-    There is no N x K matrix on the chunked and Triton backends. The chunked backend reads a queue in half precision
-    as it is; the Triton backend makes a working copy in the precision of its products.
+    There is no N x K matrix on the chunked and Triton backends, except on a CPU, up to 16 MiB in float32, for a queue
+    that gets a gradient. The chunked backend reads a queue in half precision as it is; the Triton backend makes a
+    working copy in the precision of its products.
 
     Args:
         query: (N, D) float16, bfloat16, float32 or float64.

@@ -2,10 +2,10 @@
 
 import pytest
 
-from fastcl.adapters import shared
+from fastcl.adapters import limits
 
 
 @pytest.fixture(autouse=True)
 def few_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters compute few rows themselves, which they would leave to their originals."""
-    monkeypatch.setattr(shared, "FEWEST", dict.fromkeys(shared.FEWEST, 0))
+    """Few rows are enough for adapters and patches, which would leave them to the originals."""
+    monkeypatch.setattr(limits, "FEWEST", dict.fromkeys(limits.FEWEST, 0))

@@ -9,7 +9,8 @@ from originals import others, unit, value_and_gradients
 from reference import normal
 from torch import Tensor, nn
 
-from fastcl.adapters import shared
+from fastcl import FastclError
+from fastcl.adapters import limits, shared
 from fastcl.adapters.in_batch import in_batch_loss
 
 B, D, SCALE = 5, 6, 7.0
@@ -55,6 +56,28 @@ def test_targets_that_follow_each_other(first: int) -> None:
         torch.testing.assert_close(shared.one_way(x, y, target, 1 / SCALE), want, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("wrong", (torch.arange(B - 1), torch.arange(B + 1), torch.arange(B + 0.0)), ids=str)
+def test_targets_of_another_number_or_kind_are_refused(wrong: torch.Tensor) -> None:
+    with pytest.raises(FastclError, match=str(tuple(wrong.shape)).replace("(", r"\(").replace(")", r"\)")):
+        shared.one_way(normal(B, D), normal(B + 3, D), wrong)
+
+
+def test_more_anchors_than_candidates_are_refused() -> None:
+    with pytest.raises(IndexError, match=f"Target {B} is out of bounds for {B} candidates"):
+        shared.one_way(normal(B, D), normal(B, D), 1)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_takes_targets_in_any_order() -> None:
+    def loss(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        return shared.one_way(x, y, target, 1 / SCALE)
+
+    x, y = normal(B, D), normal(B + 3, D, seed=1)
+    traced = torch.jit.trace(loss, (x, y, torch.arange(B)), check_trace=False)
+    target = torch.arange(B).flip(0)
+    torch.testing.assert_close(traced(x, y, target), loss(x, y, target), rtol=1e-12, atol=0)
+
+
 def test_one_query() -> None:
     leaves = [normal(1, D, seed=k).requires_grad_() for k in range(2)]
     loss = in_batch_loss(leaves, SCALE, ("query_to_doc", "query_to_query"))
@@ -88,7 +111,7 @@ def test_few_rows_with_several_directions_are_left_to_the_original(modules, monk
     monkeypatch.setattr(modules[0], "in_batch_loss", lambda *_: seen.append(limit) or torch.zeros(()))
     loss = modules[0].MultipleNegativesRankingLoss(Rows(), directions=DIRECTIONS[-1])
     for limit in (B + 1, B):
-        monkeypatch.setitem(shared.FEWEST, "several directions", limit)
+        monkeypatch.setitem(limits.FEWEST, "several directions", limit)
         loss.compute_loss_from_embeddings(rows, None)
     assert seen == [B]
 
