@@ -75,7 +75,8 @@ def patch(*libraries: str, force: bool = False) -> Patch:
 
     Args:
         libraries: "inf_cl", "info_nce", "lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers",
-            "solo" (solo-learn), "stable_pretraining", "vissl"; imported here.
+            "solo", "stable_pretraining", "vissl", or the names under which they are installed, such as "solo-learn";
+            imported here.
         force: also replace methods whose source is not that of a release that fastcl was compared with.
 
     Returns:
@@ -87,7 +88,7 @@ def patch(*libraries: str, force: bool = False) -> Patch:
     """
     if not libraries:
         raise FastclError(one_of("libraries", sorted(TARGETS), None))
-    found = {library: _targets(library, force) for library in dict.fromkeys(libraries)}
+    found = {library: _targets(library, force) for library in dict.fromkeys(map(_module, libraries))}
     chosen = [target for targets in found.values() for target in targets]
     for target in chosen:
         if target.place not in _active:
@@ -133,6 +134,11 @@ def _owner(place: str) -> tuple[Any, str]:
     for part in outer:
         owner = getattr(owner, part)
     return owner, name
+
+
+def _module(library: str) -> str:
+    """The module of a library that may be named as a distribution."""
+    return next((module for module, name in DISTRIBUTIONS.items() if name == library), library)
 
 
 def _targets(library: str, force: bool) -> list[Target]:

@@ -262,3 +262,9 @@ def test_a_script(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
             assert message in capsys.readouterr().err
     finally:
         patching._release("info_nce:info_nce")
+
+
+def test_a_library_has_its_distributions_name_too() -> None:
+    of("info_nce:InfoNCE")
+    with fastcl.patch("info-nce-pytorch", "info_nce") as one, fastcl.patch("info_nce") as other:
+        assert one.replaced == other.replaced
