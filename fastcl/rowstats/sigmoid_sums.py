@@ -11,17 +11,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from fastcl.checks import check_finite, check_positive, check_precision, check_transforms
 from fastcl.dispatch import choose
 from fastcl.rowstats.api import prepared
 from fastcl.rowstats.log_sums import column_slices
 from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
-from fastcl.rowstats.small import decisions, route
+from fastcl.rowstats.small import closed, decisions, route
 from fastcl.rowstats.triton.operator import operator_arguments
-
-_LINEAR = 40.0  # from here on softplus is its argument, to the last digit of float64
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor y, Tensor bias, bool paired"
@@ -101,7 +98,7 @@ def _prepared(
 def _on_torch(x: Tensor, y: Tensor, bias: Tensor, paired: bool) -> Tensor:
     chosen = choose(x, y)
     if chosen == "dense":
-        terms = softplus(x @ y.T + bias, threshold=_LINEAR)
+        terms = closed.softplus(x @ y.T + bias)
         pairs = torch.eye(len(x), dtype=torch.bool, device=x.device) if paired else None
         return (terms if pairs is None else terms.masked_fill(pairs, 0)).sum(1)
     check_transforms(chosen, x, y, bias)
@@ -132,7 +129,8 @@ def _forward(x: Tensor, y: Tensor, bias: Tensor, paired: bool) -> Tensor:
         total = torch.zeros_like(x[:, 0])
         for columns in column_slices(x, y):
             logits = torch.addmm(bias, x, y[columns].T)
-            total += decisions.softplus(_without_pairs(logits, columns, -torch.inf) if paired else logits).sum(1)
+            logits = _without_pairs(logits, columns, -torch.inf) if paired else logits
+            total += decisions.softplus_of_many(logits).sum(1)
         return total
 
 

@@ -52,12 +52,18 @@ def test_frozen_rows_of_inference_mode_serve_a_learned_temperature(route):
 )
 def test_who_changes_the_rows_afterwards_changes_no_gradient(route, options):
     z = rows()
-    wanted = torch.autograd.grad(fastcl.ntxent_loss(*z, 0.5, **options).sum(), z)
-    copies = [v * 1 for v in z]
-    loss = fastcl.ntxent_loss(*copies, 0.5, **options).sum()
-    for v in copies:
-        v.detach().mul_(2)
-    assert all(map(torch.equal, torch.autograd.grad(loss, z), wanted))
+    for f in (
+        lambda a, b: fastcl.ntxent_loss(a, b, 0.5, **options).sum(),
+        lambda a, b: fastcl.sigmoid_loss(a, b, 2.0, -1.0, **options).sum(),
+        lambda a, b: fastcl.queue_loss(a, a.detach().clone(), b, 0.5, **options).sum(),
+        lambda a, b: fastcl.contrastive_loss((a[:3], b), None, temperature=0.5, **options).sum(),
+    ):
+        wanted = torch.autograd.grad(f(*z), z)
+        copies = [v * 1 for v in z]
+        loss = f(*copies)
+        for v in copies:
+            v.detach().mul_(2)
+        assert all(map(torch.equal, torch.autograd.grad(loss, z), wanted))
     x = torch.cat(z).detach().requires_grad_()
     y = x * 1
     sample = torch.arange(8).repeat(2)

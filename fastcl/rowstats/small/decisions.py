@@ -41,7 +41,7 @@ def sigmoid_sum(
         return _Sum.apply(options, torch.is_grad_enabled(), x, y, *given)
 
 
-def softplus(s: Tensor) -> Tensor:
+def softplus_of_many(s: Tensor) -> Tensor:
     """log(1 + e^s), to a few units in the last place.
 
     max(s, 0) + log(1 + a) with a = e^-|s|. The logarithm is that of the rounded sum u = 1 + a, to which a - (u - 1),
@@ -124,7 +124,7 @@ def _tiles(options: _Options, x: Tensor, y: Tensor, need: Sequence[bool]) -> _Fo
             return None
         own = s.diagonal(k * height)
         own.neg_()
-        losses.append(softplus(s).sum())
+        losses.append(softplus_of_many(s).sum())
         if True in need:
             s.sigmoid_()
             own.neg_()
