@@ -91,7 +91,7 @@ def draw(results: Path) -> None:
     measures: dict[str, Callable[[str, Setting], float]] = {
         "sent (MB)": lambda name, s: METHODS[name].cost(s).sent / 1e6,
         "held (MB)": lambda name, s: METHODS[name].cost(s).held / 1e6,
-        "computing and seen sending (ms)": lambda name, s: seconds(name, s, rate).total,
+        "computing + exposed sending (ms)": lambda name, s: seconds(name, s, rate).total,
     }
     samples = {s.samples: s for s in (Setting(4_096 * 4**k, 64) for k in range(7))}
     worlds = {s.world: s for s in (Setting(262_144, 8 * 2**k) for k in range(8))}

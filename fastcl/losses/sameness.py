@@ -34,7 +34,7 @@ def described(loss: Callable[[RowStats], Tensor]) -> str:
         return "a callable in compiled code"
     numbers = [(name, _spelled(value)) for name, value in _parameters(loss) if isinstance(value, (*_PLAIN, Tensor))]
     shown = ", ".join(f"{name}={value}" for name, value in numbers)[:_SHOWN]
-    return f"{_name(loss)}({shown}) of code {_digest(_spelled(loss))}"
+    return f"{_name(loss)}({shown}), digest {_digest(_spelled(loss))}"
 
 
 def _spelled(value: object, depth: int = 0) -> str:

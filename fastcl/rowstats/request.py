@@ -95,7 +95,9 @@ def check_in_order(x: Tensor, y: Tensor) -> None:
     check_rows(x, "x")
     _check_alike(x, y)
     if len(y) < len(x):
-        raise FastclError(f"without sample, y must have a row for each of x, got {len(y)} rows for {len(x)}")
+        raise FastclError(
+            f"without sample, z must have a candidate for each anchor, got {len(x)} anchors and {len(y)} candidates"
+        )
 
 
 def _check_alike(x: Tensor, y: Tensor) -> None:

@@ -120,7 +120,7 @@ def test_on_the_other_backends_and_compiled(tiled: list[int]) -> None:
 def test_what_does_not_fit() -> None:
     x, y = torch.ones(3, 4), torch.ones(2, 4)
     for arguments, message in (
-        (((x, y), None), "without sample, y must have a row for each of x, got 2 rows for 3"),
+        (((x, y), None), "without sample, z must have a candidate for each anchor, got 3 anchors and 2 candidates"),
         (((x, x[:, :2]), None), r"x and y must have the same width, dtype and device, got \(3, 4\)"),
         (((x, x), None, (x[:, 0].long(),) * 2), "sample must be a pair of tensors"),
         (((x, x), None, None, "nscl"), "labels are required by objective 'nscl'"),

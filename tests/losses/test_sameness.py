@@ -93,7 +93,7 @@ def test_equal_words_stand_for_equal_objectives(name: str) -> None:
 
 def test_words_name_the_objective_and_what_it_encloses() -> None:
     assert described(fastcl.OBJECTIVES["supcon"]) == "supcon"
-    assert described(fastcl.with_margin("ntxent", 0.25)).startswith("with_margin.<locals>.losses(margin=0.25) of code ")
+    assert described(fastcl.with_margin("ntxent", 0.25)).startswith("with_margin.<locals>.losses(margin=0.25), digest ")
 
 
 def test_words_are_those_of_any_process() -> None:
