@@ -159,9 +159,9 @@ class Ranks:
         asking = threading.Thread(target=self._ask, args=(absent,), name="fastcl-absent", daemon=True)
         asking.start()
         asking.join(2 * _GRACE)
-        many = "s" * (len(absent) > 1)
-        whom = f"rank{many} {', '.join(map(str, absent))}" if absent else "the other ranks"
-        return f"rank {self.rank} of {self.world} waited in vain for {whom} of its process group"
+        ranks = f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))}"
+        late = f", of which {ranks} did not come within a second of it" if absent else ""
+        return f"rank {self.rank} of {self.world} waited in vain for the other ranks of its process group{late}"
 
     def _ask(self, absent: list[int]) -> None:
         """Say that this rank waits; add the ranks that have not said so a while later."""

@@ -78,6 +78,7 @@ def _common(batch: Batch, options: Options) -> dict[str, object]:
         "labels": "labels" if batch.labels is not None else "no labels",
         "y": "candidates y" if y is not None else "no y", "normalize": options.normalize, "columns": options.columns,
         "precision": options.precision, "backend": choose(x), "need of gradients": wanted,
+        "torch.compile": "compiled" if torch.compiler.is_compiling() else "not compiled",
     }  # fmt: skip
 
 

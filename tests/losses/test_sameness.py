@@ -1,4 +1,4 @@
-"""What ranks compare of an objective: data of the table, code and parameters of a callable of the caller's own."""
+"""What ranks compare of an objective: data of the table, code of a callable of the caller's own."""
 
 import os
 import subprocess
@@ -19,7 +19,22 @@ def scaled(stats: fastcl.RowStats, by: float = 2.0, *, kind: str = "a") -> Tenso
     return stats.lse_other * by if kind in {"a", "b", "c", "d"} else stats.lse_other
 
 
-def enclosing(weight: float | Tensor | tuple[float, ...]) -> Callable[[fastcl.RowStats], Tensor]:
+def added(stats: fastcl.RowStats) -> Tensor:
+    return torch.add(stats.lse_other, 1)
+
+
+def subtracted(stats: fastcl.RowStats) -> Tensor:
+    return torch.sub(stats.lse_other, 1)
+
+
+subtracted.__qualname__ = "added"
+
+
+class Own(fastcl.Objective):
+    pass
+
+
+def enclosing(weight: object) -> Callable[[fastcl.RowStats], Tensor]:
     def objective(stats: fastcl.RowStats) -> Tensor:
         return stats.lse_other * weight
 
@@ -71,18 +86,36 @@ A, B = fastcl.Objective(("other",), ("view",)), fastcl.Objective(("other",), ("p
 PAIRS: dict[str, tuple[Callable, object, object, object]] = {
     "table": (lambda name: fastcl.OBJECTIVES.get(name, A), "nscl", "the same data", "dcl"),
     "data": (lambda inside: fastcl.Objective(("view", "other"), ("peer",), inside), True, True, False),
-    "enclosed number": (enclosing, 0.1, 0.1, 0.2),
-    "enclosed tensor": (enclosing, torch.tensor(0.1), torch.tensor(0.1), torch.tensor(0.2)),
-    "enclosed numbers": (enclosing, (0.1, 0.2), (0.1, 0.2), (0.2, 0.1)),
-    "margin": (partial(fastcl.with_margin, "ntxent"), 0.1, 0.1, 0.2),
+    "margin": (partial(fastcl.with_margin, "ntxent"), 1, 1.0, 0.2),
+    "margin that learns": (partial(fastcl.with_margin, "ntxent"), torch.tensor(0.5), 0.5, torch.tensor(0.25)),
     "margin's objective": (partial(fastcl.with_margin, margin=0.1), "nscl", A, B),
-    "partial": (lambda by: partial(scaled, by=by), 3.0, 3.0, 2.0),
+    "partial": (lambda power: partial(named_alike(power)), 1, 1, 2),
+    "name": (lambda other: enclosing(1.0) if other else scaled, False, False, True),
+    "subclass": (lambda inside: Own(("view", "other"), ("peer",), inside), True, True, False),
+    "another class": (lambda kind: kind(("view", "other"), ("peer",), True), Own, Own, fastcl.Objective),
+    "names in the code": (lambda minus: subtracted if minus else added, False, False, True),
     "code": (named_alike, 1, 1, 2),
-    "dataclass": (Weighted, 1.0, 1.0, 2.0),
-    "method": (lambda weight: Weighted(weight).method, 1.0, 1.0, 2.0),
+    "method": (lambda other: Weighted(1.0).method if other else Weighted(1.0), False, False, True),
     "module": (lambda other: other_forward()() if other else Module(), False, False, True),
-    "rows of a rank": (enclosing, torch.ones(3), torch.zeros(4), torch.tensor(0.0)),
 }
+
+
+def unset() -> Callable[[fastcl.RowStats], Tensor]:
+    """An objective that encloses a name without a value."""
+
+    def objective(stats: fastcl.RowStats) -> Tensor:
+        return stats.lse_other * later
+
+    if objective is None:
+        later = 1.0
+    return objective
+
+
+def test_what_may_be_a_ranks_own_is_not_looked_into() -> None:
+    own = (0, 1, 1.0, torch.ones(3), torch.tensor(1.0), object(), {1: 2})
+    assert len({described(enclosing(value)) for value in own}) == 1
+    assert len({described(partial(scaled, by=value)) for value in own}) == 1
+    assert described(Weighted(1.0)) == described(Weighted(2.0)) and described(unset()) == described(unset())
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -93,13 +126,15 @@ def test_equal_words_stand_for_equal_objectives(name: str) -> None:
 
 def test_words_name_the_objective_and_what_it_encloses() -> None:
     assert described(fastcl.OBJECTIVES["supcon"]) == "supcon"
-    assert described(fastcl.with_margin("ntxent", 0.25)).startswith("with_margin.<locals>.losses(margin=0.25), digest ")
+    assert described(fastcl.with_margin("ntxent", 0.25)).startswith(
+        "with_margin.<locals>.losses(form=ntxent, margin=0.25), code "
+    )
 
 
 def test_words_are_those_of_any_process() -> None:
     """Sets have another order there, and running a function changes how it is held."""
     assert scaled(fastcl.RowStats(*[torch.ones(2)] * 9)).tolist() == [2, 2]
-    code = "import test_sameness as t; print(t.described(t.partial(t.scaled, by=3.0)))"
+    code = "import test_sameness as t; print(t.described(t.scaled))"
     changed = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=changed, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == described(partial(scaled, by=3.0))
+    assert found.stdout.strip() == described(scaled)

@@ -50,3 +50,26 @@ def test_two_blocks_share_programs(learnable: bool) -> None:
     for k, (got, want) in enumerate(zip(*found, strict=True)):
         error = torch.linalg.vector_norm(got.double() - want.double()) / torch.linalg.vector_norm(want.double())
         assert error <= (TOLERANCE["fp32"].gradient if k else TOLERANCE["fp32"].loss)
+
+
+@pytest.mark.parametrize("online", (False, True))
+@pytest.mark.parametrize("name", ("ntxent", "nscl", "supcon", "supcon_in"))
+def test_weights_of_a_mean_from_the_forward_pass(name: str, online: bool) -> None:
+    """Three blocks that converged to different degrees, in classes of different sizes: each block has weights on a
+    scale of its own until the last program brings all to one, and a wrong one shows in the gradient."""
+    rows, sample = normal(300, 16).float(), torch.arange(300, device=DEVICE) // 2
+    rows[:150] = 0.02 * rows[:150] + torch.eye(15, 16).repeat(10, 1)
+    labels = torch.where(sample < 50, sample % 15, 15 + sample % 7)
+    if online:  # logits beyond what exponentials without a maximum can hold
+        rows = rows / rows.norm(dim=1, keepdim=True)
+    found = []
+    for backend, precision in (("triton", "fp32"), ("dense", None)):
+        x = leaf(rows if precision else rows.double())
+        options = {"temperature": 0.01 if online else 0.1, "normalize": not online, "precision": precision}
+        with launches() as ran, fastcl.backend(backend):
+            loss = fastcl.contrastive_loss(x, sample, labels, name, **options)
+            found.append(torch.autograd.grad(-1e3 * loss, x)[0].double())
+        if precision:
+            assert not ran.of("weights_kernel") and bool(ran.of("backward_online_kernel")) == online
+    error = torch.linalg.vector_norm(found[0] - found[1]) / torch.linalg.vector_norm(found[1])
+    assert error <= TOLERANCE["fp32"].gradient

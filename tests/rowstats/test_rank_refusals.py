@@ -23,7 +23,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "labels": ({"labels": None}, ("labels", "no labels on rank 1")),
     "objective": ({"objective": "supcon_in"}, ("objective", "dcl on rank 0", "supcon_in on rank 1")),
     "own objective": ({"objective": lambda stats: stats.lse_other}, ("objective", "dcl on rank 0", "lambda")),
-    "margin": ({"margin": 0.2}, ("objective", "margin=0.1), digest", "on rank 0", "margin=0.2), digest", "on rank 1")),
+    "margin": ({"margin": 0.2}, ("objective", "margin=0.1), code", "on rank 0", "margin=0.2), code", "on rank 1")),
     "reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
     "normalize": ({"normalize": False}, ("normalize", "True on rank 0", "False on rank 1")),
     "gradients": ({"z": normal(6, 4).requires_grad_()}, ("gradients", "rank 1")),
@@ -148,8 +148,8 @@ def test_a_rank_that_never_comes_is_an_error_of_the_others(ranks: Pool, backward
     first, second, absent = ranks.outcomes(missing, backward)
     assert absent is None
     for rank, error in enumerate((first, second)):
-        said = f"rank {rank} of 3 waited in vain for rank 2 of its process group; does every rank"
-        assert "FastclError" in error.trace and said in error.text
+        said = f"rank {rank} of 3 waited in vain for the other ranks of its process group, of which rank 2 did not come"
+        assert "FastclError" in error.trace and f"{said} within a second of it; does every rank" in error.text
 
 
 def test_without_a_process_group() -> None:
