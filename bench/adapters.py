@@ -1,6 +1,6 @@
 """Losses of other libraries beside the same losses patched by fastcl, on a CPU: where `fastcl.patch` starts to pay.
 
-The last table is what `FEWEST` of fastcl/adapters/limits.py should be: by kind of loss, the number of rows from
+The last table is what `FEWEST` of fastcl/adapters/payoff.py should be: by kind of loss, the number of rows from
 which fastcl was never slower, forward and backward pass together.
 """
 
@@ -23,7 +23,7 @@ import fastcl
 from bench.harness.clocks import MIN_ROUNDS, QUICK, Sample, time_passes
 from bench.harness.command import Command
 from bench.harness.records import Record, digits, grouped, machine, milliseconds, table, write
-from fastcl.adapters import limits
+from fastcl.adapters import payoff
 from fastcl.adapters.targets import DISTRIBUTIONS
 from fastcl.errors import FastclError
 
@@ -76,7 +76,7 @@ def measured(kind: str, rows: int, width: int, repeats: int, seconds: float) -> 
     call = partial(make(width), leaf, b)
     found: dict[str, list[Sample]] = {"original": [], "fastcl": []}
     began = perf_counter()
-    with mock.patch.object(limits, "FEWEST", dict.fromkeys(limits.FEWEST, 0)):
+    with mock.patch.object(payoff, "FEWEST", dict.fromkeys(payoff.FEWEST, 0)):
         for k in range(repeats):
             if k >= MIN_ROUNDS and perf_counter() - began > seconds * len(found):
                 break

@@ -23,6 +23,7 @@ from fastcl.rowstats.triton.working_order import COUNTED, known_order, orders
 _NTXENT, _SUPCON = 0b001_111, 0b011_111  # Objective.code of two rows of the table
 _ROWS = 8192  # more than few: masked tiles have launches of their own
 _ROWS_WIDE = 16384  # more than one square block of pairs
+_MANY = 32768  # the weights of the backward pass do not come from the forward pass
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def _cases(sm: int) -> Iterator[_Case]:
     yield _Case("ntxent fp16 d=128, arbitrary ids", 128, ids=True)
     yield _Case("queue fp16 d=128, arbitrary ids", 128, pair="queue", ids=True)
     yield _Case("supcon fp16 d=128, sorted labels", 128, "peers", n=2 * COUNTED)
+    yield _Case("ntxent fp32 d=128, many rows", 128, "all", "fp32", n=_MANY)
+    yield _Case("supcon fp16 d=128, many rows", 128, "peers", n=_MANY)
     for d in (64, 128):
         yield _Case(f"ntxent fp16 d={d}, few rows", d, n=1024)
         yield _Case(f"ntxent fp32 d={d}, few rows", d, "all", "fp32", n=1024)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
-from fastcl.adapters.limits import pays
+from fastcl.adapters.payoff import pays
 from fastcl.adapters.shared import class_ids, supcon_rows, tell_once
 from fastcl.rowstats.api import RowStats, row_stats, scaled
 
@@ -38,7 +38,7 @@ class _OnRowStats:
 
     temperature: float
     distance: Any
-    kind: str  # as in `limits.FEWEST`
+    kind: str  # as in `payoff.FEWEST`
 
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor | None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcl.adapters import info_nce, lightly, open_clip, solo_learn, stable_pretraining, vissl
-from fastcl.adapters.limits import worthwhile
+from fastcl.adapters.payoff import worthwhile
 from fastcl.adapters.shared import world_size
 from fastcl.losses.queue import queue_loss
 from fastcl.rowstats.api import normalize_rows

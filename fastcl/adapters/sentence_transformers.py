@@ -15,7 +15,7 @@ from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor
 
 from fastcl.adapters.in_batch import in_batch_loss
-from fastcl.adapters.limits import pays
+from fastcl.adapters.payoff import pays
 from fastcl.adapters.shared import tell_once, world_size
 
 # The symmetric losses of the library are this; to subclass them would tell of their deprecation on import.

@@ -10,7 +10,7 @@ from reference import normal
 from torch import Tensor, nn
 
 from fastcl import FastclError
-from fastcl.adapters import limits, shared
+from fastcl.adapters import payoff, shared
 from fastcl.adapters.in_batch import in_batch_loss
 
 B, D, SCALE = 5, 6, 7.0
@@ -111,7 +111,7 @@ def test_few_rows_with_several_directions_are_left_to_the_original(modules, monk
     monkeypatch.setattr(modules[0], "in_batch_loss", lambda *_: seen.append(limit) or torch.zeros(()))
     loss = modules[0].MultipleNegativesRankingLoss(Rows(), directions=DIRECTIONS[-1])
     for limit in (B + 1, B):
-        monkeypatch.setitem(limits.FEWEST, "several directions", limit)
+        monkeypatch.setitem(payoff.FEWEST, "several directions", limit)
         loss.compute_loss_from_embeddings(rows, None)
     assert seen == [B]
 

@@ -12,7 +12,7 @@ pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning i
 
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 
-from fastcl.adapters import limits, metric_learning, shared
+from fastcl.adapters import metric_learning, payoff, shared
 
 LABELS = torch.tensor([0, -1, 0, 2, -1, 0, 5, 2, 7])
 NAMES = ("NTXentLoss", "SupConLoss")
@@ -20,7 +20,7 @@ each_loss = pytest.mark.parametrize("name", NAMES)
 
 
 def test_few_rows_are_left_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(limits.FEWEST, "peers", 5)  # of two views: 9 embeddings
+    monkeypatch.setitem(payoff.FEWEST, "peers", 5)  # of two views: 9 embeddings
     computed: list[int] = []
     original = metric_learning.computed
     monkeypatch.setattr(metric_learning, "computed", lambda *a: computed.append(len(a[2])) or original(*a))

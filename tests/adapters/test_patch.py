@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastcl
 from fastcl import FastclError
-from fastcl.adapters import limits, patching, replacements, targets
+from fastcl.adapters import patching, payoff, replacements, targets
 from fastcl.adapters.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,7 +193,7 @@ def test_the_original_answers_what_fastcl_refuses_or_is_slower_at(monkeypatch: p
                 return found[0] * 2, found[1] * 2
 
         assert Sharper()(a, b, 3.0).item() == pytest.approx(clip(a, b, 6.0).item())
-        monkeypatch.setattr(limits, "FEWEST", dict.fromkeys(limits.FEWEST, B))
+        monkeypatch.setattr(payoff, "FEWEST", dict.fromkeys(payoff.FEWEST, B))
         rows: list[int] = []
         monkeypatch.setattr("fastcl.adapters.lightly.ntxent_loss", lambda x, *_, **__: rows.append(len(x)) or x.sum())
         for fewer in (0, 1):

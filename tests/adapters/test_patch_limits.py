@@ -11,7 +11,7 @@ from reference import normal
 from torch import Tensor
 
 import fastcl
-from fastcl.adapters import limits, solo_learn
+from fastcl.adapters import payoff, solo_learn
 
 
 def both(library: str, call: Callable[[], Any]) -> tuple[Any, Any]:
@@ -90,10 +90,10 @@ def test_what_was_not_measured_is_the_originals_on_a_cpu(monkeypatch: pytest.Mon
     with fastcl.patch("solo"):
         with pytest.raises(AssertionError, match="fastcl computed"):
             loss(*views(), queue)  # the limits are 0 here
-        monkeypatch.setitem(limits.FEWEST, "not measured", 2**62)
+        monkeypatch.setitem(payoff.FEWEST, "not measured", 2**62)
         assert loss(*views(), queue).isfinite()
         meta = normal(B, D).to("meta")
-        assert limits.worthwhile("not measured", meta)
+        assert payoff.worthwhile("not measured", meta)
 
 
 @pytest.mark.parametrize("place", ("info_nce:info_nce", "solo.losses.nnclr:nnclr_loss_func"))

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fastcl
-from fastcl.adapters import info_nce, lightly, limits, open_clip, solo_learn, stable_pretraining, supcontrast
+from fastcl.adapters import info_nce, lightly, open_clip, payoff, solo_learn, stable_pretraining, supcontrast
 from fastcl.adapters.in_batch import in_batch_loss
 
 B, D, T = 6, 8, 0.5
@@ -72,7 +72,7 @@ def own_loss_of_lightly(patch: pytest.MonkeyPatch, gathers: bool = False) -> Los
     """On fastcl for any number of rows, inside fastcl.patch."""
     pytest.importorskip("lightly")
     without_their_init(patch)
-    patch.setattr(limits, "FEWEST", dict.fromkeys(limits.FEWEST, 0))
+    patch.setattr(payoff, "FEWEST", dict.fromkeys(payoff.FEWEST, 0))
     kind = importlib.import_module("lightly.loss.ntx_ent_loss").NTXentLoss
     return kind(T, gather_distributed=gathers)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import adapters
-from fastcl.adapters import limits
+from fastcl.adapters import payoff
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,5 +35,5 @@ def test_the_fewest_rows_are_those_from_which_all_sizes_pay() -> None:
 
 def test_the_limits_of_the_patches_are_those_of_the_record() -> None:
     records = json.loads((Path(adapters.__file__).parent / "results/cpu/adapters.json").read_text())
-    measured = {kind: limit for kind, limit in limits.FEWEST.items() if kind in adapters.CASES}
+    measured = {kind: limit for kind, limit in payoff.FEWEST.items() if kind in adapters.CASES}
     assert {kind: adapters.fewest(records, kind) for kind in adapters.CASES} == measured
