@@ -9,8 +9,8 @@ from fastcl.adapters.shared import world_size
 
 # By kind of loss, in rows of one set or view. From there on one loss of the kind was never slower, by the medians:
 # bench/results/cpu/adapters.md, 128 columns. With fewer than 16 rows nothing was measured.
-FEWEST = {"two views": 64, "one direction": 1024, "two directions": 128, "classes": 64, "peers": 256, "queue": 256,
-          "all pairs": 2048, "in batch": 2048, "several directions": 512, "not measured": 2**62}  # fmt: skip
+FEWEST = {"two views": 16, "one direction": 256, "two directions": 64, "classes": 32, "peers": 256, "queue": 16,
+          "all pairs": 128, "in batch": 16, "several directions": 512, "not measured": 2**62}  # fmt: skip
 
 
 def worthwhile(kind: str, rows: Tensor) -> bool:
