@@ -8,7 +8,8 @@ from torch import Tensor
 from fastcl.adapters.shared import world_size
 
 # By kind of loss, in rows of one set or view. From there on one loss of the kind was never slower, by the medians:
-# bench/results/cpu/adapters.md, 128 columns. With fewer than 16 rows nothing was measured.
+# bench/results/cpu/adapters.md, 128 columns. With fewer than 16 rows nothing was measured; "several directions" was
+# tried by hand and is not in the record.
 FEWEST = {"two views": 16, "one direction": 256, "two directions": 64, "classes": 32, "peers": 256, "queue": 16,
           "all pairs": 128, "in batch": 16, "several directions": 512, "not measured": 2**62}  # fmt: skip
 

@@ -53,21 +53,27 @@ def test_statistics_one_way(field: str, tiled: list[int], monkeypatch: pytest.Mo
     assert not tiled
 
 
-@pytest.mark.parametrize("both_ways", (True, False))
+@pytest.mark.parametrize("way", ("both ways", "by ids", "in order, and further candidates"))
 @pytest.mark.parametrize("normalize", (True, False))
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_a_tower_that_is_frozen(both_ways: bool, normalize: bool, reduction: str, tiled: list[int]) -> None:
+def test_a_tower_that_is_frozen(way: str, normalize: bool, reduction: str, tiled: list[int]) -> None:
     """Whatever gets no gradient, the gradients of the rest are the same."""
-    ids = torch.arange(7)
+    ids, candidates = (torch.arange(7),) * 2, 7
+    if way.startswith("in order"):
+        ids, candidates = None, 12
 
     def gradients(trained: str) -> dict[str, torch.Tensor]:
-        given = {"x": normal(7, 5), "y": normal(7, 5, seed=1), "t": torch.tensor(0.3, dtype=torch.float64)}
+        given = {
+            "x": normal(7, 5),
+            "y": normal(candidates, 5, seed=1),
+            "t": torch.tensor(0.3, dtype=torch.float64),
+        }
         leaves = [given[name].requires_grad_() for name in trained]
         x, y, t = given.values()
-        if both_ways:
+        if way == "both ways":
             loss = fastcl.clip_loss(x, y, 1 / t, normalize, reduction=reduction)
         else:
-            loss = fastcl.contrastive_loss((x, y), (ids, ids), None, "ntxent", t, reduction, normalize)
+            loss = fastcl.contrastive_loss((x, y), ids, None, "ntxent", t, reduction, normalize)
         weights = torch.linspace(0.5, 1, loss.numel(), dtype=torch.float64).view(loss.shape)
         return dict(zip(trained, torch.autograd.grad((loss * weights).sum(), leaves), strict=True))
 

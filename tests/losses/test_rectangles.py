@@ -53,25 +53,6 @@ def test_statistics(field: str, tiled: list[int], monkeypatch: pytest.MonkeyPatc
     assert not tiled
 
 
-@pytest.mark.parametrize("normalize", (True, False))
-@pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_a_side_that_is_frozen(normalize: bool, reduction: str, tiled: list[int]) -> None:
-    """Whatever gets no gradient, the gradients of the rest are the same."""
-
-    def gradients(trained: str) -> dict[str, Tensor]:
-        given = {"x": normal(7, 5), "y": normal(12, 5, seed=1), "t": torch.tensor(0.3, dtype=torch.float64)}
-        leaves = [given[name].requires_grad_() for name in trained]
-        loss = fastcl.contrastive_loss((given["x"], given["y"]), None, None, "ntxent", given["t"], reduction, normalize)
-        weights = torch.linspace(0.5, 1, loss.numel(), dtype=torch.float64).view(loss.shape)
-        return dict(zip(trained, torch.autograd.grad((loss * weights).sum(), leaves), strict=True))
-
-    want = gradients("xyt")
-    for trained in ("x", "y", "t", "xt", "yt", "xy"):
-        for name, got in gradients(trained).items():
-            torch.testing.assert_close(got, want[name], rtol=1e-13, atol=1e-15)
-    assert not tiled
-
-
 def test_the_border_of_the_small_matrix(tiled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the number of entries that decides, not that of anchors."""
     monkeypatch.setattr(chunked, "WHOLE", 6 * 20)
