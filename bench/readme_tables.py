@@ -164,6 +164,11 @@ def micro_step(records: Sequence[Record]) -> str:
     return training_report.memory_table(having(records, section="memory"))
 
 
+def training_speed(records: Sequence[Record]) -> str:
+    """Images/s of whole steps beside other loops."""
+    return training_report.speed_tables(having(records, section="speed"))
+
+
 def training_runs(records: Sequence[Record]) -> str:
     """Alignment and accuracy at the end of the runs, and the effect of the networks' precision."""
     head, rows = ("run", "model", "CKA with dcl", "debiased CKA", "RSA", "nearest centre", "ridge probe"), []
@@ -204,7 +209,7 @@ def gpu(results: Path) -> str:
     if (folder / "losses" / "losses.svg").is_file():
         text.append("![NT-Xent on the GPU: time and memory](../bench/results/gpu/losses/losses.svg)")
     tables = {"losses": (losses,), "similarity": (similarity, libraries), "data": (views,),
-              "training": (training_steps, training_runs)}  # fmt: skip
+              "training": (training_steps, training_speed, training_runs)}  # fmt: skip
     text += [make(found[name]) for name, makes in tables.items() if found[name] for make in makes]
     return "\n\n".join(part.strip() for part in text)
 
@@ -236,6 +241,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "twins": _of_cpu(pairs_of_twins, "stream/similarity.json"),
     "views": _of_cpu(views, "data.json"),
     "micro-step": _of_cpu(micro_step, "training/training.json"),
+    "training-speed": _of_cpu(training_speed, "training/training.json"),
     "lost-ranks": _of_cpu(lost_table, "lost_ranks.json"),
     "gpu": gpu,
     "host": _of_cpu(host.report, "host.json"),

@@ -16,7 +16,7 @@ BATCH, PRECISIONS = 1024, ("fp32", "bf16")  # of the target
 
 def markdown(records: Sequence[Record], facts: Record, source: str, args: argparse.Namespace) -> str:
     """The report on everything measured so far."""
-    small = ", made small" if "cuda" not in facts["versions"] else ""
+    small = ", made small unless said otherwise" if "cuda" not in facts["versions"] else ""
     text = (
         f"# Training\n\n{md.conditions(facts, args)}\n- Images: {source}. ResNet-18 with the CIFAR stem{small}; LARS.\n"
     )
@@ -86,12 +86,19 @@ Whole steps, with the wait for their batches. Every loop takes the same network,
 views are of one recipe, rendered by fastcl from its plan and by torchvision's transforms in a DataLoader otherwise.
 Images of a step count once for each network that it trains. The loops take turns.
 """
-    for (batch, precision), rows in grouped(records, "batch", "precision").items():
+    return text + "\n" + speed_tables(records)
+
+
+def speed_tables(records: Sequence[Record]) -> str:
+    """A table with a row for each loop for each case of the section "speed"."""
+    head = ("loop", "networks", "ms a step", "images/s", "images/s, all networks", f"of the {PUBLISHED}",
+            "peak GiB")  # fmt: skip
+    tables = []
+    for (network, batch, precision), rows in grouped(records, "network", "batch", "precision").items():
         published = next(map(_rate, having(rows, provider=PUBLISHED, reason=None)), None)
-        head = ("loop", "networks", "ms a step", "images/s", "images/s, all networks", f"of the {PUBLISHED}",
-                "peak GiB")  # fmt: skip
-        text += f"\nB = {batch:,}, {precision}:\n\n{table(head, (_speed_row(r, published) for r in rows), left=1)}"
-    return text
+        body = table(head, (_speed_row(r, published) for r in rows), left=1)
+        tables.append(f"{network}, B = {batch:,}, {precision}:\n\n{body}")
+    return "\n".join(tables)
 
 
 def _rate(r: Record) -> float:

@@ -34,7 +34,12 @@ CASES = {
     "cpu": ((64, "fp32"), (64, "bf16")),
     "tiny": ((64, "fp32"), (64, "bf16")),
 }
-SPEED_CASES = {"cuda": ((1024, "bf16"), (1024, "fp32")), "cpu": ((64, "fp32"),), "tiny": ((16, "fp32"),)}
+# Batch and precision, and whether the network and its images are small: then views take most of a step.
+SPEED_CASES = {
+    "cuda": ((1024, "bf16", False), (1024, "fp32", False)),
+    "cpu": ((64, "fp32", False), (64, "fp32", True)),
+    "tiny": ((16, "fp32", True),),
+}
 FOUR_UP_TO = 4096  # largest batch on which all four models train
 # Samples of the step whose memory is measured, side of the images, and options of the ResNet.
 MEMORY_CASE = {
@@ -77,14 +82,22 @@ class Training(Run):
     source: str = "digits"
 
 
-def config(run: Training, models: tuple[str, ...], batch: int, epochs: int, **train: Any) -> Config:
-    """The config of a training run by the recipe of arXiv 2510.08852, with ResNet-18; `train`: other settings."""
+def config(
+    run: Training, models: tuple[str, ...], batch: int, epochs: int, small: bool | None = None, **train: Any
+) -> Config:
+    """The config of a training run by the recipe of arXiv 2510.08852, with ResNet-18.
+
+    Args:
+        small: network and images are; None: unless on a GPU.
+        train: other settings.
+    """
     cuda, tiny = run.kind == "cuda", run.kind == "tiny"
-    small = {"options": SMALL, "hidden": 32, "projection": 16}
+    small = not cuda if small is None else small
+    model = {"options": SMALL, "hidden": 32, "projection": 16} if small else {"options": {}, "projection": 128}
     return parse_config({
         "data": {"source": run.source, **({} if cuda else {"classes": 2 if tiny else 4})},
-        "views": {"preset": "cifar" if run.source.startswith("cifar") else "characters", "size": 32 if cuda else 12},
-        "model": {"name": "resnet18", **({"options": {}, "projection": 128} if cuda else small)},
+        "views": {"preset": "cifar" if run.source.startswith("cifar") else "characters", "size": 12 if small else 32},
+        "model": {"name": "resnet18", **model},
         "optim": {"name": "lars", "lr": 0.3 * batch / 256, "warmup_epochs": min(10.0, epochs / 10)},
         "train": {"models": list(models), "controls": [], "temperature": 0.1, "batch_size": batch, "epochs": epochs,
                   "eval_every": max(1, epochs // 10), "checkpoint_every": epochs, "device": run.device.type, **train},
@@ -102,12 +115,12 @@ def steps(run: Training, scratch: Path) -> Iterator[Part]:
 
 def speeds(run: Training, scratch: Path) -> Iterator[Part]:
     """The section "speed"."""
-    for batch, precision in SPEED_CASES[run.kind]:
+    for batch, precision, small in SPEED_CASES[run.kind]:
 
-        def asked(networks: int, batch: int = batch, precision: str = precision) -> Config:
-            return config(run, MODELS[:networks], batch, 1, precision=precision)
+        def asked(networks: int, batch: int = batch, precision: str = precision, small: bool = small) -> Config:
+            return config(run, MODELS[:networks], batch, 1, small, precision=precision)
 
-        yield speed.Speed(run, speed.Case(batch, precision, asked, scratch)).measure
+        yield speed.Speed(run, speed.Case(batch, precision, small, asked, scratch)).measure
 
 
 def memories(run: Training, scratch: Path) -> Iterator[Part]:

@@ -45,17 +45,28 @@ STEPS = {"cuda": 4, "cpu": 1}  # in one sample; on a GPU the host may run ahead 
 class Case:
     """Attributes:
     batch, precision: of the steps.
+    small: whether the network and its images are.
     configs: the config of a run of so many networks.
     scratch: folder for the runs, which never finish.
     """
 
     batch: int
     precision: str
+    small: bool
     configs: Callable[[int], Config]
     scratch: Path
 
     def __str__(self) -> str:
-        return f"speed, B = {self.batch:,}, {self.precision}"
+        return f"speed, {self.network}, B = {self.batch:,}, {self.precision}"
+
+    @property
+    def network(self) -> str:
+        """What is trained, in words."""
+        return "small ResNet, 12 x 12" if self.small else "ResNet-18, 32 x 32"
+
+    def folder(self, name: str) -> Path:
+        """Where a run of this case would be kept."""
+        return self.scratch / f"speed-{self.precision}-{'small' if self.small else 'whole'}-{name}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Loop(Provider):
 
 
 def _lockstep(networks: int, case: Case, device: torch.device) -> Iterator[None]:
-    run = Lockstep(case.configs(networks), case.scratch / f"speed-{case.precision}-{networks}")
+    run = Lockstep(case.configs(networks), case.folder(str(networks)))
     held = []
     with closing(endless(run)) as batches:
         for k, batch in enumerate(batches):
@@ -92,7 +103,7 @@ class _Labelled(Samples):
 def _opened(case: Case, name: str, device: torch.device) -> tuple[Twin, Iterator[Any], int]:
     """One network with its optimiser, batches for ever, and the number of classes."""
     config = case.configs(1)
-    run = Lockstep(config, case.scratch / f"speed-{case.precision}-{name}")  # for its data and its number of workers
+    run = Lockstep(config, case.folder(name))  # for its data and its number of workers
     (twin,) = make_twins(config, run.data.channels, len(run.data.classes), device)
     twin.network.to(memory_format=torch.contiguous_format)  # as both leave it
     workers = run.loader.workers
@@ -200,7 +211,7 @@ class Speed(Comparison):
     def fields(self, entry: Entry, samples: Sequence[Sample]) -> Record:
         """The case, and the number of networks."""
         case: Case = self.case
-        return {"section": SECTION, "batch": case.batch, "precision": case.precision,
+        return {"section": SECTION, "network": case.network, "batch": case.batch, "precision": case.precision,
                 "networks": entry.provider.networks}  # fmt: skip
 
     def measure(self) -> None:
