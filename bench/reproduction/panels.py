@@ -90,6 +90,6 @@ def _fill(ax: Axes, column: Column, lines: Sequence[Line]) -> None:
         elif any(len(line.points[x]) > 1 for x in at):
             ax.fill_between(where, low, high, color=line.colour, alpha=0.18, linewidth=0)
     if column.spaced:
-        ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+        ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs], fontsize=None if len(xs) < 9 else "x-small")
         ax.set_xlim(-0.3, len(xs) - 0.7)
     ax.grid(True)

@@ -113,7 +113,10 @@ def draw(records: Sequence[Record], folder: Path) -> None:
         for label, colour in (("the papers' bounds", _PAPERS), ("sharper forms that fastcl adds", _OURS)):
             ax.plot([], [], color=colour, linewidth=7, alpha=0.6, label=label)
         figure.legend(loc="outside upper right", ncols=2)
-        ax.set_xlabel("bound / measured: 1 is tight, below 1 it fails. Dot: least; bars: 5 to 95 % and quartiles")
+        ax.set_xlabel(
+            "bound / measured: 1 is tight, below 1 it fails. Dot: least; bars: 5 to 95 % and quartiles\n"
+            "(logarithmic up to 10; beyond, the exponent of 10 is on a logarithmic scale)"
+        )
         ax.grid(True, axis="x")
 
 
