@@ -84,9 +84,10 @@ def check_rectangle(*tensors: object) -> None:
     names = ("z", "z", "sample", "sample", "labels", "labels")
     for k, (tensor, name) in enumerate(zip(tensors, names, strict=False)):
         if len(tensors) not in (4, 6) or not isinstance(tensor, Tensor):
+            unless = " or, without labels, None" if name == "sample" else ""
             raise FastclError(
-                f"{name} must be a pair of tensors, for anchors and for candidates, because z is a pair; got "
-                f"{type_of(tensor)} at position {k % 2}"
+                f"{name} must be a pair of tensors{unless}, for anchors and for candidates, because z is a tuple; got "
+                f"{type_of(tensor)} for the {('anchors', 'candidates')[k % 2]}"
             )
 
 

@@ -195,7 +195,7 @@ def test_rectangle_on_triton() -> None:
 def test_what_should_be_a_pair() -> None:
     z, ids = torch.ones(3, 4), torch.arange(3)
     for arguments, message in (
-        (((z, z), ids), "sample must be a pair of tensors"),
+        (((z, z), ids), "sample must be a pair of tensors or, without"),
         (((z, z, z), (ids, ids)), "z must be a pair of tensors"),
         (((z, z), (ids, ids), ids, "nscl"), "labels must be a pair of tensors"),
         (((z, z), (ids, ids), None, "nscl"), "labels are required by objective 'nscl'"),

@@ -103,7 +103,7 @@ def test_what_does_not_fit() -> None:
     for arguments, message in (
         (((x, y), None), "without sample, z must have a candidate for each anchor, got 3 anchors and 2 candidates"),
         (((x, x[:, :2]), None), r"x and y must have the same width, dtype and device, got \(3, 4\)"),
-        (((x, x), None, (x[:, 0].long(),) * 2), "sample must be a pair of tensors"),
+        (((x, x), None, (x[:, 0].long(),) * 2), "sample must be a pair of tensors or, without labels, None"),
         (((x, x), None, None, "nscl"), "labels are required by objective 'nscl'"),
         ((x, None), "sample is required|sample must be"),
     ):
