@@ -13,6 +13,7 @@ from fastcl.choices import PRECISIONS
 from fastcl.errors import FastclError, brief, one_of, type_of
 
 _SMALLEST = 1e-30  # lower bound of temperatures and scales: inverses stay in float32's range, with room for the logits
+_is_transformed = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -102,7 +103,7 @@ def is_inside(x: Tensor, transform: str) -> bool:
 def check_transforms(chosen: str, *tensors: Tensor | None) -> None:
     """Raise FastclError for transforms that the operators lack: forward mode, which PyTorch would silently treat as
     zero, and torch.func.grad."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (forward_ad._current_level < 0 and not _is_transformed()):
         return
     given = [v for v in tensors if v is not None]
     instead = "use `with fastcl.backend('dense')`"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -154,7 +155,7 @@ def choose(*rows: Tensor, widest: int | None = MAX_WIDTH) -> UsedBackend:
     wanted = _wanted()
     if wanted in ("chunked", "dense"):
         return ran_on(wanted)
-    on_gpu = rows[0].device.type == "cuda"
+    on_gpu = rows[0].is_cuda
     obstacle = _obstacle(rows, widest) if on_gpu or wanted == "triton" else None
     if wanted == "triton" and obstacle:
         raise FastclError(f"the triton backend {obstacle}, got {', '.join(map(describe, rows))}")
@@ -213,18 +214,19 @@ def _obstacle(rows: tuple[Tensor, ...], widest: int | None) -> str | None:
     """Reason why the Triton backend does not support these rows, or None."""
     if not _has_triton():
         return "needs Triton, which is not installed (on Linux: pip install triton)"
-    if any(x.dtype == torch.float64 for x in rows):
-        return "does not support float64"
-    if widest is not None and any(x.shape[1] > widest for x in rows):
-        return f"supports at most {widest} columns"
-    if rows[0].device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    for x in rows:
+        if x.dtype == torch.float64:
+            return "does not support float64"
+        if widest is not None and x.shape[1] > widest:
+            return f"supports at most {widest} columns"
+    if not rows[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "needs CUDA tensors (to run it on a CPU, slowly, set TRITON_INTERPRET=1 before Python starts)"
     return None
 
 
 @constant_while_compiling
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return sys.modules.get("triton") is not None or find_spec("triton") is not None
 
 
 @constant_while_compiling

@@ -67,7 +67,7 @@ def not_replayed() -> Iterator[None]:
     """Within the block, host code runs anew for every call, below PyTorch's dispatcher."""
     from fastcl.rowstats.triton import replay
 
-    with mock.patch.object(replay, "MOST_ROWS", 0), mock.patch.object(registration, "is_plain", lambda _: False):
+    with mock.patch.object(replay, "MOST_ROWS", 0), mock.patch.object(registration, "is_plain", lambda *_: False):
         yield
 
 

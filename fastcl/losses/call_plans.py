@@ -107,6 +107,8 @@ class CallPlan(NamedTuple):
         _, _, losses, _, _, losses_y = fused(batch, temperature, *options)
         if self.kind.columns and self.reduction == "none":
             losses = (losses + losses_y) / 2
+        if losses.ndim == 0:
+            return [losses]
         if len(losses) == 1:
             return [losses.squeeze(0)]  # a view, which needs no kernel, forward or backward
         return losses.unbind() if self.reduction == "none" else [loss.clone() for loss in losses.unbind()]

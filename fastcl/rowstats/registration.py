@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial, wraps
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +17,16 @@ _is_batched, _is_batched_by_autograd = _torch._functorch.is_batchedtensor, _torc
 _is_transformed, _dispatch_modes = _torch._are_functorch_transforms_active, _torch._len_torch_dispatch_stack
 _is_profiled, _is_traced = _torch._autograd._profiler_enabled, _torch._get_tracing_state
 
-_CLASSES = (Tensor, Parameter)
+_CLASSES = frozenset((Tensor, Parameter, type(None)))
 # Tensors whose memory does not hold what they say: PyTorch's dispatcher sees to them before a kernel does.
 _ELSEWHERE = [getattr(_torch.DispatchKey, name) for name in ("Conjugate", "Negative", "ZeroTensor", "Functionalize")]
+_dispatch_keys = _torch._dispatch_keys
 _known_keys: dict[int, bool] = {}  # whether any of them is in a set of dispatch keys
 
 
 class _Operator(NamedTuple):
     registered: Callable[..., Any]  # torch.ops.fastcl.NAME
-    direct: Callable[..., Any]
+    direct: Callable[..., Any]  # its node of autograd; of a backward pass, its implementation
 
 
 _operators: dict[str, _Operator] = {}
@@ -49,29 +50,56 @@ def register(
 
 def register_for_small(
     library: torch.library.Library, name: str, impl: Callable, fake: Callable, autograd: Callable,
-    setup_context: Callable | None = None, results: int | None = None,
+    setup_context: Callable | None = None, tensors: int = 0, results: int = 0, differentiable: int = 0,
 ) -> None:  # fmt: skip
-    """Register an operator whose host code would take longer than its kernels for few rows; `call` calls it.
+    """Register an operator whose host code would take longer than its kernels for few rows; `call` calls it, or
+    `call_backward` if it is a backward pass.
 
     Args:
-        impl: as `triton.replay.run` takes it, which runs it. The others are as in `register`.
-        results: how many results callers use; the others are only saved. None: all.
+        impl: as `triton.replay.run` takes it, which runs it. The others are as in `register`, but for results that are
+            None: `setup_context` sees them as None.
+        tensors: how many of the arguments are tensors or None; they come first.
+        results: how many results callers use; the others are only saved.
+        differentiable: how many of these may have a gradient; they come first.
     """
-    replayed = partial(_replayed, impl)
-    register(library, name, replayed, fake, autograd, setup_context)
+
+    def replayed(*args: Any) -> Any:
+        return _run()(impl, args[:tensors], _with_hash(args[tensors:]))
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        assert setup_context is not None
+        setup_context(ctx, _with_hash(inputs), tuple(None if t.numel() == 0 else t for t in output))
+        ctx.mark_non_differentiable(*output[differentiable:])
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        assert setup_context is not None
+        *given, options = args
+        found = _run()(impl, given, options)
+        setup_context(ctx, (*given, *options), found)
+        if differentiable < results:
+            ctx.mark_non_differentiable(*found[differentiable:results])
+        return found[:results]
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return autograd(ctx, *grads)[: tensors + 1]
+
+    register(library, name, replayed, fake, autograd, setup_context and setup)
     registered = getattr(torch.ops.fastcl, name)
-
-    def backward_pass(*args: Any) -> Any:
-        return registered(*args) if torch.is_grad_enabled() else replayed(*args)
-
-    node = None if setup_context is None else _function(name, replayed, autograd, setup_context, results)
-    _operators[name] = _Operator(registered, backward_pass if node is None else node.apply)
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    node = type(f"fastcl_{name}", (torch.autograd.Function,), parts)
+    _operators[name] = _Operator(registered, impl if setup_context is None else node.apply)
 
 
-def _replayed(host: Callable, *args: Any) -> Any:
+def _with_hash(args: Iterable[Any]) -> tuple[Any, ...]:
+    """The arguments, with tuples in place of the dispatcher's lists."""
+    return tuple(tuple(v) if isinstance(v, list) else v for v in args)
+
+
+@cache
+def _run() -> Callable[..., Any]:
     from fastcl.rowstats.triton.replay import run  # not with the package, which imports quickly
 
-    return run(host, args)
+    return run
 
 
 def _tensors(function: Callable) -> Callable:
@@ -87,45 +115,45 @@ def _tensors(function: Callable) -> Callable:
     return filled
 
 
-def _function(
-    name: str, impl: Callable, autograd: Callable, setup_context: Callable, results: int | None
-) -> type[torch.autograd.Function]:
-    """An operator as a node of autograd."""
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        found = impl(*args)
-        setup_context(ctx, args, found)
-        return found[:results]
-
-    parts = {"forward": staticmethod(forward), "backward": staticmethod(autograd)}
-    return type(f"fastcl_{name}", (torch.autograd.Function,), parts)
-
-
-def call(name: str, *args: Any) -> Any:
+def call(name: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Any:
     """torch.ops.fastcl.NAME, an operator of `register_for_small`. A call that autograd alone can see goes round
-    PyTorch's dispatcher."""
+    PyTorch's dispatcher.
+
+    Args:
+        options: what follows the tensors, with a hash.
+    """
     registered, direct = _operators[name]
-    return direct(*args) if is_plain(args) else registered(*args)
+    return direct(*tensors, options) if is_plain(tensors) else registered(*tensors, *options)
 
 
-def is_plain(args: Iterable[Any]) -> bool:
+def call_backward(
+    name: str, tensors: Sequence[Tensor | None], saved: Sequence[Tensor | None], options: tuple[Any, ...]
+) -> Any:
+    """As `call`, for a backward pass; `saved` are results of the forward pass, which follow the tensors."""
+    registered, direct = _operators[name]
+    if is_plain(tensors, saved) and not torch.is_grad_enabled():
+        return _run()(direct, tensors, options, saved)
+    return registered(*tensors, *saved, *options)
+
+
+def is_plain(tensors: Iterable[Tensor | None], saved: Iterable[Tensor | None] = ()) -> bool:
     """Whether nobody but autograd can see a call: it is neither compiled, traced, profiled nor transformed by
-    torch.func, no dispatch mode is on, and its tensors are of no class of their own and hold what they say. Those in
-    lists are results of plain calls, or gradients that the caller has seen to."""
+    torch.func, no dispatch mode is on, and its tensors are of no class of their own and hold what they say, as those in
+    `saved` do."""
     if torch.compiler.is_compiling() or _dispatch_modes() or _is_transformed() or _is_profiled() or _is_traced():
         return False
-    for value in args:
-        if isinstance(value, Tensor) and (type(value) not in _CLASSES or _is_elsewhere(_torch._dispatch_keys(value))):
-            return False
-        if type(value) is list and any(isinstance(one, Tensor) and type(one) not in _CLASSES for one in value):
+    if not (_CLASSES.issuperset(map(type, tensors)) and _CLASSES.issuperset(map(type, saved))):
+        return False
+    for t in tensors:
+        if t is not None and _is_elsewhere(_dispatch_keys(t)):
             return False
     return True
 
 
 def _is_elsewhere(keys: Any) -> bool:
-    found = _known_keys.get(keys.raw_repr())
-    if found is None:
-        found = _known_keys[keys.raw_repr()] = any(map(keys.has, _ELSEWHERE))
+    named = keys.raw_repr()
+    if (found := _known_keys.get(named)) is None:
+        found = _known_keys[named] = any(map(keys.has, _ELSEWHERE))
     return found
 
 

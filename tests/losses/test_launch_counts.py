@@ -30,7 +30,8 @@ class Kernels(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "fastcl":
             with self:
-                return IMPLEMENTATIONS[name](*args, **(kwargs or {}))
+                found = IMPLEMENTATIONS[name](*args, **(kwargs or {}))
+            return tuple(args[0].new_empty(0) if v is None else v for v in found)
         if not func.is_view and name not in NO_KERNEL:
             self.names.append(name)
         return func(*args, **(kwargs or {}))

@@ -225,7 +225,7 @@ def test_the_meta_device_holds_no_values(name):
 
 def test_without_triton_automatic_is_chunked_and_triton_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    rows = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(4, 3))
+    rows = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32, shape=(4, 3))
     assert dispatch.choose(rows) == last_backend() == "chunked" and not dispatch.on_triton(rows)
     with fastcl.backend("triton"):
         for call in (lambda: dispatch.choose(rows), lambda: loss(Z), lambda: fastcl.pair_stats(Z, Z)):

@@ -24,14 +24,18 @@ def nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def host_of(function: Callable) -> tuple[Callable, list[int]]:
-    """A function that is replayed, and how often its own code ran."""
+    """A function that is replayed, of tensors or None, then other values; and how often its own code ran."""
     ran: list[int] = []
 
     def host(*args):
         ran.append(1)
         return function(*args)
 
-    return lambda *args: replay.run(host, args), ran
+    def run(*args):
+        count = sum(v is None or isinstance(v, Tensor) for v in args)
+        return replay.run(host, args[:count], args[count:])
+
+    return run, ran
 
 
 class Kernel:
@@ -50,26 +54,45 @@ X = torch.arange(12.0).reshape(4, 3)
 @pytest.mark.parametrize(
     "change",
     (
-        lambda: (torch.zeros(5, 3), 1, [X]),
-        lambda: (X.T.contiguous().T, 1, [X]),
-        lambda: (X.double(), 1, [X]),
-        lambda: (X, 2, [X + 0]),
-        lambda: (X, 1, [X + 0, X + 0]),
-        lambda: (X, 1, [None]),
-        lambda: (X, 1, [torch.zeros(4, 3, dtype=torch.float64)]),
-        lambda: (X.to("meta"), 1, [X + 0]),
+        lambda: (torch.zeros(5, 3), X, 1),
+        lambda: (X.T.contiguous().T, X, 1),
+        lambda: (X.double(), X, 1),
+        lambda: (X, X + 0, 2),
+        lambda: (X, X + 0, X + 0, 1),
+        lambda: (X, None, 1),
+        lambda: (X, torch.zeros(4, 3, dtype=torch.float64), 1),
+        lambda: (X.to("meta"), X + 0, 1),
     ),
-    ids=("shape", "strides", "dtype", "number", "length", "none", "dtype in a list", "device"),
+    ids=("shape", "strides", "dtype", "number", "length", "none", "dtype of the second", "device"),
 )
 def test_other_calls_are_not_mistaken_for_it(change) -> None:
-    host, ran = host_of(lambda x, factor, others: (x * factor, *(None if v is None else v + 1 for v in others)))
+    def function(x, *rest):
+        *others, factor = rest
+        return x * factor, *(None if v is None else v + 1 for v in others)
+
+    host, ran = host_of(function)
     for _ in range(4):
-        host(X, 1, [X + 0])
+        host(X, X + 0, 1)
     assert len(ran) == 2
     args = change()
     found = host(*args)
     assert len(ran) == 3
-    assert found[0].is_meta or torch.equal(found[0], args[0] * args[1])
+    assert found[0].is_meta or torch.equal(found[0], args[0] * args[-1])
+
+
+def test_saved_tensors_are_told_apart_by_their_shapes() -> None:
+    ran: list[int] = []
+
+    def function(x, saved, factor):
+        ran.append(1)
+        return None if saved is None else saved * factor, x + 1
+
+    for k in range(4):
+        found, _ = replay.run(function, (X,), (2,), (X + k,))
+        assert found is not None and torch.equal(found, 2 * (X + k))
+    assert len(ran) == 2
+    assert replay.run(function, (X,), (2,), (None,))[0] is None
+    assert torch.equal(replay.run(function, (X,), (2,), (X[:2],))[0], 2 * X[:2]) and len(ran) == 4
 
 
 def test_another_choice_of_launches_is_another_call() -> None:
@@ -98,17 +121,17 @@ def test_the_device_is_that_of_the_first_tensor(monkeypatch) -> None:
 
 
 def test_operations_views_lists_and_memory_written_in_place() -> None:
-    def function(x, others):
+    def function(x, _, other):
         first, *rest = x.unbind(0)
         total = torch.zeros_like(x)
         total[1:].add_(torch.stack(rest)).mul_(2)
         parts = total.split([1, 3])
         wide = torch.sum(x, 0, dtype=torch.float64).to(torch.int32)
-        return torch.cat([*parts, first[None]]), None, others[1].new_empty(2, 3).fill_(first.shape[0]), x.t()[:2], wide
+        return torch.cat([*parts, first[None]]), None, other.new_empty(2, 3).fill_(first.shape[0]), x.t()[:2], wide
 
     host, ran = host_of(function)
     for k in range(5):
-        args = X + k, [None, X - k]
+        args = X + k, None, X - k
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(host(*args), function(*args), strict=True))
     assert len(ran) == 2
 

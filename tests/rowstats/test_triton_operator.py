@@ -66,12 +66,13 @@ def call(kind: str, learnable: bool, normalize: bool = True, precision: str = "f
 
 def gradient_call(arguments: list) -> list:
     """Arguments of torch.ops.fastcl.fused_backward for a call of the forward operator."""
-    rows, labelled, rest = arguments[:3], arguments[4] is not None, arguments[7:]
+    rows, labelled, temperature, options = arguments[:3], arguments[4] is not None, arguments[7], arguments[8:]
     with torch.no_grad():
         stats, _, losses, stats_y, _, losses_y, *saved = torch.ops.fastcl.fused(*arguments)
-    one = [torch.ones_like(v) if v.numel() else None for v in (stats, losses, stats_y, losses_y)]
-    plain = [v.detach() if isinstance(v, Tensor) else v for v in (*rows, labelled, *rest)]
-    return [*plain, [stats, stats_y, *saved], one, [True, rows[2] is not None, rest[0] is not None]]
+    ones = [torch.ones_like(v) if v.numel() else None for v in (stats, losses, stats_y, losses_y)]
+    plain = [v.detach() if isinstance(v, Tensor) else v for v in (*rows, temperature)]
+    kept = [v if v.numel() else None for v in (stats, stats_y, *saved)]
+    return [*plain, *ones, *kept, *options, labelled, [True, rows[2] is not None, temperature is not None]]
 
 
 both = pytest.mark.parametrize("learnable", (False, True))

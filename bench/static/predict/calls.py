@@ -85,7 +85,7 @@ def record(loss: Loss, sm: int) -> Call:
     batch = Batch.pairs(x, y) if two_towers else Batch.two_views(x, y, labels)
     code = OBJECTIVES["ntxent" if two_towers else loss.objective].code
     with on_architecture(sm), hopper.using(loss.by_hand), recording() as launches:
-        value = fused(batch, TEMPERATURE, True, two_towers, loss.precision, [code], "mean")[2].squeeze(0)
+        value = fused(batch, TEMPERATURE, True, two_towers, loss.precision, [code], "mean")[2]
         forward = list(launches)
         torch.autograd.grad(value, (x, y))
     return Call(forward, launches[len(forward) :], (_SORT if loss.labelled and loss.n > COUNTED else 0, 1))

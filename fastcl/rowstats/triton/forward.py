@@ -36,7 +36,7 @@ class Result(NamedTuple):
     """Statistics of an operand, in source order."""
 
     stats: Tensor  # (5, n)
-    counts: Tensor  # (3, n) int64; (0, n) if there are objectives
+    counts: Tensor | None  # (3, n) int64; None if there are objectives, or nobody wants them
     losses: Losses
 
 
@@ -78,7 +78,8 @@ def results(operands: Sequence[Operand], call: Call) -> list[Result]:
 
     shared = (None, None, None)
     if reduced:
-        shared = empty(count, most), empty(count), empty(2, dtype=torch.int32)
+        total = empty() if count == 1 else empty(count)
+        shared = empty(count, most), total, empty(2, dtype=torch.int32)
     settles = call.settles(sum(operand.n for operand in operands))
     scales = (empty(1), empty(most)) if settles else None
     found = []
@@ -87,7 +88,7 @@ def results(operands: Sequence[Operand], call: Call) -> list[Result]:
         rows = None if reduced else empty(count, n)
         ready = None if scales is None else Ready(empty(5, operand.rows), operand.rows, *scales)
         losses = Losses(rows, *shared, ready, call.factor(n) if reduced else 1.0, sum(blocks[:k]), programs)
-        found.append(Result(empty(5, n), empty(0 if count else 3, n, dtype=torch.int64), losses))
+        found.append(Result(empty(5, n), None if count else empty(3, n, dtype=torch.int64), losses))
     return found
 
 
@@ -201,7 +202,7 @@ def finish(
     sides = []
     for r, s, result, parts in zip(operands, operands[::-1], found, made, strict=False):
         stats, counts, losses = result
-        wanted = counts if len(counts) and wave.LAST else None
+        wanted = counts if wave.LAST else None
         sides.append(Finished(parts, r.order, stats, wanted, losses, r.n, s.n, r.rows))
     launch_sides(
         finish_kernel, sides, [cdiv(side.n, ALIGN) for side in sides], 4, 1,

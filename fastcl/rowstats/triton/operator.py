@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.checks import check_precision, check_transforms
 from fastcl.choices import RELATIONS
 from fastcl.dispatch import wants_float32
-from fastcl.rowstats.registration import call, differentiable_once, refuse_batched, register_for_small
+from fastcl.rowstats.registration import call, call_backward, differentiable_once, refuse_batched, register_for_small
 from fastcl.rowstats.request import Batch
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     normalize: bool
     precision: str
     columns: bool
-    codes: list[int]  # of objectives (`Objective.code`); empty: the caller uses the statistics
+    codes: Sequence[int]  # of objectives (`Objective.code`); empty: the caller uses the statistics
     reduction: str  # of the losses over all anchors: "mean", "sum" or "none"
     inverted: bool  # the tensor holds 1 / T
 
@@ -66,9 +66,10 @@ class Saved(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """The results of the operator; the candidates' stats, counts and losses are None without `columns`.
+    """The results of the operator; the candidates' stats, counts and losses are None without `columns`, and counts are
+    where there are objectives.
 
-    Reduced losses are (K,), of both sides together.
+    Reduced losses are (K,), a single one (), of both sides together.
     """
 
     stats: Any
@@ -99,13 +100,13 @@ class Returned(NamedTuple):
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _ROWS = "Tensor x, Tensor? x2, Tensor? y"
 _IDS = "Tensor? sample, Tensor? labels, Tensor? sample_y, Tensor? labels_y"
-_CALL = (
-    "Tensor? temperature, float value, bool normalize, str precision, bool columns, int[] codes, str reduction, "
-    "bool inverted"
-)
-_library.define(f"fused({_ROWS}, {_IDS}, {_CALL}) -> ({', '.join(['Tensor'] * len(Returned._fields))})")
+_DEGREE = "Tensor? temperature"
+_CALL = "float value, bool normalize, str precision, bool columns, int[] codes, str reduction, bool inverted"
+_SAVED = ", ".join(f"Tensor? {name}" for name in ("stats", "stats_y", *(f"saved_{name}" for name in Saved._fields)))
+_GRADS = "Tensor? g_stats, Tensor? g_losses, Tensor? g_stats_y, Tensor? g_losses_y"
+_library.define(f"fused({_ROWS}, {_IDS}, {_DEGREE}, {_CALL}) -> ({', '.join(['Tensor'] * len(Returned._fields))})")
 _library.define(
-    f"fused_backward({_ROWS}, bool labelled, {_CALL}, Tensor?[] saved, Tensor?[] grads, bool[] need) "
+    f"fused_backward({_ROWS}, {_DEGREE}, {_GRADS}, {_SAVED}, {_CALL}, bool labelled, bool[] need) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -119,17 +120,16 @@ def fused(
 
     Args:
         codes: the K objectives whose losses are requested (`Objective.code`). If empty, counts are returned instead.
-        reduction: "mean" or "sum" of the losses over the anchors; the first losses are then (K,), with columns the mean
-            of both sides'.
+        reduction: "mean" or "sum" of the losses over the anchors; the first losses are then (K,), a single one (), with
+            columns the mean of both sides'.
         inverted: `temperature` is a tensor that holds 1 / T.
     """
     if batch.y is not None and len(batch.y) > len(batch.x):
         batch = batch.spelled_out()  # kernels know the order of pairs alone
     given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
-    return call(
-        "fused", batch.x, batch.x2, batch.y, batch.sample, batch.labels, batch.sample_y, batch.labels_y, given, value,
-        normalize, precision, columns, list(codes), reduction, inverted,
-    )[:6]  # fmt: skip
+    options = value, normalize, precision, columns, tuple(codes), reduction, inverted
+    x, x2, y, sample, labels, sample_y, labels_y, _ = batch  # PyTorch 2.7 cannot compile a slice of it
+    return call("fused", (x, x2, y, sample, labels, sample_y, labels_y, given), options)[:6]
 
 
 def operator_arguments(
@@ -192,8 +192,9 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Ret
         return x.new_empty(shape, dtype=dtype)
 
     def results(rows: int, first: bool) -> tuple[Tensor | None, ...]:
-        losses = (empty(len(codes)) if first else None) if call.reduced else empty(len(codes), rows)
-        return empty(5, rows), empty(0 if codes else 3, rows, dtype=torch.int64), losses
+        total = () if len(codes) == 1 else (len(codes),)
+        losses = (empty(*total) if first else None) if call.reduced else empty(len(codes), rows)
+        return empty(5, rows), None if codes else empty(3, rows, dtype=torch.int64), losses
 
     def saved(rows: int, with_order: bool) -> tuple[Tensor | None, ...]:
         z = empty(*working_shape(rows, d, call.split), dtype=DTYPES[call.precision])
@@ -217,13 +218,11 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Ret
     return Returned(*parts)
 
 
-def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor | None, ...]:
+def _backward(x, x2, y, temperature, *rest) -> tuple[Tensor | None, ...]:
     from fastcl.rowstats.triton import backward, operand
 
-    *asked, given, grads, need = rest
-    columns, call = Asked(*asked).columns, Asked(*asked).call(labelled)
-    found: list[Any] = [None if t is None or t.numel() == 0 else t for t in given]
-    stats, stats_y, saved = found[0], found[1], Saved(*found[2:])
+    grads, (stats, stats_y), saved, (*asked, labelled, need) = rest[:4], rest[4:6], Saved(*rest[6:-9]), rest[-9:]
+    columns, call = Asked(temperature, *asked).columns, Asked(temperature, *asked).call(labelled)
     flag = saved.flag
     scales = [None, None] if saved.scale is None else [saved.scale[:1], saved.scale[1:]]
     a = operand.restored(x, x2, saved.order, saved.z, saved.inv, scales[0])
@@ -241,7 +240,7 @@ def _backward(x, x2, y, labelled, *rest) -> tuple[Tensor | None, ...]:
     return backward.gradients(a, b, call, flag, upstreams, tuple(need), ready)
 
 
-def _backward_fake(x, x2, y, _labelled, *rest) -> tuple[Tensor | None, ...]:
+def _backward_fake(x, x2, y, *rest) -> tuple[Tensor | None, ...]:
     need = rest[-1]
     n = x.shape[0] * (1 if x2 is None else 2)
     has_dx = y is None or need[0] or need[2]
@@ -252,30 +251,28 @@ def _backward_fake(x, x2, y, _labelled, *rest) -> tuple[Tensor | None, ...]:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, x2, y, sample, labels, sample_y, labels_y, temperature, *ctx.asked = inputs
-    returned = Returned(*(None if t is None or t.numel() == 0 else t for t in output))
-    ctx.labelled = labels is not None
-    ctx.save_for_backward(x, x2, y, temperature, returned.stats, returned.stats_y, *returned.saved)
-    others = output[1], output[4], *output[6:]
-    ctx.mark_non_differentiable(*(t for t in others if t is not None))
+    x, x2, y, _, labels, _, _, temperature, *asked = inputs
+    stats, _, _, stats_y, _, _, *saved = output
+    ctx.options = *asked, labels is not None
+    ctx.save_for_backward(x, x2, y, temperature, stats, stats_y, *saved)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    refuse_batched("triton", *grads)
-    x, x2, y, temperature, *saved = ctx.saved_tensors
+    # The kernels read gradients of losses with any strides, including the expanded scalar of a mean.
     given = [None if g is None or g.numel() == 0 else g for g in (grads[0], grads[2], grads[3], grads[5])]
-    # The kernels read gradients of losses with any strides, including the expanded scalar of a mean; but a negated view
-    # of memory they would take for the memory.
-    given = [g if g is None else (g if k % 2 else g.contiguous()).resolve_neg() for k, g in enumerate(given)]
-    need = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[7]]
-    if all(g is None for g in given):
+    given[::2] = [g if g is None else g.contiguous() for g in given[::2]]
+    if not any([g is not None for g in given]):
         return (None,) * 15
-    dx, dy, dt = call("fused_backward", x, x2, y, ctx.labelled, temperature, *ctx.asked, saved, given, need)
-    two = (None, None) if not need[0] else (dx, None) if x2 is None else (dx[: x.shape[0]], dx[x.shape[0] :])
+    refuse_batched("triton", *given)
+    x, x2, y, temperature, *saved = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    need = needed[0] or needed[1], needed[2], needed[7]
+    dx, dy, dt = call_backward("fused_backward", (x, x2, y, temperature, *given), saved, (*ctx.options, need))
+    two = (None, None) if not need[0] else (dx, None) if x2 is None else dx.chunk(2)
     dt = dt.reshape(temperature.shape).to(temperature.dtype) if need[2] else None
     return *two, dy if need[1] else None, None, None, None, None, dt, *(None,) * 7
 
 
-register_for_small(_library, "fused", _forward, _forward_fake, _autograd, _setup_context, results=6)
-register_for_small(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"))
+register_for_small(_library, "fused", _forward, _forward_fake, _autograd, _setup_context, 8, 6, 6)
+register_for_small(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"), tensors=22)

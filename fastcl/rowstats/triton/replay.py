@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcl.kernels.common import launch as launching
-from fastcl.kernels.common.launch import launch
 
 Results = tuple[Tensor | None, ...]
 Host = Callable[..., Results]
@@ -34,42 +33,36 @@ _seen: dict[Any, int] = {}  # how often, for calls without a recording
 _recordings: dict[Any, Host | None] = {}  # None: it cannot be repeated
 
 
-def run(host: Host, args: Sequence[Any]) -> Results:
+def run(
+    host: Host, tensors: Sequence[Any], options: tuple[Hashable, ...], saved: Sequence[Tensor | None] = ()
+) -> Results:
     """The results of a host function, which is replayed once it has often been called with tensors of the same shapes
-    and equal other arguments.
+    and equal options.
 
     Args:
-        host: takes tensors, lists of them, and values with a hash. What it does may follow from shapes, strides, dtypes
-            and these values, but not from what the tensors hold. The first tensor's device is the current one.
+        host: takes the tensors, the first of which is no None, then the saved ones and the options. What it does may
+            follow from shapes, strides, dtypes and options, but not from what the tensors hold. The first tensor's
+            device is the current one.
+        saved: results of another host function for these tensors, so that strides and dtypes need no look.
     """
-    tensors: list[Tensor] = []
-    with torch.cuda.device_of(args[0]):
-        if len(args[0]) > MOST_ROWS or launching.is_recording():
-            return host(*args)
-        key = host, launching.forced_architecture(), *_key(args, tensors)
+    first = tensors[0]
+    with torch.cuda.device_of(first):
+        if first.shape[0] > MOST_ROWS or launching.is_recording():
+            return host(*tensors, *saved, *options)
+        facts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        sizes = [None if t is None else t.shape for t in saved]
+        key = host, options, launching.forced_architecture(), *facts, *sizes
         if (found := _recordings.get(key)) is not None:
-            return found(*tensors)
-        if key not in _recordings and _is_due(key) and len(set(map(id, tensors))) == len(tensors):
-            return _record(key, host, args, tensors)
-        return host(*args)
+            return found(*tensors, *saved)
+        if key not in _recordings and _is_due(key) and _are_different([*tensors, *saved]):
+            return _record(key, host, [*tensors, *saved], options)
+        return host(*tensors, *saved, *options)
 
 
 def forget() -> None:
     """Forget all recordings, because launches are chosen in another way from now on."""
     _seen.clear()
     _recordings.clear()
-
-
-def _key(args: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
-    """What a call is recognised by; its tensors are appended to `tensors`."""
-    key: list[Any] = []
-    for value in args:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            key.append((value.shape, value.stride(), value.dtype, value.device))
-        else:
-            key.append(_key(value, tensors) if type(value) in (list, tuple) else value)
-    return tuple(key)
 
 
 def _is_due(key: Any) -> bool:
@@ -80,10 +73,16 @@ def _is_due(key: Any) -> bool:
     return _seen[key] > BEFORE
 
 
-def _record(key: Any, host: Host, args: Sequence[Any], tensors: Sequence[Tensor]) -> Results:
+def _are_different(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether no two arguments are one tensor, which a recording would take for either."""
+    given = [id(t) for t in tensors if t is not None]
+    return len(set(given)) == len(given)
+
+
+def _record(key: Any, host: Host, tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]) -> Results:
     writer = _Writer(tensors)
     with writer, launching.recorded_by(writer.launch):
-        results = host(*args)
+        results = host(*tensors, *options)
     if len(_recordings) >= MOST_CALLS:
         _recordings.clear()
     _recordings[key] = writer.function(results)
@@ -98,12 +97,15 @@ class _Unknown(LookupError):
 class _Writer(TorchDispatchMode):
     """Writes what PyTorch computes and what is launched within a block as the source of a function."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.names: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id, which another tensor may have later
         self.count = 0
-        self.space: dict[str, Any] = {"torch": torch, "launch": launch, "new": tuple.__new__}
-        self.lines = [f"def replay({', '.join([self.named(t, 'given') for t in tensors])}):"]
+        self.space: dict[str, Any] = {"torch": torch, "launching": launching, "new": tuple.__new__}
+        self.constants: dict[int, str] = {}  # names, by id
+        self.tuples: dict[str, str] = {}  # names of those that hold tensors, by what makes them
+        given = [f"none{k}" if t is None else self.named(t, "given") for k, t in enumerate(tensors)]
+        self.lines = [f"def replay({', '.join(given)}):"]
         self.is_possible, self.is_launching = True, False
 
     def function(self, results: Results) -> Host | None:
@@ -121,9 +123,9 @@ class _Writer(TorchDispatchMode):
         """Write a launch, and start it."""
         if self.is_possible:
             try:
-                options = "".join(f", {name}={self.value(value)}" for name, value in one.arguments.items())
+                options = ", ".join(f"{name!r}: {self.value(value)}" for name, value in one.arguments.items())
                 given = f"{self.constant(one.kernel)}, {one.grid}, {one.warps}, {one.stages}"
-                self.lines.append(f"launch({given}{options})")
+                self.lines.append(f"launching.start({given}, {{{options}}})")
             except _Unknown:
                 self.is_possible = False
         self.is_launching = True  # what the interpreter of kernels computes is not the host's
@@ -149,8 +151,8 @@ class _Writer(TorchDispatchMode):
             self.names[id(result)] = weakref.ref(result), self.value(args[0])
             return
         if func in (_aten.empty.memory_format, _aten.new_empty.default) and result.is_contiguous():
-            facts = tuple(result.shape), self.value(result.dtype), self.value(result.device)
-            call = "torch.empty({}, dtype={}, device={})".format(*facts)
+            sizes = ", ".join(map(str, result.shape)) or "()"  # numbers are read in two thirds of a tuple's time
+            call = f"torch.empty({sizes}, dtype={self.value(result.dtype)}, device={self.value(result.device)})"
         elif func is _aten.unbind.int:  # the method takes a third of the operator's time
             call = f"{self.value(args[0])}.unbind({', '.join(map(str, args[1:]))})"
         else:
@@ -180,15 +182,18 @@ class _Writer(TorchDispatchMode):
         inside = ", ".join(map(self.value, value))
         if isinstance(value, list):
             return f"[{inside}]"
-        plain = f"({inside},)"
-        return plain if type(value) is tuple else f"new({self.constant(type(value))}, {plain})"
+        made = f"({inside},)" if type(value) is tuple else f"new({self.constant(type(value))}, ({inside},))"
+        if made not in self.tuples:  # launches share many
+            self.tuples[made], self.count = f"made{self.count}", self.count + 1
+            self.lines.append(f"{self.tuples[made]} = {made}")
+        return self.tuples[made]
 
     def constant(self, value: Any) -> str:
         """The name of a constant, or a number or None as it is written."""
         if value is None or type(value) in (bool, int):
             return str(value)
-        name = f"constant{len(self.space)}"
-        self.space[name] = value
+        name = self.constants.setdefault(id(value), f"constant{len(self.space)}")
+        self.space[name] = value  # which keeps it, and its id
         return name
 
 
@@ -207,6 +212,9 @@ def _released(lines: Sequence[str]) -> Iterator[str]:
     """The lines, and after the last one that uses a tensor the end of it, as in the functions that made it."""
     last = {name: k for k, line in enumerate(lines) for name in re.findall(r"\bmade\d+\b", line)}
     for k, line in enumerate(lines):
+        done = ", ".join(name for name, end in last.items() if end == k and k < len(lines) - 1)
+        if line.startswith(f"{done} = torch.empty("):  # which nothing uses
+            continue
         yield line
-        if done := [name for name, end in last.items() if end == k and k < len(lines) - 1]:
-            yield f"del {', '.join(done)}"
+        if done:
+            yield f"del {done}"

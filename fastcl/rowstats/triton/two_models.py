@@ -26,7 +26,7 @@ _ELEMENTS = 2**22  # elements of the working copies converted to float64 at a ti
 
 def statistics(
     za: Tensor, zb: Tensor, order: Order, call: Call, flags: tuple[Tensor | None, Tensor | None]
-) -> tuple[tuple[Operand, Operand], tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> tuple[tuple[Operand, Operand], tuple[Tensor, Tensor, Tensor | None, Tensor]]:
     """The operands of both models, and (stats of a, stats of b, counts, sums): (5, n), (5, n), (3, n) in source order,
     (18,) for `PairStats.unpacked`.
 
@@ -36,7 +36,7 @@ def statistics(
     """
     a, b = (allocated(Source(z, None, order), call) for z in (za, zb))
     found = [results([operand], call)[0] for operand in (a, b)]
-    found[1] = found[1]._replace(counts=found[1].counts[:0])  # same ids, hence same counts: not computed twice
+    found[1] = found[1]._replace(counts=None)  # same ids, hence same counts: not computed twice
     for operand, flag, result in zip((a, b), flags, found, strict=True):
         fill([operand], [order], call, [result.stats], Initial(flag, None, None))
     profiles = [_profile(operand, call) for operand in (a, b)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.registration import call, refuse_batched, register_for_small
+from fastcl.rowstats.registration import call_backward, refuse_batched, register_for_small
 from fastcl.rowstats.triton.operator import Asked, Saved
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
@@ -15,7 +15,7 @@ _library.define(f"twin(Tensor za, Tensor zb, {_IDS}, {_CALL}) -> ({', '.join(['T
 
 
 def _call(temperature, value, precision, labelled):
-    return Asked(temperature, value, True, precision, False, [], "none", False).call(labelled)
+    return Asked(temperature, value, True, precision, False, (), "none", False).call(labelled)
 
 
 def _forward(za, zb, sample, labels, temperature, value, precision):
@@ -47,10 +47,9 @@ def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
 
 def _setup_context(ctx, inputs, output) -> None:
     za, zb, _, labels, temperature, ctx.value, ctx.precision = inputs
-    stats_a, stats_b, counts, sums, *saved = (None if t is None or t.numel() == 0 else t for t in output)
+    stats_a, stats_b, _, _, *saved = output
     ctx.labelled = labels is not None
     ctx.save_for_backward(za, zb, temperature, stats_a, stats_b, *saved)
-    ctx.mark_non_differentiable(*(t for t in output[2:] if t is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -64,11 +63,11 @@ def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | No
     for k, (x, stats, z, inv, flag, grad) in enumerate(sides):
         if grad is None or not (ctx.needs_input_grad[k] or need_t):
             continue
-        saved = [stats, None, *Saved(z, inv, order, flag=flag)]
-        dx, _, dt = call(
-            "fused_backward", x, None, None, ctx.labelled, temperature, ctx.value, True, ctx.precision, False, [],
-            "none", False, saved, [grad.contiguous(), None, None, None], [ctx.needs_input_grad[k], False, need_t],
-        )  # fmt: skip
+        tensors = x, None, None, temperature, grad.contiguous(), None, None, None
+        saved = stats, None, *Saved(z, inv, order, flag=flag)
+        need = ctx.needs_input_grad[k], False, need_t
+        options = ctx.value, True, ctx.precision, False, (), "none", False, ctx.labelled, need
+        dx, _, dt = call_backward("fused_backward", tensors, saved, options)
         if ctx.needs_input_grad[k]:
             rows[k] = dx
         if need_t:
@@ -77,4 +76,4 @@ def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | No
     return *rows, None, None, dt, None, None
 
 
-register_for_small(_library, "twin", _forward, _forward_fake, _autograd, _setup_context, results=4)
+register_for_small(_library, "twin", _forward, _forward_fake, _autograd, _setup_context, 5, 4, 2)

@@ -23,7 +23,7 @@ class Upstream:
 
     stats: Tensor
     grad_stats: Tensor | None  # (5, n)
-    grad_losses: Tensor | None  # (objectives, n), or (objectives,) if the losses are reduced
+    grad_losses: Tensor | None  # (objectives, n), or if the losses are reduced (objectives,), of one ()
 
     @property
     def any(self) -> bool:
@@ -39,7 +39,7 @@ class Side:
     upstream: Upstream
     weights: Tensor  # (5, rows)
     bound: Tensor  # (1,)
-    grad: Tensor | None = None  # (1,): upstream gradient of a loss whose weights are those at 1
+    grad: Tensor | None = None  # (): upstream gradient of a loss whose weights are those at 1
 
     @cached_property
     def weighted(self) -> Weights:
@@ -105,11 +105,9 @@ def _derivatives(side: Side, other: Operand, call: Call) -> tuple[backward_prolo
     r, upstream = side.operand, side.upstream
     grad, factor, stride_k, stride_n = upstream.grad_losses, 1.0, 0, 0
     if grad is not None:
-        stride_k = grad.stride(0)
-        if grad.ndim == 1:
+        stride_k, stride_n = (*grad.stride(), 0, 0)[:2]
+        if grad.ndim < 2:
             factor = call.factor(r.n)
-        else:
-            stride_n = grad.stride(1)
     given = backward_prologue.Upstream(
         r.order, upstream.stats, upstream.grad_stats, grad, stride_k, stride_n, factor, r.n, other.n, r.rows,
         side.weights,
