@@ -94,7 +94,6 @@ TABLE = (
 )  # fmt: skip
 
 
-
 @dataclass(frozen=True)
 class Value:
     """What a card has in place of the H200's value of an assumption."""
@@ -160,5 +159,5 @@ CARDS = {
 }  # fmt: skip
 MACHINES = {arch: card.machine for arch, card in CARDS.items()}
 NOT_MODELLED = {
-    100: "tcgen05 and tensor memory: their queue and their latencies are not published",
+    100: "tcgen05 and tensor memory: their queue, their latencies and their loads are not published",
 }

@@ -61,7 +61,8 @@ FIGURES = (
     Figure("FlashAttention-2 forward, D = 64", "attention_kernel", (81.9, 81.9),
         "gpu-mode/ring-attention, issue 10", _D64, 86, "RTX A5000", {"multiprocessors": 64, "clock": 1.695}),
     Figure("matrix product in Triton, 95.7 % of the tensor cores' rate", "matmul_kernel", (28.9, 28.9),
-        "triton-lang/triton, issue 10851", _PRODUCTS, 89, "RTX 4060", {"multiprocessors": 24, "clock": 2.46, **_GEFORCE}),
+        "triton-lang/triton, issue 10851", _PRODUCTS, 89, "RTX 4060",
+        {"multiprocessors": 24, "clock": 2.46, **_GEFORCE}),
     Figure("FlashAttention-2 forward, D = 128", "attention_kernel", (187, 191),
         "gau-nernst/learn-cuda, 07_attention", _D128, 120, "RTX 5090",
         {"multiprocessors": 170, "clock": 2.407, **_GEFORCE}),
@@ -146,7 +147,5 @@ def describe(found: Sequence[Comparison]) -> list[tuple[str, ...]]:
         published = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
         least, most = one.optimism
         optimism = f"{least:.2f}" if low == high else f"{least:.2f} to {most:.2f}"
-        rows.append(
-            (one.figure.name, one.figure.card, one.figure.source, published, f"{one.predicted:.0f}", optimism)
-        )
+        rows.append((one.figure.name, one.figure.card, one.figure.source, published, f"{one.predicted:.0f}", optimism))
     return rows

@@ -170,9 +170,10 @@ def markdown(rows: Sequence[Record], compared: Sequence[calibration.Comparison],
 # Predicted times, sm_{arch}, Triton {triton}
 
 Nothing here is measured: a cycle model of the {card.name} read the compiled code (`bench/static/predict/`). Expect
-{low:.1f} to {high:.2f} times as long. Losses of N float32 rows (clip: N / 2 in each tower), temperature {TEMPERATURE:g}, {CLASSES} classes of
-equal size; predicted milliseconds of all launches of an eager call, without the time of the host. The bound is that of
-the operations at {machine.roof:g} TFLOP/s and {machine.roof_mufu:g} x 10^12 exponentials/s. "By hand": with kernels
+{low:.1f} to {high:.2f} times as long. Losses of N float32 rows (clip: N / 2 in each tower), temperature
+{TEMPERATURE:g}, {CLASSES} classes of equal size; predicted milliseconds of all launches of an eager call, without the
+time of the host. The bound is that of the operations at {machine.roof:g} TFLOP/s and
+{machine.roof_mufu:g} x 10^12 exponentials/s. "By hand": with kernels
 that are off by default.
 
 ## Losses
