@@ -113,7 +113,7 @@ def test_no_program_is_kept_from_a_pipe_that_others_keep_busy():
     card = MACHINES[89].changed({"hmma": 512})
     lines = ["HMMA.16816.F32 R8, R40, R44, R8"] * 2 + ["FFMA R1, R2, R3, R4"] * 5 + ["MUFU.EX2 R1, R2"] * 16
     four = Multiprocessor(operations(*lines, machine=card), 4, 4, card)
-    assert four.cycles() == pytest.approx(16 * 8, rel=0.05)  # held by exponentials
+    assert four.cycles() == pytest.approx(16 * 8, rel=0.1)  # held by exponentials
     turns = [warp.turns for warp in four.warps]
     assert max(turns) - min(turns) <= 6, turns
 
