@@ -20,7 +20,7 @@ from typing import Any
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).with_name("table.json")
 # Multiprocessors of an architecture's usual large card.
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 # Programs at a time where nothing more is known. Fixed, so that results do not depend on the card.
 _SLOTS = 528
 _SPLITS = (

@@ -109,6 +109,15 @@ def test_scoreboards_stalls_and_barriers_hold_a_warp_back():
         cycles("BAR.SYNC.DEFER_BLOCKING 0x1, 0x200", warps=8)
 
 
+def test_no_program_is_kept_from_a_pipe_that_others_keep_busy():
+    card = MACHINES[89].changed({"hmma": 512})
+    lines = ["HMMA.16816.F32 R8, R40, R44, R8"] * 2 + ["FFMA R1, R2, R3, R4"] * 5 + ["MUFU.EX2 R1, R2"] * 16
+    four = Multiprocessor(operations(*lines, machine=card), 4, 4, card)
+    assert four.cycles() == pytest.approx(16 * 8, rel=0.1)  # held by exponentials
+    turns = [warp.turns for warp in four.warps]
+    assert max(turns) - min(turns) <= 6, turns
+
+
 def test_a_loop_depends_on_nothing_outside_a_multiprocessor():
     other = HOPPER.changed(dict.fromkeys(OUTSIDE, 1.0))
     loop = [PRODUCT, COPY, "LDGDEPBAR", "DEPBAR.LE SB0, 0x0", "MUFU.EX2 R1, R2"]

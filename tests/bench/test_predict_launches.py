@@ -7,6 +7,7 @@ import torch
 
 from bench.static.predict import calls, schedule, work
 from bench.static.predict.calls import Loss, record
+from fastcl.kernels.contrastive.wide import Pairs
 
 
 def launches(loss: Loss, kernel: str) -> list:
@@ -87,6 +88,13 @@ def test_memory_counts_each_tensor_once():
     x = torch.empty(1024, dtype=torch.float16)
     launch = type("Launch", (), {"arguments": {"a": x, "b": (x, (x, torch.empty(8))), "n": 3}})
     assert work.memory(launch) == 2048 + 32
+
+
+def test_a_block_of_pairs_reads_the_rows_of_its_two_sides():
+    z, w = torch.empty(1, 4096, 64, dtype=torch.float16), torch.empty(1, 256, 256, dtype=torch.float16)
+    pairs = Pairs(w, 0, 0, 256)
+    launch = type("Launch", (), {"arguments": {"z": z, "pairs": pairs, "t": torch.empty(()), "empty": torch.empty(0)}})
+    assert work.memory(launch) == 2 * 256 * 256 + 2 * 256 * 64 * 2 + 4
 
 
 def test_programs_go_to_whoever_is_free():

@@ -34,7 +34,7 @@ def test_waves_end_together(falling):
 def test_square_blocks_of_pairs_fill_the_multiprocessors_where_their_number_is_known():
     assert evened(90, 2, 90) == 66  # 132 programs
     assert [evened(64, each, 90) for each in (1, 2, 3, 4)] == [64, 64, 44, 64]
-    assert evened(90, 2, 86) == 90 and evened(1, 2, 90) == 1
+    assert evened(90, 2, 75) == 90 and evened(1, 2, 90) == 1
 
 
 def test_slots_are_those_of_the_architecture():

@@ -93,16 +93,71 @@ TABLE = (
     Assumption("roof_mufu", "10^12/s", "of the bound: exponentials", "16 a cycle; FlashAttention-3"),
 )  # fmt: skip
 
-MACHINES = {
-    90: Machine(),
-    # An A100: products by HMMA alone; rates from its white paper, the rest as above.
-    80: Machine(
-        multiprocessors=108, clock=1.41, tensor=2048, hmma=2048, fma=64, l2=40, dram=1.7, roof=280, roof_mufu=2.4
-    ),
-}
+
+@dataclass(frozen=True)
+class Value:
+    """What a card has in place of the H200's value of an assumption."""
+
+    name: str
+    value: float
+    source: str
+    weak: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card that stands for an architecture; `values`: what it does not share with the H200."""
+
+    name: str
+    values: tuple[Value, ...] = ()
+
+    @property
+    def machine(self) -> Machine:
+        """Its rates and latencies."""
+        return Machine().changed({one.name: one.value for one in self.values})
+
+    @property
+    def table(self) -> tuple[Assumption, ...]:
+        """The table of its assumptions."""
+        own = {one.name: one for one in self.values}
+        return tuple(
+            replace(row, source=own[row.name].source, weak=own[row.name].weak) if row.name in own else row
+            for row in TABLE
+        )
+
+
+def _card(name: str, multiprocessors: float, clock: float, tensor: float, *values: Value) -> Card:
+    """A card without WGMMA, of which `values` says the rest."""
+    sheet = f"data sheet of the {name}"
+    exponentials = 16 * multiprocessors * clock * 1e-3
+    defaults = (
+        Value("multiprocessors", multiprocessors, sheet),
+        Value("clock", clock, f"{sheet}: boost", (round(0.85 * clock, 2),)),
+        Value("tensor", tensor, "there is no WGMMA: as hmma"),
+        Value("hmma", tensor, f"{sheet}: its peak of half precision with float32 sums"),
+        Value("roof", round(tensor * multiprocessors * clock * 1e-3, 1), "the peak: no rate of a product is known"),
+        Value("roof_mufu", round(exponentials, 2), "16 a cycle"),
+    )
+    own = {one.name: one for one in values}
+    return Card(name, (*(own.pop(one.name, one) for one in defaults), *own.values()))
+
+
+# Cards for workstations and servers have half-precision products with float32 sums at the full rate, GeForce at half.
+_GEFORCE = Value("hmma", 1024, "data sheet: the peak; 512 on GeForce", (512,))
+_SMALL_L2 = Value("l2", 16, f"{_ESTIMATE}: not published", (12, 32))
+CARDS = {
+    80: _card("A100", 108, 1.41, 2048,
+        Value("fma", 64, _GUIDE), Value("l2", 40, f"{_ESTIMATE}; white paper: 5,120 in all, 47 for each", (28, 47)),
+        Value("dram", 1.7, f"{_ESTIMATE}, of 2.04"), Value("roof", 280, f"{_ESTIMATE}: 90 % of the peak"),
+        Value("roof_mufu", 2.4, "16 a cycle")),
+    86: _card("RTX A6000", 84, 1.8, 1024, _GEFORCE, _SMALL_L2, Value("dram", 0.69, f"{_ESTIMATE}, of 0.768")),
+    89: _card("L40S", 142, 2.52, 1024, _GEFORCE, _SMALL_L2, Value("dram", 0.78, f"{_ESTIMATE}, of 0.864")),
+    90: Card("H200"),
+    120: _card("RTX PRO 6000 Blackwell", 188, 2.6, 1024, _GEFORCE, _SMALL_L2,
+        Value("alu", 64, f"{_GUIDE}; the white paper doubles integers", (128,)),
+        Value("dram", 1.6, f"{_ESTIMATE}, of 1.79")),
+}  # fmt: skip
+MACHINES = {arch: card.machine for arch, card in CARDS.items()}
 NOT_MODELLED = {
-    86: "no published figure of a kernel like these to compare with",
-    89: "no published figure of a kernel like these to compare with",
-    100: "tcgen05 and tensor memory: their queue and their latencies are not published",
-    120: "no published figure of a kernel like these to compare with",
+    100: "tcgen05 and tensor memory: their queue, their latencies and their loads are not published",
 }

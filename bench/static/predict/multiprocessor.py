@@ -3,7 +3,7 @@
 It follows what ptxas wrote: stall counts, scoreboards and waits. One of the four schedulers is simulated, see
 `pipes.py`: a warp here is one of four that do the same, so its requests to what the four share count four times. The
 scheduler keeps to the warp that it issued last as long as that can go on, to the end of a turn, and else takes the
-oldest that can.
+oldest that can. No warp gets far ahead: where one pipe is always busy, others would never get their turn.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _STAGGER = 137  # cycles between the starts of programs, so that they do not run
 _FIXED = 4  # latency of everything that ptxas waits for by counting
 _READ = 6  # cycles until an instruction has read its registers, after its pipe took it
 _SLACK = 64  # cycles of work for shared memory that may be queued
+_AHEAD = 4  # turns by which a warp may be ahead of another
 _WARM, _TURNS = 12, 8  # turns before a loop is timed, in which its pipelines fill, and while it is timed
 
 
@@ -89,7 +90,7 @@ class Multiprocessor:
 
     def _run(self, turns: int) -> None:
         t, order, warps = 0.0, self.order[0], self.warps
-        while min(warp.turns for warp in warps) < turns:
+        while (least := min(warp.turns for warp in warps)) < turns:
             self._happen(t)
             soon = math.inf
             found = -1
@@ -107,7 +108,8 @@ class Multiprocessor:
             if found >= 0:
                 self._issue(warps[found], t)
                 order = self.order[found]
-                if not warps[found].position:  # after a turn those that lag
+                # After a turn those that lag, and others only once they have caught up.
+                if not warps[found].position or warps[found].turns > least + _AHEAD:
                     order = sorted(order, key=lambda one: warps[one].turns)
                 t += 1
                 continue

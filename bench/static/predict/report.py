@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bench.harness.records import Record, digits, table
 from bench.static.predict import calibration
-from bench.static.predict.assumptions import MACHINES, OPTIMISTIC, TABLE, Machine
+from bench.static.predict.assumptions import CARDS, OPTIMISTIC
 from bench.static.predict.calls import CLASSES, TEMPERATURE
 from bench.static.predict.losses import PASSES, Predicted
 
@@ -85,20 +85,19 @@ def _loss(record: Record) -> str:
     return record["objective"] + (", by hand" if record.get("by_hand") else "")
 
 
-def assumptions(machine: Machine) -> str:
+def assumptions(arch: int) -> str:
     """The table of assumptions in Markdown."""
-    rows = []
-    for row in TABLE:
-        value = getattr(machine, row.name)
-        weak = row.weak if value == getattr(MACHINES[calibration.ARCH], row.name) else ()  # stated for that card
-        others = ", ".join(f"{other:g}" for other in weak)
-        rows.append((row.name, row.meaning, f"{value:g} {row.unit}".strip(), others, row.source))
+    machine, rows = CARDS[arch].machine, []
+    for row in CARDS[arch].table:
+        others = ", ".join(f"{other:g}" for other in row.weak)
+        value = f"{getattr(machine, row.name):g} {row.unit}".strip()
+        rows.append((row.name, row.meaning, value, others, row.source))
     return table(("assumption", "of what", "value", "also plausible", "source"), rows, left=5)
 
 
 def comparison(found: Sequence[calibration.Comparison]) -> str:
     """The published figures beside predictions, in Markdown."""
-    head = ("kernel", "source", "published TFLOP/s", "predicted", "predicted / published")
+    head = ("kernel", "card", "source", "published TFLOP/s", "predicted", "predicted / published")
     return table(head, calibration.describe(found))
 
 
@@ -157,23 +156,24 @@ def _swapped(found: Sequence[Predicted], base: Sequence[Predicted]) -> int:
     )  # fmt: skip
 
 
-def markdown(
-    rows: Sequence[Record], machine: Machine, compared: Sequence[calibration.Comparison], weak: str | None
-) -> str:
+def markdown(rows: Sequence[Record], compared: Sequence[calibration.Comparison], weak: str | None) -> str:
     """The whole report.
 
     Args:
         weak: the table of the sensitivity, None if it was not computed.
     """
     low, high = OPTIMISTIC
-    arch, triton = rows[0]["arch"], rows[0]["triton"]
+    arch, triton = int(rows[0]["arch"].removeprefix("sm_")), rows[0]["triton"]
+    card = CARDS[arch]
+    machine = card.machine
     text = f"""\
-# Predicted times, {arch}, Triton {triton}
+# Predicted times, sm_{arch}, Triton {triton}
 
-Nothing here is measured: a cycle model read the compiled code (`bench/static/predict/`). Expect {low:.1f} to {high:.2f}
-times as long. Losses of N float32 rows (clip: N / 2 in each tower), temperature {TEMPERATURE:g}, {CLASSES} classes of
-equal size; predicted milliseconds of all launches of an eager call, without the time of the host. The bound is that of
-the operations at {machine.roof:g} TFLOP/s and {machine.roof_mufu:g} x 10^12 exponentials/s. "By hand": with kernels
+Nothing here is measured: a cycle model of the {card.name} read the compiled code (`bench/static/predict/`). Expect
+{low:.1f} to {high:.2f} times as long. Losses of N float32 rows (clip: N / 2 in each tower), temperature
+{TEMPERATURE:g}, {CLASSES} classes of equal size; predicted milliseconds of all launches of an eager call, without the
+time of the host. The bound is that of the operations at {machine.roof:g} TFLOP/s and
+{machine.roof_mufu:g} x 10^12 exponentials/s. "By hand": with kernels
 that are off by default.
 
 ## Losses
@@ -186,10 +186,10 @@ Shares of the time for which a pipe is busy. "Held by latency": none is busy for
 {_kernels(rows)}
 ## Assumptions
 
-{assumptions(machine)}
+{assumptions(arch)}
 """
     if compared:
-        text += f"## Published figures\n\nTFLOP/s on an H100, of kernels of the same kind.\n\n{comparison(compared)}\n"
+        text += f"## Published figures\n\nTFLOP/s of kernels of the same kind.\n\n{comparison(compared)}\n"
     if weak:
         text += f"""\
 ## If an assumption is wrong

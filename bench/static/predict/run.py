@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from bench.static.compile import obstacle
 from bench.static.jobs import StaticError
 from bench.static.known import RESULTS
 from bench.static.predict import report
-from bench.static.predict.assumptions import MACHINES, NOT_MODELLED, TABLE, Machine
+from bench.static.predict.assumptions import CARDS, MACHINES, NOT_MODELLED, Machine
 from bench.static.predict.calibration import ARCH, Comparison, compare
 from bench.static.predict.calls import Loss, losses
 from bench.static.predict.losses import Model, Predicted
@@ -34,22 +35,28 @@ def main(argv: Sequence[str]) -> int:
     try:
         if reason := obstacle():
             raise StaticError(reason)
-        wanted = [loss for loss in losses(args.arch) if args.only.search(loss.name)]
+        only = args.only or default(args.arch)
+        wanted = [loss for loss in losses(args.arch) if only.search(loss.name)]
         if not wanted:
-            raise StaticError(f"--only: no loss has {args.only.pattern!r} in its name, such as {next(losses()).name!r}")
+            raise StaticError(f"--only: no loss has {only.pattern!r} in its name, such as {next(losses()).name!r}")
         model = Model(args.arch, sys.executable, args.workers)
         found = model.predict(model.record(wanted), machine)
-        compared = compare(machine, sys.executable, args.workers) if args.arch == ARCH else []
+        compared = compare(args.arch, sys.executable, args.workers)
         weak = _sensitivity(model, machine, args.arch) if args.sensitivity else None
     except StaticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rows = report.records(found, args.arch, model.triton)
-    text = report.markdown(rows, machine, compared, weak)
+    text = report.markdown(rows, compared, weak)
     print(text, end="")
     if args.json:
         write_file(args.json, json_lines(rows))
-    return _judge(rows, text, compared, args.accept, whole=not args.only.pattern)
+    return _judge(rows, text, compared, args.accept, whole=args.only is None)
+
+
+def default(arch: int) -> re.Pattern[str]:
+    """The losses whose predictions are committed for an architecture, by their names."""
+    return pattern("" if arch == ARCH else "^ntxent ")
 
 
 def committed(arch: int) -> list[Record]:
@@ -64,7 +71,7 @@ def _path(arch: int, suffix: str) -> Path:
 def _judge(
     rows: Sequence[Record], text: str, compared: Sequence[Comparison], accept: bool, whole: bool
 ) -> int:  # fmt: skip
-    """Compare with what is committed, or commit; `whole`: the records are of all losses. Returns the exit status."""
+    """Compare with what is committed, or commit; `whole`: the records are of all that are. Returns the exit status."""
     arch = int(rows[0]["arch"].removeprefix("sm_"))
     before = committed(arch)
     failed = [
@@ -88,7 +95,7 @@ def _sensitivity(model: Model, machine: Machine, arch: int) -> str:
     """Predictions with each weak assumption changed."""
     recorded = model.record([*_WEAK, *(_WEAK_BY_HAND if arch == ARCH else [])])
     changed: dict[str, list[Predicted]] = {}
-    for row in TABLE:
+    for row in CARDS[arch].table:
         for value in row.weak:
             name = f"{row.name} {value:g} {row.unit}".strip()
             changed[name] = model.predict(recorded, machine.changed({row.name: value}))
@@ -101,7 +108,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     names = [f"sm_{arch}" for arch in sorted((*MACHINES, *NOT_MODELLED))]
     add("--arch", default=f"sm_{ARCH}", choices=names, help="(default: %(default)s)")
-    add("--only", type=pattern, default=pattern(""), metavar="REGEX", help="only the losses with this in their names")
+    add("--only", type=pattern, metavar="REGEX",
+        help=f"only the losses with this in their names (default: all of sm_{ARCH}, NT-Xent of others)")  # fmt: skip
     add("--json", type=named_path, metavar="FILE", help="write the records: losses by pass, and their kernels")
     add("--sensitivity", action="store_true", help="also with each weak assumption changed (minutes)")
     add("--accept", action="store_true", help="commit these predictions: rewrite the files in bench/results/static/")

@@ -100,9 +100,14 @@ def tensors(arguments: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def memory(launch: Launch) -> int:
-    """Bytes of a launch's arguments, each read or written once."""
-    sizes = {t.data_ptr() or id(t): t.numel() * t.element_size() for t in tensors(launch.arguments.values())}
-    return sum(sizes.values())
+    """Bytes of a launch's arguments, each read or written once; for a block of pairs, of the rows of its two sides."""
+    pairs = launch.arguments.get("pairs")
+    rows = math.inf if pairs is None else 2 * pairs.size
+    sizes = {
+        t.data_ptr() or id(t): t.numel() * t.element_size() * min(1, rows / max((1, *t.shape)))
+        for t in tensors(launch.arguments.values())
+    }
+    return round(sum(sizes.values()))
 
 
 def _turns(name: str, a: dict[str, Any]) -> int:
