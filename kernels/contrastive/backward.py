@@ -140,26 +140,30 @@ def _gradient(
     # A last tile with padding is masked, because for a product of 0 the weight may overflow half precision.
     walk = walk_of(r, s, start_r, TILE, False)
     b_acc = tl.zeros([TILE.D, TILE.BLOCK_R], tl.float32)
+    # In one row, so that all programs have nearly as many and few have masked ones.
+    first, last = share(walk.n_plain + walk.n_masked if PLAIN and MASKED else walk.n_plain, split)
     if PLAIN:
-        first, last = share(walk.n_plain, split)
-        for i in tl.range(first, last):
+        for i in tl.range(first, tl.minimum(last, walk.n_plain)):
             start_s = plain_start(walk, i, TILE)
             b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN, RESIDENT_FIRST)
             b_x = b_p * logits.factor
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, False, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_PLAIN)
     if MASKED:
-        first, last = share(walk.n_masked, split)
-        if not PLAIN:
+        if PLAIN:
+            first = tl.maximum(first - walk.n_plain, 0)
+            last = tl.maximum(last - walk.n_plain, 0)
+        else:
             first, last = coarse_share(walk.n_masked, split, 4)
             if first == last:
                 return
-        for i in tl.range(first, last):
-            start_s = masked_start(walk, i, TILE)
-            b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED, RESIDENT_FIRST)
-            b_x = b_p * logits.factor
-            b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)
-            b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_MASKED)
+        if first < last:  # most programs go on without starting the loop's pipeline
+            for i in tl.range(first, last):
+                start_s = masked_start(walk, i, TILE)
+                b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED, RESIDENT_FIRST)
+                b_x = b_p * logits.factor
+                b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)
+                b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_MASKED)
     o_r = block_r * TILE.BLOCK_R + tl.arange(0, TILE.BLOCK_R)  # no mask: the wave's rows are whole blocks
     p_acc = acc.sums + (split.to(tl.int64) * acc.rows + o_r[None, :]) * TILE.D + tl.arange(0, TILE.D)[:, None]
     if PLAIN:

@@ -59,10 +59,11 @@ def plain_tile(
 
 @triton.jit
 def masked_tile(sums, b_p, m_other, m_peer, logits, TILE):
-    """Add a tile of products to the sums; returns these and the terms (S, R) over others."""
+    """Add a tile of products to the sums, of which `other` may be (S, R); returns these and the terms (S, R) over
+    others."""
     b_e = term(b_p * logits.factor - logits.shift, TILE.TERM)
     b_e_other = tl.where(m_other, b_e, 0.0)
-    b_other = sums.other + tl.sum(b_e_other, 0)
+    b_other = sums.other + (b_e_other if len(sums.other.shape) == 2 else tl.sum(b_e_other, 0))
     b_peer = sums.peer
     b_linear = sums.linear
     if TILE.PEERS:
@@ -128,14 +129,18 @@ def _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRI
     m_r = o_r < r.n
     b_none = tl.zeros([TILE.BLOCK_R], tl.float32)
     sums = Sums(b_none, b_none, b_none)
-    for i in tl.range(mine.masked, mine.masked_end, flatten=TILE.D != TILE.BLOCK_D and not TILE.SPLIT_MASKED):
-        start_s = masked_start(walk, i, TILE)
-        o_s = start_s + tl.arange(0, TILE.BLOCK_S)
-        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
-        m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
-        sums, b_e = masked_tile(sums, b_p, m_other, m_peer, logits, TILE)
-        if parts.streamed is not None and not SYMMETRIC:
-            tl.store(p_part + o_s, tl.sum(tl.where(m_r[None, :], b_e, 0.0), 1), mask=o_s < s.n)
+    if mine.masked < mine.masked_end:  # most programs go on without starting the loop's pipeline
+        b_other = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
+        sums = Sums(b_other, b_none, b_none)
+        for i in tl.range(mine.masked, mine.masked_end, flatten=TILE.D != TILE.BLOCK_D and not TILE.SPLIT_MASKED):
+            start_s = masked_start(walk, i, TILE)
+            o_s = start_s + tl.arange(0, TILE.BLOCK_S)
+            b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
+            m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
+            sums, b_e = masked_tile(sums, b_p, m_other, m_peer, logits, TILE)
+            if parts.streamed is not None and not SYMMETRIC:
+                tl.store(p_part + o_s, tl.sum(tl.where(m_r[None, :], b_e, 0.0), 1), mask=o_s < s.n)
+        sums = Sums(tl.sum(sums.other, 0), sums.peer, sums.linear)
     return sums
 
 
