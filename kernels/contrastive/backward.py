@@ -140,25 +140,29 @@ def _gradient(
     # A last tile with padding is masked, because for a product of 0 the weight may overflow half precision.
     walk = walk_of(r, s, start_r, TILE, False)
     b_acc = tl.zeros([TILE.D, TILE.BLOCK_R], tl.float32)
-    # In one row, so that all programs have nearly as many and few have masked ones.
-    first, last = share(walk.n_plain + walk.n_masked if PLAIN and MASKED else walk.n_plain, split)
+    first, last = share(walk.n_plain, split)
+    masked, masked_end = share(walk.n_masked, split)
+    if not PLAIN:
+        masked, masked_end = coarse_share(walk.n_masked, split, 4)
+        if masked == masked_end:
+            return
+    if PLAIN and MASKED:
+        if walk.n_masked < tl.num_programs(1):  # in one row, so that all programs have nearly as many tiles
+            start, end = share(walk.n_plain + walk.n_masked, split)
+            first = tl.minimum(start, walk.n_plain)
+            last = tl.minimum(end, walk.n_plain)
+            masked = start - first
+            masked_end = end - last
     if PLAIN:
-        for i in tl.range(first, tl.minimum(last, walk.n_plain)):
+        for i in tl.range(first, last):
             start_s = plain_start(walk, i, TILE)
             b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN, RESIDENT_FIRST)
             b_x = b_p * logits.factor
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, False, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_PLAIN)
     if MASKED:
-        if PLAIN:
-            first = tl.maximum(first - walk.n_plain, 0)
-            last = tl.maximum(last - walk.n_plain, 0)
-        else:
-            first, last = coarse_share(walk.n_masked, split, 4)
-            if first == last:
-                return
-        if first < last:  # most programs go on without starting the loop's pipeline
-            for i in tl.range(first, last):
+        if masked < masked_end:  # most programs go on without starting the loop's pipeline
+            for i in tl.range(masked, masked_end):
                 start_s = masked_start(walk, i, TILE)
                 b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED, RESIDENT_FIRST)
                 b_x = b_p * logits.factor

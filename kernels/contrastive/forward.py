@@ -123,15 +123,20 @@ def _plain_tiles(block, s, parts, p_part, walk, mine, logits, n_r, TILE):
 
 
 @triton.jit
-def _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC: tl.constexpr):
-    """Sums over a program's masked tiles."""
+def _masked_tiles(
+    block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC: tl.constexpr, AT_END: tl.constexpr
+):  # fmt: skip
+    """Sums over a program's masked tiles. AT_END: over the streamed rows once, not for every tile."""
     o_r = block.start + tl.arange(0, TILE.BLOCK_R)
     m_r = o_r < r.n
     b_none = tl.zeros([TILE.BLOCK_R], tl.float32)
     sums = Sums(b_none, b_none, b_none)
-    if mine.masked < mine.masked_end:  # most programs go on without starting the loop's pipeline
-        b_other = tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32)
-        sums = Sums(b_other, b_none, b_none)
+    some = mine.masked < mine.masked_end  # most programs have none and go on without starting the loop's pipeline
+    if TILE.D <= 64 and not SYMMETRIC:  # eight warps have no registers for a branch
+        some = True
+    if some:
+        if AT_END:
+            sums = Sums(tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32), b_none, b_none)
         for i in tl.range(mine.masked, mine.masked_end, flatten=TILE.D != TILE.BLOCK_D and not TILE.SPLIT_MASKED):
             start_s = masked_start(walk, i, TILE)
             o_s = start_s + tl.arange(0, TILE.BLOCK_S)
@@ -140,7 +145,8 @@ def _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRI
             sums, b_e = masked_tile(sums, b_p, m_other, m_peer, logits, TILE)
             if parts.streamed is not None and not SYMMETRIC:
                 tl.store(p_part + o_s, tl.sum(tl.where(m_r[None, :], b_e, 0.0), 1), mask=o_s < s.n)
-        sums = Sums(tl.sum(sums.other, 0), sums.peer, sums.linear)
+        if AT_END:
+            sums = Sums(tl.sum(sums.other, 0), sums.peer, sums.linear)
     return sums
 
 
@@ -192,7 +198,9 @@ def forward_kernel(
     if PLAIN:
         b_other += _plain_tiles(block, s, parts, p_part, walk, mine, logits, r.n, TILE)
     if MASKED:
-        masked = _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC)
+        # With 64 columns eight warps have no registers for it, peers no time to gain.
+        AT_END: tl.constexpr = PLAIN and not TILE.PEERS and TILE.D > 64
+        masked = _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC, AT_END)
         b_other += masked.other
         b_peer = masked.peer
         b_linear = masked.linear

@@ -89,9 +89,9 @@ def _unit(b_x, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def _logits(b_z, b_y, inverse_t, NORMALIZE: tl.constexpr):
-    """Logits of unit rows b_z and source rows b_y, one each."""
-    b_y, _ = _unit(b_y, NORMALIZE)
+def _logits(b_z, y, b_src, m_n, o_d, m_d, inverse_t):
+    """Logits of rows b_z and the candidates' source rows b_src, one each."""
+    b_y, _ = _unit(load_rows(y, b_src, m_n, o_d, m_d), y.inv_N is not None)
     return tl.sum(b_z * b_y, 1) * inverse_t
 
 
@@ -115,8 +115,7 @@ def _views(b_z, y, layout_5N, n, o_n, m_n, o_d, m_d, inverse_t, SYMMETRIC: tl.co
         m_j = m_n & (b_j < b_last)
         if SYMMETRIC:
             m_j = m_j & (b_j != o_n)
-        b_y = load_rows(y, tl.load(y.src_N + b_j, mask=m_j, other=0), m_j, o_d, m_d)
-        b_logit = _logits(b_z, b_y, inverse_t, y.inv_N is not None)
+        b_logit = _logits(b_z, y, tl.load(y.src_N + b_j, mask=m_j, other=0), m_j, o_d, m_d, inverse_t)
         if i < most:
             b_sum += tl.where(m_j, b_logit, 0.0)
             b_max = tl.where(m_j, tl.maximum(b_max, b_logit), b_max)
@@ -192,12 +191,7 @@ def _prepare(side, program, inverse_t, CONSTANTS):
         b_src = b_k + o_n % CONSTANTS.VIEWS * (n // CONSTANTS.VIEWS)
     else:
         b_src = tl.load(side.layout_5N + o_n, mask=m_n, other=0)
-    b_x = load_rows(side.x, b_src, m_n, o_d, m_d)
-    b_y = b_x
-    if side.stats is not None and CONSTANTS.VIEWS > 0:  # each row has a single view, requested together with the row
-        b_other = b_k + (1 - o_n % CONSTANTS.VIEWS) * (n // CONSTANTS.VIEWS) if CONSTANTS.SYMMETRIC else b_k
-        b_y = load_rows(side.y, b_other, m_n, o_d, m_d)
-    b_z, b_inv = _unit(b_x, NORMALIZE)
+    b_z, b_inv = _unit(load_rows(side.x, b_src, m_n, o_d, m_d), NORMALIZE)
     b_scaled = b_z
     if NORMALIZE:
         tl.store(side.x.inv_N + b_pos, b_inv, mask=m_n)
@@ -211,8 +205,9 @@ def _prepare(side, program, inverse_t, CONSTANTS):
     if CONSTANTS.LOW:
         tl.store(p_z + side.rows.to(tl.int64) * CONSTANTS.D, b_low, mask=m_z)
     if side.stats is not None:
-        if CONSTANTS.VIEWS > 0:
-            b_mean = _logits(b_z, b_y, inverse_t, NORMALIZE)
+        if CONSTANTS.VIEWS > 0:  # each row has a single view
+            b_other = b_k + (1 - o_n % CONSTANTS.VIEWS) * (n // CONSTANTS.VIEWS) if CONSTANTS.SYMMETRIC else b_k
+            b_mean = _logits(b_z, side.y, b_other, m_n, o_d, m_d, inverse_t)
             b_spread = tl.zeros(o_n.shape, tl.float32)
         else:
             b_mean, b_spread = _views(

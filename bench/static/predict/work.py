@@ -158,14 +158,13 @@ def _tiled(launch: Launch, classes: int, forward: bool) -> Work:
     least = 4 if not forward and not takes[0] else 0  # coarse_share
     if folded:
         return Work(kinds, _folded(counts, launch.grid))
-    if not forward and all(takes):
-        return Work(kinds, tuple(_in_a_row(count, k, splits, 1) for k in range(splits) for count in counts))
-    programs = tuple(
-        tuple(_share(c, k, splits, least) for c, taken in zip(count, takes, strict=True) if taken)
-        for k in range(splits)
-        for count in counts
-    )
-    return Work(kinds, programs)
+
+    def shared(count: tuple[int, int], split: int) -> tuple[int, ...]:
+        if not forward and all(takes) and count[1] < splits:
+            return _in_a_row(count, split, splits, 1)
+        return tuple(_share(c, split, splits, least) for c, taken in zip(count, takes, strict=True) if taken)
+
+    return Work(kinds, tuple(shared(count, k) for k in range(splits) for count in counts))
 
 
 def _folded(counts: Sequence[tuple[int, int]], grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -42,7 +42,7 @@ class _Wanted:
         """The tiles' sums in `acc`, as large as a wave, and where parts of the temperature's gradient go."""
         if self.total is None:
             return _Sums(acc, None)
-        n, wave, block_n = self.r.operand.n, acc.shape[1], _row_block(self.r.operand)[0]
+        n, wave, block_n = self.r.operand.n, acc.shape[1], _row_block(self.r.operand, len(acc))[0]
         programs = sum(cdiv(min(wave, n - first), block_n) for first in range(0, n, wave))
         parts = torch.empty(programs, dtype=torch.float32, device=acc.device)
         factor = 0.5 if self.r is self.s else 1.0
@@ -182,15 +182,16 @@ def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, boo
     return [(s.chosen(kernel, mode), plain, masked) for mode, plain, masked in call.parts]
 
 
-def _row_block(x: Operand) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program of `finalize_kernel`: twice the rows where that makes one round of two."""
+def _row_block(x: Operand, slots: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program of `finalize_kernel`: twice the rows where that makes one round of two, if
+    so few slots of sums leave registers for it."""
     rounds = x.n * x.width / (_ELEMENTS * _ROUND)
-    return row_block(x.width, _ELEMENTS * (2 if x.width <= NARROW and 1 < rounds <= 2 else 1))
+    return row_block(x.width, _ELEMENTS * (2 if 1 < slots <= 4 and 1 < rounds <= 2 else 1))
 
 
 def _finalize(wanted: Sequence[_Wanted], sums: Sequence[_Sums], call: Call, first: int, in_order: bool) -> None:
     """Turn sums, one for each, into the gradients of the rows from `first` on."""
-    block_n, block_d, warps = _row_block(wanted[0].r.operand)
+    block_n, block_d, warps = _row_block(wanted[0].r.operand, len(sums[0].acc))
     # With four warps, 1024 columns whose candidates have no views and two towers of 128 spill (Triton 3.8, sm_90).
     spills = len(wanted) == 2 if block_d == 128 else block_d == 1024 and not wanted[0].s.upstream.any
     warps = 8 if spills else warps
