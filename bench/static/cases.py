@@ -15,7 +15,7 @@ from fastcl.rowstats.triton import (
     sigmoid_kernels,
     two_models,
 )
-from fastcl.rowstats.triton.backward import Ready, Upstream, gradients
+from fastcl.rowstats.triton.backward import Settled, Upstream, gradients
 from fastcl.rowstats.triton.forward import statistics
 from fastcl.rowstats.triton.operand import NARROW, Call, Source
 from fastcl.rowstats.triton.working_order import COUNTED, known_order, orders
@@ -127,7 +127,7 @@ def _run(case: _Case) -> None:
     operands, found, arrived = statistics(a, b, call, flag, columns)
     losses, other = found[0].losses, found[-1].losses.ready
     grad = losses.rows if losses.total is None else losses.total
-    ready = None if other is None else Ready((losses.ready.weights, other.weights), other.bound, arrived)
+    ready = None if other is None else Settled((losses.ready.weights, other.weights), other.bound, arrived)
     upstreams = [Upstream(one.stats, None, grad) for one in found]
     if not columns:
         upstreams.append(Upstream(found[0].stats[:, :0], None, None))

@@ -20,6 +20,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 SCALE = tl.constexpr(256.0)
 # Weights of the backward product are at most 4 in units of the largest derivative; 4 * 2^13 fits half precision.
 WEIGHT_SCALE = tl.constexpr(8192.0)
+LEAST_DIVISOR = tl.constexpr(1e-30)  # of weights: WEIGHT_SCALE divided by it stays in float32's range
 # Exponentials are shifted so that the largest is e^60: float32 can sum 2^20 of them and holds those above e^-87.
 HEADROOM = tl.constexpr(60.0)
 # Logits of unit rows lie in [-1/T, 1/T]. Up to this 1/T no exponential leaves that range, and inverse sums times

@@ -140,8 +140,20 @@ def _gradient(
     # A last tile with padding is masked, because for a product of 0 the weight may overflow half precision.
     walk = walk_of(r, s, start_r, TILE, False)
     b_acc = tl.zeros([TILE.D, TILE.BLOCK_R], tl.float32)
+    first, last = share(walk.n_plain, split)
+    masked, masked_end = share(walk.n_masked, split)
+    if not PLAIN:
+        masked, masked_end = coarse_share(walk.n_masked, split, 4)
+        if masked == masked_end:
+            return
+    if PLAIN and MASKED:
+        if walk.n_masked < tl.num_programs(1):  # in one row, so that all programs have nearly as many tiles
+            start, end = share(walk.n_plain + walk.n_masked, split)
+            first = tl.minimum(start, walk.n_plain)
+            last = tl.minimum(end, walk.n_plain)
+            masked = start - first
+            masked_end = end - last
     if PLAIN:
-        first, last = share(walk.n_plain, split)
         for i in tl.range(first, last):
             start_s = plain_start(walk, i, TILE)
             b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_PLAIN, RESIDENT_FIRST)
@@ -149,17 +161,13 @@ def _gradient(
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, False, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_PLAIN)
     if MASKED:
-        first, last = share(walk.n_masked, split)
-        if not PLAIN:
-            first, last = coarse_share(walk.n_masked, split, 4)
-            if first == last:
-                return
-        for i in tl.range(first, last):
-            start_s = masked_start(walk, i, TILE)
-            b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED, RESIDENT_FIRST)
-            b_x = b_p * logits.factor
-            b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)
-            b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_MASKED)
+        if masked < masked_end:  # most programs go on without starting the loop's pipeline
+            for i in tl.range(masked, masked_end):
+                start_s = masked_start(walk, i, TILE)
+                b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED, RESIDENT_FIRST)
+                b_x = b_p * logits.factor
+                b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, True, ONLINE)
+                b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_MASKED)
     o_r = block_r * TILE.BLOCK_R + tl.arange(0, TILE.BLOCK_R)  # no mask: the wave's rows are whole blocks
     p_acc = acc.sums + (split.to(tl.int64) * acc.rows + o_r[None, :]) * TILE.D + tl.arange(0, TILE.D)[:, None]
     if PLAIN:

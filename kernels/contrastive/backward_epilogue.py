@@ -132,7 +132,7 @@ def _finalize(side, program, bound, grad, temperature, CONSTANTS):
     m_d = o_d < side.x.d
     m_nd = m_n[:, None] & m_d[None, :]
     inverse_t = inverse_temperature(temperature)
-    factor = inverse_t if grad is None else inverse_t * tl.load(grad)
+    upstream = 1.0 if grad is None else tl.load(grad)
     # What the view pairs need is requested before the loop over them, so that it arrives together with the rows.
     b_first = begin(tl.load(side.x_views.first_N + o_n, mask=m_n, other=0))
     b_last = tl.load(side.x_views.last_N + o_n, mask=m_n, other=0)
@@ -153,7 +153,7 @@ def _finalize(side, program, bound, grad, temperature, CONSTANTS):
         b_dz = b_dz * (tl.load(bound) / WEIGHT_SCALE / tl.load(side.scale))
 
     b_dz += _view_pairs(b_x, b_first, b_last, own, side, o_n, m_n, o_d, m_d, inverse_t, CONSTANTS)
-    b_dz = b_dz * factor
+    b_dz = b_dz * inverse_t * upstream  # not by their product, which may overflow
     NORMALIZED: tl.constexpr = side.x.inv_N is not None
     if NORMALIZED or side.degree is not None:
         b_dot = tl.sum(b_x * b_dz, 1)

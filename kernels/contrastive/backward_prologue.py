@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common.numerics import LOG2E, WEIGHT_SCALE, inverse_temperature, shift_log2
+from ..common.numerics import LEAST_DIVISOR, LOG2E, WEIGHT_SCALE, inverse_temperature, shift_log2
 from .objective import objective_rows
 from .statistics import load_stats, relation_counts
 from .totals import largest_of
-
-_SMALLEST = tl.constexpr(1e-30)  # lower bound of the scale: WEIGHT_SCALE divided by it stays in float32's range
 
 
 class Upstream(NamedTuple):
@@ -129,7 +127,7 @@ def weights_kernel(
     for i_m in range(0, scale.n, 512):
         b_largest = tl.maximum(b_largest, tl.load(scale.maxima + i_m + o_m, mask=i_m + o_m < scale.n, other=0.0))
     largest = tl.max(b_largest, 0)
-    largest = tl.where(largest > 0, tl.maximum(largest, _SMALLEST), 1.0)
+    largest = tl.where(largest > 0, tl.maximum(largest, LEAST_DIVISOR), 1.0)
     if tl.program_id(0) == 0:
         tl.store(scale.bound, largest)
         if scale.arrived is not None:

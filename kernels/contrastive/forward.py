@@ -59,10 +59,11 @@ def plain_tile(
 
 @triton.jit
 def masked_tile(sums, b_p, m_other, m_peer, logits, TILE):
-    """Add a tile of products to the sums; returns these and the terms (S, R) over others."""
+    """Add a tile of products to the sums, of which `other` may be (S, R); returns these and the terms (S, R) over
+    others."""
     b_e = term(b_p * logits.factor - logits.shift, TILE.TERM)
     b_e_other = tl.where(m_other, b_e, 0.0)
-    b_other = sums.other + tl.sum(b_e_other, 0)
+    b_other = sums.other + (b_e_other if len(sums.other.shape) == 2 else tl.sum(b_e_other, 0))
     b_peer = sums.peer
     b_linear = sums.linear
     if TILE.PEERS:
@@ -122,20 +123,30 @@ def _plain_tiles(block, s, parts, p_part, walk, mine, logits, n_r, TILE):
 
 
 @triton.jit
-def _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC: tl.constexpr):
-    """Sums over a program's masked tiles."""
+def _masked_tiles(
+    block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC: tl.constexpr, AT_END: tl.constexpr
+):  # fmt: skip
+    """Sums over a program's masked tiles. AT_END: over the streamed rows once, not for every tile."""
     o_r = block.start + tl.arange(0, TILE.BLOCK_R)
     m_r = o_r < r.n
     b_none = tl.zeros([TILE.BLOCK_R], tl.float32)
     sums = Sums(b_none, b_none, b_none)
-    for i in tl.range(mine.masked, mine.masked_end, flatten=TILE.D != TILE.BLOCK_D and not TILE.SPLIT_MASKED):
-        start_s = masked_start(walk, i, TILE)
-        o_s = start_s + tl.arange(0, TILE.BLOCK_S)
-        b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
-        m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
-        sums, b_e = masked_tile(sums, b_p, m_other, m_peer, logits, TILE)
-        if parts.streamed is not None and not SYMMETRIC:
-            tl.store(p_part + o_s, tl.sum(tl.where(m_r[None, :], b_e, 0.0), 1), mask=o_s < s.n)
+    some = mine.masked < mine.masked_end  # most programs have none and go on without starting the loop's pipeline
+    if TILE.D <= 64 and not SYMMETRIC:  # eight warps have no registers for a branch
+        some = True
+    if some:
+        if AT_END:
+            sums = Sums(tl.zeros([TILE.BLOCK_S, TILE.BLOCK_R], tl.float32), b_none, b_none)
+        for i in tl.range(mine.masked, mine.masked_end, flatten=TILE.D != TILE.BLOCK_D and not TILE.SPLIT_MASKED):
+            start_s = masked_start(walk, i, TILE)
+            o_s = start_s + tl.arange(0, TILE.BLOCK_S)
+            b_p, _, _ = products(block, s, start_s, TILE, TILE.SPLIT_MASKED)
+            m_other, m_peer = relations(r, s.class_N, s.sample_N, o_r, o_s, o_s < s.n)
+            sums, b_e = masked_tile(sums, b_p, m_other, m_peer, logits, TILE)
+            if parts.streamed is not None and not SYMMETRIC:
+                tl.store(p_part + o_s, tl.sum(tl.where(m_r[None, :], b_e, 0.0), 1), mask=o_s < s.n)
+        if AT_END:
+            sums = Sums(tl.sum(sums.other, 0), sums.peer, sums.linear)
     return sums
 
 
@@ -187,7 +198,9 @@ def forward_kernel(
     if PLAIN:
         b_other += _plain_tiles(block, s, parts, p_part, walk, mine, logits, r.n, TILE)
     if MASKED:
-        masked = _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC)
+        # With 64 columns eight warps have no registers for it, peers no time to gain.
+        AT_END: tl.constexpr = PLAIN and not TILE.PEERS and TILE.D > 64
+        masked = _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC, AT_END)
         b_other += masked.other
         b_peer = masked.peer
         b_linear = masked.linear

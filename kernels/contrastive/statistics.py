@@ -96,8 +96,9 @@ def _first_streamed(side, program, WAVE):
     """The first of this wave's resident blocks that have streamed a program's rows."""
     first = 0
     if WAVE.SYMMETRIC and side.parts.streamed is not None:  # only blocks whose class range starts after these rows
-        last = tl.minimum(program * WAVE.BLOCK_N + WAVE.BLOCK_N, side.n) - 1
-        hi = tl.load(side.layout_5N + 2 * side.n + last)
+        hi = tl.minimum(program * WAVE.BLOCK_N + WAVE.BLOCK_N, side.n)
+        if WAVE.FOLDED == 0:  # folded blocks are those of rows without labels: their classes end within a block
+            hi = tl.load(side.layout_5N + 2 * side.n + hi - 1)
         begins = (hi + WAVE.BLOCK_N - 1) // WAVE.BLOCK_N * WAVE.BLOCK_N // WAVE.BLOCK_R
         first = tl.maximum(begins - side.parts.first_block, 0)
     return first
@@ -111,6 +112,7 @@ def _streamed_sum(side, first, o_n, WAVE):
     for i_c in range(first, side.parts.n_blocks, STREAMED):
         p_part = side.parts.streamed + tl.cast(i_c, tl.int64) * rows + o_n
         b_parts = _loaded(p_part, rows, side.parts.n_blocks - i_c, STREAMED)
+        tl.debug_barrier()  # as in `complete`
         for i_k in tl.static_range(STREAMED):
             m_k = i_c + i_k < side.parts.n_blocks
             b_sum += tl.where(m_k, b_parts[i_k], 0.0)
@@ -136,6 +138,7 @@ def _resident_sums(side, o_n, WAVE):
         if WAVE.PEERS:
             b_peers = _loaded(p_part + rows, 3 * rows, WAVE.SLOTS, WAVE.SLOTS)
             b_linears = _loaded(p_part + 2 * rows, 3 * rows, WAVE.SLOTS, WAVE.SLOTS)
+        tl.debug_barrier()  # as in `complete`
         for i_k in tl.static_range(WAVE.SLOTS):
             m_k = b_programs > i_k
             b_other += tl.where(m_k, b_others[i_k], 0.0)
@@ -178,10 +181,13 @@ def _finish(side, program, flag, temperature, WAVE, CODES):
     o_n = program * WAVE.BLOCK_N + tl.arange(0, WAVE.BLOCK_N)
     m_n = o_n < n
     # What depends on nothing is requested first, so that it arrives together.
-    first = _first_streamed(side, program, WAVE)
-    own = _resident_sums(side, o_n, WAVE)
     b_src = tl.load(side.layout_5N + o_n, mask=m_n, other=0)
     b_n_v, b_n_p, b_n_o = relation_counts(side.layout_5N, o_n, m_n, n, side.n_s, WAVE.SYMMETRIC)
+    first = _first_streamed(side, program, WAVE)
+    own = _resident_sums(side, o_n, WAVE)
+    b_streamed = tl.zeros([WAVE.BLOCK_N], tl.float32)
+    if side.parts.streamed is not None:
+        b_streamed = _streamed_sum(side, first, o_n, WAVE)
     run = n > 0
     if flag is not None:
         run = tl.load(flag) == 0
@@ -196,8 +202,7 @@ def _finish(side, program, flag, temperature, WAVE, CODES):
         b_sum = own.other
         if not WAVE.FIRST:
             b_sum += tl.load(p_other, mask=m_n, other=0.0)
-        if side.parts.streamed is not None:
-            b_sum += _streamed_sum(side, first, o_n, WAVE)
+        b_sum += b_streamed
         if WAVE.LAST:
             sums = Sums(b_sum, own.peer, own.linear)
             inverse_t = inverse_temperature(temperature)

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common.numerics import WEIGHT_SCALE
+from ..common.numerics import LEAST_DIVISOR, WEIGHT_SCALE
 from .objective import objective_rows
 
-_SMALLEST = tl.constexpr(1e-30)  # lower bound of the weights' divisor: WEIGHT_SCALE divided by it stays in float32
 # Parts that are added up at once. A kernel for no more has no loop over them: ptxas would unroll it.
 AT_ONCE = tl.constexpr(1024)
+_AT_A_TIME = tl.constexpr(4096)  # rows whose weights the last program brings to one scale at a time
 
 
 class Ready(NamedTuple):
@@ -87,12 +87,12 @@ def added_up(sums, n, MANY: tl.constexpr):
 
 
 @triton.jit
-def _weigh(losses, i_p, o_n, m_n, b_n_p, b_n_o, slopes, found, BLOCKS: tl.constexpr, ONLINE: tl.constexpr):
+def _store_weights(losses, i_p, o_n, m_n, b_n_p, b_n_o, slopes, found, BLOCKS: tl.constexpr, ONLINE: tl.constexpr):
     """Weights of rows, on a scale of their own; `complete` brings all to one. slopes: derivatives of their losses."""
     b_mean, b_spread, b_linear, b_peer, b_other = slopes
     b_linear, b_peer, b_other, largest = largest_of(b_linear, b_peer, b_other, b_n_p, b_n_o, m_n)
     ready = losses.ready
-    largest = tl.maximum(largest * losses.factor, _SMALLEST)
+    largest = tl.maximum(largest * losses.factor, LEAST_DIVISOR)
     for i_b in tl.static_range(1 if ONLINE else BLOCKS):
         tl.store(ready.maxima + (i_p if ONLINE else i_p * BLOCKS + i_b), largest)
     unit = losses.factor * WEIGHT_SCALE / largest
@@ -130,7 +130,7 @@ def evaluate(
             b_mean = tl.where(b_n_v > 0, b_mean, 0.0)
             b_spread = tl.where(b_n_v > 0, b_spread, 0.0)
             slopes = (b_mean, b_spread, b_linear, b_peer, b_other)
-            _weigh(losses, i_p, o_n, m_n, b_n_p, b_n_o, slopes, found, BLOCKS, ONLINE)
+            _store_weights(losses, i_p, o_n, m_n, b_n_p, b_n_o, slopes, found, BLOCKS, ONLINE)
     last = tl.program_id(0) < 0
     if len(CODES) > 0 and losses.sums is not None:
         last = is_last(losses.arrived + (1 if ONLINE else 0), programs)
@@ -138,21 +138,36 @@ def evaluate(
 
 
 @triton.jit
-def _rescale(losses, largest, BLOCKS: tl.constexpr, ALIGN: tl.constexpr, PEERS: tl.constexpr):
+def _requested(losses, first, BLOCKS: tl.constexpr, ALIGN: tl.constexpr, PEERS: tl.constexpr):
+    """What `_rescale` needs of `_AT_A_TIME` rows from block `first` on: their weights, and each block's divisor."""
+    ready = losses.ready
+    EACH: tl.constexpr = ALIGN // BLOCKS
+    o_b = first + tl.arange(0, _AT_A_TIME // EACH)
+    m_b = o_b < ready.rows // EACH
+    p_weights = ready.weights + o_b[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    b_weights = (tl.load(p_weights, mask=m_b[:, None], other=0.0, cache_modifier=".cg"),)
+    for RELATION in tl.static_range(1, 3 if PEERS else 1):  # without peers their weights are 0
+        p_relation = p_weights + RELATION * ready.rows
+        b_weights = b_weights + (tl.load(p_relation, mask=m_b[:, None], other=0.0, cache_modifier=".cg"),)
+    return b_weights, tl.load(ready.maxima + losses.first * BLOCKS + o_b, mask=m_b, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _rescale(losses, requested, largest, BLOCKS: tl.constexpr, ALIGN: tl.constexpr, PEERS: tl.constexpr):
+    """Bring the weights of a side to the divisor `largest`. requested: of its first rows."""
     ready = losses.ready
     inverse = 1.0 / largest
     EACH: tl.constexpr = ALIGN // BLOCKS
-    AT_A_TIME: tl.constexpr = 4096 // EACH
-    for first in range(0, ready.rows // EACH, AT_A_TIME):
-        o_b = first + tl.arange(0, AT_A_TIME)
+    for first in range(0, ready.rows // EACH, _AT_A_TIME // EACH):
+        later = _requested(losses, first + _AT_A_TIME // EACH, BLOCKS, ALIGN, PEERS)
+        b_weights, b_maxima = requested
+        b_scale = b_maxima * inverse
+        o_b = first + tl.arange(0, _AT_A_TIME // EACH)
         m_b = o_b < ready.rows // EACH
-        p_maxima = ready.maxima + losses.first * BLOCKS + o_b
-        b_scale = tl.load(p_maxima, mask=m_b, other=0.0, cache_modifier=".cg") * inverse
-        o_n = o_b[:, None] * EACH + tl.arange(0, EACH)[None, :]
-        for RELATION in tl.static_range(3 if PEERS else 1):  # without peers their weights are 0
-            p_weights = ready.weights + RELATION * ready.rows + o_n
-            b_weights = tl.load(p_weights, mask=m_b[:, None], other=0.0, cache_modifier=".cg")
-            tl.store(p_weights, b_weights * b_scale[:, None], mask=m_b[:, None])
+        p_weights = ready.weights + o_b[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        for RELATION in tl.static_range(len(b_weights)):
+            tl.store(p_weights + RELATION * ready.rows, b_weights[RELATION] * b_scale[:, None], mask=m_b[:, None])
+        requested = later
 
 
 @triton.jit
@@ -163,13 +178,15 @@ def complete(
     """The totals of one side or, with TWO, of two (Losses), and one scale for their weights, once all programs have
     stored their parts."""
     programs = one.programs * BLOCKS if ONLINE else one.programs
-    if one.ready is not None:  # requested before the sums are waited for
+    if one.ready is not None:
         b_maxima = _gathered(one.ready.maxima, one.programs * BLOCKS, MANY, True)
+        requested = _requested(one, 0, BLOCKS, ALIGN, PEERS)
+        tl.debug_barrier()  # ptxas puts off requests until their results are needed, but not beyond a barrier
     for i_k in tl.static_range(len(CODES)):
         tl.store(one.total + i_k, added_up(one.sums + i_k * programs, programs, MANY))
     if one.ready is not None:
         largest = tl.max(b_maxima, 0)
         tl.store(one.ready.bound, largest)
-        _rescale(one, largest, BLOCKS, ALIGN, PEERS)
+        _rescale(one, requested, largest, BLOCKS, ALIGN, PEERS)
         if TWO:
-            _rescale(two, largest, BLOCKS, ALIGN, PEERS)
+            _rescale(two, _requested(two, 0, BLOCKS, ALIGN, PEERS), largest, BLOCKS, ALIGN, PEERS)

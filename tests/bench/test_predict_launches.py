@@ -99,12 +99,13 @@ def test_a_block_of_pairs_reads_the_rows_of_its_two_sides():
 
 def test_programs_go_to_whoever_is_free():
     per = (100.0, 60.0)  # alone 100 cycles a tile; two residents take 60 each, 120 for both
-    assert schedule.finish([1.0], per, 0, 4) == 100
-    assert schedule.finish([1.0] * 8, per, 0, 4) == pytest.approx(120)
-    assert schedule.finish([1.0] * 9, per, 0, 4) == pytest.approx(220)
-    assert schedule.finish([1.0] * 9, per, 10, 4) == pytest.approx(240)
-    assert schedule.finish([3.0, 1.0, 1.0, 1.0], (100.0,), 0, 2) == pytest.approx(300)
-    assert schedule.finish([1.0, 1.0, 1.0, 3.0], (100.0,), 0, 2) == pytest.approx(400)  # the long one last
+    assert schedule.finish([1.0], per, [0], 4) == 100
+    assert schedule.finish([1.0] * 8, per, [0] * 8, 4) == pytest.approx(120)
+    assert schedule.finish([1.0] * 9, per, [0] * 9, 4) == pytest.approx(220)
+    assert schedule.finish([1.0] * 9, per, [10] * 9, 4) == pytest.approx(240)
+    assert schedule.finish([1.0] * 9, per, [10] * 8 + [30], 4) == pytest.approx(260)  # only the last takes longer
+    assert schedule.finish([3.0, 1.0, 1.0, 1.0], (100.0,), [0] * 4, 2) == pytest.approx(300)
+    assert schedule.finish([1.0, 1.0, 1.0, 3.0], (100.0,), [0] * 4, 2) == pytest.approx(400)  # the long one last
     for programs in (1, 4, 7, 8, 9, 16, 17):
-        alike = schedule.finish([2.0] * programs, per, 5, 4), schedule.uniform(programs, 2.0, per, 5, 4)
+        alike = schedule.finish([2.0] * programs, per, [5] * programs, 4), schedule.uniform(programs, 2.0, per, 5, 4)
         assert alike[0] == pytest.approx(alike[1])

@@ -6,17 +6,48 @@ import torch
 import triton
 import triton.language as tl
 from reference import TOLERANCE, normal
+from torch import Tensor
 from triton_runs import DEVICE, launches, leaf, tiles
 
 import fastcl
+from fastcl.kernels.common.arguments import fixed
 from fastcl.kernels.common.launch import folded
 from fastcl.kernels.contrastive.statistics import programs_of
+from fastcl.kernels.contrastive.totals import Losses, Ready, complete
+from fastcl.losses.objectives import OBJECTIVES
+from fastcl.rowstats.request import Batch
+from fastcl.rowstats.triton.operator import fused
 
 
 @triton.jit
 def programs_kernel(found, n_blocks, both):
     block = tl.program_id(0)
     tl.store(found + block, programs_of(block, n_blocks, both))
+
+
+@triton.jit
+def complete_kernel(losses, BLOCKS: tl.constexpr, PEERS: tl.constexpr, CODES):
+    complete(losses, losses, False, BLOCKS, False, False, 128, PEERS, CODES)
+
+
+@pytest.mark.parametrize("blocks", (1, 4))
+@pytest.mark.parametrize("peers", (False, True))
+def test_one_scale_for_more_rows_than_are_scaled_at_a_time(peers: bool, blocks: int) -> None:
+    """67 blocks of 128 rows, 4,096 rows at a time: each block's weights end on the scale of the largest divisor."""
+    programs, rows = 67, 67 * 128
+    weights, maxima = normal(5, rows).float(), normal(programs * blocks).float().abs() + 0.1
+    found, sums, total, bound = weights.clone(), normal(1, programs).float(), torch.zeros(1), torch.zeros(1)
+    arrived = torch.zeros(2, dtype=torch.int32)
+    tensors = [t.to(DEVICE) for t in (found, bound, maxima, sums, total, arrived)]
+    ready = Ready(tensors[0], rows, *tensors[1:3])
+    losses = Losses(None, *tensors[3:], ready, 1.0, 0, programs)
+    complete_kernel[(1,)](losses, blocks, peers, fixed((OBJECTIVES["ntxent"].code,)))
+    scaled = weights.double()
+    each = (maxima.double() / maxima.max()).repeat_interleave(128 // blocks)
+    scaled[: 3 if peers else 1] *= each
+    torch.testing.assert_close(tensors[0].double().cpu(), scaled, rtol=1e-6, atol=0)
+    assert tensors[1].item() == maxima.max().item()
+    assert tensors[4].item() == pytest.approx(sums.double().sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("blocks", "both"), ((2, 2), (3, 2), (9, 3), (32, 16)))
@@ -72,4 +103,52 @@ def test_weights_of_a_mean_from_the_forward_pass(name: str, online: bool) -> Non
         if precision:
             assert not ran.of("weights_kernel") and bool(ran.of("backward_online_kernel")) == online
     error = torch.linalg.vector_norm(found[0] - found[1]) / torch.linalg.vector_norm(found[1])
+    assert error <= TOLERANCE["fp32"].gradient
+
+
+def test_weights_of_a_loss_without_a_slope() -> None:
+    """The others' share of each softmax is exactly 0 in float32, and so is every derivative: its bound is not."""
+    axis = torch.eye(2, 16, device=DEVICE)
+    views = [leaf(torch.stack((axis[0], -axis[0]))) for _ in range(2)]
+    with launches() as ran, fastcl.backend("triton"):
+        loss = fastcl.ntxent_loss(*views, 0.015)
+        found = torch.autograd.grad(loss, views)
+    assert not ran.of("weights_kernel") and loss.item() == 0
+    for one in found:
+        assert one.abs().max() <= 1e-6  # 0 but for the rounding of unit rows
+
+
+@pytest.mark.parametrize("upstream", (1e38, 1e-38))
+def test_extreme_upstream_gradients_at_a_low_temperature(upstream: float) -> None:
+    """The gradient is finite where its product with 1 / T is not."""
+    rows, sample = normal(40, 16).float(), torch.arange(40, device=DEVICE) // 2
+    found = []
+    for backend, scale in (("triton", upstream), ("dense", 1.0)):
+        x = leaf(rows if backend == "triton" else rows.double())
+        precision = "fp32" if backend == "triton" else None
+        with fastcl.backend(backend):
+            loss = fastcl.contrastive_loss(x, sample, temperature=0.2, precision=precision)
+        grad = torch.full_like(loss, scale)
+        found.append(torch.autograd.grad(loss, x, grad)[0].double() / scale)
+    error = torch.linalg.vector_norm(found[0] - found[1]) / torch.linalg.vector_norm(found[1])
+    assert error <= TOLERANCE["fp32"].gradient
+
+
+def test_weights_of_a_mean_are_not_used_beside_gradients_of_statistics() -> None:
+    """Losses and statistics of one call, each with a gradient of its own: those of both together are their sum."""
+    rows, sample = normal(40, 16).float(), torch.arange(40, device=DEVICE) // 2
+    weights = normal(5, 40, seed=1).float()
+    weights[2:4] = 0  # nobody has peers
+
+    def gradient(of_loss: float, of_stats: float) -> tuple[Tensor, bool]:
+        x = leaf(rows)
+        with launches() as ran:
+            found = fused(Batch.rows(x, sample), 0.2, True, False, "fp32", [OBJECTIVES["ntxent"].code], "mean")
+            parts = [of_loss * found[2].sum()] if of_loss else []
+            parts += [of_stats * (found[0].nan_to_num(neginf=0) * weights).sum()] if of_stats else []
+            return torch.autograd.grad(sum(parts), x)[0].double(), bool(ran.of("weights_kernel"))
+
+    (together, written), (alone, settled), (stats, _) = gradient(3, 1), gradient(3, 0), gradient(0, 1)
+    assert written and not settled
+    error = torch.linalg.vector_norm(together - alone - stats) / torch.linalg.vector_norm(together)
     assert error <= TOLERANCE["fp32"].gradient

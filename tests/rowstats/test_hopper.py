@@ -15,7 +15,7 @@ from torch import Tensor
 from triton_runs import DEVICE, check, few_programs  # noqa: F401
 
 from fastcl.kernels.common.arguments import Parts, Resident, Streamed, Temperature, Tile, fixed
-from fastcl.kernels.common.launch import Config, Launch
+from fastcl.kernels.common.launch import Config, Launch, on_architecture
 from fastcl.kernels.common.ring import Ring
 from fastcl.rowstats.triton import hopper, operand
 
@@ -186,3 +186,19 @@ def test_losses_and_gradients_with_the_kernels_by_hand(on_the_model):
     assert on_the_model == ["forward_hopper_kernel", "backward_hopper_kernel"]
     for kernel in ("forward_kernel", "backward_kernel"):
         assert [one.arguments["PLAIN"] for one in ran.of(kernel)] == [False]
+
+
+def test_few_rows_are_left_to_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are switched on for a process, not for a block of code, from the number of rows on that pays."""
+    call = operand.Call(None, 0.5, True, "fp16", (), "none", False)
+    monkeypatch.setattr(hopper, "_by_default", lambda: True)
+
+    def takes(n: int) -> bool:
+        z = torch.empty(1, n, 128, dtype=torch.float16)
+        rows = operand.Operand(z[0], None, torch.empty(5, n, dtype=torch.int32), z, None, None)
+        with on_architecture(90):
+            return hopper.chosen("forward_hopper", rows, call) is not None
+
+    assert [takes(n) for n in (hopper.LEAST - 1, hopper.LEAST)] == [False, True]
+    with hopper.using(True):
+        assert takes(256)

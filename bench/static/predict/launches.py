@@ -73,6 +73,7 @@ class Kernel:
         self.inside = machine.changed(dict.fromkeys(OUTSIDE, 1.0))
         self.paths = paths_of(compiled.listing)
         self.tiles: dict[Tiles, Timing] = {}
+        self.beyond: dict[tuple[bool, ...], float] = {}  # `_fixed` by the kinds of tiles that a program has
         self.resident = occupancy(compiled.facts, arch)
         if not self.resident:
             raise NotModelled("no program fits on a multiprocessor")
@@ -204,15 +205,12 @@ def _tiles(kernel: Kernel, work: Work) -> tuple[float, dict[str, float], float]:
     used = [k for k in range(len(work.tiles)) if any(row[k] for row in rows)] or [0]
     tiles = [work.tiles[k] for k in used]
     timings = [kernel.tile(tile, work.loop, tuple(one.kind for one in work.tiles)) for tile in tiles]
-    if tiles[0].feed:
-        fixed = specialised.fixed(kernel.paths, tiles[0].feed, kernel.machine)
-    else:
-        fixed = kernel.fixed(kernel.bodies(tuple(one.kind for one in tiles))) if work.loop else kernel.machine.start
+    fixed = [_fixed(kernel, work, tiles, tuple(row[k] > 0 for k in used)) for row in rows]
     first = timings[0]
     weights = [timing.cycles[-1] / first.cycles[-1] for timing in timings]
     amounts = [sum(row[k] * weight for k, weight in zip(used, weights, strict=True)) for row in rows]
     if each:
-        cycles = schedule.uniform(programs, amounts[0], first.cycles, fixed, count)
+        cycles = schedule.uniform(programs, amounts[0], first.cycles, fixed[0], count)
     else:
         cycles = schedule.finish(amounts, first.cycles, fixed, count)
     totals = [programs * sum(row[k] for row in rows) for k in used]
@@ -221,3 +219,16 @@ def _tiles(kernel: Kernel, work: Work) -> tuple[float, dict[str, float], float]:
         for name in first.pipes
     }
     return cycles, pipes, first.surplus
+
+
+def _fixed(kernel: Kernel, work: Work, tiles: Sequence[Tiles], taken: tuple[bool, ...]) -> float:
+    """Cycles beyond its tiles of a program that has those of the kinds `taken` of `tiles`."""
+    if tiles[0].feed:
+        return specialised.fixed(kernel.paths, tiles[0].feed, kernel.machine)
+    if not work.loop:
+        return kernel.machine.start
+    if taken not in kernel.beyond:
+        bodies = kernel.bodies(tuple(one.kind for one in tiles))
+        wanted = [body for body, one in zip(bodies, taken, strict=True) if one] or bodies
+        kernel.beyond[taken] = kernel.fixed(wanted)
+    return kernel.beyond[taken]

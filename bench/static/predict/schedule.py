@@ -17,21 +17,21 @@ def uniform(programs: int, work: float, per: Sequence[float], fixed: float, mult
     return rounds * together(len(per)) + together(rest)
 
 
-def finish(work: Sequence[float], per: Sequence[float], fixed: float, multiprocessors: int) -> float:
+def finish(work: Sequence[float], per: Sequence[float], fixed: Sequence[float], multiprocessors: int) -> float:
     """Cycles until the last program ends.
 
     Args:
         work: tiles of each program, in the order of launch.
         per: cycles of a multiprocessor for a tile with 1, 2, ... resident programs; as many as fit.
-        fixed: cycles of a program beyond its tiles, in which the others go on.
+        fixed: cycles of each program beyond its tiles, in which the others go on.
     """
-    waiting = iter(work)
+    waiting = iter(zip(work, fixed, strict=True))
     resident: list[list[list[float]]] = [[] for _ in range(multiprocessors)]  # [tiles left, fixed cycles left]
     since = [0.0] * multiprocessors
     for _ in per:
         for one in resident:
-            if (tiles := next(waiting, None)) is not None:
-                one.append([tiles, fixed])
+            if (program := next(waiting, None)) is not None:
+                one.append([*program])
 
     def slowness(k: int) -> float:
         """Cycles of one of the resident programs for a tile."""
@@ -54,8 +54,8 @@ def finish(work: Sequence[float], per: Sequence[float], fixed: float, multiproce
         since[k] = end
         going = [one for one in resident[k] if one[0] > 1e-9 or one[1] > 1e-6]
         for _ in range(len(resident[k]) - len(going)):
-            if (tiles := next(waiting, None)) is not None:
-                going.append([tiles, fixed])
+            if (program := next(waiting, None)) is not None:
+                going.append([*program])
         resident[k] = going
         if going:
             heapq.heappush(heap, (due(k), k))

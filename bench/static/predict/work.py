@@ -161,12 +161,15 @@ def _tiled(launch: Launch, classes: int, forward: bool) -> Work:
         if taken
     )
     least = 4 if not forward and not takes[0] else 0  # coarse_share
-    programs = tuple(
-        tuple(_share(c, k, splits, least) for c, taken in zip(count, takes, strict=True) if taken)
-        for k in range(splits)
-        for count in counts
-    )
-    return Work(kinds, _folded(counts, launch.grid) if folded else programs)
+    if folded:
+        return Work(kinds, _folded(counts, launch.grid))
+
+    def shared(count: tuple[int, int], split: int) -> tuple[int, ...]:
+        if not forward and all(takes) and count[1] < splits:
+            return _in_a_row(count, split, splits, 1)
+        return tuple(_share(c, split, splits, least) for c, taken in zip(count, takes, strict=True) if taken)
+
+    return Work(kinds, tuple(shared(count, k) for k in range(splits) for count in counts))
 
 
 def _folded(counts: Sequence[tuple[int, int]], grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -179,13 +182,15 @@ def _folded(counts: Sequence[tuple[int, int]], grid: tuple[int, ...]) -> tuple[t
             count, split, splits = counts[pair], k, longer
             if k >= longer:
                 count, split, splits = counts[blocks - 1 - pair], k - longer, both - longer
-            ends = [(count[0] + MASKED_COST * count[1]) * end // splits for end in (split, split + 1)]
-            plain, masked = (
-                [min(end, count[0]) for end in ends],
-                [max(end - count[0], 0) // MASKED_COST for end in ends],
-            )
-            programs.append((plain[1] - plain[0], masked[1] - masked[0]))
+            programs.append(_in_a_row(count, split, splits, MASKED_COST))
     return tuple(programs)
+
+
+def _in_a_row(count: tuple[int, int], split: int, splits: int, cost: int) -> tuple[int, int]:
+    """Plain and masked tiles of a program of a block whose masked tiles, each worth `cost` plain ones, come last."""
+    ends = [(count[0] + cost * count[1]) * end // splits for end in (split, split + 1)]
+    plain, masked = [min(end, count[0]) for end in ends], [max(end - count[0], 0) // cost for end in ends]
+    return plain[1] - plain[0], masked[1] - masked[0]
 
 
 def _programs_of(block: int, blocks: int, both: int) -> int:

@@ -16,9 +16,10 @@ from fastcl.kernels.contrastive.backward import Accumulator, Direction, backward
 from fastcl.kernels.contrastive.totals import AT_ONCE
 from fastcl.rowstats.triton import hopper, wide
 from fastcl.rowstats.triton.operand import ALIGN, NARROW, WORKSPACE, Call, Operand, row_block
-from fastcl.rowstats.triton.weighted import Ready, Side, Upstream, alike, over_pairs, weighted
+from fastcl.rowstats.triton.weighted import Settled, Side, Upstream, alike, over_pairs, weighted
 
 _ELEMENTS = 512  # of a program of `finalize_kernel`; with more, fewer of them fit on a multiprocessor
+_ROUND = 924  # of these programs run at a time: seven on each of 132 multiprocessors
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class _Wanted:
         """The tiles' sums in `acc`, as large as a wave, and where parts of the temperature's gradient go."""
         if self.total is None:
             return _Sums(acc, None)
-        n, wave, block_n = self.r.operand.n, acc.shape[1], row_block(self.r.operand.width, _ELEMENTS)[0]
+        n, wave, block_n = self.r.operand.n, acc.shape[1], _row_block(self.r.operand, len(acc))[0]
         programs = sum(cdiv(min(wave, n - first), block_n) for first in range(0, n, wave))
         parts = torch.empty(programs, dtype=torch.float32, device=acc.device)
         factor = 0.5 if self.r is self.s else 1.0
@@ -60,7 +61,7 @@ class _Sums(NamedTuple):
 
 def gradients(
     x: Operand, y: Operand | None, call: Call, flag: Tensor | None, upstreams: Sequence[Upstream],
-    need: tuple[bool, bool, bool], ready: Ready | None = None,
+    need: tuple[bool, bool, bool], ready: Settled | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx (n, d) and dy of the rows' dtype in source order, and dT; None where not needed.
 
@@ -181,9 +182,16 @@ def _parts(s: Operand, call: Call, online: bool) -> list[tuple[Config, bool, boo
     return [(s.chosen(kernel, mode), plain, masked) for mode, plain, masked in call.parts]
 
 
+def _row_block(x: Operand, slots: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program of `finalize_kernel`: twice the rows where that makes one round of two, if
+    so few slots of sums leave registers for it."""
+    rounds = x.n * x.width / (_ELEMENTS * _ROUND)
+    return row_block(x.width, _ELEMENTS * (2 if 1 < slots <= 4 and 1 < rounds <= 2 else 1))
+
+
 def _finalize(wanted: Sequence[_Wanted], sums: Sequence[_Sums], call: Call, first: int, in_order: bool) -> None:
     """Turn sums, one for each, into the gradients of the rows from `first` on."""
-    block_n, block_d, warps = row_block(wanted[0].r.operand.width, _ELEMENTS)
+    block_n, block_d, warps = _row_block(wanted[0].r.operand, len(sums[0].acc))
     # With four warps, 1024 columns whose candidates have no views and two towers of 128 spill (Triton 3.8, sm_90).
     spills = len(wanted) == 2 if block_d == 128 else block_d == 1024 and not wanted[0].s.upstream.any
     warps = 8 if spills else warps

@@ -4,9 +4,9 @@ They take plain tiles in half precision of rows whose working copy is 128, 256 o
 that is known on the host; everything else stays with the kernels in Triton. What switches them on, the first that says
 anything:
 
-    using(True), using(False)       for a block of code
-    FASTCL_HOPPER=1, =0             for a process
-    CONFIRMED                       for a version of Triton, by default
+    using(True), using(False)       for a block of code, whatever the number of rows
+    FASTCL_HOPPER=1, =0             for a process, from LEAST rows on
+    CONFIRMED                       for a version of Triton, by default, from LEAST rows on
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fastcl.rowstats.triton.replay import forget
 COMPILED = ("3.6", "3.8")
 CONFIRMED: tuple[str, ...] = ()
 WIDTHS = (128, 256)  # and all above NARROW
+LEAST = 8192  # streamed rows from which a loss of any width is predicted to be faster with them
 _WARPS = 4  # of the first consumer; Triton adds those of the others
 
 _forced: bool | None = None  # not a context variable: autograd runs the backward pass in a thread of its own
@@ -68,7 +69,7 @@ def chosen(kernel: str, s: Operand, call: Call) -> Config | None:
     does not fit them or is off."""
     width = s.width in WIDTHS or s.width > NARROW
     fits = (call.split, call.term) == ("none", "exponential") and not call.may_overflow and width
-    return s.tabled(kernel, call.split) if fits and enabled() else None
+    return s.tabled(kernel, call.split) if fits and enabled() and (_forced or s.n >= LEAST) else None
 
 
 def bands(chosen: Config, s: Operand) -> tuple[int, int]:

@@ -234,9 +234,9 @@ def _backward(x, x2, y, temperature, *rest) -> tuple[Tensor | None, ...]:
         if not columns:  # read only if the flag is set, with zero weights
             stats_y = stats.new_zeros(5, len(y) if flag is not None else 0)
         upstreams.append(backward.Upstream(stats_y, grads[2], grads[1] if call.reduced and columns else grads[3]))
-    ready = (
-        None if saved.bound is None else backward.Ready((saved.weights, saved.weights_y), saved.bound, saved.arrived)
-    )
+    ready = None
+    if saved.bound is not None:
+        ready = backward.Settled((saved.weights, saved.weights_y), saved.bound, saved.arrived)
     return backward.gradients(a, b, call, flag, upstreams, tuple(need), ready)
 
 

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from fastcl.kernels.common.arguments import Parts
 from fastcl.kernels.common.launch import cdiv
-from fastcl.kernels.common.numerics import WEIGHT_SCALE
+from fastcl.kernels.common.numerics import LEAST_DIVISOR, WEIGHT_SCALE
 from fastcl.kernels.contrastive.prepare import Initial
 from fastcl.rowstats.triton.backward import of_sides
 from fastcl.rowstats.triton.forward import launch_tiles, parts_of, waves
 from fastcl.rowstats.triton.operand import Call, Operand, Source, allocated, fill
 from fastcl.rowstats.triton.weighted import Side, Upstream
-
-_SMALLEST = 1e-30  # lower bound of the weights' divisor: WEIGHT_SCALE divided by it stays in float32's range
 
 
 def statistics(x: Source, y: Source, call: Call) -> tuple[Operand, Operand, Tensor, Tensor]:
@@ -65,7 +63,7 @@ def gradients(
     # A sigmoid is at most 1 and at most the softplus. In a converged run it is far below 1; weights scaled by 1 would
     # vanish in half precision.
     largest = (grad.abs() * sums.clamp(max=1)).nan_to_num(0, 0, 0).amax().reshape(1)
-    bound = torch.where(largest > 0, largest.clamp(min=_SMALLEST), 1)
+    bound = torch.where(largest > 0, largest.clamp(min=LEAST_DIVISOR.value), 1)
     weights, none = x.z.new_zeros(5, x.rows, dtype=torch.float32), x.z.new_zeros(5, y.rows, dtype=torch.float32)
     given = torch.stack([grad * (WEIGHT_SCALE.value / bound), grad_views])
     weights[0:4:3, : x.n] = given if _in_order(x) else given[:, x.order[0].long()]

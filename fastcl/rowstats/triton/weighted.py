@@ -54,7 +54,7 @@ class Side:
         return backward_epilogue.Views(r.lists[3], r.lists[4], *values, r.rows)
 
 
-class Ready(NamedTuple):
+class Settled(NamedTuple):
     """Weights that `finish_kernel` has written."""
 
     weights: tuple[Tensor | None, Tensor | None]  # of the sides with an upstream gradient, as `Side.weights`
@@ -63,7 +63,7 @@ class Ready(NamedTuple):
 
 
 def weighted(
-    operands: list[Operand], call: Call, flag: Tensor | None, upstreams: Sequence[Upstream], ready: Ready | None,
+    operands: list[Operand], call: Call, flag: Tensor | None, upstreams: Sequence[Upstream], ready: Settled | None,
     arrived: Tensor | None,
 ) -> list[Side]:  # fmt: skip
     """Each side with its weights, which share one scale because the tiles add weights of both sides.

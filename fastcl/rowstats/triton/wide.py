@@ -89,7 +89,7 @@ def _product(
             halves.append(wide.Half(wide.Summed(y.z, y.rows, start, count), gradient))
             blocks.append(m // chosen.block_r)
     split = call.split == "all", call.split != "none"
-    add = j > 0 or (r is s and i > 0), i > 0 and acc_s is not None
+    add = j > 0, i > 0 and acc_s is not None
     sizes = width, chosen.block_r, chosen.block_s, chosen.block_d, ALIGN
     launch_sides(
         wide.product_kernel, halves, blocks, chosen.warps, chosen.stages, cdiv(width, chosen.block_d),
