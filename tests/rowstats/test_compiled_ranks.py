@@ -18,8 +18,6 @@ pytestmark = pytest.mark.dist
 
 # The calls of ranks 0 to 2, and the words that every rank then reads.
 ODD: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
-    "rows": ([{}, {"n": 8}, {}], ("same number of rows", "got 6, 8, 6 on ranks 0 to 2", "torch.compiler.disable")),
-    "rows of towers": ([{"towers": True, "n": n} for n in (6, 6, 8)], ("same number of rows", "got 3, 3, 4 on ranks")),
     "temperature": ([{}, {"t": torch.tensor(0.25)}, {}], ("temperature", "0.5 on rank 0", "0.25 on rank 1")),
     "width": ([{}, {"width": 5}, {}], ("number of columns", "4 on rank 0", "5 on rank 1")),
     "objective": ([{}, {}, {"objective": "supcon"}], ("objective", "ntxent on rank 0", "supcon on rank 2")),
