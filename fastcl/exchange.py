@@ -62,7 +62,8 @@ class Ranks:
         """(world,) int64 on the CPU: the sizes as operators take them."""
         return torch.tensor(self.sizes)
 
-    def weight(self, _dtype: torch.dtype) -> float | Tensor:
+    @property
+    def weight(self) -> float:
         """What turns a sum over own rows into this rank's share of the mean over all."""
         return self.world / self.total
 

@@ -1,7 +1,7 @@
 """What the ranks of a loss compare before any rows travel: their arguments and numbers of rows.
 
-Compiled code compares at run time, in `torch.ops.fastcl.agree`, through which everything passes that will travel: rows
-leave only once the ranks agree. Their numbers of rows are then data (`at_run_time`).
+Compiled code compares at run time, in `torch.ops.fastcl.agree`. It returns the numbers of rows of all ranks, an argument
+of all that sends rows (`at_run_time`): they leave only once the ranks agree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastcl.errors import FastclError
 from fastcl.exchange import Ranks
 from fastcl.rowstats.at_run_time import RanksAtRunTime
 from fastcl.rowstats.meeting import Options
-from fastcl.rowstats.registration import KEEPS_ORDER, keep_order, register
+from fastcl.rowstats.registration import KEEPS_ORDER, keep_order, refuse_second, register
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.triton.operator import operator_arguments
 
@@ -28,11 +28,9 @@ if TYPE_CHECKING:
 Request: TypeAlias = tuple[Batch, Options]
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
-_ROWS = "Tensor x, Tensor? x2, Tensor? y, Tensor? labels, Tensor? labels_y"
-_FACTS = "str facts, str numbers, str names, Tensor[] values"
 _library.define(
-    f"agree({_ROWS}, SymInt[] counts, {_FACTS}, int rank, int world, str group, str device) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "agree(Tensor x, SymInt[] counts, str facts, str numbers, str names, Tensor[] values, int rank, int world, "
+    "str group, str device) -> (Tensor, Tensor)"
 )
 
 
@@ -40,8 +38,6 @@ def agreed(
     request: Callable[[], Request], facts: Mapping[str, object], group: ProcessGroup | None
 ) -> tuple[Batch, Options, tuple[Ranks, ...]]:
     """The batch, its options, and the ranks of the anchors and, with candidates, of those.
-
-    In compiled code the batch has other tensors of the same values: only these may travel.
 
     Args:
         request: checks this rank's arguments. If it raises, every rank raises.
@@ -63,15 +59,10 @@ def agreed(
         return batch, options, ranks.agree(counts, _text(x, *spelled))
     if ranks.world == 1:
         return batch, options, tuple(replace(ranks, sizes=(count,)) for count in counts)
-    batch, sizes = _at_run_time(batch, counts, spelled, ranks)
-    return (
-        batch,
-        options,
-        tuple(
-            RanksAtRunTime(ranks.group, ranks.rank, ranks.world, device=ranks.device, told=one)
-            for one in sizes.unbind()
-        ),
-    )
+    place = ranks.rank, ranks.world, ranks.group, ranks.device
+    sizes, weights = torch.ops.fastcl.agree(x.detach(), list(counts), *spelled, *place)
+    sides = zip(sizes.unbind(), weights.unbind(), strict=True)
+    return batch, options, tuple(RanksAtRunTime(ranks.group, ranks.rank, ranks.world, (), "", *one) for one in sides)
 
 
 def number(value: float | Tensor) -> float | Tensor:
@@ -113,17 +104,10 @@ def _text(x: Tensor, facts: str, numbers: str, names: str, values: Sequence[Tens
     return "\n".join([facts, *sorted([*numbers.splitlines(), *read, f"number of columns: {x.shape[1]}"])])
 
 
-def _at_run_time(batch: Batch, counts: Sequence[int], spelled: tuple[Any, ...], ranks: Ranks) -> tuple[Batch, Tensor]:
-    given = batch.x, batch.x2, batch.y, batch.labels, batch.labels_y
-    place = ranks.rank, ranks.world, ranks.group, ranks.device
-    *found, sizes = torch.ops.fastcl.agree(*given, list(counts), *spelled, *place)
-    x, x2, y, labels, labels_y = (None if a is None else b for a, b in zip(given, found, strict=True))
-    return Batch(x, x2, y, batch.sample, labels, batch.sample_y, labels_y, batch.stacked), sizes
-
-
-def _forward(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    x2, y, labels, labels_y, counts, facts, numbers, names, values, rank, world, group, device = rest
-    sides = Ranks(group, rank, world, device=device).agree(counts, _text(x, facts, numbers, names, values))
+def _forward(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    """Numbers of rows, on the CPU, and weights of shares, float64 on x's device: one row for each of the counts."""
+    *spelled, rank, world, group, device = rest
+    sides = Ranks(group, rank, world, device=device).agree(counts, _text(x, *spelled))
     uneven = [side.sizes for side in sides if len(set(side.sizes)) > 1]
     if uneven and not KEEPS_ORDER:
         raise FastclError(
@@ -131,23 +115,14 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
             f"ranks, got {', '.join(map(str, uneven[0]))} on ranks 0 to {world - 1}; for these, call it outside of "
             f"torch.compile (inside: torch.compiler.disable)"
         )
-    given = (None if one is None else one.clone() for one in (x, x2, y, labels, labels_y))
-    return *given, torch.tensor([side.sizes for side in sides])
+    weights = [side.weight for side in sides]
+    return torch.tensor([side.sizes for side in sides]), torch.tensor(weights, dtype=torch.float64, device=x.device)
 
 
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    given = (None if one is None else torch.empty_like(one) for one in (x, *rest[:4]))
-    return *given, torch.empty(len(rest[4]), rest[-3], dtype=torch.int64, device="cpu")
+def _fake(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    sizes = torch.empty(len(counts), rest[-3], dtype=torch.int64, device="cpu")
+    return sizes, x.new_empty(len(counts), dtype=torch.float64)
 
 
-def _setup_context(ctx, inputs, **_) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.values = len(inputs[9])
-
-
-def _autograd(ctx, x: Tensor, x2: Tensor | None, y: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    return x, x2, y, *(None,) * 6, [None] * ctx.values, *(None,) * 4
-
-
-register(_library, "agree", _forward, _fake, _autograd, _setup_context)
+register(_library, "agree", _forward, _fake, refuse_second)
 keep_order(_library, "agree")

@@ -30,20 +30,22 @@ class RanksAtRunTime(Ranks):
     """Ranks in compiled code. `start` returns what `others` takes."""
 
     told: Any = None  # (world,) int64 on the CPU: the number of rows of each
+    share: Any = None  # () float64 on the device of the rows
 
     @property
     def total(self) -> Any:
-        """() int64: number of rows of all ranks."""
-        return self.told.sum()
+        """() float64: number of rows of all ranks."""
+        return self.world / self.share
 
     @property
     def table(self) -> Tensor:
         """As of `Ranks`."""
         return self.told
 
-    def weight(self, dtype: torch.dtype) -> float | Tensor:
+    @property
+    def weight(self) -> Any:
         """As of `Ranks`."""
-        return (self.world / self.total.double()).to(dtype)
+        return self.share
 
     def start(self, rows: Tensor) -> Any:
         """As of `Ranks`; the rows come along, for their memory may not be used again before they have left."""

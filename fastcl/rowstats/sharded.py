@@ -91,5 +91,5 @@ def share_of(rows: Tensor, ranks: Ranks, reduction: str) -> Tensor:
     if reduction == "none":
         return rows
     if reduction == "mean" and ranks.world > 1:
-        return rows.sum() * ranks.weight(rows.dtype)
+        return (rows.sum() * ranks.weight).to(rows.dtype)  # which in compiled code is a float64 tensor
     return getattr(rows, reduction)()

@@ -254,9 +254,12 @@ def rules(rank: int) -> None:
     rows = normal(3, 4).requires_grad_()
     shapes, ops = ("test_schema", "test_autograd_registration", "test_faketensor"), torch.ops.fastcl
     for values in ([], [torch.tensor(0.5)]):
-        facts = [6], "function: loss", "bias: 1.0", "temperature" if values else "", values
-        agreeing = (rows, rows.detach() + 1, None, torch.arange(3), None, *facts, rank, 2, group, "cpu")
-        torch.library.opcheck(ops.agree.default, agreeing, test_utils=shapes)
+        facts = [6, 3], "function: loss", "bias: 1.0", "temperature" if values else "", values
+        torch.library.opcheck(ops.agree.default, (rows.detach(), *facts, rank, 2, group, "cpu"), test_utils=shapes)
+    place = torch.tensor([3, 3]), rank, group
+    torch.library.opcheck(ops.hear_ranks.default, (normal(3, 5), 3, *place), test_utils=shapes)
+    torch.library.opcheck(ops.other_rows_backward.default, (normal(3, 4), 3, *place), test_utils=shapes)
+    torch.library.opcheck(ops.pair_sums.default, (normal(3, 4), normal(3, 5), *place), test_utils=shapes)
     torch.library.opcheck(ops.gather_rows.default, (rows, [3, 3], rank, group), test_utils=shapes)
     torch.library.opcheck(ops.gather_rows_backward.default, (normal(6, 4), [3, 3], rank, group), test_utils=shapes)
     twice = ops.gather_rows(rows, [3, 3], rank, group).square().sum()
