@@ -1,7 +1,7 @@
 """What the ranks of a loss compare before any rows travel: their arguments and numbers of rows.
 
-Compiled code compares at run time, in `torch.ops.fastcl.agree`. It returns the numbers of rows of all ranks, an argument
-of all that sends rows (`at_run_time`): they leave only once the ranks agree.
+Compiled code compares at run time, in `torch.ops.fastcl.agree`. It returns the ranks' numbers of rows, an argument of
+all that sends rows (`at_run_time`): they leave only once the ranks agree.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def _forward(rows: Tensor, sizes: list[int], rank: int, group: str) -> Tensor:
 
 
 def wide(rows: Tensor) -> torch.dtype:
-    """The precision in which rows of all ranks are computed with."""
+    """The precision in which the gradients of rows are added up over the ranks."""
     return rows.dtype if rows.dtype == torch.float64 else torch.float32
 
 
