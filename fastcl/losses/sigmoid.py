@@ -99,8 +99,8 @@ class _Call(NamedTuple):
         from fastcl.rowstats import at_run_time, meeting
 
         def of(sent: meeting.Sent) -> Tensor:
-            image, _, *options = self
-            return unpaired_sums(image, at_run_time.other_rows(sent.rows, sent.ranks), *options)
+            text = at_run_time.other_rows(sent.rows, sent.ranks)
+            return unpaired_sums(self.image, text, self.scale, self.bias, self.normalize, self.precision)
 
         first, *more = meeting.in_slices(of, meeting.Sent(self.text, None, ranks).slices())
         return sum(more, start=first)

@@ -76,7 +76,7 @@ def _arrived(started: Tensor, _rows: Tensor, *place: Any) -> Tensor:
     return _ranks(*place).others(started)
 
 
-def _of_any_size(rows: Tensor, *_: Any) -> Tensor:
+def _of_any_size(rows: Any, *_: Any) -> Tensor:
     """Fake rows of a number that depends on data; PyTorch's own way asks for a setting of torch._dynamo."""
     return rows.new_empty(rows.fake_mode.shape_env.create_unbacked_symint(), *rows.shape[1:])
 

@@ -53,7 +53,7 @@ def keep_order(library: torch.library.Library, *names: str) -> None:
     compilers choose one by sizes, which may differ between ranks. Before PyTorch 2.10 they cannot be told so."""
     if KEEPS_ORDER:
         for name in names:
-            effect = torch._library.effects.EffectType.ORDERED
+            effect = torch._library.effects.EffectType.ORDERED  # pyright: ignore[reportAttributeAccessIssue]
             library._register_effectful_op(getattr(torch.ops.fastcl, name).default, effect)
 
 
