@@ -57,6 +57,16 @@ class Ranks:
         """Number of rows of all ranks."""
         return sum(self.sizes)
 
+    @property
+    def table(self) -> Tensor:
+        """(world,) int64 on the CPU: the sizes as operators take them."""
+        return torch.tensor(self.sizes)
+
+    @property
+    def weight(self) -> float:
+        """What turns a sum over own rows into this rank's share of the mean over all."""
+        return self.world / self.total
+
     def agree(self, counts: Sequence[int], text: str) -> tuple[Ranks, ...]:
         """These ranks with their sizes, once for each of the counts: this rank's numbers of rows, two at most.
 

@@ -96,10 +96,11 @@ class _Call(NamedTuple):
 
     def other_ranks(self, ranks: Ranks) -> Tensor:
         """(N,): what the texts of the other ranks add to the losses."""
-        from fastcl.rowstats import gathered, meeting
+        from fastcl.rowstats import at_run_time, meeting
 
         def of(sent: meeting.Sent) -> Tensor:
-            return unpaired_sums(*self._replace(text=gathered.other_rows(sent.rows, sent.ranks)))
+            text = at_run_time.other_rows(sent.rows, sent.ranks)
+            return unpaired_sums(self.image, text, self.scale, self.bias, self.normalize, self.precision)
 
         first, *more = meeting.in_slices(of, meeting.Sent(self.text, None, ranks).slices())
         return sum(more, start=first)
@@ -121,7 +122,7 @@ def _share(call: _Call, reduction: str, group: ProcessGroup | None) -> Tensor:
 
     batch, options, (ranks, _) = agreed(request, facts, group)
     assert batch.y is not None
-    call = call._replace(image=batch.x, text=batch.y, precision=options.precision)
+    call = _Call(batch.x, batch.y, call.scale, call.bias, call.normalize, options.precision)
     if ranks.world == 1:
         return call.loss(reduction)
     return sharded.share_of(call.losses() + call.other_ranks(ranks), ranks, reduction)

@@ -1,7 +1,7 @@
 """What the ranks of a loss compare before any rows travel: their arguments and numbers of rows.
 
-Compiled code compares at run time, in `torch.ops.fastcl.agree`, through which everything passes that will travel: rows
-leave only once the ranks agree. It has been compiled for as many rows on each rank, and refuses others.
+Compiled code compares at run time, in `torch.ops.fastcl.agree`. It returns the ranks' numbers of rows, an argument of
+all that sends rows (`at_run_time`): they leave only once the ranks agree.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.exchange import Ranks
+from fastcl.rowstats.at_run_time import RanksAtRunTime
 from fastcl.rowstats.meeting import Options
-from fastcl.rowstats.registration import register
+from fastcl.rowstats.registration import KEEPS_ORDER, keep_order, refuse_second, register
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.triton.operator import operator_arguments
 
@@ -27,11 +28,9 @@ if TYPE_CHECKING:
 Request: TypeAlias = tuple[Batch, Options]
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
-_ROWS = "Tensor x, Tensor? x2, Tensor? y, Tensor? labels, Tensor? labels_y"
-_FACTS = "str facts, str numbers, str names, Tensor[] values"
 _library.define(
-    f"agree({_ROWS}, SymInt[] counts, {_FACTS}, int rank, int world, str group, str device) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "agree(Tensor x, SymInt[] counts, str facts, str numbers, str names, Tensor[] values, int rank, int world, "
+    "str group, str device) -> (Tensor, Tensor)"
 )
 
 
@@ -39,8 +38,6 @@ def agreed(
     request: Callable[[], Request], facts: Mapping[str, object], group: ProcessGroup | None
 ) -> tuple[Batch, Options, tuple[Ranks, ...]]:
     """The batch, its options, and the ranks of the anchors and, with candidates, of those.
-
-    In compiled code the batch has other tensors of the same values: only these may travel.
 
     Args:
         request: checks this rank's arguments. If it raises, every rank raises.
@@ -51,7 +48,8 @@ def agreed(
     try:
         batch, options = request()
         if choose(batch.x) == "triton":  # what None stands for may depend on a rank's autocast
-            options = options._replace(precision=operator_arguments(1.0, options.precision, batch.x)[2])
+            precision = operator_arguments(1.0, options.precision, batch.x)[2]
+            options = Options(options.temperature, options.normalize, options.columns, precision)
         x, y = batch.x, batch.y
         counts = len(x) * (1 if batch.x2 is None else 2), *(() if y is None else (len(y),))
         spelled = _spelled({**facts, **_common(batch, options)})
@@ -59,9 +57,12 @@ def agreed(
         raise ranks.refuse(error) from error
     if not torch.compiler.is_compiling():
         return batch, options, ranks.agree(counts, _text(x, *spelled))
-    if ranks.world > 1:
-        batch = _at_run_time(batch, counts, spelled, ranks)
-    return batch, options, tuple(replace(ranks, sizes=(count,) * ranks.world) for count in counts)
+    if ranks.world == 1:
+        return batch, options, tuple(replace(ranks, sizes=(count,)) for count in counts)
+    place = ranks.rank, ranks.world, ranks.group, ranks.device
+    sizes, weights = torch.ops.fastcl.agree(x.detach(), list(counts), *spelled, *place)
+    sides = zip(sizes.unbind(), weights.unbind(), strict=True)
+    return batch, options, tuple(RanksAtRunTime(ranks.group, ranks.rank, ranks.world, (), "", *one) for one in sides)
 
 
 def number(value: float | Tensor) -> float | Tensor:
@@ -72,12 +73,13 @@ def number(value: float | Tensor) -> float | Tensor:
 def _common(batch: Batch, options: Options) -> dict[str, object]:
     """What all ranks must have in common."""
     x, y = batch.x, batch.y
-    wanted = torch.is_grad_enabled() and [v is not None and v.requires_grad for v in (x, batch.x2, y, options.tensor)]
+    given = {"rows": x, "second rows": batch.x2, "candidates": y, "temperature": options.tensor()}
+    wanted = [name for name, v in given.items() if torch.is_grad_enabled() and v is not None and v.requires_grad]
     return {
         "temperature": number(options.temperature), "dtype": x.dtype, "device": x.device.type,
         "labels": "labels" if batch.labels is not None else "no labels",
         "y": "candidates y" if y is not None else "no y", "normalize": options.normalize, "columns": options.columns,
-        "precision": options.precision, "backend": choose(x), "need of gradients": wanted,
+        "precision": options.precision, "backend": choose(x), "need of gradients": ", ".join(wanted) or "none",
         "torch.compile": "compiled" if torch.compiler.is_compiling() else "not compiled",
     }  # fmt: skip
 
@@ -102,38 +104,25 @@ def _text(x: Tensor, facts: str, numbers: str, names: str, values: Sequence[Tens
     return "\n".join([facts, *sorted([*numbers.splitlines(), *read, f"number of columns: {x.shape[1]}"])])
 
 
-def _at_run_time(batch: Batch, counts: Sequence[int], spelled: tuple[Any, ...], ranks: Ranks) -> Batch:
-    given = batch.x, batch.x2, batch.y, batch.labels, batch.labels_y
-    place = ranks.rank, ranks.world, ranks.group, ranks.device
-    found = torch.ops.fastcl.agree(*given, list(counts), *spelled, *place)
-    x, x2, y, labels, labels_y = (None if a is None else b for a, b in zip(given, found, strict=True))
-    return batch._replace(x=x, x2=x2, y=y, labels=labels, labels_y=labels_y)
+def _forward(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    """Numbers of rows, on the CPU, and weights of shares, float64 on x's device: one row for each of the counts."""
+    *spelled, rank, world, group, device = rest
+    sides = Ranks(group, rank, world, device=device).agree(counts, _text(x, *spelled))
+    uneven = [side.sizes for side in sides if len(set(side.sizes)) > 1]
+    if uneven and not KEEPS_ORDER:
+        raise FastclError(
+            f"before PyTorch 2.10 a compiled loss with gather_distributed=True needs the same number of rows on all "
+            f"ranks, got {', '.join(map(str, uneven[0]))} on ranks 0 to {world - 1}; for these, call it outside of "
+            f"torch.compile (inside: torch.compiler.disable)"
+        )
+    weights = [side.weight for side in sides]
+    return torch.tensor([side.sizes for side in sides]), torch.tensor(weights, dtype=torch.float64, device=x.device)
 
 
-def _forward(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    x2, y, labels, labels_y, counts, facts, numbers, names, values, rank, world, group, device = rest
-    sides = Ranks(group, rank, world, device=device).agree(counts, _text(x, facts, numbers, names, values))
-    for side in sides:
-        if len(set(side.sizes)) > 1:
-            raise FastclError(
-                f"a compiled loss with gather_distributed=True needs the same number of rows on all ranks, got "
-                f"{', '.join(map(str, side.sizes))} on ranks 0 to {world - 1}; for these, call it outside of "
-                f"torch.compile (inside: torch.compiler.disable)"
-            )
-    return tuple(None if one is None else one.clone() for one in (x, x2, y, labels, labels_y))
+def _fake(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    sizes = torch.empty(len(counts), rest[-3], dtype=torch.int64, device="cpu")
+    return sizes, x.new_empty(len(counts), dtype=torch.float64)
 
 
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    return tuple(None if one is None else torch.empty_like(one) for one in (x, *rest[:4]))
-
-
-def _setup_context(ctx, inputs, **_) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.values = len(inputs[9])
-
-
-def _autograd(ctx, x: Tensor, x2: Tensor | None, y: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    return x, x2, y, *(None,) * 6, [None] * ctx.values, *(None,) * 4
-
-
-register(_library, "agree", _forward, _fake, _autograd, _setup_context)
+register(_library, "agree", _forward, _fake, refuse_second)
+keep_order(_library, "agree")

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.exchange import Ranks
-from fastcl.rowstats import apart
+from fastcl.rowstats import apart, at_run_time  # noqa: F401  (the latter registers its operators)
 from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
@@ -16,7 +15,7 @@ _library.define(f"apart({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"apart_backward({_INPUTS}, Tensor[] lse, Tensor[] grads, Tensor? theirs) -> Tensor")
 _library.define(
     "tell_ranks(Tensor mean_peer, Tensor lse_peer, Tensor lse_other, Tensor counts, Tensor theirs, Tensor flag, "
-    "SymInt[] sizes, int rank, str group) -> (Tensor, Tensor, Tensor)"
+    "Tensor sizes, int rank, str group) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -76,16 +75,16 @@ def _tell_fake(mean_peer, *_) -> tuple[Tensor, ...]:
 
 
 def _setup_telling(ctx, inputs, **_) -> None:
-    _, lse_peer, lse_other, counts, _, flag, ctx.sizes, ctx.rank, ctx.group = inputs
-    ctx.save_for_backward(lse_peer, lse_other, counts, flag)
+    _, lse_peer, lse_other, counts, theirs, flag, sizes, ctx.rank, ctx.group = inputs
+    ctx.save_for_backward(lse_peer, lse_other, counts, flag, sizes)
+    ctx.heard = theirs.shape[1]
 
 
 def _tell_autograd(ctx, g_mean: Tensor, g_peer: Tensor, g_other: Tensor) -> tuple[Tensor | None, ...]:
-    lse_peer, lse_other, counts, flag = ctx.saved_tensors
+    lse_peer, lse_other, counts, flag, sizes = ctx.saved_tensors
     told = [lse_peer, lse_other, g_mean / counts[0].clamp(min=1), g_peer, g_other]
     told += [one.to(g_mean.dtype).expand_as(g_mean) for one in flag.unbind()]
-    ranks = Ranks(ctx.group, ctx.rank, len(ctx.sizes), tuple(ctx.sizes))
-    theirs = ranks.others(ranks.start(torch.stack(told, 1))).T
+    theirs = torch.ops.fastcl.hear_ranks(torch.stack(told, 1), ctx.heard, sizes, ctx.rank, ctx.group).T
     return g_mean, g_peer, g_other, None, theirs, *(None,) * 4
 
 

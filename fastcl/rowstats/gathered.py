@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError
 from fastcl.exchange import Ranks
-from fastcl.rowstats.registration import refuse_batched, register
+from fastcl.rowstats.registration import keep_order, refuse_batched, refuse_second, register
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _library.define("gather_rows(Tensor rows, SymInt[] sizes, int rank, str group) -> Tensor")
@@ -22,28 +21,22 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     return torch.ops.fastcl.gather_rows(rows, list(ranks.sizes), ranks.rank, ranks.group)
 
 
-def other_rows(rows: Tensor, ranks: Ranks) -> Tensor:
-    """The same of the other ranks alone."""
-    first = sum(ranks.sizes[: ranks.rank])
-    found = gather_rows(rows, ranks)
-    return torch.cat([found[:first], found[first + len(rows) :]])
-
-
 def _ranks(sizes: list[int], rank: int, group: str) -> Ranks:
     return Ranks(group, rank, len(sizes), tuple(sizes))
 
 
 def _forward(rows: Tensor, sizes: list[int], rank: int, group: str) -> Tensor:
     ranks = _ranks(sizes, rank, group)
-    return ranks.gather(ranks.start(rows)).to(_wide(rows))
+    return ranks.gather(ranks.start(rows)).to(wide(rows))
 
 
-def _wide(rows: Tensor) -> torch.dtype:
+def wide(rows: Tensor) -> torch.dtype:
+    """The precision in which the gradients of rows are added up over the ranks."""
     return rows.dtype if rows.dtype == torch.float64 else torch.float32
 
 
 def _forward_fake(rows: Tensor, sizes: list[int], *_: object) -> Tensor:
-    return rows.new_empty(sum(sizes), rows.shape[1], dtype=_wide(rows))
+    return rows.new_empty(sum(sizes), rows.shape[1], dtype=wide(rows))
 
 
 def _setup_context(ctx, inputs, **_) -> None:
@@ -65,9 +58,6 @@ def _backward_fake(grad: Tensor, sizes: list[int], rank: int, _group: str) -> Te
     return grad.new_empty(sizes[rank], grad.shape[1])
 
 
-def _refuse(*_: object) -> None:
-    raise FastclError("second derivatives are not supported across ranks")
-
-
 register(_library, "gather_rows", _forward, _forward_fake, _autograd, _setup_context)
-register(_library, "gather_rows_backward", _backward, _backward_fake, _refuse)
+register(_library, "gather_rows_backward", _backward, _backward_fake, refuse_second)
+keep_order(_library, "gather_rows", "gather_rows_backward")

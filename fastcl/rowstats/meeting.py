@@ -35,8 +35,7 @@ class Options(NamedTuple):
         check_precision(self.precision)
         return self
 
-    @property
-    def tensor(self) -> Tensor | None:
+    def tensor(self) -> Tensor | None:  # not a property, which PyTorch 2.7 cannot compile
         """The temperature if it is a tensor."""
         return self.temperature if isinstance(self.temperature, Tensor) else None
 
@@ -96,7 +95,7 @@ class OnTriton(OnTorch):
 
     def differentiable(self, x: Tensor) -> bool:
         """As of `OnTorch`."""
-        t = self.options.tensor
+        t = self.options.tensor()
         return torch.is_grad_enabled() and (x.requires_grad or (t is not None and t.requires_grad))
 
     def sent(self, x: Tensor) -> Tensor:
@@ -152,6 +151,8 @@ class Sent:
     def slices(self) -> list[Sent]:
         """Equal parts of every rank's rows."""
         found, n = [], self.n_slices
+        if n == 1:
+            return [self]
         for k in range(n):
             cuts = [(size * k // n, size * (k + 1) // n) for size in self.ranks.sizes]
             mine = slice(*cuts[self.ranks.rank])

@@ -17,6 +17,7 @@ _is_batched, _is_batched_by_autograd = _torch._functorch.is_batchedtensor, _torc
 _is_transformed, _dispatch_modes = _torch._are_functorch_transforms_active, _torch._len_torch_dispatch_stack
 _is_profiled, _is_traced = _torch._autograd._profiler_enabled, _torch._get_tracing_state
 
+KEEPS_ORDER = hasattr(torch.library.Library, "_register_effectful_op")
 _CLASSES = frozenset((Tensor, Parameter, type(None)))
 # Tensors whose memory does not hold what they say: PyTorch's dispatcher sees to them before a kernel does.
 _ELSEWHERE = [getattr(_torch.DispatchKey, name) for name in ("Conjugate", "Negative", "ZeroTensor", "Functionalize")]
@@ -46,6 +47,15 @@ def register(
     library.impl(name, _tensors(impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastcl::{name}", _tensors(fake), lib=library)
     torch.library.register_autograd(f"fastcl::{name}", autograd, setup_context=setup_context, lib=library)
+
+
+def keep_order(library: torch.library.Library, *names: str) -> None:
+    """Have compilers keep the order of operators that communicate: all ranks have to run them in one order, and
+    compilers choose one by sizes, which may differ between ranks. Before PyTorch 2.10 they cannot be told so."""
+    if KEEPS_ORDER:
+        for name in names:
+            effect = torch._library.effects.EffectType.ORDERED  # pyright: ignore[reportAttributeAccessIssue]
+            library._register_effectful_op(getattr(torch.ops.fastcl, name).default, effect)
 
 
 def register_for_small(
@@ -165,6 +175,11 @@ def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:
                 f"the {backend} backend does not support batched gradients (is_grads_batched, vectorize); run the "
                 "forward pass inside `with fastcl.backend('dense')`"
             )
+
+
+def refuse_second(*_: object) -> None:
+    """Derivative of what ranks exchange in a backward pass: there is none."""
+    raise FastclError("second derivatives are not supported across ranks")
 
 
 def differentiable_once(backend: str) -> Callable:

@@ -69,7 +69,7 @@ def sharded_statistics(
         if not one_way:
             # What the other ranks' anchors do to this rank's rows is heard where those are candidates.
             there, heard = sides[k], found[-1 - k].theirs
-            named = list(there.sizes), there.rank, there.group
+            named = there.table, there.rank, there.group
             rest = torch.ops.fastcl.tell_ranks(*rest, one.counts, heard, one.flag, *named)
         whole_batch.append(_joined(stats, rest, one.counts))
     return tuple(whole_batch)
@@ -91,5 +91,5 @@ def share_of(rows: Tensor, ranks: Ranks, reduction: str) -> Tensor:
     if reduction == "none":
         return rows
     if reduction == "mean" and ranks.world > 1:
-        return rows.sum() * (ranks.world / ranks.total)
+        return (rows.sum() * ranks.weight).to(rows.dtype)  # which in compiled code is a float64 tensor
     return getattr(rows, reduction)()

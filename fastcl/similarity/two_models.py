@@ -14,13 +14,13 @@ from fastcl.checks import check_positive, check_rows, describe
 from fastcl.choices import Precision
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
-from fastcl.exchange import gathers
+from fastcl.exchange import Ranks, gathers
 from fastcl.rowstats.agreement import agreed
 from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.fields import unpack
 from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.pair_sums import PairSums
-from fastcl.rowstats.registration import call
+from fastcl.rowstats.registration import call, keep_order, refuse_second, register
 from fastcl.rowstats.request import Batch
 from fastcl.rowstats.sharded import sharded_statistics
 from fastcl.rowstats.triton import two_models_operator  # noqa: F401  (registers its operator)
@@ -41,14 +41,14 @@ class TwinStats:
         a: row statistics of the first model, differentiable.
         b: row statistics of the second model, differentiable.
         sums: (18,) float64 on the device of the rows, without gradient: the input of `pairs`.
-        n: number of rows.
+        n: number of rows; int64 tensor () in compiled code over several ranks.
         rounding: relative rounding error of the products behind the sums; 0 for float64 products.
     """
 
     a: RowStats
     b: RowStats
     sums: Tensor
-    n: int
+    n: int | Tensor
     rounding: float
 
     def pairs(self) -> PairStats:
@@ -57,7 +57,7 @@ class TwinStats:
         Raises:
             FastclError: a row is not finite.
         """
-        return PairStats.unpacked(self.n, "cosine", self.sums.tolist(), self.rounding)
+        return PairStats.unpacked(int(self.n), "cosine", self.sums.tolist(), self.rounding)
 
 
 def twin_stats(
@@ -149,5 +149,21 @@ def _gathered(checked: Callable[[], Batch], zb: Tensor, given: Options, group: P
     if ranks.world == 1:
         return _alone(batch, zb, options.temperature, options.precision)
     a, b = (sharded_statistics(one, options, (ranks,))[0] for one in (batch, _with_rows(batch, zb)))
-    sums = PairSums.of_ranks(mapped(batch.x.detach(), "cosine"), mapped(zb.detach(), "cosine"), ranks)
-    return TwinStats(a, b, sums.packed(), ranks.total, 0.0)
+    rows = (mapped(z.detach(), "cosine") for z in (batch.x, zb))
+    sums, n = torch.ops.fastcl.pair_sums(*rows, ranks.table, ranks.rank, ranks.group)
+    return TwinStats(a, b, sums, n if torch.compiler.is_compiling() else ranks.total, 0.0)
+
+
+def _sums(ua: Tensor, ub: Tensor, sizes: Tensor, rank: int, group: str) -> tuple[Tensor, Tensor]:
+    """The numbers of `TwinStats.sums` over the rows of all ranks, and their number."""
+    return PairSums.of_ranks(ua, ub, Ranks(group, rank, len(sizes), tuple(sizes.tolist()))).packed(), sizes.sum()
+
+
+def _sums_fake(ua: Tensor, _ub: Tensor, sizes: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return ua.new_empty(18), sizes.new_empty(())
+
+
+_library = torch.library.Library("fastcl", "FRAGMENT")
+_library.define("pair_sums(Tensor ua, Tensor ub, Tensor sizes, int rank, str group) -> (Tensor, Tensor)")
+register(_library, "pair_sums", _sums, _sums_fake, refuse_second)
+keep_order(_library, "pair_sums")

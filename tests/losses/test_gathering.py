@@ -170,11 +170,12 @@ def test_more_rows_than_a_rank_may_hold(ranks: Pool) -> None:  # noqa: F811
 
 COMPILED = {
     "aot_eager": (
-        Case((6,), objective="mine", backend="chunked"), Case((6,), "clip", backend="chunked"),
-        *(Case((6,), loss, backend="chunked") for loss in ("sigmoid", "smooth clip")),
-        Case((6,), labels="none", dtype=torch.float32, backend="triton"),
+        Case((5,), objective="mine", backend="chunked"), Case((7,), "clip", backend="chunked"),
+        Case((5,), "sigmoid", backend="chunked"), Case((5,), "smooth clip", backend="chunked"),
+        Case((3,), "explicit pairs", backend="dense"),
+        Case((4,), labels="none", dtype=torch.float32, backend="triton"),
     ),
-    "inductor": (Case((6,), objective="supcon", backend="chunked"),),
+    "inductor": (Case((5,), objective="supcon", backend="chunked"),),
 }  # fmt: skip
 
 
@@ -228,10 +229,10 @@ def test_compiled_whole(ranks: Pool, engine: str) -> None:  # noqa: F811
 
 LEARNING = {
     "aot_eager": (
-        Case((6,), "clip", backend="chunked"), Case((6,), objective="nscl", how="fsdp", backend="chunked"),
-        Case((4, 8), objective="supcon", backend="chunked"), Case((4, 8), "sigmoid", how="mean", backend="chunked"),
+        Case((6,), "clip", backend="chunked"), Case((5,), objective="nscl", how="fsdp", backend="chunked"),
+        Case((4, 5), objective="supcon", backend="chunked"), Case((3, 8), "sigmoid", how="mean", backend="chunked"),
     ),
-    "inductor": (Case((4, 8), objective="supcon", backend="chunked"),),
+    "inductor": (Case((3, 8), "clip", backend="chunked"),),
 }  # fmt: skip
 
 
@@ -248,13 +249,17 @@ def rules(rank: int) -> None:
     counts = torch.ones(2, 7, dtype=torch.int64)
     theirs, flag = normal(5, 7).requires_grad_(), counts.new_empty(0)
     group = groups["pair"].group_name
-    torch.library.opcheck(torch.ops.fastcl.tell_ranks.default, (*stats, counts, theirs, flag, [7, 7], rank, group))
+    sizes = torch.tensor([7, 7])
+    torch.library.opcheck(torch.ops.fastcl.tell_ranks.default, (*stats, counts, theirs, flag, sizes, rank, group))
     rows = normal(3, 4).requires_grad_()
     shapes, ops = ("test_schema", "test_autograd_registration", "test_faketensor"), torch.ops.fastcl
     for values in ([], [torch.tensor(0.5)]):
-        facts = [6], "function: loss", "bias: 1.0", "temperature" if values else "", values
-        agreeing = (rows, rows.detach() + 1, None, torch.arange(3), None, *facts, rank, 2, group, "cpu")
-        torch.library.opcheck(ops.agree.default, agreeing, test_utils=shapes)
+        facts = [6, 3], "function: loss", "bias: 1.0", "temperature" if values else "", values
+        torch.library.opcheck(ops.agree.default, (rows.detach(), *facts, rank, 2, group, "cpu"), test_utils=shapes)
+    place = torch.tensor([3, 3]), rank, group
+    torch.library.opcheck(ops.hear_ranks.default, (normal(3, 5), 3, *place), test_utils=shapes)
+    torch.library.opcheck(ops.other_rows_backward.default, (normal(3, 4), 3, *place), test_utils=shapes)
+    torch.library.opcheck(ops.pair_sums.default, (normal(3, 4), normal(3, 5), *place), test_utils=shapes)
     torch.library.opcheck(ops.gather_rows.default, (rows, [3, 3], rank, group), test_utils=shapes)
     torch.library.opcheck(ops.gather_rows_backward.default, (normal(6, 4), [3, 3], rank, group), test_utils=shapes)
     twice = ops.gather_rows(rows, [3, 3], rank, group).square().sum()

@@ -4,25 +4,38 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from gloo_ranks import Pool, ranks  # noqa: F401
 from reference import normal
 from test_global_batch import compiled
 from test_rank_refusals import assert_common
 from test_ranks import collectives
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import ProfilerActivity, profile
 
 import fastcl
+from fastcl.choices import Reduction
+from fastcl.rowstats.registration import KEEPS_ORDER
 
 pytestmark = pytest.mark.dist
 
 # The calls of ranks 0 to 2, and the words that every rank then reads.
 ODD: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
-    "rows": ([{}, {"n": 8}, {}], ("same number of rows", "got 6, 8, 6 on ranks 0 to 2", "torch.compiler.disable")),
-    "rows of towers": ([{"towers": True, "n": n} for n in (6, 6, 8)], ("same number of rows", "got 3, 3, 4 on ranks")),
     "temperature": ([{}, {"t": torch.tensor(0.25)}, {}], ("temperature", "0.5 on rank 0", "0.25 on rank 1")),
     "width": ([{}, {"width": 5}, {}], ("number of columns", "4 on rank 0", "5 on rank 1")),
     "objective": ([{}, {}, {"objective": "supcon"}], ("objective", "ntxent on rank 0", "supcon on rank 2")),
+    "reduction": ([{}, {"reduction": "sum"}, {}], ("reduction", "mean on rank 0", "sum on rank 1")),
+    "sigmoid reduction": (
+        [{"towers": True}, {"towers": True, "reduction": "sum"}, {"towers": True}],
+        ("reduction", "sum on rank 1"),
+    ),
+    "sigmoid or not": ([{"towers": True}, {}, {}], ("function", "sigmoid_loss on rank 0", "loss on rank 1")),
+    "explicit reduction": (
+        [{"explicit": True, "reduction": one} for one in ("mean", "mean", "sum")],
+        ("reduction", "sum on rank 2"),
+    ),
+    "explicit or not": ([{}, {"explicit": True}, {}], ("function", "explicit_pairs_loss on rank 1")),
     "uncompiled": ([{"engine": None}, {}, {}], ("torch.compile", "not compiled on rank 0", "compiled on rank 1")),
     "uncompiled rows": ([{}, {"n": 8, "engine": None}, {}], ("torch.compile", "not compiled on rank 1")),
     "refused": ([{}, {"t": -1.0, "engine": None}, {}], ("rank 1 of 3", "temperature", "-1.0")),
@@ -31,16 +44,20 @@ ODD: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
 
 def call(
     rank: int, n: int = 6, width: int = 4, t: float | Tensor = 0.5, objective: str = "ntxent", towers: bool = False,
-    engine: str | None = "aot_eager", seed: int = 0,
+    engine: str | None = "aot_eager", seed: int = 0, reduction: Reduction = "mean", explicit: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """This rank's share of the loss and the gradient of its rows."""
     z = normal(n, width, seed=seed).requires_grad_()
-    sample = torch.arange(n) // 2
+    sample, pairs = torch.arange(n) // 2, torch.tensor([[0, 1], [3, 2]])
 
     def loss(z: Tensor) -> Tensor:
         if towers:
-            return fastcl.sigmoid_loss(z[::2], z[1::2], 1 / t, -1.0, gather_distributed=True)
-        return fastcl.contrastive_loss(z, sample, sample % 2, objective, t, gather_distributed=True)
+            return fastcl.sigmoid_loss(z[::2], z[1::2], 1 / t, -1.0, reduction=reduction, gather_distributed=True)
+        if explicit:
+            return fastcl.explicit_pairs_loss(z, pairs, temperature=t, reduction=reduction, gather_distributed=True)
+        return fastcl.contrastive_loss(
+            z, sample, sample % 2, objective, t, reduction=reduction, gather_distributed=True
+        )
 
     value = compiled(loss, engine)(z)
     return value.detach(), *torch.autograd.grad(value, z)
@@ -70,3 +87,69 @@ def sizes(rank: int) -> list[int]:
 def test_a_compiled_loss_sends_what_an_uncompiled_one_does(ranks: Pool) -> None:  # noqa: F811
     for sent in ranks.run(sizes):
         assert sorted(sent) == [6, 6 * 4, 67]  # labels, rows, what ranks compare
+
+
+def two_losses(z: Tensor, t: float = 2.0) -> Tensor:
+    first, second = z[::2], z[1::2]
+    smooth = fastcl.clip_loss(first, second, t, label_smoothing=0.1, gather_distributed=True)
+    return smooth + fastcl.sigmoid_loss(first, second, t, -1.0, gather_distributed=True)
+
+
+def graphs(rank: int) -> list[list[tuple[str, bool]]]:
+    """The operators that communicate in the graphs of both passes, and whether the compiler is to keep their order."""
+    seen = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found = []
+        for node in graph.graph.nodes:
+            kept = str(node.target) == "with_effects"
+            name = str(node.args[1] if kept else node.target)
+            if name.startswith("fastcl.") and name not in LOCAL:
+                found.append((name, kept))
+        seen.append(found)
+        return make_boxed_func(graph.forward)
+
+    z = normal(6 + 2 * rank, 4).requires_grad_()
+    torch.compile(two_losses, fullgraph=True, backend=aot_autograd(fw_compiler=look, bw_compiler=look))(z).backward()
+    return seen
+
+
+LOCAL = [
+    f"fastcl.{name}.default"
+    for name in (
+        "row_stats", "row_stats_backward", "apart", "apart_backward", "tell_ranks", "arrived_rows", "sigmoid_sums",
+        "sigmoid_sums_backward",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not KEEPS_ORDER, reason="before PyTorch 2.10 compilers cannot be told to keep an order")
+def test_compilers_keep_the_order_of_what_ranks_exchange(ranks: Pool) -> None:  # noqa: F811
+    forward, backward = ranks.run(graphs)[0]
+    names = [name.split(".")[1] for name, _ in forward]
+    assert names == ["agree", "start_rows", "start_rows", "gather_rows", "gather_rows", "agree", "other_rows"]
+    told = ["gather_rows_backward"] * 2 + ["hear_ranks"] * 2 + ["other_rows_backward"]
+    assert sorted(name.split(".")[1] for name, _ in backward) == told
+    assert all(kept for _, kept in forward + backward)
+
+
+def both_models(rank: int, engine: str | None) -> list[Tensor]:
+    """Statistics of two models on uneven ranks: gradients, and the measures of the pair."""
+    n = 6 + 2 * rank
+    za, zb = normal(n, 5, seed=rank).requires_grad_(), normal(n, 4, seed=9 + rank).requires_grad_()
+    sample = torch.arange(n) // 2
+
+    def loss(za: Tensor, zb: Tensor) -> tuple[Tensor, fastcl.TwinStats]:
+        stats = fastcl.twin_stats(za, zb, sample, sample % 2, temperature=0.3, gather_distributed=True)
+        return fastcl.OBJECTIVES["dcl"](stats.a).sum() + fastcl.OBJECTIVES["nscl"](stats.b).sum(), stats
+
+    value, stats = compiled(loss, engine)(za, zb)
+    pairs = stats.pairs()
+    measures = torch.tensor([float(stats.n), pairs.cka, pairs.rsa, pairs.drift], dtype=torch.float64)
+    return [value.detach(), *torch.autograd.grad(value, [za, zb]), measures]
+
+
+def test_compiled_statistics_of_two_models_are_those_of_an_uncompiled_call(ranks: Pool) -> None:  # noqa: F811
+    for found, wanted in zip(ranks.run(both_models, "aot_eager"), ranks.run(both_models, None), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+        assert wanted[-1][0] == 6 + 8 + 10
