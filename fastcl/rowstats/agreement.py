@@ -111,9 +111,9 @@ def _forward(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tens
     uneven = [side.sizes for side in sides if len(set(side.sizes)) > 1]
     if uneven and not KEEPS_ORDER:
         raise FastclError(
-            f"before PyTorch 2.10 a compiled loss with gather_distributed=True needs the same number of rows on all "
-            f"ranks, got {', '.join(map(str, uneven[0]))} on ranks 0 to {world - 1}; for these, call it outside of "
-            f"torch.compile (inside: torch.compiler.disable)"
+            f"with this version of PyTorch a compiled loss with gather_distributed=True needs the same number of rows "
+            f"on all ranks, got {', '.join(map(str, uneven[0]))} on ranks 0 to {world - 1}; for these, call it outside "
+            f"of torch.compile (inside: torch.compiler.disable)"
         )
     weights = [side.weight for side in sides]
     return torch.tensor([side.sizes for side in sides]), torch.tensor(weights, dtype=torch.float64, device=x.device)

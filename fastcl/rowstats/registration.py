@@ -51,7 +51,7 @@ def register(
 
 def keep_order(library: torch.library.Library, *names: str) -> None:
     """Have compilers keep the order of operators that communicate: all ranks have to run them in one order, and
-    compilers choose one by sizes, which may differ between ranks. Before PyTorch 2.10 they cannot be told so."""
+    compilers choose one by sizes, which may differ between ranks. Older versions of PyTorch (2.7) cannot be told so."""
     if KEEPS_ORDER:
         for name in names:
             effect = torch._library.effects.EffectType.ORDERED  # pyright: ignore[reportAttributeAccessIssue]

@@ -123,7 +123,7 @@ LOCAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not KEEPS_ORDER, reason="before PyTorch 2.10 compilers cannot be told to keep an order")
+@pytest.mark.skipif(not KEEPS_ORDER, reason="compilers of this version of PyTorch cannot be told to keep an order")
 def test_compilers_keep_the_order_of_what_ranks_exchange(ranks: Pool) -> None:  # noqa: F811
     forward, backward = ranks.run(graphs)[0]
     names = [name.split(".")[1] for name, _ in forward]
