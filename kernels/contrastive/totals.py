@@ -10,7 +10,6 @@ from .objective import objective_rows
 
 # Parts that are added up at once. A kernel for no more has no loop over them: ptxas would unroll it.
 AT_ONCE = tl.constexpr(1024)
-_AT_A_TIME = tl.constexpr(4096)  # rows whose weights the last program brings to one scale at a time
 
 
 class Ready(NamedTuple):
@@ -138,11 +137,11 @@ def evaluate(
 
 
 @triton.jit
-def _requested(losses, first, BLOCKS: tl.constexpr, ALIGN: tl.constexpr, PEERS: tl.constexpr):
-    """What `_rescale` needs of `_AT_A_TIME` rows from block `first` on: their weights, and each block's divisor."""
+def _requested(losses, first, ROWS: tl.constexpr, BLOCKS: tl.constexpr, ALIGN: tl.constexpr, PEERS: tl.constexpr):
+    """What `_rescale` needs of ROWS rows from block `first` on: their weights, and each block's divisor."""
     ready = losses.ready
     EACH: tl.constexpr = ALIGN // BLOCKS
-    o_b = first + tl.arange(0, _AT_A_TIME // EACH)
+    o_b = first + tl.arange(0, ROWS // EACH)
     m_b = o_b < ready.rows // EACH
     p_weights = ready.weights + o_b[:, None] * EACH + tl.arange(0, EACH)[None, :]
     b_weights = (tl.load(p_weights, mask=m_b[:, None], other=0.0, cache_modifier=".cg"),)
@@ -153,16 +152,18 @@ def _requested(losses, first, BLOCKS: tl.constexpr, ALIGN: tl.constexpr, PEERS: 
 
 
 @triton.jit
-def _rescale(losses, requested, largest, BLOCKS: tl.constexpr, ALIGN: tl.constexpr, PEERS: tl.constexpr):
-    """Bring the weights of a side to the divisor `largest`. requested: of its first rows."""
+def _rescale(
+    losses, requested, largest, ROWS: tl.constexpr, BLOCKS: tl.constexpr, ALIGN: tl.constexpr, PEERS: tl.constexpr
+):  # fmt: skip
+    """Bring the weights of a side to the divisor `largest`, ROWS at a time. requested: of its first rows."""
     ready = losses.ready
     inverse = 1.0 / largest
     EACH: tl.constexpr = ALIGN // BLOCKS
-    for first in range(0, ready.rows // EACH, _AT_A_TIME // EACH):
-        later = _requested(losses, first + _AT_A_TIME // EACH, BLOCKS, ALIGN, PEERS)
+    for first in range(0, ready.rows // EACH, ROWS // EACH):
+        later = _requested(losses, first + ROWS // EACH, ROWS, BLOCKS, ALIGN, PEERS)
         b_weights, b_maxima = requested
         b_scale = b_maxima * inverse
-        o_b = first + tl.arange(0, _AT_A_TIME // EACH)
+        o_b = first + tl.arange(0, ROWS // EACH)
         m_b = o_b < ready.rows // EACH
         p_weights = ready.weights + o_b[:, None] * EACH + tl.arange(0, EACH)[None, :]
         for RELATION in tl.static_range(len(b_weights)):
@@ -178,15 +179,16 @@ def complete(
     """The totals of one side or, with TWO, of two (Losses), and one scale for their weights, once all programs have
     stored their parts."""
     programs = one.programs * BLOCKS if ONLINE else one.programs
+    ROWS: tl.constexpr = 1024 if ONLINE else 4096  # running maxima leave few registers
     if one.ready is not None:
         b_maxima = _gathered(one.ready.maxima, one.programs * BLOCKS, MANY, True)
-        requested = _requested(one, 0, BLOCKS, ALIGN, PEERS)
+        requested = _requested(one, 0, ROWS, BLOCKS, ALIGN, PEERS)
         tl.debug_barrier()  # ptxas puts off requests until their results are needed, but not beyond a barrier
     for i_k in tl.static_range(len(CODES)):
         tl.store(one.total + i_k, added_up(one.sums + i_k * programs, programs, MANY))
     if one.ready is not None:
         largest = tl.max(b_maxima, 0)
         tl.store(one.ready.bound, largest)
-        _rescale(one, requested, largest, BLOCKS, ALIGN, PEERS)
+        _rescale(one, requested, largest, ROWS, BLOCKS, ALIGN, PEERS)
         if TWO:
-            _rescale(two, _requested(two, 0, BLOCKS, ALIGN, PEERS), largest, BLOCKS, ALIGN, PEERS)
+            _rescale(two, _requested(two, 0, ROWS, BLOCKS, ALIGN, PEERS), largest, ROWS, BLOCKS, ALIGN, PEERS)
