@@ -26,8 +26,7 @@ HEADROOM = tl.constexpr(60.0)
 # Logits of unit rows lie in [-1/T, 1/T]. Up to this 1/T no exponential leaves that range, and inverse sums times
 # WEIGHT_SCALE do not overflow: e^(2/T - 60) * 2^13 is below float32's largest number.
 SAFE_INVERSE_T = tl.constexpr(69.0)
-# Above this 1/T hardly any row stays in range: the fixed shift is not tried.
-LAST_INVERSE_T = tl.constexpr(150.0)
+LAST_INVERSE_T = tl.constexpr(150.0)  # above it hardly any row stays in range: the fixed shift is not tried
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 SMALLEST_SUM = tl.constexpr(8.271806125530277e-25)  # 2^-80: in a smaller sum, terms flushed to zero may matter
 
