@@ -11,8 +11,8 @@ class FastclError(ValueError):
     displayed (bytes of a file name that are not UTF-8, control characters) are escaped.
     """
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__("\n".join(shown(line) for line in str(message).split("\n")))
+    def __str__(self) -> str:  # not when it is made: torch.compile could not follow
+        return "\n".join(shown(line) for line in super().__str__().split("\n"))
 
 
 class ToldHere(FastclError):
@@ -44,8 +44,15 @@ def suggest(word: str, known: Iterable[str], prefix: str = "", synonyms: Mapping
     plain = _plain(word)
     meant = (synonyms or {}).get(plain)
     near = [name for name in known if name == meant or _plain(name) == plain]
-    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = near or _close(word, tuple(known))
     return f"; did you mean '{prefix}{near[0]}'?" if near else f"; expected one of: {', '.join(known)}"
+
+
+def _close(word: str, known: tuple[str, ...]) -> list[str]:
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+
+
+_close._dynamo_marked_constant = True  # torch.compile, which cannot follow it, calls it  # pyright: ignore
 
 
 def _plain(word: str) -> str:

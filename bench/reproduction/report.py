@@ -35,7 +35,7 @@ def answers(rows: Sequence[Row]) -> str:
         positive = f"{sum(finding.difference.mean > 0 for finding in findings)} of {len(findings)}"
         numbers = (str(counts[word]) for word in (YES, NOISE, OPEN, NO))
         found.append((claim.text, claim.figure, f"**{verdict(each)}**" if each else "was not run", positive, *numbers))
-    return table(("claim", "paper", "here it", "on average", YES, NOISE, OPEN, NO), found, left=3)
+    return table(("claim", "paper", "here", "on average", YES, NOISE, OPEN, NO), found, left=3)
 
 
 def details(rows: Sequence[Row], claim: Claim) -> str:

@@ -25,3 +25,19 @@ def test_numpy_arrays_are_told_what_makes_them_tensors():
             fastcl.ntxent_loss(*arguments)
     with pytest.raises(fastcl.FastclError, match=r"labels must be an integer tensor, got ndarray; .* torch.from_numpy"):
         fastcl.nscl_loss(z, z, torch.tensor([0, 1]).numpy())
+
+
+@pytest.mark.parametrize("options, message", (
+    ({"temperature": 0.0}, "temperature must be a positive number"), ({"reduction": "avg"}, "reduction must be"),
+    ({"objective": "nscll"}, "did you mean 'nscl'"),
+))  # fmt: skip
+def test_compilers_repeat_what_is_wrong(options, message):
+    torch._dynamo.reset()
+    loss = torch.compile(fastcl.contrastive_loss, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="Dynamo") as caught:
+        loss(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]), **options)
+    assert message in str(caught.value).replace("\\'", "'")
+
+
+def test_an_error_shows_what_cannot_be_displayed_escaped():
+    assert str(fastcl.FastclError("a\x00b\ncaf\udce9")) == "a\\x00b\ncaf\\xe9"

@@ -132,7 +132,7 @@ def _kernels(rows: Sequence[Record]) -> str:
             (name, kernel, str(one["launches"]), str(one["programs_per_sm"]), digits(one["predicted_ms"]),
              one["binding"], *busy)
         )  # fmt: skip
-    return table(head, lines)
+    return table(head, lines) if lines else "None was asked for; --json has the kernels of all losses.\n"
 
 
 def sensitivity(base: Sequence[Predicted], changed: Mapping[str, Sequence[Predicted]]) -> str:
@@ -166,15 +166,18 @@ def markdown(rows: Sequence[Record], compared: Sequence[calibration.Comparison],
     arch, triton = int(rows[0]["arch"].removeprefix("sm_")), rows[0]["triton"]
     card = CARDS[arch]
     machine = card.machine
+    trust = "One published figure was compared, below: how far off these may be is not known."
+    if arch == calibration.ARCH:
+        trust = f"Expect {low:.1f} to {high:.2f} times as long."
+    by_hand = ' "By hand": with kernels\nthat are off by default.' if any(one.get("by_hand") for one in rows) else ""
     text = f"""\
 # Predicted times, sm_{arch}, Triton {triton}
 
-Nothing here is measured: a cycle model of the {card.name} read the compiled code (`bench/static/predict/`). Expect
-{low:.1f} to {high:.2f} times as long. Losses of N float32 rows (clip: N / 2 in each tower), temperature
+Nothing here is measured: a cycle model of the {card.name} read the compiled code (`bench/static/predict/`).
+{trust} Losses of N float32 rows (clip: N / 2 in each tower), temperature
 {TEMPERATURE:g}, {CLASSES} classes of equal size; predicted milliseconds of all launches of an eager call, without the
 time of the host. The bound is that of the operations at {machine.roof:g} TFLOP/s and
-{machine.roof_mufu:g} x 10^12 exponentials/s. "By hand": with kernels
-that are off by default.
+{machine.roof_mufu:g} x 10^12 exponentials/s.{by_hand}
 
 ## Losses
 

@@ -109,7 +109,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     names = [f"sm_{arch}" for arch in sorted((*MACHINES, *NOT_MODELLED))]
     add("--arch", default=f"sm_{ARCH}", choices=names, help="(default: %(default)s)")
     add("--only", type=pattern, metavar="REGEX",
-        help=f"only the losses with this in their names (default: all of sm_{ARCH}, NT-Xent of others)")  # fmt: skip
+        help=f"only the losses with this in their names, such as '^{next(losses()).name}$' (default: all of sm_{ARCH}, "
+             "NT-Xent of others)")  # fmt: skip
     add("--json", type=named_path, metavar="FILE", help="write the records: losses by pass, and their kernels")
     add("--sensitivity", action="store_true", help="also with each weak assumption changed (minutes)")
     add("--accept", action="store_true", help="commit these predictions: rewrite the files in bench/results/static/")
