@@ -52,7 +52,8 @@ def _check_range(value: float | Tensor, name: str, least: float, what: str) -> N
         if not is_readable(value):
             return
         value = value.item()
-    elif isinstance(value, numbers.Real) and hasattr(value, "item"):  # NumPy types may be too narrow for the bounds
+    elif not isinstance(value, (int, float)) and isinstance(value, numbers.Real) and hasattr(value, "item"):
+        # NumPy types may be too narrow for the bounds
         value = cast(Any, value).item()
     # Type checkers know no ordering of numbers.Real.
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)

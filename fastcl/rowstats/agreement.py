@@ -116,7 +116,8 @@ def _forward(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tens
             f"of torch.compile (inside: torch.compiler.disable)"
         )
     weights = [side.weight for side in sides]
-    return torch.tensor([side.sizes for side in sides]), torch.tensor(weights, dtype=torch.float64, device=x.device)
+    sizes = torch.tensor([side.sizes for side in sides], device="cpu")
+    return sizes, torch.tensor(weights, dtype=torch.float64, device=x.device)
 
 
 def _fake(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from fastcl.choices import Precision
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.exchange import Ranks, gathers
-from fastcl.rowstats.agreement import agreed
+from fastcl.rowstats.agreement import Request, agreed
 from fastcl.rowstats.api import RowStats, statistics
 from fastcl.rowstats.fields import unpack
 from fastcl.rowstats.meeting import Options
@@ -141,11 +141,18 @@ def _alone(batch: Batch, zb: Tensor, temperature: float | Tensor, precision: str
 
 def _gathered(checked: Callable[[], Batch], zb: Tensor, given: Options, group: ProcessGroup | None) -> TwinStats:
     """The statistics of the rows of all ranks."""
-    facts = {
-        "function": "twin_stats", "shape of a row of zb": getattr(zb, "shape", ())[1:],
-        "need of a gradient of zb": torch.is_grad_enabled() and getattr(zb, "requires_grad", False),
-    }  # fmt: skip
-    batch, options, (ranks,) = agreed(lambda: (checked(), given.checked()), facts, group)
+    facts: dict[str, object] = {"function": "twin_stats"}
+
+    def request() -> Request:
+        batch = checked()
+        columns = zb.shape[1]
+        if torch.compiler.is_compiling():  # where it may be a symbol, of which no text can be made
+            columns = torch.full((), columns, dtype=torch.float64, device="cpu")
+        facts["number of columns of zb"] = columns
+        facts["need of a gradient of zb"] = torch.is_grad_enabled() and zb.requires_grad
+        return batch, given.checked()
+
+    batch, options, (ranks,) = agreed(request, facts, group)
     if ranks.world == 1:
         return _alone(batch, zb, options.temperature, options.precision)
     a, b = (sharded_statistics(one, options, (ranks,))[0] for one in (batch, _with_rows(batch, zb)))

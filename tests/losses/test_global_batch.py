@@ -145,12 +145,12 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 OPTIONS = {"inductor": {"fallback_by_default": True, "compile_threads": 1}}
 
 
-def compiled(loss: Callable[..., Tensor], engine: str | None) -> Callable[..., Tensor]:
+def compiled(loss: Callable[..., Tensor], engine: str | None, dynamic: bool | None = None) -> Callable[..., Tensor]:
     """The loss as one graph, if an engine is named."""
     if engine is None:
         return loss
     torch._dynamo.reset()
-    return torch.compile(loss, fullgraph=True, backend=engine, options=OPTIONS.get(engine))
+    return torch.compile(loss, fullgraph=True, backend=engine, options=OPTIONS.get(engine), dynamic=dynamic)
 
 
 def step(rank: int, cases: Sequence[Case], engine: str | None = None) -> list[tuple[Tensor, ...]]:

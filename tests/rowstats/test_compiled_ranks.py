@@ -133,7 +133,7 @@ def test_compilers_keep_the_order_of_what_ranks_exchange(ranks: Pool) -> None:  
     assert all(kept for _, kept in forward + backward)
 
 
-def both_models(rank: int, engine: str | None) -> list[Tensor]:
+def both_models(rank: int, engine: str | None, dynamic: bool | None = None) -> list[Tensor]:
     """Statistics of two models on uneven ranks: gradients, and the measures of the pair."""
     n = 6 + 2 * rank
     za, zb = normal(n, 5, seed=rank).requires_grad_(), normal(n, 4, seed=9 + rank).requires_grad_()
@@ -143,13 +143,36 @@ def both_models(rank: int, engine: str | None) -> list[Tensor]:
         stats = fastcl.twin_stats(za, zb, sample, sample % 2, temperature=0.3, gather_distributed=True)
         return fastcl.OBJECTIVES["dcl"](stats.a).sum() + fastcl.OBJECTIVES["nscl"](stats.b).sum(), stats
 
-    value, stats = compiled(loss, engine)(za, zb)
+    value, stats = compiled(loss, engine, dynamic)(za, zb)
     pairs = stats.pairs()
     measures = torch.tensor([float(stats.n), pairs.cka, pairs.rsa, pairs.drift], dtype=torch.float64)
     return [value.detach(), *torch.autograd.grad(value, [za, zb]), measures]
 
 
 def test_compiled_statistics_of_two_models_are_those_of_an_uncompiled_call(ranks: Pool) -> None:  # noqa: F811
-    for found, wanted in zip(ranks.run(both_models, "aot_eager"), ranks.run(both_models, None), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
-        assert wanted[-1][0] == 6 + 8 + 10
+    for dynamic in (None, True):
+        found = ranks.run(both_models, "aot_eager", dynamic)
+        for one, wanted in zip(found, ranks.run(both_models, None), strict=True):
+            torch.testing.assert_close(one, wanted, rtol=1e-12, atol=1e-13)
+            assert wanted[-1][0] == 6 + 8 + 10
+
+
+def under_default(rank: int, device: str | None) -> list[Tensor]:
+    """Losses of uneven ranks, and gradients, with another default device."""
+    z = normal(6 + 2 * rank, 4).requires_grad_()
+    sample = torch.arange(len(z)) // 2
+    torch.set_default_device(device)
+    try:
+        losses = [
+            fastcl.contrastive_loss(z, sample, gather_distributed=True),
+            fastcl.sigmoid_loss(z[::2], z[1::2], 3.0, -1.0, gather_distributed=True),
+            fastcl.clip_loss(z[::2], z[1::2], 3.0, label_smoothing=0.1, gather_distributed=True),
+        ]
+        return [*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), z)]
+    finally:
+        torch.set_default_device(None)
+
+
+def test_a_default_device_changes_no_loss_over_ranks(ranks: Pool) -> None:  # noqa: F811
+    for found, wanted in zip(ranks.run(under_default, "meta"), ranks.run(under_default, None), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
