@@ -78,6 +78,7 @@ class Tile(NamedTuple):
     SPLIT_PLAIN: bool  # products of plain tiles use split half precision
     SPLIT_MASKED: bool  # products of masked tiles use it
     TERM: str = "exponential"  # what pairs add to sums, or weigh in gradients (contrastive/terms.py)
+    SKIPS: bool = False  # programs without masked tiles jump over their loop
 
 
 class Parts(NamedTuple):

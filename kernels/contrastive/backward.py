@@ -146,7 +146,7 @@ def _gradient(
         masked, masked_end = coarse_share(walk.n_masked, split, 4)
         if masked == masked_end:
             return
-    if PLAIN and MASKED:
+    if PLAIN and MASKED and TILE.SKIPS:
         if walk.n_masked < tl.num_programs(1):  # in one row, so that all programs have nearly as many tiles
             start, end = share(walk.n_plain + walk.n_masked, split)
             first = tl.minimum(start, walk.n_plain)
@@ -161,7 +161,10 @@ def _gradient(
             b_w = tile_weights(b_x, logits.shift, r, s, w_r, w_s, start_r, start_s, TILE, False, ONLINE)
             b_acc = _accumulate(b_acc, b_s, b_s_low, b_w, TILE.SPLIT_PLAIN)
     if MASKED:
-        if masked < masked_end:  # most programs go on without starting the loop's pipeline
+        some = masked < masked_end  # most programs go on without starting the loop's pipeline
+        if not TILE.SKIPS:
+            some = True
+        if some:
             for i in tl.range(masked, masked_end):
                 start_s = masked_start(walk, i, TILE)
                 b_p, b_s, b_s_low = products(block, s, start_s, TILE, TILE.SPLIT_MASKED, RESIDENT_FIRST)

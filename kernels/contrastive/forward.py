@@ -132,7 +132,7 @@ def _masked_tiles(
     b_none = tl.zeros([TILE.BLOCK_R], tl.float32)
     sums = Sums(b_none, b_none, b_none)
     some = mine.masked < mine.masked_end  # most programs have none and go on without starting the loop's pipeline
-    if TILE.D <= 64 and not SYMMETRIC:  # eight warps have no registers for a branch
+    if not TILE.SKIPS or (TILE.D <= 64 and not SYMMETRIC):  # with 64 columns there are no registers for a branch
         some = True
     if some:
         if AT_END:
