@@ -60,7 +60,7 @@ class Ranks:
     @property
     def table(self) -> Tensor:
         """(world,) int64 on the CPU: the sizes as operators take them."""
-        return torch.tensor(self.sizes, device="cpu")
+        return torch.tensor(self.sizes, dtype=torch.int64, device="cpu")
 
     @property
     def weight(self) -> float:

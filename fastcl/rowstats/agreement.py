@@ -116,7 +116,7 @@ def _forward(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tens
             f"of torch.compile (inside: torch.compiler.disable)"
         )
     weights = [side.weight for side in sides]
-    sizes = torch.tensor([side.sizes for side in sides], device="cpu")
+    sizes = torch.tensor([side.sizes for side in sides], dtype=torch.int64, device="cpu")
     return sizes, torch.tensor(weights, dtype=torch.float64, device=x.device)
 
 

@@ -182,7 +182,7 @@ def test_no_kernel_is_predicted_to_be_slower_than_committed(tmp_path):
         pytest.skip(f"predictions are committed for Triton {was}; this is {triton.__version__}")
     done = gate("--predict", "--only", r"^ntxent fp(16|32) n=4,096 d=(64|128|256)$", "--json", str(tmp_path / "x.json"))
     assert done.returncode == 0, done.stderr
-    assert all(figure.name in done.stdout for figure in FIGURES)
+    assert all(figure.name in done.stdout for figure in FIGURES if figure.arch == 90)
     rows = json.loads((tmp_path / "x.json").read_text())
     committed = {report.key(row) for row in run.committed(90)}
     assert len(rows) > 6 * 8 and {report.key(row) for row in rows} <= committed
