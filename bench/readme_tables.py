@@ -59,7 +59,7 @@ def losses(records: Sequence[Record]) -> str:
     ours, order = losses_report.ours(records), list(dict.fromkeys(r["objective"] for r in both))
     names = [name for name in LOSSES if any(r["provider"] == name and r["wall_ms"] for r in both)]
     bound = ["of the bound"] if any(r["bound_ms"] for r in both) else []
-    head = ["N", "objective", "D", *names, *bound, "faster than the best other", "MiB, fastcl",
+    head = ["N", "objective", "D", *names, *bound, "best other, times fastcl", "MiB, fastcl",
             "MiB, least of the others"]  # fmt: skip
     rows = []
     groups = grouped(both, "objective", "d", "n", "date")  # a date identifies a run, whose times are comparable
