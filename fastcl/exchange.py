@@ -96,9 +96,8 @@ class Ranks:
         """Tell the other ranks, which are in `agree`, about an error of this one; returns what all of them raise."""
         if torch.compiler.is_compiling() or _is_capturing():
             return FastclError(str(error))
-        text = str(error) if isinstance(error, FastclError) else f"{type(error).__name__}: {error}"
         try:
-            self._compared((_REFUSED, 0), text)
+            self._compared((_REFUSED, 0), told(error))
         except FastclError as common:
             return common
         raise AssertionError("a refusal that no rank has seen")
@@ -188,6 +187,11 @@ class Ranks:
         except (RuntimeError, ValueError):  # it has gone
             return
         absent += silent
+
+
+def told(error: Exception) -> str:
+    """An error in the words in which other ranks read it."""
+    return str(error) if isinstance(error, FastclError) else f"{type(error).__name__}: {error}"
 
 
 def gathers(asked: bool | None) -> bool:

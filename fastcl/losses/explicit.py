@@ -6,7 +6,7 @@ Each is a closed form of the row statistics and of O(D) numbers for each row or 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -112,7 +112,10 @@ def _share(call: _Pairs, reduction: str, group: ProcessGroup | None) -> Tensor:
         return Batch.rows(call.z, _ids(call.z)), options
 
     facts = {"function": "explicit_pairs_loss", "reduction": reduction}
-    batch, options, sides = agreed(request, facts, group)
+    found = agreed(request, facts, group)
+    if isinstance(found, Tensor):  # refused
+        return found
+    batch, options, sides = found
     (stats,) = sharded.sharded_statistics(batch, options, sides, meeting.Needs(False, False))
     return sharded.share_of(call.losses(stats.lse_other), sides[0], reduction)
 
@@ -156,6 +159,20 @@ def paired_negatives(
     return RowStats(none, zero, zero, none, zero, lse, count, count, count + negatives.shape[1])
 
 
+@dataclass(frozen=True, eq=False)
+class Margin:
+    """An objective of `with_margin`."""
+
+    objective: Objective
+    margin: float | Tensor
+
+    def __call__(self, stats: RowStats) -> Tensor:
+        """(N,) row losses."""
+        fields = [f"{field}_{relation}" for relation in self.objective.positives for field in ("lse", "mean")]
+        shift = _number(self.margin, stats.mean_view)
+        return self.objective(replace(stats, **{name: getattr(stats, name) - shift for name in fields}))
+
+
 def with_margin(objective: ObjectiveLike, margin: float | Tensor) -> Callable[[RowStats], Tensor]:
     """An objective whose positives have to win by a margin (as additive-margin softmax, Wang et al. 2018).
 
@@ -165,7 +182,7 @@ def with_margin(objective: ObjectiveLike, margin: float | Tensor) -> Callable[[R
             of the cosine divided by the temperature; a number, or a tensor with one element, which gets a gradient.
 
     Returns:
-        A function from RowStats to (N,) row losses, to be passed as the `objective` of `fastcl.contrastive_loss`.
+        A callable from RowStats to (N,) row losses, to be passed as the `objective` of `fastcl.contrastive_loss`.
 
     Raises:
         FastclError: an unknown objective, or a callable of your own, whose positives nobody knows; a margin that is no
@@ -176,12 +193,7 @@ def with_margin(objective: ObjectiveLike, margin: float | Tensor) -> Callable[[R
         raise FastclError(f"objective must be a name or an Objective, whose positives are known, got {objective!r}")
     check_finite(margin, "margin")
 
-    def losses(stats: RowStats) -> Tensor:
-        fields = [f"{field}_{relation}" for relation in form.positives for field in ("lse", "mean")]
-        shift = _number(margin, stats.mean_view)
-        return form(replace(stats, **{name: getattr(stats, name) - shift for name in fields}))
-
-    return losses
+    return Margin(form, margin)
 
 
 def check_smoothing(label_smoothing: float) -> None:

@@ -238,7 +238,7 @@ def clip_loss(
         from fastcl.losses import global_batch
 
         plan = partial(plan_of, TOWERS, tensors, ("ntxent",), normalize, reduction, precision)
-        return global_batch.losses(plan, tensors, logit_scale, group, label_smoothing)[0]
+        return global_batch.losses(plan, tensors, logit_scale, group, 1, label_smoothing)[0]
     if label_smoothing != 0:
         check_smoothing(label_smoothing)
     loss = _losses(TOWERS, tensors, ("ntxent",), logit_scale, normalize, reduction, ranks, precision)[0]
@@ -284,5 +284,5 @@ def _losses(
     if gather is not False and gathers(gather):
         from fastcl.losses import global_batch
 
-        return global_batch.losses(partial(plan_of, *plan), tensors, temperature, group)
+        return global_batch.losses(partial(plan_of, *plan), tensors, temperature, group, len(objectives))
     return plan_of(*plan).run(tensors, temperature)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcl.exchange import Ranks
 from fastcl.losses.call_plans import CallPlan
-from fastcl.losses.explicit import check_smoothing, pairs_above_mean
+from fastcl.losses.explicit import Margin, check_smoothing, pairs_above_mean
 from fastcl.losses.objectives import Objective
 from fastcl.losses.sameness import described
 from fastcl.rowstats import sharded
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def losses(
     plan_of: Callable[[], CallPlan], tensors: Sequence[Tensor], temperature: float | Tensor,
-    group: ProcessGroup | None, smoothing: float = 0,
+    group: ProcessGroup | None, count: int, smoothing: float = 0,
 ) -> Sequence[Tensor]:  # fmt: skip
     """This rank's share of each loss; with columns, that of anchors and candidates together.
 
@@ -34,6 +34,7 @@ def losses(
 
     Args:
         plan_of: the plan of this rank's call, as `plan_of`. If it raises, every rank raises.
+        count: of losses.
         smoothing: the label smoothing of `fastcl.clip_loss`.
 
     Raises:
@@ -48,12 +49,17 @@ def losses(
         check_smoothing(smoothing)
         facts.update(label_smoothing=number(smoothing), reduction=plan.reduction)
         facts["objective"] = ", ".join(map(described, plan.losses))
+        with_margin = ((k, loss) for k, loss in enumerate(plan.losses) if isinstance(loss, Margin))
+        facts.update({f"margin of objective {k + 1}": number(loss.margin) for k, loss in with_margin})
         degree = plan.kind.temperature(temperature, tensors[0])
         options = sharded.Options(degree, plan.normalize, plan.kind.columns, plan.precision)
         return plan.kind.batch(*tensors), options
 
-    batch, options, sides = agreed(request, facts, group)
+    agreement = agreed(request, facts, group)
+    if isinstance(agreement, Tensor):  # refused
+        return [agreement] * count
     assert plan is not None
+    batch, options, sides = agreement
     if sides[0].world == 1:
         found = plan.run(tensors, temperature)
     else:

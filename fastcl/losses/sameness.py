@@ -7,9 +7,10 @@ from functools import lru_cache, partial
 from hashlib import blake2b
 from types import CodeType, FunctionType, MethodType
 
-import torch
 from torch import Tensor
 
+from fastcl.dispatch import constant_while_compiling
+from fastcl.losses.explicit import Margin
 from fastcl.losses.objectives import OBJECTIVES, Objective
 from fastcl.rowstats.api import RowStats
 
@@ -17,42 +18,34 @@ _NAMES = {objective.code: name for name, objective in OBJECTIVES.items()}
 
 
 def described(loss: Callable[[RowStats], Tensor]) -> str:
-    """A row of the table by its name or data; a callable of the caller's own by its name and a digest of its code; one
-    that fastcl makes, such as `fastcl.with_margin`, also by its parameters.
-
-    What else a callable holds may be this rank's own, such as its number, and is not looked into. Compiled code looks
-    into no callable.
-    """
+    """A row of the table by its name or data, one with a margin by that row; a callable of the caller's own by its name
+    and a digest of its code. What else a callable holds may be this rank's own, such as its number, and is not looked
+    into."""
     data = ""
+    if isinstance(loss, Margin):
+        return f"with_margin({described(loss.objective)})"
     if isinstance(loss, Objective):
         data = f"({loss.denominator}, {loss.positives}, inside={loss.inside})"
         if type(loss) is Objective:  # a subclass may compute something else
             return _NAMES.get(loss.code, f"Objective{data}")
-    if torch.compiler.is_compiling():
-        return "a callable in compiled code"
     while isinstance(loss, partial):
         loss = loss.func
     if isinstance(loss, MethodType):
         loss = loss.__func__
-    if not isinstance(loss, FunctionType):
-        return f"{type(loss).__qualname__}{data}, code {_code_of(type(loss))}"
-    if loss.__module__.startswith("fastcl."):
-        cells = zip(loss.__code__.co_freevars, loss.__closure__ or (), strict=True)
-        data = f"({', '.join(f'{name}={_told(cell.cell_contents)}' for name, cell in cells)})"
-    return f"{loss.__qualname__}{data}, code {_digest(loss.__code__)}"
+    return _of_code(loss.__code__) if isinstance(loss, FunctionType) else f"{_of_type(type(loss))}{data}"
 
 
-def _told(parameter: object) -> str:
-    """A parameter of one of fastcl's own callables: an objective or a number."""
-    if isinstance(parameter, Tensor):
-        return str(float(parameter.detach())) if parameter.device.type == "cpu" else "a tensor"
-    return described(parameter) if isinstance(parameter, Objective) else str(float(parameter))  # pyright: ignore
+@constant_while_compiling
+def _of_code(code: CodeType) -> str:
+    return f"{getattr(code, 'co_qualname', code.co_name)}, code {_digest(code)}"  # Python 3.10 has no such name
 
 
-def _code_of(kind: type) -> str:
-    """Digests of the code that an object of this type runs when it is called."""
+@constant_while_compiling
+def _of_type(kind: type) -> str:
+    """The name of a type, and digests of the code that its objects run when they are called."""
     functions = (getattr(kind, name, None) for name in ("__call__", "forward"))
-    return " ".join(_digest(one.__code__) for one in functions if isinstance(one, FunctionType))
+    codes = [_digest(one.__code__) for one in functions if isinstance(one, FunctionType)]
+    return f"{kind.__qualname__}, code {' '.join(codes)}"
 
 
 @lru_cache(256)

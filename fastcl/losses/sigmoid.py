@@ -120,7 +120,10 @@ def _share(call: _Call, reduction: str, group: ProcessGroup | None) -> Tensor:
         facts["need of logit_bias's gradient"] = learns
         return Batch.pairs(call.image, call.text), meeting.Options(call.scale, call.normalize, True, call.precision)
 
-    batch, options, (ranks, _) = agreed(request, facts, group)
+    found = agreed(request, facts, group)
+    if isinstance(found, Tensor):  # refused
+        return found
+    batch, options, (ranks, _) = found
     assert batch.y is not None
     call = _Call(batch.x, batch.y, call.scale, call.bias, call.normalize, options.precision)
     if ranks.world == 1:

@@ -1,7 +1,8 @@
 """What the ranks of a loss compare before any rows travel: their arguments and numbers of rows.
 
 Compiled code compares at run time, in `torch.ops.fastcl.agree`. It returns the ranks' numbers of rows, an argument of
-all that sends rows (`at_run_time`): they leave only once the ranks agree.
+all that sends rows (`at_run_time`): they leave only once the ranks agree. Arguments are checked while code is compiled,
+when the other ranks may already run theirs. So a refusal is an operator as well, which tells them at run time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
-from fastcl.exchange import Ranks
+from fastcl.exchange import Ranks, told
 from fastcl.rowstats.at_run_time import RanksAtRunTime
 from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.registration import KEEPS_ORDER, keep_order, refuse_second, register
@@ -32,12 +33,16 @@ _library.define(
     "agree(Tensor x, SymInt[] counts, str facts, str numbers, str names, Tensor[] values, int rank, int world, "
     "str group, str device) -> (Tensor, Tensor)"
 )
+_library.define("refuse(Tensor nothing, str text, int rank, int world, str group, str device) -> Tensor")
 
 
 def agreed(
     request: Callable[[], Request], facts: Mapping[str, object], group: ProcessGroup | None
-) -> tuple[Batch, Options, tuple[Ranks, ...]]:
+) -> tuple[Batch, Options, tuple[Ranks, ...]] | Tensor:
     """The batch, its options, and the ranks of the anchors and, with candidates, of those.
+
+    In compiled code that `request` refuses, a tensor () instead, to be returned in place of any result. Code that
+    computes it raises the error on every rank.
 
     Args:
         request: checks this rank's arguments. If it raises, every rank raises.
@@ -45,6 +50,7 @@ def agreed(
             `number` returns them.
     """
     ranks = Ranks.of(group)
+    place = ranks.rank, ranks.world, ranks.group, ranks.device
     try:
         batch, options = request()
         if choose(batch.x) == "triton":  # what None stands for may depend on a rank's autocast
@@ -54,12 +60,13 @@ def agreed(
         counts = len(x) * (1 if batch.x2 is None else 2), *(() if y is None else (len(y),))
         spelled = _spelled({**facts, **_common(batch, options)})
     except Exception as error:
+        if torch.compiler.is_compiling() and ranks.world > 1:
+            return torch.ops.fastcl.refuse(torch.empty(0, device="cpu"), told(error), *place)
         raise ranks.refuse(error) from error
     if not torch.compiler.is_compiling():
         return batch, options, ranks.agree(counts, _text(x, *spelled))
     if ranks.world == 1:
         return batch, options, tuple(replace(ranks, sizes=(count,)) for count in counts)
-    place = ranks.rank, ranks.world, ranks.group, ranks.device
     sizes, weights = torch.ops.fastcl.agree(x.detach(), list(counts), *spelled, *place)
     sides = zip(sizes.unbind(), weights.unbind(), strict=True)
     return batch, options, tuple(RanksAtRunTime(ranks.group, ranks.rank, ranks.world, (), "", *one) for one in sides)
@@ -125,5 +132,14 @@ def _fake(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]
     return sizes, x.new_empty(len(counts), dtype=torch.float64)
 
 
+def _refuse(_: Tensor, text: str, rank: int, world: int, group: str, device: str) -> Tensor:
+    raise Ranks(group, rank, world, device=device).refuse(FastclError(text))
+
+
+def _refuse_fake(nothing: Tensor, *_: Any) -> Tensor:
+    return nothing.new_empty(())
+
+
 register(_library, "agree", _forward, _fake, refuse_second)
-keep_order(_library, "agree")
+register(_library, "refuse", _refuse, _refuse_fake, refuse_second)
+keep_order(_library, "agree", "refuse")

@@ -104,7 +104,7 @@ def row_stats(
         anchors, *candidates = _gathered(checked, *options, columns, precision, group)
     else:
         anchors, *candidates = statistics(checked(), *options, columns, precision)
-    if self_y is not None:
+    if self_y is not None and anchors.n_other.ndim:  # compiled code that refuses has no statistics
         from fastcl.rowstats import selves  # which uses this module
 
         anchors = selves.left_out(anchors, (x, y), (sample, sample_y, self_y), *options)

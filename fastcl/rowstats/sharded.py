@@ -19,6 +19,7 @@ from fastcl.dispatch import choose
 from fastcl.exchange import Ranks
 from fastcl.rowstats.agreement import agreed
 from fastcl.rowstats.api import RowStats, statistics
+from fastcl.rowstats.fields import unpack
 from fastcl.rowstats.meeting import ALL, Needs, OnTorch, OnTriton, Options, Sent, joined, meet
 from fastcl.rowstats.request import Batch
 
@@ -30,8 +31,10 @@ def row_stats(
     checked: Callable[[], Batch], given: Options, name: str, group: ProcessGroup | None
 ) -> tuple[RowStats, ...]:
     """`sharded_statistics` of checked arguments; errors as `agreed`. `name` is that of the function."""
-    batch, options, sides = agreed(lambda: (checked(), given.checked()), {"function": name}, group)
-    return sharded_statistics(batch, options, sides)
+    found = agreed(lambda: (checked(), given.checked()), {"function": name}, group)
+    if isinstance(found, Tensor):  # refused
+        return (unpack([found] * 5, [found] * 3),) * (2 if given.columns else 1)
+    return sharded_statistics(*found)
 
 
 def sharded_statistics(

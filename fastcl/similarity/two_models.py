@@ -152,7 +152,11 @@ def _gathered(checked: Callable[[], Batch], zb: Tensor, given: Options, group: P
         facts["need of a gradient of zb"] = torch.is_grad_enabled() and zb.requires_grad
         return batch, given.checked()
 
-    batch, options, (ranks,) = agreed(request, facts, group)
+    found = agreed(request, facts, group)
+    if isinstance(found, Tensor):  # refused
+        nothing = unpack([found] * 5, [found] * 3)
+        return TwinStats(nothing, nothing, found, found, 0.0)
+    batch, options, (ranks,) = found
     if ranks.world == 1:
         return _alone(batch, zb, options.temperature, options.precision)
     a, b = (sharded_statistics(one, options, (ranks,))[0] for one in (batch, _with_rows(batch, zb)))

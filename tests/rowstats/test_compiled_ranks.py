@@ -1,5 +1,6 @@
 """What ranks compare when their loss is compiled: at run time, all that an uncompiled call compares."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,14 @@ from fastcl.rowstats.registration import KEEPS_ORDER
 
 pytestmark = pytest.mark.dist
 
+
+class Own:
+    """An objective."""
+
+    def __call__(self, stats: fastcl.RowStats) -> Tensor:
+        return stats.lse_other
+
+
 # The calls of ranks 0 to 2, and the words that every rank then reads.
 ODD: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
     "temperature": ([{}, {"t": torch.tensor(0.25)}, {}], ("temperature", "0.5 on rank 0", "0.25 on rank 1")),
@@ -39,11 +48,20 @@ ODD: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
     "uncompiled": ([{"engine": None}, {}, {}], ("torch.compile", "not compiled on rank 0", "compiled on rank 1")),
     "uncompiled rows": ([{}, {"n": 8, "engine": None}, {}], ("torch.compile", "not compiled on rank 1")),
     "refused": ([{}, {"t": -1.0, "engine": None}, {}], ("rank 1 of 3", "temperature", "-1.0")),
+    "own objective": (
+        [{"objective": lambda stats: stats.lse_other}, *[{"objective": lambda stats: 2 * stats.lse_other}] * 2],
+        ("objective", "<lambda>, code", "on rank 0", "on rank 1"),
+    ),
+    "own type": ([{"objective": fastcl.Objective(("view",), ("view",))}, {"objective": Own()}, {}], ("Own, code",)),
+    "margin": (
+        [{"objective": fastcl.with_margin("dcl", margin)} for margin in (0.1, 0.1, torch.tensor(0.2))],
+        ("margin of objective 1", "0.1 on rank 0", "0.2", "on rank 2"),
+    ),
 }
 
 
 def call(
-    rank: int, n: int = 6, width: int = 4, t: float | Tensor = 0.5, objective: str = "ntxent", towers: bool = False,
+    rank: int, n: int = 6, width: int = 4, t: float | Tensor = 0.5, objective: Any = "ntxent", towers: bool = False,
     engine: str | None = "aot_eager", seed: int = 0, reduction: Reduction = "mean", explicit: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """This rank's share of the loss and the gradient of its rows."""
@@ -70,6 +88,83 @@ def odd(rank: int, name: str) -> Any:
 @pytest.mark.parametrize("name", ODD)
 def test_what_one_rank_of_a_compiled_loss_does_otherwise_raises_on_all(ranks: Pool, name: str) -> None:  # noqa: F811
     assert_common(ranks.outcomes(odd, name), ODD[name][1])
+
+
+SAMPLE = torch.arange(6) // 2
+ACROSS: dict[str, Any] = {"gather_distributed": True}
+# Functions of rows and of whether this rank is to pass what is refused, and words of the error.
+REFUSED: dict[str, tuple[Callable[[Tensor, bool], Tensor], tuple[str, ...]]] = {
+    "loss": (lambda z, bad: fastcl.ntxent_loss(z[::2], z[1::2], -bad or 0.5, **ACROSS), ("temperature", "got -1")),
+    "no tensor": (lambda z, bad: fastcl.ntxent_loss(z[::2], None if bad else z[1::2], **ACROSS), ("z2", "NoneType")),
+    "losses": (
+        lambda z, bad: sum(fastcl.contrastive_losses(z, SAMPLE, SAMPLE, ["dcl", ["nscl", "x"][bad]], **ACROSS).values()),
+        ("unknown objective 'x'",),
+    ),
+    "each row": (
+        lambda z, bad: fastcl.contrastive_loss(z, SAMPLE[bad:], reduction="none", **ACROSS).mean(), ("sample", "(5,)"),
+    ),
+    "clip": (
+        lambda z, bad: fastcl.clip_loss(z[::2], z[1::2], 2.0, label_smoothing=bad / 1, **ACROSS),
+        ("label_smoothing", "got 1.0"),
+    ),
+    "sigmoid": (
+        lambda z, bad: fastcl.sigmoid_loss(z[::2], z[1 + bad :: 2], 2.0, -1.0, **ACROSS), ("image and text", "(2, 4)"),
+    ),
+    "explicit": (
+        lambda z, bad: fastcl.explicit_pairs_loss(z, torch.arange(4 - bad).view(2 - bad, -1), **ACROSS), ("pairs", "(1, 3)"),
+    ),
+    "statistics": (
+        lambda z, bad: fastcl.row_stats(
+            z, z, sample=SAMPLE, sample_y=SAMPLE, temperature=0.5, self_y=torch.arange(6 - bad), **ACROSS
+        ).lse_other.sum(),
+        ("self_y", "(5,)"),
+    ),
+    "statistics of both sides": (
+        lambda z, bad: sum(
+            one.lse_other.sum()
+            for one in fastcl.row_stats(
+                z, z[bad:], sample=SAMPLE, sample_y=SAMPLE, temperature=0.5, columns=True, **ACROSS
+            )
+        ),
+        ("sample_y", "(6,)"),
+    ),
+    "two models": (
+        lambda z, bad: fastcl.twin_stats(z, z[bad:], SAMPLE, temperature=0.5, **ACROSS).b.lse_other.sum(),
+        ("za and zb", "(5, 4)"),
+    ),
+    "module": (
+        lambda z, bad: fastcl.NSCLLoss(**ACROSS)(z[::2], z[1::2], torch.arange(3 + bad)), ("labels", "(4,)"),
+    ),
+}  # fmt: skip
+
+
+def refused(rank: int, name: str, engine: str | None, whole: bool) -> list[Any]:
+    """What a call returns before rank 1 passes what is refused, the error of that call, and what the next returns."""
+    z, function = normal(6, 4).requires_grad_(), REFUSED[name][0]
+    if engine is not None:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=whole, backend=engine)
+    found: list[Any] = [function(z, False).detach()]
+    for bad in (rank == 1, False):
+        try:
+            found.append(function(z, bad).detach())
+        except fastcl.FastclError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_compiled_rank_alone_refuses_raises_on_all_and_harms_no_later_call(
+    ranks: Pool,  # noqa: F811
+    name: str,
+) -> None:
+    for engine, whole in ((None, True), ("aot_eager", True), ("aot_eager", False))[: 3 if name == "loss" else 2]:
+        texts = set()
+        for before, error, after in ranks.run(refused, name, engine, whole):
+            torch.testing.assert_close(after, before, rtol=0, atol=0)
+            texts.add(error)
+        (text,) = texts
+        assert all(word in text for word in ("rank 1 of 3", *REFUSED[name][1])), text
 
 
 def sizes(rank: int) -> list[int]:

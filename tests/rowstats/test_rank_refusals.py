@@ -23,7 +23,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "labels": ({"labels": None}, ("labels", "no labels on rank 1")),
     "objective": ({"objective": "supcon_in"}, ("objective", "dcl on rank 0", "supcon_in on rank 1")),
     "own objective": ({"objective": lambda stats: stats.lse_other}, ("objective", "dcl on rank 0", "lambda")),
-    "margin": ({"margin": 0.2}, ("objective", "margin=0.1), code", "on rank 0", "margin=0.2), code", "on rank 1")),
+    "margin": ({"margin": 0.2}, ("margin of objective 1", "0.1 on rank 0", "0.2 on rank 1")),
     "reduction": ({"reduction": "sum"}, ("reduction", "mean on rank 0", "sum on rank 1")),
     "normalize": ({"normalize": False}, ("normalize", "True on rank 0", "False on rank 1")),
     "gradients": ({"z": normal(6, 4).requires_grad_()}, ("gradients", "rank 1")),
