@@ -24,7 +24,7 @@ def check_positive(value: float | Tensor, name: str) -> None:
     """
     if type(value) is float and _SMALLEST <= value <= 1 / _SMALLEST:  # the usual case, in a few steps
         return
-    _check_range(value, name, _SMALLEST, "a positive number")
+    _check_range(value, name, _SMALLEST, "a positive number (1e-30 to 1e+30)")
 
 
 def check_count(value: object, name: str, least: int) -> None:
@@ -41,7 +41,7 @@ def check_seed(value: object, name: str = "seed") -> None:
 
 def check_finite(value: float | Tensor, name: str) -> None:
     """Raise FastclError unless the value is finite, of any sign; otherwise as `check_positive`."""
-    _check_range(value, name, -1 / _SMALLEST, "a number")
+    _check_range(value, name, -1 / _SMALLEST, "a number (-1e+30 to 1e+30)")
 
 
 def _check_range(value: float | Tensor, name: str, least: float, what: str) -> None:
@@ -60,7 +60,7 @@ def _check_range(value: float | Tensor, name: str, least: float, what: str) -> N
     if not is_number or not least <= value <= 1 / _SMALLEST:  # pyright: ignore[reportOperatorIssue]
         negative = is_number and least > 0 > value  # pyright: ignore[reportOperatorIssue]
         why = "; a negative one would attract the negatives and repel the positives" if negative else ""
-        raise FastclError(f"{name} must be {what} ({least:g} to {1 / _SMALLEST:g}), got {value!r}{why}")
+        raise FastclError(f"{name} must be {what}, got {brief(value)}{why}")
 
 
 def check_precision(precision: str | None) -> None:
@@ -206,4 +206,6 @@ def holds_integers(x: Tensor) -> bool:
 
 def describe(x: Tensor) -> str:
     """Shape, dtype and device in words."""
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    sizes = ", ".join([f"{size}" for size in x.shape])  # torch.compile cannot write a tuple of symbols
+    comma = "," if x.ndim == 1 else ""
+    return f"({sizes}{comma}) {str(x.dtype).removeprefix('torch.')} on {x.device}"

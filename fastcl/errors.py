@@ -67,8 +67,10 @@ def one_of(name: str, choices: Iterable[str | None], value: object) -> str:
 
 def brief(value: object, letters: int = 200) -> str:
     """A value as shown in messages: its repr, truncated if it is long, or its type if the repr fails."""
+    if isinstance(value, float):
+        return f"{float(value)}"  # which torch.compile can write where it is a symbol
     try:
-        text = repr(value)
+        text = f"{value!r}"
     except (ValueError, RecursionError):  # an integer with more digits than Python converts; deep nesting
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= letters else f"{text[:letters]}…"

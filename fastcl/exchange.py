@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastcl.errors import FastclError, type_of
+from fastcl.errors import FastclError, shown, type_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -191,7 +191,8 @@ class Ranks:
 
 def told(error: Exception) -> str:
     """An error in the words in which other ranks read it."""
-    return str(error) if isinstance(error, FastclError) else f"{type(error).__name__}: {error}"
+    words = str(*error.args) if isinstance(error, FastclError) else f"{type(error).__name__}: {error}"
+    return "\n".join(map(shown, words.split("\n")))
 
 
 def gathers(asked: bool | None) -> bool:

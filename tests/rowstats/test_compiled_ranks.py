@@ -1,6 +1,6 @@
 """What ranks compare when their loss is compiled: at run time, all that an uncompiled call compares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor, bool], Tensor], tuple[str, ...]]] = {
     "loss": (lambda z, bad: fastcl.ntxent_loss(z[::2], z[1::2], -bad or 0.5, **ACROSS), ("temperature", "got -1")),
     "no tensor": (lambda z, bad: fastcl.ntxent_loss(z[::2], None if bad else z[1::2], **ACROSS), ("z2", "NoneType")),
     "losses": (
-        lambda z, bad: sum(fastcl.contrastive_losses(z, SAMPLE, SAMPLE, ["dcl", ["nscl", "x"][bad]], **ACROSS).values()),
+        lambda z, bad: sum(fastcl.contrastive_losses(z, SAMPLE, SAMPLE, ["dcl", "x" if bad else "nscl"], **ACROSS).values()),
         ("unknown objective 'x'",),
     ),
     "each row": (
@@ -138,12 +138,12 @@ REFUSED: dict[str, tuple[Callable[[Tensor, bool], Tensor], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def refused(rank: int, name: str, engine: str | None, whole: bool) -> list[Any]:
+def refused(rank: int, name: str, engine: str | None, whole: bool, dynamic: bool | None = None) -> list[Any]:
     """What a call returns before rank 1 passes what is refused, the error of that call, and what the next returns."""
     z, function = normal(6, 4).requires_grad_(), REFUSED[name][0]
     if engine is not None:
         torch._dynamo.reset()
-        function = torch.compile(function, fullgraph=whole, backend=engine)
+        function = torch.compile(function, fullgraph=whole, backend=engine, dynamic=dynamic)
     found: list[Any] = [function(z, False).detach()]
     for bad in (rank == 1, False):
         try:
@@ -158,13 +158,35 @@ def test_what_a_compiled_rank_alone_refuses_raises_on_all_and_harms_no_later_cal
     ranks: Pool,  # noqa: F811
     name: str,
 ) -> None:
-    for engine, whole in ((None, True), ("aot_eager", True), ("aot_eager", False))[: 3 if name == "loss" else 2]:
+    ways = (None, True), ("aot_eager", True), ("aot_eager", False), ("aot_eager", True, True)
+    for way in ways if name in ("loss", "statistics") else ways[:2]:
         texts = set()
-        for before, error, after in ranks.run(refused, name, engine, whole):
+        for before, error, after in ranks.run(refused, name, *way):
             torch.testing.assert_close(after, before, rtol=0, atol=0)
             texts.add(error)
         (text,) = texts
         assert all(word in text for word in ("rank 1 of 3", *REFUSED[name][1])), text
+
+
+def changing(rank: int, values: Sequence[float]) -> list[str]:
+    """The errors of a compiled loss at one temperature after the other; a number that changes becomes a symbol."""
+    z = normal(6, 4)
+    torch._dynamo.reset()
+    loss = torch.compile(
+        lambda t: fastcl.ntxent_loss(z[::2], z[1::2], t, gather_distributed=True), fullgraph=True, backend="aot_eager"
+    )
+    texts = []
+    for value in values:
+        try:
+            loss(value if rank else 0.5)
+        except fastcl.FastclError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_errors_of_compiled_losses_repeat_numbers_that_change(ranks: Pool) -> None:  # noqa: F811
+    for texts in ranks.run(changing, (0.5, -0.25, -0.125, 2e30)):
+        assert [text.partition("got ")[2].partition(";")[0] for text in texts] == ["-0.25", "-0.125", "2e+30"]
 
 
 def sizes(rank: int) -> list[int]:
