@@ -6,13 +6,11 @@ sees. Ranks may hold different numbers of rows.
 
 from __future__ import annotations
 
-import struct
 import sys
 import threading
 import time
 import warnings
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,12 +18,11 @@ import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError, shown, type_of
+from fastcl.facts import REFUSED, are_same, difference, packed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_WORDS = 64  # of 8 bytes: room for what ranks compare, or for the message of an error
-_REFUSED = -1  # in place of the number of rows: this rank has raised an error
 _GRACE = 1.5  # seconds that ranks have to say that they wait, once one of them no longer does
 _KEPT = 64  # agreements that a captured call can go back to
 _agreements: dict[tuple[str, int, str], list[list[int]]] = {}  # of group, world and facts: both counts of every rank
@@ -67,15 +64,14 @@ class Ranks:
         """What turns a sum over own rows into this rank's share of the mean over all."""
         return self.world / self.total
 
-    def agree(self, counts: Sequence[int], text: str) -> tuple[Ranks, ...]:
+    def agree(self, counts: Sequence[int], text: str, numbers: Mapping[str, Tensor]) -> tuple[Ranks, ...]:
         """These ranks with their sizes, once for each of the counts: this rank's numbers of rows, two at most.
 
         While a CUDA graph is captured nothing is exchanged, for nothing can be read: the call takes the sizes of the
         last one with these facts. All ranks have agreed in that one, so that all remember the same.
 
         Args:
-            text: the facts that have to be the same on all ranks, one a line: the name that an error gives it, a colon
-                and the value.
+            text, numbers: the facts that have to be the same on all ranks, as `facts.packed` takes them.
 
         Raises:
             FastclError: on every rank, with the same message: facts differ, or a rank called `refuse`. On this rank: a
@@ -85,7 +81,7 @@ class Ranks:
         if _is_capturing():
             sizes = self._remembered(own, key)
         else:
-            sizes = self._compared(own, text)
+            sizes = self._compared(own, text, numbers)
             _agreements.pop(key, None)
             _agreements[key] = sizes
             if len(_agreements) > _KEPT:  # the oldest: forgotten, a captured call is refused
@@ -97,7 +93,7 @@ class Ranks:
         if torch.compiler.is_compiling() or _is_capturing():
             return FastclError(str(error))
         try:
-            self._compared((_REFUSED, 0), told(error))
+            self._compared((REFUSED, 0), told(error), {})
         except FastclError as common:
             return common
         raise AssertionError("a refusal that no rank has seen")
@@ -113,20 +109,17 @@ class Ranks:
             )
         return sizes
 
-    def _compared(self, counts: Sequence[int], text: str) -> list[list[int]]:
-        """Both counts of every rank. Raises FastclError if the texts differ or a rank has refused."""
-        raw = text.encode()
-        words = struct.unpack(f"<{_WORDS}q", raw[: 8 * _WORDS].ljust(8 * _WORDS, b"\0"))
-        own = torch.tensor([*counts, zlib.crc32(raw), *words], dtype=torch.int64, device=_current(self.device))
+    def _compared(self, counts: Sequence[int], text: str, numbers: Mapping[str, Tensor]) -> list[list[int]]:
+        """Both counts of every rank. Raises FastclError if the facts differ or a rank has refused."""
+        own = packed(counts, text, numbers, _current(self.device))
         try:
             table = _all_gather(own, self).view(self.world, -1).cpu()
         except RuntimeError as error:
             raise FastclError(
                 f"{self._in_vain()}; does every rank call the same function with gather_distributed=True? ({error})"
             ) from error
-        same = bool((table[:, 2:] == table[:1, 2:]).all()) and bool((table[:, 0] != _REFUSED).all())
-        if not same:
-            raise FastclError(_difference(table.tolist()))
+        if not are_same(table):
+            raise FastclError(difference(table.tolist(), list(numbers)))
         return table[:, :2].T.tolist()
 
     def start(self, rows: Tensor) -> Tensor:
@@ -279,19 +272,3 @@ def _finished(started: Tensor) -> Tensor:
 def _all_gather(rows: Tensor, ranks: Ranks) -> Tensor:
     return _finished(_started(rows, ranks))
 
-
-def _difference(table: Iterable[Sequence[int]]) -> str:
-    """Message about the first rank that refused, or about the first fact that is not the same on all ranks."""
-    found = [(row[0], struct.pack(f"<{_WORDS}q", *row[3:]).rstrip(b"\0").decode(errors="ignore")) for row in table]
-    for rank, (count, text) in enumerate(found):
-        if count == _REFUSED:
-            return f"rank {rank} of {len(found)}: {text}"
-    facts = [{line.partition(": ")[0]: line.partition(": ")[2] for line in text.split("\n")} for _, text in found]
-    for name, value in facts[0].items():
-        for rank, other in enumerate(facts):
-            if other.get(name) != value:
-                return (
-                    f"all ranks of a global batch must have the same {name}, got {value} on rank 0 and "
-                    f"{other.get(name)} on rank {rank}"
-                )
-    return f"all ranks of a global batch must have the same arguments, got on rank 0: {found[0][1]}"

@@ -64,7 +64,7 @@ def agreed(
             return torch.ops.fastcl.refuse(torch.empty(0, device="cpu"), told(error), *place)
         raise ranks.refuse(error) from error
     if not torch.compiler.is_compiling():
-        return batch, options, ranks.agree(counts, _text(x, *spelled))
+        return batch, options, ranks.agree(counts, *_told(x, *spelled))
     if ranks.world == 1:
         return batch, options, tuple(replace(ranks, sizes=(count,)) for count in counts)
     sizes, weights = torch.ops.fastcl.agree(x.detach(), list(counts), *spelled, *place)
@@ -103,18 +103,27 @@ def _spelled(facts: Mapping[str, object]) -> tuple[str, str, str, list[Tensor]]:
     return "\n".join(words), "\n".join(numbers), "\n".join(names), values
 
 
-def _text(x: Tensor, facts: str, numbers: str, names: str, values: Sequence[Tensor]) -> str:
-    """All facts, one a line. A number is the same whether it is a tensor or not; that of a GPU is not read, which would
-    wait for it."""
-    told = [float(v) if v.device.type == "cpu" else "a tensor" for v in values]
-    read = [f"{name}: {value}" for name, value in zip(names.splitlines(), told, strict=True)]
-    return "\n".join([facts, *sorted([*numbers.splitlines(), *read, f"number of columns: {x.shape[1]}"])])
+def _told(
+    x: Tensor, facts: str, numbers: str, names: str, values: Sequence[Tensor]
+) -> tuple[str, dict[str, Tensor]]:  # fmt: skip
+    """All facts as `facts.packed` takes them: numbers in words, whether they are tensors or not, but for those on a
+    GPU."""
+    tensors = dict(zip(names.splitlines(), values, strict=True))
+    there = {name: value for name, value in tensors.items() if not _is_here(value)}
+    read = [f"{name}: {'a tensor' if name in there else float(value)}" for name, value in tensors.items()]
+    lines = sorted([*numbers.splitlines(), *read, f"number of columns: {x.shape[1]}"])
+    return "\n".join([facts, *lines]), there
+
+
+def _is_here(value: Tensor) -> bool:
+    """Whether a tensor can be read without waiting for its device."""
+    return value.device.type == "cpu"
 
 
 def _forward(x: Tensor, counts: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
     """Numbers of rows, on the CPU, and weights of shares, float64 on x's device: one row for each of the counts."""
     *spelled, rank, world, group, device = rest
-    sides = Ranks(group, rank, world, device=device).agree(counts, _text(x, *spelled))
+    sides = Ranks(group, rank, world, device=device).agree(counts, *_told(x, *spelled))
     uneven = [side.sizes for side in sides if len(set(side.sizes)) > 1]
     if uneven and not KEEPS_ORDER:
         raise FastclError(

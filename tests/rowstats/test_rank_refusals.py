@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from reference import normal
 from torch import distributed as dist
 
 import fastcl
+from fastcl.rowstats import agreement
 
 pytestmark = pytest.mark.dist
 
@@ -163,3 +165,18 @@ def test_without_a_process_group() -> None:
     ):
         with pytest.raises(fastcl.FastclError, match="needs a process group"):
             call()
+
+
+def of_devices(rank: int, values: tuple[float, float], patched: bool) -> torch.Tensor:
+    """A loss and its gradients, with two temperatures for rank 1 that are not read before they are sent."""
+    z = normal(6, 4).requires_grad_()
+    t = torch.tensor(values[rank == 1], dtype=torch.float32, device="cpu", requires_grad=True)
+    with mock.patch.object(agreement, "_is_here", lambda _: not patched):
+        loss = fastcl.contrastive_loss(z, torch.arange(6) // 2, temperature=t, gather_distributed=True)
+        return torch.cat([loss.detach().view(1), *(g.flatten() for g in torch.autograd.grad(loss, (z, t)))])
+
+
+def test_numbers_that_devices_hold_are_compared_too(ranks: Pool) -> None:  # noqa: F811
+    for found, want in zip(*(ranks.run(of_devices, (0.5, 0.5), patched) for patched in (True, False)), strict=True):
+        torch.testing.assert_close(found, want, rtol=0, atol=0)
+    assert_common(ranks.outcomes(of_devices, (0.5, 0.25), True), ("same temperature", "0.5 on rank 0", "0.25 on rank 1"))
