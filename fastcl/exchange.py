@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fastcl.errors import FastclError, shown, type_of
-from fastcl.facts import REFUSED, are_same, difference, packed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,6 +91,8 @@ class Ranks:
         """Tell the other ranks, which are in `agree`, about an error of this one; returns what all of them raise."""
         if torch.compiler.is_compiling() or _is_capturing():
             return FastclError(str(error))
+        from fastcl.facts import REFUSED
+
         try:
             self._compared((REFUSED, 0), told(error), {})
         except FastclError as common:
@@ -111,6 +112,8 @@ class Ranks:
 
     def _compared(self, counts: Sequence[int], text: str, numbers: Mapping[str, Tensor]) -> list[list[int]]:
         """Both counts of every rank. Raises FastclError if the facts differ or a rank has refused."""
+        from fastcl.facts import are_same, difference, packed  # which one process does not need
+
         own = packed(counts, text, numbers, _current(self.device))
         try:
             table = _all_gather(own, self).view(self.world, -1).cpu()
@@ -271,4 +274,3 @@ def _finished(started: Tensor) -> Tensor:
 
 def _all_gather(rows: Tensor, ranks: Ranks) -> Tensor:
     return _finished(_started(rows, ranks))
-

@@ -97,7 +97,9 @@ REFUSED: dict[str, tuple[Callable[[Tensor, bool], Tensor], tuple[str, ...]]] = {
     "loss": (lambda z, bad: fastcl.ntxent_loss(z[::2], z[1::2], -bad or 0.5, **ACROSS), ("temperature", "got -1")),
     "no tensor": (lambda z, bad: fastcl.ntxent_loss(z[::2], None if bad else z[1::2], **ACROSS), ("z2", "NoneType")),
     "losses": (
-        lambda z, bad: sum(fastcl.contrastive_losses(z, SAMPLE, SAMPLE, ["dcl", "x" if bad else "nscl"], **ACROSS).values()),
+        lambda z, bad: sum(
+            fastcl.contrastive_losses(z, SAMPLE, SAMPLE, ["dcl", "x" if bad else "nscl"], **ACROSS).values()
+        ),
         ("unknown objective 'x'",),
     ),
     "each row": (
@@ -111,7 +113,8 @@ REFUSED: dict[str, tuple[Callable[[Tensor, bool], Tensor], tuple[str, ...]]] = {
         lambda z, bad: fastcl.sigmoid_loss(z[::2], z[1 + bad :: 2], 2.0, -1.0, **ACROSS), ("image and text", "(2, 4)"),
     ),
     "explicit": (
-        lambda z, bad: fastcl.explicit_pairs_loss(z, torch.arange(4 - bad).view(2 - bad, -1), **ACROSS), ("pairs", "(1, 3)"),
+        lambda z, bad: fastcl.explicit_pairs_loss(z, torch.arange(4 - bad).view(2 - bad, -1), **ACROSS),
+        ("pairs", "(1, 3)"),
     ),
     "statistics": (
         lambda z, bad: fastcl.row_stats(

@@ -179,4 +179,6 @@ def of_devices(rank: int, values: tuple[float, float], patched: bool) -> torch.T
 def test_numbers_that_devices_hold_are_compared_too(ranks: Pool) -> None:  # noqa: F811
     for found, want in zip(*(ranks.run(of_devices, (0.5, 0.5), patched) for patched in (True, False)), strict=True):
         torch.testing.assert_close(found, want, rtol=0, atol=0)
-    assert_common(ranks.outcomes(of_devices, (0.5, 0.25), True), ("same temperature", "0.5 on rank 0", "0.25 on rank 1"))
+    assert_common(
+        ranks.outcomes(of_devices, (0.5, 0.25), True), ("same temperature", "0.5 on rank 0", "0.25 on rank 1")
+    )
