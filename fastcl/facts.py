@@ -21,14 +21,16 @@ def packed(counts: Sequence[int], text: str, numbers: Mapping[str, Tensor], devi
     Args:
         counts: of this rank's rows; they may differ between ranks.
         text: facts, one a line: the name that an error gives it, a colon and the value.
-        numbers: further facts, tensors of one element. They are not read here, which would wait for their device.
+        numbers: further facts, tensors of one element. Those elsewhere than the device are left out: to read them
+            would wait for theirs.
     """
     raw = text.encode()
     words = struct.unpack(f"<{_WORDS}q", raw[: 8 * _WORDS].ljust(8 * _WORDS, b"\0"))
     row = [*counts, zlib.crc32(raw), *words, *[0] * _NUMBERS]
     told = torch.tensor(row, dtype=torch.int64, device=device)
     for k, number in enumerate([*numbers.values()][:_NUMBERS], _FIRST + _WORDS):
-        told[k] = number.detach().reshape(()).to(device, torch.float64).view(torch.int64)
+        if number.device.type == device.type:
+            told[k] = number.detach().reshape(()).double().view(torch.int64)
     return told
 
 

@@ -11,6 +11,7 @@ from reference import normal
 from torch import distributed as dist
 
 import fastcl
+from fastcl import facts
 from fastcl.rowstats import agreement
 
 pytestmark = pytest.mark.dist
@@ -182,3 +183,12 @@ def test_numbers_that_devices_hold_are_compared_too(ranks: Pool) -> None:  # noq
     assert_common(
         ranks.outcomes(of_devices, (0.5, 0.25), True), ("same temperature", "0.5 on rank 0", "0.25 on rank 1")
     )
+
+
+def test_numbers_elsewhere_are_not_read() -> None:
+    there = {
+        "temperature": torch.ones((), device="meta"),
+        "margin": torch.tensor(0.25, dtype=torch.float64, device="cpu"),
+    }
+    told = facts.packed((6, 0), "a: b", there, torch.device("cpu"))
+    assert told[-4:].tolist() == [0, there["margin"].view(torch.int64).item(), 0, 0]
