@@ -18,11 +18,11 @@ _is_transformed, _dispatch_modes = _torch._are_functorch_transforms_active, _tor
 _is_profiled, _is_traced = _torch._autograd._profiler_enabled, _torch._get_tracing_state
 
 KEEPS_ORDER = hasattr(torch.library.Library, "_register_effectful_op")
-_CLASSES = frozenset((Tensor, Parameter, type(None)))
-# Tensors whose memory does not hold what they say: PyTorch's dispatcher sees to them before a kernel does.
-_ELSEWHERE = [getattr(_torch.DispatchKey, name) for name in ("Conjugate", "Negative", "ZeroTensor", "Functionalize")]
-_dispatch_keys = _torch._dispatch_keys
-_known_keys: dict[int, bool] = {}  # whether any of them is in a set of dispatch keys
+_is_kept = _torch._autograd._get_current_graph_task_keep_graph
+_hooks = getattr(_torch._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.7 lacks it
+
+_CLASSES = frozenset((Tensor, Parameter))
+_is_functional: Any = torch._is_functional_tensor  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _Operator(NamedTuple):
@@ -67,14 +67,14 @@ def register_for_small(
 
     Args:
         impl: as `triton.replay.run` takes it, which runs it. The others are as in `register`, but for results that are
-            None: `setup_context` sees them as None.
+            None, which `setup_context` sees as None, and for what is saved: with `keep`, for `kept`.
         tensors: how many of the arguments are tensors or None; they come first.
         results: how many results callers use; the others are only saved.
         differentiable: how many of these may have a gradient; they come first.
     """
 
     def replayed(*args: Any) -> Any:
-        return _run()(impl, args[:tensors], _with_hash(args[tensors:]))
+        return _run()(impl, args[:tensors], _with_hash(args[tensors:]))[0]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         assert setup_context is not None
@@ -84,20 +84,43 @@ def register_for_small(
     def forward(ctx: Any, *args: Any) -> Any:
         assert setup_context is not None
         *given, options = args
-        found = _run()(impl, given, options)
+        found, ctx.recording = _run()(impl, given, options)
         setup_context(ctx, (*given, *options), found)
         if differentiable < results:
             ctx.mark_non_differentiable(*found[differentiable:results])
         return found[:results]
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        return autograd(ctx, *grads)[: tensors + 1]
+        found = autograd(ctx, *grads)[: tensors + 1]
+        if ctx.recording is not None and not _is_kept():
+            ctx.hidden = ()
+        return found
 
     register(library, name, replayed, fake, autograd, setup_context and setup)
     registered = getattr(torch.ops.fastcl, name)
     parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     node = type(f"fastcl_{name}", (torch.autograd.Function,), parts)
     _operators[name] = _Operator(registered, impl if setup_context is None else node.apply)
+
+
+def keep(ctx: Any, tensors: Sequence[Tensor | None], hidden: Sequence[Tensor | None]) -> None:
+    """Save tensors for the backward pass, as `ctx.save_for_backward` does.
+
+    Args:
+        hidden: results that no caller sees. Those of a replay need not be watched for changes: they stay as they are
+            until the graph is freed, unless hooks ask for all that is saved.
+    """
+    if getattr(ctx, "recording", None) is None or _hooks is None or _hooks(False) is not None:
+        ctx.save_for_backward(*tensors, *hidden)
+        ctx.recording, ctx.hidden = None, ()
+    else:
+        ctx.save_for_backward(*tensors)
+        ctx.hidden = hidden
+
+
+def kept(ctx: Any) -> tuple[Any, ...]:
+    """All that `keep` was given."""
+    return (*ctx.saved_tensors, *ctx.hidden)
 
 
 def _with_hash(args: Iterable[Any]) -> tuple[Any, ...]:
@@ -137,34 +160,34 @@ def call(name: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) 
 
 
 def call_backward(
-    name: str, tensors: Sequence[Tensor | None], saved: Sequence[Tensor | None], options: tuple[Any, ...]
-) -> Any:
-    """As `call`, for a backward pass; `saved` are results of the forward pass, which follow the tensors."""
+    name: str, tensors: Sequence[Tensor | None], saved: Sequence[Tensor | None], options: tuple[Any, ...],
+    after: Any = None,
+) -> Any:  # fmt: skip
+    """As `call`, for a backward pass.
+
+    Args:
+        saved: results of the forward pass, which follow the tensors.
+        after: `ctx.recording`, if they are those of the context.
+    """
     registered, direct = _operators[name]
-    if is_plain(tensors, saved) and not torch.is_grad_enabled():
-        return _run()(direct, tensors, options, saved)
+    if is_plain(tensors, () if after else saved) and not torch.is_grad_enabled():
+        return _run()(direct, tensors, options, saved, after)[0]
     return registered(*tensors, *saved, *options)
 
 
 def is_plain(tensors: Iterable[Tensor | None], saved: Iterable[Tensor | None] = ()) -> bool:
     """Whether nobody but autograd can see a call: it is neither compiled, traced, profiled nor transformed by
     torch.func, no dispatch mode is on, and its tensors are of no class of their own and hold what they say, as those in
-    `saved` do."""
+    `saved` do. Tensors whose memory does not hold it, PyTorch's dispatcher sees to before a kernel does."""
     if torch.compiler.is_compiling() or _dispatch_modes() or _is_transformed() or _is_profiled() or _is_traced():
         return False
-    if not (_CLASSES.issuperset(map(type, tensors)) and _CLASSES.issuperset(map(type, saved))):
-        return False
-    for t in tensors:
-        if t is not None and _is_elsewhere(_dispatch_keys(t)):
+    for t in tensors:  # those of a loss are real: none is conjugate
+        if t is not None and (type(t) not in _CLASSES or t.is_neg() or t._is_zerotensor() or _is_functional(t)):
+            return False
+    for t in saved:
+        if t is not None and type(t) not in _CLASSES:
             return False
     return True
-
-
-def _is_elsewhere(keys: Any) -> bool:
-    named = keys.raw_repr()
-    if (found := _known_keys.get(named)) is None:
-        found = _known_keys[named] = any(map(keys.has, _ELSEWHERE))
-    return found
 
 
 def refuse_batched(backend: str, *grads: torch.Tensor | None) -> None:

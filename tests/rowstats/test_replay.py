@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,7 +34,7 @@ def host_of(function: Callable) -> tuple[Callable, list[int]]:
 
     def run(*args):
         count = sum(v is None or isinstance(v, Tensor) for v in args)
-        return replay.run(host, args[:count], args[count:])
+        return replay.run(host, args[:count], args[count:])[0]
 
     return run, ran
 
@@ -80,7 +81,7 @@ def test_other_calls_are_not_mistaken_for_it(change) -> None:
     assert found[0].is_meta or torch.equal(found[0], args[0] * args[-1])
 
 
-def test_saved_tensors_are_told_apart_by_their_shapes() -> None:
+def test_saved_tensors_are_told_apart_by_their_shapes_or_by_the_recording_that_gave_them() -> None:
     ran: list[int] = []
 
     def function(x, saved, factor):
@@ -88,11 +89,20 @@ def test_saved_tensors_are_told_apart_by_their_shapes() -> None:
         return None if saved is None else saved * factor, x + 1
 
     for k in range(4):
-        found, _ = replay.run(function, (X,), (2,), (X + k,))
-        assert found is not None and torch.equal(found, 2 * (X + k))
+        (found, _), recording = replay.run(function, (X,), (2,), (X + k,))
+        assert found is not None and torch.equal(found, 2 * (X + k)) and (recording is None) == (k < 2)
     assert len(ran) == 2
-    assert replay.run(function, (X,), (2,), (None,))[0] is None
-    assert torch.equal(replay.run(function, (X,), (2,), (X[:2],))[0], 2 * X[:2]) and len(ran) == 4
+    (none, _), recording = replay.run(function, (X,), (2,), (None,))
+    assert none is recording is None
+    assert torch.equal(replay.run(function, (X,), (2,), (X[:2],))[0][0], 2 * X[:2]) and len(ran) == 4
+    for k in range(4):
+        for rows, after in ((3, abs), (2, max)):
+            (found, _), _ = replay.run(function, (X,), (2,), (X[:rows] + k,), after)
+            assert torch.equal(found, 2 * (X[:rows] + k))
+    assert len(ran) == 7
+    with mock.patch.object(replay, "_remember") as remembered:
+        replay.run(function, (X,), (2,), (X[:2] + 1,), max)
+    assert not remembered.called
 
 
 def test_another_choice_of_launches_is_another_call() -> None:
@@ -110,14 +120,34 @@ def test_another_choice_of_launches_is_another_call() -> None:
     assert len(ran) == 6
 
 
-def test_the_device_is_that_of_the_first_tensor(monkeypatch) -> None:
-    entered = []
-    device_of = torch.cuda.device_of
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or device_of(x))
-    host, ran = host_of(lambda x, y: (x + y,))
+class Elsewhere(Tensor):
+    """Says that it lies on the second GPU."""
+
+    is_cuda = True
+
+    def get_device(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("current", (0, 1))
+def test_the_device_is_that_of_the_first_tensor(current: int, monkeypatch) -> None:
+    devices, entered = [current], []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        entered.append(x)
+        devices.append(x.get_device())
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    x, seen = X.as_subclass(Elsewhere), []
+    host, ran = host_of(lambda x, y: (seen.append(devices[-1]), y + 1)[1:])
     for _ in range(4):
-        host(X, X + 1)
-    assert len(ran) == 2 and len(entered) == 4 and all(x is X for x in entered)
+        host(x, X + 1)
+    assert len(ran) == 2 and seen == [1, 1] and devices == [current]
+    assert len(entered) == (0 if current else 4) and all(given is x for given in entered)
 
 
 def test_operations_views_lists_and_memory_written_in_place() -> None:

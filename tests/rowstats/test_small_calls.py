@@ -1,6 +1,9 @@
 """Eager calls of few rows on the Triton backend: replayed, without PyTorch's dispatcher, and with the same bits."""
 
+import gc
 import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -213,3 +216,65 @@ def test_what_is_saved_may_be_kept_elsewhere_used_twice_but_not_changed() -> Non
             with nullcontext() if k % 2 else pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()  # elsewhere there is a copy
     assert all(torch.equal(a, b) for one in found[1:] for a, b in zip(one, found[0], strict=True))
+
+
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """How many of the tensors that the test allocates are alive, without help of the garbage collector."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def empty(*args, **options) -> Tensor:
+        memory = X.new_empty(*args, **options)
+        made.append(weakref.ref(memory))
+        return memory
+
+    gc.disable()
+    monkeypatch.setattr(torch, "empty", empty)
+    yield lambda: sum(one() is not None for one in made)
+    gc.enable()
+
+
+@pytest.mark.parametrize("kind", ("loss", "statistics"))
+def test_what_is_saved_is_freed_with_the_graph(kind: str, allocated) -> None:
+    z, y = (normal(8, 4, seed=k).float().to(DEVICE).requires_grad_() for k in (0, 1))
+    ids = torch.arange(8, device=DEVICE) // 2
+
+    def value() -> Tensor:
+        if kind == "loss":
+            return fastcl.ntxent_loss(z, y)
+        return fastcl.row_stats(z, sample=ids, temperature=0.5).lse_other.sum()
+
+    with fastcl.backend("triton"):
+        for _ in range(3):
+            torch.autograd.grad(value(), z)
+        assert allocated() == 0
+        result = value()
+        before = allocated()
+        first, second = (torch.autograd.grad(result, z, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second) and before > 2
+        del first, second
+        assert allocated() == before
+        torch.autograd.grad(result, z)
+        assert allocated() <= 1  # the loss itself
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(result, z)
+        del result
+        result = value()
+        assert allocated() == before
+        del result
+        assert allocated() == 0
+
+
+def test_hooks_see_all_that_is_saved() -> None:
+    z, y = (normal(8, 4, seed=k).float().to(DEVICE).requires_grad_() for k in (0, 1))
+    seen, counts = [], []
+    with fastcl.backend("triton"):
+        for _ in range(4):
+            seen.clear()
+            with torch.autograd.graph.saved_tensors_hooks(lambda v: seen.append(v) or v.clone(), lambda v: v):
+                loss = fastcl.ntxent_loss(z, y)
+            counts.append(len(seen))
+            found = torch.autograd.grad(loss, (z, y))
+            expected = torch.autograd.grad(fastcl.ntxent_loss(z, y), (z, y))
+            assert all(map(torch.equal, found, expected))
+    assert counts == counts[:1] * 4 and counts[0] > 6

@@ -11,7 +11,15 @@ from torch import Tensor
 from fastcl.checks import check_precision, check_transforms
 from fastcl.choices import RELATIONS
 from fastcl.dispatch import wants_float32
-from fastcl.rowstats.registration import call, call_backward, differentiable_once, refuse_batched, register_for_small
+from fastcl.rowstats.registration import (
+    call,
+    call_backward,
+    differentiable_once,
+    keep,
+    kept,
+    refuse_batched,
+    register_for_small,
+)
 from fastcl.rowstats.request import Batch
 
 if TYPE_CHECKING:
@@ -97,6 +105,7 @@ class Returned(NamedTuple):
         return Saved(*self[6:])
 
 
+_is_any_autocast = torch._C._is_any_autocast_enabled
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _ROWS = "Tensor x, Tensor? x2, Tensor? y"
 _IDS = "Tensor? sample, Tensor? labels, Tensor? sample_y, Tensor? labels_y"
@@ -145,8 +154,8 @@ def operator_arguments(
 
 def _precision(precision: str | None, x: Tensor) -> str:
     if precision is None:
-        full = wants_float32() and not torch.is_autocast_enabled(x.device.type)
-        return "fp32" if x.dtype == torch.float32 and full else "fp16"
+        autocast = _is_any_autocast() and torch.is_autocast_enabled(x.device.type)  # the first in a fifth of the time
+        return "fp32" if x.dtype == torch.float32 and wants_float32() and not autocast else "fp16"
     return precision
 
 
@@ -252,24 +261,25 @@ def _backward_fake(x, x2, y, *rest) -> tuple[Tensor | None, ...]:
 
 def _setup_context(ctx, inputs, output) -> None:
     x, x2, y, _, labels, _, _, temperature, *asked = inputs
-    stats, _, _, stats_y, _, _, *saved = output
+    stats, _, _, stats_y, _, _, *hidden = output
     ctx.options = *asked, labels is not None
-    ctx.save_for_backward(x, x2, y, temperature, stats, stats_y, *saved)
+    keep(ctx, (x, x2, y, temperature, stats, stats_y), hidden)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     # The kernels read gradients of losses with any strides, including the expanded scalar of a mean.
-    given = [None if g is None or g.numel() == 0 else g for g in (grads[0], grads[2], grads[3], grads[5])]
-    given[::2] = [g if g is None else g.contiguous() for g in given[::2]]
-    if not any([g is not None for g in given]):
+    given = [None if g is None or not g.numel() else g for g in (grads[0], grads[2], grads[3], grads[5])]
+    if given[0] is given[1] is given[2] is given[3] is None:
         return (None,) * 15
     refuse_batched("triton", *given)
-    x, x2, y, temperature, *saved = ctx.saved_tensors
+    given[::2] = [None if g is None else g.contiguous() for g in given[::2]]
+    x, x2, y, temperature, *saved = kept(ctx)
     needed = ctx.needs_input_grad
     need = needed[0] or needed[1], needed[2], needed[7]
-    dx, dy, dt = call_backward("fused_backward", (x, x2, y, temperature, *given), saved, (*ctx.options, need))
-    two = (None, None) if not need[0] else (dx, None) if x2 is None else dx.chunk(2)
+    tensors, options = (x, x2, y, temperature, *given), (*ctx.options, need)
+    dx, dy, dt = call_backward("fused_backward", tensors, saved, options, ctx.recording)
+    two = (None, None) if not need[0] else (dx, None) if x2 is None else dx.split_with_sizes((x.shape[0], x2.shape[0]))
     dt = dt.reshape(temperature.shape).to(temperature.dtype) if need[2] else None
     return *two, dy if need[1] else None, None, None, None, None, dt, *(None,) * 7
 

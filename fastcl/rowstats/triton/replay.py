@@ -34,29 +34,38 @@ _recordings: dict[Any, Host | None] = {}  # None: it cannot be repeated
 
 
 def run(
-    host: Host, tensors: Sequence[Any], options: tuple[Hashable, ...], saved: Sequence[Tensor | None] = ()
-) -> Results:
+    host: Host, tensors: Sequence[Any], options: tuple[Hashable, ...], saved: Sequence[Tensor | None] = (),
+    after: Host | None = None,
+) -> tuple[Results, Host | None]:  # fmt: skip
     """The results of a host function, which is replayed once it has often been called with tensors of the same shapes
-    and equal options.
+    and equal options; and the recording that was replayed, or None.
 
     Args:
         host: takes the tensors, the first of which is no None, then the saved ones and the options. What it does may
             follow from shapes, strides, dtypes and options, but not from what the tensors hold. The first tensor's
-            device is the current one.
+            device becomes the current one.
         saved: results of another host function for these tensors, so that strides and dtypes need no look.
+        after: the recording that gave the saved tensors, which then need no look at all.
     """
     first = tensors[0]
-    with torch.cuda.device_of(first):
-        if first.shape[0] > MOST_ROWS or launching.is_recording():
-            return host(*tensors, *saved, *options)
-        facts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-        sizes = [None if t is None else t.shape for t in saved]
-        key = host, options, launching.forced_architecture(), *facts, *sizes
-        if (found := _recordings.get(key)) is not None:
-            return found(*tensors, *saved)
-        if key not in _recordings and _is_due(key) and _are_different([*tensors, *saved]):
-            return _record(key, host, [*tensors, *saved], options)
-        return host(*tensors, *saved, *options)
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(first):
+            return run(host, tensors, options, saved, after)
+    if first.shape[0] > MOST_ROWS or launching.is_recording():
+        return host(*tensors, *saved, *options), None
+    facts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    key = shortcut = host, options, launching.forced_architecture(), after, *facts
+    found = _recordings.get(key)
+    if found is None and saved:
+        key = *key[:3], *[None if t is None else t.shape for t in saved], *facts
+        found = _recordings.get(key)
+        if found is not None and after is not None:
+            _remember(shortcut, found)
+    if found is not None:
+        return found(*tensors, *saved), found
+    if key not in _recordings and _is_due(key) and _are_different([*tensors, *saved]):
+        return _record(key, host, [*tensors, *saved], options), None
+    return host(*tensors, *saved, *options), None
 
 
 def forget() -> None:
@@ -83,11 +92,15 @@ def _record(key: Any, host: Host, tensors: Sequence[Tensor | None], options: tup
     writer = _Writer(tensors)
     with writer, launching.recorded_by(writer.launch):
         results = host(*tensors, *options)
-    if len(_recordings) >= MOST_CALLS:
-        _recordings.clear()
-    _recordings[key] = writer.function(results)
+    _remember(key, writer.function(results))
     _seen.pop(key, None)
     return results
+
+
+def _remember(key: Any, found: Host | None) -> None:
+    if len(_recordings) >= MOST_CALLS:
+        _recordings.clear()
+    _recordings[key] = found
 
 
 class _Unknown(LookupError):

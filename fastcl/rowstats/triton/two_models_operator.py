@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.registration import call_backward, refuse_batched, register_for_small
+from fastcl.rowstats.registration import call_backward, keep, kept, refuse_batched, register_for_small
 from fastcl.rowstats.triton.operator import Asked, Saved
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
@@ -47,16 +47,16 @@ def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
 
 def _setup_context(ctx, inputs, output) -> None:
     za, zb, _, labels, temperature, ctx.value, ctx.precision = inputs
-    stats_a, stats_b, _, _, *saved = output
+    stats_a, stats_b, _, _, *hidden = output
     ctx.labelled = labels is not None
-    ctx.save_for_backward(za, zb, temperature, stats_a, stats_b, *saved)
+    keep(ctx, (za, zb, temperature, stats_a, stats_b), hidden)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Each model's gradient, from the backward pass of `fused`."""
     refuse_batched("triton", grad_a, grad_b)
-    za, zb, temperature, stats_a, stats_b, order, z_a, inv_a, z_b, inv_b, flag_a, flag_b = ctx.saved_tensors
+    za, zb, temperature, stats_a, stats_b, order, z_a, inv_a, z_b, inv_b, flag_a, flag_b = kept(ctx)
     need_t = ctx.needs_input_grad[4]
     rows, total = [None, None], None
     sides = ((za, stats_a, z_a, inv_a, flag_a, grad_a), (zb, stats_b, z_b, inv_b, flag_b, grad_b))
