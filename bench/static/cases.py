@@ -69,9 +69,10 @@ def _cases(sm: int) -> Iterator[_Case]:
     yield _Case("ntxent fp16 d=128, arbitrary ids", 128, ids=True)
     yield _Case("queue fp16 d=128, arbitrary ids", 128, pair="queue", ids=True)
     yield _Case("supcon fp16 d=128, sorted labels", 128, "peers", n=2 * COUNTED)
+    yield _Case("ntxent fp16 d=64, many rows", 64, n=_MANY)
     yield _Case("ntxent fp32 d=128, many rows", 128, "all", "fp32", n=_MANY)
     yield _Case("supcon fp16 d=128, many rows", 128, "peers", n=_MANY)
-    for d in (64, 128):
+    for d in (64, 128, 512):
         yield _Case(f"ntxent fp16 d={d}, few rows", d, n=1024)
         yield _Case(f"ntxent fp32 d={d}, few rows", d, "all", "fp32", n=1024)
         yield _Case(f"clip fp16 d={d}, few rows", d, pair="towers", learnable=True, n=1024)

@@ -64,7 +64,7 @@ class Machine:
 
 
 _WHITEPAPER = "NVIDIA's white papers on H100 and A100"
-_GUIDE = "CUDA programming guide, arithmetic throughput"
+_GUIDE = "CUDA C++ Programming Guide 12.6, table 4"
 _ESTIMATE = "estimate"
 TABLE = (
     Assumption("multiprocessors", "", "multiprocessors", _WHITEPAPER),
@@ -144,18 +144,34 @@ def _card(name: str, multiprocessors: float, clock: float, tensor: float, *value
 
 # Cards for workstations and servers have half-precision products with float32 sums at the full rate, GeForce at half.
 _GEFORCE = Value("hmma", 1024, "data sheet: the peak; 512 on GeForce", (512,))
-_SMALL_L2 = Value("l2", 16, f"{_ESTIMATE}: not published", (12, 32))
+
+
+def _small_l2(measured: str) -> Value:
+    """The L2 of the cards for graphics: all that others have measured is 15 to 18 bytes at the clock they give."""
+    return Value("l2", 16, f"measured by others: {measured}", (14, 18))
+
+
 CARDS = {
     80: _card("A100", 108, 1.41, 2048,
-        Value("fma", 64, _GUIDE), Value("l2", 40, f"{_ESTIMATE}; white paper: 5,120 in all, 47 for each", (28, 47)),
-        Value("dram", 1.7, f"{_ESTIMATE}, of 2.04"), Value("roof", 280, f"{_ESTIMATE}: 90 % of the peak"),
-        Value("roof_mufu", 2.4, "16 a cycle")),
-    86: _card("RTX A6000", 84, 1.8, 1024, _GEFORCE, _SMALL_L2, Value("dram", 0.69, f"{_ESTIMATE}, of 0.768")),
-    89: _card("L40S", 142, 2.52, 1024, _GEFORCE, _SMALL_L2, Value("dram", 0.78, f"{_ESTIMATE}, of 0.864")),
+        Value("fma", 64, _GUIDE),
+        Value("l2", 40, f"{_ESTIMATE}; white paper: 5,120 in all, 47 for each; gpu-benches, gpu-l2-cache/a100_80.txt: "
+            "5.4 TB/s, 36 for each", (28, 36, 47)),
+        Value("dram", 1.7, f"{_ESTIMATE}, of 2.04; gpu-benches, the same file: 1.73"),
+        Value("roof", 280, f"{_ESTIMATE}: 90 % of the peak"), Value("roof_mufu", 2.4, "16 a cycle")),
+    86: _card("RTX A6000", 84, 1.8, 1024, _GEFORCE,
+        Value("clock", 1.8, "data sheet: boost; others have seen 1.5 under load", (1.5,)),
+        _small_l2("gpu-benches, gpu-cache/a40.txt: 2.43 TB/s on an A40 (84 at 1.73 GHz), 16.7"),
+        Value("dram", 0.69, f"{_ESTIMATE}, of 0.768")),
+    89: _card("L40S", 142, 2.52, 1024, _GEFORCE,
+        _small_l2("gpu-benches, gpu-cache/l40.txt: 5.71 TB/s on an L40 (142 at 2.49 GHz), 16.1; gpu-l2-cache: 14.7"),
+        Value("dram", 0.78, f"{_ESTIMATE}, of 0.864; gpu-benches, gpu-l2-cache/l40.txt: 0.80 on an L40")),
     90: Card("H200"),
-    120: _card("RTX PRO 6000 Blackwell", 188, 2.6, 1024, _GEFORCE, _SMALL_L2,
-        Value("alu", 64, f"{_GUIDE}; the white paper doubles integers", (128,)),
-        Value("dram", 1.6, f"{_ESTIMATE}, of 1.79")),
+    120: _card("RTX PRO 6000 Blackwell", 188, 2.6, 1024,
+        Value("clock", 2.6, "data sheet: 125 TFLOP/s of float32; others have seen 2.2 to 2.35 under load", (2.2,)),
+        replace(_GEFORCE, source="others: 504 TFLOP/s at 2.617 GHz, 360 to 390 measured; 512 on GeForce"),
+        _small_l2("Chips and Cheese, Blackwell: Nvidia's Massive GPU: 8.7 TB/s, 17.8 at 2.6 GHz"),
+        Value("alu", 64, "CUDA C++ Best Practices Guide 13.4, 12.1.1: shifts and logic 64, integer sums 128", (128,)),
+        Value("dram", 1.6, f"{_ESTIMATE}, of 1.79; others have measured 1.46 for a copy", (1.46,))),
 }  # fmt: skip
 MACHINES = {arch: card.machine for arch, card in CARDS.items()}
 NOT_MODELLED = {
