@@ -57,7 +57,8 @@ class Product(NamedTuple):
     D: int
     BLOCK_M: int
     BLOCK_K: int
-    BLOCK_D: int
+    BLOCK_D: int  # columns of a program, and how many more: blocks are powers of two
+    BLOCK_T: int
     ALIGN: int
     SPLIT_PLAIN: bool
     SPLIT_MASKED: bool
@@ -155,19 +156,51 @@ def _load_rows(z, start, m_d, BLOCK_K: tl.constexpr, D: tl.constexpr, BLOCK_D: t
 
 
 @triton.jit
+def _store_sums(gradient, b_acc, start_m, start_d, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr):
+    """Write or add a block of the gradient: BLOCK_M rows of the half, BLOCK_D columns."""
+    o_m = start_m + tl.arange(0, BLOCK_M)
+    o_d = start_d + tl.arange(0, BLOCK_D)
+    m_m = gradient.first + o_m < gradient.n
+    b_src = tl.load(gradient.src_N + gradient.first + o_m, mask=m_m, other=0).to(tl.int64)
+    p_acc = gradient.sums + b_src[:, None] * gradient.d + o_d[None, :]
+    m_acc = m_m[:, None] & (o_d < gradient.d)[None, :]
+    if ADD:
+        # Each element has one writer per launch, and launches run in sequence, so the order of additions is fixed.
+        # Atomic, so that the addition happens in the cache and the old values take no registers.
+        tl.atomic_add(p_acc, b_acc, mask=m_acc, sem="relaxed")
+    else:
+        tl.store(p_acc, b_acc, mask=m_acc)
+
+
+@triton.jit
+def _multiplied(b_w, z, start, m_d, m_t, b_acc, b_tail, TILE):
+    """Sums of both blocks of columns plus weights (M, K) times rows from `start` on."""
+    b_acc = dot(b_w, _load_rows(z, start, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
+    if TILE.BLOCK_T > 0:
+        b_z = _load_rows(z + TILE.BLOCK_D, start, m_t, TILE.BLOCK_K, TILE.D, TILE.BLOCK_T)
+        b_tail = dot(b_w, b_z, b_tail)
+    return b_acc, b_tail
+
+
+@triton.jit
 def _product(pairs, half, block_m, TILE, TRANSPOSED: tl.constexpr, ADD: tl.constexpr):
     summed = half.summed
     gradient = half.gradient
     start_m = block_m * TILE.BLOCK_M
-    start_d = tl.program_id(1) * TILE.BLOCK_D
+    start_d = tl.program_id(1) * (TILE.BLOCK_D + TILE.BLOCK_T)
     o_m = start_m + tl.arange(0, TILE.BLOCK_M)
     b_acc = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_D], tl.float32)
+    m_d = start_d + tl.arange(0, TILE.BLOCK_D) < TILE.D
+    b_tail = b_acc
+    m_t = m_d
+    if TILE.BLOCK_T > 0:
+        b_tail = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_T], tl.float32)
+        m_t = start_d + TILE.BLOCK_D + tl.arange(0, TILE.BLOCK_T) < TILE.D
     w = pairs.weights
     z = summed.z + (summed.first.to(tl.int64) * TILE.D + start_d)
-    m_d = start_d + tl.arange(0, TILE.BLOCK_D) < TILE.D
     for i_k in tl.range(0, summed.count, TILE.BLOCK_K):
         b_w = _load_weights(w, o_m, i_k + tl.arange(0, TILE.BLOCK_K), pairs.size, TRANSPOSED)
-        b_acc = dot(b_w, _load_rows(z, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
+        b_acc, b_tail = _multiplied(b_w, z, i_k, m_d, m_t, b_acc, b_tail, TILE)
     if TILE.SPLIT_MASKED:  # add the remainders, everywhere or only where classes are shared
         first = 0
         last = summed.count
@@ -180,20 +213,12 @@ def _product(pairs, half, block_m, TILE, TRANSPOSED: tl.constexpr, ADD: tl.const
         for i_k in tl.range(first, last, TILE.BLOCK_K):
             o_k = i_k + tl.arange(0, TILE.BLOCK_K)
             b_w = _load_weights(w, o_m, o_k, pairs.size, TRANSPOSED)
-            b_acc = dot(b_w, _load_rows(z_low, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
+            b_acc, b_tail = _multiplied(b_w, z_low, i_k, m_d, m_t, b_acc, b_tail, TILE)
             b_w = _load_weights(w_low, o_m, o_k, pairs.size, TRANSPOSED)
-            b_acc = dot(b_w, _load_rows(z, i_k, m_d, TILE.BLOCK_K, TILE.D, TILE.BLOCK_D), b_acc)
-    o_d = start_d + tl.arange(0, TILE.BLOCK_D)
-    m_m = gradient.first + o_m < gradient.n
-    b_src = tl.load(gradient.src_N + gradient.first + o_m, mask=m_m, other=0).to(tl.int64)
-    p_acc = gradient.sums + b_src[:, None] * gradient.d + o_d[None, :]
-    m_acc = m_m[:, None] & (o_d < gradient.d)[None, :]
-    if ADD:
-        # Each element has one writer per launch, and launches run in sequence, so the order of additions is fixed.
-        # Atomic, so that the addition happens in the cache and the old values take no registers.
-        tl.atomic_add(p_acc, b_acc, mask=m_acc, sem="relaxed")
-    else:
-        tl.store(p_acc, b_acc, mask=m_acc)
+            b_acc, b_tail = _multiplied(b_w, z, i_k, m_d, m_t, b_acc, b_tail, TILE)
+    _store_sums(gradient, b_acc, start_m, start_d, TILE.BLOCK_M, TILE.BLOCK_D, ADD)
+    if TILE.BLOCK_T > 0:
+        _store_sums(gradient, b_tail, start_m, start_d + TILE.BLOCK_D, TILE.BLOCK_M, TILE.BLOCK_T, ADD)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from fastcl.rowstats.triton.working_order import Order
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 # Widths up to a program's whole and beyond, numbers of rows around a block of the working copy.
-SHAPES = ((1, 1), (3, 7), (127, 8), (128, 16), (129, 33), (5, 257), (2, 1000), (3, 2500))
+SHAPES = ((1, 1), (3, 7), (127, 8), (128, 16), (129, 33), (5, 150), (5, 257), (2, 1000), (3, 2500))
 FLOAT32_MAX = torch.finfo(torch.float32).max
 SCALE = 256  # of the working copy: its remainders are normal numbers of half precision
 PRECISIONS = {"fp32": 2.0**-21, "fp16": 2.0**-11, "bf16": 2.0**-8}  # and the roundoff of their copies
@@ -46,7 +46,8 @@ def test_rows_are_normalised_and_padded_with_zeros(dtype: torch.dtype, precision
         x = normal(n, d, seed=n).to(dtype)
         operand, z = prepared(x, precision)
         want, inverse = unit(x)
-        assert operand.z.shape == (1 + (precision == "fp32"), -(-n // ALIGN) * ALIGN, padded_width(d))
+        halves, split = (2, "all") if precision == "fp32" else (1, "none")
+        assert operand.z.shape == (halves, -(-n // ALIGN) * ALIGN, padded_width(d, split, DEVICE))
         assert not z[n:].any() and not z[:, d:].any()
         # In fp32's two halves an error is of the size of the row; half precision also rounds each entry's own size.
         error = (z[:n, :d] - want).abs()

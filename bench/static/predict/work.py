@@ -270,7 +270,7 @@ def _pair_weights(launch: Launch, classes: int) -> Work:
 
 def _product(launch: Launch, classes: int) -> Work:
     a, t = launch.arguments, launch.arguments["TILE"]
-    m, k, d = value(t.BLOCK_M), value(t.BLOCK_K), value(t.BLOCK_D)
+    m, k, d = value(t.BLOCK_M), value(t.BLOCK_K), value(t.BLOCK_D) + value(t.BLOCK_T)
     halves = [(a["one"], a["first"] or launch.grid[0])]
     if a["two"] is not None:
         halves.append((a["two"], launch.grid[0] - a["first"]))

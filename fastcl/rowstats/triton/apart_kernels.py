@@ -73,7 +73,7 @@ def _forward_fake(x, y, labels, _labels_y, *asked) -> tuple[Tensor, ...]:
 
     saved = []
     for rows in (n, m):
-        saved += [empty(*working_shape(rows, x.shape[1], call.split), dtype=DTYPES[call.precision])]
+        saved += [empty(*working_shape(rows, x.shape[1], call.split, x.device), dtype=DTYPES[call.precision])]
         saved += [empty(rows if call.normalize else 0), empty(7, rows, dtype=torch.int32)]
     scale = x.new_empty(0) if call.normalize else empty(2)
     flag = empty(1, dtype=torch.int32) if call.may_overflow else x.new_empty(0)

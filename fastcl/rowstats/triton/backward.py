@@ -15,7 +15,7 @@ from fastcl.kernels.contrastive import backward_epilogue
 from fastcl.kernels.contrastive.backward import Accumulator, Direction, backward_kernel, backward_online_kernel
 from fastcl.kernels.contrastive.totals import AT_ONCE
 from fastcl.rowstats.triton import hopper, wide
-from fastcl.rowstats.triton.operand import ALIGN, NARROW, WORKSPACE, Call, Operand, row_block
+from fastcl.rowstats.triton.operand import ALIGN, WORKSPACE, Call, Operand, row_block
 from fastcl.rowstats.triton.weighted import Settled, Side, Upstream, alike, over_pairs, weighted
 
 _ELEMENTS = 512  # of a program of `finalize_kernel`; with more, fewer of them fit on a multiprocessor
@@ -96,7 +96,7 @@ def of_sides(
         wanted.append(_Wanted.of(b, a, None, None))
     if not wanted:
         return None, None
-    if a.operand.width > NARROW or not all(a.operand.tabled("backward", mode) for mode, _, _ in call.parts):
+    if a.operand.in_pieces or not all(a.operand.tabled("backward", mode) for mode, _, _ in call.parts):
         _wide_gradients(wanted, call, flag)
     else:
         _narrow_gradients(wanted, call, flag)

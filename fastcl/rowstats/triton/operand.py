@@ -24,6 +24,11 @@ FEW = 16384  # rows whose weights `finish_kernel` may scale
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float16}
 
 
+def modes(split: str) -> tuple[str, ...]:
+    """The table's modes for `Call.split`: of all tiles, or of plain and of masked ones."""
+    return ("none", "peers") if split == "peers" else (split,)
+
+
 @dataclass(frozen=True)
 class Call:
     """The options of a call. The temperature is the tensor `temperature` or, if that is None, the number `value`.
@@ -84,14 +89,15 @@ class Call:
         If only masked tiles use split precision, they get a separate launch, because they need smaller tiles than
         others.
         """
-        return (("none", True, False), ("peers", False, True)) if self.split == "peers" else ((self.split, True, True),)
+        plain, *masked = modes(self.split)
+        return ((plain, True, False), (masked[0], False, True)) if masked else ((plain, True, True),)
 
     def tile(self, r: Operand, chosen: Config) -> Tile:
         """Constants of a launch over tiles; narrow rows are processed in one piece.
 
         A branch before the loop over masked tiles is predicted to slow the one before it down on all but sm_90.
         """
-        block_d = r.width if r.width <= NARROW else chosen.block_d
+        block_d = chosen.block_d if r.in_pieces else r.width
         split = self.split == "all", self.split != "none"
         return Tile(r.width, chosen.block_r, chosen.block_s, block_d, ALIGN, self.peers, *split, self.term, r.sm == 90)
 
@@ -127,6 +133,11 @@ class Operand:
     def width(self) -> int:
         """Width of the working copy."""
         return self.z.shape[2]
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether kernels process the working copy in blocks of columns."""
+        return _in_pieces(self.width)
 
     @cached_property
     def lists(self) -> tuple[Tensor, ...]:
@@ -167,8 +178,8 @@ class Operand:
 
 
 def tabled(kernel: str, device: torch.device, mode: str, d: int, n: int) -> Config | None:
-    """`config` for a device."""
-    return config(kernel, _architecture(device), mode, d, n)
+    """`config` for a device and working copies of width d; those in pieces take the rows for any width."""
+    return config(kernel, _architecture(device), mode, max(d, NARROW + 1) if _in_pieces(d) else d, n)
 
 
 def online_tile(call: Call, device: torch.device, d: int) -> Config:
@@ -190,14 +201,26 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def padded_width(d: int) -> int:
-    """Width of a working copy: a power of two up to NARROW, a multiple of 64 beyond."""
-    return max(32, triton.next_power_of_2(d)) if d <= NARROW else cdiv(d, 64) * 64
+def _in_pieces(width: int) -> bool:
+    """Whether a working copy is too wide to be held on the chip in one piece, or no power of two, as pieces are."""
+    return width > NARROW or width & (width - 1) != 0
 
 
-def working_shape(n: int, d: int, split: str) -> tuple[int, int, int]:
+def padded_width(d: int, split: str, device: torch.device) -> int:
+    """Width of a working copy: a power of two up to NARROW, a multiple of 64 beyond.
+
+    A multiple of 64 beyond NARROW / 2 already if the table has no tile of NARROW columns for the backward pass: its
+    kernels take blocks of columns then, and so may all others.
+    """
+    held = NARROW
+    if not all(tabled("backward", device, mode, NARROW, 0) for mode in modes(split)):
+        held //= 2
+    return max(32, triton.next_power_of_2(d)) if d <= held else cdiv(d, 64) * 64
+
+
+def working_shape(n: int, d: int, split: str, device: torch.device) -> tuple[int, int, int]:
     """Shape of the working copy of n rows of width d."""
-    return 1 if split == "none" else 2, (n + ALIGN - 1) // ALIGN * ALIGN, padded_width(d)
+    return 1 if split == "none" else 2, (n + ALIGN - 1) // ALIGN * ALIGN, padded_width(d, split, device)
 
 
 def row_block(d: int, tile: int = 1024) -> tuple[int, int, int]:
@@ -219,7 +242,7 @@ def allocated(source: Source, call: Call) -> Operand:
     x, x2 = _unit_stride(source.x), None if source.x2 is None else _unit_stride(source.x2)
     order = source.order.tensor
     n, d = order.shape[1], x.shape[1]
-    z = torch.empty(working_shape(n, d, call.split), dtype=DTYPES[call.precision], device=x.device)
+    z = torch.empty(working_shape(n, d, call.split, x.device), dtype=DTYPES[call.precision], device=x.device)
     inv = torch.empty(n, dtype=torch.float32, device=x.device) if call.normalize else None
     return Operand(x, x2, order, z, inv, None if call.normalize else _scale(x, x2))
 

@@ -206,14 +206,14 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Ret
         return empty(5, rows), None if codes else empty(3, rows, dtype=torch.int64), losses
 
     def saved(rows: int, with_order: bool) -> tuple[Tensor | None, ...]:
-        z = empty(*working_shape(rows, d, call.split), dtype=DTYPES[call.precision])
+        z = empty(*working_shape(rows, d, call.split, x.device), dtype=DTYPES[call.precision])
         order = empty(orders, rows, dtype=torch.int32) if with_order else None
         return z, empty(rows) if call.normalize else None, order
 
     ready: list[Any] = [None] * 4
     both = (n, y.shape[0]) if columns and y is not None else (n,)
     if call.settles(sum(both)):
-        weights = [empty(5, working_shape(rows, d, call.split)[1]) for rows in both]
+        weights = [empty(5, working_shape(rows, d, call.split, x.device)[1]) for rows in both]
         ready = [*weights, *[None] * (2 - len(weights)), empty(1), None]
         if call.temperature is not None:
             ready[3] = empty(1, dtype=torch.int32)

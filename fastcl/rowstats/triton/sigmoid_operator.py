@@ -65,7 +65,7 @@ def _forward_fake(x, y, sample, _sample_y, *options) -> tuple[Tensor, ...]:
     saved = []
     for rows, with_order in ((n, True), (y.shape[0], sample is not None)):
         order = empty(5 if sample is None else 7, rows, dtype=torch.int32) if with_order else x.new_empty(0)
-        z = empty(*working_shape(rows, d, call.split), dtype=DTYPES[call.precision])
+        z = empty(*working_shape(rows, d, call.split, x.device), dtype=DTYPES[call.precision])
         saved += [z, empty(rows if call.normalize else 0), order]
     return empty(n), empty(2, n), *saved, x.new_empty(0) if call.normalize else empty(2)
 

@@ -36,7 +36,7 @@ def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
     stats = [z.new_empty(5, n, dtype=torch.float32) for z in (za, zb)]
     saved = []
     for z in (za, zb):
-        saved += [z.new_empty(working_shape(n, z.shape[1], asked.split), dtype=DTYPES[precision])]
+        saved += [z.new_empty(working_shape(n, z.shape[1], asked.split, z.device), dtype=DTYPES[precision])]
         saved += [z.new_empty(n, dtype=torch.float32)]
     flags = [za.new_empty(1, dtype=torch.int32) if asked.may_overflow else None for _ in range(2)]
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import lcm
 
 import torch
+import triton
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import fixed
@@ -17,6 +18,20 @@ from fastcl.rowstats.triton.weighted import Side, over_pairs
 _MASKED = 24  # tiles of a program that looks for masked ones
 
 
+def columns(width: int, most: int) -> tuple[int, int]:
+    """Columns of a program of `product_kernel`: a power of two, and another one beside it, or 0.
+
+    Blocks of `most` columns, if they exceed the rows by a fourth at most. Otherwise narrower ones for as many programs;
+    below 128 columns more programs, since two products for a tile of weights are predicted to be slower there.
+    """
+    programs = cdiv(width, most)
+    if 4 * programs * most <= 5 * width:
+        return most, 0
+    each = cdiv(width, 32 * programs) * 32
+    block = 1 << (each.bit_length() - 1)
+    return block, triton.next_power_of_2(each - block) if block >= 128 else 0
+
+
 def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor, acc_s: Tensor | None) -> None:
     """Work through square blocks of pairs; in the symmetric case only those on and above the diagonal.
 
@@ -27,6 +42,7 @@ def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor, a
     halves = 1 if call.split == "none" else 2
     most = int((WORKSPACE / (2 * halves)) ** 0.5) // ALIGN
     chosen = s.operand.chosen("product", call.split)
+    # By the table's columns: blocks even for those of `columns` are predicted to be no faster, on sm_89 14 % slower.
     strips = ALIGN // chosen.block_r * cdiv(s.operand.width, chosen.block_d)
     by_hand = hopper.chosen("weights_hopper", s.operand, call)
     rows = max(r.operand.rows, s.operand.rows)
@@ -90,8 +106,9 @@ def _product(
             blocks.append(m // chosen.block_r)
     split = call.split == "all", call.split != "none"
     add = j > 0, i > 0 and acc_s is not None
-    sizes = width, chosen.block_r, chosen.block_s, chosen.block_d, ALIGN
+    block, tail = columns(width, chosen.block_d)
+    sizes = width, chosen.block_r, chosen.block_s, block, tail, ALIGN
     launch_sides(
-        wide.product_kernel, halves, blocks, chosen.warps, chosen.stages, cdiv(width, chosen.block_d),
+        wide.product_kernel, halves, blocks, chosen.warps, chosen.stages, cdiv(width, block + tail),
         pairs=pairs, TILE=fixed(wide.Product(*sizes, *split, *add)),
     )  # fmt: skip
