@@ -110,6 +110,15 @@ def test_fake_results_lie_in_memory_as_the_real_ones(
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), k
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without a GPU")
+def test_shapes_on_a_gpu_are_traced_where_there_is_none() -> None:
+    with FakeTensorMode():
+        for d in (4, 150, 300):
+            z = torch.empty(8, d, device="cuda", requires_grad=True)
+            losses = fastcl.ntxent_loss(z, z, reduction="none")
+            assert losses.shape == (16,) and losses.requires_grad and losses.device.type == "cuda"
+
+
 @pytest.mark.parametrize("kind", ("ids", "two views", "towers"))
 def test_compiled_whole_for_any_number_of_rows(kind: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")

@@ -197,8 +197,9 @@ def _architecture(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """None where there is no GPU, as a fake tensor may say."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def _in_pieces(width: int) -> bool:
