@@ -67,7 +67,7 @@ def one_of(name: str, choices: Iterable[str | None], value: object) -> str:
 
 def brief(value: object, letters: int = 200) -> str:
     """A value as shown in messages: its repr, truncated if it is long, or its type if the repr fails."""
-    if isinstance(value, float):
+    if type(value) is float:
         return f"{float(value)}"  # which torch.compile can write where it is a symbol
     try:
         text = f"{value!r}"

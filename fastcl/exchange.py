@@ -89,8 +89,8 @@ class Ranks:
 
     def refuse(self, error: Exception) -> FastclError:
         """Tell the other ranks, which are in `agree`, about an error of this one; returns what all of them raise."""
-        if torch.compiler.is_compiling() or _is_capturing():
-            return FastclError(str(error))
+        if _is_capturing():
+            return FastclError(told(error))
         from fastcl.facts import REFUSED
 
         try:
@@ -122,7 +122,7 @@ class Ranks:
                 f"{self._in_vain()}; does every rank call the same function with gather_distributed=True? ({error})"
             ) from error
         if not are_same(table):
-            raise FastclError(difference(table.tolist(), list(numbers)))
+            raise FastclError(difference(table.tolist()))
         return table[:, :2].T.tolist()
 
     def start(self, rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fastcl.rowstats.meeting import SLICE
 
-WORDS = 568  # bytes in which a rank tells its number of rows and its arguments
+WORDS = 664  # bytes in which a rank tells its number of rows and its arguments
 # Operations of the own block in units of n n D, forward and backward. The Triton kernels compute one product forward,
 # and backward the logits and a gradient for each tower; up to 256 columns, which these tables do not have, the logits
 # for each tower: 8. PyTorch in tiles computes each direction by itself.
@@ -132,7 +132,7 @@ class Method(NamedTuple):
 LOCAL = plain(local=True, with_gradient=True)
 METHODS = {
     "fastcl": Method(
-        fastcl, "exact", "(2*D*b + 40) * (N - n) + 568*(W - 1)", "4*D*b * (N - n)", "8*n*n*D + 12*n*D * (N - n)"
+        fastcl, "exact", "(2*D*b + 40) * (N - n) + 664*(W - 1)", "4*D*b * (N - n)", "8*n*n*D + 12*n*D * (N - n)"
     ),
     "Inf-CL's ring": Method(ring, "exact", "8*n*D * (3*W - 2)", "16*n*D", "20*n*N*D"),
     "open_clip, local_loss and gather_with_grad": Method(

@@ -147,8 +147,9 @@ def _made(
     kind: Kind, tensors: Sequence[Tensor], objectives: tuple[ObjectiveLike, ...] | str, normalize: bool, reduction: str,
     precision: str | None,
 ) -> CallPlan:  # fmt: skip
-    if isinstance(objectives, str):
-        raise FastclError(f"objectives must be a sequence of names, got the string {objectives!r}")
+    if not isinstance(objectives, tuple):
+        what = "the string " if isinstance(objectives, str) else ""
+        raise FastclError(f"objectives must be a sequence of names, got {what}{objectives!r}")
     if reduction not in REDUCTIONS:
         raise FastclError(one_of("reduction", REDUCTIONS, reduction))
     losses = tuple(map(resolve, objectives))

@@ -89,14 +89,14 @@ def contrastive_losses(
     Raises:
         FastclError: as `contrastive_loss`.
     """
-    names: Any = objectives  # a string is refused where all ranks hear of it
-    if not isinstance(objectives, str):
+    names: Any = objectives  # a string, or what is no sequence, is refused where all ranks hear of it
+    if isinstance(objectives, Iterable) and not isinstance(objectives, str):
         given = list(objectives)
         names = tuple(name for k, name in enumerate(given) if name not in given[:k])
     kind, rows = _kind_of(z, sample, labels)
     ranks = gather_distributed, group
     found = _losses(kind, rows, names, temperature, normalize, reduction, ranks, precision)
-    return dict(zip(names, found, strict=True))
+    return dict(zip(names, found, strict=False))  # of a refused call there is one loss
 
 
 def _kind_of(z: Any, sample: Any, labels: Any) -> tuple[Kind, tuple[Any, ...]]:
@@ -238,7 +238,7 @@ def clip_loss(
         from fastcl.losses import global_batch
 
         plan = partial(plan_of, TOWERS, tensors, ("ntxent",), normalize, reduction, precision)
-        return global_batch.losses(plan, tensors, logit_scale, group, 1, label_smoothing)[0]
+        return global_batch.losses(plan, tensors, logit_scale, group, label_smoothing)[0]
     if label_smoothing != 0:
         check_smoothing(label_smoothing)
     loss = _losses(TOWERS, tensors, ("ntxent",), logit_scale, normalize, reduction, ranks, precision)[0]
@@ -284,5 +284,5 @@ def _losses(
     if gather is not False and gathers(gather):
         from fastcl.losses import global_batch
 
-        return global_batch.losses(partial(plan_of, *plan), tensors, temperature, group, len(objectives))
+        return global_batch.losses(partial(plan_of, *plan), tensors, temperature, group)
     return plan_of(*plan).run(tensors, temperature)

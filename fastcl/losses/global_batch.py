@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def losses(
     plan_of: Callable[[], CallPlan], tensors: Sequence[Tensor], temperature: float | Tensor,
-    group: ProcessGroup | None, count: int, smoothing: float = 0,
+    group: ProcessGroup | None, smoothing: float = 0,
 ) -> Sequence[Tensor]:  # fmt: skip
     """This rank's share of each loss; with columns, that of anchors and candidates together.
 
@@ -34,7 +34,6 @@ def losses(
 
     Args:
         plan_of: the plan of this rank's call, as `plan_of`. If it raises, every rank raises.
-        count: of losses.
         smoothing: the label smoothing of `fastcl.clip_loss`.
 
     Raises:
@@ -57,7 +56,7 @@ def losses(
 
     agreement = agreed(request, facts, group)
     if isinstance(agreement, Tensor):  # refused
-        return [agreement] * count
+        return [agreement]
     assert plan is not None
     batch, options, sides = agreement
     if sides[0].world == 1:

@@ -32,12 +32,16 @@ def described(loss: Callable[[RowStats], Tensor]) -> str:
         loss = loss.func
     if isinstance(loss, MethodType):
         loss = loss.__func__
-    return _of_code(loss.__code__) if isinstance(loss, FunctionType) else f"{_of_type(type(loss))}{data}"
+    if isinstance(loss, FunctionType):
+        return _of_code(loss.__name__, loss.__code__)
+    return f"{_of_type(type(loss))}{data}"
 
 
 @constant_while_compiling
-def _of_code(code: CodeType) -> str:
-    return f"{getattr(code, 'co_qualname', code.co_name)}, code {_digest(code)}"  # Python 3.10 has no such name
+def _of_code(name: str, code: CodeType) -> str:
+    """The name of a function, which a decorator may have given to its own, and a digest of its code."""
+    place = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has no such name
+    return f"{place if place.endswith(name) else f'{name} in {place}'}, code {_digest(code)}"
 
 
 @constant_while_compiling

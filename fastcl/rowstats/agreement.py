@@ -17,6 +17,7 @@ from torch import Tensor
 from fastcl.dispatch import choose
 from fastcl.errors import FastclError
 from fastcl.exchange import Ranks, told
+from fastcl.facts import A_TENSOR
 from fastcl.rowstats.at_run_time import RanksAtRunTime
 from fastcl.rowstats.meeting import Options
 from fastcl.rowstats.registration import KEEPS_ORDER, keep_order, refuse_second, register
@@ -60,7 +61,7 @@ def agreed(
         counts = len(x) * (1 if batch.x2 is None else 2), *(() if y is None else (len(y),))
         spelled = _spelled({**facts, **_common(batch, options)})
     except Exception as error:
-        if torch.compiler.is_compiling() and ranks.world > 1:
+        if torch.compiler.is_compiling():
             return torch.ops.fastcl.refuse(torch.empty(0, device="cpu"), told(error), *place)
         raise ranks.refuse(error) from error
     if not torch.compiler.is_compiling():
@@ -104,15 +105,15 @@ def _spelled(facts: Mapping[str, object]) -> tuple[str, str, str, list[Tensor]]:
 
 
 def _told(
-    x: Tensor, facts: str, numbers: str, names: str, values: Sequence[Tensor]
+    x: Tensor, words: str, numbers: str, names: str, values: Sequence[Tensor]
 ) -> tuple[str, dict[str, Tensor]]:  # fmt: skip
     """All facts as `facts.packed` takes them: numbers in words, whether they are tensors or not, but for those on a
     GPU."""
     tensors = dict(zip(names.splitlines(), values, strict=True))
-    there = {name: value for name, value in tensors.items() if not _is_here(value)}
-    read = [f"{name}: {'a tensor' if name in there else float(value)}" for name, value in tensors.items()]
+    there = {name: value for name, value in sorted(tensors.items()) if not _is_here(value)}
+    read = [f"{name}: {A_TENSOR if name in there else float(value)}" for name, value in tensors.items()]
     lines = sorted([*numbers.splitlines(), *read, f"number of columns: {x.shape[1]}"])
-    return "\n".join([facts, *lines]), there
+    return "\n".join([words, *lines]), there
 
 
 def _is_here(value: Tensor) -> bool:

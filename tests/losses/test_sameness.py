@@ -94,6 +94,12 @@ PAIRS: dict[str, tuple[Callable, object, object, object]] = {
     "names in the code": (lambda minus: subtracted if minus else added, False, False, True),
     "code": (named_alike, 1, 1, 2),
     "method": (lambda other: Weighted(1.0).method if other else Weighted(1.0), False, False, True),
+    "a name that a decorator gave": (
+        lambda minus: torch.no_grad()(subtracted if minus else scaled),
+        False,
+        False,
+        True,
+    ),
     "module": (lambda other: other_forward()() if other else Module(), False, False, True),
 }
 

@@ -1,5 +1,6 @@
 """What the ranks of one loss refuse together: arguments that differ, groups, and ranks that do not come."""
 
+import math
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -43,6 +44,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "negative temperature": ({"temperature": -1.0}, ("rank 1 of 3", "temperature", "-1.0")),
     "no tensor": ({"z": None}, ("rank 1 of 3", "z", "NoneType")),
     "a name for names": ({"objectives": "dcl"}, ("rank 1 of 3", "sequence of names", "'dcl'")),
+    "a number for names": ({"objectives": 5}, ("rank 1 of 3", "sequence of names, got 5")),
     "no names": ({"objectives": [["dcl"]]}, ("rank 1 of 3", "objective", "['dcl']")),
     "unknown objective": ({"objective": "ntxnt"}, ("rank 1 of 3", "'ntxnt'", "'ntxent'")),
 }
@@ -168,12 +170,21 @@ def test_without_a_process_group() -> None:
             call()
 
 
+def test_ranks_that_all_refuse_hear_of_the_first(ranks: Pool) -> None:  # noqa: F811
+    assert_common(ranks.outcomes(of_devices, (-1.0, -2.0), False), ("rank 0 of 3", "temperature", "-1.0"))
+
+
 def of_devices(rank: int, values: tuple[float, float], patched: bool) -> torch.Tensor:
-    """A loss and its gradients, with two temperatures for rank 1 that are not read before they are sent."""
+    """A loss and its gradients, with a temperature for rank 1 and one for others, which are sent without a look."""
     z = normal(6, 4).requires_grad_()
     t = torch.tensor(values[rank == 1], dtype=torch.float32, device="cpu", requires_grad=True)
-    with mock.patch.object(agreement, "_is_here", lambda _: not patched):
+    patches = (
+        mock.patch.object(agreement, "_is_here", lambda _: not patched),
+        mock.patch.object(facts, "packed", wraps=facts.packed),
+    )
+    with patches[0], patches[1] as packed:
         loss = fastcl.contrastive_loss(z, torch.arange(6) // 2, temperature=t, gather_distributed=True)
+        assert list(packed.call_args.args[2]) == ["temperature"] * patched
         return torch.cat([loss.detach().view(1), *(g.flatten() for g in torch.autograd.grad(loss, (z, t)))])
 
 
@@ -185,10 +196,21 @@ def test_numbers_that_devices_hold_are_compared_too(ranks: Pool) -> None:  # noq
     )
 
 
+def row(numbers: dict[str, float], device: str = "cpu") -> torch.Tensor:
+    text = "\n".join(f"{name}: {facts.A_TENSOR}" for name in numbers)
+    there = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in numbers.items()}
+    return facts.packed((6, 0), text, there, torch.device("cpu"))
+
+
+def test_numbers_are_compared_by_value_and_named() -> None:
+    names = [f"margin {k}" for k in range(16)]
+    one = dict.fromkeys(names, 0.0) | {"margin 3": math.nan}
+    assert facts.are_same(torch.stack([row(one), row(one | {"margin 2": -0.0})]))
+    for name in (names[0], names[15]):
+        table = torch.stack([row(one), row(one | {name: 0.25})])
+        assert not facts.are_same(table)
+        assert f"same {name}, got 0.0 on rank 0 and 0.25 on rank 1" in facts.difference(table.tolist())
+
+
 def test_numbers_elsewhere_are_not_read() -> None:
-    there = {
-        "temperature": torch.ones((), device="meta"),
-        "margin": torch.tensor(0.25, dtype=torch.float64, device="cpu"),
-    }
-    told = facts.packed((6, 0), "a: b", there, torch.device("cpu"))
-    assert told[-4:].tolist() == [0, there["margin"].view(torch.int64).item(), 0, 0]
+    assert row({"temperature": 0.5}, "meta").tolist() == row({"temperature": 0.0}).tolist()
