@@ -207,5 +207,5 @@ def holds_integers(x: Tensor) -> bool:
 def describe(x: Tensor) -> str:
     """Shape, dtype and device in words."""
     sizes = ", ".join([f"{size}" for size in x.shape])  # torch.compile cannot write a tuple of symbols
-    comma = "," if x.ndim == 1 else ""
+    comma = "," if len(x.shape) == 1 else ""
     return f"({sizes}{comma}) {str(x.dtype).removeprefix('torch.')} on {x.device}"

@@ -62,7 +62,7 @@ def agreed(
         spelled = _spelled({**facts, **_common(batch, options)})
     except Exception as error:
         if torch.compiler.is_compiling():
-            return torch.ops.fastcl.refuse(torch.empty(0, device="cpu"), told(error), *place)
+            return torch.ops.fastcl.refuse(torch.empty(0, dtype=torch.float32, device="cpu"), told(error), *place)
         raise ranks.refuse(error) from error
     if not torch.compiler.is_compiling():
         return batch, options, ranks.agree(counts, *_told(x, *spelled))
