@@ -96,7 +96,9 @@ def contrastive_losses(
     kind, rows = _kind_of(z, sample, labels)
     ranks = gather_distributed, group
     found = _losses(kind, rows, names, temperature, normalize, reduction, ranks, precision)
-    return dict(zip(names, found, strict=False))  # of a refused call there is one loss
+    if len(found) < len(names):  # compiled code that refuses has one result
+        found = [found[0]] * len(names)
+    return dict(zip(names, found, strict=True))
 
 
 def _kind_of(z: Any, sample: Any, labels: Any) -> tuple[Kind, tuple[Any, ...]]:
