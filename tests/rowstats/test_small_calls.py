@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from addressed import addressed
 from reference import normal
 from test_replay import nothing_recorded  # noqa: F401
 from test_triton_operator import KINDS, call
@@ -66,13 +67,14 @@ def with_other_values(arguments: list, seed: int) -> list:
     return changed
 
 
+@pytest.mark.parametrize("compiled", (False, True), ids=("interpreted", "compiled"))
 @pytest.mark.parametrize("options", ((False, True, "fp16"), (True, False, "fp32")), ids=("fixed", "learnable"))
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_bits(kind: str, options: tuple[bool, bool, str], runs, monkeypatch) -> None:
+def test_the_same_bits(kind: str, options: tuple[bool, bool, str], compiled: bool, runs, monkeypatch) -> None:
     arguments, started = call(kind, *options), []
     for seed in range(4):
         given, before = with_other_values(arguments, seed), len(runs)
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, addressed() if compiled else nullcontext():
             if seed > 1:
                 patch.setattr(torch, "empty", poisoned)
             found = losses_and_gradients(given)
