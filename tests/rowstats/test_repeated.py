@@ -15,6 +15,7 @@ from triton_runs import DEVICE, few_programs, poisoned  # noqa: F401
 
 import fastcl
 from fastcl.kernels.common import launch
+from fastcl.rowstats import meeting  # noqa: F401  (registers the operators of ranks)
 from fastcl.rowstats.triton import repeated, replay
 
 pytestmark = [
@@ -35,6 +36,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "supcon, none": lambda a, b, s: fastcl.supcon_loss(a, b, LABELS, reduction="none").mul(s).sum(),
     "clip": lambda a, b, s: fastcl.clip_loss(a, b, s),
     "lengths": lambda a, b, s: fastcl.nscl_loss(a, b, LABELS, normalize=False) * s,
+    "sigmoid": lambda a, b, s: fastcl.sigmoid_loss(a, b, s, s - 11),
     "several": lambda a, b, s: several(torch.cat([a, b]), s),
 }
 
@@ -53,20 +55,66 @@ def gradients(loss: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]
     return [found.detach(), *torch.autograd.grad(found, leaves, allow_unused=True)]
 
 
+def check_bits(call: Callable[[int], list[Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of other values each time, in both passes, is replayed, with the bits of its own code."""
+    for seed in range(5):
+        with fastcl.backend("triton"), monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", poisoned)
+            found = call(seed)
+            patch.setattr(replay, "MOST_ROWS", 0)
+            expected = call(seed)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(replay._recordings) >= 2 and None not in replay._recordings.values()
+
+
+either = pytest.mark.parametrize("around", (nullcontext, addressed), ids=("interpreted", "compiled"))
+
+
 @pytest.mark.parametrize(("d", "precision"), ((5, None), (300, "fp16"), (300, None)))
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_have_the_same_bits(name: str, d: int, precision: str | None, monkeypatch) -> None:
-    with fastcl.backend("triton"), torch.autocast("cpu", enabled=precision is not None), addressed():
-        for seed in range(5):
-            scale = torch.tensor(0.5 + seed, requires_grad=True)
-            leaves = [normal(10, d, seed=k + 2 * seed).float().requires_grad_() for k in (0, 1)] + [scale]
-            with monkeypatch.context() as patch:
-                patch.setattr(torch, "empty", poisoned)
-                found = gradients(LOSSES[name], leaves)
-                patch.setattr(replay, "MOST_ROWS", 0)
-                expected = gradients(LOSSES[name], leaves)
-            assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert len(replay._recordings) > 2 and None not in replay._recordings.values()
+    def call(seed: int) -> list[Tensor]:
+        scale = torch.tensor(0.5 + seed, requires_grad=True)
+        leaves = [normal(10, d, seed=k + 2 * seed).float().requires_grad_() for k in (0, 1)] + [scale]
+        return gradients(LOSSES[name], leaves)
+
+    with torch.autocast("cpu", enabled=precision is not None), addressed():
+        check_bits(call, monkeypatch)
+
+
+@either
+@pytest.mark.parametrize("labelled", (False, True))
+@pytest.mark.parametrize("learnable", (False, True))
+def test_rows_of_other_ranks_have_the_same_bits(learnable: bool, labelled: bool, around, monkeypatch) -> None:
+    def call(seed: int) -> list[Tensor]:
+        x, y = (normal(n, 5, seed=n + seed).float() for n in (10, 14))
+        ids = [(normal(n, 1, seed=seed)[:, 0] * 3).long() if labelled else None for n in (10, 14)]
+        t = torch.tensor(0.2 + seed / 10, requires_grad=True)
+        options = t if learnable else None, 0.3, True, "fp32", True, True
+        leaves = [x.requires_grad_(), t][: 1 + learnable]
+        stats, counts, theirs, *_ = torch.ops.fastcl.fused_apart(x, y, *ids, *options)
+        upstream = [normal(*v.shape, seed=seed).float() for v in (stats, theirs)]
+        upstream[0][: 2 if labelled else 4] = 0  # there are no views, and without labels no peers
+        upstream[1][:2].abs_().add_(5)  # log-sum-exps of more rows
+        upstream[1][2 : 2 if labelled else 4] = 0
+        grads = torch.autograd.grad([stats, theirs], leaves, upstream)
+        return [stats.detach(), counts, *grads]
+
+    with around():
+        check_bits(call, monkeypatch)
+
+
+@either
+def test_ids_of_sigmoid_pairs_have_the_same_bits(around, monkeypatch) -> None:
+    def call(seed: int) -> list[Tensor]:
+        ids = torch.arange(10).roll(seed), torch.arange(10).roll(2 * seed)
+        leaves = [normal(10, 5, seed=k + 2 * seed).float().requires_grad_() for k in (0, 1)]
+        found = torch.ops.fastcl.fused_sigmoid(*leaves, *ids, torch.tensor(-2.0), None, 0.3, False, "fp32")[:2]
+        total = found[0].sum() + found[1].square().sum()
+        return [*(v.detach() for v in found), *torch.autograd.grad(total, leaves)]
+
+    with around():
+        check_bits(call, monkeypatch)
 
 
 def misaligned(x: Tensor) -> Tensor:

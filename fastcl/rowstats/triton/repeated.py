@@ -126,10 +126,14 @@ class _Source:
 
     def released(self) -> Iterator[str]:
         """The lines, and after the last one that uses a variable the end of it, as in the functions that made it."""
-        last = {self.owners.get(name, name): k for k, line in enumerate(self.lines) for name in _VARIABLE.findall(line)}
-        last = {name: k for name, k in last.items() if not name.startswith("given")}
+        last: dict[str, int] = {}
         for k, line in enumerate(self.lines):
-            done = ", ".join(sorted(name for name, end in last.items() if end == k and k < len(self.lines) - 1))
+            for name in map(str, _VARIABLE.findall(line)):
+                last[self.owners.get(name, name)] = k
+        for k, line in enumerate(self.lines):
+            done = ", ".join(
+                sorted(name for name, end in last.items() if end == k < len(self.lines) - 1 and name[:5] != "given")
+            )
             if line.startswith(f"{done} = torch.empty("):  # which nothing uses
                 continue
             yield line
