@@ -143,11 +143,11 @@ def test_what_was_compiled_for_multiples_of_16_bytes_gets_no_others(recorded: Te
 
 def test_operations_of_pytorch_get_tensors() -> None:
     def function(x):
-        made, unused, rest = (torch.empty(2, 4, 3, dtype=torch.float32, device=x.device) for _ in range(3))
-        first, second = made.unbind()
+        made, unused, rest = (torch.empty(1, 2, 4, 3, dtype=torch.float32, device=x.device) for _ in range(3))
+        ((first, second),) = (one.unbind() for one in made.unbind())
         launch.launch(Add(), (1,), 4, 1, one=Pair(x, None), out=first, by=1)
         launch.launch(Add(), (1,), 4, 1, one=Pair(first, None), out=second, by=1)
-        hidden, other = rest.unbind()
+        ((hidden, other),) = (one.unbind() for one in rest.unbind())
         launch.launch(Add(), (1,), 4, 1, one=Pair(second, None), out=other, by=5)
         total = second + x
         launch.launch(Add(), (1,), 4, 1, one=Pair(total, None), out=hidden, by=0.5)

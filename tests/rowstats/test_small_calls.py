@@ -116,10 +116,11 @@ def test_what_a_call_allocates_and_launches_is_all_that_a_replay_does() -> None:
     assert found <= {"aten::empty", "aten::new_empty", *views}, found  # a profiled call returns empty tensors for None
 
 
-def test_two_models_are_replayed(runs) -> None:
+@pytest.mark.parametrize("around", (nullcontext, addressed), ids=("interpreted", "compiled"))
+def test_two_models_are_replayed(around: Callable, runs) -> None:
     za, zb = (normal(12, 4, seed=k).float().to(DEVICE) for k in (0, 1))
     sample, found, started = torch.arange(12, device=DEVICE) // 2, [], []
-    with fastcl.backend("triton"):
+    with fastcl.backend("triton"), around():
         for _ in range(4):
             before = len(runs)
             stats = fastcl.twin_stats(za, zb, sample=sample, temperature=0.5)

@@ -147,13 +147,13 @@ class _Addressed(_Source):
     def __init__(self, steps: Sequence[Step], results: tuple[Any, ...], aligned: set[Name]) -> None:
         super().__init__()
         self.aligned = aligned
-        operations = [step for step in steps if isinstance(step, Operation)]
-        views = [step for step in steps if isinstance(step, Rows)]
         # What has to be a tensor: results, and what PyTorch computes with. Of what is launched, addresses do.
-        self.tensors = _names([results, *([step.args, step.options] for step in operations)])
-        self.tensors |= {step.of for step in views if self.tensors.intersection(step.made)}
+        self.tensors = _names([results, *([step.args, step.options] for step in steps if isinstance(step, Operation))])
         self.located = _names([step.launch.arguments for step in steps if isinstance(step, Started)])
-        self.located |= {step.of for step in views if self.located.intersection(step.made)}
+        for step in reversed(steps):
+            for names in (self.tensors, self.located):
+                if isinstance(step, Rows) and names.intersection(step.made):
+                    names.add(step.of)
         self.small: dict[Name, int] = {}  # where it begins in the memory that is shared
 
     def begin(self, parameters: Sequence[str], steps: Sequence[Step]) -> None:
