@@ -2,10 +2,11 @@
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -83,3 +84,10 @@ def addressed(seen: Callable[[int, int], None] = lambda *_: None) -> Iterator[No
     active = mock.Mock(get_current_device=lambda: 3, get_current_stream=lambda device: STREAM + device - 3)
     with mock.patch.object(launch, "start", started), mock.patch.object(repeated, "_driver", lambda: active):
         yield
+
+
+# On a GPU replays are such anyway, and addresses are not of the CPU's memory.
+either = pytest.mark.parametrize(
+    "around", (nullcontext,) if torch.cuda.is_available() else (nullcontext, addressed),
+    ids=lambda around: "as it is" if around is nullcontext else "compiled",
+)  # fmt: skip

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from addressed import addressed
+from addressed import addressed, either
 from reference import normal
 from test_replay import Pair, X, host_of, nothing_recorded  # noqa: F401
 from torch import Tensor
@@ -65,9 +65,6 @@ def check_bits(call: Callable[[int], list[Tensor]], monkeypatch: pytest.MonkeyPa
             expected = call(seed)
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(replay._recordings) >= 2 and None not in replay._recordings.values()
-
-
-either = pytest.mark.parametrize("around", (nullcontext, addressed), ids=("interpreted", "compiled"))
 
 
 @pytest.mark.parametrize(("d", "precision"), ((5, None), (300, "fp16"), (300, None)))

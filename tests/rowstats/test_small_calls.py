@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from addressed import addressed
+from addressed import either
 from reference import normal
 from test_replay import nothing_recorded  # noqa: F401
 from test_triton_operator import KINDS, call
@@ -67,14 +67,14 @@ def with_other_values(arguments: list, seed: int) -> list:
     return changed
 
 
-@pytest.mark.parametrize("compiled", (False, True), ids=("interpreted", "compiled"))
+@either
 @pytest.mark.parametrize("options", ((False, True, "fp16"), (True, False, "fp32")), ids=("fixed", "learnable"))
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_bits(kind: str, options: tuple[bool, bool, str], compiled: bool, runs, monkeypatch) -> None:
+def test_the_same_bits(kind: str, options: tuple[bool, bool, str], around: Callable, runs, monkeypatch) -> None:
     arguments, started = call(kind, *options), []
     for seed in range(4):
         given, before = with_other_values(arguments, seed), len(runs)
-        with monkeypatch.context() as patch, addressed() if compiled else nullcontext():
+        with monkeypatch.context() as patch, around():
             if seed > 1:
                 patch.setattr(torch, "empty", poisoned)
             found = losses_and_gradients(given)
@@ -116,7 +116,7 @@ def test_what_a_call_allocates_and_launches_is_all_that_a_replay_does() -> None:
     assert found <= {"aten::empty", "aten::new_empty", *views}, found  # a profiled call returns empty tensors for None
 
 
-@pytest.mark.parametrize("around", (nullcontext, addressed), ids=("interpreted", "compiled"))
+@either
 def test_two_models_are_replayed(around: Callable, runs) -> None:
     za, zb = (normal(12, 4, seed=k).float().to(DEVICE) for k in (0, 1))
     sample, found, started = torch.arange(12, device=DEVICE) // 2, [], []
