@@ -73,8 +73,8 @@ def register_for_small(
         differentiable: how many of these may have a gradient; they come first.
     """
 
-    def replayed(*args: Any) -> Any:
-        return _run()(impl, args[:tensors], _with_hash(args[tensors:]))[0]
+    def repeated(*args: Any) -> Any:
+        return replayed(impl, args[:tensors], _with_hash(args[tensors:]))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         assert setup_context is not None
@@ -96,11 +96,16 @@ def register_for_small(
             ctx.hidden = ()
         return found
 
-    register(library, name, replayed, fake, autograd, setup_context and setup)
+    register(library, name, repeated, fake, autograd, setup_context and setup)
     registered = getattr(torch.ops.fastcl, name)
     parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     node = type(f"fastcl_{name}", (torch.autograd.Function,), parts)
     _operators[name] = _Operator(registered, impl if setup_context is None else node.apply)
+
+
+def replayed(impl: Callable, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Any:
+    """The results of an implementation, as `triton.replay.run` takes it."""
+    return _run()(impl, tensors, options)[0]
 
 
 def keep(ctx: Any, tensors: Sequence[Tensor | None], hidden: Sequence[Tensor | None]) -> None:

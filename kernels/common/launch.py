@@ -75,10 +75,10 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
         recorder(Launch(kernel, grid, warps, stages, arguments))
 
 
-def start(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, arguments: dict[str, Any]) -> None:
-    """Start a kernel, whether or not launches are recorded."""
+def start(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, arguments: dict[str, Any]) -> Any:
+    """Start a kernel, whether or not launches are recorded; what Triton compiled for it, or None in the interpreter."""
     # Request fused multiply-add explicitly: from Triton 3.10 on it is off by default.
-    kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    return kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def launch_sides(

@@ -1,14 +1,20 @@
-"""Host time: what is timed is the loss's own host code, and no kernel runs."""
+"""Host time: what is timed, and what each provider leaves out."""
 
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from bench.harness.records import Record
+import fastcl
 from bench.losses import host
 from fastcl.kernels.common import launch
-from fastcl.rowstats.triton import replay
+from fastcl.rowstats.triton import repeated, replay
 
 
 @pytest.mark.parametrize("name", host.LOSSES)
@@ -24,13 +30,14 @@ def test_the_plain_losses_are_those_of_the_package(name: str, monkeypatch) -> No
         torch.testing.assert_close(ours, theirs)
 
 
-def test_no_kernel_runs_and_calls_are_replayed_or_not(monkeypatch) -> None:
+def test_calls_are_launched_replayed_or_neither(monkeypatch) -> None:
     listed, recorded, original = [], [], replay._record
     monkeypatch.setattr(replay, "_record", lambda *given: recorded.append(1) or original(*given))
     monkeypatch.setattr(replay, "BEFORE", 1)
+    monkeypatch.setattr(repeated, "_driver", lambda: mock.Mock(get_current_device=lambda: 0))
     call = host.passes(host.LOSSES["NSCL"], ours=True)["both"]
     replay.forget()
-    with host.no_launches(), mock.patch.object(launch, "start", lambda *one: listed.append(one)):
+    with fastcl.backend("triton"), mock.patch.object(launch, "start", lambda *one: listed.append(one)):
         for _ in range(4):
             call()
         assert len(recorded) == 2  # forward and backward
@@ -38,13 +45,24 @@ def test_no_kernel_runs_and_calls_are_replayed_or_not(monkeypatch) -> None:
         assert each > 4
         with host.not_replayed():
             call()
-    assert len(listed) == 5 * each and len(recorded) == 2
+        assert len(listed) == 5 * each and len(recorded) == 2
+        with host.not_launched():
+            for _ in range(3):
+                call()
+        assert len(listed) == 5 * each and len(recorded) == 4
+        call()
+    assert len(listed) == 6 * each and len(recorded) == 4
     replay.forget()
 
 
-def test_the_report_has_every_loss_and_provider() -> None:
-    with host.no_launches():
-        records: list[Record] = list(host.measured(rounds=1, calls=1))
-    assert {r["objective"] for r in records} == set(host.LOSSES) and all(r["host_us"] > 0 for r in records)
-    lines = host.report(records).splitlines()
-    assert len(lines) == 2 + len(host.LOSSES) and "plain PyTorch, and backward" in lines[0]
+def test_the_command_compiles_and_reports_every_loss_and_provider(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.losses.host", "--tiny", "--out", tmp_path]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    records = json.loads((tmp_path / "host.json").read_text(encoding="utf-8"))
+    providers = {"fastcl", "fastcl without launches", "fastcl, every call anew", "plain PyTorch"}
+    found = {(r["objective"], r["provider"], r["pass"]) for r in records}
+    assert found == set(product(host.LOSSES, providers, ("fwd", "both"))) and all(r["host_us"] > 0 for r in records)
+    lines = (tmp_path / "host.md").read_text(encoding="utf-8").splitlines()
+    assert sum("plain PyTorch, and backward" in line for line in lines) == 1
+    assert all(any(line.startswith(f"| {name} |") for line in lines) for name in host.LOSSES)

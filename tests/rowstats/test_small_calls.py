@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from addressed import either
 from reference import normal
 from test_replay import nothing_recorded  # noqa: F401
 from test_triton_operator import KINDS, call
@@ -66,13 +67,14 @@ def with_other_values(arguments: list, seed: int) -> list:
     return changed
 
 
+@either
 @pytest.mark.parametrize("options", ((False, True, "fp16"), (True, False, "fp32")), ids=("fixed", "learnable"))
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_bits(kind: str, options: tuple[bool, bool, str], runs, monkeypatch) -> None:
+def test_the_same_bits(kind: str, options: tuple[bool, bool, str], around: Callable, runs, monkeypatch) -> None:
     arguments, started = call(kind, *options), []
     for seed in range(4):
         given, before = with_other_values(arguments, seed), len(runs)
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, around():
             if seed > 1:
                 patch.setattr(torch, "empty", poisoned)
             found = losses_and_gradients(given)
@@ -114,10 +116,11 @@ def test_what_a_call_allocates_and_launches_is_all_that_a_replay_does() -> None:
     assert found <= {"aten::empty", "aten::new_empty", *views}, found  # a profiled call returns empty tensors for None
 
 
-def test_two_models_are_replayed(runs) -> None:
+@either
+def test_two_models_are_replayed(around: Callable, runs) -> None:
     za, zb = (normal(12, 4, seed=k).float().to(DEVICE) for k in (0, 1))
     sample, found, started = torch.arange(12, device=DEVICE) // 2, [], []
-    with fastcl.backend("triton"):
+    with fastcl.backend("triton"), around():
         for _ in range(4):
             before = len(runs)
             stats = fastcl.twin_stats(za, zb, sample=sample, temperature=0.5)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.rowstats.apart import layout_of
-from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
+from fastcl.rowstats.registration import differentiable_once, refuse_batched, register, replayed
 from fastcl.rowstats.triton.operator import Saved
 
 if TYPE_CHECKING:
@@ -42,7 +42,11 @@ class _Asked(NamedTuple):
         return Call(*self[:4], (), split, labelled and self.peers)
 
 
-def _forward(x, y, labels, labels_y, *asked) -> tuple[Tensor | None, ...]:
+def _forward(*args) -> tuple[Tensor, ...]:
+    return replayed(_statistics, args[:5], args[5:])
+
+
+def _statistics(x, y, labels, labels_y, *asked) -> tuple[Tensor, ...]:
     """Statistics (5, N), of which the first two rows are 0, counts (3, N), `theirs` as of `apart`, and `Saved`.
 
     Where the logits may leave the range of a fixed shift, `theirs` has a sixth row: the other ranks' flags.
@@ -81,12 +85,18 @@ def _forward_fake(x, y, labels, _labels_y, *asked) -> tuple[Tensor, ...]:
     return empty(5, n), empty(3, n, dtype=torch.int64), theirs, *saved, scale, flag
 
 
-def _backward(x, y, labelled, *rest) -> tuple[Tensor, Tensor]:
+def _backward(x, y, labelled, temperature, *rest) -> tuple[Tensor, Tensor]:
+    *asked, stats, saved, grads, theirs, need = rest
+    tensors = x, y, temperature, stats, grads, theirs, *saved
+    return replayed(_gradients, tensors, (*asked, labelled, tuple(need)))
+
+
+def _gradients(x, y, temperature, stats, grads, theirs, *rest) -> tuple[Tensor, Tensor]:
     """dx, as anchors and as candidates, and dT; each rank's share of dT counts a pair once on each side."""
     from fastcl.rowstats.triton import backward, operand
 
-    *asked, stats, saved, grads, theirs, need = rest
-    call, saved = _Asked(*asked).call(labelled), Saved(*saved)
+    *saved, value, normalize, precision, peers, attracted, labelled, need = rest
+    call, saved = _Asked(temperature, value, normalize, precision, peers, attracted).call(labelled), Saved(*saved)
     flag = saved.flag if call.may_overflow else None
     scales = (None, None) if call.normalize else (saved.scale[:1], saved.scale[1:])
     a = operand.restored(x, None, saved.order, saved.z, saved.inv, scales[0])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.registration import differentiable_once, refuse_batched, register
+from fastcl.rowstats.registration import differentiable_once, refuse_batched, register, replayed
 
 if TYPE_CHECKING:
     from fastcl.rowstats.triton.operand import Call
@@ -33,7 +33,11 @@ def _call(term: str, bias: Tensor, scale: Tensor | None, value: float, normalize
     return Call(scale, value, normalize, precision, (), split, False, inverted=True, bias=bias, term=term)
 
 
-def _forward(x, y, sample, sample_y, *options) -> tuple[Tensor | None, ...]:
+def _forward(*args) -> tuple[Tensor, ...]:
+    return replayed(_statistics, args[:6], args[6:])
+
+
+def _statistics(x, y, sample, sample_y, *options) -> tuple[Tensor, ...]:
     """Sums (N,), statistics of the pairs (2, N), then what is saved: working copies, inverse norms and orders of both
     sides, and the scales of rows that are not normalised.
 
@@ -70,17 +74,23 @@ def _forward_fake(x, y, sample, _sample_y, *options) -> tuple[Tensor, ...]:
     return empty(n), empty(2, n), *saved, x.new_empty(0) if call.normalize else empty(2)
 
 
-def _backward(x, y, *rest) -> tuple[Tensor, ...]:
+def _backward(x, y, bias, scale, value, normalize, precision, found, saved, grads, need) -> tuple[Tensor, ...]:
+    tensors = x, y, bias, scale, *grads, *found, *saved
+    return replayed(_gradients, tensors, (value, normalize, precision, tuple(need)))
+
+
+def _gradients(x, y, *rest) -> tuple[Tensor, ...]:
     from fastcl.rowstats.triton import operand, sigmoid_kernels
 
-    *options, found, saved, grads, need = rest
-    call = _call("sigmoid", *options)
-    z, inv, order, z_y, inv_y, order_y, scale = saved
-    scales = (None, None) if call.normalize else (scale[:1], scale[1:])
+    bias, scale, *grads, sums, views, z, inv, order, z_y, inv_y, order_y, lengths, value, normalize, precision, need = (
+        rest
+    )
+    call = _call("sigmoid", bias, scale, value, normalize, precision)
+    scales = (None, None) if normalize else (lengths[:1], lengths[1:])
     a = operand.restored(x, None, order, z, inv, scales[0])
     b = operand.restored(y, None, order_y if order_y.numel() else order, z_y, inv_y, scales[1])
     with torch.cuda.device_of(x):
-        results = sigmoid_kernels.gradients(a, b, call, found, grads, tuple(need))
+        results = sigmoid_kernels.gradients(a, b, call, [sums, views], grads, need)
     return tuple(x.new_empty(0) if v is None else v for v in results)
 
 

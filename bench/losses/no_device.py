@@ -1,0 +1,63 @@
+"""Compiled kernels without a GPU: Triton's own launch code runs for sm_90, on a CUDA driver that does nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+import torch
+
+import fastcl
+
+SOURCE = Path(__file__).with_suffix(".c")
+_KERNELS = "order", "prepare", "forward", "statistics", "backward_prologue", "backward", "wide", "backward_epilogue"
+
+
+@contextmanager
+def compiled() -> Iterator[None]:
+    """Within the block, CPU tensors go to the Triton backend, whose kernels are compiled and launched, but not run.
+
+    From then on the process can't use a GPU. Kernels must not have been imported for Triton's interpreter.
+
+    Raises:
+        RuntimeError: there is no C compiler.
+    """
+    with TemporaryDirectory() as folder:
+        _load(Path(folder))
+        from triton.backends.compiler import GPUTarget
+        from triton.backends.nvidia.driver import CudaDriver
+        from triton.runtime import driver
+
+        active = CudaDriver()
+        answers = {"device": lambda: 0, "stream": lambda _: 0, "target": lambda: GPUTarget("cuda", 90, 32)}
+        for name, answer in answers.items():  # in place of PyTorch's
+            setattr(active, f"get_current_{name}", answer)
+        driver.set_active(active)
+        for name in _KERNELS:  # before the environment names the interpreter, which is what CPU tensors need
+            import_module(f"fastcl.kernels.contrastive.{name}")
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), fastcl.backend("triton"):
+            yield
+
+
+def _load(folder: Path) -> None:
+    """Load the driver in place of the machine's, if it has one."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise RuntimeError("no C compiler was found, which Triton needs to launch kernels; set CC")
+    library = folder / "libcuda.so.1"
+    options = "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"
+    subprocess.run([compiler, *options, "-o", library, SOURCE], check=True)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # where the launcher's own compilation looks for it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.is_available()  # PyTorch looks for devices once
