@@ -32,8 +32,8 @@ KERNELS = {
     "backward_masked": ("bwd", "backward_kernel"), "backward_online": ("bwd", "backward_kernel"),
     "weights": ("bwd", "pair_weights_kernel"), "product": ("bwd", "product_kernel"),
 }  # fmt: skip
-# Of these the number of programs that share a block of rows follows from how many a multiprocessor holds.
-_SHARED = ("forward_kernel", "backward_kernel")
+# How the work of these is divided among programs follows from how many of them a multiprocessor holds.
+_SHARED = ("forward_kernel", "backward_kernel", "product_kernel")
 _LOSSES = {"none": "ntxent fp16", "peers": "supcon fp16", "all": "ntxent fp32"}
 _ACCUMULATORS = 192  # registers of a thread that sums and accumulators may take: beyond, everything spills
 _DESCRIPTION = """\
