@@ -22,6 +22,7 @@ from bench.similarity import report as similarity_report
 from bench.similarity import two_models
 from bench.similarity.inputs import KEYS, Case
 from bench.similarity.providers import ALL_THREE
+from bench.static.predict import pages
 from bench.theory import report as theory
 from bench.training import report as training_report
 from fastcl.report.run import PAIR_MEASURES, load_run
@@ -232,38 +233,6 @@ def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[P
     )
 
 
-def predicted(records: Sequence[Record]) -> str:
-    """Predicted milliseconds of NT-Xent by precision, rows and columns."""
-    records = [r for r in having(records, objective="ntxent") if r["pass"] != "both" and not r.get("by_hand")]
-    whole = [r for r in records if "kernel" not in r]
-    widths = sorted({r["d"] for r in whole if _is_power(r["d"])})
-    rows = []
-    for precision, n in sorted({(r["precision"], r["n"]) for r in whole}, key=lambda one: (one[0], -one[1])):
-        cells = []
-        for d in widths:
-            found = {r["pass"]: r["predicted_ms"] for r in having(whole, precision=precision, n=n, d=d)}
-            cells.append(f"{digits(found['fwd'])} + {digits(found['bwd'])} = {digits(found['fwd'] + found['bwd'])}")
-        rows.append((precision, f"{n:,}", *cells))
-    return table(("", "rows", *(f"D = {d}" for d in widths)), rows, left=2)
-
-
-def between(records: Sequence[Record]) -> str:
-    """Predicted milliseconds of losses of widths between powers of two, by architecture."""
-    whole = [r for r in records if r["pass"] == "both" and not _is_power(r["d"])]
-    cases = sorted(
-        {(r["d"], r["objective"], r["precision"]) for r in whole}, key=lambda one: (one[0], one[1] == "clip")
-    )
-    found = {(r["arch"], r["d"], r["objective"], r["precision"]): digits(r["predicted_ms"]) for r in whole}
-    archs = sorted({r["arch"] for r in whole}, key=lambda arch: int(arch.removeprefix("sm_")))
-    rows = [(arch, *(found.get((arch, *case), "") for case in cases)) for arch in archs]
-    names = {"ntxent": "NT-Xent", "clip": "CLIP"}
-    return table(("", *(f"{names[name]}, {precision}, {d}" for d, name, precision in cases)), rows, left=1)
-
-
-def _is_power(number: int) -> bool:
-    return number & (number - 1) == 0
-
-
 TABLES: dict[str, Callable[[Path], str]] = {
     "omniglot": omniglot,
     "losses": _of_cpu(losses, "losses.json"),
@@ -278,8 +247,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu": gpu,
     "host": _of_cpu(host.report, "host.json"),
     "splits": _of(lambda results: read(results / "splits.json"), splits.report),
-    "predicted": _of(lambda results: read(results / "static" / "predicted-sm_90.json"), predicted),
-    "between": _of(lambda results: read(*sorted((results / "static").glob("predicted-sm_*.json"))), between),
+    **{name: _of(pages.committed, make) for name, make in pages.TABLES.items()},
     "theory": _of(theory.read, theory.covered),
     "theory-outside": _of(theory.read, theory.outside),
     "scaling-formulas": scaling.formulas,
