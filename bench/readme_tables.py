@@ -22,6 +22,7 @@ from bench.similarity import report as similarity_report
 from bench.similarity import two_models
 from bench.similarity.inputs import KEYS, Case
 from bench.similarity.providers import ALL_THREE
+from bench.static.predict import pages
 from bench.theory import report as theory
 from bench.training import report as training_report
 from fastcl.report.run import PAIR_MEASURES, load_run
@@ -232,21 +233,6 @@ def _of_cpu(make: Callable[[Sequence[Record]], str], *files: str) -> Callable[[P
     )
 
 
-def predicted(records: Sequence[Record]) -> str:
-    """Predicted milliseconds of NT-Xent by precision, rows and columns."""
-    records = [r for r in having(records, objective="ntxent") if r["pass"] != "both" and not r.get("by_hand")]
-    whole = [r for r in records if "kernel" not in r]
-    widths = sorted({r["d"] for r in whole})
-    rows = []
-    for precision, n in sorted({(r["precision"], r["n"]) for r in whole}, key=lambda one: (one[0], -one[1])):
-        cells = []
-        for d in widths:
-            found = {r["pass"]: r["predicted_ms"] for r in having(whole, precision=precision, n=n, d=d)}
-            cells.append(f"{digits(found['fwd'])} + {digits(found['bwd'])} = {digits(found['fwd'] + found['bwd'])}")
-        rows.append((precision, f"{n:,}", *cells))
-    return table(("", "rows", *(f"D = {d}" for d in widths)), rows, left=2)
-
-
 TABLES: dict[str, Callable[[Path], str]] = {
     "omniglot": omniglot,
     "losses": _of_cpu(losses, "losses.json"),
@@ -261,7 +247,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu": gpu,
     "host": _of_cpu(host.report, "host.json"),
     "splits": _of(lambda results: read(results / "splits.json"), splits.report),
-    "predicted": _of(lambda results: read(results / "static" / "predicted-sm_90.json"), predicted),
+    **{name: _of(pages.committed, make) for name, make in pages.TABLES.items()},
     "theory": _of(theory.read, theory.covered),
     "theory-outside": _of(theory.read, theory.outside),
     "scaling-formulas": scaling.formulas,

@@ -82,6 +82,7 @@ def replaced(row: Row, config: Row) -> Iterator[None]:
     try:
         yield
     finally:
+        row.clear()  # of fields too that only the other config has
         row.update(previous)
         choose_anew()
 

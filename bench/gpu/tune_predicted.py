@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from bench.gpu.tune import Row, replaced, write
@@ -32,6 +32,8 @@ KERNELS = {
     "backward_masked": ("bwd", "backward_kernel"), "backward_online": ("bwd", "backward_kernel"),
     "weights": ("bwd", "pair_weights_kernel"), "product": ("bwd", "product_kernel"),
 }  # fmt: skip
+# How the work of these is divided among programs follows from how many of them a multiprocessor holds.
+_SHARED = ("forward_kernel", "backward_kernel", "product_kernel")
 _LOSSES = {"none": "ntxent fp16", "peers": "supcon fp16", "all": "ntxent fp32"}
 _ACCUMULATORS = 192  # registers of a thread that sums and accumulators may take: beyond, everything spills
 _DESCRIPTION = """\
@@ -47,10 +49,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if reason := obstacle():
             raise StaticError(reason)
-        rows = [row for row in launch._rows() if _names(row) == (args.kernel, f"sm_{args.arch}", args.mode)]
-        row = next((row for row in rows if args.width <= (row["max_d"] or args.width)), None)
-        if row is None:
-            raise StaticError(f"the table has no row {args.kernel} {args.mode} for {args.width} columns")
+        row = row_of(args.kernel, args.arch, args.mode, args.width, args.losses)
         search = Search(row, args.width, Model(args.arch, sys.executable, args.workers), args.losses)
         return search.run(args.axes, args.write)
     except StaticError as error:
@@ -58,8 +57,20 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
-def _names(row: Row) -> tuple[str, str, str]:
-    return row["kernel"], row["arch"], row["mode"]
+def row_of(kernel: str, arch: int, mode: str, width: int, losses: Sequence[Loss]) -> Row:
+    """The row of the table that losses of so many columns take.
+
+    Raises:
+        StaticError: there is none, or not the same for all of them.
+    """
+    rows = [row for row in launch._rows() if (row["kernel"], row["arch"], row["mode"]) == (kernel, f"sm_{arch}", mode)]
+    rows = [row for row in rows if width <= (row["max_d"] or width)]
+    taken = [next((row for row in rows if loss.rows <= (row["max_n"] or loss.rows)), None) for loss in losses]
+    if taken[0] is None:
+        raise StaticError(f"the table has no row {kernel} {mode} for {width} columns")
+    if any(row is not taken[0] for row in taken):
+        raise StaticError(f"{losses[0].name} and others take different rows {kernel} {mode}: choose fewer losses")
+    return taken[0]
 
 
 def candidates(row: Row, width: int, axes: dict[str, Sequence[int]]) -> Iterator[Row]:
@@ -101,29 +112,39 @@ class Search:
 
     def run(self, axes: dict[str, Sequence[int]], keep: bool) -> int:
         """Print the candidates in order; write the best one if asked to. Returns the exit status."""
-        tried = [(config, self._record(config)) for config in candidates(self.row, self.width, axes)]
-        self.model.compile()
-        ranked, dropped = [], []
-        for config, recorded in tried:
-            reason, found = self._predict(recorded)
-            (dropped if reason else ranked).append((reason or sum(one.ms(self.run_of) for one in found), config, found))
+        own = {name: self.row[name] for name in (*FIELDS, "programs") if name in self.row}
+        first = self._tried(candidates(self.row, self.width, axes))
+        # What is compiled says how many programs fit, and that how the work is divided among them.
+        counted = [self._counted(config, found) for config, reason, found in first if not reason]
+        ranked = self._tried([own, *(config for config in counted if config != own)])
+        dropped = [one for one in (*first, *ranked) if one[1]]
+        ranked = [(sum(one.ms(self.run_of) for one in found), config, found) for config, no, found in ranked if not no]
         ranked.sort(key=lambda one: one[0])
-        own = {name: self.row[name] for name in FIELDS}
         for ms, config, found in ranked:
             print(f"{digits(ms)} ms  {describe(config)}  {self._kernels(found)}{'  (the table)' * (config == own)}")
-        for reason, config, _ in dropped:
-            print(f"dropped  {describe(config)}  {reason}{'  (the table)' * (config == own)}")
-        for _, config, found in ranked:
+        for config, reason, _ in dropped:
+            print(f"dropped  {describe(config)}  {reason}")
+        for _, config, _ in ranked:
             if reason := self.everywhere(config):
                 print(f"not for every launch: {describe(config)}: {reason}")
                 continue
             print(f"best: {describe(config)}")
             if keep:
-                self.row.update(config, programs=self._longest(found)[2])
+                self.row.update(config)
                 launch.config.cache_clear()
                 write(launch._rows(), launch.TABLE)
             return 0
         return 1
+
+    def _tried(self, configs: Iterable[Row]) -> list[tuple[Row, str, list[Predicted]]]:
+        """Each candidate with why it is dropped, or with its times."""
+        recorded = [(config, self._record(config)) for config in configs]
+        self.model.compile()
+        return [(config, *self._predict(one)) for config, one in recorded]
+
+    def _counted(self, config: Row, found: Sequence[Predicted]) -> Row:
+        """A candidate with the programs that a multiprocessor holds of it, if its launches follow from them."""
+        return config | {"programs": self._longest(found)[2]} if self.kernel in _SHARED else config
 
     def _record(self, config: Row) -> list[Recorded]:
         with replaced(self.row, config):
@@ -149,18 +170,19 @@ class Search:
         return "; ".join(f"{name}: {detail}"[:100] for name, detail in found.items())
 
     def everywhere(self, config: Row) -> str:
-        """What is wrong with a launch of any case of `bench.static` that has this row; empty if nothing is."""
+        """What is wrong with a launch of any case of `bench.static` that has this row, or is another than by the
+        present one; empty if nothing is."""
         jobs = []
-        for one in (config, config | {"stages": config["stages"] + 1}):  # the second tells which launches have the row
+        for one in (config, config | {"stages": config["stages"] + 1}, {}):  # the second tells which have the row
             with replaced(self.row, one):
                 jobs.append(
                     {self.model.add(job) for job, _ in unique(cases(self.model.arch), self.model.arch).values()}
                 )
-        mine = jobs[0] - jobs[1]
-        for key in jobs[1]:
+        mine, others, present = jobs
+        for key in (others | present) - mine:
             self.model.jobs.pop(key)
         self.model.compile()
-        return self._wrong(mine)
+        return self._wrong((mine - others) | (mine - present))
 
     def _longest(self, found: Sequence[Predicted]) -> tuple[float, int, int, str]:
         """Of the longest launches of the row's kernel: time, registers, programs on a multiprocessor, what binds."""
@@ -180,8 +202,8 @@ class Search:
 
 
 def describe(config: Row) -> str:
-    """The fields of a row as the table orders them."""
-    return ",".join(str(config[name]) for name in FIELDS)
+    """The fields of a row as the table orders them, and for how many programs a multiprocessor its work is divided."""
+    return ",".join(str(config[name]) for name in FIELDS) + (f" x {config['programs']}" if "programs" in config else "")
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

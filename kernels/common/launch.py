@@ -176,14 +176,6 @@ def cdiv(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def evened(most: int, each: int, sm: int) -> int:
-    """The largest number of blocks up to `most`, of `each` programs, whose last round of programs keeps nearly all
-    multiprocessors of an architecture busy."""
-    count = MULTIPROCESSORS.get(sm, 1)
-    fits = (blocks for blocks in range(most, 0, -1) if 20 * blocks * each >= 19 * -(-blocks * each // count) * count)
-    return next(fits, most)
-
-
 def splits(blocks: int, tiles: int) -> int:
     """Number of programs that share a block of tiles, for kernels that are compiled for it: a power of two."""
     wanted = min(_SLOTS // max(blocks, 1), tiles // 2, _SPLITS[-1])
@@ -218,13 +210,40 @@ def folded(blocks: int, tiles: int, slots: int) -> int:
     return max((count for count in _SPLITS if 2 <= count <= min(slots // pairs, tiles)), default=0)
 
 
+@lru_cache(maxsize=4096)
+def square(r: int, s: int | None, most: int, each: int, slots: int) -> int:
+    """Blocks of rows of a square block of pairs, at most `most`: the largest with which the products of all of them end
+    nearly as soon as with any.
+
+    Args:
+        r, s: blocks of rows of both sides; s None: of one, whose pairs are taken once.
+        each: programs that multiply for a block of rows.
+    """
+    rows = max(r, s or 0)
+    if rows <= most:
+        return rows
+
+    def product(x: int, y: int) -> int:
+        """When the launch ends for x and y blocks of rows, each multiplied by the other; y 0: by themselves."""
+        return cdiv((x + y) * each, slots) * max(x, y)
+
+    def end(size: int) -> float:
+        pieces = [((size, n // size), (n % size, min(n % size, 1))) for n in (r, r if s is None else s)]
+        pairs = sum(k * m * product(x, y) for x, k in pieces[0] for y, m in pieces[1])
+        if s is not None:
+            return pairs
+        return pairs / 2 + sum(k * (product(x, 0) - product(x, x) / 2) for x, k in pieces[0])
+
+    return _fewest({size: end(size) for size in range(most, most // 2, -1)})
+
+
 def _rounds(blocks: int, tiles: float, slots: int, count: int) -> float:
     """When a launch ends whose blocks of so many tiles are each shared by `count` programs."""
     return -(-blocks * count // slots) * (tiles / count + _START)
 
 
 def _fewest(ends: dict[int, float]) -> int:
-    """The first number of programs that is nearly the best one."""
+    """The first number that is nearly the best one."""
     return next(count for count, end in ends.items() if end <= 1.03 * min(ends.values()))
 
 

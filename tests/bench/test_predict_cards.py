@@ -1,12 +1,13 @@
 """The cards that stand for architectures, the published figures of each, and what is committed about them."""
 
+import json
 import re
 
 import pytest
 from sass_listing import code
 
 from bench.static.compile import obstacle
-from bench.static.predict import calibration, report, run
+from bench.static.predict import calibration, pages, report, run
 from bench.static.predict.assumptions import CARDS, MACHINES, NOT_MODELLED, TABLE
 from bench.static.predict.calls import losses
 from bench.static.predict.multiprocessor import Multiprocessor
@@ -74,3 +75,34 @@ def test_published_figures_are_within_the_stated_range_of_what_is_committed(figu
     (line,) = (one for one in text.splitlines() if one.startswith(f"| {figure.name} |"))
     predicted = float(re.split(r" *\| *", line)[-3])
     assert calibration.Comparison(figure, predicted).holds, line
+
+
+def test_the_tables_of_the_readme_hold_every_whole_loss_once():
+    """Powers of two by rows and columns, widths between them by loss."""
+
+    def records(arch: str, name: str, precision: str, n: int, d: int) -> list[dict]:
+        case = {"arch": arch, "objective": name, "precision": precision, "n": n, "d": d}
+        return [case | {"pass": one, "predicted_ms": d * k} for k, one in enumerate(("fwd", "bwd", "both"), 1)]
+
+    arguments = [("sm_90", "ntxent", "fp16", 4096, 64), ("sm_90", "ntxent", "fp16", 65536, 64)]
+    arguments += [("sm_80", "ntxent", "fp32", n, d) for n in (4096, 65536) for d in (64, 128)]
+    arguments += [("sm_120", "clip", "fp16", 65536, 192), ("sm_80", "ntxent", "fp16", 65536, 320)]
+    found = [one for each in arguments for one in records(*each)]
+    assert pages.hopper(found).splitlines()[2:] == [
+        "| fp16 | 65,536 | 64 + 128 = 192 |", "| fp16 | 4,096 | 64 + 128 = 192 |"
+    ]  # fmt: skip
+    assert pages.cards(found).splitlines()[2:] == [
+        "| sm_80 | fp32 | 65,536 | 192 | 384 |", "| sm_80 | fp32 | 4,096 | 192 | 384 |"
+    ]  # fmt: skip
+    assert pages.between(found).splitlines() == [
+        "|  | CLIP, fp16, 192 | NT-Xent, fp16, 320 |", "| --- | ---: | ---: |", "| sm_120 | 576 |  |",
+        "| sm_80 |  | 960 |",
+    ]  # fmt: skip
+
+
+def test_committed_predictions_are_read_by_architecture(tmp_path):
+    (tmp_path / "static").mkdir()
+    for arch, kernel in ((120, {}), (80, {}), (90, {"kernel": "x"}), (89, {"by_hand": True})):
+        text = json.dumps([{"arch": f"sm_{arch}"} | kernel])
+        (tmp_path / "static" / f"predicted-sm_{arch}.json").write_text(text)
+    assert [one["arch"] for one in pages.committed(tmp_path)] == ["sm_80", "sm_120"]

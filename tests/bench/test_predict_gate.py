@@ -101,7 +101,7 @@ def test_the_command_fails_until_slower_predictions_are_accepted(stub, tmp_path,
     assert run.main(["--accept"]) == 0
     first = (tmp_path / "predicted-sm_90.json").read_text()
     assert (
-        len(json.loads(first)) == 5 * 88 and "Nothing here is measured" in (tmp_path / "predicted-sm_90.md").read_text()
+        len(json.loads(first)) == 5 * 96 and "Nothing here is measured" in (tmp_path / "predicted-sm_90.md").read_text()
     )
     stub.setattr(_Model, "ms", 2.2)
     assert run.main(["--only", "ntxent.*d=128", "--json", str(tmp_path / "new.json")]) == 1
@@ -110,7 +110,7 @@ def test_the_command_fails_until_slower_predictions_are_accepted(stub, tmp_path,
     assert len(json.loads((tmp_path / "new.json").read_text())) == 5 * 6
     assert run.main(["--only", "ntxent.*d=128", "--accept"]) == 0
     merged = json.loads((tmp_path / "predicted-sm_90.json").read_text())
-    assert len(merged) == 5 * 88 and sum(row["predicted_ms"] == 4.4 for row in merged) == 6
+    assert len(merged) == 5 * 96 and sum(row["predicted_ms"] == 4.4 for row in merged) == 6
     assert run.main(["--only", "ntxent.*d=128"]) == 0
     stub.setattr(run, "compare", lambda *_: [Comparison(FIGURES[0], 2000.0)])
     assert run.main(["--only", "ntxent.*d=128"]) == 1 and "out of range" in capsys.readouterr().err

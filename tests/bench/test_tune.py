@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from bench.gpu import tune, tune_predicted
+from bench.static.jobs import StaticError
+from bench.static.predict.calls import Loss
 from fastcl.kernels.common import launch
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")
@@ -145,19 +147,22 @@ def test_a_rehearsal_needs_nothing_in_the_environment(tmp_path):
     assert done.returncode == 0 and (tmp_path / "table.json").exists(), done.stdout + done.stderr
 
 
-def search(row: dict, times: dict[tuple[int, int], float]) -> tune_predicted.Search:
-    """A search whose predictions are given by (warps, stages)."""
+def search(row: dict, times: dict[tuple[int, int, int], float], fit: int = 3) -> tune_predicted.Search:
+    """A search whose predictions are given by warps, stages, and the programs for which the launches divide the work;
+    a multiprocessor holds `fit` of any candidate."""
 
     class Stub(tune_predicted.Search):
         def _record(self, config):
-            return [config]
+            with tune.replaced(self.row, config):
+                return [dict(self.row)]
 
         def _predict(self, recorded):
-            ms = times.get((recorded[0]["warps"], recorded[0]["stages"]))
+            (seen,) = recorded
+            ms = times.get((seen["warps"], seen["stages"], seen["programs"]))
             return ("", [SimpleNamespace(ms=lambda _: ms)]) if ms else ("spill: 8 bytes", [])
 
         def _longest(self, found):
-            return found[0].ms(""), 100, 3, "shared"
+            return found[0].ms(""), 100, fit, "shared"
 
         def everywhere(self, config):
             return "spill: 48 bytes" if config["stages"] == 4 else ""
@@ -171,21 +176,23 @@ def row_of(table: list[dict], kernel: str, mode: str, d: int | None) -> dict:
     )
 
 
+AXES = {"block_r": (64,), "block_s": (64,), "block_d": (32,), "warps": (4, 8), "stages": (2, 3, 4)}
+
+
 def test_predictions_choose_the_fastest_candidate_that_passes_for_every_launch(table, tmp_path, monkeypatch, capsys):
+    """Each is ranked with the programs that a multiprocessor holds of it, which are written with it."""
     monkeypatch.setattr(launch, "TABLE", tmp_path / "table.json")
     row = row_of(table, "backward", "none", 128)
     row |= {"block_r": 64, "block_s": 64, "warps": 4, "stages": 2, "programs": 1}
-    axes = {"block_r": (64,), "block_s": (64,), "block_d": (32,), "warps": (4, 8), "stages": (2, 3, 4)}
-    one = search(row, {(4, 2): 4.5, (4, 3): 3.5, (4, 4): 3.0, (8, 2): 9.0})
-    assert one.run(axes, keep=True) == 0
+    by_one = {(4, 2, 1): 4.5, (4, 3, 1): 5.0, (4, 4, 1): 6.0, (8, 2, 1): 4.0}
+    by_three = {(4, 2, 3): 4.6, (4, 3, 3): 3.5, (4, 4, 3): 3.0, (8, 2, 3): 9.0}
+    assert search(row, by_one | by_three).run(AXES, keep=True) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines[:4]] == [
-        f"64,64,128,{w},{s}" for w, s in ((4, 4), (4, 3), (4, 2), (8, 2))
-    ]
-    assert lines[2].endswith("(the table)") and lines[4:6] == [
-        f"dropped  64,64,128,8,{s}  spill: 8 bytes" for s in (3, 4)
-    ]
-    assert lines[6:] == ["not for every launch: 64,64,128,4,4: spill: 48 bytes", "best: 64,64,128,4,3"]
+    ranked = [line.split("  ")[1] for line in lines[:5]]
+    assert ranked == [f"64,64,128,{end}" for end in ("4,4 x 3", "4,3 x 3", "4,2 x 1", "4,2 x 3", "8,2 x 3")]
+    assert [line.endswith("(the table)") for line in lines[:5]] == [False, False, True, False, False]
+    assert lines[5:7] == [f"dropped  64,64,128,8,{s}  spill: 8 bytes" for s in (3, 4)]
+    assert lines[7:] == ["not for every launch: 64,64,128,4,4 x 3: spill: 48 bytes", "best: 64,64,128,4,3 x 3"]
     written = row_of(json.loads((tmp_path / "table.json").read_text()), "backward", "none", 128)
     assert written == row and (row["stages"], row["programs"]) == (3, 3)
     assert launch.config("backward", 90, "none", 128, 4096) == launch.Config(64, 64, 128, 4, 3, 3 * 132)
@@ -194,16 +201,49 @@ def test_predictions_choose_the_fastest_candidate_that_passes_for_every_launch(t
 def test_a_search_without_a_candidate_that_passes_changes_nothing(table, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TABLE", tmp_path / "table.json")
     row = row_of(table, "backward", "none", 128)
-    axes = {"block_r": (64,), "block_s": (64,), "block_d": (32,), "warps": (4,), "stages": (4,)}
-    assert search(row, {(4, 4): 3.0}).run(axes, keep=True) == 1
-    assert not (tmp_path / "table.json").exists()
+    before = dict(row)
+    axes = AXES | {"warps": (4,), "stages": (4,)}
+    assert search(row, {(4, 4, 3): 3.0}).run(axes, keep=True) == 1
+    assert not (tmp_path / "table.json").exists() and row == before
+
+
+def test_a_row_that_no_work_is_divided_by_gets_no_programs(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TABLE", tmp_path / "table.json")
+    row = row_of(table, "product", "none", None)
+    fields = dict(row)
+
+    class Stub(tune_predicted.Search):
+        def _record(self, config):
+            return [config]
+
+        def _predict(self, recorded):
+            return "", [SimpleNamespace(ms=lambda _: recorded[0]["warps"])]
+
+        def _longest(self, found):
+            return found[0].ms(""), 100, 3, "shared"
+
+        def everywhere(self, config):
+            return ""
+
+    assert Stub(row, 512, SimpleNamespace(compile=lambda: None), []).run(AXES, keep=True) == 0
+    assert row.keys() == fields.keys() and row["warps"] == 4
+
+
+def test_the_row_that_is_searched_is_that_of_the_losses(table):
+    few, many = Loss("ntxent", 4096, 64, "fp32"), Loss("ntxent", 65536, 64, "fp32")
+    of = [tune_predicted.row_of("backward", 90, "all", 64, [loss]) for loss in (few, many)]
+    assert [row["max_n"] for row in of] == [4096, None]
+    with pytest.raises(StaticError, match="take different rows backward all"):
+        tune_predicted.row_of("backward", 90, "all", 64, [few, many])
+    with pytest.raises(StaticError, match="no row backward all for 256 columns"):
+        tune_predicted.row_of("backward", 90, "all", 256, [many])
 
 
 def test_candidates_are_legal_and_can_fit(table):
     axes = {"block_r": (64, 96, 128), "block_s": (64, 128), "block_d": (32, 64), "warps": (4, 8), "stages": (3,)}
     narrow = row_of(table, "backward", "none", 128)
     found = [tune_predicted.describe(one) for one in tune_predicted.candidates(narrow, 128, axes)]
-    assert found[0] == tune_predicted.describe(narrow) and len(set(found)) == len(found)
+    assert f"{found[0]} x 3" == tune_predicted.describe(narrow) and len(set(found)) == len(found)
     assert "64,64,128,4,3" in found and "128,128,128,8,3" in found
     assert "128,128,128,4,3" not in found and not any(one.startswith("96") for one in found)  # 256 registers; 128 / 96
     wide = row_of(table, "weights", "none", None)

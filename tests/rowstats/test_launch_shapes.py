@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastcl.kernels.common.launch import Config, config, evened, shares, waves
+from fastcl.kernels.common.launch import Config, cdiv, config, shares, square, waves
 
 SLOTS = 3 * 132
 
@@ -31,10 +31,34 @@ def test_waves_end_together(falling):
     assert waves(5, 1, 3, 264, falling) == (1, 1)
 
 
-def test_square_blocks_of_pairs_fill_the_multiprocessors_where_their_number_is_known():
-    assert evened(90, 2, 90) == 66  # 132 programs
-    assert [evened(64, each, 90) for each in (1, 2, 3, 4)] == [64, 64, 44, 64]
-    assert evened(90, 2, 75) == 90 and evened(1, 2, 90) == 1
+def ends(r: int, s: int | None, size: int, each: int, slots: int) -> int:
+    """When the products of all blocks of pairs end, one launch after the other."""
+    pieces = [[min(size, n - k) for k in range(0, n, size)] for n in (r, r if s is None else s)]
+    total = 0
+    for i, x in enumerate(pieces[0]):
+        for j, y in enumerate(pieces[1]):
+            if s is not None or i < j:
+                total += cdiv((x + y) * each, slots) * max(x, y)
+            elif i == j:
+                total += cdiv(x * each, slots) * x
+    return total
+
+
+def test_square_blocks_of_pairs_fill_the_slots_and_leave_no_ragged_end():
+    assert square(512, None, 90, 2, 132) == 66  # 2 x 132 programs
+    assert square(128, None, 64, 8, 168) == 45  # 64 take as many rounds as 84 would, 63 leave a block of 2
+    assert square(256, 256, 90, 6, 168) == 90
+    assert square(40, None, 64, 8, 168) == 40 and square(30, 50, 64, 8, 168) == 50 and square(64, 1, 64, 1, 1) == 64
+
+
+@pytest.mark.parametrize(("r", "s"), ((512, None), (100, None), (91, 300), (180, 180)))
+@pytest.mark.parametrize("slots", (132, 168, 252, 564))
+@pytest.mark.parametrize("each", (2, 3, 8))
+def test_a_square_block_of_pairs_is_the_largest_that_is_nearly_as_fast_as_any(r, s, slots, each):
+    found = square(r, s, 90, each, slots)
+    times = {size: ends(r, s, size, each, slots) for size in range(46, 91)}
+    nearly = [size for size, end in times.items() if end <= 1.03 * min(times.values())]
+    assert found == max(nearly)
 
 
 def test_slots_are_those_of_the_architecture():

@@ -154,8 +154,8 @@ def _small_l2(measured: str) -> Value:
 CARDS = {
     80: _card("A100", 108, 1.41, 2048,
         Value("fma", 64, _GUIDE),
-        Value("l2", 40, f"{_ESTIMATE}; white paper: 5,120 in all, 47 for each; gpu-benches, gpu-l2-cache/a100_80.txt: "
-            "5.4 TB/s, 36 for each", (28, 36, 47)),
+        Value("l2", 36, "measured by others: gpu-benches, gpu-l2-cache/a100_80.txt: 5.4 TB/s; white paper: 5,120 in "
+            "all, 47 for each", (28, 40, 47)),
         Value("dram", 1.7, f"{_ESTIMATE}, of 2.04; gpu-benches, the same file: 1.73"),
         Value("roof", 280, f"{_ESTIMATE}: 90 % of the peak"), Value("roof_mufu", 2.4, "16 a cycle")),
     86: _card("RTX A6000", 84, 1.8, 1024, _GEFORCE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from fastcl.rowstats.triton.working_order import COUNTED
 LOSSES = ("ntxent", "nscl", "supcon", "clip")
 PRECISIONS = ("fp16", "fp32")
 WIDTHS = (64, 128, 256, 512, 1024)
+BETWEEN = (192, 320)  # no powers of two: one side and two, with many rows
 ROWS = (4096, 65536)
 CLASSES = 10  # of equal size, in the labelled losses
 TEMPERATURE = 0.5
@@ -73,6 +75,8 @@ def losses(sm: int = 90) -> Iterator[Loss]:
             for d in WIDTHS:
                 for n in ROWS:
                     yield Loss(objective, n, d, precision)
+    for objective, precision, d in itertools.product(("ntxent", "clip"), PRECISIONS, BETWEEN):
+        yield Loss(objective, max(ROWS), d, precision)
     for d in (*hopper.WIDTHS, 512, 1024) if sm == 90 else ():
         yield from (Loss("ntxent", n, d, "fp16", by_hand=True) for n in ROWS)
 

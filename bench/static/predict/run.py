@@ -16,7 +16,7 @@ from bench.static.known import RESULTS
 from bench.static.predict import report
 from bench.static.predict.assumptions import CARDS, MACHINES, NOT_MODELLED, Machine
 from bench.static.predict.calibration import ARCH, Comparison, compare
-from bench.static.predict.calls import Loss, losses
+from bench.static.predict.calls import BETWEEN, Loss, losses
 from bench.static.predict.losses import Model, Predicted
 from fastcl.io.outputs import check_output, named_path
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 def default(arch: int) -> re.Pattern[str]:
     """The losses whose predictions are committed for an architecture, by their names."""
-    return pattern("" if arch == ARCH else "^ntxent ")
+    return pattern("" if arch == ARCH else f"^ntxent | d=({'|'.join(map(str, BETWEEN))})$")
 
 
 def committed(arch: int) -> list[Record]:
@@ -110,7 +110,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--arch", default=f"sm_{ARCH}", choices=names, help="(default: %(default)s)")
     add("--only", type=pattern, metavar="REGEX",
         help=f"only the losses with this in their names, such as '^{next(losses()).name}$' (default: all of sm_{ARCH}, "
-             "NT-Xent of others)")  # fmt: skip
+             f"of others NT-Xent, and {BETWEEN[0]} and {BETWEEN[1]} columns)")  # fmt: skip
     add("--json", type=named_path, metavar="FILE", help="write the records: losses by pass, and their kernels")
     add("--sensitivity", action="store_true", help="also with each weak assumption changed (minutes)")
     add("--accept", action="store_true", help="commit these predictions: rewrite the files in bench/results/static/")

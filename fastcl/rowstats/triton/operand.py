@@ -178,8 +178,10 @@ class Operand:
 
 
 def tabled(kernel: str, device: torch.device, mode: str, d: int, n: int) -> Config | None:
-    """`config` for a device and working copies of width d; those in pieces take the rows for any width."""
-    return config(kernel, _architecture(device), mode, max(d, NARROW + 1) if _in_pieces(d) else d, n)
+    """`config` for a device and working copies of width d. Those in pieces take the rows for any width, but for the
+    product, which always takes pieces."""
+    whole = not _in_pieces(d) or kernel == "product"
+    return config(kernel, _architecture(device), mode, d if whole else max(d, NARROW + 1), n)
 
 
 def online_tile(call: Call, device: torch.device, d: int) -> Config:

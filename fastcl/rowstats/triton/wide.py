@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from fastcl.kernels.common.arguments import fixed
-from fastcl.kernels.common.launch import Config, cdiv, evened, launch, launch_sides
+from fastcl.kernels.common.launch import Config, cdiv, launch, launch_sides, square
 from fastcl.kernels.contrastive import wide
 from fastcl.rowstats.triton import hopper
 from fastcl.rowstats.triton.operand import ALIGN, WORKSPACE, Call
@@ -21,15 +21,15 @@ _MASKED = 24  # tiles of a program that looks for masked ones
 def columns(width: int, most: int) -> tuple[int, int]:
     """Columns of a program of `product_kernel`: a power of two, and another one beside it, or 0.
 
-    Blocks of `most` columns, if they exceed the rows by a fourth at most. Otherwise narrower ones for as many programs;
-    below 128 columns more programs, since two products for a tile of weights are predicted to be slower there.
+    Blocks of `most` columns, if they exceed the rows by a fourth at most, or if narrower ones for as many programs had
+    less than 128 columns: two products for a tile of weights are predicted to be slower there.
     """
     programs = cdiv(width, most)
-    if 4 * programs * most <= 5 * width:
-        return most, 0
     each = cdiv(width, 32 * programs) * 32
     block = 1 << (each.bit_length() - 1)
-    return block, triton.next_power_of_2(each - block) if block >= 128 else 0
+    if 4 * programs * most <= 5 * width or block < min(width, 128):
+        return most, 0
+    return block, triton.next_power_of_2(each - block)
 
 
 def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor, acc_s: Tensor | None) -> None:
@@ -42,12 +42,13 @@ def accumulate(r: Side, s: Side, call: Call, flag: Tensor | None, acc: Tensor, a
     halves = 1 if call.split == "none" else 2
     most = int((WORKSPACE / (2 * halves)) ** 0.5) // ALIGN
     chosen = s.operand.chosen("product", call.split)
-    # By the table's columns: blocks even for those of `columns` are predicted to be no faster, on sm_89 14 % slower.
-    strips = ALIGN // chosen.block_r * cdiv(s.operand.width, chosen.block_d)
+    width = s.operand.width
+    each = ALIGN // chosen.block_r * cdiv(width, sum(columns(width, chosen.block_d)))
+    blocks = [x.operand.rows // ALIGN for x in (r, s)]
+    size = square(blocks[0], None if r is s else blocks[1], most, each, chosen.slots) * ALIGN
     by_hand = hopper.chosen("weights_hopper", s.operand, call)
-    rows = max(r.operand.rows, s.operand.rows)
-    size = min(evened(most, strips, r.operand.sm) * ALIGN, rows)
     if by_hand:  # blocks of one size, of whole tiles
+        rows = max(r.operand.rows, s.operand.rows)
         tile = lcm(by_hand.block_r, by_hand.block_s)
         size = cdiv(rows, cdiv(rows, size) * tile) * tile
     w = torch.empty(halves, size, size, dtype=r.operand.z.dtype, device=acc.device)
