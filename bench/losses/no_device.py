@@ -56,6 +56,7 @@ def _load(folder: Path) -> None:
     library = folder / "libcuda.so.1"
     options = "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"
     subprocess.run([compiler, *options, "-o", library, SOURCE], check=True)
+    (folder / "libcuda.so").symlink_to(library.name)  # by which Triton 3.3 links its own code
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # where the launcher's own compilation looks for it
     with warnings.catch_warnings():

@@ -146,7 +146,7 @@ def _gradient(
         masked, masked_end = coarse_share(walk.n_masked, split, 4)
         if masked == masked_end:
             return
-    if PLAIN and MASKED and TILE.SKIPS:
+    if (PLAIN and MASKED) and TILE.SKIPS:
         if walk.n_masked < tl.num_programs(1):  # in one row, so that all programs have nearly as many tiles
             start, end = share(walk.n_plain + walk.n_masked, split)
             first = tl.minimum(start, walk.n_plain)

@@ -199,7 +199,7 @@ def forward_kernel(
         b_other += _plain_tiles(block, s, parts, p_part, walk, mine, logits, r.n, TILE)
     if MASKED:
         # With 64 columns, and for other terms than exponentials, there are no registers for it; peers gain nothing.
-        AT_END: tl.constexpr = PLAIN and not TILE.PEERS and TILE.D > 64 and TILE.TERM == "exponential"
+        AT_END: tl.constexpr = (PLAIN and not TILE.PEERS) and (TILE.D > 64 and TILE.TERM == "exponential")
         masked = _masked_tiles(block, r, s, parts, p_part, walk, mine, logits, TILE, SYMMETRIC, AT_END)
         b_other += masked.other
         b_peer = masked.peer

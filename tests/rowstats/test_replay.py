@@ -63,8 +63,9 @@ X = torch.arange(12.0).reshape(4, 3)
         lambda: (X, None, 1),
         lambda: (X, torch.zeros(4, 3, dtype=torch.float64), 1),
         lambda: (X.to("meta"), X + 0, 1),
+        lambda: (X, torch.arange(-1.0, 12.0)[1:].view(4, 3), 1),
     ),
-    ids=("shape", "strides", "dtype", "number", "length", "none", "dtype of the second", "device"),
+    ids=("shape", "strides", "dtype", "number", "length", "none", "dtype of the second", "device", "address"),
 )
 def test_other_calls_are_not_mistaken_for_it(change) -> None:
     def function(x, *rest):
@@ -81,7 +82,7 @@ def test_other_calls_are_not_mistaken_for_it(change) -> None:
     assert found[0].is_meta or torch.equal(found[0], args[0] * args[-1])
 
 
-def test_saved_tensors_are_told_apart_by_their_shapes_or_by_the_recording_that_gave_them() -> None:
+def test_saved_tensors_are_told_apart_as_all_others_or_by_the_recording_that_gave_them() -> None:
     ran: list[int] = []
 
     def function(x, saved, factor):
@@ -95,6 +96,9 @@ def test_saved_tensors_are_told_apart_by_their_shapes_or_by_the_recording_that_g
     (none, _), recording = replay.run(function, (X,), (2,), (None,))
     assert none is recording is None
     assert torch.equal(replay.run(function, (X,), (2,), (X[:2],))[0][0], 2 * X[:2]) and len(ran) == 4
+    for other in (X.half(), X.T.contiguous().T, torch.arange(-1.0, 12.0)[1:].view(4, 3)):  # as hooks may return them
+        assert replay.run(function, (X,), (2,), (other,))[1] is None
+    ran[4:] = ()
     for k in range(4):
         for rows, after in ((3, abs), (2, max)):
             (found, _), _ = replay.run(function, (X,), (2,), (X[:rows] + k,), after)

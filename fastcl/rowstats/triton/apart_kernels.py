@@ -46,7 +46,7 @@ def _forward(*args) -> tuple[Tensor, ...]:
     return replayed(_statistics, args[:5], args[5:])
 
 
-def _statistics(x, y, labels, labels_y, *asked) -> tuple[Tensor, ...]:
+def _statistics(x, y, labels, labels_y, *asked) -> tuple[Tensor | None, ...]:
     """Statistics (5, N), of which the first two rows are 0, counts (3, N), `theirs` as of `apart`, and `Saved`.
 
     Where the logits may leave the range of a fixed shift, `theirs` has a sixth row: the other ranks' flags.

@@ -2,8 +2,8 @@
 
 Where kernels are compiled, a launch starts what Triton compiled when it was recorded, without Triton's look at every
 argument, which takes longer than all the rest. It is given addresses, so that memory which launches alone use need not
-be tensors. What was compiled may count on addresses that are multiples of 16 bytes. Memory that is allocated has such
-ones; for given tensors that have not, the function returns None.
+be tensors. What was compiled follows from which addresses are multiples of 16 bytes: given tensors have to begin,
+modulo 16, where the recorded ones did.
 """
 
 from __future__ import annotations
@@ -13,22 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastcl.kernels.common import launch as launching
 from fastcl.rowstats.triton.recording import Memory, Name, Operation, Recorder, Rows, Started, Step
 
-_ALIGNED = 16  # bytes: to Triton an address is a multiple of it or anything
 _SMALL = 2**20  # bytes of memory that shares an allocation, and so is released last
 _APART = 512  # bytes between those that share one
 _VARIABLE = re.compile(r"\b(?:at_\w+|made\d+|tuple\d+|scratch)\b")
 
 
-def function_of(recorder: Recorder, tensors: Sequence[Tensor | None], results: tuple[Any, ...]) -> Callable | None:
+def function_of(recorder: Recorder, results: tuple[Any, ...]) -> Callable | None:
     """The function of the recorded tensors; None if something cannot be repeated.
 
     Args:
-        tensors: those that were given.
         results: what it returns, with names in place of tensors.
     """
     steps = recorder.steps
@@ -36,14 +33,8 @@ def function_of(recorder: Recorder, tensors: Sequence[Tensor | None], results: t
         return None
     parameters = [f"none{k}" if name is None else name for k, name in enumerate(recorder.given)]
     launches = [step for step in steps if isinstance(step, Started)]
-    if launches and all(step.compiled is not None for step in launches):
-        aligned = {
-            name for name, t in zip(recorder.given, tensors, strict=True)
-            if name is not None and t is not None and t.data_ptr() % _ALIGNED == 0
-        }  # fmt: skip
-        source: _Source = _Addressed(steps, results, aligned)
-    else:
-        source = _Source()
+    is_compiled = launches and all(step.compiled is not None for step in launches)
+    source = _Addressed(steps, results) if is_compiled else _Source()
     return source.function(parameters, steps, results)
 
 
@@ -144,9 +135,8 @@ class _Source:
 class _Addressed(_Source):
     """The same where kernels are compiled."""
 
-    def __init__(self, steps: Sequence[Step], results: tuple[Any, ...], aligned: set[Name]) -> None:
+    def __init__(self, steps: Sequence[Step], results: tuple[Any, ...]) -> None:
         super().__init__()
-        self.aligned = aligned
         # What has to be a tensor: results, and what PyTorch computes with. Of what is launched, addresses do.
         self.tensors = _names([results, *([step.args, step.options] for step in steps if isinstance(step, Operation))])
         self.located = _names([step.launch.arguments for step in steps if isinstance(step, Started)])
@@ -157,10 +147,7 @@ class _Addressed(_Source):
         self.small: dict[Name, int] = {}  # where it begins in the memory that is shared
 
     def begin(self, parameters: Sequence[str], steps: Sequence[Step]) -> None:
-        given = [name for name in parameters if isinstance(name, Name) and name in self.located]
-        self.locate(given)
-        if checked := [f"at_{name}" for name in given if name in self.aligned]:
-            self.lines.append(f"if ({' | '.join(checked)}) % {_ALIGNED}: return None")
+        self.locate([name for name in parameters if isinstance(name, Name)])
         shared = [step for step in steps if isinstance(step, Memory) and self.is_shared(step)]
         end = 0
         for step in shared:

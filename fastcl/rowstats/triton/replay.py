@@ -39,8 +39,8 @@ def run(
         host: takes the tensors, the first of which is no None, then the saved ones and the options. What it does may
             follow from shapes, strides, dtypes and options, but not from what the tensors hold. The first tensor's
             device becomes the current one.
-        saved: results of another host function for these tensors, so that strides and dtypes need no look.
-        after: the recording that gave the saved tensors, which then need no look at all.
+        saved: results of another host function for these tensors.
+        after: the recording that gave the saved tensors, which then need no look.
     """
     first = tensors[0]
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
@@ -48,16 +48,16 @@ def run(
             return run(host, tensors, options, saved, after)
     if first.shape[0] > MOST_ROWS or launching.is_recording():
         return host(*tensors, *saved, *options), None
-    facts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    facts = _facts(tensors)
     key = shortcut = host, options, launching.forced_architecture(), after, *facts
     found = _recordings.get(key)
     if found is None and saved:
-        key = *key[:3], *[None if t is None else t.shape for t in saved], *facts
+        key = *key[:3], *_facts(saved), *facts
         found = _recordings.get(key)
         if found is not None and after is not None:
             _remember(shortcut, found)
-    if found is not None and (results := found(*tensors, *saved)) is not None:
-        return results, found
+    if found is not None:
+        return found(*tensors, *saved), found
     if key not in _recordings and _is_due(key) and _are_different([*tensors, *saved]):
         return _record(key, host, [*tensors, *saved], options), None
     return host(*tensors, *saved, *options), None
@@ -67,6 +67,11 @@ def forget() -> None:
     """Forget all recordings, because launches are chosen in another way from now on."""
     _seen.clear()
     _recordings.clear()
+
+
+def _facts(tensors: Sequence[Tensor | None]) -> list[tuple[Hashable, ...] | None]:
+    """What a recording may follow from. What Triton compiles follows from addresses too, modulo 16."""
+    return [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors]
 
 
 def _is_due(key: Any) -> bool:
@@ -88,7 +93,7 @@ def _record(key: Any, host: Host, tensors: Sequence[Tensor | None], options: tup
     with recorder, launching.recorded_by(recorder.launch):
         results = host(*tensors, *options)
     try:
-        found = function_of(recorder, tensors, recorder.seen(results))
+        found = function_of(recorder, recorder.seen(results))
     except Unknown:
         found = None
     _remember(key, found)

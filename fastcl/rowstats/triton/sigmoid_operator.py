@@ -37,7 +37,7 @@ def _forward(*args) -> tuple[Tensor, ...]:
     return replayed(_statistics, args[:6], args[6:])
 
 
-def _statistics(x, y, sample, sample_y, *options) -> tuple[Tensor, ...]:
+def _statistics(x, y, sample, sample_y, *options) -> tuple[Tensor | None, ...]:
     """Sums (N,), statistics of the pairs (2, N), then what is saved: working copies, inverse norms and orders of both
     sides, and the scales of rows that are not normalised.
 
