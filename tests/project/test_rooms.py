@@ -47,6 +47,17 @@ def private_imports(text: str, path: Path) -> list[str]:
     ]
 
 
+def chained(text: str, path: Path) -> list[str]:
+    """`a and b and c` in a kernel, which Triton 3.3 cannot parse."""
+    return [
+        f"{path}:{node.lineno}: Triton 3.3 wants parentheses: {ast.unparse(node)}"
+        for kernel in ast.walk(ast.parse(text))
+        if isinstance(kernel, ast.FunctionDef) and "triton.jit" in map(ast.unparse, kernel.decorator_list)
+        for node in ast.walk(kernel)
+        if isinstance(node, ast.BoolOp) and len(node.values) > 2
+    ]
+
+
 def long_calls(text: str, path: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(text)):
@@ -124,3 +135,9 @@ def test_no_function_says_what_another_one_says():
     paths = python_files("fastcl", "kernels", "bench")
     found = repetitions({path.as_posix(): (ROOT / path).read_text(encoding="utf-8") for path in paths})
     assert not found, "\n".join(found)
+
+
+def test_kernels_parse_on_the_oldest_triton():
+    kernel = "@triton.jit\ndef f(a, b, c):\n    return a and b and c"
+    assert chained(kernel, Path("kernels/x.py")) and not chained(kernel.replace("a and b", "(a and b)"), Path("x.py"))
+    assert not (found := complaints(chained, "kernels")), found
