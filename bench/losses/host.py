@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     command = Command("losses.host", _TEXTS, "tiny")
     args = command.parse(argv)
     torch.set_num_threads(1)
-    with no_device.compiled():
+    with command.refusing(), no_device.compiled():
         records = list(measured(*((2, 3) if args.tiny else (ROUNDS, CALLS))))
     text = report(records)
     write(args.out, "host", records, text)

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 import fastcl
+from fastcl.errors import FastclError
 
 SOURCE = Path(__file__).with_suffix(".c")
 _KERNELS = "order", "prepare", "forward", "statistics", "backward_prologue", "backward", "wide", "backward_epilogue"
@@ -26,11 +27,13 @@ _KERNELS = "order", "prepare", "forward", "statistics", "backward_prologue", "ba
 def compiled() -> Iterator[None]:
     """Within the block, CPU tensors go to the Triton backend, whose kernels are compiled and launched, but not run.
 
-    From then on the process can't use a GPU. Kernels must not have been imported for Triton's interpreter.
+    From then on the process can't use a GPU.
 
     Raises:
-        RuntimeError: there is no C compiler.
+        FastclError: there is no C compiler, or kernels are for Triton's interpreter in this process.
     """
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise FastclError("kernels have to be compiled: unset TRITON_INTERPRET")
     with TemporaryDirectory() as folder:
         _load(Path(folder))
         from triton.backends.compiler import GPUTarget
@@ -50,9 +53,10 @@ def compiled() -> Iterator[None]:
 
 def _load(folder: Path) -> None:
     """Load the driver in place of the machine's, if it has one."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    wanted = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]  # as Triton does
+    compiler = next(filter(None, map(shutil.which, wanted)), None)
     if compiler is None:
-        raise RuntimeError("no C compiler was found, which Triton needs to launch kernels; set CC")
+        raise FastclError(f"no C compiler was found, which Triton needs to launch kernels: {', '.join(wanted)}; set CC")
     library = folder / "libcuda.so.1"
     options = "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"
     subprocess.run([compiler, *options, "-o", library, SOURCE], check=True)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastcl
-from bench.losses import host
+from bench.losses import host, no_device
+from fastcl.errors import FastclError
 from fastcl.kernels.common import launch
 from fastcl.rowstats.triton import repeated, replay
 
@@ -53,6 +54,21 @@ def test_calls_are_launched_replayed_or_neither(monkeypatch) -> None:
         call()
     assert len(listed) == 6 * each and len(recorded) == 4
     replay.forget()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"TRITON_INTERPRET": "1"}, "unset TRITON_INTERPRET"),
+        ({"CC": "no-such-cc"}, "no C compiler was found.*no-such-cc"),
+    ),
+)
+def test_what_it_needs(change: dict[str, str], message: str, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FastclError, match=message), no_device.compiled():
+        pass
 
 
 def test_the_command_compiles_and_reports_every_loss_and_provider(tmp_path: Path) -> None:
