@@ -43,8 +43,10 @@ class Losses(NamedTuple):
     arrived: Any  # (2,) int32: programs of `finish_kernel` and of `forward_online_kernel` that are done; 0 at first
     ready: Any  # Ready; None: the losses are not reduced, or there are several objectives
     factor: float  # of a row's loss in the total
-    first: int  # number of this launch's first program
-    programs: int  # of all launches
+    # Rows before this launch and of all launches, whole programs of `finish_kernel` each. Not numbers of programs:
+    # behind a branch Triton 3.6 takes a 1 in a tuple of tuples for None.
+    start: int
+    end: int
 
 
 @triton.jit
@@ -106,15 +108,14 @@ def _store_weights(losses, i_p, o_n, m_n, b_n_p, b_n_o, slopes, found, BLOCKS: t
 
 @triton.jit
 def evaluate(
-    losses, i_p, o_n, b_src, m_n, counts, found, n, BLOCKS: tl.constexpr, ONLINE: tl.constexpr, CODES
+    losses, i_p, programs, o_n, b_src, m_n, counts, found, n, BLOCKS: tl.constexpr, ONLINE: tl.constexpr, CODES
 ):  # fmt: skip
-    """Losses of rows whose statistics are found, and program i_p's part of their total; returns whether it came last,
-    to `complete` them.
+    """Losses of rows whose statistics are found, and the part of program i_p of so many in their total; returns whether
+    it came last, to `complete` them.
 
     With ONLINE, repeated by BLOCKS programs for each one of `finish_kernel`, which are counted apart.
     """
     b_n_v, b_n_p, b_n_o = counts
-    programs = losses.programs * BLOCKS if ONLINE else losses.programs
     for i_k in tl.static_range(len(CODES)):
         b_loss, b_mean, b_spread, b_linear, b_peer, b_other = objective_rows(
             found.mean_view, found.spread_view, found.mean_peer, found.lse_peer, found.lse_other, b_n_v, b_n_p, b_n_o,
@@ -148,7 +149,7 @@ def _requested(losses, first, ROWS: tl.constexpr, BLOCKS: tl.constexpr, ALIGN: t
     for RELATION in tl.static_range(1, 3 if PEERS else 1):  # without peers their weights are 0
         p_relation = p_weights + RELATION * ready.rows
         b_weights = b_weights + (tl.load(p_relation, mask=m_b[:, None], other=0.0, cache_modifier=".cg"),)
-    return b_weights, tl.load(ready.maxima + losses.first * BLOCKS + o_b, mask=m_b, other=0.0, cache_modifier=".cg")
+    return b_weights, tl.load(ready.maxima + losses.start // EACH + o_b, mask=m_b, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -178,10 +179,11 @@ def complete(
 ):  # fmt: skip
     """The totals of one side or, with TWO, of two (Losses), and one scale for their weights, once all programs have
     stored their parts."""
-    programs = one.programs * BLOCKS if ONLINE else one.programs
+    blocks = one.end // ALIGN * BLOCKS
+    programs = blocks if ONLINE else one.end // ALIGN
     ROWS: tl.constexpr = 1024 if ONLINE else 4096  # running maxima leave few registers
     if one.ready is not None:
-        b_maxima = _gathered(one.ready.maxima, one.programs * BLOCKS, MANY, True)
+        b_maxima = _gathered(one.ready.maxima, blocks, MANY, True)
         requested = _requested(one, 0, ROWS, BLOCKS, ALIGN, PEERS)
         tl.debug_barrier()  # ptxas puts off requests until their results are needed, but not beyond a barrier
     for i_k in tl.static_range(len(CODES)):

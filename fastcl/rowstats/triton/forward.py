@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -69,9 +70,9 @@ def statistics(
 def results(operands: Sequence[Operand], call: Call) -> list[Result]:
     """Uninitialised results; reduced losses are those of all operands together."""
     device, count = operands[0].z.device, len(call.codes)
-    blocks = [cdiv(operand.n, ALIGN) for operand in operands]
-    programs, reduced = sum(blocks), call.reduced
-    most = programs * online_blocks(call, device, operands[0].width)
+    ends = list(accumulate((cdiv(operand.n, ALIGN) * ALIGN for operand in operands), initial=0))
+    reduced = call.reduced
+    most = ends[-1] // ALIGN * online_blocks(call, device, operands[0].width)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -87,14 +88,14 @@ def results(operands: Sequence[Operand], call: Call) -> list[Result]:
         n = operand.n
         rows = None if reduced else empty(count, n)
         ready = None if scales is None else Ready(empty(5, operand.rows), operand.rows, *scales)
-        losses = Losses(rows, *shared, ready, call.factor(n) if reduced else 1.0, sum(blocks[:k]), programs)
+        losses = Losses(rows, *shared, ready, call.factor(n) if reduced else 1.0, ends[k], ends[-1])
         found.append(Result(empty(5, n), None if count else empty(3, n, dtype=torch.int64), losses))
     return found
 
 
 def is_many(found: Sequence[Result], blocks: int) -> bool:
     """`Wave.MANY` for kernels with at most so many programs for each block of rows."""
-    return found[0].losses.programs * blocks > AT_ONCE.value
+    return found[0].losses.end // ALIGN * blocks > AT_ONCE.value
 
 
 def _tiles(
