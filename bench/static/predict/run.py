@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 def default(arch: int) -> re.Pattern[str]:
     """The losses whose predictions are committed for an architecture, by their names."""
-    return pattern("" if arch in (ARCH, 100) else "^ntxent ")
+    return pattern("" if arch == ARCH else "^ntxent ")
 
 
 def committed(arch: int) -> list[Record]:
@@ -110,7 +110,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--arch", default=f"sm_{ARCH}", choices=names, help="(default: %(default)s)")
     add("--only", type=pattern, metavar="REGEX",
         help=f"only the losses with this in their names, such as '^{next(losses()).name}$' (default: all of sm_{ARCH}, "
-             "and sm_100, NT-Xent of others)")  # fmt: skip
+             "NT-Xent of others)")  # fmt: skip
     add("--json", type=named_path, metavar="FILE", help="write the records: losses by pass, and their kernels")
     add("--sensitivity", action="store_true", help="also with each weak assumption changed (minutes)")
     add("--accept", action="store_true", help="commit these predictions: rewrite the files in bench/results/static/")
