@@ -9,7 +9,7 @@ from static_gate import gate
 
 from bench.static.compile import obstacle
 from bench.static.predict import calls, report, run
-from bench.static.predict.assumptions import MACHINES, OPTIMISTIC, TABLE
+from bench.static.predict.assumptions import CARDS, MACHINES, OPTIMISTIC, TABLE
 from bench.static.predict.calibration import FIGURES, Comparison
 from bench.static.predict.calls import Loss
 from bench.static.predict.launches import Prediction
@@ -126,7 +126,7 @@ def test_the_sensitivity_changes_each_weak_assumption(stub, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "sm_100"], "sm_100 is not modelled: tcgen05"),
+        (["--arch", "sm_75"], "invalid choice: 'sm_75'"),
         (["--only", "["], "is no regular expression"),
         (["--only", "nothing"], "no loss has 'nothing' in its name, such as 'ntxent fp16 n=4,096 d=64'"),
         (["--workers", "0"], "must be at least 1, got 0"),
@@ -172,7 +172,7 @@ def test_the_committed_predictions_are_whole_and_called_predicted():
         assert by_hand < min(most, plain)
     text = (run.RESULTS / "predicted-sm_90.md").read_text(encoding="utf-8")
     assert text.startswith(f"# Predicted times, sm_90, Triton {rows[0]['triton']}\n\nNothing here is measured")
-    assert all(row.source in text for row in TABLE) and "## If an assumption is wrong" in text
+    assert all(row.source in text for row in CARDS[90].table) and "## If an assumption is wrong" in text
 
 
 # Losses whose launches the static gate compiles anyway, and the published figures.

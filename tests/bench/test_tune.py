@@ -256,7 +256,7 @@ def test_candidates_are_legal_and_can_fit(table):
         (["forward", "none", "96"], "no loss has '^ntxent fp16 n=65,536 d=96$' in its name; --losses chooses others"),
         (["forward", "none", "64", "--losses", "["], "'[' is no regular expression"),
         (["forward", "none", "64", "--workers", "0"], "must be at least 1, got 0"),
-        (["forward", "peers", "64", "--arch", "sm_100"], "invalid choice: 'sm_100'"),
+        (["forward", "peers", "64", "--arch", "sm_75"], "invalid choice: 'sm_75'"),
     ],
 )
 def test_what_cannot_be_searched_is_named(capsys, arguments, message):

@@ -233,3 +233,11 @@ def test_rows_without_a_backward_row_take_the_route_of_wide_ones(sm: int, name: 
         with tables_own_tiles(), on_architecture(sm):
             ran = check([name], normal(len(sample), 200).float(), sample, labels, 0.2, precision)
         assert bool(ran.of("product_kernel")) == wide == (not ran.of("backward_kernel"))
+
+
+@pytest.mark.parametrize("precision", ("fp16", "fp32"))
+@pytest.mark.parametrize("d", (40, 100, 200, 300))
+def test_losses_with_the_tiles_of_sm_100(d: int, precision: str) -> None:
+    sample, labels = uneven_batch()
+    with tables_own_tiles(), on_architecture(100):
+        check(["ntxent", "supcon"], normal(len(sample), d).float(), sample, labels, 0.2, precision)

@@ -14,7 +14,10 @@ from fastcl.rowstats.triton.wide import columns
 
 WIDTHS = (129, 150, 160, 191, 192, 193, 255)
 # Architecture, split, and whether the table has a tile of 256 columns for the backward pass.
-HELD = ((90, "none", True), (90, "peers", False), (90, "all", False), (80, "none", False), (100, "all", True))
+HELD = (
+    (90, "none", True), (90, "peers", False), (90, "all", False), (80, "none", False), (100, "peers", True),
+    (100, "all", False),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("sm", "split", "held"), HELD)

@@ -27,7 +27,8 @@ class Assumption:
 
 @dataclass(frozen=True)
 class Machine:
-    """A card. Rates are per multiprocessor and clock cycle, latencies in cycles. The defaults are an H200 (sm_90)."""
+    """A card. Rates are per multiprocessor and clock cycle, latencies in cycles. The defaults are an H200 (sm_90); 0 is
+    for what a card does not have."""
 
     multiprocessors: float = 132
     clock: float = 1.755
@@ -43,6 +44,8 @@ class Machine:
     shared_latency: float = 29
     shuffle_latency: float = 24
     barrier: float = 22
+    tmem: float = 0
+    tmem_latency: float = 0
     l2: float = 34
     load_latency: float = 600
     start: float = 1000
@@ -82,6 +85,8 @@ TABLE = (
     Assumption("shared_latency", "cycles", "of a load from shared memory", _ESTIMATE),
     Assumption("shuffle_latency", "cycles", "of a shuffle", _ESTIMATE),
     Assumption("barrier", "cycles", "of a barrier after its last warp", _ESTIMATE, (40,)),
+    Assumption("tmem", "bytes", "between tensor memory and registers", "sm_100 alone has it"),
+    Assumption("tmem_latency", "cycles", "of a load from tensor memory or a store to it", "sm_100 alone has it"),
     Assumption("l2", "bytes", "read from L2 by one multiprocessor while all read", _ESTIMATE, (28, 40)),
     Assumption("load_latency", "cycles", "of a load from L2 or memory under load", _ESTIMATE, (350, 800)),
     Assumption("start", "cycles", "to start and to end a program, beyond its instructions", _ESTIMATE, (300, 2000)),
@@ -118,11 +123,12 @@ class Card:
 
     @property
     def table(self) -> tuple[Assumption, ...]:
-        """The table of its assumptions."""
+        """The table of its assumptions, but for what it does not have."""
         own = {one.name: one for one in self.values}
         return tuple(
             replace(row, source=own[row.name].source, weak=own[row.name].weak) if row.name in own else row
             for row in TABLE
+            if getattr(self.machine, row.name)
         )
 
 
@@ -151,6 +157,30 @@ def _small_l2(measured: str) -> Value:
     return Value("l2", 16, f"measured by others: {measured}", (14, 18))
 
 
+_MEASURED = "SemiAnalysisAI/microbench-blackwell"
+_B200 = (
+    Value("multiprocessors", 148, "data sheet of the B200"),
+    Value("clock", 1.85, "estimate; the peak of 2,250 TFLOP/s is at 1.856. Others: 1.965 at most, less under load",
+        (1.6, 1.96)),
+    Value("tensor", 8192, f"{_MEASURED}, umma_throughput: UTCHMMA of 128 or of 64 rows takes half a cycle a column"),
+    Value("hmma", 2048, f"{_ESTIMATE}; gau-nernst/learn-cuda, 02e_matmul_sm100: 383 TFLOP/s, 1,400", (1400,)),
+    Value("queue", 64, f"{_ESTIMATE}; {_MEASURED}: 256 in a row are issued as fast as they run", (4,)),
+    Value("tensor_latency", 120, f"{_MEASURED}, umma_latency: 104 with the first operand in tensor memory, 120 with "
+        "64 rows in shared memory, 136 with 128; from the product's end", (104, 136)),
+    Value("shared", 128, f"{_MEASURED}, umma_throughput: operands; conflicts are ignored", (110,)),
+    Value("tmem", 512, f"{_ESTIMATE}: a register of each thread in a cycle", (256,)),
+    Value("tmem_latency", 30, _ESTIMATE, (15, 150)),
+    Value("alu", 64, "CUDA C++ Best Practices Guide 13.4, 12.1.1; 128 integer sums", (128,)),
+    Value("l2", 48, f"{_ESTIMATE}; gau-nernst/learn-cuda, 02e_matmul_sm100, v4: 1,054 TFLOP/s with tiles of 128 x 128, "
+        "60 by TMA", (34, 60)),
+    Value("load_latency", 700, f"{_ESTIMATE}; Chips and Cheese, Nvidia's B200: 150 ns from the near half of L2; "
+        f"{_MEASURED}: 1,150 from the card's memory", (450, 1100)),
+    Value("dram", 6.7, f"{_MEASURED}, ldgsts_throughput, of 7.7"),
+    Value("roof", 1400, "cuBLAS on a B200: 1,359 to 1,414 (gau-nernst/learn-cuda, 02e_matmul_sm100)"),
+    Value("roof_mufu", 4.38, "16 a cycle; FlashAttention-4, arXiv 2603.05451"),
+)  # fmt: skip
+
+
 CARDS = {
     80: _card("A100", 108, 1.41, 2048,
         Value("fma", 64, _GUIDE),
@@ -166,6 +196,7 @@ CARDS = {
         _small_l2("gpu-benches, gpu-cache/l40.txt: 5.71 TB/s on an L40 (142 at 2.49 GHz), 16.1; gpu-l2-cache: 14.7"),
         Value("dram", 0.78, f"{_ESTIMATE}, of 0.864; gpu-benches, gpu-l2-cache/l40.txt: 0.80 on an L40")),
     90: Card("H200"),
+    100: Card("B200", _B200),
     120: _card("RTX PRO 6000 Blackwell", 188, 2.6, 1024,
         Value("clock", 2.6, "data sheet: 125 TFLOP/s of float32; others have seen 2.2 to 2.35 under load", (2.2,)),
         replace(_GEFORCE, source="others: 504 TFLOP/s at 2.617 GHz, 360 to 390 measured; 512 on GeForce"),
@@ -174,6 +205,3 @@ CARDS = {
         Value("dram", 1.6, f"{_ESTIMATE}, of 1.79; others have measured 1.46 for a copy", (1.46,))),
 }  # fmt: skip
 MACHINES = {arch: card.machine for arch, card in CARDS.items()}
-NOT_MODELLED = {
-    100: "tcgen05 and tensor memory: their queue, their latencies and their loads are not published",
-}

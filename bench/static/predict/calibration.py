@@ -48,6 +48,7 @@ class Figure:
 _D128 = ((128, 64, 128, 8, 3), (128, 32, 128, 4, 3), (128, 64, 128, 4, 2), (64, 64, 128, 4, 2))
 _D64 = ((128, 64, 64, 4, 3), (128, 32, 64, 4, 3), (64, 64, 64, 4, 3))
 _PRODUCTS = ((128, 128, 32, 8, 3), (128, 64, 32, 4, 4), (64, 128, 32, 4, 3))
+_D128_TENSOR_MEMORY = ((128, 32, 128, 4, 3), (128, 64, 128, 8, 3), (128, 128, 128, 8, 3), (64, 64, 128, 4, 3))
 _GEFORCE = {"hmma": 512}
 FIGURES = (
     Figure("FlashAttention forward in Triton, D = 128", "attention_kernel", (487, 487),
@@ -63,6 +64,12 @@ FIGURES = (
     Figure("matrix product in Triton, 95.7 % of the tensor cores' rate", "matmul_kernel", (28.9, 28.9),
         "triton-lang/triton, issue 10851", _PRODUCTS, 89, "RTX 4060",
         {"multiprocessors": 24, "clock": 2.46, **_GEFORCE}),
+    Figure("FlashAttention forward in Triton, D = 128", "attention_kernel", (594, 746),
+        "arXiv 2603.05451 (1,605, up to 2.7 times Triton's); meta-pytorch/tritonbench, pull request 1014 (tutorial: "
+        "671 to 746 from 8,192 rows on, perhaps with specialised warps)", _D128_TENSOR_MEMORY, 100, "B200"),
+    Figure("matrix product in Triton, pipelined", "matmul_kernel", (840, 913),
+        "facebookexperimental/triton, pull request 854 (column pipelined: one group of warps, copies by TMA, 750 W)",
+        ((128, 256, 64, 8, 4), (128, 256, 64, 4, 4), (128, 128, 64, 8, 4)), 100, "B200"),
     Figure("FlashAttention-2 forward, D = 128", "attention_kernel", (187, 191),
         "gau-nernst/learn-cuda, 07_attention", _D128, 120, "RTX 5090",
         {"multiprocessors": 170, "clock": 2.407, **_GEFORCE}),

@@ -15,6 +15,7 @@ from bench.static.predict.assumptions import Machine
 from bench.static.predict.multiprocessor import Multiprocessor
 from bench.static.predict.paths import Loop, Paths, has_product
 from bench.static.predict.pipes import NotModelled, Op, by_pipe, decode, flops
+from bench.static.predict.tensor_memory import settled
 from bench.static.predict.work import Tiles, Work
 from bench.static.report import occupancy
 from bench.static.sass import Instruction
@@ -158,7 +159,7 @@ class Kernel:
 @lru_cache(maxsize=512)
 def paths_of(listing: str) -> Paths:
     """The code of a listing."""
-    return Paths(sass.blocks(gzip.decompress(Path(listing).read_bytes()).decode()))
+    return Paths(settled(sass.blocks(gzip.decompress(Path(listing).read_bytes()).decode())))
 
 
 @lru_cache(maxsize=4096)  # launches often differ in nothing that their loops show

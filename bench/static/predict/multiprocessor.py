@@ -25,17 +25,18 @@ _WARM, _TURNS = 12, 8  # turns before a loop is timed, in which its pipelines fi
 
 
 class Warp:
-    """A warp and what it waits for."""
+    """A warp and what it waits for; `issuer`: the warp of its program that issues UTCMMA, None: itself."""
 
-    def __init__(self, program: int, start: float, ops: Sequence[Op]) -> None:
-        self.program, self.ops = program, ops
+    def __init__(self, program: int, start: float, ops: Sequence[Op], issuer: Warp | None = None) -> None:
+        self.program, self.ops, self.issuer = program, ops, issuer or self
         self.at, self.position, self.turns = start, 0, 0
         self.next = start
         self.boards = [0.0] * 8  # when each scoreboard is released; the last two are never waited for
         self.copies = [0]  # copies in flight by group; the last group is open
         self.issued = self.blocked = 0
-        self.ends: list[float] = []  # of the WGMMA that have started
-        self.groups: list[int] = []  # last WGMMA of each closed group
+        self.ends: list[float] = []  # of its products that have started
+        self.groups: list[int] = []  # last product of each group that it has closed
+        self.closed = 0  # groups, its own or the issuer's, whose end it has passed
         self.passed: list[float] = []  # times at which a turn ended
 
 
@@ -53,17 +54,20 @@ class Multiprocessor:
     def __init__(self, ops: Sequence[Op], programs: int, warps: int, machine: Machine) -> None:
         self.machine = machine
         self.per_program = max(warps // SCHEDULERS, 1)
-        self.warps = [Warp(p, p * _STAGGER, ops) for p in range(programs) for _ in range(self.per_program)]
+        self.warps: list[Warp] = []
+        for p in range(programs):
+            first = Warp(p, p * _STAGGER, ops)
+            self.warps += [first, *(Warp(p, p * _STAGGER, ops, first) for _ in range(1, self.per_program))]
         count = len(self.warps)  # in which order warps are asked, after one of them
         self.order = [[last, *(k for k in range(count) if k != last)] for last in range(count)]
         self.fma = [0.0, 0.0]
-        self.alu = self.mufu = self.unit = self.shared = self.l2 = self.tensor = self.hmma = 0.0
+        self.alu = self.mufu = self.unit = self.shared = self.l2 = self.tensor = self.hmma = self.tmem = 0.0
         # Cycles of a warp's instruction on one scheduler's share of a pipe. The FMA pipe has two halves.
         share = WARP * SCHEDULERS
         self.per_fma, self.per_alu, self.per_mufu = (
             2 * share / machine.fma, share / machine.alu, share / machine.mufu,
         )  # fmt: skip
-        self.waiting: deque[tuple[float, Warp, Op]] = deque()  # WGMMA that are issued but not started
+        self.waiting: deque[tuple[float, Warp, Op]] = deque()  # products that are issued but not started
         self.events: list[tuple[float, int, Kind, Warp, int, float]] = []
         self.arrived: Counter[tuple[int, int]] = Counter()  # warps at a barrier of a program
         self.serial = 0
@@ -126,7 +130,7 @@ class Multiprocessor:
         op = warp.ops[warp.position]
         kind = op.kind
         if kind is Kind.FMA:
-            return min(self.fma)
+            return max(self.fma) if op.amount > 1 else min(self.fma)
         if kind is Kind.ALU:
             return self.alu
         if kind is Kind.FMA_HEAVY:
@@ -137,10 +141,13 @@ class Multiprocessor:
             return max(self.unit, self.shared - _SLACK)
         if kind in (Kind.LOAD, Kind.STORE):
             return self.unit
-        if kind is Kind.WGMMA:
+        if kind in (Kind.WGMMA, Kind.UTCMMA):
             return 0.0 if warp.issued - len(warp.ends) < self.machine.queue else math.inf
-        if kind is Kind.WGMMA_WAIT:
-            return self._products_done(warp, int(op.amount))
+        if kind in (Kind.WGMMA_WAIT, Kind.UTCMMA_WAIT):
+            by = warp if kind is Kind.WGMMA_WAIT else warp.issuer
+            return self._products_done(by, warp.closed - int(op.amount))
+        if kind is Kind.TENSOR_MEMORY:
+            return self.tmem - _SLACK
         if kind is Kind.COPY_WAIT:
             closed = len(warp.copies) - 1 - int(op.amount)
             return math.inf if any(warp.copies[: max(closed, 0)]) else 0.0
@@ -148,10 +155,12 @@ class Multiprocessor:
             return self.hmma - 1
         return 0.0
 
-    def _products_done(self, warp: Warp, left: int) -> float:
-        needed = len(warp.groups) - left
+    def _products_done(self, warp: Warp, needed: int) -> float:
+        """When the first `needed` groups of a warp are done."""
         if needed <= 0:
             return 0.0
+        if needed > len(warp.groups):
+            return math.inf
         product = warp.groups[needed - 1]
         return warp.ends[product] + self.machine.tensor_latency if product < len(warp.ends) else math.inf
 
@@ -177,7 +186,9 @@ class Multiprocessor:
     def _take(self, warp: Warp, op: Op, t: float) -> tuple[float, float]:
         """Put an instruction on its pipe: when its result is there, and when its registers are read."""
         kind = op.kind
-        if kind is Kind.FMA:
+        if kind is Kind.FMA and op.amount > 1:
+            self.fma = [t + self.per_fma] * 2
+        elif kind is Kind.FMA:
             half = 0 if self.fma[0] <= t else 1
             self.fma[half] = t + self.per_fma
         elif kind is Kind.FMA_HEAVY:
@@ -193,11 +204,13 @@ class Multiprocessor:
         elif kind is Kind.HMMA:
             self.hmma = max(t, self.hmma) + op.amount
             return self.hmma + self.machine.tensor_latency / 2, t + _READ
-        elif kind is Kind.WGMMA:
-            if op.closes:
-                warp.groups.append(warp.issued)
+        elif kind is Kind.WGMMA or (kind is Kind.UTCMMA and warp.issuer is warp):
             warp.issued += 1
             self.waiting.append((t, warp, op))
+            if op.closes:
+                self._close(warp)
+        elif kind is Kind.UTCMMA_COMMIT:
+            self._close(warp)
         elif kind is Kind.COMMIT:
             warp.copies.append(0)
         elif kind is Kind.BARRIER:
@@ -205,6 +218,13 @@ class Multiprocessor:
         else:
             return self._move(warp, op, t)
         return t + _FIXED, t + _FIXED
+
+    @staticmethod
+    def _close(warp: Warp) -> None:
+        """The end of a group of products."""
+        warp.closed += 1
+        if warp.issued:
+            warp.groups.append(warp.issued - 1)
 
     def _move(self, warp: Warp, op: Op, t: float) -> tuple[float, float]:
         """Put a memory instruction on its pipe."""
@@ -214,6 +234,9 @@ class Multiprocessor:
             self.shared = max(t, self.shared) + SCHEDULERS * op.amount / machine.shared
             latency = machine.shared_latency if kind is Kind.SHARED else machine.shuffle_latency
             return self.shared + latency, self.shared + _READ
+        if kind is Kind.TENSOR_MEMORY:
+            self.tmem = max(t, self.tmem) + SCHEDULERS * op.amount / machine.tmem
+            return self.tmem + machine.tmem_latency, self.tmem
         if kind is Kind.COPY:
             self.unit = t + 2
             self.l2 = max(t, self.l2) + SCHEDULERS * op.amount / machine.l2

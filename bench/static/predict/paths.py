@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from bench.static.sass import TENSOR, Block, Instruction, loops
 
 Loop = frozenset[int]  # numbers of blocks
-_PRODUCT = (TENSOR["HGMMA"], TENSOR["HMMA"])
-
+_PRODUCT = tuple(TENSOR.values())
 
 _SELECTS = ("FSEL", "SEL", "ISETP", "LOP3", "PLOP3")  # loops over masked tiles or padded blocks have many of them
 

@@ -12,6 +12,7 @@ from enum import Enum, auto
 from functools import cache
 from typing import NamedTuple
 
+from bench.static.predict import tensor_memory
 from bench.static.predict.assumptions import Machine
 from bench.static.sass import Control, Instruction
 
@@ -39,6 +40,10 @@ class Kind(Enum):
     COPY_WAIT = auto()
     WGMMA = auto()
     WGMMA_WAIT = auto()
+    UTCMMA = auto()  # issued by one warp of a program
+    UTCMMA_COMMIT = auto()
+    UTCMMA_WAIT = auto()
+    TENSOR_MEMORY = auto()  # between tensor memory and registers
     HMMA = auto()
     BARRIER = auto()
     LOAD = auto()
@@ -56,10 +61,11 @@ class Op(NamedTuple):
     """An instruction, decoded.
 
     Attributes:
-        amount: bytes of shared memory or of a copy, cycles of a product, latency, or the groups that a wait leaves.
-        operands: bytes that a WGMMA reads from shared memory; the number of a barrier.
+        amount: bytes of shared memory, tensor memory or a copy, cycles of a product, latency, the groups that a wait
+            leaves, or the passes through half of the FMA pipe.
+        operands: bytes that a product reads from shared memory; the number of a barrier.
         closes: whether a WGMMA closes a group.
-        flops: of all four warps.
+        flops: of all four warps; of a UTCMMA those of the program.
     """
 
     kind: Kind
@@ -79,6 +85,11 @@ def _matrices(one: Instruction) -> float:
     return 128 * (4 if one.opcode.endswith(".4") else 2 if one.opcode.endswith(".2") else 1)
 
 
+def _columns(one: Instruction) -> float:
+    """Bytes of a warp: a register of each thread for a column."""
+    return 4 * WARP * int(one.opcode.rpartition(".x")[2])
+
+
 def _last(one: Instruction) -> float:
     """The last operand."""
     return int(one.operands[-1], 0)
@@ -86,12 +97,15 @@ def _last(one: Instruction) -> float:
 
 _WGMMA = re.compile(r"[BHIQ]GMMA\.(\d+)x(\d+)x(\d+)")
 _HMMA = re.compile(r"HMMA\.(?:16816|1688)\b")
-_UNKNOWN = re.compile(r"UTMA|SYNCS|UTC|LDT|STT|UBLKCP|QMMA|OMMA|DMMA|IMMA|BMMA")
+_UNKNOWN = re.compile(r"UTMA|SYNCS\.(?!EXCH|CCTL)|UTC(?!BAR$|ATOMSWS)|[LS]DT(?!M\.)|UBLKCP|QMMA|OMMA|DMMA|IMMA|BMMA")
 # The beginning of the opcode, the kind, and the amount or what tells it; the first row that fits.
 _ROWS: tuple[tuple[str, Kind, float | Callable[[Instruction], float]], ...] = (
     (r"LDGDEPBAR", Kind.COMMIT, 0),
     (r"LDSM|STSM", Kind.SHARED, _matrices),
     (r"LDGSTS", Kind.COPY, _moved),
+    (r"LDTM|STTM", Kind.TENSOR_MEMORY, _columns),
+    (r"UTCBAR", Kind.UTCMMA_COMMIT, 0),
+    (r"SYNCS", Kind.FREE, 0),
     (r"LDS|STS|ATOMS", Kind.SHARED, _moved),
     (r"SHFL", Kind.SHUFFLE, 4 * WARP),
     (r"LDG|LD\.E|ATOMG|ATOM\.|LDL", Kind.LOAD, _moved),
@@ -101,7 +115,8 @@ _ROWS: tuple[tuple[str, Kind, float | Callable[[Instruction], float]], ...] = (
     (r"S2R|S2UR|R2UR|CS2R", Kind.SLOW, 20),
     (r"MEMBAR", Kind.STALL, 30),
     (r"FENCE", Kind.STALL, 12),
-    (r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2|FSWZADD", Kind.FMA, 0),
+    (r"FFMA2|FADD2|FMUL2", Kind.FMA, 2),  # two float32 operations of a thread
+    (r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2|FSWZADD", Kind.FMA, 1),
     (r"IMAD", Kind.FMA_HEAVY, 0),
     (r"MUFU|F2I|I2F|F2F\.|FRND|POPC|FLO|DADD|DMUL|DFMA|DSETP", Kind.MUFU, 0),
     (r"WARPGROUP|WARPSYNC|BSSY|BSYNC|NOP|BRA|JMP|EXIT|RET|CALL|YIELD|ELECT|ERRBAR|CCTL", Kind.FREE, 0),
@@ -116,17 +131,21 @@ def decode(code: Sequence[Instruction], machine: Machine) -> list[Op]:
     Raises:
         NotModelled: one of them is unknown.
     """
-    return [_decode(one, machine) for one in code]
+    waits = tensor_memory.awaited(code)
+    return [
+        Op(Kind.UTCMMA_WAIT, one.control, waits[k]) if k in waits else _decode(one, machine)
+        for k, one in enumerate(code)
+    ]
 
 
 def _decode(one: Instruction, machine: Machine) -> Op:
     opcode, control = one.opcode, one.control
     if one.predicate == "@!PT" or (opcode.startswith("LDGSTS") and one.operands[-1] == "!PT"):
         return Op(Kind.FREE, control)
-    if _UNKNOWN.match(opcode):
-        raise NotModelled(f"{one.address} {opcode}")
     if product := _product(one, machine):
         return product
+    if _UNKNOWN.match(opcode):
+        raise NotModelled(f"{one.address} {opcode}")
     if opcode.startswith("DEPBAR") and one.operands[:1] == ("SB0",) and len(one.operands) == 2:
         return Op(Kind.COPY_WAIT, control, _last(one))
     if opcode.startswith("BAR.SYNC"):
@@ -154,6 +173,10 @@ def _product(one: Instruction, machine: Machine) -> Op | None:
         read = (0 if in_registers else m * k * size) + n * k * size
         flops = 2 * m * n * k
         return Op(Kind.WGMMA, one.control, flops * size / 2 / machine.tensor, read, "gsb0" in one.operands, flops)
+    if product := tensor_memory.shape(one):
+        cycles = tensor_memory.cost(product) / machine.tensor
+        flops = 2 * product.m * product.n * product.k
+        return Op(Kind.UTCMMA, one.control, cycles, tensor_memory.read(one, product), flops=flops)
     if one.opcode.startswith("HMMA"):
         found = _HMMA.match(one.opcode)
         if not found:
@@ -176,19 +199,25 @@ def by_pipe(ops: Sequence[Op], warps: int, machine: Machine) -> dict[str, float]
     def rate(per_cycle: float) -> float:
         return share * WARP * SCHEDULERS / per_cycle
 
-    operands = sum(op.operands for op in ops if op.kind is Kind.WGMMA)
-    moved = total(Kind.SHARED, Kind.SHUFFLE, Kind.COPY) * SCHEDULERS
-    return {
-        "tensor": share * total(Kind.WGMMA, Kind.HMMA),
-        "shared": share * (operands + moved) / machine.shared,
+    def operands(product: Kind) -> float:
+        return sum(op.operands for op in ops if op.kind is product)
+
+    moved = share * (operands(Kind.WGMMA) + total(Kind.SHARED, Kind.SHUFFLE, Kind.COPY) * SCHEDULERS)
+    found = {
+        "tensor": share * total(Kind.WGMMA, Kind.HMMA) + total(Kind.UTCMMA),
+        "shared": (moved + operands(Kind.UTCMMA)) / machine.shared,
         "mufu": rate(machine.mufu) * number(Kind.MUFU),
-        "fma": rate(machine.fma) * (number(Kind.FMA) + number(Kind.FMA_HEAVY)),
+        "fma": rate(machine.fma) * (total(Kind.FMA) + number(Kind.FMA_HEAVY)),
         "alu": rate(machine.alu) * number(Kind.ALU),
         "issue": share * len(ops),
         "l2": share * total(Kind.COPY) * SCHEDULERS / machine.l2,
     }
+    if machine.tmem:
+        found["tmem"] = share * total(Kind.TENSOR_MEMORY) * SCHEDULERS / machine.tmem
+    return found
 
 
 def flops(ops: Sequence[Op], warps: int) -> float:
     """Operations of tensor cores in one pass of a program's warps."""
-    return max(warps / SCHEDULERS, 1) * sum(op.flops for op in ops)
+    every = max(warps / SCHEDULERS, 1)
+    return sum(op.flops * (1 if op.kind is Kind.UTCMMA else every) for op in ops)

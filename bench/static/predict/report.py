@@ -166,7 +166,8 @@ def markdown(rows: Sequence[Record], compared: Sequence[calibration.Comparison],
     arch, triton = int(rows[0]["arch"].removeprefix("sm_")), rows[0]["triton"]
     card = CARDS[arch]
     machine = card.machine
-    trust = "One published figure was compared, below: how far off these may be is not known."
+    figures = "One published figure was" if len(compared) == 1 else f"{len(compared)} published figures were"
+    trust = f"{figures} compared, below: how far off these may be is not known."
     if arch == calibration.ARCH:
         trust = f"Expect {low:.1f} to {high:.2f} times as long."
     by_hand = ' "By hand": with kernels\nthat are off by default.' if any(one.get("by_hand") for one in rows) else ""

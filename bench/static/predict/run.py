@@ -14,7 +14,7 @@ from bench.static.compile import obstacle
 from bench.static.jobs import StaticError
 from bench.static.known import RESULTS
 from bench.static.predict import report
-from bench.static.predict.assumptions import CARDS, MACHINES, NOT_MODELLED, Machine
+from bench.static.predict.assumptions import CARDS, MACHINES, Machine
 from bench.static.predict.calibration import ARCH, Comparison, compare
 from bench.static.predict.calls import BETWEEN, Loss, losses
 from bench.static.predict.losses import Model, Predicted
@@ -106,7 +106,7 @@ def _sensitivity(model: Model, machine: Machine, arch: int) -> str:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("static --predict", [_DESCRIPTION], "workers")
     add = parser.add_argument
-    names = [f"sm_{arch}" for arch in sorted((*MACHINES, *NOT_MODELLED))]
+    names = [f"sm_{arch}" for arch in sorted(MACHINES)]
     add("--arch", default=f"sm_{ARCH}", choices=names, help="(default: %(default)s)")
     add("--only", type=pattern, metavar="REGEX",
         help=f"only the losses with this in their names, such as '^{next(losses()).name}$' (default: all of sm_{ARCH}, "
@@ -119,6 +119,4 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         if args.json:
             check_output(args.json, "--json")
     args.arch = int(args.arch.removeprefix("sm_"))
-    if reason := NOT_MODELLED.get(args.arch):
-        parser.error(f"--arch sm_{args.arch} is not modelled: {reason}")
     return args
