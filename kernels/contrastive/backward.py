@@ -147,12 +147,14 @@ def _gradient(
         if masked == masked_end:
             return
     if (PLAIN and MASKED) and TILE.SKIPS:
-        if walk.n_masked < tl.num_programs(1):  # in one row, so that all programs have nearly as many tiles
-            start, end = share(walk.n_plain + walk.n_masked, split)
-            first = tl.minimum(start, walk.n_plain)
-            last = tl.minimum(end, walk.n_plain)
-            masked = start - first
-            masked_end = end - last
+        # If there are few, in one row with the plain ones, so that all programs have nearly as many tiles. Chosen without
+        # a branch, which Triton 3.5 cannot compile here.
+        is_row = walk.n_masked < tl.num_programs(1)
+        start, end = share(walk.n_plain + walk.n_masked, split)
+        first = tl.where(is_row, tl.minimum(start, walk.n_plain), first)
+        last = tl.where(is_row, tl.minimum(end, walk.n_plain), last)
+        masked = tl.where(is_row, start - first, masked)
+        masked_end = tl.where(is_row, end - last, masked_end)
     if PLAIN:
         for i in tl.range(first, last):
             start_s = plain_start(walk, i, TILE)

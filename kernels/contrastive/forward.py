@@ -266,11 +266,9 @@ def _online(side, program, temperature, TILE, SYMMETRIC: tl.constexpr, CODES):
     b_one = tl.full([TILE.BLOCK_R], 1.0, tl.float32)  # tiles subtract each row's own log-sum-exp
     found = Found(b_mean_v, b_spread_v, b_mean_p, b_lse_p, b_lse_o, b_one, b_one)
     BLOCKS: tl.constexpr = TILE.ALIGN // TILE.BLOCK_R
-    losses = side.losses
-    i_p = losses.start // TILE.BLOCK_R + program
-    return evaluate(
-        losses, i_p, losses.end // TILE.BLOCK_R, o_r, b_src, m_r, counts, found, side.r.n, BLOCKS, True, CODES
-    )  # fmt: skip
+    i_p = side.losses.start // TILE.BLOCK_R + program
+    programs = side.losses.end // TILE.BLOCK_R
+    return evaluate(side.losses, i_p, programs, o_r, b_src, m_r, counts, found, side.r.n, BLOCKS, True, CODES)
 
 
 @triton.jit

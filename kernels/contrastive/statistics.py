@@ -215,11 +215,11 @@ def _finish(side, program, flag, temperature, WAVE, CODES):
         tl.store(side.counts + b_src, b_n_v.to(tl.int64), mask=m_n)
         tl.store(side.counts + n + b_src, b_n_p.to(tl.int64), mask=m_n)
         tl.store(side.counts + 2 * n + b_src, b_n_o.to(tl.int64), mask=m_n)
-    losses = side.losses
-    i_p = losses.start // WAVE.BLOCK_N + program
+    i_p = side.losses.start // WAVE.BLOCK_N + program
+    programs = side.losses.end // WAVE.BLOCK_N
     counts = (b_n_v, b_n_p, b_n_o)
     return evaluate(
-        losses, i_p, losses.end // WAVE.BLOCK_N, o_n, b_src, m_n, counts, found, n, WAVE.BLOCKS, False, CODES
+        side.losses, i_p, programs, o_n, b_src, m_n, counts, found, n, WAVE.BLOCKS, False, CODES
     )  # fmt: skip
 
 
