@@ -147,8 +147,8 @@ def _gradient(
         if masked == masked_end:
             return
     if (PLAIN and MASKED) and TILE.SKIPS:
-        # If there are few, in one row with the plain ones, so that all programs have nearly as many tiles. Chosen without
-        # a branch, which Triton 3.5 cannot compile here.
+        # If there are few, in one row with the plain ones, so that all programs have nearly as many tiles. Chosen
+        # without a branch, which Triton 3.5 cannot compile here.
         is_row = walk.n_masked < tl.num_programs(1)
         start, end = share(walk.n_plain + walk.n_masked, split)
         first = tl.where(is_row, tl.minimum(start, walk.n_plain), first)

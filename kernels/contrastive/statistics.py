@@ -125,13 +125,12 @@ def _resident_sums(side, o_n, WAVE):
     b_other = tl.zeros(o_n.shape, tl.float32)
     b_peer = b_other
     b_linear = b_other
-    parts = side.parts
-    if parts.resident is not None and WAVE.LAST:
+    if side.parts.resident is not None and WAVE.LAST:
         rows = side.rows.to(tl.int64)
         b_programs = tl.full(o_n.shape, WAVE.SLOTS, tl.int32)
         if WAVE.FOLDED:
-            b_programs = programs_of(o_n // WAVE.BLOCK_R, parts.n_blocks, WAVE.FOLDED)
-        p_part = parts.resident + o_n
+            b_programs = programs_of(o_n // WAVE.BLOCK_R, side.parts.n_blocks, WAVE.FOLDED)
+        p_part = side.parts.resident + o_n
         b_others = _loaded(p_part, 3 * rows, WAVE.SLOTS, WAVE.SLOTS)
         b_peers = b_others
         b_linears = b_others
