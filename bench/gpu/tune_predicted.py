@@ -224,6 +224,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.losses = [loss for loss in losses() if name.search(loss.name)]
     if not args.losses:
         parser.error(f"no loss has {name.pattern!r} in its name; --losses chooses others")
+    parser.compiling()
     args.axes = {axis: getattr(args, axis) for axis in AXES}
     args.arch = int(args.arch.removeprefix("sm_"))
     return args

@@ -89,6 +89,11 @@ class Parser(argparse.ArgumentParser):
         except FastclError as error:
             self.error(str(error))
 
+    def compiling(self) -> None:
+        """End the program with a message if kernels are for Triton's interpreter in this process."""
+        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+            self.error("TRITON_INTERPRET is set, which turns kernels into what cannot be compiled; unset it")
+
 
 class Command(Parser):
     """A parser of a benchmark that writes its results to --out."""

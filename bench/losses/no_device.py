@@ -30,9 +30,9 @@ def compiled() -> Iterator[None]:
     From then on the process can't use a GPU.
 
     Raises:
-        FastclError: there is no C compiler, or kernels are for Triton's interpreter in this process.
+        FastclError: there is no C compiler that works, or kernels are for Triton's interpreter in this process.
     """
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise FastclError("kernels have to be compiled: unset TRITON_INTERPRET")
     with TemporaryDirectory() as folder:
         _load(Path(folder))
@@ -59,7 +59,8 @@ def _load(folder: Path) -> None:
         raise FastclError(f"no C compiler was found, which Triton needs to launch kernels: {', '.join(wanted)}; set CC")
     library = folder / "libcuda.so.1"
     options = "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"
-    subprocess.run([compiler, *options, "-o", library, SOURCE], check=True)
+    if status := subprocess.run([compiler, *options, "-o", library, SOURCE]).returncode:
+        raise FastclError(f"the C compiler {compiler} ended with status {status}; set CC to one that works")
     (folder / "libcuda.so").symlink_to(library.name)  # by which Triton 3.3 links its own code
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # where the launcher's own compilation looks for it

@@ -185,7 +185,6 @@ def _check(args: argparse.Namespace, parser: Parser) -> None:
         parser.error(f"--gate has launches and a compiler of its own, so --{other[0].replace('_', '-')} has no effect")
     if args.accept and not args.gate:
         parser.error("--accept is for --gate")
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set, which turns kernels into what cannot be compiled; unset it")
+    parser.compiling()
     if not shutil.which(args.triton_python):
         parser.error(f"--triton-python: {args.triton_python} is no program")

@@ -279,8 +279,7 @@ def forward_online_kernel(
     SYMMETRIC: tl.constexpr, CODES,
     MANY: tl.constexpr,  # as in finish_kernel
 ):  # fmt: skip
-    """Log-sum-exps with a running maximum, over all tiles, and the losses again; runs if the flag says that a fixed
-    shift is not enough."""
+    """Log-sum-exps with a running maximum over all tiles, and the losses again; runs if a fixed shift is not enough."""
     if tl.load(flag) == 0:
         return
     program = tl.program_id(0)

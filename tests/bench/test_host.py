@@ -61,6 +61,7 @@ def test_calls_are_launched_replayed_or_neither(monkeypatch) -> None:
     (
         ({"TRITON_INTERPRET": "1"}, "unset TRITON_INTERPRET"),
         ({"CC": "no-such-cc"}, "no C compiler was found.*no-such-cc"),
+        ({"CC": "false"}, "false ended with status 1"),
     ),
 )
 def test_what_it_needs(change: dict[str, str], message: str, monkeypatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import triton
 from static_gate import WITNESSES, gate, run
 
+from bench.gpu import tune
 from bench.static import run as static
 from bench.static.compile import Facts, Job, obstacle
 from bench.static.jobs import StaticError, compile_all
@@ -200,10 +201,14 @@ def test_an_old_triton_is_refused_by_its_version(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_kernels_are_not_interpreted(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(static, []), (static, ["--predict"]), (tune, ["--predict", "forward", "none", "128"])],
+)
+def test_kernels_are_not_interpreted(command, arguments, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="2"):
-        static.main([])
+        command.main(arguments)
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 

@@ -118,5 +118,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     with parser.refusing():
         if args.json:
             check_output(args.json, "--json")
+    parser.compiling()
     args.arch = int(args.arch.removeprefix("sm_"))
     return args
