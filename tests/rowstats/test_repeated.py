@@ -155,6 +155,19 @@ def test_operations_of_pytorch_get_tensors() -> None:
     assert len(ran) == 2
 
 
+def test_launches_get_rows_of_memory_in_another_order() -> None:
+    def function(x):
+        out = torch.empty(4, dtype=torch.float32, device=x.device)
+        launch.launch(Add(), (1,), 4, 1, one=Pair(x.T.unbind()[1], None), out=out, by=2)
+        return (out,)
+
+    host, ran = host_of(function)
+    with addressed():
+        for k in range(4):
+            assert torch.equal(host(X + k)[0], X[:, 1] + k + 2)
+    assert len(ran) == 2
+
+
 @pytest.mark.parametrize("small", (0, 2**20), ids=("each allocated", "shared"))
 @pytest.mark.parametrize("d", (5, 300))
 def test_launches_are_given_memory_that_is_alive(d: int, small: int, monkeypatch) -> None:
