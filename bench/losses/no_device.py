@@ -20,7 +20,9 @@ import fastcl
 from fastcl.errors import FastclError
 
 SOURCE = Path(__file__).with_suffix(".c")
-_KERNELS = "order", "prepare", "forward", "statistics", "backward_prologue", "backward", "wide", "backward_epilogue"
+_KERNELS = (
+    "order", "prepare", "forward", "two_models", "statistics", "backward_prologue", "backward", "wide", "backward_epilogue"
+)  # fmt: skip
 
 
 @contextmanager
