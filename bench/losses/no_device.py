@@ -21,7 +21,8 @@ from fastcl.errors import FastclError
 
 SOURCE = Path(__file__).with_suffix(".c")
 _KERNELS = (
-    "order", "prepare", "forward", "two_models", "statistics", "backward_prologue", "backward", "wide", "backward_epilogue"
+    "order", "prepare", "forward", "two_models", "statistics", "backward_prologue", "backward", "wide",
+    "backward_epilogue",
 )  # fmt: skip
 
 
