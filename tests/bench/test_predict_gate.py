@@ -19,6 +19,12 @@ from bench.static.predict.work import Work
 if reason := obstacle():
     pytest.skip(f"bench.static: {reason}", allow_module_level=True)
 
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command refuses to predict interpreted kernels; nothing is compiled in this process."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 HOPPER = MACHINES[90]
 LOSS = Loss("ntxent", 65536, 128, "fp16")
 

@@ -40,7 +40,7 @@ def test_one_scale_for_more_rows_than_are_scaled_at_a_time(peers: bool, blocks: 
     arrived = torch.zeros(2, dtype=torch.int32)
     tensors = [t.to(DEVICE) for t in (found, bound, maxima, sums, total, arrived)]
     ready = Ready(tensors[0], rows, *tensors[1:3])
-    losses = Losses(None, *tensors[3:], ready, 1.0, 0, programs)
+    losses = Losses(None, *tensors[3:], ready, 1.0, 0, rows)
     complete_kernel[(1,)](losses, blocks, peers, fixed((OBJECTIVES["ntxent"].code,)))
     scaled = weights.double()
     each = (maxima.double() / maxima.max()).repeat_interleave(128 // blocks)
