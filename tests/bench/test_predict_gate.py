@@ -19,6 +19,7 @@ from bench.static.predict.work import Work
 if reason := obstacle():
     pytest.skip(f"bench.static: {reason}", allow_module_level=True)
 
+
 @pytest.fixture(autouse=True)
 def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command refuses to predict interpreted kernels; nothing is compiled in this process."""
