@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastcl.errors import FastclError
+from fastcl.rowstats.hidden import Hidden, Kept
 
 _torch: Any = torch._C
 _is_batched, _is_batched_by_autograd = _torch._functorch.is_batchedtensor, _torch._functorch.is_legacy_batchedtensor
@@ -18,7 +19,6 @@ _is_transformed, _dispatch_modes = _torch._are_functorch_transforms_active, _tor
 _is_profiled, _is_traced = _torch._autograd._profiler_enabled, _torch._get_tracing_state
 
 KEEPS_ORDER = hasattr(torch.library.Library, "_register_effectful_op")
-_is_kept = _torch._autograd._get_current_graph_task_keep_graph
 _hooks = getattr(_torch._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.7 lacks it
 
 _CLASSES = frozenset((Tensor, Parameter))
@@ -28,6 +28,7 @@ _is_functional: Any = torch._is_functional_tensor  # pyright: ignore[reportPriva
 class _Operator(NamedTuple):
     registered: Callable[..., Any]  # torch.ops.fastcl.NAME
     direct: Callable[..., Any]  # its node of autograd; of a backward pass, its implementation
+    leading: int  # how many tensors the node takes one by one; what follows them is one argument
 
 
 _operators: dict[str, _Operator] = {}
@@ -60,7 +61,8 @@ def keep_order(library: torch.library.Library, *names: str) -> None:
 
 def register_for_small(
     library: torch.library.Library, name: str, impl: Callable, fake: Callable, autograd: Callable,
-    setup_context: Callable | None = None, tensors: int = 0, results: int = 0, differentiable: int = 0,
+    setup_context: Callable | None = None, tensors: int = 0, leading: int = 0, results: int = 0,
+    differentiable: int = 0,
 ) -> None:  # fmt: skip
     """Register an operator whose host code would take longer than its kernels for few rows; `call` calls it, or
     `call_backward` if it is a backward pass.
@@ -68,7 +70,10 @@ def register_for_small(
     Args:
         impl: as `triton.replay.run` takes it, which runs it. The others are as in `register`, but for results that are
             None, which `setup_context` sees as None, and for what is saved: with `keep`, for `kept`.
+        setup_context: takes what callers use of the results and what they do not see as two arguments.
         tensors: how many of the arguments are tensors or None; they come first.
+        leading: how many of these may have a gradient or, of a backward pass, were given to the forward pass too; they
+            come first.
         results: how many results callers use; the others are only saved.
         differentiable: how many of these may have a gradient; they come first.
     """
@@ -78,29 +83,30 @@ def register_for_small(
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         assert setup_context is not None
-        setup_context(ctx, _with_hash(inputs), tuple(None if t.numel() == 0 else t for t in output))
+        found = tuple(None if t.numel() == 0 else t for t in output)
+        setup_context(ctx, _with_hash(inputs), found[:results], found[results:])
         ctx.mark_non_differentiable(*output[differentiable:])
 
     def forward(ctx: Any, *args: Any) -> Any:
         assert setup_context is not None
-        *given, options = args
-        found, ctx.recording = _run()(impl, given, options)
-        setup_context(ctx, (*given, *options), found)
+        *given, (others, options) = args
+        given += others
+        # What is saved one by one in any case should be tensors from the first.
+        found, hidden = _run()(impl, given, options, (), results if _hooks else None)
+        found, hidden = found[:results], found[results:] or hidden
+        setup_context(ctx, (*given, *options), found, hidden)
         if differentiable < results:
-            ctx.mark_non_differentiable(*found[differentiable:results])
-        return found[:results]
+            ctx.mark_non_differentiable(*found[differentiable:])
+        return found
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        found = autograd(ctx, *grads)[: tensors + 1]
-        if ctx.recording is not None and not _is_kept():
-            ctx.hidden = ()
-        return found
+        return *autograd(ctx, *grads)[:leading], None
 
     register(library, name, repeated, fake, autograd, setup_context and setup)
     registered = getattr(torch.ops.fastcl, name)
     parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     node = type(f"fastcl_{name}", (torch.autograd.Function,), parts)
-    _operators[name] = _Operator(registered, impl if setup_context is None else node.apply)
+    _operators[name] = _Operator(registered, impl if setup_context is None else node.apply, leading)
 
 
 def replayed(impl: Callable, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Any:
@@ -108,24 +114,31 @@ def replayed(impl: Callable, tensors: Sequence[Tensor | None], options: tuple[An
     return _run()(impl, tensors, options)[0]
 
 
-def keep(ctx: Any, tensors: Sequence[Tensor | None], hidden: Sequence[Tensor | None]) -> None:
+def keep(ctx: Any, tensors: Sequence[Tensor | None], hidden: Kept) -> None:
     """Save tensors for the backward pass, as `ctx.save_for_backward` does.
 
     Args:
-        hidden: results that no caller sees. Those of a replay need not be watched for changes: they stay as they are
-            until the graph is freed, unless hooks ask for all that is saved.
+        hidden: results that no caller sees. They are saved one by one where hooks ask for what is saved:
+            `torch.utils.checkpoint` compares two forward passes, of which one may be a replay.
     """
-    if getattr(ctx, "recording", None) is None or _hooks is None or _hooks(False) is not None:
-        ctx.save_for_backward(*tensors, *hidden)
-        ctx.recording, ctx.hidden = None, ()
+    ctx.shown, ctx.layout = len(tensors), None
+    if isinstance(hidden, Hidden) and _hooks is not None and _hooks(False) is None:
+        ctx.layout = hidden.layout
+        ctx.save_for_backward(*tensors, hidden.memory)
     else:
-        ctx.save_for_backward(*tensors)
-        ctx.hidden = hidden
+        ctx.save_for_backward(*tensors, *tensors_of(hidden))
 
 
-def kept(ctx: Any) -> tuple[Any, ...]:
-    """All that `keep` was given."""
-    return (*ctx.saved_tensors, *ctx.hidden)
+def kept(ctx: Any) -> tuple[Sequence[Any], Kept]:
+    """What `keep` was given."""
+    saved = ctx.saved_tensors
+    tensors, hidden = saved[: ctx.shown], saved[ctx.shown :]
+    return tensors, hidden if ctx.layout is None else Hidden(hidden[0], ctx.layout)
+
+
+def tensors_of(hidden: Kept) -> Sequence[Any]:
+    """Hidden results one by one."""
+    return hidden.tensors() if isinstance(hidden, Hidden) else hidden
 
 
 def _with_hash(args: Iterable[Any]) -> tuple[Any, ...]:
@@ -160,24 +173,23 @@ def call(name: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) 
     Args:
         options: what follows the tensors, with a hash.
     """
-    registered, direct = _operators[name]
-    return direct(*tensors, options) if is_plain(tensors) else registered(*tensors, *options)
+    registered, direct, leading = _operators[name]
+    if is_plain(tensors):
+        return direct(*tensors[:leading], (tensors[leading:], options))
+    return registered(*tensors, *options)
 
 
-def call_backward(
-    name: str, tensors: Sequence[Tensor | None], saved: Sequence[Tensor | None], options: tuple[Any, ...],
-    after: Any = None,
-) -> Any:  # fmt: skip
+def call_backward(name: str, tensors: Sequence[Tensor | None], saved: Kept, options: tuple[Any, ...]) -> Any:
     """As `call`, for a backward pass.
 
     Args:
         saved: results of the forward pass, which follow the tensors.
-        after: `ctx.recording`, if they are those of the context.
     """
-    registered, direct = _operators[name]
-    if is_plain(tensors, () if after else saved) and not torch.is_grad_enabled():
-        return _run()(direct, tensors, options, saved, after)[0]
-    return registered(*tensors, *saved, *options)
+    registered, direct, leading = _operators[name]
+    looked_at = *tensors[:leading], *(saved[:1] if isinstance(saved, Hidden) else saved)
+    if is_plain(tensors[leading:], looked_at) and not torch.is_grad_enabled():
+        return _run()(direct, tensors, options, saved)[0]
+    return registered(*tensors, *tensors_of(saved), *options)
 
 
 def is_plain(tensors: Iterable[Tensor | None], saved: Iterable[Tensor | None] = ()) -> bool:

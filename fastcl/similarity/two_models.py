@@ -131,7 +131,7 @@ def _alone(batch: Batch, zb: Tensor, temperature: float | Tensor, precision: str
     check_positive(temperature, "temperature")
     if choose(za, zb) == "triton":
         given, *options = operator_arguments(temperature, precision, za, zb)
-        stats_a, stats_b, counts, sums, *_ = call("twin", (za, zb, batch.sample, batch.labels, given), tuple(options))
+        stats_a, stats_b, counts, sums, *_ = call("twin", (za, zb, given, batch.sample, batch.labels), tuple(options))
         return TwinStats(unpack(stats_a, counts), unpack(stats_b, counts), sums, len(za), NARROW_ROUNDING)
     a, b = (statistics(one, temperature, True, False, precision)[0] for one in (batch, _with_rows(batch, zb)))
     narrow = multiplied_narrow(za, zb) and za.shape[1] == zb.shape[1]

@@ -238,7 +238,7 @@ def test_the_bare_package_imports_with_torch_alone():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ast.literal_eval(done.stdout)
-    assert len(loaded) < 40 and "fastcl.losses" in loaded
+    assert len(loaded) <= 40 and "fastcl.losses" in loaded
     assert not {"fastcl.adapters", "fastcl.similarity", "fastcl.rowstats.sharded"} & set(loaded)
 
 

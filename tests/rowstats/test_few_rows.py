@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from reference import TOLERANCE, normal
-from torch import Tensor
 from triton_runs import DEVICE, launches, leaf, tiles
 
 import fastcl
@@ -15,8 +14,6 @@ from fastcl.kernels.common.launch import folded
 from fastcl.kernels.contrastive.statistics import programs_of
 from fastcl.kernels.contrastive.totals import Losses, Ready, complete
 from fastcl.losses.objectives import OBJECTIVES
-from fastcl.rowstats.request import Batch
-from fastcl.rowstats.triton.operator import fused
 
 
 @triton.jit
@@ -131,24 +128,4 @@ def test_extreme_upstream_gradients_at_a_low_temperature(upstream: float) -> Non
         grad = torch.full_like(loss, scale)
         found.append(torch.autograd.grad(loss, x, grad)[0].double() / scale)
     error = torch.linalg.vector_norm(found[0] - found[1]) / torch.linalg.vector_norm(found[1])
-    assert error <= TOLERANCE["fp32"].gradient
-
-
-def test_weights_of_a_mean_are_not_used_beside_gradients_of_statistics() -> None:
-    """Losses and statistics of one call, each with a gradient of its own: those of both together are their sum."""
-    rows, sample = normal(40, 16).float(), torch.arange(40, device=DEVICE) // 2
-    weights = normal(5, 40, seed=1).float()
-    weights[2:4] = 0  # nobody has peers
-
-    def gradient(of_loss: float, of_stats: float) -> tuple[Tensor, bool]:
-        x = leaf(rows)
-        with launches() as ran:
-            found = fused(Batch.rows(x, sample), 0.2, True, False, "fp32", [OBJECTIVES["ntxent"].code], "mean")
-            parts = [of_loss * found[2].sum()] if of_loss else []
-            parts += [of_stats * (found[0].nan_to_num(neginf=0) * weights).sum()] if of_stats else []
-            return torch.autograd.grad(sum(parts), x)[0].double(), bool(ran.of("weights_kernel"))
-
-    (together, written), (alone, settled), (stats, _) = gradient(3, 1), gradient(3, 0), gradient(0, 1)
-    assert written and not settled
-    error = torch.linalg.vector_norm(together - alone - stats) / torch.linalg.vector_norm(together)
     assert error <= TOLERANCE["fp32"].gradient

@@ -65,7 +65,7 @@ def test_no_tensor_of_the_size_of_the_similarity_matrix() -> None:
         given = [None if v is None else v.to(DEVICE) for v in (sample, labels)]
         rest = [0.1, True, "fp32", False, [SUPCON if labels is not None else NTXENT], "none", False]
         with Allocations() as seen:
-            stats, _, losses, stats_y, _, _, *saved = fused._forward(x, x2, None, *given, None, None, None, *rest)
+            stats, _, losses, stats_y, _, _, *saved = fused._forward(x, x2, None, None, *given, None, None, *rest)
             grads, need = [None, torch.ones_like(losses), None, None], [True, False, False]
             fused._backward(x, x2, None, None, *grads, stats, stats_y, *saved, *rest, labels is not None, need)
         assert n * 8 <= seen.largest < n * n / 8

@@ -53,8 +53,8 @@ def call(kind: str, learnable: bool, normalize: bool = True, precision: str = "f
     rows = [leaf(x), leaf(y) if two else None, leaf(y) if rectangular else None]
     return [
         *rows,
-        *given,
         t,
+        *given,
         0.0 if learnable else 0.3,
         normalize,
         precision,
@@ -67,7 +67,7 @@ def call(kind: str, learnable: bool, normalize: bool = True, precision: str = "f
 
 def gradient_call(arguments: list) -> list:
     """Arguments of torch.ops.fastcl.fused_backward for a call of the forward operator."""
-    rows, labelled, temperature, options = arguments[:3], arguments[4] is not None, arguments[7], arguments[8:]
+    rows, temperature, labelled, options = arguments[:3], arguments[3], arguments[5] is not None, arguments[8:]
     with torch.no_grad():
         stats, _, losses, stats_y, _, losses_y, *saved = torch.ops.fastcl.fused(*arguments)
     ones = [torch.ones_like(v) if v.numel() else None for v in (stats, losses, stats_y, losses_y)]

@@ -36,7 +36,7 @@ def test_the_operator_keeps_the_rules_of_torch_library(learnable: bool, labelled
     za, zb = (leaf(normal(10, d).float()) for d in (4, 40))
     t = torch.tensor([0.3], device=DEVICE, requires_grad=True) if learnable else None
     sample = (torch.arange(10) % 5).to(DEVICE)
-    given = za, zb, sample, sample % 2 if labelled else None, t, 0.0 if learnable else 0.3, precision
+    given = za, zb, t, sample, sample % 2 if labelled else None, 0.0 if learnable else 0.3, precision
     torch.library.opcheck(torch.ops.fastcl.twin.default, given)
     with FakeTensorMode() as mode:
         fake = torch.ops.fastcl.twin(*tree_map_only(Tensor, mode.from_tensor, given))

@@ -68,11 +68,9 @@ def gradients(
     Args:
         upstreams: gradients of x's statistics and, with y, of y's.
         need: whether dx, dy and dT are needed; dT comes from dx's kernel.
-        ready: weights from the forward pass; they are used if losses alone have upstream gradients.
+        ready: weights from the forward pass.
     """
     total, arrived = None, None
-    if any(upstream is not None and upstream.grad_stats is not None for upstream in upstreams):
-        ready = None
     if need[2]:
         total = x.z.new_empty((), dtype=torch.float32)
         arrived = x.z.new_empty(1, dtype=torch.int32) if ready is None else ready.arrived

@@ -71,11 +71,13 @@ class Saved(NamedTuple):
     weights_y: Any = None
     bound: Any = None
     arrived: Any = None  # as `Degree.arrived`, if the temperature is a tensor
+    stats: Any = None  # of both sides, if the caller does not get them
+    stats_y: Any = None
 
 
 class Returned(NamedTuple):
-    """The results of the operator; the candidates' stats, counts and losses are None without `columns`, and counts are
-    where there are objectives.
+    """The results of the operator; the candidates' stats, counts and losses are None without `columns`. Where there are
+    objectives, stats and counts are None, and `saved_stats` and `saved_stats_y` are not.
 
     Reduced losses are (K,), a single one (), of both sides together.
     """
@@ -98,6 +100,8 @@ class Returned(NamedTuple):
     weights_y: Any
     bound: Any
     arrived: Any
+    saved_stats: Any
+    saved_stats_y: Any
 
     @property
     def saved(self) -> Saved:
@@ -113,7 +117,7 @@ _DEGREE = "Tensor? temperature"
 _CALL = "float value, bool normalize, str precision, bool columns, int[] codes, str reduction, bool inverted"
 _SAVED = ", ".join(f"Tensor? {name}" for name in ("stats", "stats_y", *(f"saved_{name}" for name in Saved._fields)))
 _GRADS = "Tensor? g_stats, Tensor? g_losses, Tensor? g_stats_y, Tensor? g_losses_y"
-_library.define(f"fused({_ROWS}, {_IDS}, {_DEGREE}, {_CALL}) -> ({', '.join(['Tensor'] * len(Returned._fields))})")
+_library.define(f"fused({_ROWS}, {_DEGREE}, {_IDS}, {_CALL}) -> ({', '.join(['Tensor'] * len(Returned._fields))})")
 _library.define(
     f"fused_backward({_ROWS}, {_DEGREE}, {_GRADS}, {_SAVED}, {_CALL}, bool labelled, bool[] need) "
     "-> (Tensor, Tensor, Tensor)"
@@ -124,11 +128,11 @@ def fused(
     batch: Batch, temperature: float | Tensor, normalize: bool, columns: bool, precision: str | None,
     codes: Sequence[int], reduction: str = "none", inverted: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates, which
-    are None or empty without columns.
+    """The Triton operator: stats (5, N), counts (3, N) and losses (K, N) of the anchors, then of the candidates; what a
+    call does not have is None or empty.
 
     Args:
-        codes: the K objectives whose losses are requested (`Objective.code`). If empty, counts are returned instead.
+        codes: the K objectives whose losses are returned (`Objective.code`). If empty, stats and counts are.
         reduction: "mean" or "sum" of the losses over the anchors; the first losses are then (K,), a single one (), with
             columns the mean of both sides'.
         inverted: `temperature` is a tensor that holds 1 / T.
@@ -138,7 +142,7 @@ def fused(
     given, value, precision = operator_arguments(temperature, precision, batch.x, batch.x2, batch.y)
     options = value, normalize, precision, columns, tuple(codes), reduction, inverted
     x, x2, y, sample, labels, sample_y, labels_y, _ = batch  # PyTorch 2.7 cannot compile a slice of it
-    return call("fused", (x, x2, y, sample, labels, sample_y, labels_y, given), options)[:6]
+    return call("fused", (x, x2, y, given, sample, labels, sample_y, labels_y), options)[:6]
 
 
 def operator_arguments(
@@ -159,11 +163,11 @@ def _precision(precision: str | None, x: Tensor) -> str:
     return precision
 
 
-def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> Returned:
+def _forward(x, x2, y, temperature, sample, labels, sample_y, labels_y, *asked) -> Returned:
     from fastcl.rowstats.triton import forward, working_order
     from fastcl.rowstats.triton.operand import Source
 
-    columns, call = Asked(*asked).columns, Asked(*asked).call(labels is not None)
+    columns, call = Asked(temperature, *asked).columns, Asked(temperature, *asked).call(labels is not None)
     flag = torch.empty(1, dtype=torch.int32, device=x.device) if call.may_overflow else None
     if sample is not None:
         order_x, order_y = working_order.orders(sample, labels, sample_y, labels_y)
@@ -171,11 +175,13 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> Returned:
         order_x, order_y = working_order.known_order(len(x), 2 if y is None else 1, labels, x.device), None
     theirs = None if y is None else Source(y, None, order_x if order_y is None else order_y)
     operands, found, arrived = forward.statistics(Source(x, x2, order_x), theirs, call, flag, columns)
+    stats: list[Any] = [one.stats for one in found] + [None] * (2 - len(found))
     first, *others = found
     losses = first.losses.rows if first.losses.total is None else first.losses.total
-    given_y = (None, None, None)
+    counts_y = losses_y = None
     for r in others:  # with columns; reduced losses are those of both sides
-        given_y = (*r[:2], None if call.reduced else r.losses.rows)
+        counts_y, losses_y = r.counts, None if call.reduced else r.losses.rows
+    shown, hidden = ([None] * 2, stats) if call.codes else (stats, [None] * 2)
     a, b = operands[0], operands[1] if y is not None else None
     saved_y = (None, None, None) if b is None else (b.z, b.inv, None if order_y is None else b.order)
     scales = [operand.scale for operand in operands if operand.scale is not None]
@@ -185,15 +191,16 @@ def _forward(x, x2, y, sample, labels, sample_y, labels_y, *asked) -> Returned:
     weights_y = None if ready[-1] is None or len(ready) < 2 else ready[-1].weights
     bound = None if ready[0] is None else ready[0].bound
     return Returned(
-        *first[:2], losses, *given_y, a.z, a.inv, a.order, *saved_y, scale, flag,
-        weights, weights_y, bound, arrived,
+        shown[0], first.counts, losses, shown[1], counts_y, losses_y, a.z, a.inv, a.order, *saved_y, scale, flag,
+        weights, weights_y, bound, arrived, *hidden,
     )  # fmt: skip
 
 
-def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Returned:
+def _forward_fake(x, x2, y, temperature, sample, labels, _sample_y, _labels_y, *options) -> Returned:
     from fastcl.rowstats.triton.operand import DTYPES, working_shape
 
-    codes, columns, call = Asked(*asked).codes, Asked(*asked).columns, Asked(*asked).call(labels is not None)
+    asked = Asked(temperature, *options)
+    codes, columns, call = asked.codes, asked.columns, asked.call(labels is not None)
     n, d = x.shape[0] * (1 if x2 is None else 2), x.shape[1]
     orders = 7 if y is not None and sample is not None else 5
 
@@ -203,7 +210,8 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Ret
     def results(rows: int, first: bool) -> tuple[Tensor | None, ...]:
         total = () if len(codes) == 1 else (len(codes),)
         losses = (empty(*total) if first else None) if call.reduced else empty(len(codes), rows)
-        return empty(5, rows), None if codes else empty(3, rows, dtype=torch.int64), losses
+        found = (None, None) if codes else (empty(5, rows), empty(3, rows, dtype=torch.int64))
+        return *found, losses
 
     def saved(rows: int, with_order: bool) -> tuple[Tensor | None, ...]:
         z = empty(*working_shape(rows, d, call.split, x.device), dtype=DTYPES[call.precision])
@@ -223,14 +231,16 @@ def _forward_fake(x, x2, y, sample, labels, _sample_y, _labels_y, *asked) -> Ret
     if y is not None:
         given_y = results(y.shape[0], False) if columns else given_y
         saved_y = saved(y.shape[0], orders == 7)
-    parts = *results(n, True), *given_y, *saved(n, True), *saved_y, scale, flag, *ready
+    stats = [empty(5, rows) if codes else None for rows in both] + [None] * (2 - len(both))
+    parts = *results(n, True), *given_y, *saved(n, True), *saved_y, scale, flag, *ready, *stats
     return Returned(*parts)
 
 
 def _backward(x, x2, y, temperature, *rest) -> tuple[Tensor | None, ...]:
     from fastcl.rowstats.triton import backward, operand
 
-    grads, (stats, stats_y), saved, (*asked, labelled, need) = rest[:4], rest[4:6], Saved(*rest[6:-9]), rest[-9:]
+    grads, saved, (*asked, labelled, need) = rest[:4], Saved(*rest[6:-9]), rest[-9:]
+    stats, stats_y = (saved.stats, saved.stats_y) if rest[4] is None else rest[4:6]
     columns, call = Asked(temperature, *asked).columns, Asked(temperature, *asked).call(labelled)
     flag = saved.flag
     scales = [None, None] if saved.scale is None else [saved.scale[:1], saved.scale[1:]]
@@ -259,11 +269,10 @@ def _backward_fake(x, x2, y, *rest) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, x2, y, _, labels, _, _, temperature, *asked = inputs
-    stats, _, _, stats_y, _, _, *hidden = output
+def _setup_context(ctx, inputs, results, hidden) -> None:
+    x, x2, y, temperature, _, labels, _, _, *asked = inputs
     ctx.options = *asked, labels is not None
-    keep(ctx, (x, x2, y, temperature, stats, stats_y), hidden)
+    keep(ctx, (x, x2, y, temperature, results[0], results[3]), hidden)
     ctx.set_materialize_grads(False)
 
 
@@ -274,15 +283,15 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * 15
     refuse_batched("triton", *given)
     given[::2] = [None if g is None else g.contiguous() for g in given[::2]]
-    x, x2, y, temperature, *saved = kept(ctx)
+    (x, x2, y, temperature, *stats), hidden = kept(ctx)
     needed = ctx.needs_input_grad
-    need = needed[0] or needed[1], needed[2], needed[7]
-    tensors, options = (x, x2, y, temperature, *given), (*ctx.options, need)
-    dx, dy, dt = call_backward("fused_backward", tensors, saved, options, ctx.recording)
+    need = needed[0] or needed[1], needed[2], needed[3]
+    tensors, options = (x, x2, y, temperature, *given, *stats), (*ctx.options, need)
+    dx, dy, dt = call_backward("fused_backward", tensors, hidden, options)
     two = (None, None) if not need[0] else (dx, None) if x2 is None else dx.split_with_sizes((x.shape[0], x2.shape[0]))
     dt = dt.reshape(temperature.shape).to(temperature.dtype) if need[2] else None
-    return *two, dy if need[1] else None, None, None, None, None, dt, *(None,) * 7
+    return *two, dy if need[1] else None, dt, *(None,) * 11
 
 
-register_for_small(_library, "fused", _forward, _forward_fake, _autograd, _setup_context, 8, 6, 6)
-register_for_small(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"), tensors=22)
+register_for_small(_library, "fused", _forward, _forward_fake, _autograd, _setup_context, 8, 4, 6, 6)
+register_for_small(_library, "fused_backward", _backward, _backward_fake, differentiable_once("triton"), None, 24, 4)

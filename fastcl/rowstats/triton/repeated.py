@@ -15,18 +15,25 @@ from typing import Any
 import torch
 
 from fastcl.kernels.common import launch as launching
+from fastcl.rowstats.hidden import Hidden, Layout, Place
 from fastcl.rowstats.triton.recording import Memory, Name, Operation, Recorder, Rows, Started, Step
 
 _SMALL = 2**20  # bytes of memory that shares an allocation, and so is released last
 _APART = 512  # bytes between those that share one
-_VARIABLE = re.compile(r"\b(?:at_\w+|made\d+|tuple\d+|scratch)\b")
+_HIDDEN = Name("hidden")  # the memory of hidden results
+_GIVEN = Name("given")  # the same in a backward pass
+_VARIABLE = re.compile(r"\b(?:at_\w+|made\d+|tuple\d+|scratch|hidden)\b")
 
 
-def function_of(recorder: Recorder, results: tuple[Any, ...]) -> Callable | None:
-    """The function of the recorded tensors; None if something cannot be repeated.
+def function_of(
+    recorder: Recorder, results: tuple[Any, ...], hidden: tuple[Any, ...] = (), given: Layout | None = None
+) -> Callable | None:
+    """The function of the recorded tensors, which returns results and hidden results; None if something cannot be
+    repeated.
 
     Args:
-        results: what it returns, with names in place of tensors.
+        results, hidden: what it returns, with names in place of tensors.
+        given: of the last tensors, which the function takes as one memory.
     """
     steps = recorder.steps
     if steps is None:
@@ -34,8 +41,8 @@ def function_of(recorder: Recorder, results: tuple[Any, ...]) -> Callable | None
     parameters = [f"none{k}" if name is None else name for k, name in enumerate(recorder.given)]
     launches = [step for step in steps if isinstance(step, Started)]
     is_compiled = launches and all(step.compiled is not None for step in launches)
-    source = _Addressed(steps, results) if is_compiled else _Source()
-    return source.function(parameters, steps, results)
+    source = _Addressed(steps, results, hidden) if is_compiled else _Source()
+    return source.function(parameters, steps, results, hidden, given)
 
 
 class _Source:
@@ -48,8 +55,16 @@ class _Source:
         self.tuples: dict[str, str] = {}  # names of those that hold tensors, by what makes them
         self.constants: dict[int, str] = {}  # names, by id
 
-    def function(self, parameters: Sequence[str], steps: Sequence[Step], results: tuple[Any, ...]) -> Callable:
-        self.begin(parameters, steps)
+    def function(
+        self, parameters: Sequence[str], steps: Sequence[Step], results: tuple[Any, ...], hidden: tuple[Any, ...],
+        given: Layout | None,
+    ) -> Callable:  # fmt: skip
+        places = () if given is None else given.places
+        alone = len(parameters) - len(places)
+        self.begin(parameters[:alone])
+        if places:
+            self.within(dict(zip(parameters[alone:], places, strict=True)))
+            parameters = [*parameters[:alone], _GIVEN]
         for step in steps:
             match step:
                 case Memory():
@@ -60,13 +75,23 @@ class _Source:
                     self.operation(step)
                 case Started():
                     self.launch(step)
-        self.lines.append(f"return {self.tuple(results)}")
+        self.lines.append(f"return {self.tuple(results)}, {self.hidden(hidden)}")
         source = [f"def replay({', '.join(parameters)}):", *self.released()]
         exec(compile("\n    ".join(source), "<replay>", "exec"), self.space)
         return self.space["replay"]
 
-    def begin(self, parameters: Sequence[str], steps: Sequence[Step]) -> None:
+    def begin(self, parameters: Sequence[str]) -> None:
         """Write what comes before the first step."""
+
+    def within(self, places: dict[str, Place | None]) -> None:
+        """Write what makes given tensors of the memory that holds them."""
+        for name, place in places.items():
+            if place is not None:
+                self.lines.append(f"{name} = {self.constant(place.tensor)}({_GIVEN})")
+
+    def hidden(self, names: tuple[Any, ...]) -> str:
+        """What makes the hidden results."""
+        return self.tuple(names)
 
     def memory(self, step: Memory) -> None:
         sizes = ", ".join(map(str, step.shape)) or "()"  # numbers are read in two thirds of a tuple's time
@@ -104,7 +129,7 @@ class _Source:
 
     def tuple(self, value: tuple[Any, ...]) -> str:
         """What makes a tuple of the same type."""
-        inside = f"({', '.join(map(self.value, value))},)"
+        inside = f"({', '.join(map(self.value, value))}{',' * bool(value)})"
         return inside if type(value) is tuple else f"new({self.constant(type(value))}, {inside})"
 
     def constant(self, value: Any) -> str:
@@ -135,37 +160,55 @@ class _Source:
 class _Addressed(_Source):
     """The same where kernels are compiled."""
 
-    def __init__(self, steps: Sequence[Step], results: tuple[Any, ...]) -> None:
+    def __init__(self, steps: Sequence[Step], results: tuple[Any, ...], hidden: tuple[Any, ...]) -> None:
         super().__init__()
         # What has to be a tensor: results, and what PyTorch computes with. Of what is launched, addresses do.
-        self.tensors = _names([results, *([step.args, step.options] for step in steps if isinstance(step, Operation))])
-        self.located = _names([step.launch.arguments for step in steps if isinstance(step, Started)])
-        for step in reversed(steps):
-            for names in (self.tensors, self.located):
-                if isinstance(step, Rows) and names.intersection(step.made):
-                    names.add(step.of)
-        self.small: dict[Name, int] = {}  # where it begins in the memory that is shared
+        operations = [[step.args, step.options] for step in steps if isinstance(step, Operation)]
+        self.tensors = _with_memory(_names([results, *operations]), steps)
+        self.located = _with_memory(_names([one.launch.arguments for one in steps if isinstance(one, Started)]), steps)
+        self.made = {step.made: step for step in steps if isinstance(step, Memory)}
+        self.saved = [name for name in hidden if name is not None]
+        if len(set(self.saved)) < len(self.saved) or not self.made.keys() - self.tensors >= set(self.saved):
+            self.saved.clear()
+            self.tensors = _with_memory(self.tensors | _names(hidden), steps)
+        self.shared: dict[Name, tuple[Name, int]] = {}  # the memory that holds it, and where it begins
 
-    def begin(self, parameters: Sequence[str], steps: Sequence[Step]) -> None:
+    def begin(self, parameters: Sequence[str]) -> None:
         self.locate([name for name in parameters if isinstance(name, Name)])
-        shared = [step for step in steps if isinstance(step, Memory) and self.is_shared(step)]
-        end = 0
-        for step in shared:
-            self.small[step.made], end = end, end + -(-step.size // _APART) * _APART
-        if shared:
-            scratch = Memory(Name("scratch"), (end,), torch.uint8, shared[0].device)
-            super().memory(scratch)
-            self.located.add(scratch.made)
-            self.locate([scratch.made])
+        apart = self.located - self.tensors - set(self.saved)
+        self.share(Name("scratch"), [name for name, one in self.made.items() if name in apart and one.size <= _SMALL])
+        self.share(_HIDDEN, self.saved)
         active = _driver()
         self.lines.append(f"stream = {self.constant(active.get_current_stream)}({active.get_current_device()})")
 
-    def is_shared(self, step: Memory) -> bool:
-        return step.made in self.located - self.tensors and step.size <= _SMALL
+    def share(self, memory: Name, names: Sequence[Name]) -> None:
+        """Write one allocation in place of several."""
+        end = 0
+        for name in names:
+            self.shared[name], end = (memory, end), end + -(-self.made[name].size // _APART) * _APART
+        if names:
+            self.located.add(memory)
+            super().memory(Memory(memory, (end,), torch.uint8, self.made[names[0]].device))
+            self.locate([memory])
+
+    def within(self, places: dict[str, Place | None]) -> None:
+        self.located.add(_GIVEN)
+        self.locate([_GIVEN])
+        super().within({name: place for name, place in places.items() if name in self.tensors})
+        for name, place in places.items():
+            if place is not None and name in self.located:
+                self.place(Name(name), _GIVEN, place.offset)
+
+    def hidden(self, names: tuple[Any, ...]) -> str:
+        if not self.saved:
+            return super().hidden(names)
+        steps = [self.made.get(name) for name in names]
+        layout = Layout([one and Place(self.shared[one.made][1], one.size, one.shape, one.dtype) for one in steps])
+        return f"new({self.constant(Hidden)}, ({_HIDDEN}, {self.constant(layout)}))"
 
     def memory(self, step: Memory) -> None:
-        if step.made in self.small:
-            self.place(step.made, Name("scratch"), self.small[step.made])
+        if step.made in self.shared:
+            self.place(step.made, *self.shared[step.made])
         elif step.made in self.tensors | self.located:
             super().memory(step)
             self.locate([step.made])
@@ -208,6 +251,14 @@ class _Addressed(_Source):
         if not _has_names(value):
             return self.constant(value)
         return f"({', '.join(map(self.argument, value))},)"
+
+
+def _with_memory(names: set[Name], steps: Sequence[Step]) -> set[Name]:
+    """The names, and those of the memory of rows among them."""
+    for step in reversed(steps):
+        if isinstance(step, Rows) and names.intersection(step.made):
+            names.add(step.of)
+    return names
 
 
 def _driver() -> Any:

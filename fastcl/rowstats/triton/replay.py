@@ -9,58 +9,58 @@ calls (`repeated.py`). A recording holds no tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastcl.kernels.common import launch as launching
+from fastcl.rowstats.hidden import Hidden, Kept, Layout
 from fastcl.rowstats.triton.recording import Recorder, Unknown
 from fastcl.rowstats.triton.repeated import function_of
 
-Results = tuple[Tensor | None, ...]
-Host = Callable[..., Results]
+Results: TypeAlias = tuple[Tensor | None, ...]
+Host: TypeAlias = Callable[..., Results]
+Replay: TypeAlias = Callable[..., tuple[Results, Kept]]
 
 MOST_ROWS = 16384  # of the first tensor; with more, the host is ahead of the device
 MOST_CALLS = 256  # that are remembered
 BEFORE = 7  # calls before the one that is recorded, which takes as long as so many
 _seen: dict[Any, int] = {}  # how often, for calls without a recording
-_recordings: dict[Any, Host | None] = {}  # None: it cannot be repeated
+_recordings: dict[Any, Replay | None] = {}  # None: it cannot be repeated
 
 
 def run(
-    host: Host, tensors: Sequence[Any], options: tuple[Hashable, ...], saved: Sequence[Tensor | None] = (),
-    after: Host | None = None,
-) -> tuple[Results, Host | None]:  # fmt: skip
+    host: Host, tensors: Sequence[Any], options: tuple[Hashable, ...], saved: Kept = (), shown: int | None = None
+) -> tuple[Results, Kept]:
     """The results of a host function, which is replayed once it has often been called with tensors of the same shapes
-    and equal options; and the recording that was replayed, or None.
+    and equal options: those that callers see, and the others.
 
     Args:
         host: takes the tensors, the first of which is no None, then the saved ones and the options. What it does may
             follow from shapes, strides, dtypes and options, but not from what the tensors hold. The first tensor's
             device becomes the current one.
-        saved: results of another host function for these tensors.
-        after: the recording that gave the saved tensors, which then need no look.
+        saved: hidden results of another host function for these tensors.
+        shown: how many results callers see; None: all.
     """
     first = tensors[0]
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         with torch.cuda.device_of(first):
-            return run(host, tensors, options, saved, after)
-    if first.shape[0] > MOST_ROWS or launching.is_recording():
-        return host(*tensors, *saved, *options), None
-    facts = _facts(tensors)
-    key = shortcut = host, options, launching.forced_architecture(), after, *facts
-    found = _recordings.get(key)
-    if found is None and saved:
-        key = *key[:3], *_facts(saved), *facts
+            return run(host, tensors, options, saved, shown)
+    is_hidden = isinstance(saved, Hidden)
+    key = None
+    layout, rest = (saved.layout, (saved.memory,)) if is_hidden else (None, saved)
+    if first.shape[0] <= MOST_ROWS and not launching.is_recording():
+        key = host, shown, options, launching.forced_architecture(), layout, *_facts((*tensors, *rest))
         found = _recordings.get(key)
-        if found is not None and after is not None:
-            _remember(shortcut, found)
-    if found is not None:
-        return found(*tensors, *saved), found
-    if key not in _recordings and _is_due(key) and _are_different([*tensors, *saved]):
-        return _record(key, host, [*tensors, *saved], options), None
-    return host(*tensors, *saved, *options), None
+        if found is not None:
+            return found(*tensors, *rest)
+    given = *tensors, *(saved.tensors() if is_hidden else saved)
+    # The backward pass of a replay comes as often as that.
+    is_due = key is not None and key not in _recordings and (is_hidden or _is_due(key))
+    if is_due and _are_different(given):
+        return _record(key, host, given, options, layout, shown)
+    return _split(host(*given, *options), shown)
 
 
 def forget() -> None:
@@ -88,20 +88,27 @@ def _are_different(tensors: Sequence[Tensor | None]) -> bool:
     return len(set(given)) == len(given)
 
 
-def _record(key: Any, host: Host, tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]) -> Results:
-    recorder = Recorder(tensors)
+def _record(
+    key: Any, host: Host, given: Sequence[Tensor | None], options: tuple[Hashable, ...], layout: Layout | None,
+    shown: int | None,
+) -> tuple[Results, Kept]:  # fmt: skip
+    recorder = Recorder(given)
     with recorder, launching.recorded_by(recorder.launch):
-        results = host(*tensors, *options)
+        results, hidden = _split(host(*given, *options), shown)
     try:
-        found = function_of(recorder, recorder.seen(results))
+        found = function_of(recorder, recorder.seen(results), recorder.seen(hidden), layout)
     except Unknown:
         found = None
     _remember(key, found)
     _seen.pop(key, None)
-    return results
+    return results, hidden
 
 
-def _remember(key: Any, found: Host | None) -> None:
+def _split(results: Results, shown: int | None) -> tuple[Results, Results]:
+    return results[:shown], () if shown is None else results[shown:]
+
+
+def _remember(key: Any, found: Replay | None) -> None:
     if len(_recordings) >= MOST_CALLS:
         _recordings.clear()
     _recordings[key] = found

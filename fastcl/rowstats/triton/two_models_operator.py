@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.rowstats.registration import call_backward, keep, kept, refuse_batched, register_for_small
+from fastcl.rowstats.registration import call_backward, keep, kept, refuse_batched, register_for_small, tensors_of
 from fastcl.rowstats.triton.operator import Asked, Saved
 
 _library = torch.library.Library("fastcl", "FRAGMENT")
 _IDS = "Tensor sample, Tensor? labels"
-_CALL = "Tensor? temperature, float value, str precision"
-_library.define(f"twin(Tensor za, Tensor zb, {_IDS}, {_CALL}) -> ({', '.join(['Tensor'] * 11)})")
+_CALL = "float value, str precision"
+_library.define(f"twin(Tensor za, Tensor zb, Tensor? temperature, {_IDS}, {_CALL}) -> ({', '.join(['Tensor'] * 11)})")
 
 
 def _call(temperature, value, precision, labelled):
     return Asked(temperature, value, True, precision, False, (), "none", False).call(labelled)
 
 
-def _forward(za, zb, sample, labels, temperature, value, precision):
+def _forward(za, zb, temperature, sample, labels, value, precision):
     from fastcl.rowstats.triton import two_models, working_order
 
     asked = _call(temperature, value, precision, labels is not None)
@@ -28,7 +28,7 @@ def _forward(za, zb, sample, labels, temperature, value, precision):
     return *found, a.order, a.z, a.inv, b.z, b.inv, *flags
 
 
-def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
+def _forward_fake(za, zb, temperature, _sample, labels, value, precision):
     from fastcl.rowstats.triton.operand import DTYPES, working_shape
 
     asked = _call(temperature, value, precision, labels is not None)
@@ -45,35 +45,34 @@ def _forward_fake(za, zb, _sample, labels, temperature, value, precision):
     )  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    za, zb, _, labels, temperature, ctx.value, ctx.precision = inputs
-    stats_a, stats_b, _, _, *hidden = output
+def _setup_context(ctx, inputs, results, hidden) -> None:
+    za, zb, temperature, _, labels, ctx.value, ctx.precision = inputs
     ctx.labelled = labels is not None
-    keep(ctx, (za, zb, temperature, stats_a, stats_b), hidden)
+    keep(ctx, (za, zb, temperature, *results[:2]), hidden)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_a: Tensor | None, grad_b: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Each model's gradient, from the backward pass of `fused`."""
     refuse_batched("triton", grad_a, grad_b)
-    za, zb, temperature, stats_a, stats_b, order, z_a, inv_a, z_b, inv_b, flag_a, flag_b = kept(ctx)
-    need_t = ctx.needs_input_grad[4]
+    (za, zb, temperature, stats_a, stats_b), hidden = kept(ctx)
+    order, z_a, inv_a, z_b, inv_b, flag_a, flag_b = tensors_of(hidden)
+    need_t = ctx.needs_input_grad[2]
     rows, total = [None, None], None
     sides = ((za, stats_a, z_a, inv_a, flag_a, grad_a), (zb, stats_b, z_b, inv_b, flag_b, grad_b))
     for k, (x, stats, z, inv, flag, grad) in enumerate(sides):
         if grad is None or not (ctx.needs_input_grad[k] or need_t):
             continue
-        tensors = x, None, None, temperature, grad.contiguous(), None, None, None
-        saved = stats, None, *Saved(z, inv, order, flag=flag)
+        tensors = x, None, None, temperature, grad.contiguous(), None, None, None, stats, None
         need = ctx.needs_input_grad[k], False, need_t
         options = ctx.value, True, ctx.precision, False, (), "none", False, ctx.labelled, need
-        dx, _, dt = call_backward("fused_backward", tensors, saved, options)
+        dx, _, dt = call_backward("fused_backward", tensors, Saved(z, inv, order, flag=flag), options)
         if ctx.needs_input_grad[k]:
             rows[k] = dx
         if need_t:
             total = dt if total is None else total + dt
     dt = None if total is None else total.reshape(temperature.shape).to(temperature.dtype)
-    return *rows, None, None, dt, None, None
+    return *rows, dt, None, None, None, None
 
 
-register_for_small(_library, "twin", _forward, _forward_fake, _autograd, _setup_context, 5, 4, 2)
+register_for_small(_library, "twin", _forward, _forward_fake, _autograd, _setup_context, 5, 3, 4, 2)
