@@ -131,7 +131,7 @@ class Lockstep:
             self._train(held.enter_context(self._bar()), self._steps(profile))
         write_finals(self.out, self.twins, self.inputs.test, self.config.train.layers, self.ranks)
         if self.ranks.first:
-            log.info("finished: %d epochs in %s", self.epoch, shown(self.out))
+            log.info("finished: %s", self._where())
 
     def _bar(self) -> tqdm:
         images = self.loader.batch_size * len(self.loader)
@@ -179,11 +179,14 @@ class Lockstep:
 
     def _tell_finished(self, has_checkpoint: bool) -> None:
         if not has_checkpoint:
-            log.info("already finished: %d epochs in %s (its last checkpoint is missing)", self.epoch, shown(self.out))
+            log.info("already finished: %s (its last checkpoint is missing)", self._where())
             return
         wrote = complete_finals(self.out, self.twins, self.inputs.test, self.config.train.layers)
         more = f"; wrote what was missing or damaged: {', '.join(wrote)}" if wrote else ""
-        log.info("already finished: %d epochs in %s%s", self.epoch, shown(self.out), more)
+        log.info("already finished: %s%s", self._where(), more)
+
+    def _where(self) -> str:
+        return f"{self.epoch} epoch{'s' * (self.epoch != 1)} in {shown(self.out)}"
 
     def _measure(self, means: dict[str, list[float]]) -> None:
         for twin in self.twins:

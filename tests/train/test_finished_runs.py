@@ -119,7 +119,7 @@ def test_the_command_of_a_finished_run_writes_only_what_is_missing(tmp_path, cap
     capsys.readouterr()
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert f"already finished: 1 epochs in {out}\n" in said and "resuming" not in said
+    assert f"already finished: 1 epoch in {out}\n" in said and "resuming" not in said
     assert times(out) == first
     gone = ("weights/dcl.safetensors", "features/nscl.safetensors", "layers.json", "report.html")
     for name in gone:
