@@ -98,6 +98,17 @@ def test_copies_are_awaited_as_deep_as_the_pipeline_is():
     assert cycles(*loop(3), machine=slow) == pytest.approx(512, rel=0.05)
 
 
+def test_plain_loads_and_stores_of_tiles_take_the_time_of_l2():
+    loaded, stored = "LDG.E.128 R4, desc[UR4][R8.64]", "STG.E.128 desc[UR4][R2.64], R8"
+    wide = "LDG.E.ENL2.256.CONSTANT R4, R8, desc[UR4][R12.64]"
+    numbers = ["LDG.E.64 R4, desc[UR4][R8.64]", "STG.E desc[UR4][R2.64], R8"]  # of rows
+    for lines, size in (([loaded], 2048), ([stored], 2048), ([wide], 4096), ([loaded, stored], 4096), (numbers, 0)):
+        assert by_pipe(operations(PRODUCT, *lines), 4, HOPPER)["l2"] == pytest.approx(size / HOPPER.l2)
+        expected = max(64, size / HOPPER.l2)  # or that of the product
+        assert cycles(PRODUCT, *lines) == pytest.approx(expected, rel=0.1)
+    assert by_pipe(operations(loaded, stored), 4, HOPPER)["l2"] == 0  # no product: the card's memory counts
+
+
 def test_scoreboards_stalls_and_barriers_hold_a_warp_back():
     load = "LDG.E R4, desc[UR4][R8.64] {1, 3, 7, 0}"
     assert cycles(load, "FFMA R1, R4, R3, R4 {1, 7, 7, 8}") == pytest.approx(HOPPER.load_latency, rel=0.01)

@@ -243,12 +243,12 @@ class Multiprocessor:
             warp.copies[-1] += 1
             self._later(self.l2 + machine.load_latency, Kind.COPY, warp, len(warp.copies) - 1, op.amount)
             return t + _FIXED, t + 16
-        if kind is Kind.LOAD:
-            self.unit = t + 2
-            return t + machine.load_latency, t + 12
-        if kind is Kind.STORE:
-            self.unit = t + 2
-            return t + _FIXED, t + 20
+        if kind in (Kind.LOAD, Kind.STORE):
+            came = t
+            if op.amount:
+                came = self.l2 = max(t, self.l2) + SCHEDULERS * op.amount / machine.l2
+            self.unit = max(t + 2, came - machine.load_latency)  # nobody waits for stores, but they cannot pile up
+            return (came + machine.load_latency, t + 12) if kind is Kind.LOAD else (t + _FIXED, t + 20)
         return t + _FIXED, t + _FIXED
 
     def _arrive(self, warp: Warp, barrier: int, needed: int, t: float) -> None:

@@ -76,9 +76,12 @@ class Op(NamedTuple):
     flops: float = 0
 
 
+_SIZES = {".256": 32, ".128": 16, ".64": 8}  # of a thread
+
+
 def _moved(one: Instruction) -> float:
     """Bytes of a warp."""
-    return WARP * (16 if ".128" in one.opcode else 8 if ".64" in one.opcode else 4)
+    return WARP * next((size for bits, size in _SIZES.items() if bits in one.opcode), 4)
 
 
 def _matrices(one: Instruction) -> float:
@@ -108,8 +111,10 @@ _ROWS: tuple[tuple[str, Kind, float | Callable[[Instruction], float]], ...] = (
     (r"SYNCS", Kind.FREE, 0),
     (r"LDS|STS|ATOMS", Kind.SHARED, _moved),
     (r"SHFL", Kind.SHUFFLE, 4 * WARP),
-    (r"LDG|LD\.E|ATOMG|ATOM\.|LDL", Kind.LOAD, _moved),
-    (r"STG|RED|ST\.E|STL", Kind.STORE, _moved),
+    (r"LDG.*\.(?:128|256)", Kind.LOAD, _moved),
+    (r"LDG|LD\.E|ATOMG|ATOM\.|LDL", Kind.LOAD, 0),  # numbers of rows, which many threads share and L1 has
+    (r"STG.*\.(?:128|256)", Kind.STORE, _moved),
+    (r"STG|RED|ST\.E|STL", Kind.STORE, 0),
     (r"WARPGROUP\.DEPBAR", Kind.WGMMA_WAIT, _last),
     (r"LDC", Kind.SLOW, 30),
     (r"S2R|S2UR|R2UR|CS2R", Kind.SLOW, 20),
@@ -132,10 +137,14 @@ def decode(code: Sequence[Instruction], machine: Machine) -> list[Op]:
         NotModelled: one of them is unknown.
     """
     waits = tensor_memory.awaited(code)
-    return [
+    ops = [
         Op(Kind.UTCMMA_WAIT, one.control, waits[k]) if k in waits else _decode(one, machine)
         for k, one in enumerate(code)
     ]
+    if any(op.flops for op in ops):
+        return ops
+    # What kernels without products move is counted as the card's memory; their threads share much of it.
+    return [op._replace(amount=0) if op.kind in (Kind.LOAD, Kind.STORE) else op for op in ops]
 
 
 def _decode(one: Instruction, machine: Machine) -> Op:
@@ -210,7 +219,7 @@ def by_pipe(ops: Sequence[Op], warps: int, machine: Machine) -> dict[str, float]
         "fma": rate(machine.fma) * (total(Kind.FMA) + number(Kind.FMA_HEAVY)),
         "alu": rate(machine.alu) * number(Kind.ALU),
         "issue": share * len(ops),
-        "l2": share * total(Kind.COPY) * SCHEDULERS / machine.l2,
+        "l2": share * total(Kind.COPY, Kind.LOAD, Kind.STORE) * SCHEDULERS / machine.l2,
     }
     if machine.tmem:
         found["tmem"] = share * total(Kind.TENSOR_MEMORY) * SCHEDULERS / machine.tmem
