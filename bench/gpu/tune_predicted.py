@@ -64,7 +64,7 @@ def row_of(kernel: str, arch: int, mode: str, width: int, losses: Sequence[Loss]
         StaticError: there is none, or not the same for all of them.
     """
     rows = [row for row in launch._rows() if (row["kernel"], row["arch"], row["mode"]) == (kernel, f"sm_{arch}", mode)]
-    rows = [row for row in rows if width <= (row["max_d"] or width)]
+    rows = [row for row in rows if row.get("min_d", 0) <= width <= (row["max_d"] or width)]
     taken = [next((row for row in rows if loss.rows <= (row["max_n"] or loss.rows)), None) for loss in losses]
     if taken[0] is None:
         raise StaticError(f"the table has no row {kernel} {mode} for {width} columns")

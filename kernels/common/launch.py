@@ -148,7 +148,8 @@ def architecture(capability: tuple[int, int] | None) -> int:
 def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
     """Tile sizes for rows of width d and n streamed rows; None if the table has no such row.
 
-    A missing "backward" row means that no tile of that width fits in registers: the wide route is used instead.
+    The first row counts whose `max_d` and `max_n` are not exceeded and whose `min_d`, if it has one, is reached. A
+    missing "backward" row means that no tile of that width fits in registers: the wide route is used instead.
 
     Args:
         kernel: "forward", "online", "backward", "backward_online", "weights", "weights_online", "product", "twin" or
@@ -163,7 +164,7 @@ def config(kernel: str, sm: int, mode: str, d: int, n: int) -> Config | None:
     for row in _rows():
         if (row["kernel"], row["arch"], row["mode"]) != (kernel, f"sm_{sm}", mode):
             continue
-        if d <= (row["max_d"] or d) and n <= (row["max_n"] or n):
+        if row.get("min_d", 0) <= d <= (row["max_d"] or d) and n <= (row["max_n"] or n):
             sizes = {key: row[key] for key in ("block_r", "block_s", "block_d", "warps", "stages")}
             programs = row.get("programs")  # on a multiprocessor, where known
             slots = programs * MULTIPROCESSORS[sm] if programs else _SLOTS

@@ -65,3 +65,10 @@ def test_slots_are_those_of_the_architecture():
     found = config("backward", 90, "none", 128, 4096)
     assert found is not None and found.slots % 132 == 0
     assert Config(64, 64, 64, 4, 1).slots == 528
+
+
+@pytest.mark.parametrize("mode", ("none", "peers"))
+def test_rows_for_wide_rows_alone_are_not_taken_by_narrow_ones(mode: str) -> None:
+    kernels = "forward_plain", "forward_masked"
+    assert [config(kernel, 100, mode, 256, 65536) for kernel in kernels] == [None, None]
+    assert all(config(kernel, 100, mode, d, 65536) for kernel in kernels for d in (257, 512))

@@ -20,6 +20,7 @@ from bench.static.predict.calls import BETWEEN, Loss, losses
 from bench.static.predict.losses import Model, Predicted
 from fastcl.io.outputs import check_output, named_path
 
+_WHOLE = (ARCH, 100)  # architectures with all losses among the committed predictions
 _WEAK = [Loss("ntxent", 65536, d, precision) for precision in ("fp16", "fp32") for d in (64, 128, 256, 512)]
 _WEAK_BY_HAND = [loss for loss in losses() if loss.by_hand and loss.n == 65536]
 _DESCRIPTION = f"""\
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 def default(arch: int) -> re.Pattern[str]:
     """The losses whose predictions are committed for an architecture, by their names."""
-    return pattern("" if arch == ARCH else f"^ntxent | d=({'|'.join(map(str, BETWEEN))})$")
+    return pattern("" if arch in _WHOLE else f"^ntxent | d=({'|'.join(map(str, BETWEEN))})$")
 
 
 def committed(arch: int) -> list[Record]:
@@ -109,8 +110,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     names = [f"sm_{arch}" for arch in sorted(MACHINES)]
     add("--arch", default=f"sm_{ARCH}", choices=names, help="(default: %(default)s)")
     add("--only", type=pattern, metavar="REGEX",
-        help=f"only the losses with this in their names, such as '^{next(losses()).name}$' (default: all of sm_{ARCH}, "
-             f"of others NT-Xent, and {BETWEEN[0]} and {BETWEEN[1]} columns)")  # fmt: skip
+        help=f"only the losses with this in their names, such as '^{next(losses()).name}$' (default: all of "
+             f"{' and '.join(f'sm_{arch}' for arch in _WHOLE)}, of others NT-Xent, and {BETWEEN[0]} and {BETWEEN[1]} "
+             "columns)")  # fmt: skip
     add("--json", type=named_path, metavar="FILE", help="write the records: losses by pass, and their kernels")
     add("--sensitivity", action="store_true", help="also with each weak assumption changed (minutes)")
     add("--accept", action="store_true", help="commit these predictions: rewrite the files in bench/results/static/")
