@@ -46,6 +46,9 @@ class _Case:
 def _cases(sm: int) -> Iterator[_Case]:
     yield _Case("ntxent fp16 d=32", 32)
     yield _Case("supcon fp16 d=32", 32, "peers")
+    yield _Case("ntxent fp32 d=32", 32, "all", "fp32")
+    yield _Case("supcon fp32 d=32", 32, "all", "fp32")
+    yield _Case("clip fp32 d=32", 32, "all", "fp32", pair="towers")
     for d in (64, 128, 256, 512):
         yield _Case(f"ntxent fp16 d={d}", d)
         yield _Case(f"supcon fp16 d={d}", d, "peers")

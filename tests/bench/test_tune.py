@@ -244,11 +244,11 @@ def test_a_row_that_no_work_is_divided_by_gets_no_programs(table, tmp_path, monk
 
 
 def test_the_row_that_is_searched_is_that_of_the_losses(table):
-    few, many = Loss("ntxent", 4096, 64, "fp32"), Loss("ntxent", 65536, 64, "fp32")
-    of = [tune_predicted.row_of("backward", 90, "all", 64, [loss]) for loss in (few, many)]
-    assert [row["max_n"] for row in of] == [4096, None]
-    with pytest.raises(StaticError, match="take different rows backward all"):
-        tune_predicted.row_of("backward", 90, "all", 64, [few, many])
+    few, many = Loss("ntxent", 4096, 128, "fp32"), Loss("ntxent", 65536, 128, "fp32")
+    of = [tune_predicted.row_of("forward_plain", 90, "all", 128, [loss]) for loss in (few, many)]
+    assert [row["max_n"] for row in of] == [16384, None]
+    with pytest.raises(StaticError, match="take different rows forward_plain all"):
+        tune_predicted.row_of("forward_plain", 90, "all", 128, [few, many])
     with pytest.raises(StaticError, match="no row backward all for 256 columns"):
         tune_predicted.row_of("backward", 90, "all", 256, [many])
 
