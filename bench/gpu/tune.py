@@ -25,10 +25,12 @@ from fastcl.rowstats.triton.replay import forget
 
 Row: TypeAlias = dict[str, Any]
 
-# Values tried for each field, one field at a time, starting from the current row. Rows of the working copies come in
-# blocks of 128, which every tile must divide. A tile's width is a choice only if rows are processed in pieces.
+# Values tried for each field, one field at a time, starting from the current row; `tune_predicted` tries them all. Rows
+# of the working copies come in blocks of 128, which every tile must divide. Columns at a time are a choice where rows
+# are processed in pieces, and must divide 64, of which wide copies are multiples; the product's may exceed the rows.
 AXES = {"block_r": (32, 64, 128), "block_s": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3, 4)}
-WIDE_AXES = AXES | {"block_d": (32, 64, 128)}
+WIDE_AXES = AXES | {"block_d": (32, 64)}
+PRODUCT_AXES = AXES | {"block_s": (32, 64), "block_d": (64, 128, 256)}
 # (half precision, objective) by mode: "none" and "peers" are half precision, "all" has float32 accuracy.
 LOSSES = {"none": (True, "ntxent"), "peers": (True, "supcon"), "all": (False, "ntxent")}
 # The pass in which each kernel is timed. Kernels for logits of any range rarely run, and those for two models run in no
@@ -59,6 +61,13 @@ class Plan:
 def rows_of(table: list[Row], sm: int) -> list[Row]:
     """The rows to tune for an architecture."""
     return [row for row in table if row["arch"] == f"sm_{sm}" and row["kernel"] in KERNELS]
+
+
+def axes_of(row: Row) -> dict[str, tuple[int, ...]]:
+    """The values that are tried for a row, by its fields."""
+    if row["kernel"] == "product":
+        return PRODUCT_AXES
+    return WIDE_AXES if row["kernel"].startswith("weights") or not row["max_d"] else AXES
 
 
 def beats(candidate: list[float], present: list[float]) -> bool:
@@ -161,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = rows_of(table, launch.architecture(None))
         rows = [row for row in rows if row["mode"] == "none" and row["max_d"] == 64]
     else:
-        plan = Plan(torch.device("cuda"), 16384, 512, lambda row: AXES if row["max_d"] else WIDE_AXES, 15, 2)
+        plan = Plan(torch.device("cuda"), 16384, 512, axes_of, 15, 2)
         rows = rows_of(table, launch.architecture(torch.cuda.get_device_capability()))
     try:
         return tune_all(rows, table, plan, out)

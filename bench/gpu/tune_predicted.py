@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from bench.gpu.tune import Row, replaced, write
+from bench.gpu.tune import Row, axes_of, replaced, write
 from bench.harness.command import Parser, pattern
 from bench.harness.records import digits
 from bench.static.all_cases import cases
@@ -21,19 +21,18 @@ from bench.static.predict.launches import Kernel
 from bench.static.predict.losses import Model, Predicted, Recorded
 from bench.static.report import findings
 from fastcl.kernels.common import launch
-from fastcl.rowstats.triton.operand import ALIGN
 
 FIELDS = ("block_r", "block_s", "block_d", "warps", "stages")
-AXES = {"block_r": (64, 128), "block_s": (64, 128), "block_d": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)}
+_TILE = (16, 32, 64, 128)  # divisors of the blocks to which working copies are padded
+LEGAL = {"block_r": _TILE, "block_s": _TILE, "block_d": (*_TILE, 256), "warps": (1, 2, 4, 8, 16), "stages": range(1, 9)}
 KERNELS = {
     "forward": ("fwd", "forward_kernel"), "forward_plain": ("fwd", "forward_kernel"),
     "forward_masked": ("fwd", "forward_kernel"), "forward_joint": ("fwd", "forward_kernel"),
     "backward": ("bwd", "backward_kernel"), "backward_joint": ("bwd", "backward_kernel"),
     "backward_masked": ("bwd", "backward_kernel"), "backward_online": ("bwd", "backward_kernel"),
-    "weights": ("bwd", "pair_weights_kernel"), "product": ("bwd", "product_kernel"),
+    "weights": ("bwd", "pair_weights_kernel"), "weights_peers": ("bwd", "pair_weights_kernel"),
+    "product": ("bwd", "product_kernel"),
 }  # fmt: skip
-# How the work of these is divided among programs follows from how many of them a multiprocessor holds.
-_SHARED = ("forward_kernel", "backward_kernel", "product_kernel")
 _LOSSES = {"none": "ntxent fp16", "peers": "supcon fp16", "all": "ntxent fp32"}
 _ACCUMULATORS = 192  # registers of a thread that sums and accumulators may take: beyond, everything spills
 _DESCRIPTION = """\
@@ -51,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             raise StaticError(reason)
         row = row_of(args.kernel, args.arch, args.mode, args.width, args.losses)
         search = Search(row, args.width, Model(args.arch, sys.executable, args.workers), args.losses)
-        return search.run(args.axes, args.write)
+        return search.run(axes_to_try(row, args.axes), args.write)
     except StaticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,20 +72,32 @@ def row_of(kernel: str, arch: int, mode: str, width: int, losses: Sequence[Loss]
     return taken[0]
 
 
+def axes_to_try(row: Row, given: dict[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The values to try for the fields of a row: those given, else all of `axes_of`.
+
+    Raises:
+        StaticError: launches cannot take one of them.
+    """
+    axes: dict[str, Sequence[int]] = {"block_d": (row["block_d"],), **axes_of(row)}
+    for name, values in given.items():
+        legal = LEGAL[name]
+        if name == "block_d" and row["kernel"] != "product":  # a tile has whole rows, or divides wide copies
+            legal = _TILE[:-1] if "block_d" in axes_of(row) else axes[name]
+        if wrong := [value for value in values if value not in legal]:
+            raise StaticError(
+                f"{_option(name)} {' '.join(map(str, wrong))}: must be of {' '.join(map(str, legal))} in this row"
+            )
+        axes[name] = values
+    return axes
+
+
 def candidates(row: Row, width: int, axes: dict[str, Sequence[int]]) -> Iterator[Row]:
-    """All legal values of a row's fields, its own among them; without those that could only spill."""
-    wide = not row["max_d"] or row["kernel"] in ("weights", "product")  # takes rows in pieces
-    tried = [[row["block_d"]] if name == "block_d" and not wide else axes[name] for name in FIELDS]
+    """All values of a row's fields, its own among them; without those that could only spill."""
     own = tuple(row[name] for name in FIELDS)
-    for values in dict.fromkeys([own, *itertools.product(*tried)]):
+    for values in dict.fromkeys([own, *itertools.product(*(axes[name] for name in FIELDS))]):
         config: Row = dict(zip(FIELDS, values, strict=True))
-        if values == own or (legal(config) and registers(row["kernel"], config, width) <= _ACCUMULATORS):
+        if values == own or registers(row["kernel"], config, width) <= _ACCUMULATORS:
             yield config
-
-
-def legal(config: Row) -> bool:
-    """Whether tiles divide the blocks to which working copies are padded."""
-    return ALIGN % config["block_r"] == 0 and ALIGN % config["block_s"] == 0
 
 
 def registers(kernel: str, config: Row, width: int) -> float:
@@ -144,7 +155,7 @@ class Search:
 
     def _counted(self, config: Row, found: Sequence[Predicted]) -> Row:
         """A candidate with the programs that a multiprocessor holds of it, if its launches follow from them."""
-        return config | {"programs": self._longest(found)[2]} if self.kernel in _SHARED else config
+        return config | {"programs": self._longest(found)[2]} if divided(self.row) else config
 
     def _record(self, config: Row) -> list[Recorded]:
         with replaced(self.row, config):
@@ -206,6 +217,18 @@ def describe(config: Row) -> str:
     return ",".join(str(config[name]) for name in FIELDS) + (f" x {config['programs']}" if "programs" in config else "")
 
 
+def divided(row: Row) -> bool:
+    """Whether the number of programs that a multiprocessor holds of a row says how its work is divided: launches of
+    masked tiles alone take as many programs as the plain ones."""
+    if row["kernel"] == "product":
+        return True
+    return not row["kernel"].startswith("weights") and not row["kernel"].endswith("_masked") and row["mode"] != "peers"
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("gpu.tune --predict", [_DESCRIPTION], "workers")
     add = parser.add_argument
@@ -216,15 +239,14 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--losses", type=pattern, metavar="REGEX",
         help="losses by name whose times are added (default: one of 65,536 rows)")  # fmt: skip
     add("--write", action="store_true", help="put the best candidate into the table")
-    for name, tried in AXES.items():
-        option = f"--{name.replace('_', '-')}"
-        add(option, type=int, nargs="+", default=tried, metavar="N", help=f"(default: {tried})")
+    for name in FIELDS:
+        add(_option(name), type=int, nargs="+", metavar="N", help="values to try (default: all)")
     args = parser.parse_args(argv)
     name = args.losses or pattern(f"^{_LOSSES[args.mode]} n=65,536 d={args.width}$")
     args.losses = [loss for loss in losses() if name.search(loss.name)]
     if not args.losses:
         parser.error(f"no loss has {name.pattern!r} in its name; --losses chooses others")
     parser.compiling()
-    args.axes = {axis: getattr(args, axis) for axis in AXES}
+    args.axes = {name: values for name in FIELDS if (values := getattr(args, name)) is not None}
     args.arch = int(args.arch.removeprefix("sm_"))
     return args

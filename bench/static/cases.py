@@ -46,6 +46,9 @@ class _Case:
 def _cases(sm: int) -> Iterator[_Case]:
     yield _Case("ntxent fp16 d=32", 32)
     yield _Case("supcon fp16 d=32", 32, "peers")
+    yield _Case("ntxent fp32 d=32", 32, "all", "fp32")
+    yield _Case("supcon fp32 d=32", 32, "all", "fp32")
+    yield _Case("clip fp32 d=32", 32, "all", "fp32", pair="towers")
     for d in (64, 128, 256, 512):
         yield _Case(f"ntxent fp16 d={d}", d)
         yield _Case(f"supcon fp16 d={d}", d, "peers")
@@ -75,6 +78,7 @@ def _cases(sm: int) -> Iterator[_Case]:
     yield _Case("queue fp16 d=128, arbitrary ids", 128, pair="queue", ids=True)
     yield _Case("supcon fp16 d=128, sorted labels", 128, "peers", n=2 * COUNTED)
     yield _Case("ntxent fp16 d=64, many rows", 64, n=_MANY)
+    yield _Case("supcon fp16 d=64, many rows", 64, "peers", n=_MANY)
     yield _Case("ntxent fp32 d=128, many rows", 128, "all", "fp32", n=_MANY)
     yield _Case("supcon fp16 d=128, many rows", 128, "peers", n=_MANY)
     for d in (64, 128, 512):
@@ -83,7 +87,7 @@ def _cases(sm: int) -> Iterator[_Case]:
         yield _Case(f"clip fp16 d={d}, few rows", d, pair="towers", learnable=True, n=1024)
         yield _Case(f"clip fp32 d={d}, few rows", d, "all", "fp32", pair="towers", learnable=True, n=1024)
     yield _Case("ntxent fp16 d=192, few rows", 192, n=1024)
-    for d in (64, 256, 512):
+    for d in (64, 128, 256, 512):
         yield _Case(f"supcon fp16 d={d}, few rows", d, "peers", n=1024)
     # One program finishes them, and a number that is 1 is a constant to Triton, which 3.6 takes its own way with.
     yield _Case("ntxent fp32 d=128, 20 rows", 128, "all", "fp32", n=20)

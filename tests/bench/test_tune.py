@@ -109,8 +109,18 @@ def test_the_rows_of_an_architecture_that_are_tuned(table):
     rows = tune.rows_of(table, 90)
     assert {row["kernel"] for row in rows} == set(tune.KERNELS) and {row["arch"] for row in rows} == {"sm_90"}
     assert {row["mode"] for row in rows} == set(tune.LOSSES)
-    sizes = [size for axis in ("block_r", "block_s", "block_d") for size in tune.WIDE_AXES[axis]]
-    assert all(128 % size == 0 for size in sizes)
+
+
+def test_tiles_that_are_tried_divide_working_copies(table):
+    tried = [(row, tune.axes_of(row)) for row in table if row["kernel"] in tune_predicted.KERNELS]
+    assert all(128 % size == 0 for _, axes in tried for name in ("block_r", "block_s") for size in axes[name])
+    pieces = {row["kernel"]: axes["block_d"] for row, axes in tried if "block_d" in axes}
+    assert pieces.pop("product") == (64, 128, 256)  # it loads no columns beyond the rows
+    assert {"forward", "forward_plain", "weights", "weights_peers"} <= pieces.keys()
+    # Wide copies are multiples of 64 columns.
+    assert all(64 % size == 0 for sizes in pieces.values() for size in sizes)
+    assert not [row for row, _ in tried if row["kernel"] in pieces and not row["max_d"] and 64 % row["block_d"]]
+    assert not [row for row, axes in tried if "block_d" not in axes and not row["max_d"]]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +186,7 @@ def row_of(table: list[dict], kernel: str, mode: str, d: int | None) -> dict:
     )
 
 
-AXES = {"block_r": (64,), "block_s": (64,), "block_d": (32,), "warps": (4, 8), "stages": (2, 3, 4)}
+AXES = {"block_r": (64,), "block_s": (64,), "block_d": (128,), "warps": (4, 8), "stages": (2, 3, 4)}
 
 
 def test_predictions_choose_the_fastest_candidate_that_passes_for_every_launch(table, tmp_path, monkeypatch, capsys):
@@ -207,10 +217,14 @@ def test_a_search_without_a_candidate_that_passes_changes_nothing(table, tmp_pat
     assert not (tmp_path / "table.json").exists() and row == before
 
 
-def test_a_row_that_no_work_is_divided_by_gets_no_programs(table, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "mode", "d"),
+    [("weights", "none", None), ("forward_masked", "all", 128), ("forward", "peers", 64), ("backward", "peers", 128)],
+)
+def test_a_row_that_no_work_is_divided_by_gets_no_programs(table, tmp_path, monkeypatch, kernel, mode, d):
     monkeypatch.setattr(launch, "TABLE", tmp_path / "table.json")
-    row = row_of(table, "product", "none", None)
-    fields = dict(row)
+    row = row_of(table, kernel, mode, d)
+    fields = set(row)
 
     class Stub(tune_predicted.Search):
         def _record(self, config):
@@ -225,29 +239,49 @@ def test_a_row_that_no_work_is_divided_by_gets_no_programs(table, tmp_path, monk
         def everywhere(self, config):
             return ""
 
-    assert Stub(row, 512, SimpleNamespace(compile=lambda: None), []).run(AXES, keep=True) == 0
-    assert row.keys() == fields.keys() and row["warps"] == 4
+    assert Stub(row, 128, SimpleNamespace(compile=lambda: None), []).run(AXES, keep=True) == 0
+    assert set(row) == fields and row["warps"] == 4
 
 
 def test_the_row_that_is_searched_is_that_of_the_losses(table):
-    few, many = Loss("ntxent", 4096, 64, "fp32"), Loss("ntxent", 65536, 64, "fp32")
-    of = [tune_predicted.row_of("backward", 90, "all", 64, [loss]) for loss in (few, many)]
-    assert [row["max_n"] for row in of] == [4096, None]
-    with pytest.raises(StaticError, match="take different rows backward all"):
-        tune_predicted.row_of("backward", 90, "all", 64, [few, many])
+    few, many = Loss("ntxent", 4096, 128, "fp32"), Loss("ntxent", 65536, 128, "fp32")
+    of = [tune_predicted.row_of("forward_plain", 90, "all", 128, [loss]) for loss in (few, many)]
+    assert [row["max_n"] for row in of] == [16384, None]
+    with pytest.raises(StaticError, match="take different rows forward_plain all"):
+        tune_predicted.row_of("forward_plain", 90, "all", 128, [few, many])
     with pytest.raises(StaticError, match="no row backward all for 256 columns"):
         tune_predicted.row_of("backward", 90, "all", 256, [many])
 
 
-def test_candidates_are_legal_and_can_fit(table):
-    axes = {"block_r": (64, 96, 128), "block_s": (64, 128), "block_d": (32, 64), "warps": (4, 8), "stages": (3,)}
+def test_candidates_are_all_that_can_fit(table):
     narrow = row_of(table, "backward", "none", 128)
+    axes = tune_predicted.axes_to_try(narrow, {"stages": [3]})
     found = [tune_predicted.describe(one) for one in tune_predicted.candidates(narrow, 128, axes)]
     assert f"{found[0]} x 3" == tune_predicted.describe(narrow) and len(set(found)) == len(found)
-    assert "64,64,128,4,3" in found and "128,128,128,8,3" in found
-    assert "128,128,128,4,3" not in found and not any(one.startswith("96") for one in found)  # 256 registers; 128 / 96
+    every = {f"{r},{s},128,{w},3" for r in (32, 64, 128) for s in (32, 64, 128) for w in (4, 8)}
+    # Sums of 256 registers.
+    assert every - set(found) == {"128,128,128,4,3"}
     wide = row_of(table, "weights", "none", None)
+    axes = tune_predicted.axes_to_try(wide, {})
     assert {one["block_d"] for one in tune_predicted.candidates(wide, 512, axes)} == {32, 64}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given", "message"),
+    [
+        ("backward", {"block_r": [64, 63]}, "--block-r 63: must be of 16 32 64 128 in this row"),
+        ("backward", {"block_s": [96, 256]}, "--block-s 96 256: must be of 16 32 64 128 in this row"),
+        ("backward", {"block_d": [64]}, "--block-d 64: must be of 128 in this row"),
+        ("weights", {"block_d": [32, 128]}, "--block-d 128: must be of 16 32 64 in this row"),
+        ("product", {"block_d": [256, 512]}, "--block-d 512: must be of 16 32 64 128 256 in this row"),
+        ("product", {"warps": [6]}, "--warps 6: must be of 1 2 4 8 16 in this row"),
+        ("product", {"stages": [0, 4]}, "--stages 0: must be of 1 2 3 4 5 6 7 8 in this row"),
+    ],
+)
+def test_values_that_no_launch_can_take_are_refused(table, kernel, given, message):
+    row = row_of(table, kernel, "none", 128 if kernel == "backward" else None)
+    with pytest.raises(StaticError, match=f"^{message}$"):
+        tune_predicted.axes_to_try(row, given)
 
 
 @pytest.mark.parametrize(
