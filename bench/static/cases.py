@@ -79,6 +79,8 @@ def _cases(sm: int) -> Iterator[_Case]:
     yield _Case("supcon fp16 d=128, sorted labels", 128, "peers", n=2 * COUNTED)
     yield _Case("ntxent fp16 d=64, many rows", 64, n=_MANY)
     yield _Case("supcon fp16 d=64, many rows", 64, "peers", n=_MANY)
+    yield _Case("ntxent fp32 d=64, many rows", 64, "all", "fp32", n=_MANY)
+    yield _Case("supcon fp32 d=64, many rows", 64, "all", "fp32", n=_MANY)
     yield _Case("ntxent fp32 d=128, many rows", 128, "all", "fp32", n=_MANY)
     yield _Case("supcon fp16 d=128, many rows", 128, "peers", n=_MANY)
     for d in (64, 128, 512):
