@@ -102,7 +102,16 @@ def test_plain_loads_and_stores_of_tiles_take_the_time_of_l2():
     loaded, stored = "LDG.E.128 R4, desc[UR4][R8.64]", "STG.E.128 desc[UR4][R2.64], R8"
     wide = "LDG.E.ENL2.256.CONSTANT R4, R8, desc[UR4][R12.64]"
     numbers = ["LDG.E.64 R4, desc[UR4][R8.64]", "STG.E desc[UR4][R2.64], R8"]  # of rows
-    for lines, size in (([loaded], 2048), ([stored], 2048), ([wide], 4096), ([loaded, stored], 4096), (numbers, 0)):
+    both = [loaded, stored]
+    wide_store = wide.replace("LDG", "STG")
+    for lines, size in (
+        ([loaded], 2048),
+        ([stored], 2048),
+        ([wide], 4096),
+        ([wide_store], 4096),
+        (both, 4096),
+        (numbers, 0),
+    ):
         assert by_pipe(operations(PRODUCT, *lines), 4, HOPPER)["l2"] == pytest.approx(size / HOPPER.l2)
         expected = max(64, size / HOPPER.l2)  # or that of the product
         assert cycles(PRODUCT, *lines) == pytest.approx(expected, rel=0.1)

@@ -9,14 +9,17 @@ from addressed import addressed, either
 from reference import normal
 from test_repeated import Add
 from test_replay import Pair, X, nothing_recorded  # noqa: F401
+from test_small_calls import Other
+from test_triton_operator import call
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton_runs import DEVICE, few_programs, poisoned  # noqa: F401
 
 import fastcl
+import fastcl.similarity.two_models  # registers its operator
 from fastcl.kernels.common import launch
 from fastcl.rowstats import registration
-from fastcl.rowstats.hidden import Hidden
+from fastcl.rowstats.hidden import Hidden, Place
 from fastcl.rowstats.registration import tensors_of
 from fastcl.rowstats.triton import replay
 
@@ -64,6 +67,27 @@ def test_a_backward_pass_gets_the_values_of_its_forward_pass(monkeypatch) -> Non
     assert kinds == [tuple] * 2 + [Hidden] * 4
     # Of the first two calls the second is recorded; another recording is of what a replay has saved.
     assert len(ran) == 3
+
+
+def test_what_launches_alone_read_is_never_a_tensor(monkeypatch) -> None:
+    def first(x: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if v is None else plus(v, 1) for v in saved)
+
+    with addressed():
+        for k in range(6):
+            (_,), hidden = replay.run(forward, (X + k,), (), (), 1)
+            if k > 3:
+                monkeypatch.setattr(Place, "tensor", None)
+            found, _ = replay.run(first, (X,), (), hidden)
+        assert torch.equal(found[0], X + 9)
+
+
+def test_losses_of_both_sides_that_are_added_are_replayed() -> None:
+    z, y = (normal(8, 4, seed=k).float().requires_grad_() for k in (0, 1))
+    with fastcl.backend("triton"), addressed():
+        found = [torch.autograd.grad(fastcl.clip_loss(z, y, 5.0, reduction="none").sum(), z)[0] for _ in range(5)]
+    assert len(replay._recordings) == 3 and None not in replay._recordings.values()
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_two_layouts_of_as_many_bytes_are_told_apart() -> None:
@@ -148,3 +172,32 @@ def test_checkpoints_of_which_one_pass_is_replayed(forgotten: str, around: Calla
             for _ in range(4):
                 torch.autograd.grad(fastcl.ntxent_loss(z, y), z)
         assert torch.equal(torch.autograd.grad(loss, z)[0], expected)
+
+
+def test_what_has_no_gradient_says_so() -> None:
+    za, zb = (normal(12, 4, seed=k).float().to(DEVICE).requires_grad_() for k in (0, 1))
+    tensors = za, zb, None, torch.arange(12, device=DEVICE) // 2, None
+    for found in (registration.call("twin", tensors, (0.5, "fp32")), torch.ops.fastcl.twin(*tensors, 0.5, "fp32")):
+        assert [v.requires_grad for v in found[:4]] == [True, True, False, False]
+    arguments = call("columns", False)
+    assert not any(v.requires_grad for v in torch.ops.fastcl.fused(*arguments)[6:])
+
+
+@pytest.mark.parametrize("replaced", (2, 5))  # those that need a gradient lose it again
+def test_saved_tensors_that_a_hook_gives_a_class_meet_the_dispatcher(replaced: int, monkeypatch) -> None:
+    z, y = (normal(8, 4, seed=k).float().to(DEVICE).requires_grad_() for k in (0, 1))
+    seen, before = [], registration._operators["fused_backward"]
+    after = before._replace(registered=lambda *given: seen.append(1) or before.registered(*given))
+    monkeypatch.setitem(registration._operators, "fused_backward", after)
+    with fastcl.backend("triton"):
+        (expected,) = torch.autograd.grad(fastcl.ntxent_loss(z, y), z)
+        count = iter(range(99))
+
+        def unpack(v: Tensor) -> Tensor:
+            return v.as_subclass(Other) if next(count) == replaced else v
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: v, unpack):
+            loss = fastcl.ntxent_loss(z, y)
+        (found,) = torch.autograd.grad(loss, z)
+    assert torch.equal(found.as_subclass(Tensor), expected)
+    assert seen == [1]
