@@ -283,7 +283,7 @@ def _autograd(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * 15
     refuse_batched("triton", *given)
     given[::2] = [None if g is None else g.contiguous() for g in given[::2]]
-    if given[1] is given[3] is not None:  # the losses of both sides were added: a recording tells arguments apart
+    if given[3] is not None and given[3] is given[1]:  # of losses that were added; a recording tells arguments apart
         given[3] = given[3].detach()
     (x, x2, y, temperature, *stats), hidden = kept(ctx)
     needed = ctx.needs_input_grad
